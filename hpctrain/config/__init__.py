@@ -1,0 +1,1 @@
+"""A TOML file to frozen dataclasses, with every mistake explained. Needs neither torch nor MPI."""

@@ -1,0 +1,214 @@
+"""The config: one frozen dataclass a section, a docstring under every field.
+
+Plain data. `hpctrain.config.validation` builds it from TOML and explains what does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, MinLen
+
+Count = Annotated[int, Ge(1)]
+Seconds = Annotated[float, Gt(0)]
+Reference = Annotated[str, MinLen(1)]
+"""A built-in name, or an import path "package.module:Name"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """What this run is called and where it lives."""
+
+    name: Annotated[str, MinLen(1)]
+    """Name of the run, and of its folder below `directory`."""
+
+    directory: str = "runs"
+    """Folder of all runs."""
+
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
+    """Seeds the initial weights, the order of the data and every random draw."""
+
+    deterministic: bool = False
+    """Ask torch for deterministic kernels: equal bits twice, at some cost in speed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSection:
+    """Something named by `use` and built with keyword arguments."""
+
+    use: Reference
+    """A built-in name, or "package.module:Name"; modules of the current directory are found."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments: the other keys of the table, and those of its `arguments` table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSection(ComponentSection):
+    """What a step computes from a batch."""
+
+    inputs: Annotated[tuple[str, ...], MinLen(1)]
+    """Fields of the dataset that the model receives, in the order of its arguments."""
+
+    target: str | None = None
+    """Field that the loss compares the model's output with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    """Where the samples are and how they are cut into batches."""
+
+    train: Annotated[str, MinLen(1)]
+    """A folder of shards, or a pattern of HDF5 files such as "/scratch/me/*.h5"."""
+
+    validation: Annotated[str, MinLen(1)] | None = None
+    """The same, for evaluation; none: no evaluation."""
+
+    global_batch_size: Count
+    """Samples of all ranks in one step."""
+
+    micro_batch_size: Count | None = None
+    """At most so many samples per rank and forward pass; none: a rank's whole share."""
+
+    lanes: Count | None = None
+    """Runs of samples that are read side by side; the most ranks that can train."""
+
+    window: Annotated[int, Interval(ge=1, le=1024)] = 4
+    """Blocks of a lane that are shuffled together."""
+
+    drop_last: bool = False
+    """Drop the last, smaller batch of an epoch."""
+
+    buffer_mb: Annotated[float, Gt(0)] = 512.0
+    """Memory for reading ahead, in MB per rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSection(ComponentSection):
+    """The optimizer; further keys are its keyword arguments."""
+
+    lr: Annotated[float, Gt(0)]
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSection(ComponentSection):
+    """The learning rate over time, as a factor of `optimizer.lr`."""
+
+    use: Reference = "constant"
+    """A built-in name, or "package.module:Name"."""
+
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps of linear warm-up before the schedule proper."""
+
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSection:
+    """How long and how to train."""
+
+    max_epochs: Count | None = None
+    """Stop after so many passes over the data. At least one of the three limits is needed."""
+
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps."""
+
+    max_samples: Count | None = None
+    """Stop once so many samples have been seen."""
+
+    precision: Precision = "32-true"
+    """Number format of parameters and arithmetic."""
+
+    strategy: Literal["ddp"] = "ddp"
+    """How ranks share the work: DistributedDataParallel (on one process the bare model)."""
+
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    """Clip the norm of the whole gradient to this."""
+
+    max_bad_steps: Count = 10
+    """End the job after so many steps in a row with a gradient that is not finite."""
+
+    evaluate_every_epochs: Count | None = 1
+    """Evaluate after so many epochs."""
+
+    evaluate_every_steps: Count | None = None
+    """Evaluate after so many steps."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSection:
+    """What is kept, how often, and where to start from."""
+
+    every_epochs: Count | None = 1
+    """Save after so many epochs."""
+
+    every_steps: Count | None = None
+    """Save after so many steps."""
+
+    keep_last: Count = 3
+    """Keep the newest so many checkpoints."""
+
+    keep_best: str | None = None
+    """Also keep the best checkpoint by this metric of the evaluation."""
+
+    keep_best_mode: Literal["min", "max"] | None = None
+    """Which direction is better; none: as the task declares it."""
+
+    resume: Annotated[str, MinLen(1)] = "auto"
+    """"auto": from the newest whole checkpoint if there is one; "never"; or a checkpoint folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSection:
+    """From started processes to a process group."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU where there is one."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Carrier of gradients; "auto" is NCCL with one GPU per rank, else gloo."""
+
+    interface: str | None = None
+    """Network interface to meet on; none: every one is tried."""
+
+    address: str | None = None
+    """Address of rank 0 to meet at; none: every one is tried."""
+
+    hang_timeout_seconds: Seconds = 300.0
+    """Limit for any one wait of a rank for the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingSection:
+    """What is told, and how often."""
+
+    every_steps: Count = 10
+    """Write a line of metrics after so many steps."""
+
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """A bar on a terminal, else plain lines."""
+
+    progress_every_seconds: Seconds = 30.0
+    """Time between two plain lines of progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole config file, resolved: every default filled in."""
+
+    run: RunSection
+    model: ComponentSection
+    task: TaskSection
+    data: DataSection
+    optimizer: OptimizerSection
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    training: TrainingSection
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)

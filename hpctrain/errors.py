@@ -1,0 +1,80 @@
+"""Exit codes and the exceptions that carry them.
+
+Every failure that a user can act on is an `HpctrainError`. Its class says whose turn it is
+(the config, the launch, the data, ...), its message holds the fact, the place and the fix.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+
+class ExitCode(enum.IntEnum):
+    """What a job script can branch on.
+
+    Source: the values 64 to 78 are those of BSD's sysexits.h.
+    """
+
+    DONE = 0
+    USAGE = 64
+    DATA = 65
+    LAUNCH = 69
+    BUG = 70
+    """A bug, or a training run that diverged."""
+    CHECKPOINT_IO = 74
+    STOPPED = 75
+    """Stopped early with everything saved: submit again."""
+    CONFIG = 78
+
+
+class HpctrainError(Exception):
+    """Root of all failures that hpctrain explains itself.
+
+    Attributes:
+        everywhere: True once all ranks hold this same error, so that one of them may speak for
+            all and every rank may leave by the normal path. False means that only this rank
+            knows, and that the others have to be told by ending the job.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class UsageError(HpctrainError):
+    """The command line is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(HpctrainError):
+    """The config file, or a path that it names, is wrong."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class LaunchError(HpctrainError):
+    """The processes cannot form one world: launcher, MPI, network or device."""
+
+    exit_code = ExitCode.LAUNCH
+
+
+class DatasetError(HpctrainError):
+    """The data are missing, damaged or not what the config says."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(HpctrainError):
+    """A checkpoint, or the run folder, cannot be read or written."""
+
+    exit_code = ExitCode.CHECKPOINT_IO
+
+
+class TrainingError(HpctrainError):
+    """Training itself failed: it diverged, or a model or task broke its contract."""
+
+    exit_code = ExitCode.BUG
