@@ -3,3 +3,12 @@
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Load `connect` when it is asked for: nothing heavy at import."""
+    if name == "connect":
+        from hpctrain.launch.world import connect
+
+        return connect
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

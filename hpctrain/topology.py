@@ -86,7 +86,3 @@ class Communicator(Protocol):
         Collective: all ranks.
         """
         ...
-
-    def node(self) -> Communicator:
-        """Return the communicator of this node's ranks. Collective: all ranks."""
-        ...

@@ -109,5 +109,23 @@ class Horizon:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cadence:
+    """Something done every so many steps, every so many epochs, or both."""
+
+    every_steps: int | None
+    every_epochs: int | None
+
+    def due(self, place: Place) -> bool:
+        """Tell whether it is time, at `place`."""
+        if self.every_steps is not None and place.step % self.every_steps == 0:
+            return True
+        return (
+            self.every_epochs is not None
+            and place.position == 0
+            and place.epoch % self.every_epochs == 0
+        )
+
+
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)

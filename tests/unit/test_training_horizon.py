@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hpctrain.training.horizon import Horizon, Place
+from hpctrain.training.horizon import Cadence, Horizon, Place
 
 LIMITS = [None, 1, 3, 17, 40]
 
@@ -56,3 +56,23 @@ def test_a_lowered_limit_is_reached_at_once() -> None:
     late = Place(step=9, epoch=4, position=5, samples_seen=45)
     assert horizon.total_steps(late) == 9
     assert horizon.reached(late)
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "every_epochs", "expected"),
+    [
+        (None, None, []),
+        (4, None, [4, 8, 12]),
+        (None, 1, [3, 6, 9, 12]),
+        (None, 2, [6, 12]),
+        (4, 2, [4, 6, 8, 12]),
+    ],
+)
+def test_cadence(every_steps: int | None, every_epochs: int | None, expected: list[int]) -> None:
+    cadence = Cadence(every_steps=every_steps, every_epochs=every_epochs)
+    place, due = Place(), []
+    for _ in range(12):  # epochs of three steps
+        place = place.after(5, epoch_samples=15)
+        if cadence.due(place):
+            due.append(place.step)
+    assert due == expected

@@ -1,0 +1,157 @@
+"""The command line: what was asked for, who does it, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hpctrain
+from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
+from hpctrain.launch.launchers import Claim, detect
+
+USAGE = """\
+usage: python -m hpctrain CONFIG [SECTION.KEY=VALUE ...]
+       python -m hpctrain status RUN
+       python -m hpctrain data pack digits FOLDER
+"""
+
+HELP = f"""\
+{USAGE}
+Train as the TOML file CONFIG says. Start it under the launcher of the cluster:
+
+  mpirun -np 16 python -m hpctrain configs/run.toml
+  srun python -m hpctrain configs/run.toml training.max_epochs=20 optimizer.lr=2e-3
+
+Overrides are TOML values for single keys. Started again, a run continues from its newest
+checkpoint. Alone, without a launcher, it is one process.
+
+commands:
+  status RUN        how the run in this folder ended or where it stands
+  data pack digits FOLDER
+                    pack scikit-learn's handwritten digits to HDF5 shards
+
+options:
+  -h, --help        show this message
+  --version         show the version
+
+exit codes:
+  0 complete   75 stopped early and saved: submit again
+  64 usage   65 data   69 launch   70 bug or diverged training   74 checkpoint I/O   78 config
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse in our voice: mistakes are UsageErrors, and options are never guessed."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="python -m hpctrain", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{USAGE}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    speaks = True
+    try:
+        claim = detect(os.environ)
+        # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
+        speaks = claim.rank in (None, 0)
+        return dispatch(arguments, claim)
+    except HpctrainError as error:
+        if speaks:
+            print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return error.exit_code
+
+
+def dispatch(arguments: list[str], claim: Claim) -> int:
+    """Find the command among the arguments and run it.
+
+    Raises:
+        UsageError: if there is none, or its own arguments do not fit.
+    """
+    if not arguments:
+        raise UsageError(f"a config file or a command is needed\n{USAGE}")
+    first, rest = arguments[0], arguments[1:]
+    if first in ("-h", "--help"):
+        return say(claim, HELP)
+    if first == "--version":
+        return say(claim, f"hpctrain {hpctrain.__version__}\n")
+    if first in COMMANDS:
+        # These are work for one process, also where a launcher started several.
+        return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
+    return run(arguments, claim)
+
+
+def say(claim: Claim, text: str) -> int:
+    """Print a text once, whatever the number of ranks."""
+    if claim.rank in (None, 0):
+        sys.stdout.write(text)
+    return ExitCode.DONE
+
+
+def run(arguments: list[str], claim: Claim) -> int:
+    """Train. Collective: all ranks."""
+    parser = _Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.batch.signals import SignalFlag
+    from hpctrain.launch.world import control_plane
+
+    # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
+    with SignalFlag() as signals:
+        config = load_config(parsed.config, parsed.overrides) if claim.rank in (None, 0) else None
+        with control_plane(claim) as (topology, communicator):
+            config = communicator.broadcast(config)
+            if isinstance(config, HpctrainError):
+                raise config
+            from hpctrain.training.job import train  # imports torch: after MPI_Init
+
+            return train(config, topology, communicator, signals)
+
+
+def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:
+    """Return the config, or what is wrong with it, as all ranks are about to hear it."""
+    from hpctrain.config import load
+
+    try:
+        return load(path, overrides)
+    except ConfigError as error:
+        error.everywhere = True
+        return error
+
+
+def status(arguments: list[str]) -> int:
+    """Tell how a run ended, or where it stands."""
+    parser = _Parser()
+    parser.add_argument("run", type=Path)
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.batch.outcome import status_text
+
+    sys.stdout.write(status_text(parsed.run))
+    return ExitCode.DONE
+
+
+def data(arguments: list[str]) -> int:
+    """Work on datasets."""
+    parser = _Parser()
+    parser.add_argument("tool", choices=["pack"])
+    parser.add_argument("source", choices=["digits"])
+    parser.add_argument("folder", type=Path)
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.data.digits import pack_digits
+
+    sys.stdout.write(pack_digits(parsed.folder) + "\n")
+    return ExitCode.DONE
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "data": data}

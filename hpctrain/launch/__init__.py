@@ -1,0 +1,1 @@
+"""From a started process to a proven world and a ready `torch.distributed` process group."""

@@ -1,0 +1,121 @@
+"""The control plane of a world without MPI: torchrun, Kubeflow, variables set by hand."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed as dist
+
+from hpctrain.errors import LaunchError
+from hpctrain.launch.agreement import closing_together
+from hpctrain.launch.launchers import Claim
+
+# As long as torch itself waits in a collective.
+_LONGEST_WAIT = timedelta(minutes=30)
+
+
+@contextmanager
+def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
+    """Meet at MASTER_ADDR:MASTER_PORT and give the communicator. Collective: all ranks.
+
+    Raises:
+        LaunchError: if the address is missing or wrong, or nobody answers there.
+    """
+    assert claim.launcher is not None
+    assert claim.rank is not None
+    assert claim.world_size is not None
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        missing = "MASTER_ADDR" if not address else "MASTER_PORT"
+        raise LaunchError(
+            f"{claim.launcher.label} makes a world of {claim.world_size} processes, but {missing} "
+            "is not set. Set it to the address or port of rank 0, the same for every process."
+        )
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise LaunchError(f"MASTER_PORT={port!r} is no port: it has to be 1 to 65535.")
+    try:
+        # torch's own rendezvous also knows torchrun's agent, which holds the store itself.
+        store, rank, world_size = next(
+            dist.rendezvous("env://", claim.rank, claim.world_size, timeout=timedelta(minutes=5))
+        )
+    except (dist.DistError, OSError, RuntimeError) as error:
+        action = "open" if claim.rank == 0 else "reach"
+        raise LaunchError(
+            f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {address}:{port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    communicator = StoreCommunicator(store, rank, world_size)
+    # Rank 0 may hold the store: nobody leaves before everybody is done with it.
+    with closing_together(communicator, lambda: None):
+        yield communicator
+
+
+class StoreCommunicator:
+    """Messages as keys of a torch.distributed store.
+
+    Every rank writes its part under a key of its own and reads all parts. A rank that has read
+    all parts of one round knows that everybody has left the round before, so it deletes its own
+    part of that one: the store does not grow with the run.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        store.set_timeout(_LONGEST_WAIT)
+        self._messages = dist.PrefixStore("hpctrain/messages", store)
+        self._reductions = dist.PrefixStore("hpctrain/maxima", store)
+        self._message_round = 0
+        self._reduction_round = 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""
+        return self.all_gather(value if self.rank == 0 else None)[0]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order. Collective: all ranks."""
+        number, self._message_round = self._message_round, self._message_round + 1
+        _put(self._messages, number, self.rank, pickle.dumps(value))
+        return [pickle.loads(part) for part in _take(self._messages, number, self)]
+
+    def barrier(self) -> None:
+        """Return once every rank has come. Collective: all ranks."""
+        self.all_gather(None)
+
+    def start_max(self, values: Sequence[int]) -> PendingMaximum:
+        """Start an elementwise maximum of int64 values. Collective: all ranks."""
+        number, self._reduction_round = self._reduction_round, self._reduction_round + 1
+        _put(self._reductions, number, self.rank, pickle.dumps(tuple(values)))
+        return PendingMaximum(self._reductions, number, self)
+
+
+class PendingMaximum:
+    """A maximum whose own part is in the store already."""
+
+    def __init__(self, store: dist.Store, number: int, communicator: StoreCommunicator) -> None:
+        self._store = store
+        self._number = number
+        self._communicator = communicator
+
+    def wait(self) -> tuple[int, ...]:
+        """Return the elementwise maximum over all ranks."""
+        parts = _take(self._store, self._number, self._communicator)
+        columns = zip(*(pickle.loads(part) for part in parts), strict=True)
+        return tuple(max(column) for column in columns)
+
+
+def _put(store: dist.Store, number: int, rank: int, payload: bytes) -> None:
+    # As text: the store's Python binding returns bytes but takes str.
+    store.set(f"{number}/{rank}", payload.hex())
+
+
+def _take(store: dist.Store, number: int, communicator: StoreCommunicator) -> list[bytes]:
+    parts = store.multi_get([f"{number}/{rank}" for rank in range(communicator.world_size)])
+    if number > 0:
+        store.delete_key(f"{number - 1}/{communicator.rank}")
+    return [bytes.fromhex(part.decode()) for part in parts]

@@ -1,0 +1,44 @@
+"""Tensors that rank 0 has read, handed to every rank over the process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hpctrain.launch.world import World
+
+
+def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return rank 0's tensors on every rank. Collective: all ranks.
+
+    So that a checkpoint is read, and its checksums verified, once and not once per rank.
+
+    Args:
+        world: the ranks.
+        tensors: by name, any shapes and dtypes; only rank 0's are looked at.
+
+    Returns:
+        The same tensors on the host, by name.
+    """
+    if world.topology.world_size == 1:
+        assert tensors is not None
+        return dict(tensors)
+    headers = world.communicator.broadcast(
+        [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+        if tensors is not None
+        else None
+    )
+    received = {}
+    for name, shape, dtype in headers:
+        if world.topology.is_rank_zero:
+            assert tensors is not None
+            tensor = tensors[name].to(world.device)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=world.device)
+        # As bytes: every dtype travels, whatever the backend knows to reduce.
+        dist.broadcast(tensor.reshape(-1).contiguous().view(torch.uint8), src=0)
+        received[name] = tensor.cpu()
+    return received

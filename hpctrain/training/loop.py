@@ -1,0 +1,94 @@
+"""The training loop: steps, and what happens between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hpctrain.data.loader import TrainLoader
+from hpctrain.training.horizon import Cadence, Horizon, Place
+from hpctrain.training.step import TrainStep
+
+Schedule = Callable[[Place, int], float]
+"""(place, total_steps) to the learning rate of the next step; pure."""
+
+Metrics = dict[str, float]
+
+
+class Hooks(Protocol):
+    """What the loop asks of the job around it. All ranks call each at the same place."""
+
+    def advanced(self, place: Place) -> None:
+        """Take note of a step. Called after every one, so it must cost next to nothing."""
+        ...
+
+    def log(self, place: Place, epoch: int, lr: float) -> None:
+        """Write down the step that led to `place`. Collective: all ranks."""
+        ...
+
+    def evaluate(self, place: Place, epoch: int) -> Metrics:
+        """Return the metrics of the validation data. Collective: all ranks."""
+        ...
+
+    def save(self, place: Place, metrics: Metrics | None) -> None:
+        """Save a checkpoint; `metrics` are those of an evaluation at this very place.
+
+        Collective: all ranks.
+        """
+        ...
+
+    def stop_agreed(self) -> bool:
+        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """When the loop does what."""
+
+    horizon: Horizon
+    log: Cadence
+    evaluate: Cadence | None
+    save: Cadence
+
+
+def fit(
+    place: Place,
+    plan: Plan,
+    *,
+    step: TrainStep,
+    loader: TrainLoader,
+    schedule: Schedule,
+    hooks: Hooks,
+) -> tuple[Place, bool]:
+    """Train from `place` to the horizon, or until all ranks agree to stop.
+
+    Collective: all ranks.
+
+    Returns:
+        Where the run stands, and whether it is complete.
+    """
+    total_steps = plan.horizon.total_steps(place)
+    while place.step < total_steps:
+        epoch = place.epoch
+        for batch in loader.epoch(epoch, place.position):
+            lr = schedule(place, total_steps)
+            step(batch, lr)
+            place = place.after(batch.global_size, plan.horizon.epoch_samples)
+            hooks.advanced(place)
+
+            complete = place.step == total_steps
+            if complete or plan.log.due(place):
+                hooks.log(place, epoch, lr)
+            metrics = None
+            if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
+                metrics = hooks.evaluate(place, epoch)
+            stopped = hooks.stop_agreed() and not complete
+            if complete or stopped or plan.save.due(place):
+                hooks.save(place, metrics)
+            if stopped:
+                return place, False
+            if complete:
+                break
+    return place, True

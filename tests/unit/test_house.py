@@ -1,0 +1,65 @@
+"""The habits of the house, held by its tools: format, lint, types, layers, shell scripts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("jobs", "tests", ".ci")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix == ".sh" or path.name == "run"
+)
+
+
+def assert_passes(*command: str) -> None:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "format", "--check", "."),
+        ("ruff", "check", "."),
+        ("mypy",),
+        ("lint-imports",),
+    ],
+    ids=["format", "lint", "types", "layers"],
+)
+def test_tool(command: tuple[str, ...]) -> None:
+    tool = Path(sys.executable).with_name(command[0])
+    assert_passes(str(tool), *command[1:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_script(script: str) -> None:
+    assert_passes("bash", "-n", script)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
+    assert_passes("shellcheck", "-x", script)
+
+
+def test_start_up_imports_nothing_heavy() -> None:
+    """`--help` and a mistake in a config are told before torch, numpy or MPI would have loaded."""
+    code = (
+        "import sys, hpctrain, hpctrain.cli, hpctrain.config;"
+        "heavy = {'torch', 'numpy', 'h5py', 'mpi4py', 'pydantic'} & set(sys.modules);"
+        "sys.exit(f'imported: {sorted(heavy)}' if heavy else 0)"
+    )
+    assert_passes(sys.executable, "-c", code)
+
+
+def test_documented_version_is_the_packages() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = re.search(r"^## (\S+)", changelog, re.MULTILINE)
+    package = (ROOT / "hpctrain" / "__init__.py").read_text(encoding="utf-8")
+    assert version is not None
+    assert f'__version__ = "{version[1]}"' in package
