@@ -1,0 +1,29 @@
+"""A config back to TOML: what is saved with a run and in each checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hpctrain.config.schema import ComponentSection, Config
+
+
+def to_toml(config: Config) -> str:
+    """Return the resolved config, every default written out; `load` of it gives an equal one."""
+    import tomli_w
+
+    return tomli_w.dumps(
+        {field.name: _table(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    )
+
+
+def _table(section: Any) -> dict[str, Any]:
+    table = {
+        field.name: getattr(section, field.name)
+        for field in dataclasses.fields(section)
+        if getattr(section, field.name) is not None  # TOML knows no null: left out is none
+    }
+    if isinstance(section, ComponentSection):
+        # Last, as the one table inside the section.
+        table["arguments"] = table.pop("arguments")
+    return table
