@@ -61,14 +61,14 @@ def test_a_lowered_limit_is_reached_at_once() -> None:
 @pytest.mark.parametrize(
     ("every_steps", "every_epochs", "expected"),
     [
-        (None, None, []),
-        (4, None, [4, 8, 12]),
-        (None, 1, [3, 6, 9, 12]),
-        (None, 2, [6, 12]),
+        (0, 0, []),
+        (4, 0, [4, 8, 12]),
+        (0, 1, [3, 6, 9, 12]),
+        (0, 2, [6, 12]),
         (4, 2, [4, 6, 8, 12]),
     ],
 )
-def test_cadence(every_steps: int | None, every_epochs: int | None, expected: list[int]) -> None:
+def test_cadence(every_steps: int, every_epochs: int, expected: list[int]) -> None:
     cadence = Cadence(every_steps=every_steps, every_epochs=every_epochs)
     place, due = Place(), []
     for _ in range(12):  # epochs of three steps

@@ -1,0 +1,258 @@
+"""The log: one rank speaks, to stderr and to the run's log.txt; the others write nothing.
+
+Warnings of libraries come through here as well, so that each is told once, on one line, with its
+origin.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from hpctrain.errors import CheckpointError
+from hpctrain.observe.appending import AppendedFile
+from hpctrain.observe.bar import AboveBar
+
+LOG_FILE = "log.txt"
+
+MEANINGLESS_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    # torch 2.13 on DistributedDataParallel(broadcast_buffers=...). The name that it asks for
+    # instead does not exist in the older versions that hpctrain runs on as well.
+    (r"`broadcast_buffers` is deprecated", FutureWarning),
+)
+"""Start of the message, as a regular expression, and category of what a user can do nothing about.
+
+Whoever asks Python for warnings, by -W or PYTHONWARNINGS, sees these as well.
+"""
+
+_TOLD_PER_PLACE = 3
+"""A line of code whose warnings differ each time, as by a number in the text, is told so often."""
+
+_logger = logging.getLogger(__name__)
+_warnings_logger = logging.getLogger("hpctrain.warnings")
+
+
+def quiet_native_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Ask torch's C++ side for errors only, where the user has not set a level.
+
+    It writes its warnings to stderr by itself, once per rank. Those seen at start-up concern what
+    hpctrain has settled: "Unable to resolve hostname ... using the loopback address" (gloo).
+    Torch reads this when it is imported, so it has to be called before.
+    """
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@contextmanager
+def start(run_folder: Path | None, speaks: bool, *, stream: TextIO | None = None) -> Iterator[None]:
+    """Set up logging for a job; handlers, levels and warning filters are restored at the end.
+
+    What libraries and the user's own modules log goes the same way, from warnings upwards.
+
+    Args:
+        run_folder: where log.txt is appended to; None: no file.
+        speaks: whether this is the one rank that writes.
+        stream: the console; None is stderr.
+
+    Raises:
+        CheckpointError: if log.txt cannot be opened.
+    """
+    handlers: list[logging.Handler] = []
+    if not speaks:
+        # Without any handler, logging would write warnings to stderr on its own.
+        handlers.append(logging.NullHandler())
+    else:
+        handlers.append(_console_handler(sys.stderr if stream is None else stream))
+        if run_folder is not None:
+            handlers.append(_file_handler(run_folder / LOG_FILE))
+    with ExitStack() as stack:
+        for handler in handlers:
+            stack.callback(handler.close)
+        stack.enter_context(_torch_loggers_propagate())
+        stack.enter_context(_attached(handlers))
+        stack.enter_context(_warnings_to(_tell_warning_once() if speaks else _drop_warning))
+        yield
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Information as it is; anything more serious with its level, and with a foreign origin."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if record.levelno < logging.WARNING:
+            return message
+        origin = "" if record.name.split(".")[0] == "hpctrain" else f"{record.name}: "
+        return f"{record.levelname.lower()}: {origin}{message}"
+
+
+class FileFormatter(ConsoleFormatter):
+    """The same with local time, on every line of the message, so that lines can be sorted out."""
+
+    default_time_format = "%Y-%m-%d %H:%M:%S"
+    default_msec_format = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = self.formatTime(record)
+        return "\n".join(f"{stamp}  {line}".rstrip() for line in super().format(record).split("\n"))
+
+
+class LogFile:
+    """A text stream on a file that never holds half a message, nor keeps any in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = AppendedFile(path)
+
+    def write(self, text: str) -> None:
+        """Append a whole message, line feeds included."""
+        self._file.append(text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        """Do nothing: what was written is with the operating system."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RunLogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has none
+    """log.txt. A disk that is full costs lines of the log, not the training.
+
+    Raises:
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(LogFile(path))
+        self._path = path
+        self._complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Say once that the log has gaps; anything but I/O is logging's own matter."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._complained:
+            self._complained = True  # before the warning, which comes through here as well
+            _logger.warning("%s has gaps, it cannot be written: %s", self._path, error.strerror)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.stream.close()
+        super().close()
+
+
+def _console_handler(stream: TextIO) -> logging.Handler:
+    handler = logging.StreamHandler(AboveBar(stream))
+    handler.setFormatter(ConsoleFormatter())
+    return handler
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    try:
+        handler = RunLogHandler(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the log {path}: {error.strerror}\n"
+            "  fix: make the run folder writable, or choose another by run.directory"
+        ) from error
+    handler.setFormatter(FileFormatter())
+    return handler
+
+
+@contextmanager
+def _attached(handlers: list[logging.Handler]) -> Iterator[None]:
+    """Let the root logger have these handlers, and hpctrain's loggers tell information."""
+    root, package = logging.getLogger(), logging.getLogger("hpctrain")
+    level = package.level
+    package.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+        package.setLevel(level)
+
+
+@contextmanager
+def _torch_loggers_propagate() -> Iterator[None]:
+    """Take from torch's loggers the handlers by which each rank writes to stderr on its own.
+
+    Left alone where the user has asked for torch's logs.
+    """
+    moved: list[tuple[logging.Logger, list[logging.Handler]]] = []
+    if "TORCH_LOGS" not in os.environ:
+        for name, logger in list(logging.root.manager.loggerDict.items()):
+            if name.split(".")[0] != "torch" or not isinstance(logger, logging.Logger):
+                continue
+            if logger.handlers and not logger.propagate:
+                moved.append((logger, list(logger.handlers)))
+                logger.handlers.clear()
+                logger.propagate = True
+    try:
+        yield
+    finally:
+        for logger, handlers in moved:
+            logger.handlers[:] = handlers
+            logger.propagate = False
+
+
+Show = Callable[..., None]
+"""What Python calls to show a warning: (message, category, filename, lineno, ...)."""
+
+
+@contextmanager
+def _warnings_to(show: Show) -> Iterator[None]:
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for pattern, category in MEANINGLESS_WARNINGS:
+                warnings.filterwarnings("ignore", message=pattern, category=category)
+        warnings.showwarning = show
+        yield
+
+
+def _tell_warning_once() -> Show:
+    """Return a function that logs a warning on one line, unless it has been told before."""
+    texts: set[str] = set()
+    places: Counter[tuple[str, int]] = Counter()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        *_: object,
+        **__: object,
+    ) -> None:
+        text = " ".join(str(message).split())
+        places[filename, lineno] += 1
+        if text in texts or places[filename, lineno] > _TOLD_PER_PLACE:
+            return
+        texts.add(text)
+        origin = f"{short_path(filename)}:{lineno}"
+        _warnings_logger.warning("%s (%s, %s)", text, category.__name__, origin)
+
+    return show
+
+
+def _drop_warning(*arguments: object, **keywords: object) -> None:
+    """Show nothing: another rank tells it."""
+
+
+def short_path(filename: str) -> str:
+    """Return a source file as its package knows it, or relative to the current directory."""
+    path = Path(filename)
+    for marker in ("site-packages", "dist-packages"):
+        if marker in path.parts:
+            last = len(path.parts) - 1 - path.parts[::-1].index(marker)
+            return str(Path(*path.parts[last + 1 :]))
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return filename

@@ -1,0 +1,167 @@
+"""The metrics of a run, in its folder: for programs, for spreadsheets, for TensorBoard.
+
+Training does not end for want of metrics. What cannot be written waits in memory, is told once,
+and is tried again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from hpctrain.errors import CheckpointError
+from hpctrain.observe import text
+from hpctrain.observe.records import Record
+from hpctrain.observe.sinks import (
+    CsvTable,
+    JsonLines,
+    Sink,
+    TensorBoard,
+    cut_back,
+    read_records,
+)
+
+JSONL_FILE = "metrics.jsonl"
+CSV_FILE = "metrics.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+
+RETRY_SECONDS = 30.0
+MAX_WAITING = 10_000
+"""Records that wait for a disk; then the oldest are given up."""
+
+_logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes records to metrics.jsonl and metrics.csv, and for TensorBoard where it is installed.
+
+    For one rank only. Every record is with the operating system when `write` returns.
+
+    Args:
+        run_folder: an existing folder.
+        resume_step: the step that the run continues from: what was written after it, by a job
+            that had gone further, is cut off, so that no step is there twice. None: a new run;
+            metrics of an older one are put aside under another name.
+        clock: seconds, monotonic.
+
+    Raises:
+        CheckpointError: if the files cannot be made.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        resume_step: int | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        try:
+            sinks = _open(run_folder, resume_step)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write metrics in {run_folder}: {error}\n"
+                "  fix: make the run folder writable and free some space, or choose another by "
+                "run.directory"
+            ) from error
+        self._queues = [_Queue(sink, clock) for sink in sinks]
+
+    def write(self, record: Record) -> None:
+        """Write a record: "kind", "step", and values that JSON knows, nested or not."""
+        for queue in self._queues:
+            queue.put(record)
+
+    def close(self) -> None:
+        """Write what still waits, and close the files."""
+        for queue in self._queues:
+            queue.close()
+
+
+def _open(folder: Path, resume_step: int | None) -> list[Sink]:
+    lines = folder / JSONL_FILE
+    if resume_step is None:
+        _put_aside(lines)
+    elif lines.exists():
+        num_cut = cut_back(lines, resume_step)
+        if num_cut:
+            _logger.info(
+                "%s: %s after step %s cut off",
+                lines.name,
+                text.plural(num_cut, "line"),
+                resume_step,
+            )
+    json_lines = JsonLines(lines)
+    # The table is made anew from the lines, so that the two agree whatever happened to it.
+    sinks: list[Sink] = [json_lines, CsvTable(folder / CSV_FILE, lambda: read_records(lines))]
+    first_step = 0 if resume_step is None else resume_step + 1
+    try:
+        sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, first_step))
+    except ModuleNotFoundError as error:
+        if error.name != "tensorboard":
+            _logger.warning("no TensorBoard events: it is installed, but not whole: %s", error)
+    return sinks
+
+
+def _put_aside(path: Path) -> None:
+    """Rename a file that holds something to the first free name of its kind."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    names = (path.with_name(f"{path.stem}-old-{i}{path.suffix}") for i in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    _logger.info("metrics of an older run are now in %s", aside)
+
+
+class _Queue:
+    """Records on their way to a sink: none waits, unless the sink has failed."""
+
+    def __init__(self, sink: Sink, clock: Callable[[], float]) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._waiting: deque[Record] = deque()
+        self._num_given_up = 0
+        self._failing = False
+        self._retry_at = 0.0
+
+    def put(self, record: Record) -> None:
+        self._waiting.append(record)
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft()
+            self._num_given_up += 1
+        if not self._failing or self._clock() >= self._retry_at:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        self._num_given_up += len(self._waiting)
+        try:
+            self._sink.close()
+        except OSError as error:
+            _logger.warning("%s may not be whole: %s", self._sink.path, error.strerror)
+        if self._num_given_up:
+            lost = text.plural(self._num_given_up, "record")
+            _logger.warning("%s: %s could not be written and are lost", self._sink.path, lost)
+
+    def _flush(self) -> None:
+        try:
+            self._sink.append(list(self._waiting))
+        except OSError as error:
+            if not self._failing:
+                _logger.warning(
+                    "cannot write %s: %s. Training goes on; what is measured is kept in memory "
+                    "and written once it can be. Free some space in the run folder.",
+                    self._sink.path,
+                    error.strerror,
+                )
+            self._failing = True
+            self._retry_at = self._clock() + RETRY_SECONDS
+            return
+        if self._failing:
+            self._failing = False
+            written = text.plural(len(self._waiting), "record")
+            _logger.info("%s can be written again: %s added", self._sink.path, written)
+        self._waiting.clear()

@@ -1,0 +1,96 @@
+"""Metrics records as text: strict JSON for programs, flat rows for spreadsheets. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+"""A JSON object with at least "kind" and "step"; values are JSON, or floats that are not finite."""
+
+NONFINITE = "nonfinite"
+"""Key of a line that tells which of its nulls stand for what: {"seconds.data": "inf"}."""
+
+
+def to_line(record: Record) -> bytes:
+    """Return a record as one line of strict JSON, floats to the last bit.
+
+    JSON has no NaN and no infinity: each becomes null, so that a column stays one of numbers, and
+    is named under "nonfinite", so that nothing is lost.
+    """
+    nonfinite: dict[str, str] = {}
+    line = _finite(record, "", nonfinite)
+    if nonfinite:
+        line[NONFINITE] = nonfinite
+    return json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def from_line(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a whole line with a step in it; None if it is torn or damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """Return the record without nesting: {"seconds": {"data": 1.0}} is {"seconds.data": 1.0}.
+
+    Numbers that were not finite have their names, "nan", "inf" and "-inf", again.
+    """
+    flattened = dict(_flatten(record, ""))
+    prefix = f"{NONFINITE}."
+    named = {key: value for key, value in flattened.items() if key.startswith(prefix)}
+    for key, name in named.items():
+        del flattened[key]
+        flattened[key.removeprefix(prefix)] = name
+    return flattened
+
+
+def to_row(values: Sequence[Any]) -> bytes:
+    """Return one line of a CSV file; None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow([_cell(value) for value in values])
+    return text.getvalue().encode()
+
+
+def _finite(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item, _join(path, key), nonfinite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item, _join(path, i), nonfinite) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = str(float(value))
+        return None
+    return value
+
+
+def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, _join(path, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _flatten(item, _join(path, i))
+    else:
+        yield path, value
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _cell(value: Any) -> Any:
+    # As in JSON; a line feed in a text would cut the row for line by line readers.
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return " ".join(value.split()) if isinstance(value, str) else value

@@ -1,0 +1,248 @@
+"""The log of one speaking rank, the silence of the others, and no trace of either afterwards."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpctrain.errors import CheckpointError
+from hpctrain.observe import log
+from hpctrain.observe.progress import Progress
+
+ours = logging.getLogger("hpctrain.training.job")
+theirs = logging.getLogger("some.library")
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    def state() -> tuple[object, ...]:
+        root, package = logging.getLogger(), logging.getLogger("hpctrain")
+        return (
+            list(root.handlers),
+            root.level,
+            list(package.handlers),
+            package.level,
+            list(warnings.filters),
+            warnings.showwarning,
+        )
+
+    before = state()
+    yield
+    assert state() == before
+
+
+def test_console_and_file(tmp_path: Path) -> None:
+    console = io.StringIO()
+    (tmp_path / "log.txt").write_text("an earlier job\n", encoding="utf-8")
+    with log.start(tmp_path, speaks=True, stream=console):
+        ours.info("run %s\n  folder  runs/ü\n", "digits")
+        ours.debug("not told")
+        ours.warning("slow disk")
+        ours.error("no disk")
+        theirs.info("not told")
+        theirs.warning("careful")
+    assert console.getvalue() == (
+        "run digits\n  folder  runs/ü\n\n"
+        "warning: slow disk\nerror: no disk\nwarning: some.library: careful\n"
+    )
+    earlier, *lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert earlier == "an earlier job"
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert all(re.match(stamp, line) for line in lines)
+    assert [re.sub(stamp, "", line) for line in lines] == [
+        "  run digits",
+        "    folder  runs/ü",
+        "",
+        "  warning: slow disk",
+        "  error: no disk",
+        "  warning: some.library: careful",
+    ]
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with log.start(tmp_path, speaks=False):
+        ours.error("an error")
+        theirs.error("an error")
+        warnings.simplefilter("always")
+        warnings.warn("a warning", UserWarning, stacklevel=1)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_folder_there_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with log.start(None, speaks=True):
+        ours.info("hello")
+    assert capsys.readouterr() == ("", "hello\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_restored_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), log.start(tmp_path, speaks=True, stream=io.StringIO()):
+        raise ZeroDivisionError
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "missing"
+    with pytest.raises(CheckpointError) as caught, log.start(folder, speaks=True):
+        pass
+    assert str(folder / "log.txt") in str(caught.value)
+    assert "run.directory" in str(caught.value)
+
+
+def warn_at(line: int, message: str, filename: str = "/env/site-packages/lib/net.py") -> None:
+    warnings.warn_explicit(message, UserWarning, filename, line)
+
+
+def told(messages: list[tuple[int, str]]) -> list[str]:
+    console = io.StringIO()
+    with log.start(None, speaks=True, stream=console):
+        warnings.simplefilter("always")
+        for line, message in messages:
+            warn_at(line, message)
+    return console.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([(3, "bad\n  shape")], ["warning: bad shape (UserWarning, lib/net.py:3)"]),
+        # Once per text, wherever it comes from.
+        ([(3, "a"), (3, "a"), (4, "a")], ["warning: a (UserWarning, lib/net.py:3)"]),
+        (
+            [(3, "a"), (3, "b"), (5, "c")],
+            [
+                "warning: a (UserWarning, lib/net.py:3)",
+                "warning: b (UserWarning, lib/net.py:3)",
+                "warning: c (UserWarning, lib/net.py:5)",
+            ],
+        ),
+        # A number in the text does not make it news for ever.
+        (
+            [(3, f"step {i}") for i in range(50)],
+            [f"warning: step {i} (UserWarning, lib/net.py:3)" for i in range(3)],
+        ),
+    ],
+)
+def test_warnings_are_told_once(messages: list[tuple[int, str]], expected: list[str]) -> None:
+    assert told(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("filename", "expected"),
+    [
+        ("/opt/env/lib/python3.11/site-packages/torch/nn/loss.py", "torch/nn/loss.py"),
+        ("/usr/lib/python3/dist-packages/h5py/x.py", "h5py/x.py"),
+        ("{here}/models/net.py", "models/net.py"),
+        ("/elsewhere/net.py", "/elsewhere/net.py"),
+        ("<string>", "<string>"),
+    ],
+)
+def test_origin(
+    filename: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert log.short_path(filename.format(here=tmp_path)) == expected
+
+
+PROGRAM = """
+import warnings
+from hpctrain.observe import log
+with log.start(None, speaks=True):
+    warnings.warn("`broadcast_buffers` is deprecated. Use ...", FutureWarning)
+    warnings.warn("`something` is deprecated. Use ...", FutureWarning)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["warning: `something` is deprecated. Use ... (FutureWarning, <string>:6)"]),
+        # Whoever asks for warnings sees them all.
+        (
+            ["-W", "default"],
+            [
+                "warning: `broadcast_buffers` is deprecated. Use ... (FutureWarning, <string>:5)",
+                "warning: `something` is deprecated. Use ... (FutureWarning, <string>:6)",
+            ],
+        ),
+    ],
+)
+def test_meaningless_warnings(options: list[str], expected: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-E", *options, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stderr.splitlines() == expected
+
+
+def test_library_handlers_do_not_bypass_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    library, own = logging.getLogger("torch._tested"), io.StringIO()
+    handler = logging.StreamHandler(own)
+    library.addHandler(handler)
+    library.propagate = False
+    try:
+        console = io.StringIO()
+        with log.start(None, speaks=True, stream=console):
+            library.warning("recompiling")
+        assert console.getvalue() == "warning: torch._tested: recompiling\n"
+        assert library.handlers == [handler]
+        assert not library.propagate
+        # Whoever has asked for torch's logs gets them as torch writes them.
+        monkeypatch.setenv("TORCH_LOGS", "+dynamo")
+        with log.start(None, speaks=True, stream=console):
+            library.warning("again")
+        assert own.getvalue() == "again\n"
+    finally:
+        library.removeHandler(handler)
+        library.propagate = True
+
+
+def test_lines_go_above_the_bar() -> None:
+    console = io.StringIO()
+    with log.start(None, speaks=True, stream=console):
+        progress = Progress(10, mode="bar", stream=console, clock=lambda: 0.0)
+        progress.update(3, 0)
+        before = len(console.getvalue())
+        ours.info("saved")
+        cleared, line, redrawn = console.getvalue()[before:].rpartition("saved\n")
+        progress.close()
+    assert line
+    assert cleared.strip("\r ") == ""
+    assert len(cleared) > 80  # the whole bar was wiped out
+    assert redrawn.startswith("\r 30%|")
+
+
+def test_full_disk_costs_lines_not_the_job(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    console = io.StringIO()
+    with log.start(tmp_path, speaks=True, stream=console):
+        ours.info("one")
+        ours.info("two")
+    first, warning, second = console.getvalue().splitlines()
+    assert (first, second) == ("one", "two")
+    assert warning.startswith("warning: ")
+    assert "log.txt has gaps" in warning
+    assert "No space left" in warning
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"), [({}, "ERROR"), ({"TORCH_CPP_LOG_LEVEL": "INFO"}, "INFO")]
+)
+def test_native_libraries_are_quiet_unless_asked(environ: dict[str, str], expected: str) -> None:
+    log.quiet_native_libraries(environ)
+    assert environ == {"TORCH_CPP_LOG_LEVEL": expected}
