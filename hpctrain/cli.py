@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hpctrain
+from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
 from hpctrain.launch.launchers import Claim, detect
 
@@ -103,18 +104,31 @@ def run(arguments: list[str], claim: Claim) -> int:
     parsed = parser.parse_args(arguments)
 
     from hpctrain.batch.signals import SignalFlag
+    from hpctrain.launch.failure import guard
     from hpctrain.launch.world import control_plane
+    from hpctrain.observe.log import quiet_native_libraries
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
     with SignalFlag() as signals:
+        # One rank reads the file; the others hear from it what is in it.
         config = load_config(parsed.config, parsed.overrides) if claim.rank in (None, 0) else None
-        with control_plane(claim) as (topology, communicator):
+        if claim.launcher is None and isinstance(config, ConfigError):
+            raise config
+        quiet_native_libraries()
+        with control_plane(claim) as (topology, communicator), guard(topology) as keeper:
             config = communicator.broadcast(config)
-            if isinstance(config, HpctrainError):
+            if isinstance(config, ConfigError):
                 raise config
-            from hpctrain.training.job import train  # imports torch: after MPI_Init
+            from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
 
-            return train(config, topology, communicator, signals)
+            return train(
+                config,
+                topology,
+                communicator,
+                signals=signals,
+                guard=keeper,
+                command=arguments,
+            )
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:

@@ -24,12 +24,16 @@ def expectation(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         kind, *constraints = typing.get_args(annotation)
-        return expectation(kind) + "".join(_limit(constraint) for constraint in constraints)
+        text = expectation(kind)
+        for constraint in constraints:
+            text = _limited(text, constraint)
+        return text
     if origin in (Union, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return " or ".join(expectation(kind) for kind in kinds)
     if origin is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in typing.get_args(annotation))
+        words = [f'"{word}"' for word in typing.get_args(annotation)]
+        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
     if dataclasses.is_dataclass(annotation):
         return "a table"
     return _KINDS[origin or annotation]
@@ -42,15 +46,13 @@ def choices(annotation: Any) -> tuple[str, ...]:
     return tuple(word for inner in typing.get_args(annotation) for word in choices(inner))
 
 
-def _limit(constraint: Any) -> str:
+def _limited(text: str, constraint: Any) -> str:
     if isinstance(constraint, Ge):
-        return f" from {constraint.ge}"
+        return f"{text} from {constraint.ge}"
     if isinstance(constraint, Gt):
-        return f" above {constraint.gt}"
-    if isinstance(constraint, Interval):
-        lower = f" from {constraint.ge}" if constraint.ge is not None else ""
-        upper = f" to {constraint.le}" if constraint.le is not None else ""
-        return lower + upper + (f" below {constraint.lt}" if constraint.lt is not None else "")
-    if isinstance(constraint, MinLen):
-        return " that is not empty"
+        return f"{text} above {constraint.gt}"
+    if isinstance(constraint, Interval) and constraint.gt is None and constraint.lt is None:
+        return f"{text} from {constraint.ge} to {constraint.le}"
+    if isinstance(constraint, MinLen) and constraint.min_length == 1:
+        return text.replace("a ", "a non-empty ", 1)
     raise TypeError(f"no words for {constraint!r}")

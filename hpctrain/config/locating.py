@@ -9,13 +9,17 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 
-from hpctrain.config.messages import did_you_mean
+from hpctrain.config.messages import did_you_mean, printable
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+_MAKES_NAMES = {"exec", "globals", "locals", "modules", "setattr", "vars"}
+"""Ways to define a name that the source does not show as a definition."""
 
 
 def is_reference(text: str) -> bool:
@@ -23,84 +27,115 @@ def is_reference(text: str) -> bool:
     return _REFERENCE.fullmatch(text) is not None
 
 
-def problem(reference: str) -> str | None:
+def problem_of(reference: str) -> str | None:
     """Return what is wrong with "package.module:Name", None if it can be found or may be there.
 
     Undecided is accepted: extension modules, star imports and modules with `__getattr__` do not
     show their names.
     """
     module, _, name = reference.partition(":")
-    spec = None
-    path: Sequence[str] | None = None
     parts = module.split(".")
+    spec, folders = _find(parts[0], None), _folders()
     for depth, part in enumerate(parts, start=1):
-        spec = _find(".".join(parts[:depth]), path)
+        found = ".".join(parts[: depth - 1])
+        if depth > 1:
+            assert spec is not None
+            if spec.submodule_search_locations is None:
+                if _names(spec) is None:  # as `os` has `os.path`, and extension modules may
+                    return None
+                return f"{found!r} is a module, not a package with modules in it"
+            folders = list(spec.submodule_search_locations)
+            spec = _find(part, folders)
         if spec is None:
-            missing = ".".join(parts[:depth])
-            near = did_you_mean(part, _siblings(path))
-            return f"no module {missing!r} in the current directory or the environment{near}"
-        path = spec.submodule_search_locations
-        if path is None and depth < len(parts):
-            return f"{'.'.join(parts[:depth])!r} is a module, not a package with modules in it"
+            where = f"package {found!r} has" if found else "the current directory and Python have"
+            near = did_you_mean(part, _modules(folders), prefix=f"{found}." if found else "")
+            return f"{where} no module {part!r}{near}"
     assert spec is not None
-    names = _names(spec)
+    try:
+        names = _names(spec)
+    except SyntaxError as error:
+        file = printable(str(spec.origin))
+        return f"{file}, line {error.lineno}: {printable(error.msg)}"
     first = name.split(".")[0]
     if names is not None and first not in names:
         return f"module {module!r} has no {first!r}{did_you_mean(first, names)}"
     return None
 
 
-def _find(fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    if path is not None:
-        return PathFinder.find_spec(fullname, path)
-    here = PathFinder.find_spec(fullname, [str(Path.cwd())])
-    if here is not None:
-        return here
-    # All finders, since an editable installation brings its own; none of them runs a module.
+def _folders() -> list[str]:
+    """Return where the top-level modules are: as after `python -m`, here first."""
+    here = str(Path.cwd())
+    return [here, *(folder for folder in sys.path if folder not in ("", here))]
+
+
+def _find(name: str, folders: Sequence[str] | None) -> ModuleSpec | None:
+    """Return the spec of the module with this last name, as the import system would choose it.
+
+    For a top-level module (`folders` is None) all finders are asked, since an editable installation
+    brings its own. None of them runs a module.
+    """
+    if folders is not None:
+        # By its last name alone: with its full one, the package around it would have to be loaded.
+        return PathFinder.find_spec(name, folders)
     for finder in sys.meta_path:
-        spec = finder.find_spec(fullname, None)
+        path = _folders() if finder is PathFinder else None
+        spec = finder.find_spec(name, path)
         if spec is not None:
             return spec
     return None
 
 
-def _siblings(path: Sequence[str] | None) -> list[str]:
-    """Return the modules that stand where one was not found."""
-    names: list[str] = []
-    for folder in [str(Path.cwd())] if path is None else path:
+def _modules(folders: Sequence[str]) -> set[str]:
+    """Return the modules that lie in folders."""
+    names: set[str] = set()
+    for folder in folders:
         try:
             items = list(Path(folder).iterdir())
         except OSError:
             continue
-        names += [item.stem for item in items if item.suffix == ".py" or item.is_dir()]
+        names |= {item.stem for item in items if item.suffix == ".py"}
+        names |= {item.name for item in items if (item / "__init__.py").is_file()}
     return names
 
 
 def _names(spec: ModuleSpec) -> set[str] | None:
-    """Return the names that a module defines at its top level; None if its source cannot tell."""
-    if spec.origin is None or not spec.origin.endswith(".py"):
+    """Return the names that a module defines at its top level; None if its source cannot tell.
+
+    Raises:
+        SyntaxError: if the source is none.
+    """
+    if spec.origin is None and spec.submodule_search_locations is not None:
+        return set()  # a folder without __init__.py holds modules and nothing else
+    if spec.origin is None or not isinstance(spec.loader, SourceFileLoader):
         return None
     try:
-        tree = ast.parse(Path(spec.origin).read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return None  # the import itself will tell, better
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as an odd escape in a string: not our business
+            tree = ast.parse(Path(spec.origin).read_bytes())
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return None  # the import itself will tell
+    for node in ast.walk(tree):
+        word = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
+        if word in _MAKES_NAMES:
+            return None
     names = set(_defined(tree.body))
+    names |= {
+        name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names
+    }
     return None if names & {"*", "__getattr__"} else names
 
 
-def _defined(body: Sequence[ast.stmt]) -> Iterator[str]:
+def _defined(body: Sequence[ast.AST]) -> Iterator[str]:
+    """Yield the names that statements of a module's top level may define."""
     for statement in body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield statement.name
         elif isinstance(statement, ast.Import | ast.ImportFrom):
             for alias in statement.names:
                 yield alias.asname or alias.name.split(".")[0]
+        elif isinstance(statement, ast.Name):
+            if isinstance(statement.ctx, ast.Store):
+                yield statement.id
         else:
-            # Assignments in any form, and what stands below `if`, `try`, `with`, `for`.
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    yield node.id
-            for field in ("body", "orelse", "finalbody"):
-                yield from _defined(getattr(statement, field, []))
-            for handler in getattr(statement, "handlers", []):
-                yield from _defined(handler.body)
+            # Assignments in any form, and what stands below `if`, `try`, `with`, `for`, `match`.
+            yield from _defined(list(ast.iter_child_nodes(statement)))

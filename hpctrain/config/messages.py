@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hpctrain.errors import ConfigError
 
-_LONGEST_VALUE = 60
+KeyPath = tuple[str, ...]
+
+_LONGEST = 60
+"""Characters of a value or of a key that are shown."""
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class _NotGiven:
+    """The value of a key that has none: TOML has no null, but None may be shown one day."""
+
+
+NOT_GIVEN: Final = _NotGiven()
+
+
+class Verbatim(str):
+    """Text to be shown as it was typed, not as a string value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,32 +33,52 @@ class Mistake:
     """One thing to mend.
 
     Attributes:
-        key: dotted, such as "data.train".
-        text: what is wrong, and what would be right.
-        line: in the config file; None for what stands nowhere, or in an override.
-        override: the command-line override that the value comes from.
+        key: such as ("data", "train"); empty where not even the key could be read.
+        problem: what is wrong, and what would be right.
+        value: what was given; NOT_GIVEN for a key that is missing.
+        line: in the config file, from 1; None for what stands in no file.
+        override: position on the command line, from 0; None for what stands in the file.
     """
 
-    key: str
-    text: str
+    key: KeyPath
+    problem: str
+    value: Any = NOT_GIVEN
     line: int | None = None
-    override: str | None = None
+    override: int | None = None
+
+    def place(self) -> str:
+        """Return where to mend it, such as "line 34"; empty if that is no place of its own."""
+        if self.override is not None:
+            return "override"
+        return "" if self.line is None else f"line {self.line}"
 
     def __str__(self) -> str:
-        where = ""
-        if self.override is not None:
-            where = f"override {printable(self.override)}: "
-        elif self.line is not None:
-            where = f"line {self.line}: "
-        return f"{where}{printable(self.key)}{self.text}"
+        given = "" if self.value is NOT_GIVEN else shown(self.value)
+        subject = " = ".join(part for part in (dotted(self.key), given) if part)
+        return f"{subject}: {self.problem}"
 
 
 def config_error(path: str, mistakes: Sequence[Mistake]) -> ConfigError:
-    """Return one error that tells all mistakes, in the order of the file."""
-    ordered = sorted(mistakes, key=lambda item: (item.override is not None, item.line or 0))
+    """Return one error that tells all mistakes: those of the file by line, then the overrides'."""
+    ordered = sorted(
+        mistakes,
+        key=lambda item: (
+            item.override is not None,
+            item.line is None,
+            item.line or item.override or 0,
+        ),
+    )
     count = "1 mistake" if len(ordered) == 1 else f"{len(ordered)} mistakes"
-    lines = [f"{printable(path)}: {count}", *(f"  {mistake}" for mistake in ordered)]
-    return ConfigError("\n".join(lines))
+    width = max(len(item.place()) for item in ordered)
+    gap = "  " if width else ""
+    lines = [f"  {item.place():{width}}{gap}{item}" for item in ordered]
+    return ConfigError("\n".join([f"{printable(path)}: {count}", *lines]))
+
+
+def dotted(key: KeyPath) -> str:
+    """Return a key as it stands in TOML, cut where it is long."""
+    parts = (part if _BARE_KEY.fullmatch(part) else f'"{part}"' for part in key)
+    return _cut(".".join(parts))
 
 
 def shown(value: Any) -> str:
@@ -50,15 +86,16 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        text = "[" + ", ".join(shown(item) for item in value[:8]) + "]"
-    else:
-        try:
-            text = f'"{value}"' if isinstance(value, str) else str(value)
-        except ValueError:  # an integer with more digits than Python prints
-            return "a number of thousands of digits"
-    return printable(text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "...")
+        return "{...}" if value else "{}"
+    if isinstance(value, list | tuple):
+        # Inner lists are not followed: what is shown stays short, however deep the nest.
+        items = ["[...]" if isinstance(item, list) else shown(item) for item in value[:_LONGEST]]
+        return _cut("[" + ", ".join(items) + "]")
+    if isinstance(value, str):
+        return _cut(value if isinstance(value, Verbatim) else f'"{value}"')
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
+        return "a very long number"
+    return _cut(str(value))
 
 
 def printable(text: str) -> str:
@@ -66,7 +103,23 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", quote: str = "") -> str:
     """Return "; did you mean ...?" for a near miss, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = nearest(word, known)
+    return "" if close is None else f"; did you mean {prefix}{quote}{close}{quote}?"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return which of the known words was meant, if one is close."""
+    if len(word) > _LONGEST:  # no slip of the finger, and slow to compare
+        return None
+    import difflib
+
+    by_case = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(word.lower(), list(by_case), n=1)
+    return by_case[close[0]] if close else None
+
+
+def _cut(text: str) -> str:
+    text = printable(text[: _LONGEST + 1])
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

@@ -24,6 +24,11 @@ def _table(section: Any) -> dict[str, Any]:
         if getattr(section, field.name) is not None  # TOML knows no null: left out is none
     }
     if isinstance(section, ComponentSection):
-        # Last, as the one table inside the section.
-        table["arguments"] = table.pop("arguments")
+        reserved = {field.name for field in dataclasses.fields(section)}
+        arguments = table.pop("arguments")
+        # As people write them: among the section's own keys, apart only where names collide.
+        table |= {key: value for key, value in arguments.items() if key not in reserved}
+        apart = {key: value for key, value in arguments.items() if key in reserved}
+        if apart:
+            table["arguments"] = apart
     return table

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 
 Count = Annotated[int, Ge(1)]
+CountOrNever = Annotated[int, Ge(0)]
 Seconds = Annotated[float, Gt(0)]
-Reference = Annotated[str, MinLen(1)]
+Text = Annotated[str, MinLen(1)]
+Reference = Text
 """A built-in name, or an import path "package.module:Name"."""
 
 
@@ -20,13 +22,13 @@ Reference = Annotated[str, MinLen(1)]
 class RunSection:
     """What this run is called and where it lives."""
 
-    name: Annotated[str, MinLen(1)]
+    name: Text
     """Name of the run, and of its folder below `directory`."""
 
-    directory: str = "runs"
+    directory: Text = "runs"
     """Folder of all runs."""
 
-    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
+    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 1234
     """Seeds the initial weights, the order of the data and every random draw."""
 
     deterministic: bool = False
@@ -51,7 +53,7 @@ class TaskSection(ComponentSection):
     inputs: Annotated[tuple[str, ...], MinLen(1)]
     """Fields of the dataset that the model receives, in the order of its arguments."""
 
-    target: str | None = None
+    target: Text | None = None
     """Field that the loss compares the model's output with."""
 
 
@@ -59,10 +61,10 @@ class TaskSection(ComponentSection):
 class DataSection:
     """Where the samples are and how they are cut into batches."""
 
-    train: Annotated[str, MinLen(1)]
+    train: Text
     """A folder of shards, or a pattern of HDF5 files such as "/scratch/me/*.h5"."""
 
-    validation: Annotated[str, MinLen(1)] | None = None
+    validation: Text | None = None
     """The same, for evaluation; none: no evaluation."""
 
     global_batch_size: Count
@@ -131,11 +133,11 @@ class TrainingSection:
     max_bad_steps: Count = 10
     """End the job after so many steps in a row with a gradient that is not finite."""
 
-    evaluate_every_epochs: Count | None = 1
-    """Evaluate after so many epochs."""
+    evaluate_every_epochs: CountOrNever = 1
+    """Evaluate after so many epochs; 0: never."""
 
-    evaluate_every_steps: Count | None = None
-    """Evaluate after so many steps."""
+    evaluate_every_steps: CountOrNever = 0
+    """Evaluate after so many steps; 0: never."""
 
     compile: bool = False
     """Compile the model with torch.compile."""
@@ -145,22 +147,22 @@ class TrainingSection:
 class CheckpointSection:
     """What is kept, how often, and where to start from."""
 
-    every_epochs: Count | None = 1
-    """Save after so many epochs."""
+    every_epochs: CountOrNever = 1
+    """Save after so many epochs; 0: never. The end of a run is always saved."""
 
-    every_steps: Count | None = None
-    """Save after so many steps."""
+    every_steps: CountOrNever = 0
+    """Save after so many steps; 0: never."""
 
     keep_last: Count = 3
     """Keep the newest so many checkpoints."""
 
-    keep_best: str | None = None
+    keep_best: Text | None = None
     """Also keep the best checkpoint by this metric of the evaluation."""
 
     keep_best_mode: Literal["min", "max"] | None = None
     """Which direction is better; none: as the task declares it."""
 
-    resume: Annotated[str, MinLen(1)] = "auto"
+    resume: Text = "auto"
     """"auto": from the newest whole checkpoint if there is one; "never"; or a checkpoint folder."""
 
 
@@ -174,10 +176,10 @@ class LaunchSection:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Carrier of gradients; "auto" is NCCL with one GPU per rank, else gloo."""
 
-    interface: str | None = None
+    interface: Text | None = None
     """Network interface to meet on; none: every one is tried."""
 
-    address: str | None = None
+    address: Text | None = None
     """Address of rank 0 to meet at; none: every one is tried."""
 
     hang_timeout_seconds: Seconds = 300.0

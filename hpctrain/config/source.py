@@ -1,15 +1,24 @@
-"""The text of a config: TOML to a table, and the line of every key; overrides on top."""
+"""The text of a config: a TOML file to a table."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.messages import Mistake, did_you_mean, printable
+from hpctrain.config.lines import deepest_line, locate_keys
+from hpctrain.config.messages import (
+    NOT_GIVEN,
+    KeyPath,
+    Mistake,
+    config_error,
+    did_you_mean,
+    printable,
+)
 from hpctrain.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -18,38 +27,71 @@ else:
     import tomli as tomllib
 
 Table = dict[str, Any]
-KeyPath = tuple[str, ...]
 
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+DEEPEST = 16
+"""Levels of tables and lists that a config may have; everything behind may then recurse."""
+
+_LARGEST_BYTES = 1_000_000
+"""Beyond this it is no config but, say, a shard: not to be read whole on a login node."""
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True)
 class Source:
-    """A parsed config and where each of its keys comes from.
+    """A parsed config, and where each of its keys comes from.
 
     Attributes:
-        table: of tables, by section.
-        lines: line number of every key, sections included.
-        overrides: the override, as given, of every key that has one.
+        path: of the file, for the messages.
+        text: of the file, its lines ended by a line feed.
+        table: of tables, by section; overrides are applied to it.
+        overrides: position on the command line of every key that was overridden.
     """
 
+    path: str
+    text: str
     table: Table
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    overrides: dict[KeyPath, str] = field(default_factory=dict)
+    overrides: dict[KeyPath, int] = field(default_factory=dict)
 
-    def mistake(self, key: KeyPath, text: str) -> Mistake:
-        """Return a mistake with the place of `key`, or of what it would stand in."""
-        for end in range(len(key), 0, -1):
-            if key[:end] in self.overrides:
-                return Mistake(key=".".join(key), text=text, override=self.overrides[key[:end]])
-            if key[:end] in self.lines:
-                return Mistake(key=".".join(key), text=text, line=self.lines[key[:end]])
-        return Mistake(key=".".join(key), text=text)
+    @functools.cached_property
+    def lines(self) -> dict[KeyPath, int]:
+        """Line number of every key of the file, sections included."""
+        return locate_keys(self.text)
 
-    def get(self, section: str, key: str) -> Any:
-        """Return a value as given, None if it is not there or its section is no table."""
-        table = self.table.get(section)
-        return table.get(key) if isinstance(table, dict) else None
+    def get(self, *key: str) -> Any:
+        """Return a value as given, None if it or a table on the way to it is not there."""
+        value = self._find(key)
+        return None if value is NOT_GIVEN else value
+
+    def mistake(self, key: KeyPath, problem: str) -> Mistake:
+        """Return a mistake at a key, with its value and its place."""
+        return self.place(Mistake(key=key, problem=problem, value=self._find(key)))
+
+    def place(self, mistake: Mistake) -> Mistake:
+        """Return a mistake with the place of its key, or of the table that it would stand in."""
+        line, override = self._place(mistake.key)
+        value = mistake.value
+        if len(mistake.key) == 1 and isinstance(value, dict):
+            value = NOT_GIVEN  # a section is known by its name
+        return dataclasses.replace(mistake, value=value, line=line, override=override)
+
+    def _place(self, key: KeyPath) -> tuple[int | None, int | None]:
+        """Return the line, or else the override, that a key comes from."""
+        elsewhere = (*key[:1], "arguments", *key[1:])  # where a component's keys may also stand
+        for end in range(len(key) + 1, 0, -1):
+            for path in (key[:end], elsewhere[:end]):
+                if path in self.overrides:
+                    return None, self.overrides[path]
+                if path in self.lines:
+                    return self.lines[path], None
+        inside = (number for path, number in self.overrides.items() if path[: len(key)] == key)
+        return None, next(inside, None)
+
+    def _find(self, key: KeyPath) -> Any:
+        value: Any = self.table
+        for part in key:
+            if not isinstance(value, dict) or part not in value:
+                return NOT_GIVEN
+            value = value[part]
+        return value
 
 
 def read(path: str) -> Source:
@@ -60,15 +102,22 @@ def read(path: str) -> Source:
     """
     name = printable(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        with Path(path).open("rb") as file:
+            data = file.read(_LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{name}: no such file{_neighbour(path)}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{name}, line {line}: not UTF-8, as TOML has to be") from None
-    except (OSError, ValueError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{name}: is a folder; name the TOML file in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{name}: cannot be read: {reason}") from None
+    if len(data) > _LARGEST_BYTES:
+        raise ConfigError(f"{name}: larger than {_LARGEST_BYTES:,} bytes: is this a config?")
+    try:
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{name}, line {line}: not UTF-8, which TOML has to be") from None
     return parse(text, path)
 
 
@@ -79,118 +128,70 @@ def parse(text: str, path: str) -> Source:
         ConfigError: if it is no TOML, with line and column.
     """
     name = printable(path)
-    # Line ends as TOML knows them, so that the lines counted here are an editor's.
-    text = text.replace("\r\n", "\n")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}{_syntax_error(str(error), text)}") from None
     except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply to be read") from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise ConfigError(f"{name}: {printable(str(error))}") from None
-    return Source(table, locate_keys(text))
+        line = deepest_line(text)
+        raise ConfigError(f"{name}, line {line}: nested too deeply to be read") from None
+    except ValueError:  # the one other way to fail: more digits than Python makes an integer of
+        digits = re.search(r"\d[\d_]{999}", text)
+        line = text.count("\n", 0, digits.start() if digits else 0) + 1
+        raise ConfigError(f"{name}, line {line}: a number of thousands of digits") from None
+    return Source(path=path, text=text.replace("\r\n", "\n"), table=table)
 
 
-def locate_keys(text: str) -> dict[KeyPath, int]:
-    """Return the line of every key of a valid TOML text.
+def refuse_depth(source: Source) -> None:
+    """Refuse a table that what comes after could not walk through by recursion.
 
-    TOML is a sequence of statements, each at the start of a line: `[header]` or `key = value`,
-    where only a value may go on over further lines. So lines are gathered until they parse alone.
+    Raises:
+        ConfigError: with the first key that lies too deep.
     """
-    lines: dict[KeyPath, int] = {}
-    section: KeyPath = ()
-    statement, first = "", 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not statement:
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            first = number
-        statement += line + "\n"
-        try:
-            parsed = tomllib.loads(statement)
-        except (tomllib.TOMLDecodeError, RecursionError):
-            continue
-        header = statement.lstrip().startswith("[")
-        paths = _paths(parsed)
-        if header:
-            section = max(paths, key=len, default=())
-        for path in paths:
-            lines.setdefault(path if header else (*section, *path), first)
-        statement = ""
-    return lines
+    level: list[tuple[KeyPath, Any]] = [((), source.table)]
+    for _ in range(DEEPEST):
+        level = [
+            (path if isinstance(value, list) else (*path, name), inner)
+            for path, value in level
+            for name, inner in _items(value)
+        ]
+    for path, value in level:
+        if isinstance(value, dict | list):
+            problem = f"nested more than {DEEPEST} levels deep"
+            mistake = source.place(Mistake(key=path, problem=problem))
+            raise config_error(source.path, [mistake])
 
 
-def apply_overrides(source: Source, overrides: Sequence[str]) -> list[Mistake]:
-    """Set single keys, each given as section.key=VALUE with a TOML value.
-
-    A bare word that is no TOML value is taken as a string, so that names need no quotes within
-    the shell's.
-    """
-    mistakes = []
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        path = tuple(name.strip().split("."))
-        if not equals or len(path) < 2 or not all(_BARE_KEY.fullmatch(part) for part in path):
-            mistakes.append(Mistake(key="", text="expected SECTION.KEY=VALUE", override=override))
-            continue
-        try:
-            value = _override_value(text.strip())
-        except ValueError as error:
-            mistakes.append(Mistake(key=name, text=f": {error}", override=override))
-            continue
-        table = source.table
-        for depth, part in enumerate(path[:-1], start=1):
-            inner = table.setdefault(part, {})
-            if not isinstance(inner, dict):
-                text = f": {'.'.join(path[:depth])} is no table"
-                mistakes.append(Mistake(key=name, text=text, override=override))
-                break
-            table = inner
-        else:
-            table[path[-1]] = value
-            source.overrides[path] = override
-    return mistakes
-
-
-def _override_value(text: str) -> Any:
-    try:
-        if "\n" in text:
-            raise ValueError("more than one line")
-        return tomllib.loads(f"value = {text}")["value"]
-    except (RecursionError, ValueError):  # a TOMLDecodeError is a ValueError
-        if not text or text[0] in "[{\"'" or "\n" in text:
-            raise ValueError(f"no TOML value: {printable(text) or 'nothing after ='}") from None
-        return text
-
-
-def _paths(table: Table, prefix: KeyPath = ()) -> list[KeyPath]:
-    """Return the paths of all keys of a parsed statement, tables inside it included."""
-    paths: list[KeyPath] = []
-    for key, value in table.items():
-        path = (*prefix, key)
-        paths.append(path)
-        inner = value[-1] if isinstance(value, list) and value else value
-        if isinstance(inner, dict):
-            paths += _paths(inner, path)
-    return paths
+def _items(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    return [("", item) for item in value] if isinstance(value, list) else []
 
 
 def _syntax_error(message: str, text: str) -> str:
+    """Return where and why, from the parser's "... (at line 3, column 9)", and the line itself."""
     place = re.search(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$", message)
     if place is None:
         return f": not TOML: {printable(message)}"
-    reason = printable(message[: place.start()])
+    # A table is named there as a Python tuple.
+    tables = re.sub(r"\('(.*?)',?\)", r"[\1]", message[: place.start()]).replace("', '", ".")
+    reason = printable(tables[:100])
+    lines = text.replace("\r\n", "\n").split("\n")
     if place[1] is None:
-        return f", line {text.count(chr(10)) + 1} (its end): not TOML: {reason}"
-    line = text.split("\n")[int(place[1]) - 1]
-    return f", line {place[1]}, column {place[2]}: not TOML: {reason}\n  {printable(line)[:100]}"
+        where = f"line {len(lines)}, column {len(lines[-1]) + 1} (the end of the file)"
+        line = lines[-1]
+    else:
+        where = f"line {place[1]}, column {place[2]}"
+        line = lines[int(place[1]) - 1]
+    return f", {where}: not TOML: {reason}\n  {printable(line[:100])}".rstrip()
 
 
 def _neighbour(path: str) -> str:
     """Suggest a file beside the one that is not there."""
+    wanted = Path(path)
     try:
-        names = [str(item) for item in Path(path).parent.iterdir() if item.suffix == ".toml"]
+        names = [item.name for item in wanted.parent.iterdir() if item.suffix == ".toml"]
     except (OSError, ValueError):
         return ""
-    return did_you_mean(path, names)
+    folder = "" if str(wanted.parent) == "." else f"{printable(str(wanted.parent))}/"
+    return did_you_mean(wanted.name, names, prefix=folder)

@@ -1,132 +1,188 @@
-"""A table to a Config, by the schema: names, types, ranges. All mistakes at once."""
+"""A table to a Config, by the schema: names, types, ranges. All mistakes at once.
+
+pydantic decides what fits a type; what is wrong is said in our words, from the schema itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import typing
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain.config.expectations import choices, expectation
-from hpctrain.config.messages import Mistake, did_you_mean, shown
+from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, nearest
 from hpctrain.config.schema import ComponentSection, Config
-from hpctrain.config.source import KeyPath, Source, Table
+from hpctrain.config.source import Source, Table
 
-SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
     """Return the config, or None and every mistake against the schema."""
-    table, mistakes = _gather_arguments(source)
-    mistakes += [
-        source.mistake(path, f" = {shown(value)}: {reason}")
-        for path, value, reason in _foreign(table)
-    ]
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    table, mistakes = _usable(source)
+    found = {mistake.key for mistake in mistakes}
+    unknown, table = _known_only(source, table)
+    mistakes += unknown
 
-    adapter = TypeAdapter(Config, config=None)
-    for section in (Config, *SECTIONS.values()):
-        # No coercion: "3" is no number, and a misspelt key is not dropped.
-        section.__pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[attr-defined]
+    from pydantic import ValidationError
+
     try:
         # By way of JSON, in which strict validation takes objects and lists for dataclasses and
-        # tuples, and whole numbers for floats.
-        config = adapter.validate_json(json.dumps(table, default=str))
+        # tuples, and whole numbers for floats; nothing else is coerced.
+        config = _adapter().validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
-        mistakes += [
-            _mistake(source, tuple(map(str, item["loc"])), item["type"])
-            for item in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        return None, mistakes
-    return config, mistakes
+        for item in error.errors(include_url=False, include_context=False, include_input=False):
+            key = tuple(str(part) for part in item["loc"][:2])
+            if key not in found:
+                found.add(key)
+                mistakes.append(_misfit(source, key, missing=item["type"].startswith("missing")))
+        return None, _without_echoes(mistakes)
+    return (None if mistakes else config), mistakes
 
 
-def field_type(path: KeyPath) -> Any:
-    """Return the annotation of a section or of a field of one; KeyError if there is none."""
-    section = SECTIONS[path[0]]
-    if len(path) == 1:
-        return section
-    return typing.get_type_hints(section, include_extras=True)[path[1]]
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
-def field_names(section: type) -> list[str]:
-    """Return the keys that a section of the file may have."""
-    return [item.name for item in dataclasses.fields(section)]
+@functools.cache
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
 
 
-def _gather_arguments(source: Source) -> tuple[Table, list[Mistake]]:
-    """Return a copy in which a component's further keys have moved into its `arguments`."""
+@functools.cache
+def _fields(section: str) -> dict[str, Any]:
+    """Return the annotation of every key that a section of the file may have."""
+    return typing.get_type_hints(_sections()[section], include_extras=True)
+
+
+def reserved_keys(section: str) -> tuple[str, ...]:
+    """Return the keys that are hpctrain's own in a section, not arguments of its component."""
+    return tuple(field.name for field in dataclasses.fields(_sections()[section]))
+
+
+def is_component(section: str) -> bool:
+    """Tell whether further keys of a section are arguments of what it names."""
+    return issubclass(_sections()[section], ComponentSection)
+
+
+def _usable(source: Source) -> tuple[Table, list[Mistake]]:
+    """Return a copy without the values that TOML has and a config has no use for, and those."""
+    mistakes: list[Mistake] = []
+
+    def usable(value: Any, key: KeyPath) -> Any:
+        if isinstance(value, dict):
+            return {name: usable(inner, (*key, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [usable(inner, key) for inner in value]
+        problem = ""
+        if isinstance(value, datetime.date | datetime.time):
+            problem = "dates and times are of no use here; as a string it needs quotes"
+        elif isinstance(value, float) and not math.isfinite(value):
+            problem = "expected a finite number"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problem = "expected a number of at most 64 bits"
+        if not problem:
+            return value
+        if key not in [mistake.key for mistake in mistakes]:
+            mistakes.append(source.mistake(key, problem))
+        return None
+
+    return usable(source.table, ()), mistakes
+
+
+def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
+    """Return what the schema does not know, and a table without it.
+
+    Further keys of a component have moved into its `arguments`.
+    """
     mistakes = []
-    table = dict(source.table)
-    for name, section in SECTIONS.items():
-        given = table.get(name)
-        if not (isinstance(given, dict) and issubclass(section, ComponentSection)):
+    known: Table = {}
+    for section, given in table.items():
+        if section not in _sections():
+            mistakes.append(source.mistake((section,), _unknown_section(section, given)))
             continue
-        known = field_names(section)
-        free = {key: value for key, value in given.items() if key not in known}
-        table[name] = {key: value for key, value in given.items() if key in known}
+        if not isinstance(given, dict):
+            known[section] = given
+            continue
+        reserved = reserved_keys(section)
+        known[section] = {key: value for key, value in given.items() if key in reserved}
+        further = [key for key in given if key not in reserved]
+        if not is_component(section):
+            mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]
+            continue
         named = given.get("arguments", {})
         if isinstance(named, dict):
-            mistakes += [
-                source.mistake((name, key), f": given twice, also in [{name}.arguments]")
-                for key in free
-                if key in named
-            ]
-            table[name]["arguments"] = free | named
-    return table, mistakes
+            problem = f"given twice, also in [{section}.arguments]"
+            mistakes += [source.mistake((section, key), problem) for key in further if key in named]
+            known[section]["arguments"] = {key: given[key] for key in further} | named
+    return mistakes, known
 
 
-def _foreign(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, str]]:
-    """Find the values that TOML has and a config has no use for."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _foreign(inner, (*path, key))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _foreign(inner, path)
-    elif isinstance(value, datetime.date | datetime.time):
-        yield _as_written(path), value, "a date or time is of no use here; write it as a string"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield _as_written(path), value, "expected a finite number"
+def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
+    """Say what is wrong with the value of a key that the schema knows."""
+    if len(key) == 1:
+        annotation = _sections()[key[0]]
+        problem = "missing section" if missing else f"expected {expectation(annotation)}"
+        return source.mistake(key, problem)
+    annotation = _fields(key[0])[key[1]]
+    problem = f"expected {expectation(annotation)}"
+    if missing:
+        beside = source.get(key[0]) if is_component(key[0]) else ()
+        near = nearest(key[1], set(beside) - set(reserved_keys(key[0])))
+        slip = "" if near is None else f"; is {key[0]}.{near} a slip for it?"
+        return source.mistake(key, f"missing; {problem}{slip}")
+    value = source.get(*key)
+    if isinstance(value, str):
+        problem += did_you_mean(value, choices(annotation), quote='"')
+        if annotation is bool and value.lower() in ("true", "false", "yes", "no", "on", "off"):
+            word = "true" if value.lower() in ("true", "yes", "on") else "false"
+            problem += f"; did you mean {word}?"
+        elif "number" in problem and _is_number(value):
+            problem += "; without quotes it is one"
+    return source.mistake(key, problem)
 
 
-def _as_written(path: KeyPath) -> KeyPath:
-    """Return the path without the `arguments` table that most configs leave out."""
-    return tuple(part for index, part in enumerate(path) if (index, part) != (1, "arguments"))
-
-
-def _mistake(source: Source, path: KeyPath, kind: str) -> Mistake:
-    """Put a mistake that pydantic found into our words."""
-    if path[0] not in SECTIONS:
-        return source.mistake(path, f": unknown section{did_you_mean(path[0], SECTIONS)}")
+def _is_number(text: str) -> bool:
     try:
-        annotation = field_type(path)
-    except KeyError:
-        return source.mistake(path, f": unknown key{_meant(path)}")
-    if kind in ("missing", "missing_keyword_only_argument"):
-        what = "section" if len(path) == 1 else expectation(annotation)
-        return source.mistake(path, f": missing; expected {what}")
-    value: Any = source.table
-    for part in path[:2]:
-        value = value[part]
-    text = f" = {shown(value)}: expected {expectation(annotation)}"
-    if isinstance(value, str) and (words := choices(annotation)):
-        text += did_you_mean(value, words)
-    elif annotation is bool and str(value).lower() in ("true", "false", "yes", "no"):
-        text += f"; did you mean {'true' if str(value).lower() in ('true', 'yes') else 'false'}?"
-    return source.mistake(path[:2], text)
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _meant(path: KeyPath) -> str:
-    """Return which known key an unknown one may have meant: of its section, then of another."""
-    section, key = path[0], path[1]
-    near = did_you_mean(key, field_names(SECTIONS[section]))
-    if near:
-        return near.replace("mean ", f"mean {section}.")
-    for other, kind in SECTIONS.items():
-        if key in field_names(kind):
-            return f"; did you mean {other}.{key}?"
-    return ""
+def _unknown_section(section: str, given: Any) -> str:
+    if isinstance(given, dict):
+        return f"unknown section{did_you_mean(section, _sections())}"
+    homes = [f"{name}.{section}" for name in _sections() if section in reserved_keys(name)]
+    home = did_you_mean(f".{section}", homes) if len(homes) == 1 else ""
+    return f"stands before the first [section], so it belongs to none{home}"
+
+
+def _unknown(section: str, key: str) -> str:
+    """Name the known key that was meant: the same in another section, or a near one in this."""
+    homes = [f"{name}.{key}" for name in _sections() if key in reserved_keys(name)]
+    if len(homes) == 1:
+        return f"unknown key; did you mean {homes[0]}?"
+    return f"unknown key{did_you_mean(key, reserved_keys(section), prefix=f'{section}.')}"
+
+
+def _without_echoes(mistakes: list[Mistake]) -> list[Mistake]:
+    """Drop "missing" where an unknown key or section beside it was a slip for just that."""
+    meant: set[KeyPath] = set()
+    for *above, name in (mistake.key for mistake in mistakes if "unknown" in mistake.problem):
+        known = reserved_keys(above[0]) if above else tuple(_sections())
+        if (close := nearest(name, known)) is not None:
+            meant.add((*above, close))
+    return [
+        mistake
+        for mistake in mistakes
+        if not (mistake.problem.startswith("missing") and mistake.key in meant)
+    ]

@@ -15,11 +15,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import hpctrain
-from hpctrain.errors import ExitCode, HpctrainError
+from hpctrain.batch.outcome import read_outcome, write_outcome
+from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
 from hpctrain.topology import Topology
 
@@ -130,5 +132,9 @@ def _write_report(folder: Path, report: dict[str, object]) -> None:
     try:
         path = folder / f"crash-rank-{report['rank']}.json"
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+        running = read_outcome(folder)
+        if running is not None:
+            reason = f"rank {report['rank']} on {report['host']} failed: see {path.name}"
+            write_outcome(folder, replace(running, code=int(str(report["code"])), reason=reason))
+    except (OSError, CheckpointError) as error:
         sys.stderr.write(f"hpctrain: no crash report: {error}\n")

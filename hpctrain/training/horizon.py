@@ -111,19 +111,17 @@ class Horizon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """Something done every so many steps, every so many epochs, or both."""
+    """Something done every so many steps, every so many epochs, or both; 0 is never."""
 
-    every_steps: int | None
-    every_epochs: int | None
+    every_steps: int = 0
+    every_epochs: int = 0
 
     def due(self, place: Place) -> bool:
         """Tell whether it is time, at `place`."""
-        if self.every_steps is not None and place.step % self.every_steps == 0:
+        if self.every_steps and place.step % self.every_steps == 0:
             return True
-        return (
-            self.every_epochs is not None
-            and place.position == 0
-            and place.epoch % self.every_epochs == 0
+        return bool(
+            self.every_epochs and place.position == 0 and place.epoch % self.every_epochs == 0
         )
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints that are whole or not there, in safetensors and JSON; nothing is pickled."""

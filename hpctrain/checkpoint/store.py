@@ -1,0 +1,192 @@
+"""Saving: a host copy at once, the rest in a thread; whole under the final name or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hpctrain.checkpoint.format import Snapshot, aliases, folder_name, read_meta, sync, write_files
+from hpctrain.checkpoint.reading import is_whole, newest_first
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.errors import CheckpointError
+
+_TRIES = 2
+_PAUSE_SECONDS = 1.0
+
+
+class CheckpointStore:
+    """The checkpoints of one run. For rank 0 only.
+
+    Args:
+        run_folder: holds `checkpoints/` and the pointer `latest`.
+        retention: which checkpoints stay.
+        confirm: called before every rename; raises if this job no longer owns the folder.
+        tell: is told what a user should know.
+
+    Attributes:
+        stall_seconds: how long training has waited for saves so far.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        retention: Retention,
+        confirm: Callable[[], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.stall_seconds = 0.0
+        self.newest: Path | None = None
+        self._run_folder = run_folder
+        self._checkpoints = run_folder / "checkpoints"
+        self._retention = retention
+        self._confirm = confirm
+        self._tell = tell
+        self._host: dict[str, dict[str, Tensor]] = {"model": {}, "training": {}}
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self._checkpoints.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot use {self._checkpoints}: {error}") from error
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Copy a snapshot to the host and write it in the background.
+
+        Waits for a save that is still running, and tells so.
+
+        Raises:
+            CheckpointError: if the save before has failed.
+        """
+        begin = time.perf_counter()
+        if self._thread is not None and self._thread.is_alive():
+            self._tell("the save before is still being written: training waits for it")
+        self.finish()
+        tied = aliases(snapshot.model)
+        single = {name: item for name, item in snapshot.model.items() if name not in tied}
+        copied = replace(
+            snapshot,
+            model=self._to_host("model", single),
+            training=self._to_host("training", snapshot.training),
+        )
+        self._thread = threading.Thread(
+            target=self._write, args=(copied, tied), name="hpctrain-checkpoint"
+        )
+        self._thread.start()
+        self.stall_seconds += time.perf_counter() - begin
+
+    def poll(self) -> None:
+        """Raise what the last save failed of, if it did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def finish(self) -> None:
+        """Wait until the last save is on disk.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def _to_host(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to host memory that is kept from save to save: fresh memory costs more than data."""
+        kept = self._host[group]
+        host = {}
+        for name, tensor in tensors.items():
+            buffer = kept.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+                )
+            buffer.copy_(tensor.detach(), non_blocking=True)
+            host[name] = buffer
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        self._host[group] = host
+        return host
+
+    def _write(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                self._write_once(snapshot, tied)
+            except CheckpointError as error:  # the folder belongs to another job now
+                self._failure = error
+                return
+            except (OSError, SafetensorError) as error:
+                if attempt < _TRIES:
+                    self._tell(f"saving step {snapshot.step} failed, trying again: {error}")
+                    time.sleep(_PAUSE_SECONDS)
+                    continue
+                self._failure = CheckpointError(
+                    f"cannot save step {snapshot.step} to {self._checkpoints}: {error}. Older "
+                    "checkpoints are untouched; free some space, or set run.directory"
+                )
+            else:
+                return
+
+    def _write_once(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
+        name = folder_name(snapshot.step)
+        self._require_space(snapshot)
+        temporary = self._checkpoints / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_files(temporary, snapshot, tied)
+        self._confirm()
+        final = self._checkpoints / name
+        if final.exists():
+            # os.replace puts no folder in the place of one that is not empty.
+            os.replace(final, self._checkpoints / f".{name}.{time.time_ns()}.replaced")
+        os.replace(temporary, final)
+        sync(self._checkpoints)
+        self._point_to(name)
+        self.newest = final
+        self._delete_surplus()
+
+    def _require_space(self, snapshot: Snapshot) -> None:
+        needed = sum(
+            tensor.numel() * tensor.element_size()
+            for group in (snapshot.model, snapshot.training)
+            for tensor in group.values()
+        )
+        free = shutil.disk_usage(self._checkpoints).free
+        if needed > free:
+            raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+
+    def _point_to(self, name: str) -> None:
+        temporary = self._run_folder / ".latest.tmp"
+        temporary.write_text(name + "\n", encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, self._run_folder / "latest")
+        sync(self._run_folder)
+
+    def _delete_surplus(self) -> None:
+        whole = [path for path in newest_first(self._checkpoints) if is_whole(path)]
+        known = []
+        for path in whole:
+            try:
+                meta = read_meta(path)
+            except CheckpointError:
+                continue
+            known.append((meta["step"], meta["metrics"]))
+        for step in self._retention.surplus(known):
+            path = self._checkpoints / folder_name(step)
+            # Out of sight first: half a deletion must not look like a checkpoint.
+            hidden = self._checkpoints / f".{path.name}.deleted"
+            os.replace(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+        for leftover in self._checkpoints.glob(".*.replaced"):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""What no schema can say of a config: keys that contradict each other, and what is not there.
+
+Every check looks at the values as given, so that it speaks also where other keys are wrong, and
+passes over a value of the wrong type, of which the schema speaks.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hpctrain.config.capabilities import unsupported
+from hpctrain.config.components import BUILTINS, unknown_name
+from hpctrain.config.locating import problem_of
+from hpctrain.config.messages import Mistake, did_you_mean, printable
+from hpctrain.config.schema import RunSection
+from hpctrain.config.source import Source
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+_RESUME = ("auto", "never")
+
+
+def check_run(source: Source) -> list[Mistake]:
+    """Check that the run folder is there or can be made."""
+    name, directory = source.get("run", "name"), source.get("run", "directory")
+    if isinstance(name, str) and name and not _FOLDER_NAME.fullmatch(name):
+        problem = "expected a plain folder name: letters, digits and . _ + = -, at most 200"
+        return [source.mistake(("run", "name"), problem)]
+    if not isinstance(directory, str):
+        directory = str(RunSection.__dataclass_fields__["directory"].default)
+    folder = Path(directory)
+    if not str(folder).isprintable():
+        problem = "has characters that no folder should have in its name"
+        return [source.mistake(("run", "directory"), problem)]
+    paths = {"directory": folder}
+    if isinstance(name, str):
+        paths["name"] = folder / name
+    for key, path in paths.items():
+        if (obstacle := _obstacle(path)) is not None:
+            return [source.mistake(("run", key), obstacle)]
+    return []
+
+
+def _obstacle(path: Path) -> str | None:
+    """Return why a path cannot be a folder, None if it is one or may become one."""
+    try:
+        if path.is_dir() or not path.exists():
+            return None
+    except (OSError, ValueError) as error:
+        return f"cannot be looked at: {_reason(error)}"
+    return f"{path} is a file, and has to be a folder"
+
+
+def check_paths(source: Source) -> list[Mistake]:
+    """Check that the paths lead somewhere; what is inside is for later."""
+    mistakes = []
+    for key in (("data", "train"), ("data", "validation"), ("checkpoint", "resume")):
+        value = source.get(*key)
+        if not isinstance(value, str) or not value:
+            continue
+        if key == ("checkpoint", "resume"):
+            problem = None if value in _RESUME else _absence(value, may_be_pattern=False)
+            hint = did_you_mean(value, _RESUME, quote='"')
+        else:
+            problem = _absence(value, may_be_pattern=True)
+            hint = _data_hint(value)
+        if problem is not None:
+            mistakes.append(source.mistake(key, problem + hint))
+    return mistakes
+
+
+def _absence(value: str, *, may_be_pattern: bool) -> str | None:
+    """Return in which way a path leads nowhere, None if it leads somewhere."""
+    here = printable(str(Path.cwd()))
+    hint = "; ~ and $NAMES are not expanded here" if re.search(r"^~|\$", value) else ""
+    try:
+        if Path(value).exists():
+            return None
+        if may_be_pattern and glob.has_magic(value):
+            found = next(glob.iglob(value, recursive=True), None)  # noqa: PTH207 - may be absolute
+            return None if found else f"no file fits this pattern (seen from {here}){hint}"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {_reason(error)}"
+    return f"no such file or folder (seen from {here}){hint}"
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an operating system's error, or of a null byte in a path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _data_hint(value: str) -> str:
+    """Say how the example's data come about."""
+    if Path(value).parts[:2] == ("data", "digits"):
+        return "; `python -m hpctrain data pack digits data/digits` makes it"
+    return ""
+
+
+def check_components(source: Source) -> list[Mistake]:
+    """Check that `use` names something that is built in or can be imported."""
+    mistakes = []
+    for section in BUILTINS:
+        use = source.get(section, "use")
+        if not isinstance(use, str) or not use or use in BUILTINS[section]:
+            continue
+        problem = unknown_name(section, use) or problem_of(use)
+        if problem is not None:
+            mistakes.append(source.mistake((section, "use"), problem))
+    return mistakes
+
+
+def check_limits(source: Source) -> list[Mistake]:
+    """Check that training ends."""
+    limits = ("max_epochs", "max_steps", "max_samples")
+    training = source.get("training")
+    if not isinstance(training, dict) or any(key in training for key in limits):
+        return []
+    problem = "no end: set max_epochs, max_steps or max_samples"
+    return [source.mistake(("training",), problem)]
+
+
+def check_batch_sizes(source: Source) -> list[Mistake]:
+    """Check that a rank's part of a batch is not larger than the batch."""
+    whole, micro = (source.get("data", f"{kind}_batch_size") for kind in ("global", "micro"))
+    if type(whole) is not int or type(micro) is not int or micro <= whole:
+        return []
+    problem = f"more than data.global_batch_size = {whole}, which all ranks share"
+    return [source.mistake(("data", "micro_batch_size"), problem)]
+
+
+def check_best(source: Source) -> list[Mistake]:
+    """Check that there are evaluations by which to find the best checkpoint."""
+    best = source.get("checkpoint", "keep_best")
+    if best is None or source.get("data", "validation") is not None:
+        return []
+    problem = "needs evaluations, and data.validation is not set"
+    return [source.mistake(("checkpoint", "keep_best"), problem)]
+
+
+def check_capabilities(source: Source) -> list[Mistake]:
+    """Check that precision, device and backend go together, as far as they are set."""
+    found = unsupported(
+        precision=source.get("training", "precision"),
+        device=source.get("launch", "device"),
+        backend=source.get("launch", "backend"),
+    )
+    if found is None:
+        return []
+    key, because = found
+    section, name = key.split(".")
+    return [source.mistake((section, name), because)]
+
+
+CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
+    check_run,
+    check_paths,
+    check_components,
+    check_limits,
+    check_batch_sizes,
+    check_best,
+    check_capabilities,
+)

@@ -1,0 +1,185 @@
+"""What a dataset is: shards, fields, and where in the files the rows lie. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hpctrain.errors import DatasetError
+
+SUPPORTED_DTYPES = frozenset(
+    ["bool"]
+    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+    + [f"float{bits}" for bits in (16, 32, 64)]
+    + [f"complex{bits}" for bits in (64, 128)]
+)
+"""Names of the dtypes that a field may have, in either byte order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One named array per sample.
+
+    Attributes:
+        shape: of one sample.
+        dtype: as stored, byte order included.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of a field lie in one shard.
+
+    Attributes:
+        offset: bytes from the start of the file, where the rows lie one after the other exactly
+            as memory holds them; None where only HDF5 can read them.
+        chunk_rows: rows that are stored, and perhaps compressed, together.
+        reason: why only HDF5 can read them, such as "chunked, gzip"; empty if `offset` is given.
+    """
+
+    offset: int | None
+    chunk_rows: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One HDF5 file.
+
+    Attributes:
+        path: of the file.
+        samples: rows in each of its fields.
+        size: of the file, bytes.
+        checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
+        layouts: by field.
+    """
+
+    path: str
+    samples: int
+    size: int
+    checksum: str | None
+    layouts: Mapping[str, Layout]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Shards that hold the same fields; their rows, one shard after the other, are the samples.
+
+    Small, immutable and picklable: one rank opens a dataset and broadcasts it.
+
+    Attributes:
+        source: what the user called it: a folder or a pattern.
+        fields: by name; the name is the path of the HDF5 dataset in every shard.
+        shards: none of them empty.
+    """
+
+    source: str
+    fields: Mapping[str, Field]
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def shard_stops(self) -> npt.NDArray[np.int64]:
+        """One past the last sample of every shard, (shards,) int64."""
+        return np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def bytes_per_sample(self) -> int:
+        """Bytes of one row of all fields together."""
+        return sum(field.row_bytes for field in self.fields.values())
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """Rows that no read should cut: the longest chunk of any field."""
+        return max(layout.chunk_rows for s in self.shards for layout in s.layouts.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what the shards are, 16 hexadecimal digits.
+
+        It stays when the folder moves or other fields are chosen, and changes when a shard is
+        added, renamed or written anew.
+        """
+        facts = [[s.name, s.samples, s.checksum or s.size] for s in self.shards]
+        return str(xxhash.xxh3_64_hexdigest(json.dumps(facts).encode()))
+
+    def select(self, names: Sequence[str]) -> Dataset:
+        """Return the same dataset with these fields only.
+
+        Raises:
+            DatasetError: if one is not there.
+        """
+        require_fields(names, self.fields, self.source)
+        return Dataset(
+            source=self.source,
+            fields={name: self.fields[name] for name in names},
+            shards=tuple(
+                dataclasses.replace(s, layouts={name: s.layouts[name] for name in names})
+                for s in self.shards
+            ),
+        )
+
+    def slow_fields(self) -> dict[str, str]:
+        """Return why, for every field that only HDF5 can read in some shard."""
+        reasons: dict[str, str] = {}
+        for shard in self.shards:
+            for name, layout in shard.layouts.items():
+                if layout.offset is None:
+                    reasons.setdefault(name, f"{layout.reason} in {shard.name}")
+        return reasons
+
+
+def require_fields(wanted: Iterable[str], there: Iterable[str], place: str) -> None:
+    """Check that all fields are there.
+
+    Raises:
+        DatasetError: naming one that is not, and what was perhaps meant.
+    """
+    names = sorted(there)
+    for name in wanted:
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise DatasetError(f'{place}: there is no field "{name}".{hint} It has: {", ".join(names)}')
+
+
+def require_supported(name: str, field: Field, place: str) -> None:
+    """Check that a field can become a tensor.
+
+    Raises:
+        DatasetError: if it is text, compound, of no size, or a number that torch does not know.
+    """
+    if field.dtype.name not in SUPPORTED_DTYPES:
+        raise DatasetError(
+            f'{place}: field "{name}" has dtype {field.dtype}, which cannot become a tensor. '
+            "Store it as bool, (u)int8 to 64, float16 to 64 or complex"
+        )
+    if field.row_bytes == 0:
+        raise DatasetError(
+            f'{place}: field "{name}" has rows of shape {field.shape}, without values'
+        )

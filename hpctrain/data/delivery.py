@@ -1,0 +1,152 @@
+"""From host memory to batches of tensors on the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpctrain.data.access import Bytes, RowAccess
+from hpctrain.data.buffers import BufferPool
+from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.prefetch import Prefetch
+from hpctrain.data.reader import Group, HostGroup, RowSource, Source, read_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """This rank's share of a global batch.
+
+    The tensors are the consumer's for as long as it keeps them: memory is used again only when
+    nothing refers to it any more.
+
+    Attributes:
+        fields: by name, (size, *shape) on the device, in the dtype of the dataset.
+        size: samples of this share; may be 0, then the tensors have no rows.
+        global_size: samples of the global batch.
+        epoch: from 0.
+        start: position in the epoch of the first sample of the global batch.
+    """
+
+    fields: dict[str, torch.Tensor]
+    size: int
+    global_size: int
+    epoch: int
+    start: int
+
+
+class Delivery:
+    """Runs a reader in a thread and makes tensors on the device of what it reads."""
+
+    def __init__(self, dataset: Dataset, rows: int, device: torch.device, depth: int) -> None:
+        self.access = RowAccess(dataset)
+        self._dtypes = {name: torch_dtype(field) for name, field in dataset.fields.items()}
+        self._fields = dataset.fields
+        self._device = device
+        self._depth = depth
+        self._pinned = device.type == "cuda"
+        self._pool = BufferPool(dataset.fields, rows, _pinned if self._pinned else _pageable)
+        self._running: Prefetch[HostGroup] | None = None
+        self._waited = 0.0
+        # Copies to the device that may be under way, and the host memory that they read.
+        self._copies: deque[tuple[torch.cuda.Event, HostGroup]] = deque()
+        for name, reason in dataset.slow_fields().items():
+            logger.warning(
+                'field "%s" is read through HDF5, which is slower: it is %s', name, reason
+            )
+
+    @property
+    def wait_seconds(self) -> float:
+        running = self._running
+        return self._waited + (running.wait_seconds if running is not None else 0.0)
+
+    def run(
+        self, source: Source, groups: Iterator[Group], epoch: int, total: int | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of the groups; of a global size of `total`, or each of its own."""
+        self.stop()
+        produce = functools.partial(read_groups, source, groups, self._fields, self._pool)
+        with Prefetch(produce, self._depth) as running:
+            self._running = running
+            try:
+                for host in running:
+                    tensors = self._to_device(host)
+                    bounds = host.group.bounds
+                    cuts = np.searchsorted(host.group.positions, bounds).tolist()
+                    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                        yield Batch(
+                            fields={n: t[cuts[i] : cuts[i + 1]] for n, t in tensors.items()},
+                            size=cuts[i + 1] - cuts[i],
+                            global_size=stop - start if total is None else total,
+                            epoch=epoch,
+                            start=start,
+                        )
+            finally:
+                if self._running is running:
+                    self._waited += running.wait_seconds
+                    self._running = None
+
+    def one(self, row: int) -> dict[str, torch.Tensor]:
+        """Return one row of the dataset, read by the calling thread with files of its own."""
+        group = Group([row, row + 1], np.array([row], np.int64))
+        with closing(RowAccess(self.access.dataset)) as access:
+            source = RowSource(access, lambda rows: rows)
+            return self._to_device(next(read_groups(source, [group], self._fields, self._pool)))
+
+    def stop(self) -> None:
+        """End the thread, if one runs."""
+        if self._running is not None:
+            self._running.close()
+            self._waited += self._running.wait_seconds
+            self._running = None
+
+    def close(self) -> None:
+        """End the thread and close all files."""
+        self.stop()
+        self.access.close()
+
+    def _to_device(self, host: HostGroup) -> dict[str, torch.Tensor]:
+        size = len(host.group.positions)
+        tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
+        if not self._pinned:
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
+            self._copies.popleft()
+        copies = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._copies.append((event, host))
+        return copies
+
+    def _tensor(self, name: str, data: Bytes, size: int) -> torch.Tensor:
+        """Return the tensor that shares its memory with bytes, and keeps them."""
+        shape, dtype = self._fields[name].shape, self._dtypes[name]
+        if size == 0:
+            return torch.empty((0, *shape), dtype=dtype)
+        return torch.from_numpy(data).view(dtype).view(size, *shape)
+
+
+def torch_dtype(field: Field) -> torch.dtype:
+    """Return the dtype of tensors of a field; fields have only dtypes that torch has too."""
+    dtype = getattr(torch, field.dtype.name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _pageable(size: int) -> Bytes:
+    return np.empty(size, np.uint8)
+
+
+def _pinned(size: int) -> Bytes:
+    """Return memory that the device copies from while the host goes on."""
+    array: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return array

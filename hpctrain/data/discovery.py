@@ -1,0 +1,174 @@
+"""From what a user calls a dataset to a Dataset: an indexed folder, or any HDF5 files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+
+from hpctrain.data.dataset import (
+    Dataset,
+    Field,
+    Layout,
+    Shard,
+    require_fields,
+    require_supported,
+)
+from hpctrain.data.index import (
+    HDF5_SUFFIXES,
+    INDEX_NAME,
+    UNFINISHED_NAME,
+    is_shard_name,
+    read_index,
+)
+from hpctrain.errors import DatasetError
+
+
+def open_dataset(pattern: str, fields: Sequence[str] | None = None) -> Dataset:
+    """Find out what a dataset holds. Reads no sample.
+
+    Args:
+        pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, or a glob.
+            Files are taken in the order of their names.
+        fields: paths of the HDF5 datasets that are wanted, their first axis the samples; None:
+            all that there are.
+
+    Raises:
+        DatasetError: if there are no files, a field is not in them or cannot become a tensor, or
+            the files do not fit together.
+    """
+    path = Path(pattern)
+    if (path / UNFINISHED_NAME).exists():
+        raise DatasetError(
+            f"{path}: this dataset is still being written, or its writer was killed. "
+            "Wait for it, or remove the folder and write the dataset anew"
+        )
+    if (path / INDEX_NAME).exists():
+        dataset = read_index(path)
+        return dataset if fields is None else dataset.select(fields)
+    paths = _find_files(pattern)
+    return _join(pattern, [inspect_file(path, fields) for path in paths])
+
+
+def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[str, Field]]:
+    """Return what one HDF5 file holds of these fields; None: all of its datasets.
+
+    Raises:
+        DatasetError: if it cannot be read, or a field is not there or cannot become a tensor.
+    """
+    try:
+        # Of several processes reading, none needs a lock, and some file systems have none.
+        with h5py.File(path, "r", locking=False) as file:
+            there: dict[str, h5py.Dataset] = {}
+            file.visititems(
+                lambda name, item: there.update({name: item}) if _holds_rows(item) else None
+            )
+            if not there:
+                raise DatasetError(f"{path}: there is no HDF5 dataset with rows in this file")
+            wanted = list(there) if fields is None else list(fields)
+            require_fields(wanted, there, path)
+            found = {name: Field(there[name].shape[1:], there[name].dtype) for name in wanted}
+            for name, field in found.items():
+                require_supported(name, field, path)
+            samples = _common_rows({name: len(there[name]) for name in wanted}, path)
+            layouts = {name: _layout(there[name]) for name in wanted}
+            size = Path(path).stat().st_size
+    except OSError as error:
+        raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
+    return Shard(path, samples, size, None, layouts), found
+
+
+def _find_files(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_dir():
+        names = sorted(str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
+        if not names:
+            raise DatasetError(
+                f"{path}: there are no HDF5 files in this folder (*{', *'.join(HDF5_SUFFIXES)})"
+            )
+        return names
+    paths = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+    if not paths:
+        raise DatasetError(f"{pattern}: no file has such a name")
+    return paths
+
+
+def _join(source: str, files: list[tuple[Shard, dict[str, Field]]]) -> Dataset:
+    """Put the files after each other, if they hold the same."""
+    first, fields = files[0]
+    for shard, others in files[1:]:
+        require_fields(fields, others, shard.path)
+        for name, field in fields.items():
+            if others[name] != field:
+                raise DatasetError(
+                    f'{shard.path}: field "{name}" is {_describe(others[name])}, but '
+                    f"{_describe(field)} in {first.path}: give a pattern of files that fit together"
+                )
+    return Dataset(source=source, fields=fields, shards=tuple(shard for shard, _ in files))
+
+
+def _describe(field: Field) -> str:
+    return f"{field.dtype} of shape {field.shape}"
+
+
+def _holds_rows(item: object) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape is not None and item.ndim > 0
+
+
+def _common_rows(rows: dict[str, int], path: str) -> int:
+    for name, count in rows.items():
+        if count == 0:
+            raise DatasetError(f'{path}: field "{name}" has no rows')
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise DatasetError(
+            f"{path}: the fields have different numbers of rows: {counts}. "
+            "Name those that belong together"
+        )
+    return next(iter(rows.values()), 0)
+
+
+def _layout(dataset: h5py.Dataset) -> Layout:
+    """Return where the rows lie, with an offset only if they lie there as in memory."""
+    if dataset.chunks is not None:
+        return Layout(None, dataset.chunks[0], ", ".join(["chunked", *_filters(dataset)]))
+    reason = _obstacle(dataset)
+    return Layout(None, reason=reason) if reason else Layout(dataset.id.get_offset())
+
+
+def _obstacle(dataset: h5py.Dataset) -> str:
+    """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
+    if dataset.is_virtual:
+        _require_sources(dataset)
+        return "virtual"
+    if dataset.external:
+        return "in an external file"
+    if dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        # The offset that HDF5 reports may then be a number that means nothing.
+        return "without storage, all fill value"
+    if dataset.id.get_offset() is None:
+        return "compact"
+    in_memory = h5py.h5t.py_create(dataset.dtype, logical=True)
+    if not in_memory.equal(dataset.id.get_type()):
+        return "in a number format that only HDF5 converts"
+    return ""
+
+
+def _filters(dataset: h5py.Dataset) -> list[str]:
+    properties = dataset.id.get_create_plist()
+    found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+    return [name.decode(errors="replace") or f"filter {number}" for number, _, _, name in found]
+
+
+def _require_sources(dataset: h5py.Dataset) -> None:
+    """Check that the files of a virtual dataset are there: HDF5 gives fill values if not."""
+    folder = Path(dataset.file.filename).parent
+    for source in dataset.virtual_sources():
+        name = source.file_name
+        if name != "." and "%" not in name and not (folder / name).exists():
+            raise DatasetError(
+                f'{dataset.file.filename}: field "{dataset.name}" is virtual, and its source '
+                f"{name} is missing; HDF5 would give fill values in its place"
+            )

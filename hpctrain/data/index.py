@@ -1,0 +1,211 @@
+"""`index.json`: what the shards of a folder hold and where, so that training need not ask HDF5."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
+from hpctrain.data.files import file_checksum, replace_file
+from hpctrain.errors import DatasetError
+
+INDEX_NAME = "index.json"
+UNFINISHED_NAME = "index.json.unfinished"
+"""Lies in a folder as long as its shards are being written."""
+INDEX_VERSION = 1
+HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
+
+_REMAKE = "Write the dataset anew, or remove the index to read the files as plain HDF5"
+
+T = TypeVar("T")
+
+
+def write_index(dataset: Dataset, folder: Path) -> None:
+    """Write the index of a folder; a reader sees the old one, or the new one whole."""
+    document = {
+        "version": INDEX_VERSION,
+        "samples": dataset.samples,
+        "fields": {
+            name: {"shape": list(field.shape), "dtype": field.dtype.str}
+            for name, field in dataset.fields.items()
+        },
+        "shards": [
+            {
+                "file": shard.name,
+                "samples": shard.samples,
+                "bytes": shard.size,
+                "xxh3": shard.checksum,
+                "layouts": {name: _layout_json(layout) for name, layout in shard.layouts.items()},
+            }
+            for shard in dataset.shards
+        ],
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    replace_file(folder / INDEX_NAME, text.encode())
+
+
+def read_index(folder: Path) -> Dataset:
+    """Read the index of a folder and hold the files' sizes against it.
+
+    Raises:
+        DatasetError: if the index is broken or newer than this version, or the shards are not
+            those that it lists.
+    """
+    path = folder / INDEX_NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}: this is not JSON: {error}. {_REMAKE}") from error
+    dataset = _Parser(path).dataset(document, folder)
+    _require_files(dataset, folder)
+    return dataset
+
+
+def damaged_shards(dataset: Dataset) -> list[str]:
+    """Return the shards whose content is not what their checksum was made of. Reads them all."""
+    return [
+        shard.path
+        for shard in dataset.shards
+        if shard.checksum is not None and file_checksum(shard.path) != shard.checksum
+    ]
+
+
+def is_shard_name(name: str) -> bool:
+    """Tell whether a file of this name is a shard; hidden ones are still being written."""
+    return name.endswith(HDF5_SUFFIXES) and not name.startswith(".")
+
+
+def _layout_json(layout: Layout) -> dict[str, Any]:
+    if layout.offset is not None:
+        return {"offset": layout.offset}
+    return {"chunk_rows": layout.chunk_rows, "reason": layout.reason}
+
+
+class _Parser:
+    """Builds a Dataset from JSON and says which key is wrong where it cannot."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def dataset(self, document: object, folder: Path) -> Dataset:
+        root = self._typed(document, dict, "the document")
+        version = self._get(root, "version", int, "")
+        if version > INDEX_VERSION:
+            raise DatasetError(
+                f"{self._path}: version {version} was written by a newer hpctrain; this one reads "
+                f"up to {INDEX_VERSION}: update hpctrain"
+            )
+        fields = {
+            name: self._field(name, self._typed(value, dict, f"fields.{name}"))
+            for name, value in self._get(root, "fields", dict, "").items()
+        }
+        shards = tuple(
+            self._shard(self._typed(value, dict, f"shards[{i}]"), f"shards[{i}].", folder, fields)
+            for i, value in enumerate(self._get(root, "shards", list, ""))
+        )
+        if not fields or not shards:
+            raise self._wrong("shards" if fields else "fields", "is empty")
+        dataset = Dataset(source=str(folder), fields=fields, shards=shards)
+        if dataset.samples != self._get(root, "samples", int, ""):
+            raise self._wrong("samples", f"is not the sum over the shards, {dataset.samples}")
+        return dataset
+
+    def _field(self, name: str, value: Mapping[str, Any]) -> Field:
+        place = f"fields.{name}."
+        sizes = self._get(value, "shape", list, place)
+        shape = tuple(self._count(size, f"{place}shape") for size in sizes)
+        try:
+            dtype: np.dtype[Any] = np.dtype(self._get(value, "dtype", str, place))
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise self._wrong(f"{place}dtype", "is not a dtype of numpy") from error
+        field = Field(shape, dtype)
+        require_supported(name, field, str(self._path))
+        return field
+
+    def _shard(
+        self, value: Mapping[str, Any], place: str, folder: Path, fields: Mapping[str, Field]
+    ) -> Shard:
+        file = self._get(value, "file", str, place)
+        if not is_shard_name(file) or "/" in file:
+            raise self._wrong(f"{place}file", "is not the name of an HDF5 file in this folder")
+        samples = self._count(value.get("samples"), f"{place}samples")
+        size = self._count(value.get("bytes"), f"{place}bytes")
+        checksum = value.get("xxh3")
+        layouts = self._get(value, "layouts", dict, place)
+        if samples == 0:
+            raise self._wrong(f"{place}samples", "is 0")
+        if layouts.keys() != fields.keys():
+            raise self._wrong(f"{place}layouts", f"is not about {', '.join(fields)}")
+        return Shard(
+            path=str(folder / file),
+            samples=samples,
+            size=size,
+            checksum=None if checksum is None else self._typed(checksum, str, f"{place}xxh3"),
+            layouts={
+                name: self._layout(layouts[name], f"{place}layouts.{name}", field, samples, size)
+                for name, field in fields.items()
+            },
+        )
+
+    def _layout(self, value: object, place: str, field: Field, samples: int, size: int) -> Layout:
+        layout = self._typed(value, dict, place)
+        if "offset" not in layout:
+            rows = max(1, self._count(layout.get("chunk_rows"), f"{place}.chunk_rows"))
+            return Layout(None, rows, self._get(layout, "reason", str, f"{place}."))
+        offset = self._count(layout["offset"], f"{place}.offset")
+        if offset + samples * field.row_bytes > size:
+            raise self._wrong(f"{place}.offset", f"leads past the end of the file, {size} bytes")
+        return Layout(offset)
+
+    def _get(self, value: Mapping[str, Any], key: str, kind: type[T], place: str) -> T:
+        if key not in value:
+            raise self._wrong(f"{place}{key}", "is missing")
+        return self._typed(value[key], kind, f"{place}{key}")
+
+    def _typed(self, value: object, kind: type[T], place: str) -> T:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self._wrong(place, f"is {type(value).__name__}, not {kind.__name__}")
+        return value
+
+    def _count(self, value: object, place: str) -> int:
+        count = self._typed(value, int, place)
+        if not 0 <= count < 2**63:
+            raise self._wrong(place, f"is {count}")
+        return count
+
+    def _wrong(self, place: str, what: str) -> DatasetError:
+        return DatasetError(f"{self._path}: {place} {what}. {_REMAKE}")
+
+
+def _require_files(dataset: Dataset, folder: Path) -> None:
+    """Check that the folder holds the shards of its index, of the right size, and no others."""
+    try:
+        with os.scandir(folder) as entries:
+            sizes = {e.name: e.stat().st_size for e in entries if is_shard_name(e.name)}
+    except OSError as error:
+        raise DatasetError(f"{error.filename or folder}: {error.strerror}") from error
+    for shard in dataset.shards:
+        size = sizes.pop(shard.name, None)
+        if size is None:
+            raise DatasetError(
+                f"{shard.path}: this shard is missing, or listed twice; {INDEX_NAME} lists it with "
+                f"{shard.samples} samples. Bring it back, or write the dataset anew"
+            )
+        if size != shard.size:
+            what = "it is truncated" if size < shard.size else "the index is older than the file"
+            raise DatasetError(
+                f"{shard.path}: {size} bytes, where {INDEX_NAME} says {shard.size}: {what}. "
+                "Copy the file again, or write the dataset anew"
+            )
+    if sizes:
+        raise DatasetError(
+            f"{folder}: {INDEX_NAME} does not list {', '.join(sorted(sizes)[:5])}. "
+            "Move what does not belong here away, or write the dataset anew"
+        )

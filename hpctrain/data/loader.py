@@ -1,0 +1,227 @@
+"""Batches of tensors, on the device: what training and evaluation iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hpctrain.data.buffers import MemoryPlan
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.delivery import Batch, Delivery
+from hpctrain.data.partition import Order, lanes_of_rank, served_samples
+from hpctrain.data.reader import (
+    Group,
+    LaneWindows,
+    RowSource,
+    Source,
+    WindowBuffers,
+    WindowSource,
+)
+from hpctrain.data.shuffle import Epoch
+from hpctrain.errors import ConfigError, DatasetError
+
+__all__ = ["Batch", "EvaluationLoader", "TrainLoader"]
+
+
+class TrainLoader:
+    """Serves the epochs of a dataset, in an order that does not depend on the number of ranks.
+
+    One epoch at a time: to start one ends the one before. A thread reads ahead, and ends with the
+    epoch, with the iterator, and with the loader.
+
+    Attributes:
+        epoch_size: samples of all ranks that an epoch serves.
+        largest_share: the most samples of any rank in any full batch.
+        buffer_bytes: host memory that reading ahead takes on this rank.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        fields: Sequence[str],
+        global_batch_size: int,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        buffer_mb: float,
+        begun: Mapping[int, Order] | None = None,
+    ) -> None:
+        """Prepare; no file is opened yet.
+
+        Args:
+            dataset: as opened, the same on all ranks.
+            order: of the epochs.
+            fields: that batches hold.
+            global_batch_size: samples of all ranks in one batch.
+            drop_last: leave out the last, smaller batch of an epoch. One that is resumed with
+                another batch size ends where any epoch ends, if need be with a smaller batch.
+            rank: of this process.
+            world_size: number of ranks.
+            device: where the batches are wanted.
+            buffer_mb: host memory for reading ahead, MB.
+            begun: epochs that began in another order than `order`, and end in it.
+
+        Raises:
+            ConfigError: if there are more ranks than lanes.
+            DatasetError: if a field is not there, or the batch is larger than the dataset.
+        """
+        if global_batch_size > dataset.samples:
+            raise DatasetError(
+                f"{dataset.source} has {dataset.samples} samples, fewer than one batch: set "
+                f"data.global_batch_size = {global_batch_size} to at most {dataset.samples}"
+            )
+        self._dataset = dataset.select(fields)
+        self._order = order
+        self._begun = dict(begun or {})
+        order.require_world_size(world_size)
+        for epoch, each in self._begun.items():
+            if world_size > each.lanes:
+                raise ConfigError(
+                    f"epoch {epoch} was begun with {each.lanes} lanes and goes on with them, but "
+                    f"there are {world_size} ranks: start at most {each.lanes} ranks until it ends"
+                )
+        self._global_batch_size = global_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
+        self.largest_share = max(
+            each.largest_share(global_batch_size, world_size)
+            for each in (order, *self._begun.values())
+        )
+        windows = max(
+            WindowBuffers.required_bytes(
+                self._dataset, each, len(lanes_of_rank(rank, world_size, each.lanes))
+            )
+            for each in (order, *self._begun.values())
+        )
+        share = self.largest_share * self._dataset.bytes_per_sample
+        memory = MemoryPlan.make(windows, share, buffer_mb)
+        self._windows_fit = memory.windows_fit
+        self.buffer_bytes = memory.total
+        self._buffers: tuple[Order, WindowBuffers] | None = None
+        self._group_batches = memory.group_batches
+        rows = self.largest_share * memory.group_batches
+        self._delivery = Delivery(self._dataset, rows, device, memory.depth)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        return self._delivery.wait_seconds
+
+    def order_of(self, epoch: int) -> Order:
+        """Return the order of an epoch, for the resume state."""
+        return self._begun.get(epoch, self._order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch of an epoch.
+
+        Args:
+            epoch: from 0.
+            start: position to start at, 0 to `epoch_size` - 1.
+
+        Raises:
+            DatasetError: while iterating, naming file, field and row that cannot be read.
+        """
+        order = self.order_of(epoch)
+        return self._delivery.run(self._source(order, epoch), self._groups(order, start), epoch)
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Return one real sample of every field, (1, *shape) on the device.
+
+        Another one on each rank, so that not all of them open the same file.
+        """
+        row = self._rank * self._dataset.samples // self._world_size
+        return self._delivery.one(row)
+
+    def close(self) -> None:
+        """End the thread and close all files. The loader can be used again."""
+        self._delivery.close()
+
+    def _groups(self, order: Order, start: int) -> Iterator[Group]:
+        for bounds in _bounds(start, self.epoch_size, self._global_batch_size, self._group_batches):
+            yield Group(
+                bounds, order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
+            )
+
+    def _source(self, order: Order, epoch: int) -> Source:
+        # The thread of an earlier epoch must not write to the windows any more.
+        self._delivery.stop()
+        plan = Epoch(order, epoch)
+        access = self._delivery.access
+        if order.block_rows == 1:
+            return RowSource(access, plan.rows)
+        windows = LaneWindows(plan, self._rank, self._world_size)
+        if not self._windows_fit:
+            return RowSource(access, windows.rows_at)
+        if self._buffers is None or self._buffers[0] != order:
+            self._buffers = None  # let go of the old ones first
+            lanes = len(lanes_of_rank(self._rank, self._world_size, order.lanes))
+            self._buffers = (order, WindowBuffers(self._dataset, order, lanes))
+        return WindowSource(access, windows, self._buffers[1])
+
+
+class EvaluationLoader:
+    """Serves every sample of a dataset exactly once over all ranks: no padding, no repeats.
+
+    Rank r serves the r-th of `world_size` runs of rows, in their order. Shares differ by at most
+    one sample, so the numbers of batches may differ too.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        fields: Sequence[str],
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        device: torch.device,
+        buffer_mb: float,
+    ) -> None:
+        """Prepare; no file is opened yet.
+
+        Raises:
+            DatasetError: if a field is not there.
+        """
+        self._dataset = dataset.select(fields)
+        self._first = rank * dataset.samples // world_size
+        self._stop = (rank + 1) * dataset.samples // world_size
+        self._batch_size = batch_size
+        memory = MemoryPlan.make(0, batch_size * self._dataset.bytes_per_sample, buffer_mb)
+        self._group_batches = memory.group_batches
+        self.buffer_bytes = memory.total
+        rows = batch_size * memory.group_batches
+        self._delivery = Delivery(self._dataset, rows, device, memory.depth)
+
+    def __len__(self) -> int:
+        return len(range(self._first, self._stop, self._batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._delivery.stop()
+        source = RowSource(self._delivery.access, lambda rows: rows)
+        return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        return self._delivery.wait_seconds
+
+    def close(self) -> None:
+        """End the thread and close all files. The loader can be used again."""
+        self._delivery.close()
+
+    def _groups(self) -> Iterator[Group]:
+        for bounds in _bounds(self._first, self._stop, self._batch_size, self._group_batches):
+            yield Group(bounds, np.arange(bounds[0], bounds[-1], dtype=np.int64))
+
+
+def _bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:
+    """Cut start to stop into batches, and yield the bounds of so many batches at a time."""
+    for first in range(start, stop, batch * batches):
+        last = min(first + batch * batches, stop)
+        yield [*range(first, last, batch), last]

@@ -1,0 +1,91 @@
+"""Where a run is in its data, as a checkpoint keeps it: a few numbers, no history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.partition import Order
+from hpctrain.errors import DatasetError
+
+STATE_VERSION = 1
+_NUMBERS = ("epoch", "position", "seed", "lanes", "window", "block_rows")
+
+
+def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[str, Any]:
+    """Return the state of a run that has consumed `position` samples of an epoch.
+
+    Args:
+        order: of that epoch, which may have begun under another config than the next.
+        epoch: from 0.
+        position: samples that all ranks together have consumed of it.
+        fingerprint: of the dataset.
+    """
+    return {
+        "version": STATE_VERSION,
+        "epoch": epoch,
+        "position": position,
+        "lanes": order.lanes,
+        "window": order.window,
+        "block_rows": order.block_rows,
+        "seed": order.seed,
+        "fingerprint": fingerprint,
+    }
+
+
+def from_state(
+    state: Mapping[str, Any], dataset: Dataset, order: Order, epoch_size: int
+) -> tuple[Order, int, int]:
+    """Return where to go on: the order of the running epoch, the epoch, and the position in it.
+
+    An epoch that has begun goes on in the order that it began in; `order` holds from the next.
+
+    Args:
+        state: what `to_state` returned, perhaps in an older run.
+        dataset: what is trained on now.
+        order: what the config asks for now.
+        epoch_size: samples that an epoch serves now; one that has served them is over.
+
+    Raises:
+        DatasetError: if the state is of another dataset, was written by a newer version, or is
+            damaged.
+    """
+    version = state.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise _damaged("version", version)
+    if version > STATE_VERSION:
+        raise DatasetError(
+            f"the place in the data was saved by a newer hpctrain (version {version}; this one "
+            f"reads up to {STATE_VERSION}): update hpctrain"
+        )
+    if state.get("fingerprint") != dataset.fingerprint:
+        raise DatasetError(
+            f"the run to resume was trained on another dataset than {dataset.source} (fingerprint "
+            f"{state.get('fingerprint')}, now {dataset.fingerprint}): its shards were added, "
+            "removed or written anew since. Bring the old data back, or start a new run"
+        )
+    numbers = {name: _number(state, name) for name in _NUMBERS}
+    epoch, position = numbers.pop("epoch"), numbers.pop("position")
+    if position > dataset.samples:
+        raise _damaged("position", position)
+    if position >= epoch_size:
+        epoch, position = epoch + 1, 0
+    if position == 0:
+        return order, epoch, 0
+    return Order(samples=dataset.samples, **numbers), epoch, position
+
+
+def _number(state: Mapping[str, Any], name: str) -> int:
+    value = state.get(name)
+    lowest = 1 if name in ("lanes", "window", "block_rows") else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise _damaged(name, value)
+    return value
+
+
+def _damaged(name: str, value: object) -> DatasetError:
+    return DatasetError(
+        f"the saved place in the data is damaged: {name} = {value!r}. "
+        "Resume from another checkpoint"
+    )

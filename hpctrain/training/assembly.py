@@ -1,0 +1,209 @@
+"""The parts of a run, put together from the config: data, model, optimizer, schedule, step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.config import Config
+from hpctrain.config.messages import did_you_mean
+from hpctrain.data import Dataset, Order, open_dataset
+from hpctrain.data.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.permutation import derive_key
+from hpctrain.data.state import from_state
+from hpctrain.errors import ConfigError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.launch.world import World
+from hpctrain.training.horizon import Horizon, Place
+from hpctrain.training.loop import Schedule
+from hpctrain.training.optimizers import build_optimizer
+from hpctrain.training.persistence import Resumed
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.schedules import learning_rate
+from hpctrain.training.step import TrainStep
+from hpctrain.training.task import Task
+
+Components = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The datasets of a run, the same on all ranks, and how the training data are served.
+
+    Attributes:
+        order: of the running epoch.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    train_loader: TrainLoader
+    validation_loader: EvaluationLoader | None
+    order: Order
+    horizon: Horizon
+
+
+def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
+    """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.
+
+    Raises:
+        DatasetError: on every rank, if the data are not what the config says, or not those that
+            the checkpoint was trained on.
+        ConfigError: on every rank, if there are more ranks than lanes.
+    """
+    fields = list(dict.fromkeys([*config.task.inputs, *filter(None, [config.task.target])]))
+    opened: tuple[Dataset, Dataset | None] | None = None
+    with raise_together(world.communicator):
+        if world.topology.is_rank_zero:
+            train = open_dataset(config.data.train, fields)
+            validation = config.data.validation
+            opened = train, open_dataset(validation, fields) if validation else None
+    train, validation_data = world.communicator.broadcast(opened)
+    state = None if resumed is None else resumed.values["data"]
+    with raise_together(world.communicator):
+        section = config.data
+        order = Order.for_dataset(
+            train,
+            seed=config.run.seed,
+            global_batch_size=section.global_batch_size,
+            # A default stays what it was when the run began, whatever the batch size is now.
+            lanes=section.lanes or (None if state is None else state["lanes"]),
+            window=section.window,
+        )
+        common = {
+            "fields": fields,
+            "rank": world.topology.rank,
+            "world_size": world.topology.world_size,
+            "device": world.device,
+            "buffer_mb": section.buffer_mb,
+        }
+        begun = {}
+        if state is not None:
+            running, epoch, _ = from_state(state, train, order, train.samples)
+            begun[epoch] = running
+        train_loader = TrainLoader(
+            train,
+            order,
+            global_batch_size=section.global_batch_size,
+            drop_last=section.drop_last,
+            begun=begun,
+            **common,
+        )
+        batch_size = section.micro_batch_size or train_loader.largest_share
+        validation_loader = (
+            EvaluationLoader(validation_data, batch_size=batch_size, **common)
+            if validation_data is not None
+            else None
+        )
+    return Data(
+        train=train,
+        validation=validation_data,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        order=order,
+        horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is trained, and how."""
+
+    model: nn.Module
+    task: Task
+    number_format: NumberFormat
+    schedule: Schedule
+    step: TrainStep
+
+
+def build_parts(config: Config, world: World, components: Components, data: Data) -> Parts:
+    """Build model, task, optimizer and step, the same on all ranks, and prime them.
+
+    Collective: all ranks.
+
+    Raises:
+        HpctrainError: on every rank, if a component refuses its arguments or the data.
+    """
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    seed_generators(config.run.seed)
+    with raise_together(world.communicator):
+        number_format = NumberFormat.of(config.training.precision, world.device)
+        model = _built("model", config, components, **config.model.arguments)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+        model = model.to(device=world.device, dtype=number_format.parameters)
+        task = _built(
+            "task",
+            config,
+            components,
+            inputs=config.task.inputs,
+            target=config.task.target,
+            **config.task.arguments,
+        )
+        _check_best(config, task)
+        optimizer = build_optimizer(
+            components["optimizer"], model, config.optimizer.lr, config.optimizer.arguments
+        )
+        if config.training.compile:
+            model.compile()
+        example = data.train_loader.example()
+    step = TrainStep(
+        model,
+        task,
+        optimizer,
+        world,
+        number_format=number_format,
+        clip_norm=config.training.clip_norm,
+        micro_batch_size=config.data.micro_batch_size,
+        largest_share=data.train_loader.largest_share,
+        example=example,
+    )
+    step.prime()
+    # From here every rank draws its own numbers.
+    seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
+    factor = components["scheduler"]
+
+    def schedule(place: Place, total_steps: int) -> float:
+        return learning_rate(
+            place.step,
+            total_steps,
+            peak=config.optimizer.lr,
+            warmup_steps=config.scheduler.warmup_steps,
+            factor=factor,
+            arguments=config.scheduler.arguments,
+        )
+
+    return Parts(model=model, task=task, number_format=number_format, schedule=schedule, step=step)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch, on all devices, numpy and Python."""
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
+    random.seed(seed)
+
+
+def _built(section: str, config: Config, components: Components, **arguments: Any) -> Any:
+    """Call a component; what it does not like about its arguments is the config's mistake."""
+    try:
+        return components[section](**arguments)
+    except (TypeError, ValueError) as error:
+        use = getattr(config, section).use
+        raise ConfigError(f'[{section}] use = "{use}" refuses its arguments: {error}') from error
+
+
+def _check_best(config: Config, task: Task) -> None:
+    metric = config.checkpoint.keep_best
+    if metric is None or metric in task.metrics:
+        return
+    known: Sequence[str] = sorted(task.metrics)
+    raise ConfigError(
+        f'checkpoint.keep_best = "{metric}": {config.task.use} has no such metric'
+        f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"
+    )

@@ -1,0 +1,236 @@
+"""One job of a run, from its config to word of how it ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from hpctrain.batch.signals import SignalFlag, describe
+from hpctrain.batch.stop import StopAgreement
+from hpctrain.checkpoint.reading import Loaded, load, load_newest
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.config import Config, to_toml
+from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.launch.failure import Guard
+from hpctrain.launch.world import World, process_group
+from hpctrain.observe import log
+from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.progress import Progress
+from hpctrain.topology import Communicator, Topology
+from hpctrain.training.assembly import Data, Parts, build_parts, open_data
+from hpctrain.training.components import resolve_components
+from hpctrain.training.folder import RunFolder
+from hpctrain.training.horizon import Cadence, Place
+from hpctrain.training.loop import Plan, fit
+from hpctrain.training.persistence import Resumed, restore, share
+from hpctrain.training.phases import Phases
+from hpctrain.training.run import BestMetric, RankZero, Run
+from hpctrain.training.telling import complete_text, header_text, summary_text
+
+logger = logging.getLogger("hpctrain")
+
+_STEPS_BETWEEN_AGREEMENTS = 5
+
+
+def train(
+    config: Config,
+    topology: Topology,
+    communicator: Communicator,
+    *,
+    signals: SignalFlag,
+    guard: Guard,
+    command: Sequence[str],
+) -> ExitCode:
+    """Train as the config says, and leave word of how it ended. Collective: all ranks.
+
+    Args:
+        config: the same on all ranks.
+        topology: of this rank.
+        communicator: of all ranks.
+        signals: this rank's requests to stop.
+        guard: is told the run folder and the steps, for its report.
+        command: the config file and overrides, as they were given.
+
+    Returns:
+        DONE or STOPPED.
+
+    Raises:
+        HpctrainError: on every rank, with exit.json saying the same.
+    """
+    path = Path(config.run.directory, config.run.name)
+    folder: RunFolder | None = None
+    with ExitStack() as stack:
+        with raise_together(communicator):
+            if topology.is_rank_zero:
+                folder = stack.enter_context(RunFolder(path))
+        guard.folder = path
+        stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
+        try:
+            world = stack.enter_context(process_group(topology, communicator, config.launch))
+            ending, reason = _train(config, world, signals, guard, folder, command)
+        except HpctrainError as error:
+            if folder is not None:
+                with suppress(CheckpointError):  # the first failure is the one to tell
+                    folder.end(error.exit_code, str(error).splitlines()[0])
+            raise
+        with raise_together(communicator):
+            if folder is not None:
+                folder.end(ending, reason)
+        return ending
+
+
+def _train(
+    config: Config,
+    world: World,
+    signals: SignalFlag,
+    guard: Guard,
+    folder: RunFolder | None,
+    command: Sequence[str],
+) -> tuple[ExitCode, str]:
+    with raise_together(world.communicator):
+        components = resolve_components(config, command[0], command[1:])
+    resumed = _find_checkpoint(config, world, folder)
+    data = open_data(config, world, resumed)
+    place = Place() if resumed is None else resumed.place
+    if data.horizon.reached(place):
+        if folder is not None and resumed is not None:
+            logger.info(complete_text(config, resumed, command))
+            folder.step = place.step
+        return ExitCode.DONE, "complete"
+
+    parts = build_parts(config, world, components, data)
+    with raise_together(world.communicator):
+        if resumed is not None:
+            restore(world, parts.step, resumed)
+    with raise_together(world.communicator):
+        rank_zero = None
+        if folder is not None:
+            rank_zero = _rank_zero(config, parts, data, folder, place)
+            logger.info(header_text(config, world, parts, data, resumed, place, folder.path))
+        phases = Phases(_counters(parts, data, rank_zero))
+    run = Run(
+        config,
+        world,
+        guard,
+        data,
+        parts,
+        phases=phases,
+        stop=StopAgreement(world.communicator, _STEPS_BETWEEN_AGREEMENTS, lambda: signals.value),
+        rank_zero=rank_zero,
+        best=_best(config, parts, resumed),
+        place=place,
+        metrics={} if resumed is None else dict(resumed.values["metrics"]),
+    )
+    training, checkpoint = config.training, config.checkpoint
+    evaluation = Cadence(
+        every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
+    )
+    plan = Plan(
+        horizon=data.horizon,
+        log=Cadence(every_steps=config.logging.every_steps),
+        evaluate=evaluation if data.validation is not None else None,
+        save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+    )
+    place, complete = fit(
+        place,
+        plan,
+        step=parts.step,
+        loader=data.train_loader,
+        schedule=parts.schedule,
+        hooks=run,
+    )
+    run.finish()
+    with raise_together(world.communicator):
+        if folder is not None and rank_zero is not None:
+            with phases.measure("checkpoint"):
+                rank_zero.store.finish()
+            folder.step = place.step
+            rank_zero.progress.close()
+            rank_zero.writer.close()
+            logger.info(summary_text(config, run, rank_zero, data, phases, complete, command))
+    data.train_loader.close()
+    if data.validation_loader is not None:
+        data.validation_loader.close()
+    if complete:
+        return ExitCode.DONE, "complete"
+    return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+def _find_checkpoint(config: Config, world: World, folder: RunFolder | None) -> Resumed | None:
+    """Return the checkpoint to go on from, on every rank. Collective: all ranks.
+
+    Raises:
+        CheckpointError: on every rank, if the one that the config names is not whole.
+    """
+    loaded: Loaded | None = None
+    with raise_together(world.communicator):
+        if folder is not None:
+            if config.checkpoint.resume == "never":
+                _put_aside(folder.path / "checkpoints")
+            elif config.checkpoint.resume == "auto":
+                loaded = load_newest(folder.path / "checkpoints", logger.warning)
+            else:
+                loaded = load(Path(config.checkpoint.resume))
+    return share(world, loaded)
+
+
+def _put_aside(checkpoints: Path) -> None:
+    """Rename the checkpoints of an older run, which a new one must not mix with."""
+    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        return
+    number = 1
+    while (aside := checkpoints.with_name(f"checkpoints-old-{number}")).exists():
+        number += 1
+    checkpoints.rename(aside)
+    logger.info("checkpoints of an older run are now in %s", aside)
+
+
+def _rank_zero(
+    config: Config, parts: Parts, data: Data, folder: RunFolder, place: Place
+) -> RankZero:
+    (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    section = config.checkpoint
+    keep_best = section.keep_best
+    mode = section.keep_best_mode or (parts.task.metrics[keep_best] if keep_best else "min")
+    return RankZero(
+        store=CheckpointStore(
+            folder.path,
+            retention=Retention(keep_last=section.keep_last, metric=keep_best, mode=mode),
+            confirm=folder.confirm,
+            tell=logger.warning,
+        ),
+        writer=MetricsWriter(folder.path, place.step if place.step else None),
+        progress=Progress(
+            data.horizon.total_steps(place),
+            start_step=place.step,
+            total_epochs=config.training.max_epochs,
+            mode=config.logging.progress,
+            every_seconds=config.logging.progress_every_seconds,
+        ),
+    )
+
+
+def _counters(
+    parts: Parts, data: Data, rank_zero: RankZero | None
+) -> dict[str, Callable[[], float]]:
+    """Return what counts its own seconds, by phase."""
+    return {
+        "data": lambda: data.train_loader.wait_seconds,
+        "communication": parts.step.communication_seconds,
+        "checkpoint": lambda: rank_zero.store.stall_seconds if rank_zero is not None else 0.0,
+    }
+
+
+def _best(config: Config, parts: Parts, resumed: Resumed | None) -> BestMetric | None:
+    name = config.checkpoint.keep_best
+    if name is None:
+        return None
+    best = BestMetric(name, config.checkpoint.keep_best_mode or parts.task.metrics[name])
+    saved = None if resumed is None else resumed.values["best"]
+    if saved is not None and saved[0] == name:
+        best.value, best.step = saved[1], saved[2]
+    return best

@@ -1,0 +1,160 @@
+"""The whole state of a run to a checkpoint and back, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpctrain.checkpoint.format import Snapshot
+from hpctrain.checkpoint.reading import Loaded
+from hpctrain.checkpoint.state import (
+    load_optimizer,
+    optimizer_to_tensors,
+    restore_rng,
+    rng_to_tensors,
+)
+from hpctrain.errors import CheckpointError
+from hpctrain.launch.world import World
+from hpctrain.training.broadcast import broadcast_tensors
+from hpctrain.training.horizon import Place
+from hpctrain.training.step import TrainStep
+
+_OPTIMIZER, _GENERATORS, _BAD_STEPS = "optimizer/", "generators/", "bad_steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What every rank knows of the checkpoint that the run goes on from.
+
+    Attributes:
+        path: of the checkpoint, as the user can type it.
+        values: the training state that is not tensors.
+    """
+
+    path: str
+    model: Mapping[str, Tensor]
+    training: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+    @property
+    def place(self) -> Place:
+        return Place(**self.values["place"])
+
+
+def share(world: World, loaded: Loaded | None) -> Resumed | None:
+    """Hand what rank 0 has loaded to every rank. Collective: all ranks."""
+    facts = world.communicator.broadcast(
+        None if loaded is None else (str(loaded.path), loaded.values)
+    )
+    if facts is None:
+        return None
+    path, values = facts
+    return Resumed(
+        path=path,
+        model=broadcast_tensors(world, None if loaded is None else loaded.model),
+        training=broadcast_tensors(world, None if loaded is None else loaded.training),
+        values=values,
+    )
+
+
+def capture(
+    world: World,
+    step: TrainStep,
+    place: Place,
+    *,
+    data: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    config_toml: str,
+    metrics: Mapping[str, float] | None,
+) -> Snapshot | None:
+    """Return the state of the run on rank 0, None on the others. Collective: all ranks.
+
+    Args:
+        data: the place in the data.
+        extra: what else is to be found again in `Resumed.values`.
+    """
+    tensors, values = rng_to_tensors()
+    generators = world.communicator.all_gather((tensors, values))
+    if not world.topology.is_rank_zero:
+        return None
+    training: dict[str, Tensor] = {_BAD_STEPS: step.bad_steps}
+    for key, tensor in optimizer_to_tensors(step.optimizer, step.model).items():
+        training[_OPTIMIZER + key] = tensor
+    for rank, (of_rank, _) in enumerate(generators):
+        for name, tensor in of_rank.items():
+            training[f"{_GENERATORS}{rank}/{name}"] = tensor
+    return Snapshot(
+        step=place.step,
+        model=step.model.state_dict(),
+        training=training,
+        values={
+            "place": place.to_json(),
+            "data": dict(data),
+            "world_size": world.topology.world_size,
+            "device": world.device.type,
+            "threads": torch.get_num_threads(),
+            "scaler": step.scaler.state_dict(),
+            "generators": [of_rank for _, of_rank in generators],
+            **extra,
+        },
+        config_toml=config_toml,
+        metrics=metrics,
+    )
+
+
+def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
+    """Put the state back into the parts of the run, once these are primed.
+
+    The generators of the ranks are put back where there are as many ranks as then.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or optimizer.
+    """
+    _load_model(step, resumed)
+    training = resumed.training
+    load_optimizer(step.optimizer, step.model, _below(training, _OPTIMIZER))
+    step.bad_steps.copy_(training[_BAD_STEPS])
+    if resumed.values["scaler"]:
+        step.scaler.load_state_dict(dict(resumed.values["scaler"]))
+    if resumed.values["world_size"] == world.topology.world_size:
+        rank = world.topology.rank
+        mine = _below(training, f"{_GENERATORS}{rank}/")
+        restore_rng(mine, resumed.values["generators"][rank])
+
+
+def _load_model(step: TrainStep, resumed: Resumed) -> None:
+    here = step.model.state_dict()
+    missing = sorted(here.keys() - resumed.model.keys())
+    surplus = sorted(resumed.model.keys() - here.keys())
+    changed = sorted(
+        name
+        for name in here.keys() & resumed.model.keys()
+        if here[name].shape != resumed.model[name].shape
+    )
+    if missing or surplus or changed:
+        what = [
+            f"{label}: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+            for label, names in (
+                ("not in it", missing),
+                ("in it only", surplus),
+                ("of another shape", changed),
+            )
+            if names
+        ]
+        raise CheckpointError(
+            f"{resumed.path} is of another model ({'; '.join(what)}): bring the old [model] back, "
+            "or start a new run with another run.name"
+        )
+    step.model.load_state_dict(resumed.model)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

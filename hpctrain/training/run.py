@@ -1,0 +1,194 @@
+"""What a running job does between two steps: log, evaluate, save, and agree to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.batch.stop import StopAgreement
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.config import Config, to_toml
+from hpctrain.data.state import to_state
+from hpctrain.errors import TrainingError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.launch.failure import Guard
+from hpctrain.launch.world import World
+from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.progress import Progress
+from hpctrain.observe.text import metric
+from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.evaluation import evaluate
+from hpctrain.training.horizon import Place
+from hpctrain.training.loop import Metrics
+from hpctrain.training.persistence import capture
+from hpctrain.training.phases import Phases
+
+
+@dataclass(slots=True)
+class BestMetric:
+    """The best value of one metric of the evaluations so far."""
+
+    name: str
+    mode: str
+    value: float | None = None
+    step: int = 0
+
+    def offer(self, metrics: Metrics, step: int) -> None:
+        """Take note of an evaluation."""
+        value = metrics[self.name]
+        sign = 1 if self.mode == "max" else -1
+        if self.value is None or sign * value > sign * self.value:
+            self.value, self.step = value, step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankZero:
+    """What only the rank that speaks and writes has."""
+
+    store: CheckpointStore
+    writer: MetricsWriter
+    progress: Progress
+
+
+class Run:
+    """The hooks of the loop, on one rank.
+
+    Attributes:
+        metrics: of the newest evaluation.
+        first_place: where this job began.
+        place: where it stands.
+        reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        guard: Guard,
+        data: Data,
+        parts: Parts,
+        *,
+        phases: Phases,
+        stop: StopAgreement,
+        rank_zero: RankZero | None,
+        best: BestMetric | None,
+        place: Place,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._guard = guard
+        self._data = data
+        self._parts = parts
+        self._phases = phases
+        self._stop = stop
+        self._rank_zero = rank_zero
+        self._logged_samples = place.samples_seen
+        self._logged_time = time.perf_counter()
+        self.best = best
+        self.metrics = metrics
+        self.first_place = self.place = place
+        self.reasons = 0
+
+    def advanced(self, place: Place) -> None:
+        """Take note of a step."""
+        self.place = place
+        self._guard.step = place.step
+        if self._rank_zero is not None:
+            self._rank_zero.progress.update(place.step, place.epoch)
+
+    def log(self, place: Place, epoch: int, lr: float) -> None:
+        """Write the step that led to `place` to the metrics. Collective: all ranks."""
+        numbers = self._read(place)
+        now = time.perf_counter()
+        rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
+        self._logged_samples, self._logged_time = place.samples_seen, now
+        if self._rank_zero is None:
+            return
+        self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
+        self._rank_zero.writer.write(
+            {
+                "kind": "train",
+                "step": place.step,
+                "epoch": epoch,
+                "samples_seen": place.samples_seen,
+                "loss": numbers["loss"],
+                "lr": lr,
+                "grad_norm": numbers["grad_norm"],
+                "samples_per_second": rate,
+                "seconds": self._phases.lap(),
+            }
+        )
+
+    def evaluate(self, place: Place, epoch: int) -> Metrics:
+        """Return the metrics of the validation data. Collective: all ranks."""
+        assert self._data.validation_loader is not None
+        with self._phases.measure("evaluation"):
+            self.metrics = evaluate(
+                self._parts.model,
+                self._parts.task,
+                self._data.validation_loader,
+                self._world,
+                self._parts.number_format,
+            )
+        if self.best is not None:
+            self.best.offer(self.metrics, place.step)
+        if self._rank_zero is not None:
+            record = {"kind": "evaluation", "split": "validation", "step": place.step}
+            self._rank_zero.writer.write({**record, "epoch": epoch, **self.metrics})
+            shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
+            self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch + 1}  {shown}")
+        return self.metrics
+
+    def save(self, place: Place, metrics: Metrics | None) -> None:
+        """Save a checkpoint in the background. Collective: all ranks."""
+        self._read(place)  # nothing is saved behind a failure that nobody has looked at
+        snapshot = capture(
+            self._world,
+            self._parts.step,
+            place,
+            data=to_state(
+                self._data.train_loader.order_of(place.epoch),
+                place.epoch,
+                place.position,
+                self._data.train.fingerprint,
+            ),
+            extra=self._memory(),
+            config_toml=to_toml(self._config),
+            metrics=metrics,
+        )
+        with raise_together(self._world.communicator):
+            if self._rank_zero is not None and snapshot is not None:
+                self._rank_zero.store.save(snapshot)
+
+    def stop_agreed(self) -> bool:
+        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
+        self.reasons = self._stop.boundary()
+        return self.reasons != 0
+
+    def finish(self) -> None:
+        """Leave no reduction behind that others still wait for. Collective: all ranks."""
+        self._stop.flush()
+
+    def _memory(self) -> Mapping[str, Any]:
+        """Return what a run that goes on should know of the evaluations so far."""
+        best = self.best
+        return {
+            "metrics": self.metrics,
+            "best": None if best is None else [best.name, best.value, best.step],
+        }
+
+    def _read(self, place: Place) -> Metrics:
+        """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
+        numbers = self._parts.step.read()
+        bad = int(numbers["bad_steps"])
+        if bad >= self._config.training.max_bad_steps:
+            raise TrainingError(
+                f"step {place.step}: the gradient was not finite for {bad} steps in a row, none of "
+                "which was applied. The last checkpoint is from before them: lower optimizer.lr, "
+                "set training.clip_norm, or look for values in the data that are not finite",
+                everywhere=True,
+            )
+        return numbers

@@ -1,0 +1,160 @@
+"""What a job tells at its beginning and end, gathered from its parts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hpctrain.config import Config
+from hpctrain.launch.world import World
+from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
+from hpctrain.observe.text import metric, plural
+from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.horizon import Place
+from hpctrain.training.persistence import Resumed
+from hpctrain.training.phases import Phases
+from hpctrain.training.run import RankZero, Run
+
+
+def header_text(
+    config: Config,
+    world: World,
+    parts: Parts,
+    data: Data,
+    resumed: Resumed | None,
+    place: Place,
+    folder: Path,
+) -> str:
+    """Return the header of a run."""
+    parameters = list(parts.model.parameters())
+    topology = world.topology
+    return header(
+        HeaderFacts(
+            run=config.run.name,
+            folder=str(folder),
+            world_size=topology.world_size,
+            num_nodes=topology.num_nodes,
+            launcher=None if topology.launcher == "none" else topology.launcher,
+            mpi=topology.mpi,
+            backend=world.backend,
+            devices=_devices(world),
+            train_samples=data.train.samples,
+            train_shards=len(data.train.shards),
+            validation_samples=None if data.validation is None else data.validation.samples,
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size or data.train_loader.largest_share,
+            grad_accum_steps=parts.step.grad_accum_steps,
+            model=config.model.use,
+            parameters=sum(item.numel() for item in parameters),
+            trainable=sum(item.numel() for item in parameters if item.requires_grad),
+            parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
+            precision=config.training.precision,
+            total_steps=data.horizon.total_steps(place),
+            total_epochs=config.training.max_epochs,
+            resume=None
+            if resumed is None
+            else f"step {place.step:,}, epoch {place.epoch + 1}: {resumed.path}",
+            notes=_notes(config, world, parts, data, resumed),
+        )
+    )
+
+
+def summary_text(
+    config: Config,
+    run: Run,
+    rank_zero: RankZero,
+    data: Data,
+    phases: Phases,
+    complete: bool,
+    command: Sequence[str],
+) -> str:
+    """Return the summary of a job whose last save is on disk."""
+    best = run.best
+    trained = run.place.samples_seen - run.first_place.samples_seen
+    seconds = phases.totals()
+    order = ("data", "compute", "communication", "checkpoint", "evaluation")
+    folder = Path(config.run.directory, config.run.name)
+    return summary(
+        SummaryFacts(
+            run=config.run.name,
+            ended="complete" if complete else "stopped and saved",
+            step=run.place.step,
+            total_steps=data.horizon.total_steps(run.place),
+            elapsed_seconds=phases.elapsed(),
+            last=run.metrics,
+            best=None
+            if best is None or best.value is None
+            else Best(metric=best.name, value=best.value, step=best.step),
+            samples_per_second=trained / max(phases.elapsed(), 1e-9) if trained else None,
+            seconds={phase: seconds[phase] for phase in order if phase in seconds},
+            checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
+            metrics=str(folder / JSONL_FILE),
+            next_command=("train on", _command([*command, _further(config)]))
+            if complete
+            else ("resume", _command(command)),
+        )
+    )
+
+
+def complete_text(config: Config, resumed: Resumed, command: Sequence[str]) -> str:
+    """Return what to say when there is nothing left to do."""
+    place = resumed.place
+    metrics = resumed.values["metrics"]
+    shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
+    return "\n".join(
+        [
+            f"run {config.run.name} is complete: {plural(place.step, 'step')}, "
+            f"{plural(place.epoch, 'epoch')}{', ' + shown if shown else ''}",
+            f"  checkpoint  {resumed.path}",
+            f"  train on    {_command([*command, _further(config)])}",
+            f"  start anew  {_command([*command, f'run.name={config.run.name}-2'])}",
+        ]
+    )
+
+
+def _further(config: Config) -> str:
+    """Return an override under which a complete run has more to do."""
+    training = config.training
+    for name in ("max_epochs", "max_steps", "max_samples"):
+        limit = getattr(training, name)
+        if limit is not None:
+            return f"training.{name}={2 * limit}"
+    raise AssertionError("a config has at least one limit")
+
+
+def _command(command: Sequence[str]) -> str:
+    """Return the command to type, behind whatever launcher it was started with."""
+    return f"python -m hpctrain {shlex.join(command)}"
+
+
+def _devices(world: World) -> str:
+    if world.device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(world.device)}"
+    return f"{world.device.type}, {plural(torch.get_num_threads(), 'thread')} per rank"
+
+
+def _notes(
+    config: Config, world: World, parts: Parts, data: Data, resumed: Resumed | None
+) -> list[str]:
+    notes = []
+    rest = data.train.samples - data.train_loader.epoch_size
+    if rest:
+        notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
+    if parts.step.syncs:
+        notes.append(
+            f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "
+            "themselves: every step waits for the device"
+        )
+    if resumed is not None:
+        here = (world.topology.world_size, world.device.type, torch.get_num_threads())
+        then = tuple(resumed.values[key] for key in ("world_size", "device", "threads"))
+        for name, now, before in zip(("ranks", "device", "threads"), here, then, strict=True):
+            if now != before:
+                notes.append(
+                    f"{name}: {before} when saved, {now} now; sums may differ in the last bit"
+                )
+    return notes

@@ -1,0 +1,35 @@
+"""The combinations that cannot work, and every other one."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+
+from hpctrain.config.capabilities import unsupported
+from hpctrain.config.schema import LaunchSection, Precision
+
+PRECISIONS = typing.get_args(Precision)
+HINTS = typing.get_type_hints(LaunchSection)
+
+
+def test_every_combination_of_a_torch_that_has_them_all() -> None:
+    for precision, device, backend in itertools.product(
+        PRECISIONS, typing.get_args(HINTS["device"]), (None, *typing.get_args(HINTS["backend"]))
+    ):
+        found = unsupported(precision=precision, device=device, backend=backend, torch="2.13.0+cpu")
+        assert (found is not None) == ((device, backend) == ("cpu", "nccl"))
+
+
+def test_bfloat16_over_gloo_needs_its_torch() -> None:
+    cells = {
+        ("bf16-true", "gloo", "2.6.0+cu124"): "training.precision",
+        ("bf16-true", "gloo", "2.7.1"): "training.precision",
+        ("bf16-true", "gloo", "2.8.0a0+git1234"): None,
+        ("bf16-true", "gloo", None): None,
+        ("bf16-true", "nccl", "2.6.0"): None,
+        ("bf16-true", None, "2.6.0"): None,
+        ("bf16-mixed", "gloo", "2.6.0"): None,
+    }
+    for (precision, backend, torch), key in cells.items():
+        found = unsupported(precision=precision, backend=backend, device="cuda", torch=torch)
+        assert (found[0] if found else None) == key

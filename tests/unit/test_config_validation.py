@@ -1,0 +1,312 @@
+"""Every kind of mistake against the schema, with the exact words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpctrain.config import Config, load
+from hpctrain.errors import ConfigError, ExitCode
+
+SMALLEST = """\
+[run]
+name = "test"
+[model]
+use = "mlp"
+[task]
+use = "regression"
+inputs = ["x"]
+[data]
+train = "train"
+global_batch_size = 8
+[optimizer]
+use = "sgd"
+lr = 0.1
+[training]
+max_steps = 5
+"""
+
+DATES = "dates and times are of no use here; as a string it needs quotes"
+PRECISIONS = '"32-true", "bf16-mixed", "16-mixed", "bf16-true" or "64-true"'
+
+
+@pytest.fixture(autouse=True)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train").mkdir()
+
+
+def loaded(text: str, *overrides: str) -> Config:
+    Path("c.toml").write_text(text, encoding="utf-8")
+    return load("c.toml", overrides)
+
+
+def mistakes(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(text, *overrides)
+    assert caught.value.exit_code == ExitCode.CONFIG
+    count, *lines = str(caught.value).split("\n")
+    assert count == f"c.toml: {len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    return [line.removeprefix("  ") for line in lines]
+
+
+def test_the_smallest_config_has_every_default() -> None:
+    config = loaded(SMALLEST)
+    assert config.run.name == "test"
+    assert config.run.seed == 1234
+    assert config.task.inputs == ("x",)
+    assert config.data.validation is None
+    assert config.scheduler.use == "constant"
+    assert config.launch.hang_timeout_seconds == 300.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        # Names.
+        (
+            'name = "test"',
+            'name = "test"\nsed = 1',
+            "line 3  run.sed = 1: unknown key; did you mean run.seed?",
+        ),
+        (
+            'name = "test"',
+            'name = "test"\nmax_steps = 1',
+            "line 3  run.max_steps = 1: unknown key; did you mean training.max_steps?",
+        ),
+        ('name = "test"', 'name = "test"\nzzz = [1]', "line 3  run.zzz = [1]: unknown key"),
+        (
+            'name = "test"',
+            'nam = "test"',
+            'line 2  run.nam = "test": unknown key; did you mean run.name?',
+        ),
+        (
+            "global_batch_size = 8",
+            "globl_batch_size = 8",
+            "line 10  data.globl_batch_size = 8: unknown key; did you mean data.global_batch_size?",
+        ),
+        (
+            "lr = 0.1",
+            "lR = 0.1",
+            (
+                "line 11  optimizer.lr: missing; expected a number above 0"
+                "; is optimizer.lR a slip for it?"
+            ),
+        ),
+        (
+            "[optimizer]",
+            "[optimzer]",
+            "line 11  optimzer: unknown section; did you mean optimizer?",
+        ),
+        ("[run]", "[extra]\nx = 1\n[run]", "line 1  extra: unknown section"),
+        (
+            "[run]",
+            "seed = 1\n[run]",
+            (
+                "line 1  seed = 1: stands before the first [section], so it belongs to none"
+                "; did you mean run.seed?"
+            ),
+        ),
+        (
+            "[run]",
+            "use = 1\n[run]",
+            "line 1  use = 1: stands before the first [section], so it belongs to none",
+        ),
+        ("[run]", '"" = {}\n[run]', 'line 1  "": unknown section'),
+        # Missing.
+        ('name = "test"', "", "line 1  run.name: missing; expected a non-empty string"),
+        ('[run]\nname = "test"\n', "", "run: missing section"),
+        (
+            "global_batch_size = 8",
+            "",
+            "line 8  data.global_batch_size: missing; expected a whole number from 1",
+        ),
+        # Types.
+        ('name = "test"', "name = 3", "line 2  run.name = 3: expected a non-empty string"),
+        (
+            'inputs = ["x"]',
+            'inputs = "x"',
+            'line 7  task.inputs = "x": expected a non-empty list of strings',
+        ),
+        (
+            'inputs = ["x"]',
+            'inputs = ["x", 1]',
+            'line 7  task.inputs = ["x", 1]: expected a non-empty list of strings',
+        ),
+        (
+            'inputs = ["x"]',
+            "inputs = []",
+            "line 7  task.inputs = []: expected a non-empty list of strings",
+        ),
+        (
+            "global_batch_size = 8",
+            "global_batch_size = 8.0",
+            "line 10  data.global_batch_size = 8.0: expected a whole number from 1",
+        ),
+        (
+            "global_batch_size = 8",
+            "global_batch_size = true",
+            "line 10  data.global_batch_size = true: expected a whole number from 1",
+        ),
+        (
+            "global_batch_size = 8",
+            'global_batch_size = "8"',
+            (
+                'line 10  data.global_batch_size = "8": expected a whole number from 1'
+                "; without quotes it is one"
+            ),
+        ),
+        ("lr = 0.1", 'lr = "fast"', 'line 13  optimizer.lr = "fast": expected a number above 0'),
+        ("lr = 0.1", "lr = true", "line 13  optimizer.lr = true: expected a number above 0"),
+        ("lr = 0.1", "lr = { a = 1 }", "line 13  optimizer.lr = {...}: expected a number above 0"),
+        ("lr = 0.1", "lr.a = 1", "line 13  optimizer.lr = {...}: expected a number above 0"),
+        ('[run]\nname = "test"', "run = 1", "line 1  run = 1: expected a table"),
+        (
+            "max_steps = 5",
+            "max_steps = 5\ncompile = 1",
+            "line 16  training.compile = 1: expected true or false",
+        ),
+        (
+            "max_steps = 5",
+            'max_steps = 5\ncompile = "yes"',
+            'line 16  training.compile = "yes": expected true or false; did you mean true?',
+        ),
+        (
+            "max_steps = 5",
+            "max_steps = 2020-01-01",
+            f"line 15  training.max_steps = 2020-01-01: {DATES}",
+        ),
+        (
+            'use = "mlp"',
+            'use = "mlp"\nx = [1, [07:00:00]]',
+            f"line 5  model.x = [1, [...]]: {DATES}",
+        ),
+        (
+            'use = "mlp"',
+            'use = "mlp"\narguments = 1',
+            "line 5  model.arguments = 1: expected a table",
+        ),
+        # Ranges.
+        ("lr = 0.1", "lr = 0", "line 13  optimizer.lr = 0: expected a number above 0"),
+        ("lr = 0.1", "lr = nan", "line 13  optimizer.lr = nan: expected a finite number"),
+        ("lr = 0.1", "lr = 1e400", "line 13  optimizer.lr = inf: expected a finite number"),
+        (
+            "lr = 0.1",
+            "lr = 0.1\neps = -inf",
+            "line 14  optimizer.eps = -inf: expected a finite number",
+        ),
+        (
+            "global_batch_size = 8",
+            "global_batch_size = 0",
+            "line 10  data.global_batch_size = 0: expected a whole number from 1",
+        ),
+        (
+            "global_batch_size = 8",
+            "global_batch_size = 8\nlanes = 0",
+            "line 11  data.lanes = 0: expected a whole number from 1",
+        ),
+        (
+            "global_batch_size = 8",
+            "global_batch_size = 8\nwindow = 2000",
+            "line 11  data.window = 2000: expected a whole number from 1 to 1024",
+        ),
+        (
+            'name = "test"',
+            'name = "test"\nseed = -1',
+            "line 3  run.seed = -1: expected a whole number from 0 to 9223372036854775807",
+        ),
+        (
+            'name = "test"',
+            'name = "test"\nseed = 9223372036854775808',
+            "line 3  run.seed = 9223372036854775808: expected a number of at most 64 bits",
+        ),
+        (
+            'use = "mlp"',
+            f'use = "mlp"\nx = 0x{"f" * 6000}',
+            "line 5  model.x = a very long number: expected a number of at most 64 bits",
+        ),
+        # Choices.
+        (
+            "max_steps = 5",
+            'max_steps = 5\nprecision = "bf16"',
+            (
+                f'line 16  training.precision = "bf16": expected {PRECISIONS}'
+                '; did you mean "bf16-true"?'
+            ),
+        ),
+        (
+            "max_steps = 5",
+            'max_steps = 5\nstrategy = "fsdp"',
+            'line 16  training.strategy = "fsdp": expected "ddp"',
+        ),
+        (
+            "max_steps = 5",
+            "max_steps = 5\nprecision = 32",
+            f"line 16  training.precision = 32: expected {PRECISIONS}",
+        ),
+        # Arguments of a component.
+        (
+            'use = "mlp"',
+            'use = "mlp"\nx = 1\n[model.arguments]\nx = 2',
+            "line 5  model.x = 1: given twice, also in [model.arguments]",
+        ),
+        # Several at once, by line.
+        (
+            'name = "test"\n',
+            'name = ""\nzzz = 1\n',
+            'line 2  run.name = "": expected a non-empty string\nline 3  run.zzz = 1: unknown key',
+        ),
+    ],
+)
+def test_mistakes(old: str, new: str, expected: str) -> None:
+    assert old in SMALLEST
+    assert mistakes(SMALLEST.replace(old, new, 1)) == expected.split("\n")
+
+
+def test_a_mistake_in_an_override_names_it_and_spares_the_file() -> None:
+    text = SMALLEST.replace("lr = 0.1", 'lr = "fast"')
+    assert loaded(text, "optimizer.lr=2e-3").optimizer.lr == 2e-3
+    assert mistakes(SMALLEST, "training.compile=True", "optimizer.lr=fast", "run.seed=[1") == [
+        'override  training.compile = "True": expected true or false; did you mean true?',
+        'override  optimizer.lr = "fast": expected a number above 0',
+        "override  run.seed=[1: not a TOML value: Unclosed array",
+    ]
+
+
+def test_a_dotted_key_is_a_section_as_well() -> None:
+    assert loaded(SMALLEST.replace("[run]\nname", "run.name")) == loaded(SMALLEST)
+
+
+def test_further_keys_of_a_component_become_its_arguments() -> None:
+    config = loaded(
+        SMALLEST.replace('"mlp"', '"mlp"\nwidth = 3\ndeep.x = [1]\n[model.arguments]\nuse = 1.0'),
+        "optimizer.betas=[0.9,0.99]",
+        "model.arguments.more='a'",
+    )
+    assert config.model.arguments == {"width": 3, "deep": {"x": [1]}, "use": 1.0, "more": "a"}
+    assert config.optimizer.arguments == {"betas": [0.9, 0.99]}
+
+
+def test_a_whole_number_may_stand_for_a_number_and_nothing_else_is_coerced() -> None:
+    config = loaded(SMALLEST.replace("lr = 0.1", "lr = 1"), "model.x=1", "model.y=1.0")
+    assert type(config.optimizer.lr) is float
+    assert [type(value) for value in config.model.arguments.values()] == [int, float]
+
+
+def test_a_mistake_is_told_without_anything_heavy() -> None:
+    Path("c.toml").write_text(SMALLEST.replace("0.1", '"fast"'), encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from hpctrain.config import load\n"
+        "from hpctrain.errors import ConfigError\n"
+        "try: load('c.toml')\n"
+        "except ConfigError as error: print(error)\n"
+        "print(*{'torch', 'numpy', 'h5py', 'mpi4py'} & set(sys.modules))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message = 'c.toml: 1 mistake\n  line 13  optimizer.lr = "fast": expected a number above 0'
+    assert told.stdout == f"{message}\n\n"
+    assert told.stderr == ""
