@@ -34,32 +34,46 @@ def problem_of(reference: str) -> str | None:
     show their names.
     """
     module, _, name = reference.partition(":")
-    parts = module.split(".")
-    spec, folders = _find(parts[0], None), _folders()
-    for depth, part in enumerate(parts, start=1):
-        found = ".".join(parts[: depth - 1])
-        if depth > 1:
-            assert spec is not None
-            if spec.submodule_search_locations is None:
-                if _names(spec) is None:  # as `os` has `os.path`, and extension modules may
-                    return None
-                return f"{found!r} is a module, not a package with modules in it"
-            folders = list(spec.submodule_search_locations)
-            spec = _find(part, folders)
-        if spec is None:
-            where = f"package {found!r} has" if found else "the current directory and Python have"
-            near = did_you_mean(part, _modules(folders), prefix=f"{found}." if found else "")
-            return f"{where} no module {part!r}{near}"
-    assert spec is not None
     try:
-        names = _names(spec)
+        spec = _locate(module)
+        names = None if spec is None else _names(spec)
+    except LookupError as error:
+        return str(error.args[0])
     except SyntaxError as error:
-        file = printable(str(spec.origin))
-        return f"{file}, line {error.lineno}: {printable(error.msg)}"
+        return printable(f"{error.filename}, line {error.lineno}: {error.msg}")
     first = name.split(".")[0]
-    if names is not None and first not in names:
-        return f"module {module!r} has no {first!r}{did_you_mean(first, names)}"
-    return None
+    if names is None or first in names:
+        return None
+    return f"module {module!r} has no {first!r}{did_you_mean(first, names)}"
+
+
+def _locate(module: str) -> ModuleSpec | None:
+    """Return the spec of "package.module"; None if there may be such a module.
+
+    Raises:
+        LookupError: with the reason, if there is none.
+        SyntaxError: if what should have it is no Python.
+    """
+    first, *rest = module.split(".")
+    folders = _folders()
+    spec = _find_top_level(first)
+    if spec is None:
+        near = did_you_mean(first, _modules(folders))
+        raise LookupError(f"the current directory and Python have no module {first!r}{near}")
+    found = first
+    for part in rest:
+        if spec.submodule_search_locations is None:
+            if _names(spec) is None:  # as `os` has `os.path`, and extension modules may
+                return None
+            raise LookupError(f"{found!r} is a module, not a package with modules in it")
+        folders = list(spec.submodule_search_locations)
+        # By its last name alone: with its full one, the package around it would have to be loaded.
+        spec = PathFinder.find_spec(part, folders)
+        if spec is None:
+            near = did_you_mean(part, _modules(folders), prefix=f"{found}.")
+            raise LookupError(f"package {found!r} has no module {part!r}{near}")
+        found += f".{part}"
+    return spec
 
 
 def _folders() -> list[str]:
@@ -68,18 +82,13 @@ def _folders() -> list[str]:
     return [here, *(folder for folder in sys.path if folder not in ("", here))]
 
 
-def _find(name: str, folders: Sequence[str] | None) -> ModuleSpec | None:
-    """Return the spec of the module with this last name, as the import system would choose it.
+def _find_top_level(name: str) -> ModuleSpec | None:
+    """Return the spec of a top-level module, as the import system would choose it.
 
-    For a top-level module (`folders` is None) all finders are asked, since an editable installation
-    brings its own. None of them runs a module.
+    All finders are asked, since an editable installation brings its own; none of them runs it.
     """
-    if folders is not None:
-        # By its last name alone: with its full one, the package around it would have to be loaded.
-        return PathFinder.find_spec(name, folders)
     for finder in sys.meta_path:
-        path = _folders() if finder is PathFinder else None
-        spec = finder.find_spec(name, path)
+        spec = finder.find_spec(name, _folders() if finder is PathFinder else None)
         if spec is not None:
             return spec
     return None
@@ -111,7 +120,7 @@ def _names(spec: ModuleSpec) -> set[str] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as an odd escape in a string: not our business
-            tree = ast.parse(Path(spec.origin).read_bytes())
+            tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
     except (OSError, ValueError, RecursionError, MemoryError):
         return None  # the import itself will tell
     for node in ast.walk(tree):

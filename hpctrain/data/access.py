@@ -7,6 +7,7 @@ HDF5, and the lock that it holds over all threads, are not in the path. The rest
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,8 @@ class _Handles(Generic[H]):
         self._open = open_
         self._close = close
         self._kept: OrderedDict[str, H] = OrderedDict()
+        # Descriptors are mere numbers: nothing else closes them when their reader is dropped.
+        weakref.finalize(self, _close_all, self._kept, close)
 
     def get(self, shard: Shard) -> H:
         handle = self._kept.get(shard.path)
@@ -165,8 +168,12 @@ class _Handles(Generic[H]):
         return handle
 
     def close(self) -> None:
-        while self._kept:
-            self._close(self._kept.popitem()[1])
+        _close_all(self._kept, self._close)
+
+
+def _close_all(kept: OrderedDict[str, H], close: Callable[[H], Any]) -> None:
+    while kept:
+        close(kept.popitem()[1])
 
 
 def _offsets(dataset: Dataset, name: str) -> Int64s:
@@ -179,9 +186,6 @@ def _open_descriptor(shard: Shard) -> int:
     descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _require_size(shard, os.fstat(descriptor).st_size)
-        if hasattr(os, "posix_fadvise"):
-            # Blocks come in random order: the kernel need not read beyond them.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     except BaseException:
         os.close(descriptor)
         raise

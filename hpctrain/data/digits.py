@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files import temporary_name
 from hpctrain.data.index import INDEX_NAME, damaged_shards
 from hpctrain.data.permutation import derive_key, permutation
 from hpctrain.data.writing import Writer
@@ -45,14 +45,18 @@ def pack_digits(folder: Path) -> str:
     Raises:
         DatasetError: if scikit-learn is not installed, or something else is in the way.
     """
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        is_new = not folder.exists() or not any(folder.iterdir())
+    except OSError as error:
+        raise DatasetError(f"{folder}: {error.strerror}") from error
+    if not is_new:
         found = [_require_whole(folder / split) for split in SPLITS]
         return f"{folder}: the digits are packed already: {_summary(found)}."
     images, labels = _load()
     chosen = _validation_mask(labels)
     # Both splits appear at once, by the rename of one folder: a packer that is killed leaves
     # nothing that looks like a dataset.
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = temporary_name(folder.absolute())
     try:
         for split, mask in zip(SPLITS, (~chosen, chosen), strict=True):
             with Writer(temporary / split, shard_bytes=SHARD_BYTES, attributes=ATTRIBUTES) as out:

@@ -72,8 +72,8 @@ class TrainLoader:
         """
         if global_batch_size > dataset.samples:
             raise DatasetError(
-                f"{dataset.source} has {dataset.samples} samples, fewer than one batch: set "
-                f"data.global_batch_size = {global_batch_size} to at most {dataset.samples}"
+                f"data.global_batch_size = {global_batch_size}, but {dataset.source} has only "
+                f"{dataset.samples} samples: set it to at most {dataset.samples}"
             )
         self._dataset = dataset.select(fields)
         self._order = order

@@ -19,7 +19,7 @@ import pytest
 from hpctrain.data.digits import pack_digits
 
 ROOT = Path(__file__).parents[2]
-EPOCH_STEPS = 23  # 1,437 digits in batches of 64
+EPOCH_STEPS = 23  # 1,438 digits in batches of 64
 
 # Metrics compare to the bit, except for what a clock says.
 CLOCKED = {"seconds", "samples_per_second", "time"}
@@ -98,7 +98,7 @@ def test_the_documented_run(site: Path) -> None:
 
     trained = metrics(run, "train")
     assert [record["step"] for record in trained] == [*range(10, 276, 10), 276]
-    assert trained[-1]["samples_seen"] == 12 * 1437
+    assert trained[-1]["samples_seen"] == 12 * 1438
     assert {"step", "epoch", "samples_seen", "loss", "lr", "grad_norm"} <= set(trained[0])
 
     names = {path.name for path in run.iterdir()}
@@ -109,10 +109,10 @@ def test_the_documented_run(site: Path) -> None:
 
     assert "\r" not in output
     assert "\x1b" not in output
-    for word in ("digits", "2 ranks", "MPICH", "gloo", "1,437", "64", "parameters", "accuracy"):
+    for word in ("digits", "2 ranks", "MPICH", "gloo", "1,438", "64", "parameters", "accuracy"):
         assert word in output
     assert "Warning" not in output
-    assert output.count("1,437") == 1  # one rank speaks
+    assert output.count("1,438") == 1  # one rank speaks
 
     again = train(site, 2)
     assert "complete" in again
@@ -287,9 +287,9 @@ def test_a_mistake_that_only_an_import_shows(site: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "code", "words"),
     [
-        ("task.target=lable", 65, "did you mean label?"),
+        ("task.target=lable", 65, "Did you mean \"label\"?"),
         ("data.lanes=1", 78, "data.lanes"),
-        ("data.global_batch_size=2000", 65, "1,437"),
+        ("data.global_batch_size=2000", 65, "1438"),
         ("checkpoint.keep_best=acuracy", 78, "did you mean accuracy?"),
     ],
 )
@@ -334,7 +334,7 @@ def test_own_model_schedule_and_optimizer(site: Path) -> None:
     (site / "mine.py").write_text(OWN_MODULE, encoding="utf-8")
     config = (site / "run.toml").read_text(encoding="utf-8")
     config = config.replace('use = "convnet"', 'use = "mine:Net"\nwidth = 64')
-    config = re.sub(r"(in_channels|num_classes) = \d+\n", "", config)
+    config = re.sub(r"(in_channels|num_classes) = \d+.*\n", "", config)
     config = config.replace('use = "cosine"', 'use = "mine:decay"\npower = 1.5')
     config = config.replace('use = "adamw"', 'use = "torch.optim:RMSprop"')
     (site / "run.toml").write_text(config, encoding="utf-8")
@@ -362,10 +362,10 @@ def test_a_failing_rank_tells_its_story_once_and_ends_the_job(site: Path) -> Non
 def test_damaged_data_end_the_job_with_the_shard_named(site: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(site / "data" / "digits", copy)
-    shard = copy / "train" / "shard-00002.h5"
+    shard = sorted((copy / "train").glob("*.h5"))[2]
     shard.write_bytes(shard.read_bytes()[:-100])
     output = train(site, 2, f"data.train={copy}/train", code=65)
-    assert "shard-00002.h5" in output
+    assert shard.name in output
     assert output.count("hpctrain: error") == 1
 
 

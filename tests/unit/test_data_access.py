@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def test_open_files_are_bounded(
     assert reader.files_opened == 4
     assert open_descriptors() <= before + 2
     reader.close()
+    assert open_descriptors() == before
+
+
+def test_dropped_reader_closes_its_files(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = open_dataset(str(tmp_path))
+    before = open_descriptors()
+    reader = RowAccess(dataset)
+    read(reader, [(0, 20)])
+    assert open_descriptors() == before + 3
+    del reader
+    gc.collect()
     assert open_descriptors() == before
 
 

@@ -65,7 +65,7 @@ def test_any_position_is_found_alone(order: Order) -> None:
 @pytest.mark.parametrize("order", ORDERS, ids=ids)
 def test_ranks_share_every_batch_and_miss_nothing(order: Order) -> None:
     for world_size, batch in itertools.product(WORLD_SIZES, (1, 7, 48, 64, 100)):
-        if world_size > order.lanes:
+        if world_size > order.lanes or order.samples > 100 * batch:
             continue
         largest = 0
         for start in range(0, order.samples, batch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,8 @@ def test_digits_notice_damage(tmp_path: Path) -> None:
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(DatasetError, match=r"train: there is no dataset here, yet .* not empty"):
         pack_digits(tmp_path / "other")
+    with pytest.raises(DatasetError, match=r"notes\.txt: Not a directory"):
+        pack_digits(tmp_path / "other" / "notes.txt")
 
 
 def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +269,14 @@ def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DatasetError, match=r"pip install 'hpctrain\[digits\]'"):
         pack_digits(tmp_path / "digits")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tools_start_without_torch() -> None:
+    code = (
+        "import sys, hpctrain.data;"
+        "assert not {'torch', 'numpy', 'h5py'} & set(sys.modules);"
+        "from hpctrain.data import Dataset, Field, Order, Writer, default_lanes, open_dataset;"
+        "import hpctrain.data.digits, hpctrain.data.reader;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
