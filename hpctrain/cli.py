@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import hpctrain
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
 from hpctrain.launch.launchers import Claim, detect
+from hpctrain.version import __version__
 
 USAGE = """\
 usage: python -m hpctrain CONFIG [SECTION.KEY=VALUE ...]
@@ -82,7 +82,7 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if first in ("-h", "--help"):
         return say(claim, HELP)
     if first == "--version":
-        return say(claim, f"hpctrain {hpctrain.__version__}\n")
+        return say(claim, f"hpctrain {__version__}\n")
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE

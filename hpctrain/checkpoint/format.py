@@ -25,8 +25,8 @@ import xxhash
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-import hpctrain
 from hpctrain.errors import CheckpointError
+from hpctrain.version import __version__
 
 VERSION = 1
 META = "meta.json"
@@ -97,7 +97,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         "aliases": dict(tied),
         "metrics": None if snapshot.metrics is None else dict(snapshot.metrics),
         "versions": {
-            "hpctrain": hpctrain.__version__,
+            "hpctrain": __version__,
             "torch": torch.__version__,
             "safetensors": safetensors.__version__,
             "python": platform.python_version(),

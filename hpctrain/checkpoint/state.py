@@ -22,7 +22,7 @@ def optimizer_to_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Te
     Raises:
         CheckpointError: if the optimizer keeps something else than tensors and numbers.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():

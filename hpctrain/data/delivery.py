@@ -119,10 +119,10 @@ class Delivery:
         tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
         if not self._pinned:
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-        while self._copies and self._copies[0][0].query():  # type: ignore[no-untyped-call]
+        while self._copies and self._copies[0][0].query():
             self._copies.popleft()
         copies = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         self._copies.append((event, host))
         return copies

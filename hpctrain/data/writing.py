@@ -67,7 +67,7 @@ class Writer:
         self._shard_rows = 0
         self._shards: list[Shard] = []
 
-    def __enter__(self) -> Writer:  # noqa: PYI034 - Self is not in Python 3.10
+    def __enter__(self) -> Writer:
         """Make the folder.
 
         Raises:

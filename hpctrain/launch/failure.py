@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import hpctrain
 from hpctrain.batch.outcome import read_outcome, write_outcome
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
 from hpctrain.topology import Topology
+from hpctrain.version import __version__
 
 _ABORT_SECONDS = 2.0
 
@@ -83,7 +83,7 @@ class Guard:
             "traceback": text,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": {
-                "hpctrain": hpctrain.__version__,
+                "hpctrain": __version__,
                 "python": platform.python_version(),
                 "mpi": self._topology.mpi,
             },

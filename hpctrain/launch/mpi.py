@@ -46,7 +46,7 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
             f"{error}. {_sentence(claim.launcher.fix)}"
         ) from error
 
-    library = MPI.Get_library_version().strip("\0 \n").splitlines()[0].strip()
+    library = library_name(MPI.Get_library_version())
     _check_library(claim, library)
     # Funneled: the launch layer calls MPI from the main thread only.
     MPI.Init_thread(MPI.THREAD_FUNNELED)
@@ -54,6 +54,16 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     communicator = MPICommunicator(MPI.COMM_WORLD.Dup(), library)
     with closing_together(communicator, MPI.Finalize):
         yield communicator
+
+
+def library_name(version: str) -> str:
+    """Return name and version from what MPI_Get_library_version says, such as "MPICH 5.0.2".
+
+    MPICH goes on with lines about its build, Open MPI with its package and commit.
+    """
+    first = version.strip("\0 \n").splitlines()[0]
+    words = first.replace("Version:", " ").split(",")[0].split()
+    return " ".join(word for word in words if word not in ("Library", "Version"))
 
 
 def library_family(library: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ class MLP(nn.Module):
         if min(widths) < 1:
             raise ConfigError(f"model: layers of {widths} features: every width starts at 1")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             layers[f"fc{number}"] = nn.Linear(before, after)
             if number < len(widths) - 1:
                 layers[f"relu{number}"] = nn.ReLU(inplace=True)

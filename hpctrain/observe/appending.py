@@ -74,7 +74,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - the house's word for it
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

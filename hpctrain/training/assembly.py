@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from hpctrain.config import Config
 from hpctrain.config.messages import did_you_mean
 from hpctrain.data import Dataset, Order, open_dataset
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.partition import served_samples
 from hpctrain.data.permutation import derive_key
 from hpctrain.data.state import from_state
 from hpctrain.errors import ConfigError
@@ -37,14 +39,14 @@ class Data:
     """The datasets of a run, the same on all ranks, and how the training data are served.
 
     Attributes:
-        order: of the running epoch.
+        place: where the run goes on.
     """
 
     train: Dataset
     validation: Dataset | None
     train_loader: TrainLoader
     validation_loader: EvaluationLoader | None
-    order: Order
+    place: Place
     horizon: Horizon
 
 
@@ -64,48 +66,54 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             validation = config.data.validation
             opened = train, open_dataset(validation, fields) if validation else None
     train, validation_data = world.communicator.broadcast(opened)
-    state = None if resumed is None else resumed.values["data"]
+    section = config.data
+    lanes = section.lanes
+    if lanes is None and resumed is not None:
+        # The default stays what it was when the run began, whatever the batch size is now.
+        lanes = resumed.values["data"]["lanes"]
     with raise_together(world.communicator):
-        section = config.data
         order = Order.for_dataset(
             train,
             seed=config.run.seed,
             global_batch_size=section.global_batch_size,
-            # A default stays what it was when the run began, whatever the batch size is now.
-            lanes=section.lanes or (None if state is None else state["lanes"]),
+            lanes=lanes,
             window=section.window,
         )
-        common = {
-            "fields": fields,
-            "rank": world.topology.rank,
-            "world_size": world.topology.world_size,
-            "device": world.device,
-            "buffer_mb": section.buffer_mb,
-        }
-        begun = {}
-        if state is not None:
-            running, epoch, _ = from_state(state, train, order, train.samples)
+        place, begun = Place(), {}
+        if resumed is not None:
+            served = served_samples(train.samples, section.global_batch_size, section.drop_last)
+            running, epoch, position = from_state(resumed.values["data"], train, order, served)
+            # Under another batch size an epoch may be over that was not when it was saved.
+            place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
             begun[epoch] = running
+        rank, world_size = world.topology.rank, world.topology.world_size
         train_loader = TrainLoader(
             train,
             order,
+            fields=fields,
             global_batch_size=section.global_batch_size,
             drop_last=section.drop_last,
+            rank=rank,
+            world_size=world_size,
+            device=world.device,
+            buffer_mb=section.buffer_mb,
             begun=begun,
-            **common,
         )
-        batch_size = section.micro_batch_size or train_loader.largest_share
-        validation_loader = (
-            EvaluationLoader(validation_data, batch_size=batch_size, **common)
-            if validation_data is not None
-            else None
+        validation_loader = validation_data and EvaluationLoader(
+            validation_data,
+            fields=fields,
+            rank=rank,
+            world_size=world_size,
+            batch_size=section.micro_batch_size or train_loader.largest_share,
+            device=world.device,
+            buffer_mb=section.buffer_mb,
         )
     return Data(
         train=train,
         validation=validation_data,
         train_loader=train_loader,
         validation_loader=validation_loader,
-        order=order,
+        place=place,
         horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
     )
 

@@ -95,7 +95,7 @@ def _train(
         components = resolve_components(config, command[0], command[1:])
     resumed = _find_checkpoint(config, world, folder)
     data = open_data(config, world, resumed)
-    place = Place() if resumed is None else resumed.place
+    place = data.place
     if data.horizon.reached(place):
         if folder is not None and resumed is not None:
             logger.info(complete_text(config, resumed, command))

@@ -73,9 +73,7 @@ def capture(
 ) -> Snapshot | None:
     """Return the state of the run on rank 0, None on the others. Collective: all ranks.
 
-    Args:
-        data: the place in the data.
-        extra: what else is to be found again in `Resumed.values`.
+    `data` is the place in the data; `extra` is found again in `Resumed.values`.
     """
     tensors, values = rng_to_tensors()
     generators = world.communicator.all_gather((tensors, values))

@@ -68,9 +68,9 @@ class TrainStep:
         )
         self.syncs = not is_fused(optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=number_format.scaled)
-        self.distributed: nn.Module = model
+        self._replica: DistributedDataParallel | None = None
         if self._world_size > 1:
-            self.distributed = DistributedDataParallel(
+            self._replica = DistributedDataParallel(
                 model,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
@@ -113,9 +113,9 @@ class TrainStep:
         DDP times one step in a hundred itself, which costs nothing more: what it spent on
         reductions beyond what ran beside the backward pass, times the number of steps.
         """
-        if not isinstance(self.distributed, DistributedDataParallel):
+        if self._replica is None:
             return 0.0
-        timed = self.distributed._get_ddp_logging_data()
+        timed: dict[str, int] = self._replica._get_ddp_logging_data()
         exposed = timed.get("avg_backward_comm_time", 0) - timed.get(
             "avg_backward_compute_comm_overlap_time", 0
         )
@@ -147,12 +147,17 @@ class TrainStep:
                 f"{len(unused)} parameters of the model have no part in the loss: {shown}. "
                 "Use them, remove them, or set requires_grad = False"
             )
-        if self._world_size > 1:
-            self._pass(self.distributed, self._held, 0.0)
+        if self._replica is not None:
+            self._pass(self._replica, self._held, 0.0)
             self._zero_grad()
             with self._format.arithmetic():
-                self._task.loss(self.distributed, self._held)
+                self._task.loss(self._replica, self._held)
         self._sums.zero_()
+
+    @property
+    def _forward_model(self) -> nn.Module:
+        """The model as a training pass runs it."""
+        return self.model if self._replica is None else self._replica
 
     def _backward(self, batch: Batch) -> None:
         passes = self.grad_accum_steps
@@ -161,15 +166,15 @@ class TrainStep:
         for index in range(passes):
             first, stop = index * batch.size // passes, (index + 1) * batch.size // passes
             last = index + 1 == passes
-            quiet = nullcontext() if last or self._world_size == 1 else self.distributed.no_sync()
+            quiet = nullcontext() if last or self._replica is None else self._replica.no_sync()
             with quiet:
                 if stop == first:
                     self._empty_pass()
                 elif passes == 1:
-                    self._pass(self.distributed, fields, self._world_size / batch.global_size)
+                    self._pass(self._forward_model, fields, self._world_size / batch.global_size)
                 else:
                     part = {name: tensor[first:stop] for name, tensor in fields.items()}
-                    self._pass(self.distributed, part, self._world_size / batch.global_size)
+                    self._pass(self._forward_model, part, self._world_size / batch.global_size)
 
     def _pass(self, model: nn.Module, fields: Fields, scale: float) -> None:
         with self._format.arithmetic():
@@ -186,7 +191,7 @@ class TrainStep:
         for module in training:
             module.eval()
         with self._format.arithmetic():
-            loss_sum, _ = self._task.loss(self.distributed, self._held)
+            loss_sum, _ = self._task.loss(self._forward_model, self._held)
         self.scaler.scale(loss_sum * 0.0).backward()
         for module in training:
             module.train()

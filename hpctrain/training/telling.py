@@ -105,10 +105,10 @@ def complete_text(config: Config, resumed: Resumed, command: Sequence[str]) -> s
     place = resumed.place
     metrics = resumed.values["metrics"]
     shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
+    counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
     return "\n".join(
         [
-            f"run {config.run.name} is complete: {plural(place.step, 'step')}, "
-            f"{plural(place.epoch, 'epoch')}{', ' + shown if shown else ''}",
+            f"run {config.run.name} is complete: {', '.join(filter(None, [counted, shown]))}",
             f"  checkpoint  {resumed.path}",
             f"  train on    {_command([*command, _further(config)])}",
             f"  start anew  {_command([*command, f'run.name={config.run.name}-2'])}",

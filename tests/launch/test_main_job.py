@@ -287,7 +287,7 @@ def test_a_mistake_that_only_an_import_shows(site: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "code", "words"),
     [
-        ("task.target=lable", 65, "Did you mean \"label\"?"),
+        ("task.target=lable", 65, 'Did you mean "label"?'),
         ("data.lanes=1", 78, "data.lanes"),
         ("data.global_batch_size=2000", 65, "1438"),
         ("checkpoint.keep_best=acuracy", 78, "did you mean accuracy?"),

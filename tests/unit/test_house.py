@@ -60,6 +60,6 @@ def test_start_up_imports_nothing_heavy() -> None:
 def test_documented_version_is_the_packages() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     version = re.search(r"^## (\S+)", changelog, re.MULTILINE)
-    package = (ROOT / "hpctrain" / "__init__.py").read_text(encoding="utf-8")
+    package = (ROOT / "hpctrain" / "version.py").read_text(encoding="utf-8")
     assert version is not None
     assert f'__version__ = "{version[1]}"' in package
