@@ -11,6 +11,7 @@ step-00000120/
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -95,7 +96,8 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         "step": snapshot.step,
         "files": files,
         "aliases": dict(tied),
-        "metrics": None if snapshot.metrics is None else dict(snapshot.metrics),
+        "metrics": snapshot.metrics
+        and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
         "versions": {
             "hpctrain": __version__,
             "torch": torch.__version__,
@@ -103,6 +105,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
             "python": platform.python_version(),
         },
     }
+    meta["xxh3_64"] = _checksum_of(meta)
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     sync(folder / META)
     sync(folder)
@@ -117,7 +120,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
         version = meta["version"]
-        if meta["format"] != "hpctrain checkpoint" or not isinstance(meta["files"], dict):
+        if meta["format"] != "hpctrain checkpoint":
             raise ValueError("not the meta.json of a checkpoint")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
@@ -127,6 +130,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has format version {version}, and this hpctrain reads up to {VERSION}: "
             "update hpctrain"
+        )
+    if meta.pop("xxh3_64", None) != _checksum_of(meta):
+        raise CheckpointError(
+            f"{folder / META} is damaged: its checksum is not that of its content"
         )
     return meta
 
@@ -156,6 +163,10 @@ def tensors_of(content: bytes) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the host."""
     tensors: dict[str, Tensor] = load(content)
     return tensors
+
+
+def _checksum_of(meta: Mapping[str, Any]) -> str:
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode()))
 
 
 def checksum(path: Path) -> str:

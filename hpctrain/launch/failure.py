@@ -26,6 +26,7 @@ from hpctrain.topology import Topology
 from hpctrain.version import __version__
 
 _ABORT_SECONDS = 2.0
+_HERE = Path(__file__).parent
 
 
 class Guard:
@@ -70,6 +71,8 @@ class Guard:
         who = f"rank {self._topology.rank}@{self._topology.host}"
         if isinstance(error, HpctrainError):
             return f"hpctrain: error on {who}: {error}\n"
+        while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
+            trace = trace.tb_next  # our own context managers are not the story
         lines = traceback.format_exception(type(error), error, trace)
         return f"hpctrain: {who} failed and ends the job:\n{''.join(lines)}"
 

@@ -113,7 +113,7 @@ LAUNCHERS = (
     Launcher(
         name="intelmpi",
         label="Intel MPI's mpirun",
-        markers=("PMI_RANK", "MPI_LOCALRANKID", "I_MPI_HYDRA_PROXY_ID"),
+        markers=("PMI_RANK", "MPI_LOCALRANKID", "I_MPI_HYDRA_UUID"),
         rank=("PMI_RANK",),
         world_size=("PMI_SIZE",),
         local_rank=("MPI_LOCALRANKID",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class BestMetric:
     def offer(self, metrics: Metrics, step: int) -> None:
         """Take note of an evaluation."""
         value = metrics[self.name]
+        if not math.isfinite(value):
+            return
         sign = 1 if self.mode == "max" else -1
         if self.value is None or sign * value > sign * self.value:
             self.value, self.step = value, step

@@ -1,0 +1,110 @@
+"""Worlds under real launchers: what ranks see, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BODIES = Path(__file__).parents[1] / "mpi"
+
+
+def start(
+    *command: str, timeout: float = 90, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=os.environ | (env or {}),
+    )
+
+
+def mpirun(ranks: int, body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return start("mpirun", "-np", str(ranks), sys.executable, str(BODIES / body), *arguments)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_control_plane_over_mpi(ranks: int) -> None:
+    result = mpirun(ranks, "communicator.py")
+    assert result.returncode == 0, result.stderr
+    assert f"passed {ranks} MPICH's mpirun {'gloo' if ranks > 1 else 'None'}" in result.stdout
+    assert result.stderr == ""
+
+
+def test_the_control_plane_alone() -> None:
+    result = start(sys.executable, str(BODIES / "communicator.py"))
+    assert result.stdout == "passed 1 none None\n", result.stderr
+    assert result.stderr == ""
+
+
+def test_the_control_plane_over_a_store() -> None:
+    """torchrun's world has no MPI; the behaviour is the same."""
+    result = start(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+        str(BODIES / "communicator.py"),
+    )
+    assert "passed 3 torchrun gloo" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("exception", 70, "ValueError: the story"),
+        ("thread", 70, "ValueError: the story"),
+        ("exit", 3, "SystemExit: 3"),
+        ("dataset", 65, "a shard is gone"),
+    ],
+)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failing_rank_ends_the_job_with_its_story(
+    failing: int, how: str, code: int, words: str
+) -> None:
+    result = mpirun(3, "failing.py", str(failing), how)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count(words) == 1
+    assert f"rank {failing}@" in result.stderr
+    assert ("Traceback" in result.stderr) == (how != "dataset")
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_killed_rank_ends_the_job(failing: int) -> None:
+    assert mpirun(3, "failing.py", str(failing), "kill").returncode != 0
+
+
+def test_a_broken_world_is_one_message_and_never_solo_runs() -> None:
+    """The launcher claims two ranks, MPI sees one: as under srun --mpi=none."""
+    claim = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
+    result = start(sys.executable, "-m", "hpctrain", "no.toml", env=claim)
+    assert result.returncode == 69
+    assert "srun claims rank 0 of 2" in result.stderr
+    assert "sees rank 0 of 1" in result.stderr
+    assert "srun --mpi=pmi2" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
+            "MASTER_PORT='70000' is no port",
+        ),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "contradict"),
+    ],
+)
+def test_a_broken_environment_is_a_launch_error(env: dict[str, str], words: str) -> None:
+    result = start(sys.executable, str(BODIES / "communicator.py"), env=env)
+    assert result.returncode != 0
+    assert words in result.stderr

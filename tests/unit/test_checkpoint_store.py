@@ -1,0 +1,313 @@
+"""A checkpoint is whole or not there, and what comes back is what was saved, to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpctrain.checkpoint import format as checkpoint_format
+from hpctrain.checkpoint import store as checkpoint_store
+from hpctrain.checkpoint.format import Snapshot
+from hpctrain.checkpoint.reading import load, load_newest
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.errors import CheckpointError, ExitCode
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(17, 5, generator=generator)
+    return {
+        "weight": weight,
+        "tied": weight,
+        "transposed": weight.t(),
+        "scalar": torch.tensor(float(step), dtype=torch.float64),
+        "half": weight.to(torch.bfloat16),
+        "count": torch.tensor(step, dtype=torch.int64),
+        "mask": weight > 0,
+        "empty": torch.empty(0, 3),
+    }
+
+
+def snapshot(step: int, metrics: dict[str, float] | None = None) -> Snapshot:
+    return Snapshot(
+        step=step,
+        model=tensors(step),
+        training={"weight/exp_avg": tensors(step)["weight"] * 2},
+        values={"place": {"step": step}, "exact": 0.1 + 0.2},
+        config_toml="[run]\n",
+        metrics=metrics,
+    )
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, told: list[str]) -> Callable[..., CheckpointStore]:
+    def make(
+        retention: Retention | None = None, confirm: Callable[[], None] = lambda: None
+    ) -> CheckpointStore:
+        return CheckpointStore(
+            tmp_path,
+            retention=retention or Retention(keep_last=100),
+            confirm=confirm,
+            tell=told.append,
+        )
+
+    return make
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_what_comes_back_is_what_was_saved(
+    tmp_path: Path, make_store: Callable[..., CheckpointStore]
+) -> None:
+    store = make_store()
+    store.save(snapshot(120))
+    store.finish()
+    for path in (tmp_path / "checkpoints" / "step-00000120", tmp_path):
+        loaded = load(path)
+        assert loaded.step == 120
+        assert loaded.values == {"place": {"step": 120}, "exact": 0.1 + 0.2}
+        for name, tensor in tensors(120).items():
+            assert loaded.model[name].dtype == tensor.dtype
+            assert torch.equal(loaded.model[name], tensor), name
+        assert torch.equal(loaded.training["weight/exp_avg"], tensors(120)["weight"] * 2)
+    assert (tmp_path / "latest").read_text(encoding="utf-8") == "step-00000120\n"
+
+
+def test_training_may_go_on_while_a_save_is_written(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store, live = make_store(), snapshot(1)
+    store.save(live)
+    for tensor in live.model.values():
+        tensor.zero_()
+    store.finish()
+    assert torch.equal(load(tmp_path).model["weight"], tensors(1)["weight"])
+
+
+def test_buffers_are_kept_from_save_to_save(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store = make_store()
+    for step in (1, 2, 3):
+        store.save(snapshot(step))
+    store.finish()
+    for step in (1, 2, 3):
+        path = tmp_path / "checkpoints" / f"step-{step:08d}"
+        assert torch.equal(load(path).model["weight"], tensors(step)["weight"])
+
+
+def test_the_model_file_loads_anywhere(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    store = make_store()
+    store.save(snapshot(5))
+    store.finish()
+    loaded = load_file(tmp_path / "checkpoints" / "step-00000005" / "model.safetensors")
+    assert torch.equal(loaded["weight"], tensors(5)["weight"])
+    assert "tied" not in loaded  # stored once, under its first name
+
+
+def test_every_damaged_byte_is_noticed(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path, told: list[str]
+) -> None:
+    """Flipped, cut or missing: the checkpoint is refused and the one before it is taken."""
+    store = make_store()
+    for step in (1, 2):
+        store.save(snapshot(step))
+    store.finish()
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    copy = tmp_path / "copy"
+    shutil.copytree(newest, copy)
+    draw = random.Random(0)
+    files = sorted(path.name for path in copy.iterdir())
+    for _ in range(200):
+        name = draw.choice(files)
+        content = bytearray((copy / name).read_bytes())
+        at = draw.randrange(len(content))
+        damage = draw.choice(["flip", "cut", "missing"])
+        if damage == "flip":
+            content[at] ^= 1 << draw.randrange(8)
+            (newest / name).write_bytes(content)
+        elif damage == "cut":
+            (newest / name).write_bytes(content[:at])
+        else:
+            (newest / name).unlink()
+        told.clear()
+        loaded = load_newest(tmp_path / "checkpoints", told.append)
+        assert loaded is not None
+        assert loaded.step == 1
+        assert len(told) == 1
+        assert "step-00000002" in told[0]
+        shutil.copy(copy / name, newest / name)
+
+
+def test_a_metric_that_is_no_number_never_wins(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store = make_store(Retention(keep_last=1, metric="loss"))
+    for step, loss in [(1, 3.0), (2, float("nan")), (3, 5.0)]:
+        store.save(snapshot(step, {"loss": loss}))
+    store.finish()
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_newer_format_is_refused_in_words(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store = make_store()
+    store.save(snapshot(1))
+    store.finish()
+    meta = tmp_path / "checkpoints" / "step-00000001" / "meta.json"
+    content = json.loads(meta.read_bytes()) | {"version": 99}
+    meta.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"version 99.*update hpctrain"):
+        load(meta.parent)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(
+    make_store: Callable[..., CheckpointStore],
+    tmp_path: Path,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store(Retention(keep_last=1))
+    store.save(snapshot(1))
+    store.finish()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_format, "sync", full)
+    monkeypatch.setattr(checkpoint_store, "_PAUSE_SECONDS", 0.0)
+    store.save(snapshot(2))
+    with pytest.raises(CheckpointError, match="No space left") as raised:
+        store.finish()
+    assert raised.value.exit_code == ExitCode.CHECKPOINT_IO
+    assert "trying again" in told[0]
+    loaded = load_newest(tmp_path / "checkpoints", told.append)
+    assert loaded is not None
+    assert loaded.step == 1
+
+
+def test_a_lost_lease_stops_the_writer(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    def lost() -> None:
+        raise CheckpointError("another job has taken over")
+
+    store = make_store(confirm=lost)
+    store.save(snapshot(1))
+    with pytest.raises(CheckpointError, match="taken over"):
+        store.finish()
+    assert load_newest(tmp_path / "checkpoints", print) is None
+
+
+def test_a_folder_of_the_same_name_that_is_not_whole_is_replaced(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    torn = tmp_path / "checkpoints" / "step-00000001"
+    torn.mkdir(parents=True)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    store = make_store()
+    store.save(snapshot(1))
+    store.finish()
+    assert load(torn).step == 1
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_retention_on_disk(make_store: Callable[..., CheckpointStore], tmp_path: Path) -> None:
+    store = make_store(Retention(keep_last=2, metric="accuracy", mode="max"))
+    for step, accuracy in [(1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, 0.2)]:
+        store.save(snapshot(step, None if accuracy is None else {"accuracy": accuracy}))
+    store.finish()
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("retention", "checkpoints", "surplus"),
+    [
+        (Retention(keep_last=2), [(1, None), (3, None), (2, None)], [1]),
+        (Retention(keep_last=5), [(1, None)], []),
+        (Retention(keep_last=1, metric="a", mode="max"), [(1, {"a": 2.0}), (2, {"a": 1.0})], []),
+        (Retention(keep_last=1, metric="a", mode="min"), [(1, {"a": 2.0}), (2, {"a": 1.0})], [1]),
+        (Retention(keep_last=1, metric="a"), [(1, None), (2, {"b": 1.0}), (3, None)], [1, 2]),
+        # Equal values: the newer one is the best.
+        (
+            Retention(keep_last=1, metric="a"),
+            [(1, {"a": 1.0}), (2, {"a": 1.0}), (3, {"a": 5.0})],
+            [1],
+        ),
+    ],
+)
+def test_retention(
+    retention: Retention,
+    checkpoints: list[tuple[int, dict[str, float] | None]],
+    surplus: list[int],
+) -> None:
+    assert retention.surplus(checkpoints) == surplus
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from hpctrain.checkpoint.format import Snapshot
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.store import CheckpointStore
+
+store = CheckpointStore(
+    Path(sys.argv[1]), retention=Retention(keep_last=2), confirm=lambda: None, tell=print
+)
+for step in range(1, 100000):
+    model = {f"layer{index}": torch.full((256, 256), float(step)) for index in range(8)}
+    store.save(Snapshot(step=step, model=model, training={}, values={}, config_toml=""))
+    store.finish()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_killed_at_random_moments_nothing_is_torn(tmp_path: Path, told: list[str]) -> None:
+    draw = random.Random(3)
+    script = tmp_path / "writer.py"
+    script.write_text(WRITER, encoding="utf-8")
+    seen = 0
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+        start = time.monotonic()
+        latest = tmp_path / "latest"
+        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        while not latest.exists() or latest.stat().st_mtime_ns == before:
+            assert time.monotonic() - start < 60
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        final = [name for name in names(tmp_path) if not name.startswith(".")]
+        for name in final:
+            loaded = load(tmp_path / "checkpoints" / name)
+            assert torch.equal(loaded.model["layer7"], torch.full((256, 256), float(loaded.step)))
+        seen += len(final)
+    assert seen
