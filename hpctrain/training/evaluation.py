@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from hpctrain.data.loader import EvaluationLoader
 from hpctrain.launch.world import World
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Task
+from hpctrain.training.undisturbed import evaluating, kept_generators
 
 
 def evaluate(
@@ -29,7 +28,7 @@ def evaluate(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    with _undisturbed(model), torch.no_grad():
+    with kept_generators(), evaluating(model), torch.no_grad():
         for batch in loader:
             fields = number_format.cast(batch.fields)
             with number_format.arithmetic():
@@ -49,17 +48,3 @@ def _ratio(parts: list[tuple[float, int]]) -> float:
     count = sum(part[1] for part in parts)
     # fsum is exact, so the order of the ranks does not matter.
     return math.fsum(part[0] for part in parts) / count if count else math.nan
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate in the body; the training state is then the same to the bit."""
-    training = [module for module in model.modules() if module.training]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -16,6 +16,7 @@ from hpctrain.launch.world import World
 from hpctrain.training.optimizers import is_fused, set_learning_rate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Fields, Task
+from hpctrain.training.undisturbed import frozen_statistics, kept_generators
 
 
 class TrainStep:
@@ -133,25 +134,28 @@ class TrainStep:
         Raises:
             TrainingError: if a parameter has no gradient.
         """
-        self._zero_grad()
-        self._pass(self.model, self._held, 0.0)
-        unused = [
-            name
-            for name, item in self.model.named_parameters()
-            if item.requires_grad and item.grad is None
-        ]
-        self._zero_grad()
-        if unused:
-            shown = ", ".join(unused[:8]) + (", ..." if unused[8:] else "")
-            raise TrainingError(
-                f"{len(unused)} parameters of the model have no part in the loss: {shown}. "
-                "Use them, remove them, or set requires_grad = False"
-            )
-        if self._replica is not None:
-            self._pass(self._replica, self._held, 0.0)
+        buffers = {name: item.clone() for name, item in self.model.named_buffers()}
+        with kept_generators(), frozen_statistics(self.model):
+            self._pass(self.model, self._held, 0.0)
+            unused = [
+                name
+                for name, item in self.model.named_parameters()
+                if item.requires_grad and item.grad is None
+            ]
             self._zero_grad()
-            with self._format.arithmetic():
-                self._task.loss(self._replica, self._held)
+            if unused:
+                shown = ", ".join(unused[:8]) + (", ..." if unused[8:] else "")
+                raise TrainingError(
+                    f"{len(unused)} parameters of the model have no part in the loss: {shown}. "
+                    "Use them, remove them, or set requires_grad = False"
+                )
+            if self._replica is not None:
+                self._pass(self._replica, self._held, 0.0)
+                self._zero_grad()
+                with self._format.arithmetic():
+                    self._task.loss(self._replica, self._held)
+        for name, item in self.model.named_buffers():
+            item.copy_(buffers[name])
         self._sums.zero_()
 
     @property
@@ -185,16 +189,10 @@ class TrainStep:
 
     def _empty_pass(self) -> None:
         """Take part in the reduction of the gradients without a sample of its own."""
-        training = [
-            item for item in self.model.modules() if item.training and _has_statistics(item)
-        ]
-        for module in training:
-            module.eval()
-        with self._format.arithmetic():
-            loss_sum, _ = self._task.loss(self._forward_model, self._held)
-        self.scaler.scale(loss_sum * 0.0).backward()
-        for module in training:
-            module.train()
+        with frozen_statistics(self.model):
+            with self._format.arithmetic():
+                loss_sum, _ = self._task.loss(self._forward_model, self._held)
+            self.scaler.scale(loss_sum * 0.0).backward()
 
     def _reweight(self, global_size: int) -> None:
         """Turn the mean over samples into the mean over weights, which only the data know."""
@@ -232,7 +230,3 @@ class TrainStep:
     def _zero_grad(self) -> None:
         # Views of DDP's buckets stay; zeroing them is cheaper than new gradients each step.
         self.optimizer.zero_grad(set_to_none=self._world_size == 1)
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,0 +1,24 @@
+"""The step over real process groups."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BODY = Path(__file__).parents[1] / "mpi" / "step.py"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_step(ranks: int) -> None:
+    result = subprocess.run(
+        ["mpirun", "-np", str(ranks), sys.executable, str(BODY)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "passed 6" in result.stdout
