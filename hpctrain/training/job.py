@@ -98,7 +98,7 @@ def _train(
     place = data.place
     if data.horizon.reached(place):
         if folder is not None and resumed is not None:
-            logger.info(complete_text(config, resumed, command))
+            logger.info(complete_text(config, world, resumed, command))
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
@@ -151,7 +151,9 @@ def _train(
             folder.step = place.step
             rank_zero.progress.close()
             rank_zero.writer.close()
-            logger.info(summary_text(config, run, rank_zero, data, phases, complete, command))
+            logger.info(
+                summary_text(config, world, run, rank_zero, data, phases, complete, command)
+            )
     data.train_loader.close()
     if data.validation_loader is not None:
         data.validation_loader.close()

@@ -176,9 +176,12 @@ class Run:
         self._stop.flush()
 
     def _memory(self) -> Mapping[str, Any]:
-        """Return what a run that goes on should know of the evaluations so far."""
+        """Return what a run that goes on should know of this one."""
         best = self.best
+        total_steps = self._data.horizon.total_steps(self.place)
         return {
+            "total_steps": total_steps,
+            "lr": self._parts.schedule(self.place, total_steps),
             "metrics": self.metrics,
             "best": None if best is None else [best.name, best.value, best.step],
         }

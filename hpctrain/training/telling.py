@@ -65,6 +65,7 @@ def header_text(
 
 def summary_text(
     config: Config,
+    world: World,
     run: Run,
     rank_zero: RankZero,
     data: Data,
@@ -93,14 +94,14 @@ def summary_text(
             seconds={phase: seconds[phase] for phase in order if phase in seconds},
             checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
             metrics=str(folder / JSONL_FILE),
-            next_command=("train on", _command([*command, _further(config)]))
+            next_command=("train on", _command(world, _further(config, command)))
             if complete
-            else ("resume", _command(command)),
+            else ("resume", _command(world, command)),
         )
     )
 
 
-def complete_text(config: Config, resumed: Resumed, command: Sequence[str]) -> str:
+def complete_text(config: Config, world: World, resumed: Resumed, command: Sequence[str]) -> str:
     """Return what to say when there is nothing left to do."""
     place = resumed.place
     metrics = resumed.values["metrics"]
@@ -110,25 +111,36 @@ def complete_text(config: Config, resumed: Resumed, command: Sequence[str]) -> s
         [
             f"run {config.run.name} is complete: {', '.join(filter(None, [counted, shown]))}",
             f"  checkpoint  {resumed.path}",
-            f"  train on    {_command([*command, _further(config)])}",
-            f"  start anew  {_command([*command, f'run.name={config.run.name}-2'])}",
+            f"  train on    {_command(world, _further(config, command))}",
+            f"  start anew  {_command(world, _with(command, 'run.name', f'{config.run.name}-2'))}",
         ]
     )
 
 
-def _further(config: Config) -> str:
-    """Return an override under which a complete run has more to do."""
+def _further(config: Config, command: Sequence[str]) -> list[str]:
+    """Return the command with a limit under which a complete run has more to do."""
     training = config.training
     for name in ("max_epochs", "max_steps", "max_samples"):
         limit = getattr(training, name)
         if limit is not None:
-            return f"training.{name}={2 * limit}"
+            return _with(command, f"training.{name}", str(2 * limit))
     raise AssertionError("a config has at least one limit")
 
 
-def _command(command: Sequence[str]) -> str:
-    """Return the command to type, behind whatever launcher it was started with."""
-    return f"python -m hpctrain {shlex.join(command)}"
+def _with(command: Sequence[str], key: str, value: str) -> list[str]:
+    """Return the command with one override set, in place of an earlier one."""
+    return [*(word for word in command if not word.startswith(f"{key}=")), f"{key}={value}"]
+
+
+def _command(world: World, command: Sequence[str]) -> str:
+    """Return the command to type, under the launcher where its usage is plain."""
+    launcher = world.topology.launcher
+    prefix = ""
+    if launcher.endswith("mpirun"):
+        prefix = f"mpirun -np {world.topology.world_size} "
+    elif launcher == "srun":
+        prefix = "srun "
+    return f"{prefix}python -m hpctrain {shlex.join(command)}"
 
 
 def _devices(world: World) -> str:
@@ -157,4 +169,12 @@ def _notes(
                 notes.append(
                     f"{name}: {before} when saved, {now} now; sums may differ in the last bit"
                 )
+        total_steps, lr = resumed.values["total_steps"], resumed.values["lr"]
+        now_total = data.horizon.total_steps(data.place)
+        if now_total != total_steps:
+            now_lr = parts.schedule(data.place, now_total)
+            notes.append(
+                f"{total_steps:,} steps when saved, {now_total:,} now: the schedule is that of the "
+                f"new length, lr {metric(lr)} before and {metric(now_lr)} now"
+            )
     return notes
