@@ -52,7 +52,12 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog="python -m hpctrain", add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n{USAGE}")
+        raise _usage_error(message)
+
+
+def _usage_error(message: str) -> UsageError:
+    # Every rank was given the same words.
+    return UsageError(f"{message}\n{USAGE}", everywhere=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaks = claim.rank in (None, 0)
         return dispatch(arguments, claim)
     except HpctrainError as error:
-        if speaks:
+        # What only this rank knows it has to say itself.
+        if speaks or not error.everywhere:
             print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return error.exit_code
 
@@ -77,7 +83,7 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
         UsageError: if there is none, or its own arguments do not fit.
     """
     if not arguments:
-        raise UsageError(f"a config file or a command is needed\n{USAGE}")
+        raise _usage_error("a config file or a command is needed")
     first, rest = arguments[0], arguments[1:]
     if first in ("-h", "--help"):
         return say(claim, HELP)
