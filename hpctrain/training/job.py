@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hpctrain.batch.signals import SignalFlag, describe
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint.reading import Loaded, load, load_newest
+from hpctrain.checkpoint.format import step_of
+from hpctrain.checkpoint.reading import Loaded, load, load_newest, newest_first
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import Config, to_toml
@@ -171,24 +172,36 @@ def _find_checkpoint(config: Config, world: World, folder: RunFolder | None) -> 
     loaded: Loaded | None = None
     with raise_together(world.communicator):
         if folder is not None:
-            if config.checkpoint.resume == "never":
-                _put_aside(folder.path / "checkpoints")
-            elif config.checkpoint.resume == "auto":
-                loaded = load_newest(folder.path / "checkpoints", logger.warning)
+            checkpoints = folder.path / "checkpoints"
+            if config.checkpoint.resume == "auto":
+                loaded = load_newest(checkpoints, logger.warning)
+            elif config.checkpoint.resume == "never":
+                _put_aside(checkpoints, first_step=0)
             else:
                 loaded = load(Path(config.checkpoint.resume))
+                _put_aside(checkpoints, first_step=loaded.step + 1)
     return share(world, loaded)
 
 
-def _put_aside(checkpoints: Path) -> None:
-    """Rename the checkpoints of an older run, which a new one must not mix with."""
-    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+def _put_aside(checkpoints: Path, first_step: int) -> None:
+    """Move checkpoints from `first_step` on out of the way of a run that begins before them.
+
+    A later job would go on from them, though they are none of this run's own past.
+    """
+    later = [path for path in newest_first(checkpoints) if (step_of(path.name) or 0) >= first_step]
+    if not later:
         return
     number = 1
     while (aside := checkpoints.with_name(f"checkpoints-old-{number}")).exists():
         number += 1
-    checkpoints.rename(aside)
-    logger.info("checkpoints of an older run are now in %s", aside)
+    try:
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        (checkpoints.parent / "latest").unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot move checkpoints to {aside}: {error}") from error
+    logger.info("checkpoints of another course of this run are now in %s", aside)
 
 
 def _rank_zero(

@@ -41,7 +41,9 @@ class Phases:
     def totals(self) -> dict[str, float]:
         """Return the seconds of every phase since the start; together they are `elapsed`."""
         elapsed = self.elapsed()
-        seconds = {name: read() for name, read in self._counters.items()} | self._measured
+        seconds = dict(self._measured)
+        for name, read in self._counters.items():
+            seconds[name] = seconds.get(name, 0.0) + read()
         return {"compute": max(0.0, elapsed - sum(seconds.values())), **seconds}
 
     def lap(self) -> dict[str, float]:

@@ -384,3 +384,42 @@ def test_without_mpi_under_torchrun(site: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert metrics(site / "runs" / "digits", "evaluation")
+
+
+def test_a_run_goes_on_from_where_it_is_told(site: Path) -> None:
+    """From a named checkpoint, or from none: what was beyond it is put aside, not mixed in."""
+    common = ["training.max_epochs=3", "logging.every_steps=1"]
+    train(site, 0, *common)
+    run = site / "runs" / "digits"
+    whole = metrics(run)
+    named = f"runs/digits/checkpoints/step-{EPOCH_STEPS:08d}"
+    output = train(site, 0, *common, f"checkpoint.resume={named}")
+    assert f"resumes from step {EPOCH_STEPS}" in output
+    assert metrics(run) == whole
+    assert sorted(path.name for path in (run / "checkpoints-old-1").iterdir()) == [
+        f"step-{2 * EPOCH_STEPS:08d}",
+        f"step-{3 * EPOCH_STEPS:08d}",
+    ]
+    output = train(site, 0, *common, "checkpoint.resume=never")
+    assert "from scratch" in output
+    assert metrics(run) == whole
+
+
+def test_a_checkpoint_of_another_model_is_refused(site: Path) -> None:
+    train(site, 0, "training.max_epochs=1")
+    output = train(site, 0, "training.max_epochs=2", "model.widths=[16, 32]", code=74)
+    assert "is of another model" in output
+    assert "of another shape" in output
+    assert (site / "runs/digits/checkpoints" / f"step-{EPOCH_STEPS:08d}").exists()
+
+
+def test_a_broken_checkpoint_is_skipped_in_words(site: Path) -> None:
+    train(site, 0, "training.max_epochs=2")
+    newest = site / "runs/digits/checkpoints" / f"step-{2 * EPOCH_STEPS:08d}"
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    output = train(site, 0, "training.max_epochs=2")
+    assert "skipped" in output
+    assert newest.name in output
+    assert f"resumes from step {EPOCH_STEPS}" in output
