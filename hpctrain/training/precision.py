@@ -49,6 +49,8 @@ class NumberFormat:
     def cast(self, fields: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the fields with floating-point ones in the dtype of the parameters."""
         return {
-            name: tensor.to(self.parameters) if tensor.is_floating_point() else tensor
+            name: tensor.to(self.parameters)
+            if tensor.is_floating_point() and tensor.dtype != self.parameters
+            else tensor
             for name, tensor in fields.items()
         }

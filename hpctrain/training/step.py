@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -77,11 +78,12 @@ class TrainStep:
                 gradient_as_bucket_view=True,
             )
         self._steps = 0
-        # On the device until somebody asks: [loss sum, weight] of the last step, its gradient
-        # norm, and the bad steps in a row.
-        self._sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        self._norm = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.bad_steps = torch.zeros((), dtype=torch.float32, device=world.device)
+        # Of the last step, on the device until somebody asks: the losses and weights of its passes,
+        # its gradient norm; and the bad steps in a row.
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor | int] = []
+        self._norm = torch.zeros((), device=world.device)
+        self.bad_steps = torch.zeros((), device=world.device)
 
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
@@ -96,12 +98,11 @@ class TrainStep:
 
         One reduction and one host sync.
         """
-        sums = self._sums.clone()
+        sums = torch.stack((self._total(self._losses), self._total(self._weights)))
         if self._world_size > 1:
             dist.all_reduce(sums)
-        loss_sum, weight, norm, bad = torch.cat(
-            (sums, torch.stack((self._norm, self.bad_steps.double())))
-        ).tolist()
+        state = torch.stack((self._norm, self.bad_steps)).double()
+        loss_sum, weight, norm, bad = torch.cat((sums, state)).tolist()
         return {
             "loss": loss_sum / weight if weight else float("nan"),
             "grad_norm": norm,
@@ -156,7 +157,7 @@ class TrainStep:
                     self._task.loss(self._replica, self._held)
         for name, item in self.model.named_buffers():
             item.copy_(buffers[name])
-        self._sums.zero_()
+        self._losses, self._weights = [], []
 
     @property
     def _forward_model(self) -> nn.Module:
@@ -166,7 +167,7 @@ class TrainStep:
     def _backward(self, batch: Batch) -> None:
         passes = self.grad_accum_steps
         fields = self._format.cast(batch.fields)
-        self._sums.zero_()
+        self._losses, self._weights = [], []
         for index in range(passes):
             first, stop = index * batch.size // passes, (index + 1) * batch.size // passes
             last = index + 1 == passes
@@ -184,8 +185,8 @@ class TrainStep:
         with self._format.arithmetic():
             loss_sum, weight = self._task.loss(model, fields)
         self.scaler.scale(loss_sum * scale).backward()
-        self._sums[0] += loss_sum.detach()
-        self._sums[1] += weight
+        self._losses.append(loss_sum.detach())
+        self._weights.append(weight)
 
     def _empty_pass(self) -> None:
         """Take part in the reduction of the gradients without a sample of its own."""
@@ -194,9 +195,16 @@ class TrainStep:
                 loss_sum, _ = self._task.loss(self._forward_model, self._held)
             self.scaler.scale(loss_sum * 0.0).backward()
 
+    def _total(self, parts: Sequence[Tensor | int]) -> Tensor:
+        """Return the sum over the passes of this rank: () float64, on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self._norm.device)
+        for part in parts:
+            total += part
+        return total
+
     def _reweight(self, global_size: int) -> None:
         """Turn the mean over samples into the mean over weights, which only the data know."""
-        weight = self._sums[1].clone()
+        weight = self._total(self._weights)
         if self._world_size > 1:
             dist.all_reduce(weight)
         factor = global_size / weight.clamp(min=torch.finfo(torch.float64).tiny)
@@ -212,7 +220,7 @@ class TrainStep:
             factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, factor)
         bad = (~torch.isfinite(norm)).float()
-        self._norm.copy_(norm)
+        self._norm = norm
         self.bad_steps.add_(1).mul_(bad)
         set_learning_rate(self.optimizer, lr)
         if self.scaler.is_enabled():
