@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import distributed as dist
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
