@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ def process_group(
     )
 
     def close() -> None:
+        # A DDP model in a reference cycle would outlive its process group and abort at exit.
+        gc.collect()
         dist.destroy_process_group()
         # Rank 0 holds the store: it stays until everybody has taken leave.
         communicator.barrier()

@@ -3,48 +3,91 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from hpctrain.data.loader import EvaluationLoader
+from hpctrain.data.loader import Batch
+from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import evaluating, kept_generators
+from hpctrain.training.undisturbed import evaluating, kept_buffers, kept_generators
 
 
 def evaluate(
     model: nn.Module,
     task: Task,
-    loader: EvaluationLoader,
+    batches: Iterable[Batch],
     world: World,
     number_format: NumberFormat,
 ) -> dict[str, float]:
     """Return the metrics of a task over a dataset. Collective: all ranks.
 
     Runs the bare module: DDP's forward would broadcast buffers, and ranks have different numbers
-    of batches. Leaves generators and train flags as they were.
+    of batches. Parameters, buffers, generators and train flags are left as they were.
+
+    Args:
+        model: the bare module, its parameters the same on all ranks. Where ranks have buffers of
+            their own, such as batch statistics, those of rank 0 count: a checkpoint holds them.
+        task: computes the metrics.
+        batches: of this rank, none included; over all ranks every sample exactly once.
+        world: the ranks.
+        number_format: of parameters and arithmetic.
+
+    Raises:
+        TrainingError: if the task gives other metrics than it declares.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    with kept_generators(), evaluating(model), torch.no_grad():
-        for batch in loader:
-            fields = number_format.cast(batch.fields)
+    with (
+        torch.no_grad(),
+        kept_generators(world.device),
+        _buffers_of_rank_zero(model, world),
+        evaluating(model.modules()),
+    ):
+        for batch in batches:
+            fields = number_format.cast(batch.fields, task.inputs)
             with number_format.arithmetic():
                 parts = task.evaluate(model, fields)
+            if parts.keys() != task.metrics.keys():
+                raise TrainingError(
+                    f"{type(task).__name__}.evaluate gave the metrics {sorted(parts)}, but "
+                    f"declares {sorted(task.metrics)}"
+                )
             for name, (value, count) in parts.items():
-                zero = value.new_zeros((), dtype=torch.float64)
-                sums[name] = sums.get(name, zero) + value.double()
-                counts[name] = counts.get(name, zero.long()) + count
-    mine = {name: (sums[name].item(), int(counts[name].item())) for name in sums}
+                sums[name] = sums.get(name, 0) + value.double()
+                counts[name] = counts.get(name, 0) + torch.as_tensor(count).to(
+                    value.device, _count_dtype(count)
+                )
+    mine = {name: (sums[name].item(), counts[name].item()) for name in sums}
     everyone = world.communicator.all_gather(mine)
-    return {
-        name: _ratio([rank[name] for rank in everyone if name in rank]) for name in task.metrics
-    }
+    return {name: _quotient([parts[name] for parts in everyone if parts]) for name in task.metrics}
 
 
-def _ratio(parts: list[tuple[float, int]]) -> float:
-    count = sum(part[1] for part in parts)
-    # fsum is exact, so the order of the ranks does not matter.
-    return math.fsum(part[0] for part in parts) / count if count else math.nan
+def _quotient(parts: list[tuple[float, float]]) -> float:
+    # fsum is exact, so that neither number nor order of the ranks matters.
+    count = math.fsum(count for _, count in parts)
+    return math.fsum(value for value, _ in parts) / count if count else math.nan
+
+
+def _count_dtype(count: Tensor | float) -> torch.dtype:
+    floating = isinstance(count, float) or (isinstance(count, Tensor) and count.is_floating_point())
+    return torch.float64 if floating else torch.int64
+
+
+@contextmanager
+def _buffers_of_rank_zero(model: nn.Module, world: World) -> Iterator[None]:
+    """Give every rank rank 0's buffers in the body. Collective: all ranks."""
+    with kept_buffers(model):
+        if world.topology.world_size > 1:
+            for buffer in model.buffers():
+                # As bytes: every dtype travels, whatever the backend knows to reduce.
+                data = buffer.reshape(-1).contiguous().view(torch.uint8)
+                if data.numel():
+                    dist.broadcast(data, src=0)
+                    buffer.copy_(data.view(buffer.dtype).view(buffer.shape))
+        yield

@@ -6,10 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from hpctrain.errors import ConfigError
+
+_FUSED_DEVICES = ("cpu", "cuda")
+# Who names one of these has chosen an implementation.
+_IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_optimizer(
@@ -17,15 +22,30 @@ def build_optimizer(
 ) -> Optimizer:
     """Return an optimizer of the trainable parameters.
 
-    Asks for the fused kernels where the class has them and the user has not chosen: they are the
-    fastest, and take the flag of a non-finite gradient on the device.
+    Takes the fused kernels where the class has them and the user has not chosen: they are the
+    fastest, and they look at the flag of a non-finite gradient on the device.
+
+    Args:
+        target: a class of torch.optim, or one like them.
+        model: on the device, in the dtype that it is trained in.
+        lr: learning rate.
+        arguments: further keyword arguments; arrays of the config become tuples.
 
     Raises:
-        ConfigError: if the class refuses its arguments or is no torch optimizer.
+        ConfigError: if there is nothing to train, or the class refuses its arguments, is no torch
+            optimizer, or is one that steps by itself.
     """
     parameters = [item for item in model.parameters() if item.requires_grad]
-    chosen = dict(arguments)
-    if "fused" in inspect.signature(target).parameters and not chosen.keys() & {"fused", "foreach"}:
+    if not parameters:
+        raise ConfigError(
+            f"model: {type(model).__name__} has no parameter that requires a gradient: there is "
+            "nothing to train"
+        )
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in arguments.items()
+    }
+    if _fused_kernels_fit(target, parameters, chosen):
         chosen["fused"] = True
     try:
         optimizer = target(parameters, lr=lr, **chosen)
@@ -35,17 +55,63 @@ def build_optimizer(
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} is no torch.optim.Optimizer"
         )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"[optimizer] use: {type(optimizer).__name__} evaluates the model several times a "
+            "step by itself (it needs a closure), which a step over ranks cannot do"
+        )
+    _prepare_momentum(optimizer)
     return optimizer
 
 
-def is_fused(optimizer: Optimizer) -> bool:
-    """Tell whether the optimizer's own kernels can refuse a bad update, without a host sync."""
-    return all(group.get("fused") for group in optimizer.param_groups) and bool(
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-    )
+def refuses_on_device(optimizer: Optimizer) -> bool:
+    """Tell whether the optimizer looks at `found_inf` itself, without a host sync.
+
+    Source: torch.amp.GradScaler.step, which asks the same.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups."""
+    """Set the learning rate of all groups. A plain number: kernels take it along, no copy."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _fused_kernels_fit(
+    target: Callable[..., Any], parameters: list[nn.Parameter], arguments: Mapping[str, Any]
+) -> bool:
+    try:
+        known = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # written in C without a signature
+        return False
+    # With dampening the first step of SGD differs from the others, see `_prepare_momentum`.
+    return (
+        "fused" in known
+        and not arguments.keys() & _IMPLEMENTATIONS
+        and not (target is SGD and arguments.get("dampening"))
+        and all(
+            item.is_floating_point() and item.device.type in _FUSED_DEVICES for item in parameters
+        )
+    )
+
+
+def _prepare_momentum(optimizer: Optimizer) -> None:
+    """Give fused SGD momentum buffers of zeros.
+
+    It would make them in its first step, uninitialised, and where that step is refused they stay
+    so: seen in torch 2.13. From zeros the first step does the same, unless there is dampening.
+
+    Raises:
+        ConfigError: if the user asked for fused kernels and dampening.
+    """
+    if not isinstance(optimizer, SGD) or not refuses_on_device(optimizer):
+        return
+    for group in optimizer.param_groups:
+        if not group["momentum"]:
+            continue
+        if group["dampening"]:
+            raise ConfigError("optimizer.fused = true: not together with dampening; leave it out")
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

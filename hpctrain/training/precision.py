@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +42,69 @@ class NumberFormat:
         return formats[precision]
 
     def arithmetic(self) -> AbstractContextManager[object]:
-        """Return the context in which a model runs forward."""
+        """Return the context in which a model runs forward; it can be entered again and again."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.autocast)
 
-    def cast(self, fields: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the fields with floating-point ones in the dtype of the parameters."""
-        return {
+    def cast(self, fields: Mapping[str, Tensor], inputs: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the fields with floating-point inputs in the dtype of the parameters.
+
+        Targets stay: a loss is computed in at least float32.
+        """
+        wrong = {
             name: tensor.to(self.parameters)
-            if tensor.is_floating_point() and tensor.dtype != self.parameters
-            else tensor
-            for name, tensor in fields.items()
+            for name in inputs
+            if (tensor := fields[name]).dtype != self.parameters and tensor.is_floating_point()
         }
+        return {**fields, **wrong} if wrong else fields
+
+
+class LossScale:
+    """The factor that keeps small gradients above the underflow of float16, found by trial.
+
+    It falls by half where a gradient overflowed, and doubles after a long time without. All on the
+    device. torch's GradScaler does the same to its own copy of the gradients' norm and flag; here
+    they are shared with clipping, so that gradients are read and multiplied once.
+
+    Source: Micikevicius et al., "Mixed Precision Training" (2018); the numbers are GradScaler's.
+
+    Attributes:
+        enabled: False: gradients come unscaled, and there is no state.
+        scale: (), float32, 1 to 2^32.
+    """
+
+    INITIAL = 2.0**16
+    LARGEST = 2.0**32
+    STEPS_TO_GROWTH = 2000
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.scale = torch.full((), self.INITIAL if enabled else 1.0, device=device)
+        self._steps = torch.zeros((), device=device)
+
+    def update(self, overflowed: Tensor) -> None:
+        """Take note of a step, and forgive an overflow that a smaller scale may cure.
+
+        Args:
+            overflowed: (), float32, 1 where its gradient was not finite; becomes 0 where the scale
+                could still fall.
+        """
+        self._steps.add_(1).mul_(1 - overflowed)
+        grows = (self._steps >= self.STEPS_TO_GROWTH).float()
+        self._steps.mul_(1 - grows)
+        may_fall = self.scale > 1
+        self.scale.mul_((1 + grows) * (1 - overflowed / 2)).clamp_(1.0, self.LARGEST)
+        overflowed.masked_fill_(may_fall, 0.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state as numbers; waits for the device."""
+        if not self.enabled:
+            return {}
+        return {"scale": self.scale.item(), "steps": self._steps.item()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; one of another precision says nothing."""
+        if self.enabled and state:
+            self.scale.fill_(state["scale"])
+            self._steps.fill_(state["steps"])

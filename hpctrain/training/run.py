@@ -189,7 +189,7 @@ class Run:
     def _read(self, place: Place) -> Metrics:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
         numbers = self._parts.step.read()
-        bad = int(numbers["bad_steps"])
+        bad = int(numbers["most_bad_steps"])
         if bad >= self._config.training.max_bad_steps:
             raise TrainingError(
                 f"step {place.step}: the gradient was not finite for {bad} steps in a row, none of "

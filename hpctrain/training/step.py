@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpctrain.data.loader import Batch
-from hpctrain.errors import TrainingError
+from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
-from hpctrain.training.optimizers import is_fused, set_learning_rate
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.task import Fields, Task
-from hpctrain.training.undisturbed import frozen_statistics, kept_generators
+from hpctrain.training.precision import LossScale, NumberFormat
+from hpctrain.training.priming import prime
+from hpctrain.training.replica import Replica
+from hpctrain.training.shares import count_passes, cut
+from hpctrain.training.task import Fields, Task, check_task
+from hpctrain.training.undisturbed import evaluating, with_statistics
+from hpctrain.training.update import Update
 
 
 class TrainStep:
@@ -27,18 +26,10 @@ class TrainStep:
     sums over its own samples, and DDP's mean over ranks is undone. All ranks run the same number of
     passes, `grad_accum_steps`; a pass without samples runs one held row with weight 0.
 
-    Args:
-        model: on the device, in the dtype of `number_format`, identical on all ranks.
-        task: computes the loss.
-        optimizer: of the model's parameters.
-        world: the ranks.
-        number_format: of parameters and arithmetic.
-        clip_norm: the norm of the whole gradient is clipped to this; None: not at all.
-        micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
-        largest_share: the most samples of any rank in any batch.
-        example: one row of every field, on the device.
-
     Attributes:
+        model: the bare model, to evaluate and to save.
+        optimizer: its optimizer.
+        scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
         grad_accum_steps: passes per rank and step.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
@@ -56,185 +47,187 @@ class TrainStep:
         micro_batch_size: int | None,
         largest_share: int,
         example: Fields,
+        smallest_share: int = 0,
+        bucket_mb: float | None = None,
     ) -> None:
+        """Wrap the model. Collective: all ranks.
+
+        Args:
+            model: on the device, in the dtype of `number_format`, identical on all ranks.
+            task: computes the loss.
+            optimizer: of the model's parameters.
+            world: the ranks.
+            number_format: of parameters and arithmetic.
+            clip_norm: the norm of the whole gradient is clipped to this; None: not at all.
+            micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
+            largest_share: the most samples of any rank in any batch.
+            example: one row of every field, on the device.
+            smallest_share: the fewest samples of any rank in any batch.
+            bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
+
+        Raises:
+            ConfigError: if the task is none, or a model with SyncBatchNorm would meet a pass
+                without samples.
+        """
+        check_task(task)
+        self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
+        self._statistics = with_statistics(model)
+        if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
+            _refuse_synchronised_statistics(self._statistics)
         self.model = model
         self.optimizer = optimizer
         self._task = task
         self._world_size = world.topology.world_size
+        self._communicator = world.communicator
+        self._device = world.device
         self._format = number_format
-        self._clip_norm = clip_norm
-        self._parameters = [item for item in model.parameters() if item.requires_grad]
-        self._held = number_format.cast({name: row.clone() for name, row in example.items()})
-        self.grad_accum_steps = (
-            1 if micro_batch_size is None else -(-largest_share // micro_batch_size)
+        self._arithmetic = number_format.arithmetic()
+        self._held = number_format.cast(
+            {name: row.clone() for name, row in example.items()}, task.inputs
         )
-        self.syncs = not is_fused(optimizer)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=number_format.scaled)
-        self._replica: DistributedDataParallel | None = None
-        if self._world_size > 1:
-            self._replica = DistributedDataParallel(
-                model,
-                device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
-        self._steps = 0
-        # Of the last step, on the device until somebody asks: the losses and weights of its passes,
-        # its gradient norm; and the bad steps in a row.
-        self._losses: list[Tensor] = []
-        self._weights: list[Tensor | int] = []
-        self._norm = torch.zeros((), device=world.device)
-        self.bad_steps = torch.zeros((), device=world.device)
+        self._rows = max(1, -(-largest_share // self.grad_accum_steps))
+        self._replica = Replica(model, self._world_size, world.device, bucket_mb)
+        self.scaler = LossScale(world.device, enabled=number_format.scaled)
+        self._update = Update(
+            optimizer, clip_norm=clip_norm, scaler=self.scaler, device=world.device
+        )
+        self.syncs = self._update.syncs
+        # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
+        self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
+        # Of the last step: what `read` reduces.
+        self._loss_sum: Tensor | None = None
+        self._weight: Tensor | int = 0
+
+    @property
+    def bad_steps(self) -> Tensor:
+        """Counts of steps that were not applied, see `BadSteps`; belongs into a checkpoint."""
+        return self._update.bad_steps.counts()
+
+    def communication_seconds(self) -> float:
+        """Return how long this rank has waited for gradients after its own were there."""
+        return self._replica.communication_seconds
+
+    def prime(self) -> None:
+        """Run the model a few times and leave no trace, before the state is restored.
+
+        Collective: all ranks.
+
+        Raises:
+            TrainingError: if model, task and data do not fit, or a parameter has no gradient.
+        """
+        fields = {name: torch.cat([row] * self._rows) for name, row in self._held.items()}
+        prime(
+            self._replica,
+            self._task,
+            fields,
+            arithmetic=self._arithmetic,
+            device=self._device,
+            communicator=self._communicator,
+        )
 
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
-        self._steps += 1
-        self._backward(batch)
-        if not self._task.counts_samples:
-            self._reweight(batch.global_size)
-        self._update(lr)
+        self._replica.clear_gradients()
+        self._loss_sum, self._weight = None, 0
+        *before, last = cut(batch.size, self.grad_accum_steps)
+        if before:
+            with self._replica.local():
+                for first, stop in before:
+                    loss, seed = self._forward(batch, first, stop)
+                    self._replica.backward(loss, seed)
+        loss, seed = self._forward(batch, *last)
+        counts_samples = self._task.counts_samples
+        factor = None if counts_samples else self._reduce_weight(batch.global_size)
+        self._replica.backward_and_reduce(loss, seed)
+        gradients = [item.grad for item in self._replica.parameters if item.grad is not None]
+        self._update.apply(gradients, lr, factor)
 
     def read(self) -> dict[str, float]:
         """Return the numbers of the last step, over all ranks. Collective: all ranks.
 
         One reduction and one host sync.
+
+        Returns:
+            loss: the mean over the global batch; grad_norm: before clipping; bad_steps: how many
+            in a row, up to this one, had a gradient that was not finite; most_bad_steps: the most
+            in a row since the last call; skipped_steps: all of them.
         """
-        sums = torch.stack((self._total(self._losses), self._total(self._weights)))
+        numbers = torch.zeros(6, dtype=torch.float64, device=self._device)
+        if self._loss_sum is not None:
+            numbers[0].copy_(self._loss_sum)
+            numbers[1] = self._weight
         if self._world_size > 1:
-            dist.all_reduce(sums)
-        state = torch.stack((self._norm, self.bad_steps)).double()
-        loss_sum, weight, norm, bad = torch.cat((sums, state)).tolist()
+            dist.all_reduce(numbers)
+        # These are the same on all ranks already.
+        numbers[2].copy_(self._update.grad_norm)
+        numbers[3:].copy_(self._update.bad_steps.counts())
+        self._update.bad_steps.look_anew()
+        loss_sum, weight, norm, bad, most, skipped = numbers.tolist()
         return {
             "loss": loss_sum / weight if weight else float("nan"),
             "grad_norm": norm,
-            "bad_steps": int(bad),
+            "bad_steps": bad,
+            "most_bad_steps": most,
+            "skipped_steps": skipped,
         }
 
-    def communication_seconds(self) -> float:
-        """Return how long steps have waited for gradients so far, about.
+    def _forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Run one pass over some of the rank's samples.
 
-        DDP times one step in a hundred itself, which costs nothing more: what it spent on
-        reductions beyond what ran beside the backward pass, times the number of steps.
+        Returns:
+            The sum of the losses, and the gradient to begin the backward pass with.
         """
-        if self._replica is None:
-            return 0.0
-        timed: dict[str, int] = self._replica._get_ddp_logging_data()
-        exposed = timed.get("avg_backward_comm_time", 0) - timed.get(
-            "avg_backward_compute_comm_overlap_time", 0
-        )
-        return self._steps * max(0, exposed) * 1e-9
+        if first == stop:
+            return self._forward_without_samples()
+        fields: Fields = batch.fields
+        if stop - first < batch.size:
+            fields = {name: tensor[first:stop] for name, tensor in fields.items()}
+        with self._arithmetic:
+            loss_sum, weight = self._task.loss(
+                self._replica.module, self._format.cast(fields, self._task.inputs)
+            )
+        detached = loss_sum.detach()
+        self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
+        self._weight = weight + self._weight
+        return loss_sum, self._seed(loss_sum.dtype, batch.global_size)
 
-    def prime(self) -> None:
-        """Run the model forward and backward once on the held row, and leave no trace.
+    def _forward_without_samples(self) -> tuple[Tensor, Tensor]:
+        """Take part in the reduction of the gradients without a sample of one's own."""
+        with evaluating(self._statistics), self._arithmetic:
+            loss_sum, _ = self._task.loss(self._replica.module, self._held)
+        return loss_sum, torch.zeros_like(loss_sum)
 
-        DDP rebuilds its buckets after the first backward, and sums in another order from then on.
-        So that a run that starts again sums as one that never stopped, every start goes through
-        this before the state is restored. Finds parameters that the loss does not reach.
+    def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:
+        """Return what the gradient of a sum of losses is multiplied with, ().
 
-        Collective: all ranks.
-
-        Raises:
-            TrainingError: if a parameter has no gradient.
+        The mean over the global batch divides by its size, and DDP's mean over the ranks is undone.
         """
-        buffers = {name: item.clone() for name, item in self.model.named_buffers()}
-        with kept_generators(), frozen_statistics(self.model):
-            self._pass(self.model, self._held, 0.0)
-            unused = [
-                name
-                for name, item in self.model.named_parameters()
-                if item.requires_grad and item.grad is None
-            ]
-            self._zero_grad()
-            if unused:
-                shown = ", ".join(unused[:8]) + (", ..." if unused[8:] else "")
-                raise TrainingError(
-                    f"{len(unused)} parameters of the model have no part in the loss: {shown}. "
-                    "Use them, remove them, or set requires_grad = False"
-                )
-            if self._replica is not None:
-                self._pass(self._replica, self._held, 0.0)
-                self._zero_grad()
-                with self._format.arithmetic():
-                    self._task.loss(self._replica, self._held)
-        for name, item in self.model.named_buffers():
-            item.copy_(buffers[name])
-        self._losses, self._weights = [], []
+        seed = self._seeds.get((dtype, global_size))
+        if seed is None:
+            factor = self._world_size / global_size
+            seed = torch.tensor(factor, dtype=dtype, device=self._device)
+            self._seeds[dtype, global_size] = seed
+        return seed * self.scaler.scale if self.scaler.enabled else seed
 
-    @property
-    def _forward_model(self) -> nn.Module:
-        """The model as a training pass runs it."""
-        return self.model if self._replica is None else self._replica
-
-    def _backward(self, batch: Batch) -> None:
-        passes = self.grad_accum_steps
-        fields = self._format.cast(batch.fields)
-        self._losses, self._weights = [], []
-        for index in range(passes):
-            first, stop = index * batch.size // passes, (index + 1) * batch.size // passes
-            last = index + 1 == passes
-            quiet = nullcontext() if last or self._replica is None else self._replica.no_sync()
-            with quiet:
-                if stop == first:
-                    self._empty_pass()
-                elif passes == 1:
-                    self._pass(self._forward_model, fields, self._world_size / batch.global_size)
-                else:
-                    part = {name: tensor[first:stop] for name, tensor in fields.items()}
-                    self._pass(self._forward_model, part, self._world_size / batch.global_size)
-
-    def _pass(self, model: nn.Module, fields: Fields, scale: float) -> None:
-        with self._format.arithmetic():
-            loss_sum, weight = self._task.loss(model, fields)
-        self.scaler.scale(loss_sum * scale).backward()
-        self._losses.append(loss_sum.detach())
-        self._weights.append(weight)
-
-    def _empty_pass(self) -> None:
-        """Take part in the reduction of the gradients without a sample of its own."""
-        with frozen_statistics(self.model):
-            with self._format.arithmetic():
-                loss_sum, _ = self._task.loss(self._forward_model, self._held)
-            self.scaler.scale(loss_sum * 0.0).backward()
-
-    def _total(self, parts: Sequence[Tensor | int]) -> Tensor:
-        """Return the sum over the passes of this rank: () float64, on the device."""
-        total = torch.zeros((), dtype=torch.float64, device=self._norm.device)
-        for part in parts:
-            total += part
-        return total
-
-    def _reweight(self, global_size: int) -> None:
-        """Turn the mean over samples into the mean over weights, which only the data know."""
-        weight = self._total(self._weights)
+    def _reduce_weight(self, global_size: int) -> Tensor:
+        """Return what makes a mean over samples one over weights, (). Collective: all ranks."""
+        weight = torch.zeros((), dtype=torch.float64, device=self._device)
+        weight += self._weight
         if self._world_size > 1:
             dist.all_reduce(weight)
-        factor = global_size / weight.clamp(min=torch.finfo(torch.float64).tiny)
-        grads = [item.grad for item in self._parameters if item.grad is not None]
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        # Where nothing at all counts, the gradient is 0 and stays so.
+        return global_size / torch.where(weight == 0, 1.0, weight)
 
-    def _update(self, lr: float) -> None:
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        grads = [item.grad for item in self._parameters if item.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self._clip_norm is not None:
-            factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, factor)
-        bad = (~torch.isfinite(norm)).float()
-        self._norm = norm
-        self.bad_steps.add_(1).mul_(bad)
-        set_learning_rate(self.optimizer, lr)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif not self.syncs:
-            # Fused kernels leave parameters and state alone where this flag is set.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bad.item():
-            self.optimizer.step()
-        self._zero_grad()
 
-    def _zero_grad(self) -> None:
-        # Views of DDP's buckets stay; zeroing them is cheaper than new gradients each step.
-        self.optimizer.zero_grad(set_to_none=self._world_size == 1)
+def _refuse_synchronised_statistics(modules: list[nn.Module]) -> None:
+    """Refuse models whose ranks would wait in vain for one that has no samples.
+
+    Raises:
+        ConfigError: if a module is one.
+    """
+    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        raise ConfigError(
+            "the model has SyncBatchNorm, which needs samples on every rank in every pass; in the "
+            "last batch of an epoch a rank may have none. Use GroupNorm or BatchNorm, or a "
+            "data.global_batch_size that divides the data, with a smaller number of passes"
+        )

@@ -1,153 +1,303 @@
 """What a step computes from a batch: the loss, and the metrics of an evaluation.
 
-A task is any class with these methods; "package.module:Name" in the config brings in your own.
+A task is any class with the attributes and methods of `Task`; "package.module:Name" in the config
+brings in your own.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.training.losses import LossReduction, load_loss
 
 Fields = Mapping[str, Tensor]
 Direction = Literal["min", "max"]
+
+# torch ignores the class -100 unless told another: told this one, every class counts.
+_NO_CLASS = -(2**63)
 
 
 class Task(Protocol):
     """The contract of a task.
 
     Attributes:
+        inputs: the fields that the model receives.
         metrics: every metric of an evaluation, and which direction is better.
-        counts_samples: True if a sample always weighs 1; False if weights depend on the data
-            (masked tokens, class weights), which costs one more reduction a step.
+        counts_samples: True if every sample weighs 1; False if weights depend on the data (masked
+            tokens, class weights), which costs one more reduction a step.
     """
 
+    inputs: Sequence[str]
     metrics: Mapping[str, Direction]
     counts_samples: bool
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
-        """Return the sum of the losses of these samples, and the sum of their weights."""
+        """Return the sum of the losses of these samples, and the sum of their weights.
+
+        Args:
+            model: to call; in training it reduces gradients over ranks.
+            fields: by name, (samples, ...) on the device; at least one sample.
+
+        Returns:
+            A number, () float, that the parameters have a part in; and the weight: the number of
+            samples if `counts_samples`, else a number, (), of any dtype.
+        """
         ...
 
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """Return, by metric, a sum over these samples and what to divide the whole sum by."""
+        """Return, for each of `metrics`, a sum over these samples and what to divide by.
+
+        The metric of a dataset is the quotient of both, summed over all batches of all ranks.
+        """
         ...
 
 
-class Classification:
-    """One class a sample: cross entropy and accuracy.
+class _Supervised(ABC):
+    """A task that compares the one output of a model with one field."""
 
-    Args:
-        inputs: fields that the model receives, in the order of its arguments.
-        target: field of class indices, (samples,) or (samples, ...) of any integer type.
-        label_smoothing: 0 to 1.
-        ignore_index: samples of this class count for nothing.
+    name: ClassVar[str]
+
+    def __init__(self, inputs: Sequence[str], target: str | None) -> None:
+        if target is None:
+            raise ConfigError(
+                f"task.target: missing; {self.name} compares the model's output with a field"
+            )
+        self.inputs = tuple(inputs)
+        self.target = target
+
+    def _compare(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor]:
+        """Return what the model makes of its inputs, and the target, fit to be compared."""
+        output = model(*[fields[name] for name in self.inputs])
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            what = (
+                f"a tensor of {output.dtype}"
+                if isinstance(output, Tensor)
+                else f"{type(output).__name__}"
+            )
+            raise TrainingError(
+                f"the model returned {what}; {self.name} needs one tensor of floating-point "
+                "numbers. For other outputs write a task of your own and name it in task.use"
+            )
+        if output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()  # a sum of many losses needs more than 8 or 11 bits
+        return self._fitted(output, fields[self.target])
+
+    @abstractmethod
+    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the shapes of output and target against each other, and return both."""
+
+    def _misfit(self, output: Tensor, target: Tensor, expected: str) -> TrainingError:
+        return TrainingError(
+            f"{self.name} needs {expected}; the model gave {tuple(output.shape)}, and the target "
+            f'"{self.target}" is {tuple(target.shape)} {_name(target.dtype)}'
+        )
+
+
+class Classification(_Supervised):
+    """One class a sample, or one a pixel or token of it: cross entropy and accuracy.
+
+    The loss is the weighted mean over everything that has a class.
     """
 
+    name = "classification"
     metrics: ClassVar[Mapping[str, Direction]] = {"loss": "min", "accuracy": "max"}
 
     def __init__(
         self,
         inputs: Sequence[str],
         target: str | None,
-        label_smoothing: float = 0.0,
+        *,
         ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
-        self._inputs, self._target = tuple(inputs), _required(target, "classification")
+        """Check the arguments.
+
+        Args:
+            inputs: fields that the model receives, in the order of its arguments.
+            target: field of class indices, (samples, ...) of any integer type. The model gives
+                (samples, classes, ...).
+            ignore_index: what has this class counts for nothing.
+            label_smoothing: 0 to 1; so much of the probability is spread over all classes.
+            class_weights: how much a sample of each class counts; none: all the same.
+
+        Raises:
+            ConfigError: if an argument makes no sense.
+        """
+        super().__init__(inputs, target)
+        if not 0 <= label_smoothing <= 1:
+            raise ConfigError(f"task.label_smoothing = {label_smoothing}: expected 0 to 1")
+        if class_weights is not None and (not class_weights or min(class_weights) < 0):
+            raise ConfigError(
+                f"task.class_weights = {list(class_weights)}: expected for each class a number "
+                "from 0"
+            )
         self._label_smoothing = label_smoothing
         self._ignore_index = ignore_index
-        self.counts_samples = ignore_index is None
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self.counts_samples = ignore_index is None and class_weights is None
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
-        """Return the summed cross entropy and the number of samples that count."""
-        loss, _, labels = self._forward(model, fields)
-        return loss, self._weight(labels)
+        """Return the summed cross entropy and the summed weight."""
+        logits, labels = self._compare(model, fields)
+        loss_sum = self._cross_entropy(logits, labels, "sum")
+        if not self.counts_samples:
+            return loss_sum, self._weight(logits, labels)
+        samples = labels.shape[0]
+        if labels.ndim > 1:
+            loss_sum = loss_sum * (samples / labels.numel())
+        return loss_sum, samples
 
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return sums of cross entropy and of right answers."""
-        loss, logits, labels = self._forward(model, fields)
-        weight = self._weight(labels)
-        # An ignored label is no class, so no answer equals it.
-        return {"loss": (loss, weight), "accuracy": ((logits.argmax(1) == labels).sum(), weight)}
+        logits, labels = self._compare(model, fields)
+        losses = self._cross_entropy(logits, labels, "none")
+        right = logits.argmax(1) == labels
+        counted: Tensor | int = labels.numel()
+        if self._ignore_index is not None:
+            valid = labels != self._ignore_index
+            right, counted = right & valid, valid.sum()
+        # The losses in float64 before they are summed: so that their sum does not depend on how
+        # the dataset is cut into batches.
+        weight = labels.numel() if self.counts_samples else self._weight(logits, labels)
+        return {"loss": (losses.double().sum(), weight), "accuracy": (right.sum(), counted)}
 
-    def _forward(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor, Tensor]:
-        logits = model(*(fields[name] for name in self._inputs))
-        labels = fields[self._target].long()
-        if logits.ndim < 2 or (logits.shape[0], *logits.shape[2:]) != tuple(labels.shape):
-            raise TrainingError(
-                f"classification needs logits (samples, classes, ...) for its target "
-                f"{self._target!r} (samples, ...); the model gave {tuple(logits.shape)} for "
-                f"{tuple(labels.shape)}"
+    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+            raise self._misfit(
+                output, target, "logits (samples, classes, ...) for classes (samples, ...)"
             )
-        loss = F.cross_entropy(
-            logits,
-            labels,
-            reduction="sum",
-            label_smoothing=self._label_smoothing,
-            ignore_index=-100 if self._ignore_index is None else self._ignore_index,
-        )
-        return loss, logits, labels
+        if target.dtype != torch.int64:
+            if target.is_floating_point() or target.dtype == torch.bool:
+                raise self._misfit(output, target, "classes as integers")
+            target = target.long()
+        weights = self._class_weights
+        if weights is not None:
+            if len(weights) != output.shape[1]:
+                raise TrainingError(
+                    f"task.class_weights has {len(weights)} numbers, but the model gives "
+                    f"{output.shape[1]} classes"
+                )
+            if weights.device != output.device or weights.dtype != output.dtype:
+                self._class_weights = weights.to(output.device, output.dtype)
+        return output, target
 
-    def _weight(self, labels: Tensor) -> Tensor | int:
-        if self._ignore_index is None:
-            return labels.numel()
-        return (labels != self._ignore_index).sum()
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        try:
+            return F.cross_entropy(
+                logits,
+                labels,
+                weight=self._class_weights,
+                ignore_index=_NO_CLASS if self._ignore_index is None else self._ignore_index,
+                label_smoothing=self._label_smoothing,
+                reduction=reduction,
+            )
+        except IndexError as error:  # on the CPU; a GPU ends with a device-side assertion
+            raise TrainingError(
+                f'the target "{self.target}" holds classes from {labels.min().item()} to '
+                f"{labels.max().item()}, but the model gives {logits.shape[1]}, counted from 0. "
+                "Correct the data, the number of classes, or task.ignore_index"
+            ) from error
+
+    def _weight(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the weight of what has a class, (): int64, or the dtype of the logits."""
+        valid = None if self._ignore_index is None else labels != self._ignore_index
+        if self._class_weights is None:
+            assert valid is not None
+            return valid.sum()
+        if valid is None:
+            return self._class_weights[labels].sum()
+        # An ignored class may be none that has a weight.
+        return (self._class_weights[labels.where(valid, 0)] * valid).sum()
 
 
-class Regression:
-    """Numbers: the mean over the elements of a sample of squared (or absolute) errors.
+class Regression(_Supervised):
+    """Numbers: the mean over samples of the mean over the elements of each."""
 
-    Args:
-        inputs: fields that the model receives, in the order of its arguments.
-        target: field of the same shape as the model's output.
-        loss: "mse" or "mae".
-    """
-
-    metrics: ClassVar[Mapping[str, Direction]] = {"loss": "min", "mae": "min"}
+    name = "regression"
+    metrics: ClassVar[Mapping[str, Direction]] = {"loss": "min", "mae": "min", "mse": "min"}
     counts_samples = True
 
-    def __init__(self, inputs: Sequence[str], target: str | None, loss: str = "mse") -> None:
-        self._inputs, self._target = tuple(inputs), _required(target, "regression")
-        if loss not in ("mse", "mae"):
-            raise ConfigError(f'task.loss = "{loss}": expected one of "mse", "mae"')
-        self._squared = loss == "mse"
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        target: str | None,
+        *,
+        loss: str = "mse",
+        loss_reduction: LossReduction | None = None,
+        loss_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check the arguments and find the loss.
+
+        Args:
+            inputs: fields that the model receives, in the order of its arguments.
+            target: field of the shape of the model's output, float.
+            loss: "mse" and "mae" are means over the elements of a sample; or the import path of
+                your own, "package.module:Name": a class, an object or a function of
+                (output, target).
+            loss_reduction: what your own loss returns for a batch: "sum" over its samples, or
+                their mean, "per-sample-mean". Not needed where it takes `reduction` itself.
+            loss_arguments: keyword arguments of your own loss.
+
+        Raises:
+            ConfigError: if the loss cannot be found, or its sum over samples cannot be had.
+        """
+        super().__init__(inputs, target)
+        self._loss = load_loss(loss, loss_reduction, loss_arguments or {})
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
-        """Return the summed error and the number of samples."""
-        difference = self._difference(model, fields)
-        errors = difference.square() if self._squared else difference.abs()
-        return errors.flatten(1).mean(1).sum(), len(errors)
+        """Return the summed loss and the number of samples."""
+        output, target = self._compare(model, fields)
+        return self._loss(output, target), target.shape[0]
 
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """Return sums of the loss and of absolute errors."""
-        difference = self._difference(model, fields)
-        errors = difference.square() if self._squared else difference.abs()
-        count = len(errors)
+        """Return sums of the loss, and of absolute and squared errors."""
+        output, target = self._compare(model, fields)
+        output, target = output.double(), target.double()
+        samples = target.shape[0]
+        elements = max(1, target.numel() // samples)
+        errors = output - target
         return {
-            "loss": (errors.flatten(1).mean(1).sum(), count),
-            "mae": (difference.abs().flatten(1).mean(1).sum(), count),
+            "loss": (self._loss(output, target), samples),
+            "mae": (errors.abs().sum() / elements, samples),
+            "mse": (errors.square().sum() / elements, samples),
         }
 
-    def _difference(self, model: nn.Module, fields: Fields) -> Tensor:
-        output = model(*(fields[name] for name in self._inputs))
-        target = fields[self._target]
-        if target.ndim == 1 and output.ndim == 2 and output.shape[1] == 1:
-            target = target[:, None]
+    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if output.shape != target.shape:
-            raise TrainingError(
-                f"regression needs an output of the shape of its target {self._target!r} "
-                f"{tuple(target.shape)}; the model gave {tuple(output.shape)}"
-            )
-        difference: Tensor = output.to(torch.promote_types(output.dtype, torch.float32)) - target
-        return difference if difference.ndim > 1 else difference[:, None]
+            # Broadcasting (samples, 1) against (samples,) would compare all with all.
+            if output.shape == (*target.shape, 1):
+                output = output.squeeze(-1)
+            elif target.shape == (*output.shape, 1):
+                target = target.squeeze(-1)
+            else:
+                raise self._misfit(output, target, "an output of the shape of its target")
+        return output, target.to(output.dtype)
 
 
-def _required(target: str | None, task: str) -> str:
-    if target is None:
-        raise ConfigError(f"task.target: missing; {task} compares the model's output with a field")
-    return target
+def check_task(task: Any) -> None:
+    """Check that an object has what a task needs.
+
+    Raises:
+        ConfigError: naming what it lacks.
+    """
+    missing = [name for name in _CONTRACT if not hasattr(task, name)]
+    if missing:
+        raise ConfigError(
+            f"task.use: {type(task).__name__} is no task: it lacks {', '.join(missing)}. "
+            "See hpctrain.training.task.Task"
+        )
+
+
+_CONTRACT = ("inputs", "metrics", "counts_samples", "loss", "evaluate")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

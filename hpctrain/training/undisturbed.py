@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
-def kept_generators() -> AbstractContextManager[None]:
-    """Return a context after which torch's generators stand where they stood."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    return torch.random.fork_rng(devices=devices)
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Leave the generators of torch, numpy and Python as they stood before the body."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - users draw from it
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Run batch norms in the body on their statistics, and do not add to these."""
-    training = [item for item in model.modules() if isinstance(item, _NormBase) and item.training]
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave the buffers of a model, such as batch statistics, as they were before the body."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Set the train flag of just these modules to False in the body."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -29,13 +49,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model in the body as `eval()` has it; every module's flag is then as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def with_statistics(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that keep running statistics of batches: batch norms and their like."""
+    return [module for module in model.modules() if isinstance(module, _NormBase)]

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-BODY = Path(__file__).parents[1] / "mpi" / "step.py"
+BODIES = Path(__file__).parents[1] / "mpi"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_the_step(ranks: int) -> None:
+@pytest.mark.parametrize(("body", "checks"), [("step.py", 6), ("step_exactness.py", 5)])
+def test_the_step(body: str, checks: int, ranks: int) -> None:
     result = subprocess.run(
-        ["mpirun", "-np", str(ranks), sys.executable, str(BODY)],
+        ["mpirun", "-np", str(ranks), sys.executable, str(BODIES / body)],
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "passed 6" in result.stdout
+    assert f"passed {checks}" in result.stdout

@@ -68,9 +68,9 @@ def test_a_target_is_needed(make: object) -> None:
 
 def test_outputs_of_the_wrong_shape_are_explained() -> None:
     fields = {"x": torch.randn(10, 4), "y": torch.zeros(10, 5)}
-    with pytest.raises(TrainingError, match=r"the model gave \(10, 3\) for \(10, 5\)"):
+    with pytest.raises(TrainingError, match=r"gave \(10, 3\), and the target .y. is \(10, 5\)"):
         Classification(["x"], "y").loss(nn.Linear(4, 3), fields)
-    with pytest.raises(TrainingError, match=r"\(10, 5\); the model gave \(10, 3\)"):
+    with pytest.raises(TrainingError, match=r"gave \(10, 3\), and the target .y. is \(10, 5\)"):
         Regression(["x"], "y").loss(nn.Linear(4, 3), fields)
 
 

@@ -1,0 +1,56 @@
+"""Counts of the steps that could not be applied, kept on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SLOTS = 64
+
+
+class BadSteps:
+    """Takes one flag a step, and counts them many steps at a time.
+
+    Counting is a dozen small operations: noticeable if done in every step of a small model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._flags = torch.zeros(_SLOTS, device=device)
+        self._slots = self._flags.unbind()
+        self._used = 0
+        self._positions = torch.arange(_SLOTS, device=device, dtype=torch.float32)
+        self._counts = torch.zeros(3, device=device)
+
+    def next_flag(self) -> Tensor:
+        """Return where the next step is to write whether it is bad: (), float32, 1 or 0."""
+        if self._used == _SLOTS:
+            self._count()
+        self._used += 1
+        return self._slots[self._used - 1]
+
+    def counts(self) -> Tensor:
+        """Return the counts, (3,) float32, to read or to overwrite.
+
+        In this order: bad steps in a row, up to the newest; the most in a row since `look_anew`;
+        and all of them.
+        """
+        self._count()
+        return self._counts
+
+    def look_anew(self) -> None:
+        """Begin to look for the most bad steps in a row anew."""
+        in_a_row, longest, _ = self.counts()
+        longest.copy_(in_a_row)
+
+    def _count(self) -> None:
+        if self._used == 0:
+            return
+        flags, positions = self._flags[: self._used], self._positions[: self._used]
+        in_a_row, longest, total = self._counts
+        # Where the newest good step up to here was; before the first slot, if none was.
+        good = torch.where(flags == 0, positions, -1 - in_a_row).cummax(0).values
+        runs = positions - good
+        in_a_row.copy_(runs[-1])
+        torch.maximum(longest, runs.max(), out=longest)
+        total.add_(flags.sum())
+        self._used = 0

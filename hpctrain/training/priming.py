@@ -1,0 +1,142 @@
+"""The first passes of a start: they find what does not fit, and leave no trace."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from hpctrain.errors import TrainingError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.topology import Communicator
+from hpctrain.training.replica import Replica
+from hpctrain.training.task import Fields, Task
+from hpctrain.training.undisturbed import kept_buffers, kept_generators
+
+_SHOWN = 8
+
+
+def prime(
+    replica: Replica,
+    task: Task,
+    fields: Fields,
+    *,
+    arithmetic: AbstractContextManager[object],
+    device: torch.device,
+    communicator: Communicator,
+) -> None:
+    """Run the model as a step would, without an update. Collective: all ranks.
+
+    DDP puts the gradients into other buckets after its first backward pass, in the forward pass
+    that follows, and sums in another order from then on. So that a run that starts again sums as
+    one that never stopped, every start goes through that before the state is restored.
+
+    Args:
+        replica: of the model; its gradients, buffers, and the random generators are left as they
+            were (gradients: None).
+        task: computes the loss.
+        fields: as many samples as the largest pass has, inputs in the dtype of the parameters.
+        arithmetic: the context of forward passes.
+        device: of this rank.
+        communicator: of all ranks.
+
+    Raises:
+        TrainingError: on every rank, if the task breaks its contract, or a parameter has no part
+            in the loss. What the model itself raises comes out as it is, with its traceback.
+    """
+    with kept_generators(device), kept_buffers(replica.model):
+        replica.clear_gradients()
+        with raise_together(communicator), replica.local():
+            last = _first_pass(replica, task, fields, arithmetic)
+        replica.clear_gradients()
+        if replica.distributed:
+            # The second backward pass as well: a forward pass alone would leave DDP waiting for
+            # gradients to reduce, and it would take those of a pass that is only to accumulate.
+            for _ in range(2):
+                with arithmetic:
+                    loss_sum, _ = task.loss(replica.module, fields)
+                replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
+                replica.clear_gradients()
+            replica.time_communication(last)
+
+
+def _first_pass(
+    replica: Replica, task: Task, fields: Fields, arithmetic: AbstractContextManager[object]
+) -> nn.Parameter:
+    """Check the contract of the task, and that every parameter gets a gradient.
+
+    Returns:
+        The parameter whose gradient came last.
+    """
+    arrived: list[Tensor] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(arrived.append)
+        for parameter in replica.parameters
+    ]
+    try:
+        with arithmetic:
+            result = task.loss(replica.module, fields)
+        loss_sum = _checked(result, task, fields)
+        replica.backward(loss_sum, torch.zeros_like(loss_sum))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_gradients(replica.model)
+    last = arrived[-1]
+    assert isinstance(last, nn.Parameter)
+    return last
+
+
+def _checked(result: object, task: Task, fields: Fields) -> Tensor:
+    """Return the loss of what a task returned, if it is what a task should return."""
+    name = type(task).__name__
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TrainingError(
+            f"{name}.loss returned {type(result).__name__}: expected (sum of losses, weight)"
+        )
+    loss_sum, weight = result
+    if not isinstance(loss_sum, Tensor) or loss_sum.ndim != 0 or not loss_sum.is_floating_point():
+        what = (
+            f"a tensor {tuple(loss_sum.shape)} of {loss_sum.dtype}"
+            if isinstance(loss_sum, Tensor)
+            else type(loss_sum).__name__
+        )
+        raise TrainingError(f"{name}.loss returned {what} as sum of losses: expected one number")
+    if not loss_sum.requires_grad:
+        raise TrainingError(
+            f"no parameter has a part in the loss that {name} returned: something between them is "
+            "detached, or computed without gradients"
+        )
+    samples = len(next(iter(fields.values())))
+    if task.counts_samples and (isinstance(weight, Tensor) or weight != samples):
+        raise TrainingError(
+            f"{name}.loss returned the weight {weight} for {samples} samples: with counts_samples "
+            "= True that is the number of samples. Set it to False where weights depend on the data"
+        )
+    return loss_sum
+
+
+def _check_gradients(model: nn.Module) -> None:
+    trained = [(name, item) for name, item in model.named_parameters() if item.requires_grad]
+    unused = [name for name, item in trained if item.grad is None]
+    if unused:
+        raise TrainingError(
+            f"{len(unused)} of {len(trained)} parameters have no part in the loss: "
+            f"{_listed(unused)}. Use them, remove them, or set requires_grad = False"
+        )
+    sparse = [
+        name
+        for name, item in trained
+        if item.grad is not None and item.grad.layout != torch.strided
+    ]
+    if sparse:
+        raise TrainingError(
+            f"the gradients of {_listed(sparse)} are sparse, which neither clipping nor fused "
+            "optimizers take. Build their modules with sparse=False"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,143 @@
+"""This rank's replica of the model, whose gradients are averaged over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Replica:
+    """The model, wrapped in DistributedDataParallel where there is more than one rank.
+
+    Attributes:
+        model: the bare model.
+        module: to call in training; a forward and backward pass leaves the mean of all ranks'
+            gradients in the parameters.
+        parameters: those that are trained, in the order of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, world_size: int, device: torch.device, bucket_mb: float | None
+    ) -> None:
+        """Wrap the model. Collective: all ranks.
+
+        Args:
+            model: on the device.
+            world_size: number of ranks.
+            device: of this rank.
+            bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
+        """
+        self.model = model
+        self.module = model
+        self.parameters = [item for item in model.parameters() if item.requires_grad]
+        self._ddp: DistributedDataParallel | None = None
+        self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
+        if world_size > 1:
+            # Without device_ids: inputs are on the device, DDP need not look for some to move.
+            self._ddp = DistributedDataParallel(
+                model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
+            )
+            self.module = self._ddp
+
+    @property
+    def distributed(self) -> bool:
+        return self._ddp is not None
+
+    @property
+    def communication_seconds(self) -> float:
+        """How long this rank has waited for gradients after its own were there.
+
+        On a GPU: as far as the device has come.
+        """
+        return self._clock.seconds()
+
+    def local(self) -> AbstractContextManager[object]:
+        """Return the context of passes that only add to the gradients of this rank."""
+        return nullcontext() if self._ddp is None else self._ddp.no_sync()
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients; DDP makes the next ones views of its buckets again."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def backward(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
+        """Run backward from `loss`, (), whose own gradient is `seed`, ()."""
+        torch.autograd.backward(loss, seed)
+
+    def backward_and_reduce(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
+        """Run backward from `loss` and average the gradients. Collective: all ranks."""
+        torch.autograd.backward(loss, seed)
+        if self._ddp is not None:
+            self._clock.stop()
+
+    def time_communication(self, last: nn.Parameter) -> None:
+        """Count time as communication once the gradient of `last` is there.
+
+        Args:
+            last: the parameter whose gradient comes last.
+        """
+        # Holds the clock only: a hook of a parameter that held the model would keep both for ever.
+        start = self._clock.start
+        last.register_post_accumulate_grad_hook(lambda _: start())
+
+
+class _HostClock:
+    """Time between start and stop; gloo reduces while the host waits."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self._total += time.perf_counter() - self._started
+            self._started = None
+
+    def seconds(self) -> float:
+        return self._total
+
+
+class _DeviceClock:
+    """Time on the stream of the model between start and stop, read once the device is past it."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._started: torch.cuda.Event | None = None
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spare: list[torch.cuda.Event] = []
+
+    def start(self) -> None:
+        self._started = self._record()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self._running.append((self._started, self._record()))
+            self._started = None
+            if len(self._running) > _MOST_EVENTS:
+                self._harvest()
+
+    def seconds(self) -> float:
+        self._harvest()
+        return self._total
+
+    def _record(self) -> torch.cuda.Event:
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _harvest(self) -> None:
+        while self._running and self._running[0][1].query():
+            begin, end = self._running.popleft()
+            self._total += begin.elapsed_time(end) / 1000
+            self._spare += begin, end
+
+
+_MOST_EVENTS = 64
