@@ -137,7 +137,7 @@ def run(arguments: list[str], claim: Claim) -> int:
 
     from hpctrain.batch.signals import SignalFlag
     from hpctrain.launch.failure import guard
-    from hpctrain.launch.world import control_plane
+    from hpctrain.launch.world import control_plane, gathering
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
     with SignalFlag() as signals:
@@ -153,16 +153,19 @@ def run(arguments: list[str], claim: Claim) -> int:
             config = communicator.broadcast(config)
             if isinstance(config, ConfigError):
                 raise config
-            from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
+            with gathering(topology, communicator, config.launch, keeper) as meeting:
+                # Brings torch, which has to follow MPI_Init.
+                from hpctrain.training.job import train
 
-            return train(
-                config,
-                topology,
-                communicator,
-                signals=signals,
-                guard=keeper,
-                command=arguments,
-            )
+                return train(
+                    config,
+                    topology,
+                    communicator,
+                    meeting=meeting,
+                    signals=signals,
+                    guard=keeper,
+                    command=arguments,
+                )
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:

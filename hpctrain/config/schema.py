@@ -170,11 +170,14 @@ class CheckpointSection:
 class LaunchSection:
     """From started processes to a process group."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" takes a GPU where there is one."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
+    """Where to compute; "auto" takes a GPU where there is one. AMD's are "cuda" as well."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Carrier of gradients; "auto" is NCCL with one GPU per rank, else gloo."""
+    backend: Literal["auto", "nccl", "xccl", "gloo"] = "auto"
+    """Carrier of gradients; "auto" is the device's own, and gloo for CPUs and shared devices."""
+
+    share_device: bool = False
+    """Whether several ranks may compute on one device."""
 
     interface: Text | None = None
     """Network interface to meet on; none: every one is tried."""
@@ -183,7 +186,10 @@ class LaunchSection:
     """Address of rank 0 to meet at; none: every one is tried."""
 
     hang_timeout_seconds: Seconds = 300.0
-    """Limit for any one wait of a rank for the others."""
+    """With all ranks alive, the job ends when none of them gets on for so long."""
+
+    first_step_timeout_seconds: Seconds = 1800.0
+    """The same until a first step is done, and in a save: loading, compiling, writing take long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

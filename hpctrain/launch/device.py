@@ -1,8 +1,11 @@
-"""The device of every rank, and its share of the cores."""
+"""The device of every rank: its own, unless it is asked to share."""
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,15 +13,50 @@ from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import LaunchError
 from hpctrain.topology import Communicator, Topology
 
+logger = logging.getLogger("hpctrain")
 
-def device_index(visible: int, local_rank: int, local_world_size: int) -> int | None:
+# In the order in which "auto" looks for them. torch calls AMD's GPUs cuda as well.
+_ACCELERATORS = ("cuda", "xpu", "mps")
+_OWN_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A rank on its node, and how many devices of each kind it sees there."""
+
+    host: str
+    local_rank: int
+    local_world_size: int
+    visible: dict[str, int]
+
+
+def device_index(
+    visible: int, local_rank: int, local_world_size: int, *, share: bool = False
+) -> int | None:
     """Return which of the visible devices a rank takes; None if there is no clean answer.
 
     A launcher that binds devices shows each rank one, as index 0; one that does not shows all.
     """
     if visible == 1:
         return 0
-    return local_rank if visible >= local_world_size else None
+    if visible >= local_world_size:
+        return local_rank
+    return local_rank % visible if share and visible else None
+
+
+def device_kind(asked: str, places: Sequence[Place]) -> str:
+    """Return the kind of device that all ranks take, such as "cuda".
+
+    Ranks on Apple's GPU cannot talk to each other, so that "auto" passes it over for several.
+    """
+    if asked != "auto":
+        return asked
+    for kind in _ACCELERATORS:
+        if kind == "mps" and len(places) > 1:
+            continue
+        if any(place.visible[kind] for place in places):
+            return kind
+    return "cpu"
 
 
 def choose_device(
@@ -27,65 +65,146 @@ def choose_device(
     """Return the device of this rank and make it current. Collective: all ranks.
 
     Raises:
-        LaunchError: on every rank, if there is no GPU where one is asked for, fewer than ranks,
-            or if two ranks would share one.
+        LaunchError: on every rank, if there is no device where one is asked for, fewer than ranks,
+            or if two ranks would share one unasked.
     """
     if section.device == "cpu":
         return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    places = communicator.all_gather(
-        (topology.host, topology.local_rank, topology.local_world_size, visible)
+    here = Place(
+        host=topology.host,
+        local_rank=topology.local_rank,
+        local_world_size=topology.local_world_size,
+        visible={kind: _count_visible(kind) for kind in _ACCELERATORS},
     )
-    if section.device == "auto" and not any(count for *_, count in places):
+    places: list[Place] = communicator.all_gather(here)
+    kind = device_kind(section.device, places)
+    if kind == "cpu":
         return torch.device("cpu")
-    for rank, (host, local_rank, local_world_size, count) in enumerate(places):
-        if device_index(count, local_rank, local_world_size) is None:
-            raise LaunchError(
-                f"rank {rank} on {host} has no GPU of its own: {_count(local_world_size, 'rank')} "
-                f"there, {_count(count, 'visible GPU')}. Start as many ranks per node as it has "
-                'GPUs, or ask the scheduler for more; launch.device = "cpu" trains without.',
-                everywhere=True,
-            )
-    index = device_index(visible, topology.local_rank, topology.local_world_size)
-    assert index is not None
-    torch.cuda.set_device(index)
-    owners = communicator.all_gather(
-        (topology.host, str(torch.cuda.get_device_properties(index).uuid))
+    if kind == "mps":
+        return _only_apple_device(places)
+    _check_places(kind, places, share=section.share_device)
+    if topology.is_rank_zero:
+        _tell_idle(kind, places)
+    index = device_index(
+        here.visible[kind], here.local_rank, here.local_world_size, share=section.share_device
     )
-    for rank, owner in enumerate(owners):
-        if (first := owners.index(owner)) != rank:
+    assert index is not None
+    device = torch.device(kind, index)
+    _module(kind).set_device(device)
+    if not section.share_device:
+        owners = communicator.all_gather((topology.host, _uuid(device)))
+        _check_owners(kind, owners)
+    return device
+
+
+def choose_backend(section: LaunchSection, device: torch.device) -> str:
+    """Return the backend of the process group.
+
+    Raises:
+        LaunchError: on every rank, if the one that is asked for cannot serve shared devices.
+    """
+    own = _OWN_BACKENDS.get(device.type, "gloo")
+    if section.share_device and own != "gloo":
+        if section.backend not in ("auto", "gloo"):
             raise LaunchError(
-                f"ranks {first} and {rank} on {owner[0]} share one GPU ({owner[1]}), on which NCCL "
-                "cannot run. Bind one GPU per rank (srun --gpus-per-task=1 --gpu-bind=closest), or "
-                "start fewer ranks per node.",
+                f"{section.backend} cannot run where ranks share a device: set launch.backend to "
+                '"gloo" or "auto", or launch.share_device to false.',
                 everywhere=True,
             )
-    return torch.device("cuda", index)
+        return "gloo"
+    return own if section.backend == "auto" else section.backend
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _check_places(kind: str, places: Sequence[Place], *, share: bool) -> None:
+    """Raise if some rank has no device to take.
 
-
-def thread_budget(cores: int, sharing: int) -> int:
-    """Return the threads of a rank that shares `cores` cores with `sharing - 1` others."""
-    return max(1, cores // sharing)
-
-
-def set_threads(communicator: Communicator, topology: Topology) -> int:
-    """Give torch this rank's share of its cores. Collective: all ranks.
-
-    A launcher that pins gives every rank its own cores; one that does not gives all of them all
-    cores, which they then divide. OMP_NUM_THREADS, where it is set, is the user's word.
+    Raises:
+        LaunchError: naming the first.
     """
-    cores = tuple(sorted(_affinity()))
-    masks = communicator.all_gather((topology.node_rank, cores))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(thread_budget(len(cores), masks.count((topology.node_rank, cores))))
-    return torch.get_num_threads()
+    for rank, place in enumerate(places):
+        visible = place.visible[kind]
+        index = device_index(visible, place.local_rank, place.local_world_size, share=share)
+        if index is None or not visible:
+            sharing = "" if not visible else " Or let them share: launch.share_device = true."
+            raise LaunchError(
+                f"rank {rank} on {place.host} has no {kind} device of its own: "
+                f"{_number(place.local_world_size, 'rank')} there, "
+                f"{_number(visible, 'visible device')}. Start as many ranks per node as it has "
+                'devices, or ask the scheduler for more; launch.device = "cpu" trains without.'
+                + sharing,
+                everywhere=True,
+            )
 
 
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
+def _check_owners(kind: str, owners: Sequence[tuple[str, str | None]]) -> None:
+    """Raise if two ranks have taken the same device.
+
+    Raises:
+        LaunchError: naming both.
+    """
+    for rank, owner in enumerate(owners):
+        first = owners.index(owner)
+        if owner[1] is not None and first != rank:
+            raise LaunchError(
+                f"ranks {first} and {rank} on {owner[0]} have taken the same {kind} device "
+                f"({owner[1]}), on which {_OWN_BACKENDS[kind]} cannot run. Bind one device per "
+                "rank (srun --gpus-per-task=1 --gpu-bind=closest), start fewer ranks per node, or "
+                "let them share: launch.share_device = true.",
+                everywhere=True,
+            )
+
+
+def _tell_idle(kind: str, places: Sequence[Place]) -> None:
+    """Warn of devices that no rank takes."""
+    idle = {
+        place.host: place.visible[kind] - place.local_world_size
+        for place in places
+        if place.visible[kind] > max(1, place.local_world_size)
+    }
+    if idle:
+        host, count = next(iter(idle.items()))
+        others = f" (and on {_number(len(idle) - 1, 'other node')})" if len(idle) > 1 else ""
+        logger.warning(
+            "%s stay idle on %s%s: start as many ranks per node as there are",
+            _number(count, f"{kind} device"),
+            host,
+            others,
+        )
+
+
+def _only_apple_device(places: Sequence[Place]) -> torch.device:
+    if len(places) > 1 or not places[0].visible["mps"]:
+        raise LaunchError(
+            f'launch.device = "mps" serves one process with such a device, not '
+            f"{_number(len(places), 'rank')} with {places[0].visible['mps']}: set it to "
+            '"cpu" or "auto".',
+            everywhere=True,
+        )
+    return torch.device("mps")
+
+
+def _module(kind: str) -> Any:
+    return getattr(torch, kind)
+
+
+def _count_visible(kind: str) -> int:
+    module = getattr(torch, kind, None)
+    return 0 if module is None or not torch_sees(kind) else module.device_count()
+
+
+def torch_sees(kind: str) -> bool:
+    """Tell whether this torch can compute on a kind of device here."""
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    available: bool = _module(kind).is_available()
+    return available
+
+
+def _uuid(device: torch.device) -> str | None:
+    """Return what tells a device apart from all others; None where torch does not say it."""
+    uuid = getattr(_module(device.type).get_device_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -6,26 +6,25 @@ process die, ends them.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.outcome import read_outcome, write_outcome
-from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
+from hpctrain.errors import ExitCode, HpctrainError
+from hpctrain.launch.crash import versions, write_report
 from hpctrain.launch.mpi import abort
+from hpctrain.launch.watchdog.member import Member
+from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.topology import Topology
-from hpctrain.version import __version__
 
 _ABORT_SECONDS = 2.0
+_SILENT_SECONDS = 8.0
 _HERE = Path(__file__).parent
 
 
@@ -33,25 +32,50 @@ class Guard:
     """Ends the whole job for a failure of this rank alone.
 
     Attributes:
-        folder: where the crash report goes; None while no run folder is known.
-        step: the last step that this rank finished, for the report.
+        pulse: signs of life of this rank.
     """
 
     def __init__(self, topology: Topology) -> None:
-        self.folder: Path | None = None
-        self.step: int | None = None
+        self.pulse = Pulse()
         self._topology = topology
+        self._member: Member | None = None
+        self._folder: Path | None = None
+        self._about: dict[str, object] = {"mpi": topology.mpi}
 
-    def end_job(
-        self,
-        error: BaseException,
-        trace: TracebackType | None,
-    ) -> None:
+    def watched_by(self, member: Member) -> None:
+        """Have the watchdog decide from here on which rank tells how the job failed."""
+        self._member = member
+
+    def wait_until_watched(self) -> None:
+        """Return once the watchdog sees this rank: what ends later is not lost on it."""
+        if self._member is not None:
+            self._member.wait_until_watched()
+
+    def report_to(self, folder: Path) -> None:
+        """Take note of the run folder, where reports go."""
+        self._folder = folder
+        if self._member is not None and self._topology.is_rank_zero:
+            self._member.tell_folder(folder)
+
+    def runs_on(self, device: str) -> None:
+        """Take note of the device, for the report."""
+        self._about = {"device": device, "mpi": self._topology.mpi, "versions": versions()}
+        if self._member is not None:
+            self._member.tell_about(self._about)
+
+    def end_job(self, error: BaseException, trace: TracebackType | None) -> None:
         """Tell what failed, write the crash report, and end all ranks. Does not return.
 
         Not collective: this is how a rank leaves alone.
         """
         code = exit_code(error)
+        # torch, gloo, NCCL and MPI raise these where another rank has gone.
+        may_be_echo = isinstance(error, RuntimeError)
+        member = self._member
+        if member is not None and not member.ask_to_speak(code, may_be_echo=may_be_echo):
+            # Another rank tells the story, and the watchdog ends this one.
+            time.sleep(_SILENT_SECONDS)
+            os._exit(code)
         # Whatever MPI_Abort or a full disk does: this process is gone soon.
         timer = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
         timer.daemon = True
@@ -60,8 +84,16 @@ class Guard:
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
-        if self.folder is not None:
-            _write_report(self.folder, self._report(code, text))
+        if self._folder is not None:
+            write_report(
+                self._folder,
+                rank=self._topology.rank,
+                host=self._topology.host,
+                code=code,
+                story=text,
+                step=self.pulse.step,
+                about=self._about,
+            )
         # Time for the launcher to carry the story out before it ends everybody.
         time.sleep(0.2)
         abort(code)
@@ -75,22 +107,6 @@ class Guard:
             trace = trace.tb_next  # our own context managers are not the story
         lines = traceback.format_exception(type(error), error, trace)
         return f"hpctrain: {who} failed and ends the job:\n{''.join(lines)}"
-
-    def _report(self, code: int, text: str) -> dict[str, object]:
-        return {
-            "rank": self._topology.rank,
-            "world_size": self._topology.world_size,
-            "host": self._topology.host,
-            "step": self.step,
-            "code": code,
-            "traceback": text,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": {
-                "hpctrain": __version__,
-                "python": platform.python_version(),
-                "mpi": self._topology.mpi,
-            },
-        }
 
 
 @contextmanager
@@ -128,16 +144,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code != 0:
         return error.code
     return ExitCode.BUG
-
-
-def _write_report(folder: Path, report: dict[str, object]) -> None:
-    """Write crash-rank-N.json, and exit.json for whoever looks after the job."""
-    try:
-        path = folder / f"crash-rank-{report['rank']}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        running = read_outcome(folder)
-        if running is not None:
-            reason = f"rank {report['rank']} on {report['host']} failed: see {path.name}"
-            write_outcome(folder, replace(running, code=int(str(report["code"])), reason=reason))
-    except (OSError, CheckpointError) as error:
-        sys.stderr.write(f"hpctrain: no crash report: {error}\n")

@@ -34,6 +34,9 @@ _CONTAINER_BRIDGES = (
     "lxdbr",
 )
 _PROBE_SECONDS = 5.0
+_ADVICE = (
+    "Is a firewall between the nodes? launch.interface or launch.address names the network to use."
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,6 +60,20 @@ class Meeting:
     port: int
     interface: str
     listener: socket.socket | None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one node found.
+
+    Attributes:
+        port: where its lowest rank listens.
+        sources: this node's own address on the way to each address of rank 0 that it reached.
+    """
+
+    host: str
+    port: int
+    sources: Mapping[str, str]
 
 
 def local_addresses() -> list[Address]:
@@ -106,6 +123,9 @@ def meet(
 ) -> Meeting:
     """Agree on an address of rank 0 that every node reaches. Collective: all ranks.
 
+    Then every node tries the next one, in a ring: a network may let all reach the first node, and
+    not each other.
+
     Args:
         topology: the ranks and their nodes; the lowest rank of a node probes for it.
         communicator: carries offers and results.
@@ -113,14 +133,17 @@ def meet(
         ip: offer only this address.
 
     Raises:
-        LaunchError: on every rank, if no address is reached by all nodes.
+        LaunchError: on every rank, if no address is reached by all nodes, or a node cannot reach
+            the next one.
     """
-    listener = offer = None
+    leads = topology.local_rank == 0
+    listener = listen(topology.world_size if topology.is_rank_zero else 8) if leads else None
+    port = listener.getsockname()[1] if listener is not None else 0
+    offer = None
     if topology.is_rank_zero:
-        listener = _listen(topology.world_size)
         addresses = candidates(local_addresses(), topology.num_nodes, interface=interface, ip=ip)
-        offer = (addresses, listener.getsockname()[1], secrets.token_bytes(16))
-    addresses, port, nonce = communicator.broadcast(offer)
+        offer = (addresses, port, secrets.token_bytes(16))
+    addresses, rank_zero_port, nonce = communicator.broadcast(offer)
     if not addresses:
         asked = [f"launch.interface = {interface!r}"] if interface else []
         asked += [f"launch.address = {ip!r}"] if ip else []
@@ -129,42 +152,48 @@ def meet(
             + (f" for {' and '.join(asked)}; `ip address` there lists them." if asked else "."),
             everywhere=True,
         )
-
     with _answering(listener, nonce):
-        reached = _probe(addresses, port, nonce) if topology.local_rank == 0 else None
+        reached = _probe(addresses, rank_zero_port, nonce) if leads else None
+        answers = communicator.all_gather((topology.node_rank, port, reached))
         probes = [
-            (topology.hosts[node], result)
-            for node, result in communicator.all_gather((topology.node_rank, reached))
-            if result is not None
+            Probe(topology.hosts[node], node_port, sources)
+            for node, node_port, sources in answers
+            if sources is not None
         ]
-    # Nobody goes on to the store before rank 0 has stopped answering probes on its socket.
-    communicator.barrier()
-    agreed = next(
-        (address for address in addresses if all(address.ip in hit for _, hit in probes)), None
-    )
-    if agreed is None:
-        if listener is not None:
-            listener.close()
-        raise LaunchError(_table(addresses, probes, topology.hosts[0]), everywhere=True)
+        agreed = next(
+            (address for address in addresses if all(address.ip in it.sources for it in probes)),
+            None,
+        )
+        gap = None
+        if agreed is not None and leads and topology.num_nodes > 1:
+            gap = _probe_next(topology.node_rank, probes, agreed.ip, nonce)
+        # Nobody goes on to the store before rank 0 has stopped answering probes on its socket.
+        gaps = [found for found in communicator.all_gather(gap) if found is not None]
+    if listener is not None and (agreed is None or gaps or not topology.is_rank_zero):
+        listener.close()
+        listener = None
+    if agreed is None or gaps:
+        text = _ring(gaps) if gaps else _table(addresses, probes, topology.hosts[0])
+        raise LaunchError(text, everywhere=True)
     # The way back is the way out: the interface that holds the source of the connection.
-    source = probes[topology.node_rank][1][agreed.ip]
+    source = probes[topology.node_rank].sources[agreed.ip]
     here = {address.ip: address.interface for address in local_addresses()}
     way = agreed.interface if topology.node_rank == 0 else here.get(source, "")
-    return Meeting(agreed.ip, port, way, listener)
+    return Meeting(agreed.ip, rank_zero_port, way, listener)
 
 
-def _listen(world_size: int) -> socket.socket:
+def listen(num_peers: int) -> socket.socket:
     """Return a socket bound to a free port of every address, IPv6 and IPv4 alike."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         return socket.create_server(
             ("", 0),
             family=family,
-            backlog=max(128, world_size),
+            backlog=max(128, num_peers),
             dualstack_ipv6=family == socket.AF_INET6,
         )
     except OSError:  # IPv6 is compiled in, but switched off on this host
-        return socket.create_server(("", 0), backlog=max(128, world_size))
+        return socket.create_server(("", 0), backlog=max(128, num_peers))
 
 
 @contextmanager
@@ -222,17 +251,32 @@ def _probe(addresses: Sequence[Address], port: int, nonce: bytes) -> dict[str, s
         }
 
 
-def _table(
-    addresses: Sequence[Address], probes: Sequence[tuple[str, Mapping[str, str]]], host: str
-) -> str:
+def _probe_next(
+    node_rank: int, probes: Sequence[Probe], agreed_ip: str, nonce: bytes
+) -> tuple[str, str, str] | None:
+    """Try the next node; return both names and the address if it does not answer."""
+    following = (node_rank + 1) % len(probes)
+    # Rank 0's own probe may have gone by another of its addresses.
+    ip = agreed_ip if following == 0 else probes[following].sources[agreed_ip]
+    if _probe([Address("", ip)], probes[following].port, nonce):
+        return None
+    return probes[node_rank].host, probes[following].host, ip
+
+
+def _ring(gaps: Sequence[tuple[str, str, str]]) -> str:
+    """Say which neighbours cannot reach each other."""
+    lines = ["every node reaches rank 0's, but not every node reaches the next one:"]
+    lines += [f"  {host} does not reach {other} at {ip}" for host, other, ip in gaps[:8]]
+    if gaps[8:]:
+        lines.append(f"  and {len(gaps) - 8} more")
+    return "\n".join([*lines, _ADVICE])
+
+
+def _table(addresses: Sequence[Address], probes: Sequence[Probe], host: str) -> str:
     """Say who could not reach what."""
     lines = [f"no address of rank 0's node {host} is reached by every node:"]
     for address in addresses:
-        missing = [name for name, hit in probes if address.ip not in hit]
+        missing = [probe.host for probe in probes if address.ip not in probe.sources]
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
         lines.append(f"  {address.ip} ({address.interface}): not reached from {shown}")
-    lines.append(
-        "Is a firewall between the nodes? "
-        "launch.interface or launch.address names the network to use."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, _ADVICE])

@@ -1,25 +1,32 @@
-"""The world in two steps: the control plane without torch, then the process group."""
+"""The world in three steps: control plane, meeting under watch, process group."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.discovery import discover
+from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, detect
+from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
+from hpctrain.launch.watchdog.gathering import watched
+from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.observe.log import quiet_native_libraries
 from hpctrain.topology import Communicator, Topology
 
 if TYPE_CHECKING:
     import torch
     from torch import distributed as dist
+
+_START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +35,15 @@ class World:
 
     Attributes:
         backend: of the default process group; None in a world of one process, which has none.
+        pulse: signs of life. From the first one on, `launch.hang_timeout_seconds` holds: a loop of
+            your own calls `world.pulse.step_done(step)` after every step, or never.
     """
 
     topology: Topology
     communicator: Communicator
     device: torch.device
     backend: str | None
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @contextmanager
@@ -47,6 +57,8 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
         LaunchError: if the launcher's claim is broken or MPI sees another world.
     """
     quiet_native_libraries()  # read when torch is loaded, which comes next
+    # Until there is a watchdog: MPI_Init waits for ever where a rank has died on its way there.
+    faulthandler.dump_traceback_later(_START_SECONDS, exit=True)
     claim = detect(os.environ) if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
@@ -65,8 +77,45 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
 
 
 @contextmanager
+def gathering(
+    topology: Topology, communicator: Communicator, section: LaunchSection, keeper: Guard
+) -> Iterator[Meeting | None]:
+    """Agree where to meet, and have watchdogs watch over all ranks. Collective: all ranks.
+
+    Needs no torch: from here on no rank is lost unnoticed while the others still load it.
+
+    Gives:
+        The proven address of rank 0; None in a world of one process.
+
+    Raises:
+        LaunchError: on every rank, if some node cannot reach rank 0's.
+    """
+    if topology.world_size == 1:
+        faulthandler.cancel_dump_traceback_later()
+        yield None
+        return
+    meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
+    with watched(
+        topology,
+        communicator,
+        meeting,
+        keeper.pulse,
+        hang_timeout_seconds=section.hang_timeout_seconds,
+        first_step_timeout_seconds=section.first_step_timeout_seconds,
+    ) as member:
+        if member is not None:
+            keeper.watched_by(member)
+        faulthandler.cancel_dump_traceback_later()
+        yield meeting
+
+
+@contextmanager
 def process_group(
-    topology: Topology, communicator: Communicator, section: LaunchSection
+    topology: Topology,
+    communicator: Communicator,
+    section: LaunchSection,
+    meeting: Meeting | None,
+    keeper: Guard,
 ) -> Iterator[World]:
     """Choose the device and initialise torch.distributed. Collective: all ranks.
 
@@ -76,26 +125,34 @@ def process_group(
     from torch import distributed as dist
 
     from hpctrain.launch.agreement import closing_together
-    from hpctrain.launch.device import choose_device, set_threads
+    from hpctrain.launch.cores import set_threads
+    from hpctrain.launch.device import choose_backend, choose_device
 
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)
-    if topology.world_size == 1:
-        yield World(topology=topology, communicator=communicator, device=device, backend=None)
+    keeper.runs_on(str(device))
+    if meeting is None:
+        yield World(
+            topology=topology,
+            communicator=communicator,
+            device=device,
+            backend=None,
+            pulse=keeper.pulse,
+        )
         return
 
-    backend = section.backend
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-    store = _store(topology, communicator, section)
+    backend = choose_backend(section, device)
+    # Longer than the watchdog's limits, which can say more about who is late.
+    timeout = timedelta(
+        seconds=60 + 2 * max(section.hang_timeout_seconds, section.first_step_timeout_seconds)
+    )
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("hpctrain/process_group", store),
+        store=_store(topology, meeting, section, timeout),
         rank=topology.rank,
         world_size=topology.world_size,
-        # Longer than our own limits, which can say more about who is late.
-        timeout=timedelta(seconds=2 * section.hang_timeout_seconds),
-        device_id=device if backend == "nccl" else None,
+        timeout=timeout,
+        device_id=device if backend in ("nccl", "xccl") else None,
     )
 
     def close() -> None:
@@ -105,8 +162,15 @@ def process_group(
         # Rank 0 holds the store: it stays until everybody has taken leave.
         communicator.barrier()
 
+    keeper.wait_until_watched()
     with closing_together(communicator, close):
-        yield World(topology=topology, communicator=communicator, device=device, backend=backend)
+        yield World(
+            topology=topology,
+            communicator=communicator,
+            device=device,
+            backend=backend,
+            pulse=keeper.pulse,
+        )
 
 
 @contextmanager
@@ -123,35 +187,34 @@ def connect(section: LaunchSection | None = None) -> Iterator[World]:
     Raises:
         LaunchError: if the processes cannot form one world.
     """
-    from hpctrain.launch.failure import guard
-
+    section = section or LaunchSection()
     with (
         control_plane() as (topology, communicator),
-        guard(topology),
-        process_group(topology, communicator, section or LaunchSection()) as world,
+        guard(topology) as keeper,
+        gathering(topology, communicator, section, keeper) as meeting,
+        process_group(topology, communicator, section, meeting, keeper) as world,
     ):
         yield world
 
 
-def _store(topology: Topology, communicator: Communicator, section: LaunchSection) -> dist.Store:
+def _store(
+    topology: Topology, meeting: Meeting, section: LaunchSection, timeout: timedelta
+) -> dist.Store:
     """Return the key-value store through which the process group finds itself."""
     from torch import distributed as dist
 
-    from hpctrain.launch.rendezvous import meet
-
-    existing: dist.Store | None = getattr(communicator, "store", None)
-    if existing is not None:
-        return existing
-    meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
-    # gloo would look its own host name up, and bind 127.0.1.1 on a Debian host.
     if meeting.interface:
+        # gloo would look its own host name up, and bind 127.0.1.1 on a Debian host.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+        # NCCL knows the fast networks better than we do, unless the user has named one.
+        if section.interface or section.address:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={meeting.interface}")
     return dist.TCPStore(
         meeting.ip,
         meeting.port,
         topology.world_size,
         is_master=topology.is_rank_zero,
-        timeout=timedelta(seconds=section.hang_timeout_seconds),
+        timeout=timeout,
         wait_for_workers=False,
         # The store takes the descriptor over and closes it.
         master_listen_fd=meeting.listener.detach() if meeting.listener is not None else None,

@@ -50,6 +50,7 @@ def evaluate(
         evaluating(model.modules()),
     ):
         for batch in batches:
+            world.pulse.tick()
             fields = number_format.cast(batch.fields, task.inputs)
             with number_format.arithmetic():
                 parts = task.evaluate(model, fields)

@@ -17,6 +17,7 @@ from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.failure import Guard
+from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
 from hpctrain.observe.metrics import MetricsWriter
@@ -42,6 +43,7 @@ def train(
     topology: Topology,
     communicator: Communicator,
     *,
+    meeting: Meeting | None,
     signals: SignalFlag,
     guard: Guard,
     command: Sequence[str],
@@ -52,6 +54,7 @@ def train(
         config: the same on all ranks.
         topology: of this rank.
         communicator: of all ranks.
+        meeting: where they meet; None for one process.
         signals: this rank's requests to stop.
         guard: is told the run folder and the steps, for its report.
         command: the config file and overrides, as they were given.
@@ -62,17 +65,19 @@ def train(
     Raises:
         HpctrainError: on every rank, with exit.json saying the same.
     """
+    guard.pulse.tick()  # from here on, standing still has a limit
     path = Path(config.run.directory, config.run.name)
     folder: RunFolder | None = None
     with ExitStack() as stack:
         with raise_together(communicator):
             if topology.is_rank_zero:
                 folder = stack.enter_context(RunFolder(path))
-        guard.folder = path
+        guard.report_to(path)
         stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
         try:
-            world = stack.enter_context(process_group(topology, communicator, config.launch))
-            ending, reason = _train(config, world, signals, guard, folder, command)
+            group = process_group(topology, communicator, config.launch, meeting, guard)
+            world = stack.enter_context(group)
+            ending, reason = _train(config, world, signals, folder, command)
         except HpctrainError as error:
             if folder is not None:
                 with suppress(CheckpointError):  # the first failure is the one to tell
@@ -88,7 +93,6 @@ def _train(
     config: Config,
     world: World,
     signals: SignalFlag,
-    guard: Guard,
     folder: RunFolder | None,
     command: Sequence[str],
 ) -> tuple[ExitCode, str]:
@@ -116,7 +120,6 @@ def _train(
     run = Run(
         config,
         world,
-        guard,
         data,
         parts,
         phases=phases,

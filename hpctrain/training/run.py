@@ -14,7 +14,6 @@ from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
 from hpctrain.errors import TrainingError
 from hpctrain.launch.agreement import raise_together
-from hpctrain.launch.failure import Guard
 from hpctrain.launch.world import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
@@ -69,7 +68,6 @@ class Run:
         self,
         config: Config,
         world: World,
-        guard: Guard,
         data: Data,
         parts: Parts,
         *,
@@ -82,7 +80,6 @@ class Run:
     ) -> None:
         self._config = config
         self._world = world
-        self._guard = guard
         self._data = data
         self._parts = parts
         self._phases = phases
@@ -98,7 +95,7 @@ class Run:
     def advanced(self, place: Place) -> None:
         """Take note of a step."""
         self.place = place
-        self._guard.step = place.step
+        self._world.pulse.step_done(place.step)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
 
@@ -148,6 +145,10 @@ class Run:
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
+        with self._world.pulse.unhurried():
+            self._save(place, metrics)
+
+    def _save(self, place: Place, metrics: Metrics | None) -> None:
         snapshot = capture(
             self._world,
             self._parts.step,

@@ -80,6 +80,7 @@ class TrainStep:
         self._world_size = world.topology.world_size
         self._communicator = world.communicator
         self._device = world.device
+        self._pulse = world.pulse
         self._format = number_format
         self._arithmetic = number_format.arithmetic()
         self._held = number_format.cast(
@@ -127,6 +128,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
+        self._pulse.tick()  # a batch has come
         self._replica.clear_gradients()
         self._loss_sum, self._weight = None, 0
         *before, last = cut(batch.size, self.grad_accum_steps)
@@ -137,6 +139,7 @@ class TrainStep:
                     self._replica.backward(loss, seed)
         loss, seed = self._forward(batch, *last)
         counts_samples = self._task.counts_samples
+        self._pulse.tick()  # what follows waits for the other ranks
         factor = None if counts_samples else self._reduce_weight(batch.global_size)
         self._replica.backward_and_reduce(loss, seed)
         gradients = [item.grad for item in self._replica.parameters if item.grad is not None]

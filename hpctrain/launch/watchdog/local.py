@@ -1,0 +1,259 @@
+"""The ranks of one node, as their watchdog sees them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import selectors
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hpctrain.launch.watchdog import processes
+from hpctrain.launch.watchdog.judge import Death, Group, Stand
+from hpctrain.launch.watchdog.member import STACKS_SIGNAL
+from hpctrain.launch.watchdog.messages import Channel, Message
+from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
+from hpctrain.launch.watchdog.telling import main_stack
+
+# All ranks join at once; one that takes longer has died on the way.
+_JOIN_SECONDS = 20.0
+_STACKS_SECONDS = 0.3
+_KILL_SECONDS = 2.0
+_STACK_CHARACTERS = 4000
+
+Send = Callable[[Message], None]
+
+
+@dataclass(slots=True)
+class _Rank:
+    """One rank; without a channel it has not joined yet."""
+
+    rank: int
+    index: int
+    channel: Channel | None = None
+    pid: int = 0
+    pidfd: int | None = None
+    stacks: int = -1
+    about: dict[str, object] = field(default_factory=dict)
+    left: bool = False
+    gone: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return self.channel is not None and not (self.left or self.gone)
+
+
+class LocalRanks:
+    """Tells what becomes of the ranks of this node, and does to them what the hub decides."""
+
+    def __init__(
+        self, group: Group, listener: socket.socket, selector: selectors.BaseSelector, send: Send
+    ) -> None:
+        """Wait for the ranks to join.
+
+        Args:
+            group: the ranks.
+            listener: bound to the address that they know.
+            selector: of the process; every registered thing has a callable as its data.
+            send: takes messages to the hub.
+        """
+        self._host = group.host
+        self._ranks = {rank: _Rank(rank, index) for index, rank in enumerate(group.ranks)}
+        self._listener = listener
+        self._selector = selector
+        self._send = send
+        self._memory_fd = os.memfd_create("hpctrain-pulse")
+        os.ftruncate(self._memory_fd, ROW_BYTES * len(group.ranks))
+        self._memory = mmap.mmap(self._memory_fd, 0)
+        self._last_progress: list[int] = [0] * len(group.ranks)
+        self._oom_kills = processes.num_oom_kills()
+        self._join_until = time.monotonic() + _JOIN_SECONDS
+        self._stacks_at: tuple[float, Path] | None = None
+        self._kill_at: float | None = None
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def done(self) -> bool:
+        """Whether no rank is left to watch."""
+        return all(rank.left or rank.gone for rank in self._ranks.values())
+
+    def obey(self, message: Message) -> None:
+        """Do what the hub says."""
+        if "reply" in message:
+            rank = self._ranks[message["reply"]]
+            if rank.alive and rank.channel is not None:
+                rank.channel.send({"may_speak": message["may_speak"]})
+        if "stacks" in message:
+            self._ask_stacks(Path(message["stacks"]))
+        if "end" in message:
+            self._end(message["end"])
+
+    def look(self, now: float) -> None:
+        """Do what is due by the clock."""
+        readings = self._readings()
+        progress = [reading.progress for reading in readings]
+        if progress != self._last_progress:
+            self._last_progress = progress
+            self._send({"moved": any(reading.unhurried for reading in readings)})
+        if self._join_until <= now:
+            self._join_until = float("inf")
+            for rank in self._ranks.values():
+                if rank.channel is None:
+                    self._bury(rank)
+        if self._stacks_at is not None and now >= self._stacks_at[0]:
+            folder, self._stacks_at = self._stacks_at[1], None
+            self._send({"stands": [asdict(stand) for stand in self._stands(readings, folder)]})
+        if self._kill_at is not None and now >= self._kill_at:
+            # Stopped, or stuck where no thread of theirs gets to run.
+            for rank in self._ranks.values():
+                if rank.alive:
+                    _signal(rank, signal.SIGKILL)
+                rank.gone = True
+
+    def due_seconds(self) -> float:
+        """Return how long it may take until `look` is next worth calling."""
+        return 0.05 if self._stacks_at is not None or self._kill_at is not None else 1.0
+
+    def _readings(self) -> list[Reading]:
+        return [read_row(self._memory, index) for index in range(len(self._ranks))]
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        pid, uid, _ = struct.unpack(
+            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        if uid != os.getuid():  # anybody on this machine can see the address
+            connection.close()
+            return
+        self._selector.register(
+            connection, selectors.EVENT_READ, lambda: self._greet(connection, pid)
+        )
+
+    def _greet(self, connection: socket.socket, pid: int) -> None:
+        """Take a rank in."""
+        self._selector.unregister(connection)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
+            rank = self._ranks[json.loads(data)["hello"]]
+            socket.send_fds(connection, [b"\n"], [self._memory_fd])
+        except (OSError, ValueError, KeyError):
+            connection.close()
+            return
+        connection.setblocking(False)
+        rank.channel, rank.pid, rank.stacks = Channel(connection), pid, descriptors[0]
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(rank))
+        rank.pidfd = processes.open_pidfd(pid)
+        if rank.pidfd is not None:
+            self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._ended(rank))
+
+    def _hear(self, rank: _Rank) -> None:
+        assert rank.channel is not None
+        messages = rank.channel.receive()
+        if messages is None:
+            self._selector.unregister(rank.channel)
+            # Closed by the kernel, or by code that closes what it does not know: then the pidfd
+            # tells.
+            if rank.pidfd is None or processes.is_ending(rank.pid):
+                self._bury(rank)
+            return
+        for message in messages:
+            if "bye" in message:
+                rank.left = True
+            elif "about" in message:
+                rank.about = message["about"]
+            elif "failing" in message:
+                self._send({**message, "rank": rank.rank})
+            else:
+                self._send(message)
+
+    def _ended(self, rank: _Rank) -> None:
+        self._selector.unregister(rank.pidfd or -1)
+        self._bury(rank)
+
+    def _bury(self, rank: _Rank) -> None:
+        """Tell of a rank that has ended, unless it had taken leave."""
+        if rank.gone:
+            return
+        rank.gone = True
+        if rank.left:
+            return
+        status = processes.wait_status(rank.pid, rank.pidfd) if rank.pid else None
+        number = None if status is None else status & 0x7F
+        death = Death(
+            rank=rank.rank,
+            host=self._host,
+            signal=processes.signal_name(number) if number else None,
+            signal_number=number or None,
+            exit_code=status >> 8 if status is not None and not number else None,
+            oom_kills=processes.num_oom_kills() - self._oom_kills,
+            step=read_row(self._memory, rank.index).step,
+            about=rank.about,
+        )
+        self._send({"died": asdict(death)})
+
+    def _ask_stacks(self, folder: Path) -> None:
+        for rank in self._ranks.values():
+            if rank.alive and rank.channel is not None:
+                _signal(rank, STACKS_SIGNAL)
+        self._stacks_at = (time.monotonic() + _STACKS_SECONDS, folder)
+
+    def _stands(self, readings: Sequence[Reading], folder: Path) -> list[Stand]:
+        stands = []
+        dumps = {}
+        for rank in self._ranks.values():
+            dump = _read_all(rank.stacks)
+            if rank.alive and rank.channel is not None:
+                # Not before: faulthandler trips over threads that begin to run while it looks.
+                record = folder / f"nccl-rank-{rank.rank}.json"
+                rank.channel.send({"flight_recorder": str(record)})
+            dumps[rank.rank] = dump
+            reading = readings[rank.index]
+            stand = Stand(
+                rank=rank.rank,
+                host=self._host,
+                progress=reading.progress,
+                step=reading.step,
+                state=processes.state(rank.pid),
+                stack=main_stack(dump)[:_STACK_CHARACTERS],
+            )
+            stands.append(stand)
+        write_stacks(folder, dumps)
+        return stands
+
+    def _end(self, code: int) -> None:
+        for rank in self._ranks.values():
+            if rank.alive and rank.channel is not None:
+                rank.channel.send({"end": code})
+            elif rank.channel is None:
+                rank.gone = True
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + _KILL_SECONDS
+
+
+def write_stacks(folder: Path, dumps: dict[int, str]) -> None:
+    """Write one file of stacks per rank."""
+    with suppress(OSError):
+        for rank, dump in dumps.items():
+            if dump:
+                (folder / f"rank-{rank}.txt").write_text(dump, encoding="utf-8")
+
+
+def _signal(rank: _Rank, number: int) -> None:
+    with suppress(OSError):
+        if rank.pidfd is not None:
+            signal.pidfd_send_signal(rank.pidfd, number)
+        else:
+            os.kill(rank.pid, number)
+
+
+def _read_all(descriptor: int) -> str:
+    if descriptor < 0:
+        return ""
+    return os.pread(descriptor, 1 << 20, 0).decode(errors="replace")

@@ -1,0 +1,126 @@
+"""A rank's line to the watchdog of its node."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from hpctrain.launch.watchdog.messages import Channel, Message
+from hpctrain.launch.watchdog.pulse import Pulse
+
+# As in other runtimes: `kill -QUIT` has a process show its stacks. faulthandler does it from C,
+# also while some library holds the GIL.
+STACKS_SIGNAL = signal.SIGQUIT
+
+_ANSWER_SECONDS = 1.5
+_WATCHED_SECONDS = 20.0
+
+
+class Member:
+    """Says what the watchdog cannot see, and does what it asks; made by `join`."""
+
+    def __init__(self, connection: socket.socket, pulse: Pulse, index: int) -> None:
+        self._connection = connection
+        self._channel = Channel(connection)
+        self._pulse = pulse
+        self._index = index
+        self._watched = threading.Event()
+        self._answered = threading.Event()
+        self._may_speak = True
+        # Blocked until the watchdog has something to say, which is next to never.
+        thread = threading.Thread(target=self._listen, name="hpctrain-watchdog", daemon=True)
+        thread.start()
+
+    def wait_until_watched(self) -> None:
+        """Return once the watchdog has taken this rank in; it has mostly done so long ago."""
+        self._watched.wait(_WATCHED_SECONDS)
+
+    def tell_folder(self, folder: Path) -> None:
+        """Say where reports go; rank 0's word counts."""
+        self._channel.send({"folder": str(folder.absolute())})
+
+    def tell_about(self, about: Mapping[str, object]) -> None:
+        """Say what a report on this rank should hold if it can no longer write one."""
+        self._channel.send({"about": dict(about)})
+
+    def ask_to_speak(self, code: int, *, may_be_echo: bool) -> bool:
+        """Ask whether this rank's failure is the one to tell.
+
+        Where nobody answers in time, it is.
+
+        Args:
+            code: the exit code that the job is to end with.
+            may_be_echo: the failure may be the mere consequence of another rank's end.
+        """
+        self._channel.send({"failing": code, "may_be_echo": may_be_echo})
+        self._answered.wait(_ANSWER_SECONDS)
+        return self._may_speak
+
+    def leave(self) -> None:
+        """Say that this rank ends in good order."""
+        self._channel.send({"bye": True})
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
+    def _listen(self) -> None:
+        with suppress(OSError, ValueError):
+            _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 1)
+            memory = mmap.mmap(descriptors[0], 0)
+            os.close(descriptors[0])
+            self._pulse.share(memory, self._index)
+            self._watched.set()
+            while (messages := self._channel.receive()) is not None:
+                for message in messages:
+                    self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        if "end" in message:
+            os._exit(message["end"])
+        if "may_speak" in message:
+            self._may_speak = message["may_speak"]
+            self._answered.set()
+        if "flight_recorder" in message:
+            _dump_flight_recorder(Path(message["flight_recorder"]))
+
+
+def join(address: str, rank: int, index: int, pulse: Pulse) -> Member:
+    """Connect to the watchdog of this node, and let it ask for stacks.
+
+    Args:
+        address: name of its socket.
+        rank: of this process.
+        index: of this rank in its group, and so of its row in the shared memory.
+        pulse: is shared from the moment when the watchdog answers.
+
+    Raises:
+        OSError: if it cannot be reached.
+    """
+    stacks = os.memfd_create("hpctrain-stacks")
+    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(address)
+    hello = json.dumps({"hello": rank}).encode() + b"\n"
+    socket.send_fds(connection, [hello], [stacks])
+    # faulthandler goes on writing to `stacks`: it stays open as long as the process.
+    return Member(connection, pulse, index)
+
+
+def _dump_flight_recorder(path: Path) -> None:
+    """Write NCCL's record of the last collectives, where there is one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    if distributed.get_backend() != "nccl":
+        return
+    with suppress(OSError, AttributeError, RuntimeError):
+        record = sys.modules["torch"]._C._distributed_c10d._dump_nccl_trace_json()
+        path.write_bytes(record if isinstance(record, bytes) else record.encode())

@@ -1,0 +1,294 @@
+"""What watchdogs make of what they see: the verdict, its words, and the facts behind them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
+from hpctrain.launch.crash import write_report
+from hpctrain.launch.watchdog import processes
+from hpctrain.launch.watchdog.judge import (
+    AskStacks,
+    Death,
+    End,
+    Group,
+    Judge,
+    NodeLost,
+    Reply,
+    Stall,
+    Stand,
+    Tell,
+    laggards,
+)
+from hpctrain.launch.watchdog.messages import Channel
+from hpctrain.launch.watchdog.process import Orders, parse_orders
+from hpctrain.launch.watchdog.pulse import ROW_BYTES, Pulse, Reading, read_row
+from hpctrain.launch.watchdog.telling import main_stack, story
+
+GROUPS = {0: Group(host="a", ranks=(0, 1)), 2: Group(host="b", ranks=(2, 3))}
+KILLED = Death(rank=3, host="b", signal="SIGKILL", signal_number=9, step=7)
+
+
+@pytest.fixture
+def judge() -> Judge:
+    return Judge(GROUPS, hang_timeout_seconds=60, first_step_timeout_seconds=600)
+
+
+def stand(rank: int, progress: int = 5, state: str = "S", stack: str = "all_reduce") -> Stand:
+    host = "a" if rank < 2 else "b"
+    return Stand(rank=rank, host=host, progress=progress, step=2, state=state, stack=stack)
+
+
+class TestJudge:
+    def test_a_rank_that_fails_by_itself_tells_at_once_and_the_others_are_silent(
+        self, judge: Judge
+    ) -> None:
+        assert judge.failing(2, 70, False, 0.0) == [Reply(2, may_speak=True)]
+        assert judge.failing(1, 70, True, 0.0) == [Reply(1, may_speak=False)]
+        assert judge.failing(0, 65, False, 0.0) == [Reply(0, may_speak=False)]
+        assert judge.died(KILLED) == []  # the launcher clears up
+        assert judge.died(Death(rank=2, host="b", exit_code=70)) == [End(70)]
+
+    def test_a_rank_that_never_ends_after_its_story_is_ended(self, judge: Judge) -> None:
+        judge.failing(2, 65, False, 0.0)
+        assert judge.look(4.0) == []
+        assert judge.look(5.0) == [End(65)]
+
+    def test_an_echo_waits_for_the_death_that_caused_it(self, judge: Judge) -> None:
+        assert judge.failing(0, 70, True, 0.0) == []
+        assert judge.look(0.4) == []
+        assert judge.died(KILLED) == [Reply(0, may_speak=False), Tell(KILLED), End(137)]
+        assert judge.look(9.0) == []
+
+    def test_an_echo_without_a_cause_is_the_story(self, judge: Judge) -> None:
+        """The network fails, and all ranks live."""
+        judge.failing(0, 70, True, 0.0)
+        judge.failing(1, 70, True, 0.1)
+        assert judge.look(0.5) == [Reply(0, may_speak=True), Reply(1, may_speak=False)]
+
+    def test_only_the_first_death_counts(self, judge: Judge) -> None:
+        assert judge.died(KILLED) == [Tell(KILLED), End(137)]
+        assert judge.died(Death(rank=0, host="a", signal="SIGKILL", signal_number=9)) == []
+
+    def test_a_lost_node_counts_unless_it_was_cleared_up(self, judge: Judge) -> None:
+        judge.lost(2, 0.0)
+        assert judge.look(0.4) == []
+        lost = NodeLost(GROUPS[2])
+        assert judge.look(0.5) == [Tell(lost), End(69)]
+
+    def test_a_death_explains_a_lost_node(self, judge: Judge) -> None:
+        judge.lost(2, 0.0)
+        assert judge.died(KILLED)[0] == Tell(KILLED)
+        assert judge.look(9.0) == []
+
+    def test_a_loop_that_never_ticks_has_no_limit(self, judge: Judge) -> None:
+        assert judge.look(1e6) == []
+
+    @pytest.mark.parametrize(("unhurried", "limit"), [(False, 60), (True, 600)])
+    def test_standing_still_ends_the_job_at_its_limit(
+        self, judge: Judge, unhurried: bool, limit: float
+    ) -> None:
+        judge.moved(0, False, 0.0)
+        judge.moved(2, unhurried, 10.0)
+        assert judge.look(limit + 9.9) == []
+        assert judge.look(limit + 10) == [AskStacks()]
+        assert judge.stands([stand(0), stand(1)]) == []
+        actions = judge.stands([stand(2), stand(3, progress=4)])
+        verdict = Stall(limit, (stand(0), stand(1), stand(2), stand(3, progress=4)))
+        assert actions == [Tell(verdict), End(70)]
+
+    def test_nodes_that_do_not_answer_are_not_waited_for(self, judge: Judge) -> None:
+        judge.moved(0, False, 0.0)
+        judge.look(60)
+        judge.stands([stand(0), stand(1)])
+        assert judge.look(62) == [Tell(Stall(60, (stand(0), stand(1)))), End(70)]
+
+    def test_whoever_gets_on_after_all_is_left_alone(self, judge: Judge) -> None:
+        judge.moved(0, False, 0.0)
+        assert judge.look(60) == [AskStacks()]
+        judge.moved(2, False, 60.1)
+        assert judge.look(63) == []
+        assert judge.stands([stand(rank) for rank in range(4)]) == []
+
+    def test_it_is_looked_again_in_time(self, judge: Judge) -> None:
+        assert judge.due_seconds(0.0) == 1.0
+        judge.moved(0, False, 0.0)
+        assert judge.due_seconds(59.6) == pytest.approx(0.4)
+        judge.failing(0, 70, True, 0.0)
+        assert judge.due_seconds(0.0) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("stands", "expected"),
+    [
+        ([stand(0), stand(1)], []),
+        ([stand(0), stand(1, progress=4), stand(2)], [1]),
+        ([stand(0), stand(1, progress=4), stand(2, state="T")], [2]),
+        ([stand(0), stand(1, stack="read"), stand(2)], [1]),
+        ([stand(0), stand(1, stack="read"), stand(2, stack="write")], []),
+        ([stand(0, state="T"), stand(1, state="T")], []),
+        ([], []),
+    ],
+)
+def test_laggards(stands: Sequence[Stand], expected: Sequence[int]) -> None:
+    assert [one.rank for one in laggards(stands)] == expected
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "words"),
+    [
+        (KILLED, 137, ["rank 3@b was killed by SIGKILL"]),
+        (
+            Death(rank=1, host="a", signal="SIGKILL", signal_number=9, oom_kills=1),
+            137,
+            ["rank 1@a was killed by SIGKILL", "lack of memory", "data.micro_batch_size"],
+        ),
+        (Death(rank=1, host="a", exit_code=3), 3, ["exit code 3 and without a word"]),
+        (Death(rank=1, host="a", exit_code=0), 70, ["exit code 0 and without a word"]),
+        (Death(rank=1, host="a"), 137, ["rank 1@a was killed; the job ends"]),
+        (NodeLost(GROUPS[2]), 69, ["node b with ranks 2 to 3 is gone"]),
+        (NodeLost(Group(host="b", ranks=(5,))), 69, ["with rank 5 is gone"]),
+        (NodeLost(Group(host="b", ranks=(1, 3))), 69, ["with ranks 1, 3 is gone"]),
+        (
+            Stall(300, (stand(0), stand(1, state="T"))),
+            70,
+            ["no rank has got on for 300 s", "rank 1@a is stopped", "after step 2"],
+        ),
+        (Stall(9, (stand(0), stand(1, progress=4))), 70, ["rank 1@a is behind the others"]),
+        (Stall(9, (stand(0), stand(1), stand(2, state="D", stack="x"))), 70, ["waits for a disk"]),
+        (Stall(9, (stand(0), stand(1))), 70, ["in different orders?", "Stack of rank 0@a"]),
+        (Stall(9, tuple(stand(rank, state="T") for rank in range(9))), 70, ["no rank has got on"]),
+    ],
+)
+def test_words(verdict: Death | NodeLost | Stall, code: int, words: list[str]) -> None:
+    text = story(verdict, "runs/x/stacks")
+    assert verdict.code == code
+    assert text.startswith("hpctrain: ")
+    assert text.endswith("\n")
+    for word in words:
+        assert word in text
+
+
+def test_the_stack_of_the_main_thread() -> None:
+    dump = (
+        'Thread 0x1 (most recent call first):\n  File "t.py", line 1 in run\n\n'
+        'Current thread 0x2 (most recent call first):\n  File "m.py", line 2 in main\n'
+    )
+    assert main_stack(dump) == '  File "m.py", line 2 in main'
+    assert main_stack("") == ""
+
+
+def test_signs_of_life_are_seen_through_shared_memory() -> None:
+    memory = mmap.mmap(-1, 2 * ROW_BYTES)
+    pulse = Pulse()
+    pulse.tick()
+    pulse.share(memory, 1)
+    assert read_row(memory, 1) == Reading(progress=1, unhurried=True, step=0)
+    pulse.step_done(12)
+    assert read_row(memory, 1) == Reading(progress=2, unhurried=False, step=12)
+    with pulse.unhurried():
+        assert read_row(memory, 1).unhurried
+    assert read_row(memory, 1) == Reading(progress=3, unhurried=False, step=12)
+    assert read_row(memory, 0) == Reading(progress=0, unhurried=False, step=0)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 9),
+        ("import os; os._exit(3)", 3 << 8),
+    ],
+)
+def test_how_a_process_ended_is_seen_before_its_parent_asks(script: str, status: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        pidfd = processes.open_pidfd(process.pid)
+        assert pidfd is not None
+        # Readable once it has ended; it is not waited for, so that it is still there.
+        assert select.select([pidfd], [], [], 30)[0]
+        assert processes.is_ending(process.pid)
+        assert processes.wait_status(process.pid) == status
+        process.wait()
+        assert processes.wait_status(process.pid) is None
+        assert processes.wait_status(process.pid, pidfd) in (status, None)  # by the kernel's age
+        os.close(pidfd)
+
+
+def test_the_state_of_a_process() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        assert not processes.is_ending(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert processes.state(process.pid) == "T"
+        process.kill()
+    assert processes.state(process.pid) == ""
+    assert processes.wait_status(process.pid) is None
+
+
+def test_messages_come_whole_and_in_order() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        for end in (left, right):
+            end.setblocking(False)
+        sender, receiver = Channel(left), Channel(right)
+        assert receiver.receive() == []
+        large = {"stands": ["x" * 1000] * 2000}  # more than a socket takes at once
+        sender.send({"moved": True})
+        sender.send(large)
+        received: list[object] = []
+        while len(received) < 2:
+            sender.flush()
+            messages = receiver.receive()
+            assert messages is not None
+            received += messages
+        assert received == [{"moved": True}, large]
+        left.shutdown(socket.SHUT_WR)
+        assert receiver.receive() is None
+
+
+def test_orders_survive_their_way_into_the_process() -> None:
+    orders = Orders(
+        leader=2,
+        groups=GROUPS,
+        nonce="n",
+        ranks_fd=3,
+        hub_fd=None,
+        hub_address=("::1", 9),
+        speaks_for_hub=True,
+        hang_timeout_seconds=60.0,
+        first_step_timeout_seconds=600.0,
+    )
+    assert parse_orders(json.loads(json.dumps(asdict(orders)))) == orders
+
+
+def test_a_crash_report_and_the_end_of_the_job(tmp_path: Path) -> None:
+    write_outcome(tmp_path, Outcome(code=None, reason="running", step=5, tries=2))
+    write_report(
+        tmp_path, rank=3, host="b", code=137, story="killed", step=7, about={"device": "cuda:1"}
+    )
+    report = json.loads((tmp_path / "crash-rank-3.json").read_text(encoding="utf-8"))
+    assert report.items() >= {"rank": 3, "host": "b", "step": 7, "device": "cuda:1"}.items()
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert (outcome.code, outcome.step, outcome.tries) == (137, 5, 2)
+    assert "rank 3 on b failed" in outcome.reason
+
+
+def test_a_folder_that_is_gone_stops_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_report(tmp_path / "no", rank=0, host="a", code=70, story="", step=None, about={})
+    assert "no crash report" in capsys.readouterr().err
