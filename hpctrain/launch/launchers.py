@@ -88,18 +88,7 @@ LAUNCHERS = (
         mpi_families=MPICH_ABI,
         fix="bind mpi4py to MVAPICH2: load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
     ),
-    Launcher(
-        name="pals",
-        label="PALS mpiexec",
-        markers=("PALS_RANKID",),
-        rank=("PALS_RANKID",),
-        world_size=("PMI_SIZE",),
-        local_rank=("PALS_LOCAL_RANKID", "PMI_LOCAL_RANK"),
-        local_world_size=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
-        mpi_families=MPICH_ABI,
-        fix="load the site's Cray MPICH or MPICH module, and its mpi4py or MPI4PY_LIBMPI",
-    ),
-    # Flux sets PMI_ variables too, for its own PMI server.
+    # Flux sets PMI_ variables too, for its own PMI server, and those of PALS for Cray MPICH.
     Launcher(
         name="flux",
         label="flux run",
@@ -143,8 +132,20 @@ LAUNCHERS = (
         world_size=("SLURM_STEP_NUM_TASKS",),
         local_rank=("SLURM_LOCALID",),
         mpi_families=MPICH_ABI | OPEN_MPI,
-        fix="start it as srun --mpi=pmi2 (MPICH, Intel MPI) or srun --mpi=pmix (Open MPI); "
-        "srun --mpi=list shows what this site has",
+        fix="start it as srun --mpi=pmi2 (MPICH, Intel MPI), --mpi=pmix (Open MPI) or "
+        "--mpi=cray_shasta (Cray MPICH); srun --mpi=list shows what this site has",
+    ),
+    # After srun: with --mpi=cray_shasta that sets PALS_ variables too, an older one without a size.
+    Launcher(
+        name="pals",
+        label="PALS mpiexec",
+        markers=("PALS_RANKID",),
+        rank=("PALS_RANKID",),
+        world_size=("PMI_SIZE",),
+        local_rank=("PALS_LOCAL_RANKID", "PMI_LOCAL_RANK"),
+        local_world_size=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+        mpi_families=MPICH_ABI,
+        fix="load the site's Cray MPICH or MPICH module, and its mpi4py or MPI4PY_LIBMPI",
     ),
     # torchrun's variables without torchrun: Kubeflow's PyTorchJob, or set by hand.
     Launcher(

@@ -13,6 +13,7 @@ from typing import Any
 from hpctrain.errors import LaunchError
 from hpctrain.launch.agreement import closing_together
 from hpctrain.launch.launchers import Claim
+from hpctrain.launch.pmi import check_process_manager
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
 # MPI_Init, before the rank has chosen its own.
@@ -46,8 +47,10 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
             f"{error}. {_sentence(claim.launcher.fix)}"
         ) from error
 
-    library = library_name(MPI.Get_library_version())
+    version = MPI.Get_library_version()
+    library = library_name(version)
     _check_library(claim, library)
+    check_process_manager(claim.launcher, os.environ, version)
     # Funneled: the launch layer calls MPI from the main thread only.
     MPI.Init_thread(MPI.THREAD_FUNNELED)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
@@ -99,10 +102,15 @@ def _check_library(claim: Claim, library: str) -> None:
 def _check_world(claim: Claim, library: str, rank: int, world_size: int) -> None:
     """Compare MPI's world with the claim: a job must never fall apart into solo runs."""
     assert claim.launcher is not None
-    claimed_size = world_size if claim.world_size is None else claim.world_size
+    claimed_size = claim.world_size
+    if claimed_size is None:
+        # A world is at least as large as the launcher says that its part on this node is.
+        claimed_size = max(world_size, claim.local_world_size or 1)
     if (rank, world_size) != (claim.rank, claimed_size):
         claimed = ", ".join(
-            claim.reasons[key] for key in ("rank", "world_size") if key in claim.reasons
+            claim.reasons[key]
+            for key in ("rank", "world_size", "local_world_size")
+            if key in claim.reasons
         )
         raise LaunchError(
             f"{claim.launcher.label} claims rank {claim.rank} of {claimed_size} ({claimed}), but "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.launchers import detect
 from hpctrain.launch.mpi import library_family, library_name
+from hpctrain.launch.pmi import check_process_manager
+
+RECORDED = Path(__file__).parent / "environments"
 
 BATCH = {  # inside an sbatch script, without srun
     "SLURM_JOB_ID": "7",
@@ -82,6 +87,87 @@ def test_the_innermost_launcher_wins(
     assert (claim.launcher.name if claim.launcher else None) == launcher
     assert (claim.rank, claim.world_size, claim.needs_mpi) == (rank, world_size, needs_mpi)
     assert claim.reasons
+
+
+def recorded(name: str) -> dict[str, str]:
+    """Return an environment as it was seen; the head of the file says where."""
+    lines = (RECORDED / f"{name}.env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "rank", "world_size", "local_rank"),
+    [
+        ("srun-pmi2-cyclic", "srun", 2, 4, 1),
+        ("srun-pmix-uneven", "srun", 2, 3, 0),
+        ("srun-none", "srun", 1, 4, 1),
+        ("srun-cray-shasta", "srun", 0, 3, 0),
+        ("srun-heterogeneous", "srun", 3, 4, 1),
+        ("srun-second-node", "srun", 1, 2, 1),
+        ("srun-shell", None, 0, 1, 0),
+        ("sbatch", None, 0, 1, 0),
+        ("salloc", None, 0, 1, 0),
+        ("sbatch-mpich", "mpich", 3, 4, 1),
+        ("sbatch-intelmpi", "intelmpi", 3, 4, 1),
+        ("sbatch-openmpi", "openmpi", 3, 4, 1),
+    ],
+)
+def test_recorded_environments(
+    name: str, launcher: str | None, rank: int, world_size: int, local_rank: int
+) -> None:
+    env = recorded(name)
+    claim = detect(env)
+    assert (claim.launcher.name if claim.launcher else None) == launcher
+    assert (claim.rank, claim.world_size, claim.local_rank) == (rank, world_size, local_rank)
+    if claim.launcher is not None:
+        check_process_manager(claim.launcher, env, "Some MPI 1.0")
+
+
+def test_every_recorded_environment_is_looked_at() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [path.stem for path in RECORDED.iterdir() if f'"{path.stem}"' not in source] == []
+
+
+MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "version", "words"),
+    [
+        ("sbatch-by-a-rank", {}, MPICH, "step 10.0 of Slurm, but PMI_JOBID is of step 9.0"),
+        ("srun-pmix-uneven", {"SLURM_JOB_ID": "99"}, "Open MPI v5", "PMIX_NAMESPACE is of step"),
+        ("srun-pmix-uneven", {}, MPICH, "srun speaks PMIx to this process"),
+    ],
+)
+def test_what_mpi_init_would_die_of_is_explained(
+    name: str, changes: dict[str, str], version: str, words: str
+) -> None:
+    env = recorded(name) | changes
+    launcher = detect(env).launcher
+    assert launcher is not None
+    with pytest.raises(LaunchError, match=words):
+        check_process_manager(launcher, env, version)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "version"),
+    [
+        ("srun-pmi2-cyclic", {}, MPICH),
+        ("srun-pmix-uneven", {}, MPICH[:-1] + " --with-pmix=/usr"),
+        ("srun-pmix-uneven", {}, "Intel(R) MPI Library 2021.19.0 for Linux* OS"),
+        # A namespace that was inherited is overruled by a PMI of this step.
+        ("srun-pmi2-cyclic", {"PMIX_NAMESPACE": "slurm.pmix.99.0", "PMIX_RANK": "1"}, MPICH),
+        ("srun-heterogeneous", {"SLURM_JOB_ID": "7"}, "Open MPI v5"),
+        # Newer Slurm's cray_shasta names the job alone.
+        ("srun-cray-shasta", {"PMI_JOBID": "4", "PMI_RANK": "0"}, "CRAY MPICH version 8"),
+        ("sbatch-openmpi", {}, "Open MPI v5"),
+    ],
+)
+def test_a_process_manager_that_fits(name: str, changes: dict[str, str], version: str) -> None:
+    env = recorded(name) | changes
+    launcher = detect(env).launcher
+    assert launcher is not None
+    check_process_manager(launcher, env, version)
 
 
 def test_every_value_has_its_reason() -> None:
