@@ -95,9 +95,9 @@ def test_places_and_their_devices(slurm: Lab, options: str, places: list[str]) -
 @pytest.mark.parametrize("mpi", ["mpich", "openmpi"])
 def test_the_main_job(slurm: Lab, site: Path, mpi: str) -> None:
     job = ("-m", "hpctrain", "run.toml", "training.max_epochs=1")
-    result = srun(slurm, "-N2 -n3", *job, mpi=mpi, cwd=site)
+    result = srun(slurm, "-N2 -n2", *job, mpi=mpi, cwd=site)
     assert result.returncode == 0, result.stderr
-    assert "3 ranks on 2 nodes, srun" in result.stdout + result.stderr
+    assert "2 ranks on 2 nodes, srun" in result.stdout + result.stderr
     assert outcome(site)["code"] == 0
 
 
@@ -184,7 +184,7 @@ def test_a_failing_rank_ends_the_step(slurm: Lab, options: str, how: str) -> Non
 
 
 def test_scancel_with_a_signal_stops_the_run(slurm: Lab, site: Path) -> None:
-    job = slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n3", cwd=site)
+    job = slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n2", cwd=site)
     wait_for(lambda: steps(site), "step")
     slurm.run("scancel", "--signal=USR1", job)
     wait_for(lambda: not slurm.jobs(), "end")
@@ -194,7 +194,7 @@ def test_scancel_with_a_signal_stops_the_run(slurm: Lab, site: Path) -> None:
 def test_the_warning_before_the_time_limit_stops_the_run(slurm: Lab, site: Path) -> None:
     """Slurm looks at time limits every 30 s, and may warn that much earlier."""
     limit = ("--time=1", "--signal=USR1@20")
-    slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n3", *limit, cwd=site)
+    slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n2", *limit, cwd=site)
     wait_for(lambda: not slurm.jobs(), "end", 100)
     check_stopped(site, "SIGUSR1")
 
@@ -211,7 +211,7 @@ def check_stopped(site: Path, signal: str) -> None:
 
 def test_a_requeued_job_continues_its_run(slurm: Lab, site: Path) -> None:
     script = f"echo restart $SLURM_RESTART_COUNT\nsrun --mpi=pmi2 {TRAIN} training.max_epochs=8"
-    job = slurm.submit(script, "-N2", "-n3", "--requeue", cwd=site)
+    job = slurm.submit(script, "-N2", "-n2", "--requeue", cwd=site)
     wait_for(lambda: len(steps(site)) > 5, "steps")
     slurm.run("scontrol", "requeue", job)
     wait_for(lambda: not slurm.jobs(), "end", 120)
