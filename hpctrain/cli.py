@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
-from hpctrain.launch.launchers import Claim, detect
+from hpctrain.launch.launchers import Claim, may_speak, this_process
 from hpctrain.version import __version__
 
 _HEAD_START_SECONDS = 2.0
@@ -67,10 +67,11 @@ def _usage_error(message: str) -> UsageError:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    speaks = True
+    claim = None
+    # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
+    speaks = may_speak(os.environ)
     try:
-        claim = detect(os.environ)
-        # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
+        claim = this_process()
         speaks = claim.rank in (None, 0)
         return dispatch(arguments, claim)
     except HpctrainError as error:
@@ -81,12 +82,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 # A launcher ends the job once the first rank leaves: rank 0 is to be heard before.
                 time.sleep(_HEAD_START_SECONDS)
+                if claim is None or not claim.needs_mpi:
+                    point_to_rank_zero()
         return error.exit_code
 
 
 def tell(error: HpctrainError) -> None:
     """Print a failure."""
     print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def point_to_rank_zero() -> None:
+    """Say where the reason is told, to who reads the output of this process alone."""
+    shared = " ".join(
+        f"{key}={os.environ[key]}"
+        for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if key in os.environ
+    )
+    print(  # noqa: T201
+        "hpctrain: this process cannot start either: rank 0 tells why. If it does not, compare the "
+        f"two: here {shared or 'WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not set'}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +19,7 @@ from hpctrain.launch.launchers import Claim
 
 # As long as torch itself waits in a collective.
 _LONGEST_WAIT = timedelta(minutes=30)
+_NAME_SECONDS = 5.0
 
 
 @contextmanager
@@ -24,20 +27,13 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
     """Meet at MASTER_ADDR:MASTER_PORT and give the communicator. Collective: all ranks.
 
     Raises:
-        LaunchError: if the address is missing or wrong, or nobody answers there.
+        LaunchError: if the address is no host, or nobody answers there.
     """
     assert claim.launcher is not None
     assert claim.rank is not None
     assert claim.world_size is not None
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not address or not port:
-        missing = "MASTER_ADDR" if not address else "MASTER_PORT"
-        raise LaunchError(
-            f"{claim.launcher.label} makes a world of {claim.world_size} processes, but {missing} "
-            "is not set. Set it to the address or port of rank 0, the same for every process."
-        )
-    if not (port.isdecimal() and 0 < int(port) < 65536):
-        raise LaunchError(f"MASTER_PORT={port!r} is no port: it has to be 1 to 65535.")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _resolve(address)
     try:
         # torch's own rendezvous also knows torchrun's agent, which holds the store itself.
         store, rank, world_size = next(
@@ -53,6 +49,28 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
     # Rank 0 may hold the store: nobody leaves before everybody is done with it.
     with closing_together(communicator, lambda: None):
         yield communicator
+
+
+def _resolve(address: str) -> None:
+    """Check that MASTER_ADDR means some host; torch would try for minutes.
+
+    Raises:
+        LaunchError: if it means none for a while: a new pod's name may take some seconds.
+    """
+    end = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+            raise LaunchError(
+                f"MASTER_ADDR={address} is unknown on {socket.gethostname()} ({error}). Set it to "
+                "an address of rank 0's host, the same for every process.",
+                everywhere=True,
+            ) from error
+        return
 
 
 class StoreCommunicator:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
-from hpctrain.launch.launchers import Claim, detect
+from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
@@ -59,7 +59,7 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
     quiet_native_libraries()  # read when torch is loaded, which comes next
     # Until there is a watchdog: MPI_Init waits for ever where a rank has died on its way there.
     faulthandler.dump_traceback_later(_START_SECONDS, exit=True)
-    claim = detect(os.environ) if claim is None else claim
+    claim = this_process() if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
         alone = SingleCommunicator()

@@ -2,130 +2,171 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.launchers import detect
+from hpctrain.launch.ancestry import ancestors
+from hpctrain.launch.launchers import Claim, detect, may_speak
 from hpctrain.launch.mpi import library_family, library_name
 from hpctrain.launch.pmi import check_process_manager
 
-RECORDED = Path(__file__).parent / "environments"
-
-BATCH = {  # inside an sbatch script, without srun
-    "SLURM_JOB_ID": "7",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_NTASKS_PER_NODE": "2",
-}
-STEP = BATCH | {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-}
-HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_SIZE": "3",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "OMPI_COMM_WORLD_NODE_RANK": "1",
-    "PMIX_RANK": "1",
-}
-BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-
-
-@pytest.mark.parametrize(
-    ("env", "launcher", "rank", "world_size", "needs_mpi"),
-    [
-        ({}, None, 0, 1, False),
-        (BATCH, None, 0, 1, False),
-        (STEP, "srun", 3, 4, True),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, 0, 1, False),
-        (STEP | {"PMI_RANK": "3", "PMI_SIZE": "4"}, "srun", 3, 4, True),
-        (STEP | {"PMIX_RANK": "3"}, "srun", 3, 4, True),
-        (HYDRA, "mpich", 2, 4, True),
-        (HYDRA | STEP | {"SLURM_STEP_NUM_TASKS": "2"}, "mpich", 2, 4, True),
-        (HYDRA | {"I_MPI_HYDRA_UUID": "x"}, "intelmpi", 2, 4, True),
-        (OPEN_MPI, "openmpi", 1, 3, True),
-        (OPEN_MPI | BATCH, "openmpi", 1, 3, True),
-        (OPEN_MPI | STEP, "openmpi", 1, 3, True),
-        (
-            OPEN_MPI | {"JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "12"},
-            "jsrun",
-            5,
-            12,
-            True,
-        ),
-        ({"PALS_RANKID": "5", "PMI_RANK": "5", "PMI_SIZE": "8"}, "pals", 5, 8, True),
-        ({"PALS_RANKID": "5"}, "pals", 5, None, True),
-        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2", "PMI_RANK": "0"}, "flux", 0, 2, True),
-        (
-            {"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2", "PMI_RANK": "0"},
-            "mvapich2",
-            0,
-            2,
-            True,
-        ),
-        (BY_HAND, "environment", 1, 2, False),
-        (BY_HAND | HYDRA, "mpich", 2, 4, True),
-        (BY_HAND | STEP | {"TORCHELASTIC_RUN_ID": "x"}, "torchrun", 1, 2, False),
-    ],
-)
-def test_the_innermost_launcher_wins(
-    env: dict[str, str],
-    launcher: str | None,
-    rank: int,
-    world_size: int | None,
-    needs_mpi: bool,
-) -> None:
-    claim = detect(env)
-    assert (claim.launcher.name if claim.launcher else None) == launcher
-    assert (claim.rank, claim.world_size, claim.needs_mpi) == (rank, world_size, needs_mpi)
-    assert claim.reasons
+ENVIRONMENTS = Path(__file__).parent / "environments"
 
 
 def recorded(name: str) -> dict[str, str]:
-    """Return an environment as it was seen; the head of the file says where."""
-    lines = (RECORDED / f"{name}.env").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    lines = (ENVIRONMENTS / f"{name}.env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", maxsplit=1) for line in lines if not line.startswith("#"))
+
+
+def told(claim: Claim) -> tuple[str | None, int | None, int | None, int | None, int | None]:
+    name = claim.launcher.name if claim.launcher else None
+    return name, claim.rank, claim.world_size, claim.local_rank, claim.local_world_size
+
+
+ALONE = (None, 0, 1, 0, 1)
+CLAIMS = {
+    # launcher, rank, world size, local rank and local world size as it tells them
+    "mpich": ("mpich", 2, 3, 2, 3),
+    "gforker": ("pmi", 1, 2, None, None),
+    "intelmpi": ("intelmpi", 2, 3, 2, 3),
+    "mvapich2": ("mvapich2", 3, 4, 1, 2),
+    "openmpi": ("openmpi", 2, 3, 1, 3),
+    "prterun": ("prrte", 1, None, None, None),
+    "sbatch-mpich": ("mpich", 3, 4, 1, 2),
+    "sbatch-intelmpi": ("intelmpi", 3, 4, 1, 2),
+    "sbatch-openmpi": ("openmpi", 3, 4, 1, 2),
+    "jsrun": ("jsrun", 7, 12, 1, 6),
+    "pals": ("pals", 5, 8, 1, 4),
+    "pals-without-pmi": ("pals", 5, None, 1, 4),
+    "flux": ("flux", 6, 8, 2, None),
+    "srun-pmi2": ("srun", 3, 4, 1, None),
+    "srun-pmi2-cyclic": ("srun", 2, 4, 1, None),
+    "srun-pmix-uneven": ("srun", 2, 3, 0, None),
+    "srun-none": ("srun", 1, 4, 1, None),
+    "srun-cray-shasta": ("srun", 0, 3, 0, None),
+    "srun-heterogeneous": ("srun", 3, 4, 1, None),
+    "srun-second-node": ("srun", 1, 2, 1, None),
+    "srun-shell": ALONE,
+    # a claim of another step's place, which check_process_manager refuses
+    "sbatch-by-a-rank": ("srun", 0, 2, 0, None),
+    "sbatch": ALONE,
+    "salloc": ALONE,
+    "torchrun": ("torchrun", 2, 3, 2, 3),
+    "torchrun-in-mpich": ("torchrun", 2, 3, 2, 3),
+    "kubeflow": ("kubeflow", 2, 4, None, None),
+    "by-hand": ("environment", 1, 2, None, None),
+}
+
+
+@pytest.mark.parametrize("name", list(CLAIMS))
+def test_a_recorded_environment(name: str) -> None:
+    env = recorded(name)
+    claim = detect(env)
+    assert told(claim) == CLAIMS[name]
+    assert {"rank"} <= set(claim.reasons)
+    assert claim.needs_mpi == (
+        claim.launcher is not None
+        and claim.launcher.name not in ("torchrun", "kubeflow", "environment")
+    )
+
+
+def test_every_recorded_environment_has_a_test() -> None:
+    nested = {name for name, _, _ in NESTINGS}
+    names = {path.stem for path in ENVIRONMENTS.glob("*.env")}
+    assert names == set(CLAIMS) | nested | {"lightning", "kubeflow-trainer"}
+
+
+def test_no_launcher() -> None:
+    assert told(detect({})) == ALONE
+    assert detect({}).reasons["rank"] == "no launcher in the environment"
+
+
+HYDRA, PRRTE, SLURM, ELASTIC = "hydra_pmi_proxy", "prterun", "slurmstepd", "pt_elastic"
+NESTINGS = [
+    # environment, names of the processes above, the nearest first; launcher, rank, world size
+    ("mpich-in-openmpi", ["bash", HYDRA, "mpirun", PRRTE, "bash"], ("mpich", 2, 3)),
+    ("openmpi-in-mpich", ["bash", PRRTE, HYDRA, "mpirun", "bash"], ("openmpi", 2, 3)),
+    ("torchrun-in-mpich", ["bash", ELASTIC, HYDRA, "mpirun"], ("torchrun", 2, 3)),
+    ("mpich-in-torchrun", ["bash", HYDRA, "mpirun", ELASTIC], ("mpich", 2, 3)),
+    ("torchrun-in-mpich", ["python", "torch.distributed.run", HYDRA], ("torchrun", 2, 3)),
+    ("sbatch-openmpi", ["prted", SLURM], ("openmpi", 3, 4)),
+    ("srun-pmi2", ["bash", SLURM, "systemd"], ("srun", 3, 4)),
+    ("jsrun", ["jsmd"], ("jsrun", 7, 12)),
+    ("pals", ["palsd"], ("pals", 5, 8)),
+    ("flux", ["flux-shell", "flux-broker-0", SLURM], ("flux", 6, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "above", "expected"), NESTINGS)
+def test_the_nearest_launcher_wins(
+    name: str, above: list[str], expected: tuple[str, int, int]
+) -> None:
+    assert told(detect(recorded(name), above))[:3] == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "launcher", "rank", "world_size", "local_rank"),
+    ("outer", "inner", "above", "launcher"),
     [
-        ("srun-pmi2-cyclic", "srun", 2, 4, 1),
-        ("srun-pmix-uneven", "srun", 2, 3, 0),
-        ("srun-none", "srun", 1, 4, 1),
-        ("srun-cray-shasta", "srun", 0, 3, 0),
-        ("srun-heterogeneous", "srun", 3, 4, 1),
-        ("srun-second-node", "srun", 1, 2, 1),
-        ("srun-shell", None, 0, 1, 0),
-        ("sbatch", None, 0, 1, 0),
-        ("salloc", None, 0, 1, 0),
-        ("sbatch-mpich", "mpich", 3, 4, 1),
-        ("sbatch-intelmpi", "intelmpi", 3, 4, 1),
-        ("sbatch-openmpi", "openmpi", 3, 4, 1),
+        # srun's daemon, not an ancestor of its tasks' launcher, hides the launcher it was called by
+        ("openmpi", "srun-pmi2", [SLURM, "systemd"], "srun"),
+        ("mpich", "srun-pmix-uneven", [SLURM, "systemd"], "srun"),
+        ("srun-pmi2", "mpich", [HYDRA, "mpirun", SLURM], "mpich"),
+        ("srun-pmix-uneven", "prterun", ["prted", SLURM], "prrte"),
+        ("srun-pmi2", "torchrun", [ELASTIC, SLURM], "torchrun"),
+        ("srun-pmi2", "flux", ["flux-shell"], "flux"),
+        ("pals", "torchrun", [ELASTIC, "palsd"], "torchrun"),
+        ("jsrun", "mpich", [HYDRA, "mpirun", "jsmd"], "mpich"),
+        # without the process tree: in a container, or where it is hidden
+        ("srun-pmi2", "mpich", [], "mpich"),
+        ("srun-pmix-uneven", "openmpi", [], "openmpi"),
+        ("srun-pmi2", "torchrun", [], "torchrun"),
+        ("openmpi", "torchrun", [], "torchrun"),
+        ("kubeflow", "torchrun", [], "torchrun"),
+        ("srun-pmi2", "by-hand", [SLURM], None),
     ],
 )
-def test_recorded_environments(
-    name: str, launcher: str | None, rank: int, world_size: int, local_rank: int
+def test_launchers_inside_launchers(
+    outer: str, inner: str, above: list[str], launcher: str | None
 ) -> None:
-    env = recorded(name)
-    claim = detect(env)
-    assert (claim.launcher.name if claim.launcher else None) == launcher
-    assert (claim.rank, claim.world_size, claim.local_rank) == (rank, world_size, local_rank)
-    if claim.launcher is not None:
-        check_process_manager(claim.launcher, env, "Some MPI 1.0")
+    env = recorded(outer) | recorded(inner)
+    if launcher is None:
+        with pytest.raises(LaunchError, match="two launchers disagree"):
+            detect(env, above)
+    else:
+        assert told(detect(env, above))[0] == launcher
 
 
-def test_every_recorded_environment_is_looked_at() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
-    assert [path.stem for path in RECORDED.iterdir() if f'"{path.stem}"' not in source] == []
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ("openmpi", "mpich-in-openmpi", "Open MPI's mpirun says OMPI_COMM_WORLD_RANK=1"),
+        ("mpich", "by-hand", "RANK and WORLD_SIZE in the environment RANK=1"),
+        ("intelmpi", "kubeflow", "Kubeflow's PyTorchJob WORLD_SIZE=4"),
+        ("openmpi", "jsrun", None),  # Spectrum MPI: the same values twice
+        ("flux", "openmpi", "disagree"),
+    ],
+)
+def test_launchers_that_disagree(first: str, second: str, words: str | None) -> None:
+    env = recorded(first) | recorded(second)
+    if words is None:
+        assert told(detect(env))[0] == "jsrun"
+        return
+    with pytest.raises(LaunchError, match="two launchers disagree") as caught:
+        detect(env)
+    assert words in str(caught.value)
+    assert "env -u" in str(caught.value)
+    assert caught.value.everywhere
+
+
+@pytest.mark.parametrize("name", ["mpich", "openmpi", "srun-none"])
+def test_rank_and_world_size_copied_from_the_launcher_agree(name: str) -> None:
+    """What many job scripts and container hooks export."""
+    claim = detect(recorded(name))
+    copied = {"RANK": str(claim.rank), "WORLD_SIZE": str(claim.world_size)}
+    assert told(detect(recorded(name) | copied)) == told(claim)
 
 
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
@@ -171,30 +212,89 @@ def test_a_process_manager_that_fits(name: str, changes: dict[str, str], version
 
 
 def test_every_value_has_its_reason() -> None:
-    assert detect(HYDRA).reasons == {
+    assert detect(recorded("mpich")).reasons == {
         "rank": "PMI_RANK=2",
-        "world_size": "PMI_SIZE=4",
-        "local_rank": "MPI_LOCALRANKID=0",
-        "local_world_size": "MPI_LOCALNRANKS=2",
+        "world_size": "PMI_SIZE=3",
+        "local_rank": "MPI_LOCALRANKID=2",
+        "local_world_size": "MPI_LOCALNRANKS=3",
     }
 
 
 @pytest.mark.parametrize(
-    ("env", "words"),
+    ("name", "changes", "words", "everywhere"),
     [
-        (HYDRA | {"PMI_RANK": "4"}, "PMI_RANK=4 and PMI_SIZE=4 contradict"),
-        (HYDRA | {"PMI_RANK": "-1"}, "PMI_RANK='-1' is not a whole number"),
-        (HYDRA | {"PMI_SIZE": "four"}, "PMI_SIZE='four' is not a whole number"),
-        (HYDRA | {"PMI_SIZE": "0", "PMI_RANK": "0"}, "contradict"),
-        (HYDRA | {"MPI_LOCALRANKID": "2"}, "MPI_LOCALRANKID=2 and MPI_LOCALNRANKS=2 contradict"),
-        ({"RANK": "1"}, "RANK=1 is set, WORLD_SIZE is not"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, RANK is not"),
-        ({"WORLD_SIZE": "2", "NODE_RANK": "0"}, "where WORLD_SIZE counts nodes"),
+        ("mpich", {"PMI_RANK": "3"}, "PMI_RANK=3 and PMI_SIZE=3 contradict", False),
+        ("mpich", {"PMI_RANK": "4"}, "PMI_RANK=4 and PMI_SIZE=3 contradict", True),
+        ("mpich", {"PMI_RANK": "-1"}, "PMI_RANK='-1' is not a whole number", False),
+        ("mpich", {"PMI_RANK": ""}, "PMI_RANK='' is not a whole number", False),
+        ("mpich", {"PMI_SIZE": "four"}, "PMI_SIZE='four' is not a whole number", True),
+        ("mpich", {"PMI_SIZE": "9" * 5000}, "is not a whole number", True),
+        ("mpich", {"PMI_SIZE": "٣"}, "is not a whole number", True),
+        ("mpich", {"PMI_SIZE": "0", "PMI_RANK": "0"}, "contradict", False),
+        ("mpich", {"PMI_SIZE": None}, "PMI_SIZE is not set", True),
+        ("mpich", {"MPI_LOCALRANKID": "3"}, "MPI_LOCALRANKID=3 and MPI_LOCALNRANKS=3", False),
+        ("openmpi", {"OMPI_COMM_WORLD_SIZE": None}, "OMPI_COMM_WORLD_SIZE is not set", True),
+        ("flux", {"FLUX_JOB_SIZE": "six"}, "FLUX_JOB_SIZE='six'", True),
+        ("by-hand", {"WORLD_SIZE": None}, "RANK=1 is set, WORLD_SIZE is not", True),
+        ("by-hand", {"RANK": None}, "WORLD_SIZE=2 is set, RANK is not", True),
+        ("by-hand", {"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 contradict", False),
+        ("by-hand", {"MASTER_ADDR": None}, "MASTER_ADDR is not set", True),
+        ("by-hand", {"MASTER_PORT": None}, "MASTER_PORT is not set", True),
+        ("by-hand", {"MASTER_PORT": ""}, "MASTER_PORT is not set", True),
+        ("by-hand", {"MASTER_PORT": "0"}, "MASTER_PORT='0' is no port", True),
+        ("by-hand", {"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is no port", True),
+        ("by-hand", {"MASTER_PORT": "-1"}, "MASTER_PORT='-1' is no port", True),
+        ("by-hand", {"MASTER_PORT": "http"}, "MASTER_PORT='http' is no port", True),
+        ("kubeflow", {"PET_NPROC_PER_NODE": "4"}, "RANK is that of the pod", True),
+        ("kubeflow-trainer", {}, "torchrun -m hpctrain", True),
+        ("lightning", {}, "where WORLD_SIZE counts nodes", True),
     ],
 )
-def test_a_broken_environment_is_explained(env: dict[str, str], words: str) -> None:
-    with pytest.raises(LaunchError, match=words):
-        detect(env)
+def test_a_broken_environment_is_explained(
+    name: str, changes: dict[str, str | None], words: str, everywhere: bool
+) -> None:
+    changed = recorded(name) | changes
+    with pytest.raises(LaunchError) as caught:
+        detect({key: value for key, value in changed.items() if value is not None})
+    assert words in str(caught.value)
+    assert caught.value.everywhere == everywhere
+
+
+def test_one_process_by_hand_needs_no_meeting_point() -> None:
+    assert told(detect({"RANK": "0", "WORLD_SIZE": "1"})) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("env", "speaks"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "x"}, False),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_who_speaks_before_there_is_a_claim(env: dict[str, str], speaks: bool) -> None:
+    assert may_speak(env) == speaks
+
+
+def test_ancestors_are_read_from_the_process_tree(tmp_path: Path) -> None:
+    tree = {
+        9: (7, "python", "python -m hpctrain run.toml"),
+        7: (5, "python3.11", "python -m torch.distributed.run -m hpctrain run.toml"),
+        5: (1, "a (b) c", "a"),
+        1: (0, "systemd", "init"),
+    }
+    for pid, (parent, name, command) in tree.items():
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} 9", encoding="utf-8")
+        (tmp_path / str(pid) / "comm").write_text(f"{name}\n", encoding="utf-8")
+        (tmp_path / str(pid) / "cmdline").write_text("\0".join(command.split()), encoding="utf-8")
+    expected = ("python3.11", "torch.distributed.run", "a (b) c", "systemd")
+    assert ancestors(9, tmp_path) == expected
+    assert ancestors(3, tmp_path) == ()
+    if Path(f"/proc/{os.getppid()}/comm").exists():
+        assert ancestors()[0] == Path(f"/proc/{os.getppid()}/comm").read_text("utf-8").strip()
 
 
 @pytest.mark.parametrize(
