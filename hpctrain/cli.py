@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpctrain.config.schema import Config
-from hpctrain.errors import ConfigError, ExitCode, HpctrainError, UsageError
+from hpctrain.errors import ConfigError, ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, may_speak, this_process
 from hpctrain.version import __version__
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
     speaks = may_speak(os.environ)
     try:
-        claim = this_process()
+        claim = claim_for(arguments)
         speaks = claim.rank in (None, 0)
         return dispatch(arguments, claim)
     except HpctrainError as error:
@@ -94,17 +94,15 @@ def tell(error: HpctrainError) -> None:
 
 def point_to_rank_zero() -> None:
     """Say where the reason is told, to who reads the output of this process alone."""
-    shared = " ".join(
-        f"{key}={os.environ[key]}"
-        for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if key in os.environ
+    here = " ".join(
+        f"{key}={os.environ.get(key, '(not set)')}"
+        for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     )
-    print(  # noqa: T201
-        "hpctrain: this process cannot start either: rank 0 tells why. If it does not, compare the "
-        f"two: here {shared or 'WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not set'}",
-        file=sys.stderr,
-        flush=True,
+    sys.stderr.write(
+        "hpctrain: this process cannot start either: rank 0 tells why. If it does not, what is "
+        f"wrong is here: {here}\n"
     )
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -120,6 +118,21 @@ def telling(is_rank_zero: bool) -> Iterator[None]:
         raise
 
 
+def claim_for(arguments: Sequence[str]) -> Claim:
+    """Return who this process is for a command line.
+
+    Raises:
+        LaunchError: if the launch is broken, and training is what was asked for.
+    """
+    try:
+        return this_process()
+    except LaunchError:
+        if arguments and arguments[0] not in (*COMMANDS, *OPTIONS):
+            raise
+        # Work for one process; it only matters which one it is.
+        return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
+
+
 def dispatch(arguments: list[str], claim: Claim) -> int:
     """Find the command among the arguments and run it.
 
@@ -129,10 +142,8 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if not arguments:
         raise _usage_error("a config file or a command is needed")
     first, rest = arguments[0], arguments[1:]
-    if first in ("-h", "--help"):
-        return say(claim, HELP)
-    if first == "--version":
-        return say(claim, f"hpctrain {__version__}\n")
+    if first in OPTIONS:
+        return say(claim, OPTIONS[first])
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
@@ -223,4 +234,5 @@ def data(arguments: list[str]) -> int:
     return ExitCode.DONE
 
 
+OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "data": data}

@@ -88,7 +88,7 @@ def may_speak(env: Environment) -> bool:
 
     For what has to be said before there is a claim, or where there can be none.
     """
-    ranks = [env.get(launcher.rank[0], "") for launcher in _launchers(env)]
+    ranks = [env.get(key, "") for key in ("RANK", *(row.rank[0] for row in _launchers(env)))]
     return all(int(rank) == 0 for rank in ranks if _WHOLE_NUMBER.fullmatch(rank))
 
 

@@ -35,6 +35,8 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     assert claim.launcher is not None
     for variable, value in _HOST_ONLY.items():
         os.environ.setdefault(variable, value)
+    for variable in claim.launcher.foreign:
+        os.environ.pop(variable, None)
     try:
         import mpi4py
 

@@ -44,7 +44,9 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
         raise LaunchError(
             f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {address}:{port}: "
             f"{str(error).splitlines()[0]}"
+            + (" Choose another MASTER_PORT." if "EADDRINUSE" in str(error) else "")
         ) from error
+    _register(store, rank, world_size, f"{address}:{port}")
     communicator = StoreCommunicator(store, rank, world_size)
     # Rank 0 may hold the store: nobody leaves before everybody is done with it.
     with closing_together(communicator, lambda: None):
@@ -71,6 +73,22 @@ def _resolve(address: str) -> None:
                 everywhere=True,
             ) from error
         return
+
+
+def _register(store: dist.Store, rank: int, world_size: int, place: str) -> None:
+    """Take this rank's place: another job's world, or a rank that is there twice, ends here.
+
+    Raises:
+        LaunchError: if the place is taken, or the others mean a world of another size.
+    """
+    size = store.compare_set("hpctrain/world_size", "", str(world_size)).decode()
+    if size != str(world_size) or store.add(f"hpctrain/rank/{rank}", 1) != 1:
+        wrong = f"its WORLD_SIZE is {size}" if size != str(world_size) else f"rank {rank} is there"
+        raise LaunchError(
+            f"rank {rank} of {world_size} met another world at MASTER_ADDR:MASTER_PORT = {place}: "
+            f"{wrong}. Another job uses this port, or RANK and WORLD_SIZE do not fit together.",
+            everywhere=True,
+        )
 
 
 class StoreCommunicator:

@@ -15,6 +15,7 @@ class Launcher:
             the first one that is set counts.
         mpi_families: families of MPI libraries that can join its world; empty: no MPI at all.
         processes: names of the processes that start its ranks, as `ps -o comm` shows them.
+        foreign: variables that in its processes are another launcher's, and confuse MPI_Init.
         tells_size: whether it always sets one of `world_size`; otherwise only MPI knows.
         fix: what to do when MPI does not see the world that this launcher claims.
     """
@@ -28,6 +29,7 @@ class Launcher:
     local_world_size: tuple[str, ...] = ()
     mpi_families: frozenset[str] = frozenset()
     processes: frozenset[str] = frozenset()
+    foreign: tuple[str, ...] = ()
     tells_size: bool = True
     fix: str = ""
 
@@ -87,6 +89,7 @@ LAUNCHERS = (
         local_world_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
         mpi_families=MPICH_ABI,
         processes=frozenset({"hydra_pmi_proxy", "mpispawn"}),
+        foreign=("PMIX_NAMESPACE",),
         fix="bind mpi4py to MVAPICH2: load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
     ),
     # Flux sets PMI_ variables too, for its own PMI server, and those of PALS for Cray MPICH.
@@ -111,6 +114,7 @@ LAUNCHERS = (
         local_world_size=("MPI_LOCALNRANKS",),
         mpi_families=MPICH_ABI,
         processes=frozenset({"hydra_pmi_proxy"}),
+        foreign=("PMIX_NAMESPACE",),
         fix="start the job with the mpirun of the bound library, or bind mpi4py to Intel MPI: "
         "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
     ),
@@ -124,6 +128,7 @@ LAUNCHERS = (
         local_world_size=("MPI_LOCALNRANKS",),
         mpi_families=MPICH_ABI,
         processes=frozenset({"hydra_pmi_proxy"}),
+        foreign=("PMIX_NAMESPACE",),
         fix="start the job with the mpirun of the bound library, or bind mpi4py to MPICH: "
         "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
     ),
@@ -178,6 +183,7 @@ LAUNCHERS = (
         local_world_size=("PMI_LOCAL_SIZE",),
         mpi_families=MPICH_ABI,
         processes=frozenset({"mpiexec.gforker"}),
+        foreign=("PMIX_NAMESPACE",),
         fix="bind mpi4py to MPICH or Intel MPI: load its module, or set "
         "MPI4PY_LIBMPI=/path/to/libmpi.so.12",
     ),
