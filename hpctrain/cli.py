@@ -19,7 +19,7 @@ from hpctrain.version import __version__
 _HEAD_START_SECONDS = 2.0
 
 USAGE = """\
-usage: python -m hpctrain CONFIG [SECTION.KEY=VALUE ...]
+usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain status RUN
        python -m hpctrain data pack digits FOLDER
 """
@@ -40,6 +40,7 @@ commands:
                     pack scikit-learn's handwritten digits to HDF5 shards
 
 options:
+  --np N            start N processes on this node, under the mpirun of the bound MPI library
   -h, --help        show this message
   --version         show the version
 
@@ -162,7 +163,11 @@ def run(arguments: list[str], claim: Claim) -> int:
     parser = _Parser()
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--np", type=int)
+    # Overrides may stand before and after --np.
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.np is not None:
+        start_here(parsed.np, [parsed.config, *parsed.overrides], claim)
 
     from hpctrain.batch.signals import SignalFlag
     from hpctrain.launch.failure import guard
@@ -195,6 +200,25 @@ def run(arguments: list[str], claim: Claim) -> int:
                     guard=keeper,
                     command=arguments,
                 )
+
+
+def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> NoReturn:
+    """Become an mpirun that runs the same command on this node.
+
+    Raises:
+        UsageError: under a launcher, or for no processes.
+        LaunchError: if there is no MPI to do it with.
+    """
+    if num_processes < 1:
+        raise _usage_error(f"--np {num_processes}: at least one process is needed")
+    if claim.launcher is not None:
+        raise _usage_error(
+            f"--np {num_processes} starts an mpirun of its own, but {claim.launcher.label} has "
+            "started this process already: leave out one of the two"
+        )
+    from hpctrain.launch.starting import start
+
+    start(num_processes, [sys.executable, "-m", "hpctrain", *arguments])
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:

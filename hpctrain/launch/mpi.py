@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import LaunchError
@@ -38,11 +39,7 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     for variable in claim.launcher.foreign:
         os.environ.pop(variable, None)
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        mpi4py.rc.finalize = False
-        from mpi4py import MPI
+        MPI = _load()  # noqa: N806
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{claim.launcher.label} started this process, but mpi4py cannot load an MPI library: "
@@ -59,6 +56,30 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     communicator = MPICommunicator(MPI.COMM_WORLD.Dup(), library)
     with closing_together(communicator, MPI.Finalize):
         yield communicator
+
+
+def bound_library() -> tuple[str, str]:
+    """Return name and file of the library that mpi4py is bound to; the file is "" if unknown.
+
+    Loads the library into this process, but does not initialise it.
+    """
+    MPI = _load()  # noqa: N806
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
+    files = [line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6]
+    mapped = [file for file in files if Path(file).name.startswith("libmpi")]
+    return library_name(MPI.Get_library_version()), mapped[0] if mapped else ""
+
+
+def _load() -> Any:
+    """Import mpi4py without letting it initialise MPI, now or at exit."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    return MPI
 
 
 def library_name(version: str) -> str:

@@ -16,7 +16,7 @@ from hpctrain.version import __version__
 def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     output = capsys.readouterr().out
-    for word in ("mpirun", "status RUN", "data pack digits", "75", "78", "--version"):
+    for word in ("mpirun", "status RUN", "data pack digits", "75", "78", "--np", "--version"):
         assert word in output
 
 

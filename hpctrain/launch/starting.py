@@ -1,0 +1,162 @@
+"""`--np N`: the single-node debug run, under the mpirun that belongs to the bound MPI library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from hpctrain.errors import LaunchError
+
+_INSTALL = (
+    "Install an embedded MPI (pip install 'hpctrain[mpich]'), or load the site's MPI module and "
+    "its mpi4py."
+)
+# In a process of its own: this one is about to become mpirun, and never loads MPI.
+_ASK = "import json, hpctrain.launch.mpi as m; print(json.dumps(m.bound_library()))"
+_ASK_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starter:
+    """How one kind of mpirun starts ranks on this node, and on this node only.
+
+    Attributes:
+        says: words that `mpirun --version` prints.
+        families: families of MPI libraries whose ranks it starts.
+        names: what it may be called.
+        options: for ranks that share cores, in a batch job too, whose nodes it would take.
+        environment: the same, where there is no option.
+    """
+
+    says: str
+    families: frozenset[str]
+    names: tuple[str, ...]
+    options: tuple[str, ...]
+    root_options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# Pinning is off: by default Open MPI and Intel MPI give each rank one core, and the loader's
+# threads with it.
+_NO_SCHEDULER = "^slurm,tm,pbs,lsf,gridengine,flux"
+STARTERS = (
+    Starter(
+        says="Open MPI",
+        families=frozenset({"openmpi", "spectrum"}),
+        names=("mpirun", "mpirun.openmpi"),
+        options=("--oversubscribe", "--bind-to", "none"),
+        root_options=("--allow-run-as-root",),
+        environment={"PRTE_MCA_ras": _NO_SCHEDULER, "OMPI_MCA_ras": _NO_SCHEDULER},
+    ),
+    Starter(
+        says="Intel(R) MPI",
+        families=frozenset({"intel", "mpich", "mvapich"}),
+        names=("mpirun", "mpiexec.hydra"),
+        options=("-bootstrap", "fork", "-hosts", "localhost"),
+        environment={"I_MPI_PIN": "0"},
+    ),
+    Starter(
+        says="HYDRA",
+        families=frozenset({"mpich", "mvapich", "intel"}),
+        names=("mpirun", "mpirun.mpich", "mpiexec.hydra"),
+        options=("-launcher", "fork", "-hosts", "localhost"),
+    ),
+)
+
+
+def start(num_processes: int, command: Sequence[str]) -> NoReturn:
+    """Replace this process by an mpirun of `command` on this node.
+
+    Its signals and its exit code are mpirun's from here on.
+
+    Raises:
+        LaunchError: if there is no MPI library, or no mpirun that fits it.
+    """
+    version, library = _ask_for_library()
+    mpirun, starter = _find(version, library)
+    print(  # noqa: T201
+        f"hpctrain: {num_processes} processes under {mpirun}", file=sys.stderr, flush=True
+    )
+    options = [*starter.options, *(starter.root_options if os.geteuid() == 0 else ())]
+    arguments = [str(mpirun), *options, "-np", str(num_processes), *command]
+    os.execve(mpirun, arguments, _environment(mpirun, starter.environment))
+
+
+def _ask_for_library() -> tuple[str, str]:
+    """Return name and file of the MPI library that mpi4py is bound to."""
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        raise LaunchError(f"mpi4py cannot load an MPI library ({last}). {_INSTALL}") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"mpi4py did not load its MPI library within {_ASK_SECONDS:.0f} s."
+        ) from error
+    name, library = json.loads(answer.stdout.splitlines()[-1])
+    return str(name), str(library)
+
+
+def _find(version: str, library: str) -> tuple[Path, Starter]:
+    """Return the mpirun that belongs to a library: the one beside it, else one on PATH."""
+    from hpctrain.launch.mpi import library_family
+
+    family = library_family(version)
+    starters = [starter for starter in STARTERS if family in starter.families]
+    tried = []
+    for mpirun in _candidates(library, [name for row in starters for name in row.names]):
+        said = _version_of(mpirun)
+        for starter in starters:
+            if starter.says in said:
+                return mpirun, starter
+        tried.append(str(mpirun))
+    others = f" ({', '.join(tried)} is another MPI's)" if tried else ""
+    raise LaunchError(
+        f"mpi4py is bound to {version} ({library or 'file unknown'}), but no mpirun of it is "
+        f"beside it or on PATH{others}. {_INSTALL}"
+    )
+
+
+def _candidates(library: str, names: Sequence[str]) -> Iterator[Path]:
+    """Yield the files that may be the library's mpirun, the likeliest first."""
+    folders: list[Path] = []
+    if library:
+        # PREFIX/lib/libmpi.so; deeper under oneAPI (lib/release) and Debian (lib/ARCH/openmpi/lib).
+        places = (Path(library), Path(library).resolve())
+        folders = [up / "bin" for place in places for up in place.parents[1:5]]
+    paths = [folder / name for folder in folders for name in names]
+    paths += [Path(found) for name in names if (found := shutil.which(name))]
+    yield from (path for path in dict.fromkeys(paths) if os.access(path, os.X_OK))
+
+
+def _version_of(mpirun: Path) -> str:
+    try:
+        return subprocess.run(
+            [mpirun, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_SECONDS,
+            check=False,
+            env=_environment(mpirun, {}),
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _environment(mpirun: Path, defaults: dict[str, str]) -> dict[str, str]:
+    """Return our environment with mpirun's folder first: Intel's looks for its parts on PATH."""
+    path = f"{mpirun.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**defaults, **os.environ, "PATH": path}

