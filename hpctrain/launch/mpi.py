@@ -13,6 +13,8 @@ from typing import Any
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.agreement import closing_together
+from hpctrain.launch.ancestry import ancestors
+from hpctrain.launch.containers import WITHOUT_SHARED_MEMORY, is_walled_off
 from hpctrain.launch.launchers import Claim
 from hpctrain.launch.pmi import check_process_manager
 
@@ -36,6 +38,9 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     assert claim.launcher is not None
     for variable, value in _HOST_ONLY.items():
         os.environ.setdefault(variable, value)
+    if is_walled_off(claim.launcher, ancestors()):
+        for variable, value in WITHOUT_SHARED_MEMORY.items():
+            os.environ.setdefault(variable, value)
     for variable in claim.launcher.foreign:
         os.environ.pop(variable, None)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import LaunchError
+from hpctrain.launch.containers import is_walled_off
 from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget
 from hpctrain.launch.device import (
     Place,
@@ -21,6 +23,7 @@ from hpctrain.launch.device import (
     device_kind,
 )
 from hpctrain.launch.discovery import Node, place
+from hpctrain.launch.launchers import detect
 from hpctrain.launch.rendezvous import Address, candidates
 
 A, B = Node("boot-a", "a"), Node("boot-b", "b")
@@ -245,3 +248,24 @@ def test_candidates(
 ) -> None:
     offered = candidates(ADDRESSES, num_nodes, interface=interface, ip=ip)
     assert [address.ip for address in offered] == expected
+
+
+@pytest.mark.parametrize(
+    ("namespace", "above", "walled_off"),
+    [
+        ("pid:[4026531836]", ["hydra_pmi_proxy", "systemd"], False),
+        ("pid:[4026531836]", [], False),  # /proc hides the processes of others
+        ("pid:[4026532179]", ["hydra_pmi_proxy", "bash"], False),  # mpirun in the container too
+        ("pid:[4026532179]", ["bash"], True),
+        (None, [], False),
+    ],
+)
+def test_a_rank_alone_in_its_container(
+    namespace: str | None, above: list[str], walled_off: bool, tmp_path: Path
+) -> None:
+    launcher = detect({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}).launcher
+    assert launcher is not None
+    if namespace is not None:
+        (tmp_path / "self" / "ns").mkdir(parents=True)
+        (tmp_path / "self" / "ns" / "pid").symlink_to(namespace)
+    assert is_walled_off(launcher, above, tmp_path) == walled_off
