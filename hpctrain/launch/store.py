@@ -20,6 +20,7 @@ from hpctrain.launch.launchers import Claim
 # As long as torch itself waits in a collective.
 _LONGEST_WAIT = timedelta(minutes=30)
 _NAME_SECONDS = 5.0
+_LEAVE_SECONDS = 10.0
 
 
 @contextmanager
@@ -48,8 +49,7 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
         ) from error
     _register(store, rank, world_size, f"{address}:{port}")
     communicator = StoreCommunicator(store, rank, world_size)
-    # Rank 0 may hold the store: nobody leaves before everybody is done with it.
-    with closing_together(communicator, lambda: None):
+    with closing_together(communicator, lambda: _leave(store, rank, world_size)):
         yield communicator
 
 
@@ -89,6 +89,19 @@ def _register(store: dist.Store, rank: int, world_size: int, place: str) -> None
             f"{wrong}. Another job uses this port, or RANK and WORLD_SIZE do not fit together.",
             everywhere=True,
         )
+
+
+def _leave(store: dist.Store, rank: int, world_size: int) -> None:
+    """Take leave of the store that rank 0 may hold: it goes last. Collective: all ranks.
+
+    After a barrier alone the others may still be tidying up in the store.
+    """
+    if rank != 0:
+        store.add("hpctrain/gone", 1)
+        return
+    end = time.monotonic() + _LEAVE_SECONDS
+    while store.add("hpctrain/gone", 0) < world_size - 1 and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 class StoreCommunicator:
