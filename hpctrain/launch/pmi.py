@@ -7,7 +7,8 @@ no room for a message of ours.
 from __future__ import annotations
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.launchers import Environment, Launcher
+from hpctrain.launch.launchers import Environment
+from hpctrain.launch.table import Launcher
 
 _PMIX_OF_SLURM = "slurm.pmix."
 
