@@ -100,6 +100,7 @@ class Lab:
             name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)
         }
         self.environment["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        self.environment["TMPDIR"] = str(self.folder / "tmp")
         # The nodes share the cores that each of them counts as its own.
         self.environment["OMP_NUM_THREADS"] = "1"
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -237,7 +238,7 @@ def free_ports(count: int) -> list[int]:
         return [item.getsockname()[1] for item in sockets]
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
     """Return once a condition holds.
 
     Raises:

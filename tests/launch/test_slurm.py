@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def srun(
 def batch(slurm: Lab, folder: Path, options: str, script: str) -> str:
     """Run a batch script to its end and return its output."""
     slurm.submit(script, *options.split(), cwd=folder)
-    wait_for(lambda: not slurm.jobs(), "end of the job", 90)
+    wait_for(lambda: not slurm.jobs(), "end of the job")
     return (folder / "out").read_text(encoding="utf-8")
 
 
@@ -169,15 +168,15 @@ def test_a_job_submitted_by_a_rank(slurm: Lab, tmp_path: Path, mpi: str) -> None
     assert "the variables of another step were inherited" in line
 
 
+# srun ends the others of a killed rank only with -K.
 @pytest.mark.parametrize(
     ("options", "how"), [("", "exception"), ("", "exit"), ("-K", "exception"), ("-K", "kill")]
 )
 def test_a_failing_rank_ends_the_step(slurm: Lab, options: str, how: str) -> None:
-    start = time.monotonic()
-    result = srun(slurm, f"-N2 -n3 {options}", str(BODIES / "failing.py"), "1", how)
-    assert result.returncode != 0
     # The others sleep for a minute.
-    assert time.monotonic() - start < 45, result.stderr
+    body = (str(BODIES / "failing.py"), "1", how)
+    result = srun(slurm, f"-N2 -n3 {options}", *body, timeout=55)
+    assert result.returncode != 0
     if how != "kill":
         assert result.stderr.count("Traceback") == 1
         assert "rank 1@n1" in result.stderr
@@ -191,11 +190,12 @@ def test_scancel_with_a_signal_stops_the_run(slurm: Lab, site: Path) -> None:
     check_stopped(site, "SIGUSR1")
 
 
+@pytest.mark.timeout(300)
 def test_the_warning_before_the_time_limit_stops_the_run(slurm: Lab, site: Path) -> None:
     """Slurm looks at time limits every 30 s, and may warn that much earlier."""
     limit = ("--time=1", "--signal=USR1@20")
     slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n2", *limit, cwd=site)
-    wait_for(lambda: not slurm.jobs(), "end", 100)
+    wait_for(lambda: not slurm.jobs(), "end")
     check_stopped(site, "SIGUSR1")
 
 
@@ -209,6 +209,7 @@ def check_stopped(site: Path, signal: str) -> None:
     assert latest == f"step-{ended['step']:08d}"
 
 
+@pytest.mark.timeout(300)
 def test_a_requeued_job_continues_its_run(slurm: Lab, site: Path) -> None:
     script = f"echo restart $SLURM_RESTART_COUNT\nsrun --mpi=pmi2 {TRAIN} training.max_epochs=8"
     job = slurm.submit(script, "-N2", "-n2", "--requeue", cwd=site)

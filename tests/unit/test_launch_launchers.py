@@ -170,6 +170,7 @@ def test_rank_and_world_size_copied_from_the_launcher_agree(name: str) -> None:
 
 
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+INTEL = "Intel(R) MPI Library 2021.19.0 for Linux* OS"
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,9 @@ def test_what_mpi_init_would_die_of_is_explained(
     [
         ("srun-pmi2-cyclic", {}, MPICH),
         ("srun-pmix-uneven", {}, MPICH[:-1] + " --with-pmix=/usr"),
-        ("srun-pmix-uneven", {}, "Intel(R) MPI Library 2021.19.0 for Linux* OS"),
-        # A namespace that was inherited is overruled by a PMI of this step.
-        ("srun-pmi2-cyclic", {"PMIX_NAMESPACE": "slurm.pmix.99.0", "PMIX_RANK": "1"}, MPICH),
+        ("srun-pmix-uneven", {}, INTEL),
+        # A PMI of this step overrules a namespace that was inherited.
+        ("srun-pmi2-cyclic", {"PMIX_NAMESPACE": "slurm.pmix.99.0", "PMIX_RANK": "1"}, INTEL),
         ("srun-heterogeneous", {"SLURM_JOB_ID": "7"}, "Open MPI v5"),
         # Newer Slurm's cray_shasta names the job alone.
         ("srun-cray-shasta", {"PMI_JOBID": "4", "PMI_RANK": "0"}, "CRAY MPICH version 8"),
