@@ -8,18 +8,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, may_speak, this_process
+from hpctrain.topology import Communicator, Topology
 from hpctrain.version import __version__
+
+if TYPE_CHECKING:
+    from hpctrain.launch.failure import Guard
 
 _HEAD_START_SECONDS = 2.0
 
 USAGE = """\
 usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
+       python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
        python -m hpctrain status RUN
        python -m hpctrain data pack digits FOLDER
 """
@@ -35,6 +41,8 @@ Overrides are TOML values for single keys. Started again, a run continues from i
 checkpoint. Alone, without a launcher, it is one process.
 
 commands:
+  check CONFIG      under the launcher, before a long job: try network, devices, model, data and
+                    run folder, train nothing, say what is wrong and how to fix it; 0 or 69
   status RUN        how the run in this folder ended or where it stands
   data pack digits FOLDER
                     pack scikit-learn's handwritten digits to HDF5 shards
@@ -148,6 +156,8 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
+    if first == "check":
+        return check(rest, claim)
     return run(arguments, claim)
 
 
@@ -170,36 +180,96 @@ def run(arguments: list[str], claim: Claim) -> int:
         start_here(parsed.np, [parsed.config, *parsed.overrides], claim)
 
     from hpctrain.batch.signals import SignalFlag
-    from hpctrain.launch.failure import guard
-    from hpctrain.launch.world import control_plane, gathering
+    from hpctrain.launch.world import gathering
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
-    with SignalFlag() as signals:
-        # One rank reads the file; the others hear from it what is in it.
-        config = load_config(parsed.config, parsed.overrides) if claim.rank in (None, 0) else None
-        if claim.launcher is None and isinstance(config, ConfigError):
-            raise config
-        with (
-            control_plane(claim) as (topology, communicator),
-            telling(topology.is_rank_zero),
-            guard(topology) as keeper,
-        ):
-            config = communicator.broadcast(config)
-            if isinstance(config, ConfigError):
-                raise config
-            with gathering(topology, communicator, config.launch, keeper) as meeting:
-                # Brings torch, which has to follow MPI_Init.
-                from hpctrain.training.job import train
+    with (
+        SignalFlag() as signals,
+        started(parsed.config, parsed.overrides, claim) as job,
+        gathering(job.topology, job.communicator, job.config.launch, job.guard) as meeting,
+    ):
+        from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
 
-                return train(
-                    config,
-                    topology,
-                    communicator,
-                    meeting=meeting,
-                    signals=signals,
-                    guard=keeper,
-                    command=arguments,
+        return train(
+            job.config,
+            job.topology,
+            job.communicator,
+            meeting=meeting,
+            signals=signals,
+            guard=job.guard,
+            command=arguments,
+        )
+
+
+def check(arguments: list[str], claim: Claim) -> int:
+    """Try everything that a run needs, and train nothing. Collective: all ranks."""
+    parser = _Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--json", action="store_true")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.observe.streams import reserved_stdout
+    from hpctrain.preflight.report import start_failed_json
+
+    with reserved_stdout(parsed.json) as out:
+        try:
+            with started(parsed.config, parsed.overrides, claim) as job:
+                from hpctrain.preflight.job import check as check_all
+
+                return check_all(
+                    job.config,
+                    job.topology,
+                    job.communicator,
+                    job.guard,
+                    command=[parsed.config, *parsed.overrides],
+                    out=out,
+                    as_json=parsed.json,
                 )
+        except HpctrainError as error:
+            # Before there is a report: machines get an object all the same.
+            if parsed.json and claim.rank in (None, 0):
+                print(start_failed_json(parsed.config, error), file=out, flush=True)
+            raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What every rank of a job has once it has begun."""
+
+    config: Config
+    topology: Topology
+    communicator: Communicator
+    guard: Guard
+
+
+@contextmanager
+def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
+    """Check the config on rank 0, make the world, and hand the config to all ranks.
+
+    Collective: all ranks.
+
+    Raises:
+        HpctrainError: if the config is wrong, or the ranks form no world; told already where all
+            ranks hold it.
+    """
+    from hpctrain.launch.failure import guard
+    from hpctrain.launch.world import control_plane
+
+    # One rank reads the file; the others hear from it what is in it.
+    config = load_config(path, overrides) if claim.rank in (None, 0) else None
+    if claim.launcher is None and isinstance(config, ConfigError):
+        raise config
+    with (
+        control_plane(claim) as (topology, communicator),
+        telling(topology.is_rank_zero),
+        guard(topology) as keeper,
+    ):
+        config = communicator.broadcast(config)
+        if isinstance(config, ConfigError):
+            raise config
+        assert config is not None
+        yield Job(config=config, topology=topology, communicator=communicator, guard=keeper)
 
 
 def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> NoReturn:

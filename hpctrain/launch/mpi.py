@@ -20,7 +20,7 @@ from hpctrain.launch.pmi import check_process_manager
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
 # MPI_Init, before the rank has chosen its own.
-_HOST_ONLY = {"MPICH_GPU_SUPPORT_ENABLED": "0", "MPIR_CVAR_ENABLE_GPU": "0", "I_MPI_OFFLOAD": "0"}
+HOST_ONLY = {"MPICH_GPU_SUPPORT_ENABLED": "0", "MPIR_CVAR_ENABLE_GPU": "0", "I_MPI_OFFLOAD": "0"}
 
 _LONGEST_PAUSE_SECONDS = 0.005
 
@@ -36,7 +36,7 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
         LaunchError: if the bound library cannot join the launcher's world, or sees another one.
     """
     assert claim.launcher is not None
-    for variable, value in _HOST_ONLY.items():
+    for variable, value in HOST_ONLY.items():
         os.environ.setdefault(variable, value)
     if is_walled_off(claim.launcher, ancestors()):
         for variable, value in WITHOUT_SHARED_MEMORY.items():

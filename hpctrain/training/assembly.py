@@ -6,11 +6,11 @@ import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.config.messages import did_you_mean
@@ -129,10 +129,29 @@ class Parts:
     step: TrainStep
 
 
-def build_parts(config: Config, world: World, components: Components, data: Data) -> Parts:
+class Shapes(Protocol):
+    """What the parts have to know of the training data."""
+
+    @property
+    def largest_share(self) -> int:
+        """The most samples of any rank in any batch."""
+        ...
+
+    def example(self) -> dict[str, Tensor]:
+        """Return one row of every field, (1, *shape) on the device."""
+        ...
+
+
+def build_parts(config: Config, world: World, components: Components, data: Shapes) -> Parts:
     """Build model, task, optimizer and step, the same on all ranks, and prime them.
 
     Collective: all ranks.
+
+    Args:
+        config: names the parts.
+        world: the ranks.
+        components: as resolved.
+        data: the loader of the training data.
 
     Raises:
         HpctrainError: on every rank, if a component refuses its arguments or the data.
@@ -160,7 +179,7 @@ def build_parts(config: Config, world: World, components: Components, data: Data
         )
         if config.training.compile:
             model.compile()
-        example = data.train_loader.example()
+        example = data.example()
     step = TrainStep(
         model,
         task,
@@ -169,7 +188,7 @@ def build_parts(config: Config, world: World, components: Components, data: Data
         number_format=number_format,
         clip_norm=config.training.clip_norm,
         micro_batch_size=config.data.micro_batch_size,
-        largest_share=data.train_loader.largest_share,
+        largest_share=data.largest_share,
         example=example,
     )
     step.prime()

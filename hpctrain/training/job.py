@@ -107,7 +107,7 @@ def _train(
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
-    parts = build_parts(config, world, components, data)
+    parts = build_parts(config, world, components, data.train_loader)
     with raise_together(world.communicator):
         if resumed is not None:
             restore(world, parts.step, resumed)

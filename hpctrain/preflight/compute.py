@@ -1,0 +1,81 @@
+"""The checks of the model: its parts, real steps on synthetic data, memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+from hpctrain.launch.world import World
+from hpctrain.preflight.asking import CheckError, ask
+from hpctrain.preflight.checks import Checks
+from hpctrain.preflight.finding import Finding
+from hpctrain.preflight.judging import compute as judging
+from hpctrain.preflight.probes.step import StepFacts, SyntheticLoader, alone, take_steps
+from hpctrain.training.assembly import Components, Data
+from hpctrain.training.components import resolve_components
+
+
+def check_compute(
+    checks: Checks, world: World | None, opened: Data | None, command: Sequence[str]
+) -> list[StepFacts] | None:
+    """Build what the config names and take steps. Collective: all ranks.
+
+    Args:
+        checks: takes the findings.
+        world: None where there is no process group.
+        opened: None where the dataset, and with it the shapes, are unknown.
+        command: the config file and overrides.
+    """
+    components = _resolve(checks, command)
+    if world is None or opened is None or components is None:
+        missing = "network" if world is None else "data" if opened is None else "components"
+        checks.skip(["step", "memory"], f"there are no {missing} to try it with")
+        return None
+    task = checks.config.task
+    fields = list(dict.fromkeys([*task.inputs, *filter(None, [task.target])]))
+    loader = SyntheticLoader(
+        dataset=opened.train.select(fields),
+        largest_share=opened.train_loader.largest_share,
+        device=world.device,
+    )
+    # Every rank by itself first: one that fails alone would leave the others in a reduction.
+    steps = _try(checks, alone(world), components, loader)
+    if steps is not None and checks.topology.world_size > 1:
+        steps = _try(checks, world, components, loader)
+    if steps is None:
+        checks.skip(["memory"], "no step was possible")
+        return None
+    checks.add(judging.judge_step(steps))
+    nodes = [rank.node_rank for rank in checks.ranks] or [0] * len(steps)
+    checks.add(judging.judge_memory(steps, checks.hosts, nodes, world.device.type))
+    return steps
+
+
+def _resolve(checks: Checks, command: Sequence[str]) -> Components | None:
+    config = checks.config
+    components = checks.keep(
+        "components",
+        "correct the config, or install what it names on every node",
+        lambda: resolve_components(config, command[0], command[1:]),
+    )
+    if components is not None:
+        named = (config.model, config.task, config.optimizer, config.scheduler)
+        fact = f"{', '.join(part.use for part in named)}: imported, their arguments fit"
+        checks.add(Finding(name="components", status="pass", fact=fact))
+    return components
+
+
+def _try(
+    checks: Checks, world: World, components: Components, loader: SyntheticLoader
+) -> list[StepFacts] | None:
+    """Take steps in `world`: all ranks together, or each alone. Collective: all ranks."""
+    gc.collect()  # a model in a reference cycle keeps its memory until then
+    try:
+        return ask(
+            checks.topology,
+            checks.communicator,
+            lambda: take_steps(checks.config, world, components, loader),
+        )
+    except CheckError as error:
+        checks.add(error.finding("step", judging.step_fix(str(error))))
+        return None

@@ -1,0 +1,76 @@
+"""One preflight: every family of checks in its turn, and the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TextIO
+
+import torch
+
+from hpctrain.config import Config
+from hpctrain.errors import ExitCode
+from hpctrain.launch.failure import Guard
+from hpctrain.launch.world import World
+from hpctrain.observe import log
+from hpctrain.preflight.checks import Checks
+from hpctrain.preflight.compute import check_compute
+from hpctrain.preflight.data import check_reading, open_and_check
+from hpctrain.preflight.finding import exit_code
+from hpctrain.preflight.network import check_network
+from hpctrain.preflight.report import to_json, verdict
+from hpctrain.preflight.storage import check_storage, check_walltime
+from hpctrain.preflight.world import check_world, connect
+from hpctrain.topology import Communicator, Topology
+
+
+def check(
+    config: Config,
+    topology: Topology,
+    communicator: Communicator,
+    guard: Guard,
+    *,
+    command: Sequence[str],
+    out: TextIO,
+    as_json: bool,
+) -> ExitCode:
+    """Try everything that the run needs, and tell. Collective: all ranks.
+
+    Args:
+        config: the same on all ranks.
+        topology: of this rank.
+        communicator: of all ranks.
+        guard: ends the job where a rank is lost.
+        command: the config file and overrides, as they were given.
+        out: where rank 0 writes the report.
+        as_json: one JSON object at the end, in place of a line a finding as they come.
+
+    Returns:
+        DONE, or LAUNCH if a check has failed.
+    """
+    speaks = topology.is_rank_zero
+    out_of_findings = out if speaks and not as_json else None
+    checks = Checks(config, topology, communicator, guard, out=out_of_findings)
+    with log.start(None, speaks=speaks), ExitStack() as stack:
+        world = connect(checks, stack)
+        # Without a network, data and storage can still be looked at.
+        lonely = World(
+            topology=topology,
+            communicator=communicator,
+            device=torch.device("cpu"),
+            backend=None,
+        )
+        check_world(checks, world or lonely)
+        if world is not None:
+            check_network(checks, world)
+        opened = open_and_check(checks, world or lonely)
+        steps = check_compute(checks, world, opened, command)
+        check_reading(checks, opened, steps)
+        check_storage(checks, steps)
+        check_walltime(checks, opened, steps)
+    if speaks:
+        text = f"\n{verdict(checks.findings)}"
+        if as_json:
+            text = to_json(command[0], topology, checks.backend, checks.ranks, checks.findings)
+        print(text, file=out, flush=True)
+    return exit_code(checks.findings)

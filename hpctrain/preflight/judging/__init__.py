@@ -1,0 +1,1 @@
+"""Judges what the probes have measured. Pure: tables in, findings out."""

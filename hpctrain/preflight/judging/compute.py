@@ -1,0 +1,90 @@
+"""Judges the trial steps: does model, optimizer and batch fit, and what does a step cost?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpctrain.observe.text import number, percent, plural, size
+from hpctrain.preflight.finding import Finding
+from hpctrain.preflight.probes.step import StepFacts
+
+_LEAST_FREE = 0.1
+"""Of the memory: what batches, evaluation and fragmentation may still take."""
+
+STEP_FIX = "the same happens in training: start one process on a small config to see its traceback"
+MEMORY_FIX = (
+    'lower data.micro_batch_size, or set training.precision = "bf16-mixed"; data.buffer_mb is the '
+    "host memory for reading ahead"
+)
+
+
+def step_fix(message: str) -> str:
+    """Return what to do about a step that failed."""
+    words = ("out of memory", "outofmemory", "can't allocate memory", "memoryerror")
+    return MEMORY_FIX if any(word in message.lower() for word in words) else STEP_FIX
+
+
+def judge_step(steps: Sequence[StepFacts]) -> Finding:
+    """Tell model and time of a step."""
+    first = steps[0]
+    seconds = max(step.seconds for step in steps)
+    fact = (
+        f"{plural(first.parameters, 'parameter')} ({size(first.parameter_bytes)}); a step takes "
+        f"{number(seconds * 1000)} ms: per rank {plural(first.samples, 'sample')} in "
+        f"{plural(first.passes, 'pass', 'passes')}"
+    )
+    values = {
+        "parameters": first.parameters,
+        "checkpoint_bytes": first.checkpoint_bytes,
+        "seconds": [step.seconds for step in steps],
+    }
+    bad = [rank for rank, step in enumerate(steps) if not step.finite]
+    if bad:
+        return Finding(
+            name="step",
+            status="warn",
+            fact=f"{fact}; on synthetic data loss or gradient is not finite (rank {bad[0]})",
+            fix="of numbers from 0 to 1 that is a surprise: look for logarithms, divisions, and "
+            "the scale of the initial weights",
+            values=values,
+        )
+    return Finding(name="step", status="pass", fact=fact, values=values)
+
+
+def judge_memory(
+    steps: Sequence[StepFacts], hosts: Sequence[str], node_ranks: Sequence[int], device: str
+) -> Finding:
+    """Hold what the ranks took against what there is.
+
+    Args:
+        steps: of every rank.
+        hosts: of every rank.
+        node_ranks: of every rank.
+        device: "cpu": the ranks of a node share its memory; else each has a device of its own.
+    """
+    worst: tuple[float, Finding] | None = None
+    for place, step in enumerate(steps):
+        node = [each for each, n in zip(steps, node_ranks, strict=True) if n == node_ranks[place]]
+        shared = device == "cpu"
+        used = sum(each.used_bytes for each in node) if shared else step.used_bytes
+        # Ranks of a node do not look at the same moment: the least is the most careful.
+        free = min(each.free_bytes for each in node) if shared else step.free_bytes
+        total = step.total_bytes
+        whose = (
+            f"{plural(len(node), 'rank')} of {hosts[place]} hold"
+            if shared
+            else (f"rank {place} on {hosts[place]} holds")
+        )
+        fact = f"{whose} {size(used)}; {size(free)} of {size(total)} are left"
+        tight = free < _LEAST_FREE * total
+        finding = Finding(
+            name="memory",
+            status="warn" if tight else "pass",
+            fact=f"{fact} ({percent(free, total)})" if tight else fact,
+            fix=MEMORY_FIX if tight else "",
+            values={"used_bytes": used, "free_bytes": free, "total_bytes": total},
+        )
+        if worst is None or free / total < worst[0]:
+            worst = free / total, finding
+    assert worst is not None
+    return worst[1]

@@ -1,0 +1,48 @@
+"""The checks between ranks: names, interface, all-reduce, and who is late."""
+
+from __future__ import annotations
+
+from hpctrain.launch.world import World
+from hpctrain.preflight.checks import HOST_FIX, Checks
+from hpctrain.preflight.judging import network as judging
+from hpctrain.preflight.probes import network as probes
+
+_FIX = "see that no firewall is between the nodes; launch.interface names another network"
+
+
+def check_network(checks: Checks, world: World) -> None:
+    """Try the network of a ready process group. Collective: all ranks."""
+    _check_names(checks)
+    hosts = checks.hosts
+    speeds = checks.gather("speed", HOST_FIX, lambda: probes.fixed_computation(world.device))
+    if speeds is not None:
+        checks.add(judging.judge_speed(speeds, hosts))
+    if checks.topology.world_size == 1:
+        checks.skip(["all-reduce", "clocks", "barrier"], "one process")
+        return
+    table = checks.gather("all-reduce", _FIX, lambda: probes.time_reductions(world))
+    if table is not None:
+        checks.add(judging.judge_reductions(table, world.backend or ""))
+    offsets = checks.gather("clocks", HOST_FIX, lambda: probes.clock_offset(checks.communicator))
+    if offsets is not None:
+        checks.add(judging.judge_clocks(offsets, hosts))
+    waits = checks.gather("barrier", HOST_FIX, lambda: probes.barrier_wait(checks.communicator))
+    if waits is not None:
+        checks.add(judging.judge_arrival(waits, hosts))
+
+
+def _check_names(checks: Checks) -> None:
+    topology = checks.topology
+
+    def look_up() -> probes.Lookup | None:
+        # One rank per node: a name server is easily overrun.
+        if topology.local_rank != 0:
+            return None
+        return probes.look_up(topology.host, topology.hosts[0])
+
+    lookups = checks.gather("host names", HOST_FIX, look_up)
+    if lookups is None or not checks.ranks:
+        return
+    agreed = checks.ranks[0].addresses if topology.num_nodes > 1 else ()
+    checks.add(judging.judge_names([each for each in lookups if each is not None], agreed))
+    checks.add(judging.judge_interface(checks.ranks))

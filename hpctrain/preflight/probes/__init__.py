@@ -1,0 +1,1 @@
+"""What the preflight measures. Nothing here judges."""

@@ -1,0 +1,141 @@
+"""Times messages, clocks and a fixed computation; looks host names up."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+from hpctrain.launch.world import World
+from hpctrain.topology import Communicator
+
+SIZES = (8, 64 * 2**10, 2**20, 16 * 2**20, 64 * 2**20)
+"""Bytes of the gradients that are summed over all ranks."""
+_SIZE_SECONDS = 1.0
+_MOST_REPEATS = 30
+_ROUNDS = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What a node's resolver says.
+
+    Attributes:
+        own: addresses of this node's own host name; empty where it has none.
+        rank_zero: those of rank 0's host name.
+        seconds: that both took.
+    """
+
+    host: str
+    own: tuple[str, ...]
+    rank_zero: tuple[str, ...]
+    seconds: float
+
+
+def look_up(host: str, rank_zero_host: str) -> Lookup:
+    """Look both names up."""
+    begin = time.perf_counter()
+    own = resolve(host)
+    other = own if rank_zero_host == host else resolve(rank_zero_host)
+    seconds = time.perf_counter() - begin
+    return Lookup(host=host, own=own, rank_zero=other, seconds=seconds)
+
+
+def resolve(name: str) -> tuple[str, ...]:
+    """Return the addresses of a host name, none where it does not resolve."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return ()
+    return tuple(dict.fromkeys(str(entry[4][0]).split("%", maxsplit=1)[0] for entry in found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """An all-reduce of one size, as one rank has seen it."""
+
+    num_bytes: int
+    seconds: float
+    repeats: int
+
+
+def time_reductions(world: World) -> list[Reduction]:
+    """Return the median time of an all-reduce for every size. Collective: all ranks.
+
+    Each size takes about a second; sizes that would take several for one call are left out.
+    """
+    results: list[Reduction] = []
+    for num_bytes in SIZES:
+        tensor = torch.ones(num_bytes // 4, dtype=torch.float32, device=world.device)
+        # The first call also connects. All ranks have to repeat equally often.
+        tries = [_time_reduction(world, tensor) for _ in range(2)]
+        slowest = max(world.communicator.all_gather(min(tries)))
+        repeats = max(1, min(_MOST_REPEATS, int(_SIZE_SECONDS / max(slowest, 1e-9))))
+        times = [_time_reduction(world, tensor) for _ in range(repeats)]
+        results.append(
+            Reduction(num_bytes=num_bytes, seconds=statistics.median(times), repeats=repeats)
+        )
+        if slowest > 2 * _SIZE_SECONDS:
+            break
+    return results
+
+
+def _time_reduction(world: World, tensor: torch.Tensor) -> float:
+    tensor.fill_(1)  # or the sums of sums overflow
+    synchronize(world.device)
+    begin = time.perf_counter()
+    dist.all_reduce(tensor)
+    synchronize(world.device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock_offset(communicator: Communicator) -> float:
+    """Return how far this rank's clock is before rank 0's, s. Collective: all ranks.
+
+    As exact as a barrier, which is some milliseconds.
+    """
+    offsets: list[float] = []
+    for _ in range(_ROUNDS):
+        communicator.barrier()
+        now = time.time()
+        offsets.append(now - communicator.broadcast(now))
+    return statistics.median(offsets)
+
+
+def barrier_wait(communicator: Communicator) -> float:
+    """Return how long this rank waits for the others in a barrier, s. Collective: all ranks.
+
+    Those that come last wait least.
+    """
+    waits = []
+    communicator.barrier()
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        communicator.barrier()
+        waits.append(time.perf_counter() - begin)
+    return statistics.median(waits)
+
+
+def fixed_computation(device: torch.device) -> float:
+    """Return the time of a fixed multiplication of matrices, s: the median of some."""
+    width = 4096 if device.type == "cuda" else 512
+    matrix = torch.full((width, width), 1 / width, device=device)
+    times: list[float] = []
+    end = time.perf_counter() + 1.0
+    while len(times) < 10 and (len(times) < 3 or time.perf_counter() < end):
+        begin = time.perf_counter()
+        for _ in range(4):
+            matrix = matrix @ matrix
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

@@ -1,0 +1,193 @@
+"""Builds the model and takes real steps on synthetic data, measuring memory and time."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from hpctrain.checkpoint.state import optimizer_to_tensors
+from hpctrain.config import Config
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.delivery import Batch, torch_dtype
+from hpctrain.launch.single import SingleCommunicator
+from hpctrain.launch.world import World
+from hpctrain.preflight.probes.network import synchronize
+from hpctrain.preflight.probes.process import cgroup
+from hpctrain.training.assembly import Components, build_parts
+
+_TIMED_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticLoader:
+    """Stands in for the loader of the training data: its shapes, none of its samples.
+
+    Attributes:
+        dataset: the fields that the task uses.
+        largest_share: the most samples of any rank in any batch.
+        device: where the rows are wanted.
+    """
+
+    dataset: Dataset
+    largest_share: int
+    device: torch.device
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Return one row of every field, (1, *shape) on the device."""
+        return self.rows(1)
+
+    def rows(self, count: int) -> dict[str, torch.Tensor]:
+        """Return rows that any model takes: floats from 0 to 1, and 0, which is also a class."""
+        generator = torch.Generator().manual_seed(0)
+        fields = {}
+        for name, field in self.dataset.fields.items():
+            dtype, shape = torch_dtype(field), (count, *field.shape)
+            if dtype.is_floating_point:
+                tensor = torch.rand(shape, generator=generator).to(dtype)
+            else:
+                tensor = torch.zeros(shape, dtype=dtype)
+            fields[name] = tensor.to(self.device)
+        return fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """What the steps of one rank have shown.
+
+    Attributes:
+        parameters: numbers in the model.
+        parameter_bytes: of these.
+        checkpoint_bytes: of model and optimizer state, as a checkpoint holds them.
+        samples: of this rank in a step; the most there can be.
+        passes: that they are computed in.
+        seconds: of one step, the median.
+        finite: whether loss and gradient were.
+        used_bytes: the most that the process has taken: of the device, or of host memory.
+        free_bytes: that were left there at the end, for all ranks together on a host.
+        total_bytes: that there are.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    checkpoint_bytes: int
+    samples: int
+    passes: int
+    seconds: float
+    finite: bool
+    used_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+
+def alone(world: World) -> World:
+    """Return a world of this rank only, on the same device."""
+    topology = replace(
+        world.topology,
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        node_rank=0,
+        num_nodes=1,
+        hosts=(world.topology.host,),
+    )
+    return replace(world, topology=topology, communicator=SingleCommunicator(), backend=None)
+
+
+def take_steps(
+    config: Config, world: World, components: Components, loader: SyntheticLoader
+) -> StepFacts:
+    """Build the model and train some steps; nothing of it stays. Collective: all ranks.
+
+    In a world of `alone` it is not collective: what one rank fails of stops no other.
+    """
+    cuda = world.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+    parts = build_parts(config, world, components, loader)
+    step = parts.step
+    batch = Batch(
+        fields=loader.rows(loader.largest_share),
+        size=loader.largest_share,
+        global_size=loader.largest_share * world.topology.world_size,
+        epoch=0,
+        start=0,
+    )
+    step(batch, config.optimizer.lr)  # makes the state of the optimizer
+    numbers = step.read()
+    times = []
+    for _ in range(_TIMED_STEPS):
+        begin = time.perf_counter()
+        step(batch, config.optimizer.lr)
+        synchronize(world.device)
+        times.append(time.perf_counter() - begin)
+    if cuda:
+        free, total = torch.cuda.mem_get_info(world.device)
+        used = torch.cuda.max_memory_reserved(world.device)
+    else:
+        used, (free, total) = peak_resident_bytes(), host_memory()
+    parameters = list(parts.model.parameters())
+    state: Mapping[str, torch.Tensor] = {
+        **parts.model.state_dict(),
+        **optimizer_to_tensors(step.optimizer, parts.model),
+    }
+    return StepFacts(
+        parameters=sum(item.numel() for item in parameters),
+        parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
+        checkpoint_bytes=sum(item.numel() * item.element_size() for item in state.values()),
+        samples=batch.size,
+        passes=step.grad_accum_steps,
+        seconds=statistics.median(times),
+        finite=numbers["loss"] - numbers["loss"] == 0 and not numbers["bad_steps"],
+        used_bytes=used,
+        free_bytes=free,
+        total_bytes=total,
+    )
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def host_memory() -> tuple[int, int]:
+    """Return free and total bytes of what this job may take: of the node, or of its cgroup."""
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
+    for root, controller, limit_name, used_name, cache_name in (
+        ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+        (
+            "/sys/fs/cgroup/memory",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        group = Path(root, *cgroup(controller).parts[1:])
+        # A scheduler sets the limit of the job, above the group of its step.
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                limit = (folder / limit_name).read_text(encoding="ascii").strip()
+                used = int((folder / used_name).read_text(encoding="ascii"))
+                stat = (folder / "memory.stat").read_text(encoding="ascii")
+            except OSError:
+                continue
+            if limit.isdecimal() and int(limit) < total:
+                total = int(limit)
+                # Cached pages of files are given up before anything is killed.
+                cached = dict(line.split() for line in stat.splitlines()).get(cache_name, "0")
+                free = min(free, total - used + int(cached))
+    return free, total
