@@ -6,7 +6,7 @@ import faulthandler
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -94,18 +94,22 @@ def gathering(
         faulthandler.cancel_dump_traceback_later()
         yield None
         return
-    meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
-    with watched(
-        topology,
-        communicator,
-        meeting,
-        keeper.pulse,
-        hang_timeout_seconds=section.hang_timeout_seconds,
-        first_step_timeout_seconds=section.first_step_timeout_seconds,
-    ) as member:
+    with ExitStack() as stack:
+        try:
+            meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
+            watch = watched(
+                topology,
+                communicator,
+                meeting,
+                keeper.pulse,
+                hang_timeout_seconds=section.hang_timeout_seconds,
+                first_step_timeout_seconds=section.first_step_timeout_seconds,
+            )
+            member = stack.enter_context(watch)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         if member is not None:
             keeper.watched_by(member)
-        faulthandler.cancel_dump_traceback_later()
         yield meeting
 
 

@@ -10,7 +10,13 @@ from hpctrain.preflight.asking import CheckError, ask
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.judging import compute as judging
-from hpctrain.preflight.probes.step import StepFacts, SyntheticLoader, alone, take_steps
+from hpctrain.preflight.probes.step import (
+    TIMED_SECONDS,
+    StepFacts,
+    SyntheticLoader,
+    alone,
+    take_steps,
+)
 from hpctrain.training.assembly import Components, Data
 from hpctrain.training.components import resolve_components
 
@@ -28,8 +34,8 @@ def check_compute(
     """
     components = _resolve(checks, command)
     if world is None or opened is None or components is None:
-        missing = "network" if world is None else "data" if opened is None else "components"
-        checks.skip(["step", "memory"], f"there are no {missing} to try it with")
+        missing = "group" if world is None else "dataset" if opened is None else "model"
+        checks.skip(["step", "memory"], f"there is no {missing} to try it with")
         return None
     task = checks.config.task
     fields = list(dict.fromkeys([*task.inputs, *filter(None, [task.target])]))
@@ -39,9 +45,10 @@ def check_compute(
         device=world.device,
     )
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
-    steps = _try(checks, alone(world), components, loader)
-    if steps is not None and checks.topology.world_size > 1:
-        steps = _try(checks, world, components, loader)
+    together = checks.topology.world_size > 1
+    steps = _try(checks, alone(world), components, loader, 0 if together else TIMED_SECONDS)
+    if steps is not None and together:
+        steps = _try(checks, world, components, loader, TIMED_SECONDS)
     if steps is None:
         checks.skip(["memory"], "no step was possible")
         return None
@@ -66,7 +73,11 @@ def _resolve(checks: Checks, command: Sequence[str]) -> Components | None:
 
 
 def _try(
-    checks: Checks, world: World, components: Components, loader: SyntheticLoader
+    checks: Checks,
+    world: World,
+    components: Components,
+    loader: SyntheticLoader,
+    timed_seconds: float,
 ) -> list[StepFacts] | None:
     """Take steps in `world`: all ranks together, or each alone. Collective: all ranks."""
     gc.collect()  # a model in a reference cycle keeps its memory until then
@@ -74,7 +85,7 @@ def _try(
         return ask(
             checks.topology,
             checks.communicator,
-            lambda: take_steps(checks.config, world, components, loader),
+            lambda: take_steps(checks.config, world, components, loader, timed_seconds),
         )
     except CheckError as error:
         checks.add(error.finding("step", judging.step_fix(str(error))))

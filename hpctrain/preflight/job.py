@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 import torch
@@ -51,7 +52,7 @@ def check(
     speaks = topology.is_rank_zero
     out_of_findings = out if speaks and not as_json else None
     checks = Checks(config, topology, communicator, guard, out=out_of_findings)
-    with log.start(None, speaks=speaks), ExitStack() as stack:
+    with log.start(None, speaks=speaks), _terminable(), ExitStack() as stack:
         world = connect(checks, stack)
         # Without a network, data and storage can still be looked at.
         lonely = World(
@@ -74,3 +75,13 @@ def check(
             text = to_json(command[0], topology, checks.backend, checks.ranks, checks.findings)
         print(text, file=out, flush=True)
     return exit_code(checks.findings)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM unwind as Ctrl-C does, so that what was written for a trial is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -149,11 +149,15 @@ def _rank_json(rank: RankFacts) -> dict[str, Any]:
 
 
 def _wrapped(begin: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        COLUMNS,
-        initial_indent=begin,
-        subsequent_indent=" " * len(begin),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        lines += textwrap.wrap(
+            paragraph,
+            COLUMNS,
+            initial_indent=" " * len(begin) if lines else begin,
+            subsequent_indent=" " * len(begin),
+            # Paths and commands are to be copied.
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines

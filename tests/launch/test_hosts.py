@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -196,3 +197,32 @@ def test_ipv6_only_by_hand(ipv6_only: Path) -> None:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
     assert "passed 2 RANK and WORLD_SIZE in the environment gloo" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "override", "expected"),
+    [
+        ("debian", "", {"host names": "warn", "all-reduce": "pass", "run folder shared": "pass"}),
+        # What needs no network is still looked at.
+        (
+            "right",
+            "launch.interface=admin0",
+            {"process group": "fail", "dataset": "pass", "step": "skip", "run folder": "pass"},
+        ),
+    ],
+)
+def test_the_preflight_on_two_hosts(
+    hosts: Path, tmp_path: Path, names: str, override: str, expected: dict[str, str]
+) -> None:
+    pack_digits(tmp_path / "data" / "digits")
+    config = str(ROOT / "configs" / "run.toml")
+    job = (sys.executable, "-m", "hpctrain", "check", config, "--json", *override.split())
+    code, output = on_both(hosts, names, *job, cwd=tmp_path)
+    report = json.loads(output[output.index("{") :].splitlines()[0])
+    found = {finding["name"]: finding for finding in report["findings"]}
+    assert expected.items() <= {name: each["status"] for name, each in found.items()}.items()
+    assert code == (69 if "fail" in expected.values() else 0), output
+    assert [rank["host"] for rank in report["ranks"]] == ["A", "A", "B", "B"]
+    if not override:
+        assert {rank["interface"] for rank in report["ranks"]} == {"eth0"}
+        assert "127.0.1.1" in found["host names"]["fact"]

@@ -35,7 +35,8 @@ def judge_folder(facts: FolderFacts, checkpoint_bytes: int | None) -> Finding:
     }
     seconds = None if checkpoint_bytes is None else checkpoint_bytes / rate
     if seconds is not None:
-        fact += f"; a checkpoint takes about {number(seconds)} s"
+        about = f"about {number(seconds)} s" if seconds >= 1 else "less than a second"
+        fact += f"; a checkpoint takes {about}"
     if facts.filesystem in _FLEETING:
         return Finding(
             name="run folder",

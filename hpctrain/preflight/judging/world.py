@@ -12,7 +12,7 @@ from hpctrain.topology import Topology
 
 Ranks = Sequence[RankFacts]
 
-_SAME_OR_BROKEN = ("hpctrain", "python", "torch", "MPI", "NCCL", "CUDA")
+_SAME_OR_BROKEN = ("hpctrain", "python", "torch", "MPI", "NCCL", "CUDA", "ROCm")
 _SHM_BYTES_PER_RANK = 64 * 2**20
 """What MPI and NCCL take of /dev/shm for their buffers, at most; containers have 64 MB in all."""
 _FILES_PER_RANK = 512

@@ -69,7 +69,7 @@ def try_lock(path: str) -> str | None:
     """Return what the lock that HDF5 takes for reading fails of; None: it works."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # What HDF5 itself calls; through h5py it would hang on HDF5_USE_FILE_LOCKING.
+        # What HDF5 itself calls; through h5py HDF5_USE_FILE_LOCKING would decide it.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     except OSError as error:

@@ -105,7 +105,7 @@ def try_folder(folder: Path) -> FolderFacts:
     except OSError as error:
         raise CheckpointError(f"a file in {folder.parent} cannot be {what}: {error}") from error
     return FolderFacts(
-        place=str(folder.parent),
+        place=str(folder.parent.absolute()),
         filesystem=filesystem_of(folder),
         written_bytes=written,
         write_seconds=write_seconds,

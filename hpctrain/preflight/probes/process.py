@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -120,7 +121,10 @@ def versions(mpi: str | None, cuda: bool) -> dict[str, str]:
         # Without importing it: nothing but the launch layer does.
         found |= {"mpi4py": metadata.version("mpi4py"), "MPI": mpi}
     if cuda:
-        found["CUDA"] = str(torch.version.cuda)
+        name, version = (
+            ("ROCm", torch.version.hip) if torch.version.hip else ("CUDA", torch.version.cuda)
+        )
+        found[name] = str(version)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
@@ -182,12 +186,12 @@ def parse_ranges(text: str) -> set[int]:
 
 
 def _addresses(interface: str) -> tuple[str, ...]:
-    entries = psutil.net_if_addrs().get(interface, [])
-    # Link-layer addresses have neither dots nor the colons of IPv6 alone.
     return tuple(
-        entry.address.split("%")[0]
-        for entry in entries
-        if entry.family.name in ("AF_INET", "AF_INET6")
+        entry.address
+        for entry in psutil.net_if_addrs().get(interface, [])
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+        # Link-local: of the same interface on every node, and of none in particular.
+        and "%" not in entry.address
     )
 
 

@@ -23,7 +23,8 @@ from hpctrain.preflight.probes.network import synchronize
 from hpctrain.preflight.probes.process import cgroup
 from hpctrain.training.assembly import Components, build_parts
 
-_TIMED_STEPS = 5
+TIMED_SECONDS = 5.0
+_MOST_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +104,22 @@ def alone(world: World) -> World:
 
 
 def take_steps(
-    config: Config, world: World, components: Components, loader: SyntheticLoader
+    config: Config,
+    world: World,
+    components: Components,
+    loader: SyntheticLoader,
+    timed_seconds: float,
 ) -> StepFacts:
     """Build the model and train some steps; nothing of it stays. Collective: all ranks.
 
     In a world of `alone` it is not collective: what one rank fails of stops no other.
+
+    Args:
+        config: names the parts.
+        world: the ranks.
+        components: as resolved.
+        loader: shapes of the data.
+        timed_seconds: take steps for about so long, and at least one.
     """
     cuda = world.device.type == "cuda"
     if cuda:
@@ -124,12 +136,17 @@ def take_steps(
     )
     step(batch, config.optimizer.lr)  # makes the state of the optimizer
     numbers = step.read()
-    times = []
-    for _ in range(_TIMED_STEPS):
+
+    def timed() -> float:
         begin = time.perf_counter()
         step(batch, config.optimizer.lr)
         synchronize(world.device)
-        times.append(time.perf_counter() - begin)
+        return time.perf_counter() - begin
+
+    slowest = max(world.communicator.all_gather(timed()))
+    # All ranks take equally many.
+    count = max(1, min(_MOST_STEPS, int(timed_seconds / max(slowest, 1e-9))))
+    seconds = statistics.median(timed() for _ in range(count))
     if cuda:
         free, total = torch.cuda.mem_get_info(world.device)
         used = torch.cuda.max_memory_reserved(world.device)
@@ -146,7 +163,7 @@ def take_steps(
         checkpoint_bytes=sum(item.numel() * item.element_size() for item in state.values()),
         samples=batch.size,
         passes=step.grad_accum_steps,
-        seconds=statistics.median(times),
+        seconds=seconds,
         finite=numbers["loss"] - numbers["loss"] == 0 and not numbers["bad_steps"],
         used_bytes=used,
         free_bytes=free,
