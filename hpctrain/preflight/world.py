@@ -8,6 +8,7 @@ from hpctrain.errors import LaunchError
 from hpctrain.launch.world import World, gathering, process_group
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.finding import Finding
+from hpctrain.preflight.judging import node
 from hpctrain.preflight.judging import world as judging
 from hpctrain.preflight.probes.process import rank_facts
 from hpctrain.preflight.report import world_table
@@ -48,6 +49,6 @@ def check_world(checks: Checks, world: World) -> None:
     checks.add(judging.judge_devices(ranks))
     checks.add(judging.judge_peers(ranks))
     checks.add(judging.judge_gpu_aware(checks.topology, ranks))
-    checks.add(judging.judge_cores(ranks, checks.topology.launcher))
-    checks.add(judging.judge_open_files(ranks))
-    checks.add(judging.judge_shared_memory(ranks))
+    checks.add(node.judge_cores(ranks, checks.topology.launcher))
+    checks.add(node.judge_open_files(ranks))
+    checks.add(node.judge_shared_memory(ranks))
