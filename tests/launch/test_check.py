@@ -61,9 +61,9 @@ def site(tmp_path: Path, digits: Path) -> Path:
 
 
 def files(site: Path) -> dict[str, int]:
-    """Return every file and folder with its time of change."""
+    """Return every file with its time of change, and every folder."""
     return {
-        str(path): path.stat().st_mtime_ns
+        str(path): path.stat().st_mtime_ns if path.is_file() else 0
         for path in site.rglob("*")
         if "__pycache__" not in path.parts
     }
@@ -130,12 +130,11 @@ def test_open_mpi(site: Path) -> None:
     assert re.search(r"^pass  step ", output, re.M)
 
 
-def test_a_run_folder_that_is_a_file(site: Path) -> None:
-    (site / "runs").mkdir()
-    (site / "runs" / "digits").write_text("not a folder", encoding="utf-8")
-    found = findings(site, 2, code=69)
+def test_a_run_folder_that_cannot_be_made(site: Path) -> None:
+    """Not even by root, below /proc."""
+    found = findings(site, 2, "run.directory=/proc/runs", code=69)
     assert found["run folder"]["status"] == "fail"
-    assert "runs/digits is no folder" in found["run folder"]["fact"]
+    assert "cannot make a folder in /proc" in found["run folder"]["fact"]
     assert "run.directory" in found["run folder"]["fix"]
     assert found["step"]["status"] == "pass"
     assert found["disk space"]["status"] == "skip"

@@ -16,7 +16,17 @@ from hpctrain.version import __version__
 def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     output = capsys.readouterr().out
-    for word in ("mpirun", "status RUN", "data pack digits", "75", "78", "--np", "--version"):
+    words = (
+        "mpirun",
+        "check CONFIG",
+        "status RUN",
+        "data pack digits",
+        "75",
+        "78",
+        "--np",
+        "--version",
+    )
+    for word in words:
         assert word in output
 
 
@@ -30,6 +40,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "a config file or a command is needed"),
         (["run.toml", "--epochs=3"], "unrecognized arguments: --epochs=3"),
+        (["check"], "the following arguments are required: config"),
+        (["check", "run.toml", "--jsn"], "unrecognized arguments: --jsn"),
         (["status"], "the following arguments are required: run"),
         (["data", "unpack"], "invalid choice: 'unpack'"),
     ],

@@ -177,10 +177,10 @@ def test_the_fix_of_a_failed_step(message: str, memory: bool) -> None:
     ("device", "nodes", "free", "status", "words"),
     [
         # The ranks of a host share its memory, and look at different moments.
-        ("cpu", [0, 0], [8 * GB, 7 * GB], "pass", "2 ranks of a hold 2.00 GB; 7.00 GB of"),
+        ("cpu", [0, 0], [8 * GB, 7 * GB], "pass", "2.00 GB by 2 ranks of a; 7.00 GB of"),
         ("cpu", [0, 0], [2 * GB, GB], "warn", "1.00 GB of 16.0 GB are left (6 %)"),
-        ("cuda", [0, 0], [8 * GB, GB], "warn", "rank 1 on b holds 1.00 GB"),
-        ("cuda", [0, 1], [8 * GB, 7 * GB], "pass", "rank 1 on b"),
+        ("cuda", [0, 0], [8 * GB, GB], "warn", "1.00 GB by rank 1 of b"),
+        ("cuda", [0, 1], [8 * GB, 7 * GB], "pass", "by rank 1 of b"),
     ],
 )
 def test_memory(device: str, nodes: list[int], free: list[int], status: str, words: str) -> None:

@@ -70,12 +70,8 @@ def judge_memory(
         # Ranks of a node do not look at the same moment: the least is the most careful.
         free = min(each.free_bytes for each in node) if shared else step.free_bytes
         total = step.total_bytes
-        whose = (
-            f"{plural(len(node), 'rank')} of {hosts[place]} hold"
-            if shared
-            else (f"rank {place} on {hosts[place]} holds")
-        )
-        fact = f"{whose} {size(used)}; {size(free)} of {size(total)} are left"
+        whose = plural(len(node), "rank") if shared else f"rank {place}"
+        fact = f"{size(used)} by {whose} of {hosts[place]}; {size(free)} of {size(total)} are left"
         tight = free < _LEAST_FREE * total
         finding = Finding(
             name="memory",
