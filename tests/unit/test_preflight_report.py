@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from preflight_tables import gpu, rank, topology
 
+from hpctrain.data.dataset import Dataset, Field, Layout, Shard
 from hpctrain.errors import CheckpointError, DatasetError
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.preflight.asking import Answer, CheckError, ask
 from hpctrain.preflight.finding import Finding, Status, exit_code, listed, overall, ranges
+from hpctrain.preflight.probes.dataset import unseen_shards
 from hpctrain.preflight.probes.folder import (
     filesystem_of,
     nearest_folder,
@@ -126,6 +129,20 @@ def test_the_folder_probe_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), trial_folder(run):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_that_a_node_does_not_see(tmp_path: Path) -> None:
+    shards = []
+    for number, (there, listed_size) in enumerate([(4, 4), (4, 5), (None, 4)]):
+        path = tmp_path / f"{number}.h5"
+        if there is not None:
+            path.write_bytes(bytes(there))
+        shards.append(Shard(str(path), 1, listed_size, None, {"x": Layout(0)}))
+    dataset = Dataset("data", {"x": Field((), np.dtype("int32"))}, tuple(shards))
+    assert unseen_shards(dataset) == [
+        f"{tmp_path}/1.h5: 4 bytes here, 5 on rank 0",
+        f"{tmp_path}/2.h5: No such file or directory",
+    ]
 
 
 def test_the_nearest_folder(tmp_path: Path) -> None:

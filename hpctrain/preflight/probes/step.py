@@ -17,6 +17,7 @@ from hpctrain.checkpoint.state import optimizer_to_tensors
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, torch_dtype
+from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
@@ -90,16 +91,8 @@ class StepFacts:
 
 def alone(world: World) -> World:
     """Return a world of this rank only, on the same device."""
-    topology = replace(
-        world.topology,
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=(world.topology.host,),
-    )
+    here = world.topology
+    topology = place(0, [Node("", here.host)], launcher=here.launcher, mpi=here.mpi)
     return replace(world, topology=topology, communicator=SingleCommunicator(), backend=None)
 
 
