@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.storage import INSTALL, load_plugins
 from hpctrain.errors import DatasetError
 
 Bytes = npt.NDArray[np.uint8]
@@ -194,6 +195,7 @@ def _open_descriptor(shard: Shard) -> int:
 
 def _open_hdf5(shard: Shard) -> h5py.File:
     _require_size(shard, Path(shard.path).stat().st_size)
+    load_plugins()  # the index may list chunks whose filter h5py alone does not have
     return h5py.File(shard.path, "r", locking=False)
 
 
@@ -208,5 +210,5 @@ def _require_size(shard: Shard, size: int) -> None:
 def _hint(error: OSError) -> str:
     """Return what to do about an error of HDF5, as far as its text tells."""
     if "filter" in str(error) and "plugin" in str(error):
-        return ". A filter is missing: pip install hdf5plugin, and import it in your program"
+        return f". A filter is missing: {INSTALL}"
     return ""

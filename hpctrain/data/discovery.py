@@ -23,6 +23,7 @@ from hpctrain.data.index import (
     is_shard_name,
     read_index,
 )
+from hpctrain.data.storage import filter_names, require_filters
 from hpctrain.errors import DatasetError
 
 
@@ -48,7 +49,7 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None) -> Dataset:
     if (path / INDEX_NAME).exists():
         dataset = read_index(path)
         return dataset if fields is None else dataset.select(fields)
-    paths = _find_files(pattern)
+    paths = find_files(pattern)
     return _join(pattern, [inspect_file(path, fields) for path in paths])
 
 
@@ -61,12 +62,7 @@ def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[s
     try:
         # Of several processes reading, none needs a lock, and some file systems have none.
         with h5py.File(path, "r", locking=False) as file:
-            there: dict[str, h5py.Dataset] = {}
-            file.visititems(
-                lambda name, item: there.update({name: item}) if _holds_rows(item) else None
-            )
-            if not there:
-                raise DatasetError(f"{path}: there is no HDF5 dataset with rows in this file")
+            there = datasets_with_rows(file)
             wanted = list(there) if fields is None else list(fields)
             require_fields(wanted, there, path)
             found = {name: Field(there[name].shape[1:], there[name].dtype) for name in wanted}
@@ -80,7 +76,25 @@ def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[s
     return Shard(path, samples, size, None, layouts), found
 
 
-def _find_files(pattern: str) -> list[str]:
+def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the datasets of an open file that have an axis, by their paths in it.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    there: dict[str, h5py.Dataset] = {}
+    file.visititems(lambda name, item: there.update({name: item}) if _holds_rows(item) else None)
+    if not there:
+        raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
+    return there
+
+
+def find_files(pattern: str) -> list[str]:
+    """Return the HDF5 files of a folder, one file, or those that fit a glob, by name.
+
+    Raises:
+        DatasetError: if there are none.
+    """
     path = Path(pattern)
     if path.is_dir():
         names = sorted(str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
@@ -133,7 +147,8 @@ def _common_rows(rows: dict[str, int], path: str) -> int:
 def _layout(dataset: h5py.Dataset) -> Layout:
     """Return where the rows lie, with an offset only if they lie there as in memory."""
     if dataset.chunks is not None:
-        return Layout(None, dataset.chunks[0], ", ".join(["chunked", *_filters(dataset)]))
+        require_filters(dataset, dataset.file.filename)
+        return Layout(None, dataset.chunks[0], ", ".join(["chunked", *filter_names(dataset)]))
     reason = _obstacle(dataset)
     return Layout(None, reason=reason) if reason else Layout(dataset.id.get_offset())
 
@@ -141,7 +156,7 @@ def _layout(dataset: h5py.Dataset) -> Layout:
 def _obstacle(dataset: h5py.Dataset) -> str:
     """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
     if dataset.is_virtual:
-        _require_sources(dataset)
+        require_sources(dataset)
         return "virtual"
     if dataset.external:
         return "in an external file"
@@ -156,14 +171,12 @@ def _obstacle(dataset: h5py.Dataset) -> str:
     return ""
 
 
-def _filters(dataset: h5py.Dataset) -> list[str]:
-    properties = dataset.id.get_create_plist()
-    found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
-    return [name.decode(errors="replace") or f"filter {number}" for number, _, _, name in found]
+def require_sources(dataset: h5py.Dataset) -> None:
+    """Check that the files of a virtual dataset are there: HDF5 gives fill values if not.
 
-
-def _require_sources(dataset: h5py.Dataset) -> None:
-    """Check that the files of a virtual dataset are there: HDF5 gives fill values if not."""
+    Raises:
+        DatasetError: naming the first that is missing.
+    """
     folder = Path(dataset.file.filename).parent
     for source in dataset.virtual_sources():
         name = source.file_name

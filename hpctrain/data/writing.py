@@ -7,27 +7,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard, require_supported
-from hpctrain.data.discovery import inspect_file
-from hpctrain.data.files import file_checksum, publish_file, temporary_name
-from hpctrain.data.index import (
-    HDF5_SUFFIXES,
-    INDEX_NAME,
-    UNFINISHED_NAME,
-    is_shard_name,
-    write_index,
+from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, is_shard_name, write_index
+from hpctrain.data.shard_file import (
+    SHARD_BYTES,
+    Attributes,
+    cannot_write,
+    rows_of_shard,
+    shard_name,
+    write_shard,
 )
+from hpctrain.data.storage import Storage
+from hpctrain.data.together import on_all_ranks, on_rank_zero
 from hpctrain.errors import DatasetError
-
-ALIGNMENTS = ((16 * 2**20, 2**20), (2**16, 2**12))
-"""(bytes of the largest field, alignment): whole stripes of a parallel file system, or whole pages.
-
-A field is aligned if it is at least 16 times as large, so that gaps stay below 7 %.
-"""
+from hpctrain.topology import Communicator
 
 
 class Writer:
@@ -42,24 +38,46 @@ class Writer:
 
     The first sample decides the shapes and dtypes of the fields; every later one must fit. One
     shard is held in memory until it is full, then written under a hidden name, synced and renamed.
+
+    With a communicator all ranks write to one dataset, each its own samples: those of rank 0 come
+    first, then those of rank 1, and so on. To enter and to leave are then collective; `append` and
+    `extend` are not. An exception on one rank has to end the job, as `hpctrain.connect` sees to,
+    and leaves a folder that nothing reads as a dataset.
+
+        with hpctrain.connect() as world, Writer("data", communicator=world.communicator) as writer:
+            for path in paths[world.topology.rank :: world.topology.world_size]:
+                writer.extend(load(path))
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        shard_bytes: int = 256 * 2**20,
-        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        shard_rows: int | None = None,
+        storage: Storage | None = None,
+        attributes: Attributes | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """Prepare; the folder is made when the body begins.
 
         Args:
             folder: where the shards go; new, or empty.
             shard_bytes: values in one shard, about.
+            shard_rows: samples in one shard; None: as many as make `shard_bytes`.
+            storage: such as `Storage("gzip")`; None: contiguous, which reads fastest.
             attributes: by field, HDF5 attributes such as {"units": "kelvin"}.
+            communicator: of all ranks that write; None: this process alone.
+
+        Raises:
+            DatasetError: if the filter of `storage` is not installed.
         """
         self._folder = Path(folder)
         self._shard_bytes = shard_bytes
+        self._wanted_rows = shard_rows
+        self._storage = storage or Storage()
+        self._storage.require_available()
+        self._communicator = communicator
         self._attributes = {name: dict(values) for name, values in (attributes or {}).items()}
         self._fields: dict[str, Field] = {}
         self._buffers: dict[str, npt.NDArray[Any]] = {}
@@ -68,27 +86,15 @@ class Writer:
         self._shards: list[Shard] = []
 
     def __enter__(self) -> Writer:
-        """Make the folder.
+        """Make the folder. Collective, with a communicator: all ranks.
 
         Raises:
             DatasetError: if it holds a dataset already, or a part of one.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            taken = [
-                entry.name
-                for entry in self._folder.iterdir()
-                if is_shard_name(entry.name) or entry.name in (INDEX_NAME, UNFINISHED_NAME)
-            ]
-            if taken:
-                raise DatasetError(
-                    f"{self._folder}: there is a dataset, or a part of one, in this folder "
-                    f"({sorted(taken)[0]}). Choose another folder, or remove this one"
-                )
-            # Until the index is there, the shards must not pass for plain HDF5 files.
-            self._marker.touch(exist_ok=False)
-        except OSError as error:
-            raise self._failed(error) from error
+        if self._communicator is None:
+            self._begin()
+        else:
+            on_rank_zero(self._communicator, self._begin)
         return self
 
     def __exit__(
@@ -142,6 +148,15 @@ class Writer:
     def _marker(self) -> Path:
         return self._folder / UNFINISHED_NAME
 
+    def _begin(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            require_vacant(self._folder)
+            # Until the index is there, the shards must not pass for plain HDF5 files.
+            self._marker.touch(exist_ok=False)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+
     def _require_fit(self, arrays: Mapping[str, npt.NDArray[Any]]) -> int:
         """Return how many samples these are, if they are what the first ones were."""
         counts = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
@@ -164,8 +179,7 @@ class Writer:
                     f"has. The fields are: {', '.join(fields)}"
                 )
             self._fields = fields
-            row_bytes = sum(field.row_bytes for field in fields.values())
-            self._shard_rows = max(1, self._shard_bytes // row_bytes)
+            self._shard_rows = self._wanted_rows or rows_of_shard(fields, self._shard_bytes)
             self._buffers = {
                 name: np.empty((self._shard_rows, *field.shape), field.dtype)
                 for name, field in fields.items()
@@ -179,66 +193,80 @@ class Writer:
         return next(iter(counts.values()))
 
     def _write_shard(self) -> None:
-        path = self._folder / f"shard-{len(self._shards):06d}{HDF5_SUFFIXES[0]}"
-        temporary = temporary_name(path)
+        numbers = [len(self._shards)]
+        if self._communicator is not None:
+            numbers.insert(0, self._communicator.rank)
         rows = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
-        try:
-            write_hdf5(temporary, rows, self._attributes)
-            shard, _ = inspect_file(str(temporary), list(rows))
-            checksum = file_checksum(temporary)
-            publish_file(temporary, path)
-        except OSError as error:
-            raise self._failed(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._shards.append(Shard(str(path), shard.samples, shard.size, checksum, shard.layouts))
+        path = self._folder / shard_name(*numbers)
+        self._shards.append(write_shard(path, rows, self._attributes, self._storage))
         self._rows = 0
 
     def _finish(self) -> None:
+        if self._communicator is None:
+            self._write_rest()
+            self._write_index(self._fields, self._shards)
+            return
+        parts = on_all_ranks(self._communicator, self._write_rest)
+        on_rank_zero(self._communicator, lambda: self._write_index(*_joined(self._folder, parts)))
+
+    def _write_rest(self) -> tuple[dict[str, Field], list[Shard]]:
+        """Write the last, shorter shard and return what this process has written."""
         if self._rows:
             self._write_shard()
-        if not self._shards:
+        return self._fields, self._shards
+
+    def _write_index(self, fields: Mapping[str, Field], shards: Sequence[Shard]) -> None:
+        if not shards:
             raise DatasetError(f"{self._folder}: no sample was written")
         try:
-            write_index(Dataset(str(self._folder), self._fields, tuple(self._shards)), self._folder)
+            write_index(Dataset(str(self._folder), fields, tuple(shards)), self._folder)
             self._marker.unlink()
         except OSError as error:
-            raise self._failed(error) from error
+            raise cannot_write(self._folder, error) from error
 
     def _discard(self) -> None:
-        """Remove what this writer wrote; a dataset is there whole or not at all."""
-        for path in (*(Path(shard.path) for shard in self._shards), self._marker):
-            path.unlink(missing_ok=True)
+        """Remove what this writer wrote; a dataset is there whole or not at all.
 
-    def _failed(self, error: OSError) -> DatasetError:
-        return DatasetError(f"{self._folder}: cannot write here: {error.strerror or error}")
+        Of several ranks each removes its own, and the mark of an unfinished dataset stays: this
+        one cannot know how far the others are.
+        """
+        for shard in self._shards:
+            Path(shard.path).unlink(missing_ok=True)
+        if self._communicator is None or self._communicator.world_size == 1:
+            self._marker.unlink(missing_ok=True)
 
 
-def write_hdf5(
-    path: Path,
-    fields: Mapping[str, npt.NDArray[Any]],
-    attributes: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write arrays to an HDF5 file, each contiguous; equal arrays give equal bytes.
+def require_vacant(folder: Path) -> None:
+    """Check that a folder holds no dataset.
 
-    Args:
-        path: of the new file.
-        fields: by name, (samples, *shape).
-        attributes: by field.
+    Raises:
+        DatasetError: if there is one, or a part of one.
     """
-    threshold, interval = _alignment([array.nbytes for array in fields.values()])
-    with h5py.File(path, "w", alignment_threshold=threshold, alignment_interval=interval) as file:
-        for name, array in fields.items():
-            dataset = file.create_dataset(name, data=array, track_times=False)
-            dataset.attrs.update(attributes.get(name, {}))
+    taken = [
+        entry.name
+        for entry in folder.iterdir()
+        if is_shard_name(entry.name) or entry.name in (INDEX_NAME, UNFINISHED_NAME)
+    ]
+    if taken:
+        raise DatasetError(
+            f"{folder}: there is a dataset, or a part of one, in this folder "
+            f"({sorted(taken)[0]}). Choose another folder, or remove this one"
+        )
 
 
-def _alignment(sizes: Sequence[int]) -> tuple[int, int]:
-    """Return from how many bytes on to align, and to what, for fields of these sizes (bytes)."""
-    for threshold, interval in ALIGNMENTS:
-        if max(sizes) >= threshold:
-            return threshold, interval
-    return 1, 1
+def _joined(
+    folder: Path, parts: Sequence[tuple[Mapping[str, Field], Sequence[Shard]]]
+) -> tuple[Mapping[str, Field], list[Shard]]:
+    """Put the shards of all ranks after each other, if they hold the same fields."""
+    written = [(rank, fields) for rank, (fields, _) in enumerate(parts) if fields]
+    first, fields = written[0] if written else (0, {})
+    for rank, others in written[1:]:
+        if others != fields:
+            raise DatasetError(
+                f"{folder}: rank {rank} wrote {_describe(others)}; rank {first} wrote "
+                f"{_describe(fields)}. Give all samples the same fields, shapes and dtypes"
+            )
+    return fields, [shard for _, shards in parts for shard in shards]
 
 
 def _describe(fields: Mapping[str, Field]) -> str:

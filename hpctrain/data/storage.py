@@ -1,0 +1,154 @@
+"""How HDF5 stores rows: one after the other, in chunks, or in chunks that a filter compresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import h5py
+
+from hpctrain.data.dataset import Field
+from hpctrain.errors import DatasetError, UsageError
+
+CHUNK_BYTES = 2**20
+"""Values in one chunk, about: what HDF5's own cache holds, and worth one request to a disk."""
+LARGEST_CHUNK_BYTES = 2**32 - 1
+"""Source: HDF5's file format keeps the size of a chunk in 32 bits."""
+FILTERS: Mapping[str, range] = {
+    "none": range(0),
+    "gzip": range(10),
+    "lzf": range(0),
+    "zstd": range(1, 23),
+    "lz4": range(0),
+    "blosc2": range(10),
+    "bitshuffle": range(0),
+}
+"""Filters by name, and the levels that each knows."""
+BUILT_IN = frozenset({"none", "gzip", "lzf"})
+"""Filters that come with h5py; the others come with hdf5plugin."""
+INSTALL = "pip install 'hpctrain[filters]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the fields of new shards are stored.
+
+    Attributes:
+        filter: a name of FILTERS.
+        level: of the filter; None: the filter's own default.
+        chunk_bytes: values in one chunk, about; 0: contiguous, or CHUNK_BYTES with a filter.
+    """
+
+    filter: str = "none"
+    level: int | None = None
+    chunk_bytes: int = 0
+
+    @classmethod
+    def parse(cls, text: str, chunk_bytes: int = 0) -> Storage:
+        """Return what a text such as "gzip" or "zstd:9" asks for.
+
+        Raises:
+            UsageError: if there is no such filter or level.
+        """
+        name, _, level = text.partition(":")
+        if name not in FILTERS:
+            raise UsageError(f"{name}: no such filter. There are {', '.join(FILTERS)}")
+        levels = FILTERS[name]
+        if level and (not level.isdecimal() or int(level) not in levels):
+            known = f"levels {levels.start} to {levels.stop - 1}" if levels else "no levels"
+            raise UsageError(f"{text}: the filter {name} has {known}")
+        return cls(name, int(level) if level else None, chunk_bytes)
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.filter == "none" and not self.chunk_bytes
+
+    def __str__(self) -> str:
+        if self.is_contiguous:
+            return "contiguous"
+        if self.filter == "none":
+            return "chunked"
+        return self.filter if self.level is None else f"{self.filter}:{self.level}"
+
+    def require_available(self) -> None:
+        """Check that the filter can be used here.
+
+        Raises:
+            DatasetError: naming the package to install.
+        """
+        if self.filter not in BUILT_IN and load_plugins() is None:
+            raise DatasetError(
+                f"the filter {self.filter} comes with hdf5plugin, which is not installed: {INSTALL}"
+            )
+
+    def keywords(self, field: Field, rows: int) -> dict[str, Any]:
+        """Return the arguments of h5py's create_dataset for so many rows of a field."""
+        if self.is_contiguous:
+            return {}
+        most = min(self.chunk_bytes or CHUNK_BYTES, LARGEST_CHUNK_BYTES)
+        chunk_rows = max(1, min(rows, most // field.row_bytes))
+        return {"chunks": (chunk_rows, *field.shape), **self._filter_keywords(field)}
+
+    def _filter_keywords(self, field: Field) -> dict[str, Any]:
+        # Bytes of equal weight side by side compress better; single bytes are so already.
+        shuffle = field.dtype.itemsize > 1
+        if self.filter == "none":
+            return {}
+        if self.filter in BUILT_IN:
+            return {"compression": self.filter, "compression_opts": self.level, "shuffle": shuffle}
+        plugins = load_plugins()
+        assert plugins is not None, "require_available was not called"
+        if self.filter == "zstd":
+            return {
+                "compression": plugins.Zstd(clevel=3 if self.level is None else self.level),
+                "shuffle": shuffle,
+            }
+        if self.filter == "lz4":
+            return {"compression": plugins.LZ4(), "shuffle": shuffle}
+        if self.filter == "bitshuffle":
+            return {"compression": plugins.Bitshuffle(cname="lz4")}
+        level = 5 if self.level is None else self.level
+        return {"compression": plugins.Blosc2(cname="zstd", clevel=level)}
+
+
+def load_plugins() -> ModuleType | None:
+    """Make the filters of hdf5plugin known to HDF5, where it is installed."""
+    with suppress(ImportError):
+        import hdf5plugin
+
+        return hdf5plugin  # type: ignore[no-any-return]
+    return None
+
+
+def filter_names(dataset: h5py.Dataset) -> list[str]:
+    """Return the filters that the chunks of a dataset went through, by HDF5's names for them."""
+    return [
+        name.decode(errors="replace") or f"filter {number}" for number, name in _filters(dataset)
+    ]
+
+
+def require_filters(dataset: h5py.Dataset, place: str) -> None:
+    """Check that the chunks of a dataset can be read here.
+
+    Raises:
+        DatasetError: naming the filter, and the package that has it.
+    """
+    for number, name in _filters(dataset):
+        if h5py.h5z.filter_avail(number):
+            continue
+        load_plugins()
+        if not h5py.h5z.filter_avail(number):
+            raise DatasetError(
+                f'{place}: field "{dataset.name}" went through HDF5 filter {number} '
+                f"({name.decode(errors='replace') or 'without a name'}), which is not installed: "
+                f"{INSTALL}"
+            )
+
+
+def _filters(dataset: h5py.Dataset) -> list[tuple[int, bytes]]:
+    properties = dataset.id.get_create_plist()
+    found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+    return [(number, name) for number, _, _, name in found]
