@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -116,11 +117,10 @@ class Storage:
 
 def load_plugins() -> ModuleType | None:
     """Make the filters of hdf5plugin known to HDF5, where it is installed."""
+    plugins: ModuleType | None = None
     with suppress(ImportError):
-        import hdf5plugin
-
-        return hdf5plugin  # type: ignore[no-any-return]
-    return None
+        plugins = import_module("hdf5plugin")
+    return plugins
 
 
 def filter_names(dataset: h5py.Dataset) -> list[str]:

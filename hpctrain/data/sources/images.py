@@ -1,0 +1,153 @@
+"""Folders of pictures: one subfolder a class, or pictures alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.data.dataset import Field
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.sources.source import Arrays, identity_of, processors
+from hpctrain.errors import DatasetError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+CHANNELS = {"RGB": 3, "L": 1}
+"""Channels of a picture, by Pillow's name for its mode."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures, and the number of the class that each one's folder names.
+
+    Attributes:
+        name: the folder.
+        paths: of the pictures.
+        labels: the class of each; empty if the pictures lie in the folder itself.
+        classes: names of the subfolders, sorted.
+        mode: "RGB" or "L", what every picture is converted to.
+        size: rows and columns.
+        resize: whether pictures of another size are scaled, or refused.
+    """
+
+    name: str
+    paths: Sequence[str]
+    labels: Sequence[int]
+    classes: Sequence[str]
+    mode: str
+    size: tuple[int, int]
+    resize: bool
+
+    @classmethod
+    def open(cls, folder: str, size: tuple[int, int] | None, grey: bool) -> Pictures:
+        """Find the pictures of a folder.
+
+        Raises:
+            DatasetError: if there are none, or Pillow is not installed.
+        """
+        _require_pillow()
+        paths: list[str] = pictures_in(Path(folder))
+        labels: list[int] = []
+        classes: list[str] = []
+        if not paths:
+            for each in sorted(entry for entry in Path(folder).iterdir() if entry.is_dir()):
+                members = pictures_in(each)
+                if members:
+                    labels += [len(classes)] * len(members)
+                    classes.append(each.name)
+                    paths += members
+        if not paths:
+            raise DatasetError(f"{folder}: there are no pictures here (*{', *'.join(SUFFIXES)})")
+        mode = "L" if grey else "RGB"
+        chosen = size or _decode(paths[0], mode, None).shape[1:]
+        return cls(folder, paths, labels, classes, mode, chosen, size is not None)
+
+    @property
+    def samples(self) -> int:
+        return len(self.paths)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        image = Field((CHANNELS[self.mode], *self.size), np.dtype(np.uint8))
+        return {"image": image} | ({"label": Field((), np.dtype(np.int64))} if self.classes else {})
+
+    @property
+    def attributes(self) -> Mapping[str, Mapping[str, Any]]:
+        image = {"description": "channel, row, column", "mode": self.mode}
+        return {"image": image} | (
+            {"label": {"classes": json.dumps(list(self.classes))}} if self.classes else {}
+        )
+
+    @cached_property
+    def identity(self) -> str:
+        return f"{identity_of(self.paths)} {self.mode} {self.size}"
+
+    def read(self, rows: Int64s) -> Arrays:
+        """Return samples, as `Source.read` does."""
+        images = np.empty((len(rows), *self.fields["image"].shape), np.uint8)
+
+        def fill(place: int) -> None:
+            images[place] = self._picture(self.paths[rows[place]])
+
+        # Pillow lets go of the interpreter while it decodes.
+        with ThreadPoolExecutor(processors()) as threads:
+            for _ in threads.map(fill, range(len(rows))):
+                pass
+        if not self.classes:
+            return {"image": images}
+        return {"image": images, "label": np.array(self.labels, np.int64)[rows]}
+
+    def _picture(self, path: str) -> npt.NDArray[np.uint8]:
+        pixels = _decode(path, self.mode, self.size if self.resize else None)
+        if pixels.shape[1:] != self.size:
+            raise DatasetError(
+                f"{path}: {_text(pixels.shape[1:])} pixels, but {_text(self.size)} in "
+                f"{self.paths[0]}. Give the size that all are to have: --size {_text(self.size)}"
+            )
+        return pixels
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Return the pictures that lie in a folder itself, by name."""
+    return sorted(
+        str(entry)
+        for entry in folder.iterdir()
+        if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+    )
+
+
+def _decode(path: str, mode: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a file, (channels, rows, columns)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            picture = file.convert(mode)
+        if size is not None and picture.size != (size[1], size[0]):
+            picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DatasetError(
+            f"{path}: this picture cannot be read: {error}. Get the file again, or remove it"
+        ) from error
+    pixels = np.asarray(picture, np.uint8)
+    return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _text(size: Sequence[int]) -> str:
+    return "x".join(str(each) for each in size)
+
+
+def _require_pillow() -> None:
+    try:
+        import PIL  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise DatasetError(
+            "pictures are read by Pillow, which is not installed: pip install 'hpctrain[images]'"
+        ) from error

@@ -1,0 +1,159 @@
+"""From what a user calls a source to a Source."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpctrain.data.dataset import require_fields
+from hpctrain.data.index import HDF5_SUFFIXES
+from hpctrain.data.sources.arrays import holds_arrays, list_arrays
+from hpctrain.data.sources.images import Pictures, pictures_in
+from hpctrain.data.sources.indexed import Indexed
+from hpctrain.data.sources.source import Converted, Source
+from hpctrain.data.sources.table import Part, Table, make_part
+from hpctrain.data.sources.text import DEFAULT_TOKENS, Text
+from hpctrain.errors import DatasetError
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
+_NAMED = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<files>.+)")
+_KEYED = re.compile(r"(?P<pattern>.+\.(?:h5|hdf5|he5|nc|npz)):(?P<key>[^:]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How to read a source, where its files leave that open.
+
+    Attributes:
+        axes: the axis of the samples by field, or under "" for all others; 0 if it is not here.
+        dtypes: by field, what its values become.
+        size: rows and columns that pictures are scaled to.
+        grey: pictures in one channel rather than three.
+        tokens: bytes of text in one sample; given, any file is text.
+    """
+
+    axes: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    grey: bool = False
+    tokens: int | None = None
+
+    def axis(self, name: str) -> int:
+        """Return the axis of the samples of a field."""
+        return self.axes.get(name, self.axes.get("", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """[NAME=]FILES[:FIELD], one of the things that a source is put together from."""
+
+    name: str | None
+    pattern: str
+    key: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Item:
+        """Take a text apart; a file that has just this name is meant by it."""
+        if Path(text).exists():
+            return cls(None, text, None)
+        named = _NAMED.fullmatch(text)
+        if named is None:
+            raise DatasetError("a source has an empty name")
+        keyed = _KEYED.fullmatch(named["files"])
+        if keyed is None:
+            return cls(named["name"], named["files"], None)
+        return cls(named["name"], keyed["pattern"], keyed["key"])
+
+    @property
+    def is_plain(self) -> bool:
+        return self.name is None and self.key is None
+
+
+def open_source(texts: Sequence[str], reading: Reading) -> Source:
+    """Find out what a source holds.
+
+    Args:
+        texts: each [NAME=]FILES[:FIELD], FILES a file, a folder or a glob; the same field of
+            several files is put after each other, different fields beside each other.
+        reading: what the files leave open.
+
+    Raises:
+        DatasetError: if there are no files, they cannot be read, or they do not fit together.
+    """
+    source = _open(texts, [Item.parse(text) for text in texts], reading)
+    return Converted(source, reading.dtypes) if reading.dtypes else source
+
+
+def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Source:
+    name = " ".join(texts)
+    if len(items) == 1 and items[0].is_plain and reading.tokens is None:
+        pattern = items[0].pattern
+        if _is_hdf5(pattern) and not reading.axes:
+            return Indexed.open(pattern)
+        if Path(pattern).is_dir() and _holds_pictures(Path(pattern)):
+            return Pictures.open(pattern, reading.size, reading.grey)
+    files = [(item, _find(item.pattern)) for item in items]
+    paths = [path for _, found in files for path in found]
+    if reading.tokens is not None or all(path.endswith(TEXT_SUFFIXES) for path in paths):
+        return Text.open(name, paths, reading.tokens or DEFAULT_TOKENS)
+    columns: dict[str, list[Part]] = {}
+    for item, found in files:
+        for path in found:
+            for field_name, part in _parts(item, path, reading):
+                columns.setdefault(field_name, []).append(part)
+    return Table(name, columns)
+
+
+def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
+    """Return the arrays of a file that an item asks for, with their names as fields."""
+    if not holds_arrays(path):
+        raise DatasetError(
+            f"{path}: what is this? Known are .npy, .npz, IDX (-idx3-ubyte, also .gz), "
+            f"{', '.join(HDF5_SUFFIXES)}, folders of pictures, {', '.join(TEXT_SUFFIXES)}, and any "
+            "other file as text with --tokens"
+        )
+    arrays = list_arrays(path)
+    wanted = list(arrays)
+    if item.key is not None:
+        require_fields([item.key], arrays, path)
+        wanted = [item.key]
+    if item.name is not None and len(wanted) > 1:
+        raise DatasetError(
+            f"{path}: which one is to be {item.name}? It holds {', '.join(wanted)}: write "
+            f"{item.name}={item.pattern}:{wanted[0]}"
+        )
+    named = [(item.name or key, key) for key in wanted]
+    return [(name, make_part(path, key, reading.axis(name), arrays[key])) for name, key in named]
+
+
+def _find(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_dir():
+        found = [str(each) for each in sorted(path.iterdir()) if not each.name.startswith(".")]
+        found = [each for each in found if Path(each).is_file()]
+        if not found:
+            raise DatasetError(f"{path}: there are no files in this folder")
+        return found
+    found = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+    if not found:
+        raise DatasetError(f"{pattern}: no file has such a name")
+    return found
+
+
+def _is_hdf5(pattern: str) -> bool:
+    path = Path(pattern)
+    if path.is_dir():
+        return any(entry.name.endswith(HDF5_SUFFIXES) for entry in path.iterdir())
+    return pattern.endswith(HDF5_SUFFIXES)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return bool(pictures_in(folder)) or any(
+        pictures_in(entry) for entry in folder.iterdir() if entry.is_dir()
+    )

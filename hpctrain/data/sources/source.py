@@ -1,0 +1,160 @@
+"""What packing asks of a source, whatever its files are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hpctrain.data.dataset import Field, require_fields, require_supported
+from hpctrain.data.permutation import Int64s
+from hpctrain.errors import DatasetError
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Source(Protocol):
+    """Samples, by number. Picklable: one rank finds it, and every rank reads from its own copy."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """In this machine's byte order."""
+        ...
+
+    @property
+    def attributes(self) -> Mapping[str, Mapping[str, Any]]:
+        """By field, what HDF5 keeps beside its values, such as {"units": "kelvin"}."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Changes when a file of the source does."""
+        ...
+
+    def read(self, rows: Int64s) -> Arrays:
+        """Return the samples of these numbers, in any order, each at most once.
+
+        Returns:
+            By field, (rows, *shape).
+
+        Raises:
+            DatasetError: naming file, field and row that cannot be read.
+        """
+        ...
+
+
+def identity_of(paths: Iterable[str | Path]) -> str:
+    """Return a hash of names, sizes and times of change.
+
+    Raises:
+        DatasetError: if one of the files is not there.
+    """
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise DatasetError(f"{path}: {error.strerror}") from error
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return str(digest.hexdigest())
+
+
+def native(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, place: str) -> Field:
+    """Return a field in this machine's byte order, if it can become a tensor.
+
+    Raises:
+        DatasetError: if it cannot.
+    """
+    field = Field(shape, dtype.newbyteorder("="))
+    require_supported(name, field, place)
+    return field
+
+
+def processors() -> int:
+    """Return how many processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A source some of whose fields get another dtype, without loss of range.
+
+    Attributes:
+        source: as it is.
+        dtypes: by field.
+    """
+
+    source: Source
+    dtypes: Mapping[str, np.dtype[Any]]
+
+    def __post_init__(self) -> None:
+        require_fields(self.dtypes, self.source.fields, self.source.name)
+        for name, field in self.fields.items():
+            require_supported(name, field, self.source.name)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def samples(self) -> int:
+        return self.source.samples
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {
+            name: dataclasses.replace(field, dtype=self.dtypes.get(name, field.dtype))
+            for name, field in self.source.fields.items()
+        }
+
+    @property
+    def attributes(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.source.attributes
+
+    @property
+    def identity(self) -> str:
+        dtypes = {name: dtype.str for name, dtype in sorted(self.dtypes.items())}
+        return f"{self.source.identity} {dtypes}"
+
+    def read(self, rows: Int64s) -> Arrays:
+        """Return samples, as `Source.read` does.
+
+        Raises:
+            DatasetError: also if a value does not fit its new dtype.
+        """
+        arrays = self.source.read(rows)
+        for name, dtype in self.dtypes.items():
+            arrays[name] = self._convert(name, arrays[name], dtype, rows)
+        return arrays
+
+    def _convert(
+        self, name: str, values: npt.NDArray[Any], dtype: np.dtype[Any], rows: Int64s
+    ) -> npt.NDArray[Any]:
+        with np.errstate(invalid="ignore", over="ignore"):
+            converted = values.astype(dtype)
+        if dtype.kind in "biu":
+            lost = converted != values
+        else:
+            lost = np.isfinite(values) & ~np.isfinite(converted)
+        if lost.any():
+            place = tuple(np.argwhere(lost)[0])
+            raise DatasetError(
+                f'{self.source.name}: field "{name}", row {rows[place[0]]}: {values[place]} does '
+                f"not fit {dtype}. Choose a wider dtype"
+            )
+        return converted

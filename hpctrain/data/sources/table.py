@@ -1,0 +1,197 @@
+"""Arrays of many files, put after each other and beside each other: a table of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.data.dataset import Field
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
+from hpctrain.data.sources.source import Arrays, identity_of, native
+from hpctrain.errors import DatasetError
+
+WIDEST_GAP_ROWS = 32
+"""HDF5 reads over gaps up to so many rows between two that are wanted, rather than twice."""
+MOST_SPAN_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One array of one file.
+
+    Attributes:
+        path: of the file.
+        key: of the array in it.
+        axis: of the samples, from 0.
+        facts: of the array.
+    """
+
+    path: str
+    key: str
+    axis: int
+    facts: ArrayFacts
+
+    @property
+    def rows(self) -> int:
+        return self.facts.shape[self.axis]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.facts.shape[: self.axis] + self.facts.shape[self.axis + 1 :]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source of columns, each the arrays of some files after each other.
+
+    Attributes:
+        name: what the user called it.
+        columns: by field.
+    """
+
+    name: str
+    columns: Mapping[str, Sequence[Part]]
+    # One open array a column: reading goes through the files in their order.
+    _open: dict[str, tuple[Part, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together.
+
+        Raises:
+            DatasetError: if shapes, dtypes or numbers of rows differ, or there are no rows.
+        """
+        for name, parts in self.columns.items():
+            first = parts[0]
+            for part in parts:
+                native(part.row_shape, part.facts.dtype, name, part.path)
+                if part.rows == 0:
+                    raise DatasetError(f'{part.path}: field "{name}" has no rows')
+                if (part.row_shape, part.facts.dtype) != (first.row_shape, first.facts.dtype):
+                    raise DatasetError(
+                        f'{part.path}: field "{name}" is {_describe(part)}, but '
+                        f"{_describe(first)} in {first.path}: give files that fit together"
+                    )
+        self._require_equal_rows()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "columns": self.columns, "_open": {}}
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(part.rows for part in next(iter(self.columns.values())))
+
+    @cached_property
+    def fields(self) -> Mapping[str, Field]:
+        return {
+            name: native(parts[0].row_shape, parts[0].facts.dtype, name, parts[0].path)
+            for name, parts in self.columns.items()
+        }
+
+    @property
+    def attributes(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: parts[0].facts.attributes for name, parts in self.columns.items()}
+
+    @cached_property
+    def identity(self) -> str:
+        what = sorted(
+            (name, part.path, part.key, part.axis)
+            for name, parts in self.columns.items()
+            for part in parts
+        )
+        paths = sorted({path for _, path, _, _ in what})
+        names = sorted({(name, key, axis) for name, _, key, axis in what})
+        return f"{identity_of(paths)} {names}"
+
+    def read(self, rows: Int64s) -> Arrays:
+        """Return samples, as `Source.read` does."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        return {name: self._read_column(name, ascending, order) for name in self.columns}
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._open:
+            close_array(self._open.popitem()[1][1])
+
+    def _read_column(self, name: str, rows: Int64s, places: Int64s) -> npt.NDArray[Any]:
+        """Return rows, ascending, of a column, each at its place."""
+        parts, about = self.columns[name], self.fields[name]
+        out = np.empty((len(rows), *about.shape), about.dtype)
+        begin = 0
+        for part in parts:
+            i, j = np.searchsorted(rows, (begin, begin + part.rows))
+            if i < j:
+                array = self._array(name, part)
+                for span, values in _read_spans(name, part, array, rows[i:j] - begin):
+                    out[places[i:j][span]] = values
+            begin += part.rows
+        return out
+
+    def _array(self, name: str, part: Part) -> Any:
+        kept = self._open.get(name)
+        if kept is not None and kept[0] is part:
+            return kept[1]
+        if kept is not None:
+            close_array(kept[1])
+        array = open_array(part.path, part.key)
+        if array.shape != part.facts.shape:
+            raise DatasetError(f"{part.path}: the file has changed while it was packed")
+        self._open[name] = (part, array)
+        return array
+
+    def _require_equal_rows(self) -> None:
+        """Check that the columns are equally long, also within every file that several share."""
+        totals = {name: sum(p.rows for p in parts) for name, parts in self.columns.items()}
+        places: dict[str, dict[str, int]] = {self.name: totals}
+        for name, parts in self.columns.items():
+            for part in parts:
+                places.setdefault(part.path, {})[name] = part.rows
+        for place, counts in reversed(places.items()):
+            if len(set(counts.values())) > 1:
+                each = ", ".join(f"{name} {count}" for name, count in counts.items())
+                raise DatasetError(
+                    f"{place}: the fields have different numbers of rows: {each}. Name those that "
+                    "belong together (NAME=FILES:FIELD), and the axis of the samples (--axis)"
+                )
+
+
+def _read_spans(
+    name: str, part: Part, array: Any, rows: Int64s
+) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+    """Yield ascending rows of one array: which of them, and their values."""
+    if not isinstance(array, h5py.Dataset):
+        yield slice(None), np.moveaxis(array, part.axis, 0)[rows]
+        return
+    cuts = np.flatnonzero((np.diff(rows) > WIDEST_GAP_ROWS) | (np.diff(rows // MOST_SPAN_ROWS) > 0))
+    for begin, stop in zip([0, *(cuts + 1)], [*(cuts + 1), len(rows)], strict=True):
+        first, last = int(rows[begin]), int(rows[stop - 1])
+        selection = (*[slice(None)] * part.axis, slice(first, last + 1))
+        try:
+            values = array[selection]
+        except OSError as error:
+            raise DatasetError(f'{part.path}: field "{name}", row {first}: {error}') from error
+        yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
+
+
+def make_part(path: str, key: str, axis: int, facts: ArrayFacts) -> Part:
+    """Return an array of a file as a part of a column.
+
+    Raises:
+        DatasetError: if it has no such axis.
+    """
+    if not -len(facts.shape) <= axis < len(facts.shape):
+        raise DatasetError(
+            f'{path}: field "{key}" has shape {facts.shape}: there is no axis {axis} of samples'
+        )
+    return Part(path, key, axis % len(facts.shape), facts)
+
+
+def _describe(part: Part) -> str:
+    return f"{part.facts.dtype} of shape {part.row_shape}"
