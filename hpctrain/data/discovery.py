@@ -41,16 +41,25 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None) -> Dataset:
             the files do not fit together.
     """
     path = Path(pattern)
-    if (path / UNFINISHED_NAME).exists():
-        raise DatasetError(
-            f"{path}: this dataset is still being written, or its writer was killed. "
-            "Wait for it, or remove the folder and write the dataset anew"
-        )
+    require_finished(path)
     if (path / INDEX_NAME).exists():
         dataset = read_index(path)
         return dataset if fields is None else dataset.select(fields)
-    paths = find_files(pattern)
-    return _join(pattern, [inspect_file(path, fields) for path in paths])
+    return join_files(pattern, find_files(pattern), fields)
+
+
+def require_finished(folder: Path) -> None:
+    """Check that nobody is still writing a dataset to a folder.
+
+    Raises:
+        DatasetError: if somebody is, or was killed while they did.
+    """
+    if (folder / UNFINISHED_NAME).exists():
+        raise DatasetError(
+            f"{folder}: this dataset is still being written, or its writer was killed. "
+            "Wait for it, start the same `data pack` again to go on, or remove the folder and write "
+            "the dataset anew"
+        )
 
 
 def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[str, Field]]:
@@ -109,18 +118,23 @@ def find_files(pattern: str) -> list[str]:
     return paths
 
 
-def _join(source: str, files: list[tuple[Shard, dict[str, Field]]]) -> Dataset:
-    """Put the files after each other, if they hold the same."""
-    first, fields = files[0]
+def join_files(source: str, paths: Sequence[str], fields: Sequence[str] | None) -> Dataset:
+    """Put files after each other, without a look at any index.
+
+    Raises:
+        DatasetError: if one cannot be read, or they do not hold the same.
+    """
+    files = [inspect_file(path, fields) for path in paths]
+    first, found = files[0]
     for shard, others in files[1:]:
-        require_fields(fields, others, shard.path)
-        for name, field in fields.items():
+        require_fields(found, others, shard.path)
+        for name, field in found.items():
             if others[name] != field:
                 raise DatasetError(
                     f'{shard.path}: field "{name}" is {_describe(others[name])}, but '
                     f"{_describe(field)} in {first.path}: give a pattern of files that fit together"
                 )
-    return Dataset(source=source, fields=fields, shards=tuple(shard for shard, _ in files))
+    return Dataset(source=source, fields=found, shards=tuple(shard for shard, _ in files))
 
 
 def _describe(field: Field) -> str:

@@ -25,10 +25,17 @@ _REMAKE = "Write the dataset anew, or remove the index to read the files as plai
 T = TypeVar("T")
 
 
-def write_index(dataset: Dataset, folder: Path) -> None:
-    """Write the index of a folder; a reader sees the old one, or the new one whole."""
+def write_index(dataset: Dataset, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Write the index of a folder; a reader sees the old one, or the new one whole.
+
+    Args:
+        dataset: its shards all in this folder.
+        folder: to write to.
+        origin: where the samples come from, for people and for `read_origin`.
+    """
     document = {
         "version": INDEX_VERSION,
+        **({} if origin is None else {"origin": origin}),
         "samples": dataset.samples,
         "fields": {
             name: {"shape": list(field.shape), "dtype": field.dtype.str}
@@ -56,16 +63,41 @@ def read_index(folder: Path) -> Dataset:
         DatasetError: if the index is broken or newer than this version, or the shards are not
             those that it lists.
     """
+    dataset = parse_index(folder)
+    problems = file_problems(dataset, folder)
+    if problems:
+        raise DatasetError(next(iter(problems.values())))
+    return dataset
+
+
+def parse_index(folder: Path) -> Dataset:
+    """Read the index of a folder, without a look at its files.
+
+    Raises:
+        DatasetError: if the index is broken or newer than this version.
+    """
     path = folder / INDEX_NAME
+    return _Parser(path).dataset(_load(path), folder)
+
+
+def read_origin(folder: Path) -> object:
+    """Return where the samples of a folder come from, None if its index does not tell.
+
+    Raises:
+        DatasetError: if the index cannot be read.
+    """
+    document = _load(folder / INDEX_NAME)
+    return document.get("origin") if isinstance(document, dict) else None
+
+
+def _load(path: Path) -> object:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: object = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: this is not JSON: {error}. {_REMAKE}") from error
-    dataset = _Parser(path).dataset(document, folder)
-    _require_files(dataset, folder)
-    return dataset
+    return document
 
 
 def damaged_shards(dataset: Dataset) -> list[str]:
@@ -184,28 +216,36 @@ class _Parser:
         return DatasetError(f"{self._path}: {place} {what}. {_REMAKE}")
 
 
-def _require_files(dataset: Dataset, folder: Path) -> None:
-    """Check that the folder holds the shards of its index, of the right size, and no others."""
+def file_problems(dataset: Dataset, folder: Path) -> dict[str, str]:
+    """Return what is wrong with the names and sizes of the files of a folder, by path.
+
+    It is to hold the shards of its index, of the right size, and no others.
+
+    Raises:
+        DatasetError: if the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             sizes = {e.name: e.stat().st_size for e in entries if is_shard_name(e.name)}
     except OSError as error:
         raise DatasetError(f"{error.filename or folder}: {error.strerror}") from error
+    problems: dict[str, str] = {}
     for shard in dataset.shards:
         size = sizes.pop(shard.name, None)
         if size is None:
-            raise DatasetError(
+            problems[shard.path] = (
                 f"{shard.path}: this shard is missing, or listed twice; {INDEX_NAME} lists it with "
                 f"{shard.samples} samples. Bring it back, or write the dataset anew"
             )
-        if size != shard.size:
+        elif size != shard.size:
             what = "it is truncated" if size < shard.size else "the index is older than the file"
-            raise DatasetError(
+            problems[shard.path] = (
                 f"{shard.path}: {size} bytes, where {INDEX_NAME} says {shard.size}: {what}. "
                 "Copy the file again, or write the dataset anew"
             )
     if sizes:
-        raise DatasetError(
+        problems[str(folder)] = (
             f"{folder}: {INDEX_NAME} does not list {', '.join(sorted(sizes)[:5])}. "
             "Move what does not belong here away, or write the dataset anew"
         )
+    return problems

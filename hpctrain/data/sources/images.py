@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.sources.source import Arrays, identity_of, processors
+from hpctrain.data.parallel import processors
+from hpctrain.data.sources.source import Arrays, identity_of
 from hpctrain.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")

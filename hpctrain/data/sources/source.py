@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +82,6 @@ def native(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, place: str) 
     field = Field(shape, dtype.newbyteorder("="))
     require_supported(name, field, place)
     return field
-
-
-def processors() -> int:
-    """Return how many processors this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class Text:
         cuts = np.flatnonzero(np.diff(rows) != 1) + 1
         for begin, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
             if begin < stop:
-                self._fill(int(rows[begin]) * self.tokens, memoryview(out[begin:stop].data).cast("B"))
+                self._fill(
+                    int(rows[begin]) * self.tokens, memoryview(out[begin:stop].data).cast("B")
+                )
         return {"tokens": out}
 
     def _fill(self, position: int, out: memoryview) -> None:

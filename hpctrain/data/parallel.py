@@ -1,0 +1,65 @@
+"""One function over many files, in processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def processors() -> int:
+    """Return how many processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def each(
+    function: Callable[[T], R], items: Sequence[T], jobs: int
+) -> Iterator[tuple[int, R | BrokenProcessPool]]:
+    """Yield the index of every item and what the function makes of it, as they get ready.
+
+    HDF5 holds one lock over all threads of a process, so only processes decompress side by side.
+    A damaged file can even crash it: then that item has a BrokenProcessPool for a result, and the
+    others are none the worse. With one job there are no further processes, and no such help.
+
+    Args:
+        function: importable by its name, without state.
+        items: small; they are pickled.
+        jobs: processes at the same time.
+    """
+    if jobs == 1 or not items:
+        yield from enumerate(map(function, items))
+        return
+    left = set(range(len(items)))
+    try:
+        for index, result in _in_pool(function, items, sorted(left), min(jobs, len(items))):
+            left.remove(index)
+            yield index, result
+    except BrokenProcessPool:
+        # Nobody knows which item it was: what is left goes one by one.
+        for index in sorted(left):
+            try:
+                yield from _in_pool(function, items, [index], 1)
+            except BrokenProcessPool as error:
+                yield index, error
+
+
+def _in_pool(
+    function: Callable[[T], R], items: Sequence[T], indices: Sequence[int], jobs: int
+) -> Iterator[tuple[int, R]]:
+    # A forked child would inherit the threads' locks as they are; a fork server has no threads.
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running: dict[Future[R], int] = {pool.submit(function, items[i]): i for i in indices}
+        try:
+            while running:
+                ready, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

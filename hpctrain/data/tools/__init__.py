@@ -1,0 +1,1 @@
+"""Work on whole datasets: pack, describe, index, verify, measure, split, store anew, time."""

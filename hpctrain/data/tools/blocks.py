@@ -1,0 +1,43 @@
+"""The values of one shard, a few MB at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.data.access import RowAccess
+from hpctrain.data.dataset import Dataset, Field, Shard
+
+BLOCK_BYTES = 4 * 2**20
+
+
+def one_shard(shard: Shard, fields: dict[str, Field]) -> Dataset:
+    """Return a dataset of one shard."""
+    return Dataset(shard.path, fields, (shard,))
+
+
+def blocks_of(dataset: Dataset, name: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the number of the first row of every block of a field, and its values.
+
+    The values are (rows, *shape) in this machine's byte order, in memory that is used again for
+    the next block.
+
+    Raises:
+        DatasetError: naming file, field and row that cannot be read.
+    """
+    field = dataset.fields[name]
+    chunk_rows = max(shard.layouts[name].chunk_rows for shard in dataset.shards)
+    rows = max(1, BLOCK_BYTES // field.row_bytes)
+    # Chunks are not cut where that would decompress them twice.
+    rows = max(rows - rows % chunk_rows, min(rows, chunk_rows))
+    buffer = np.empty((min(rows, dataset.samples), field.row_bytes), np.uint8)
+    with closing(RowAccess(dataset)) as access:
+        for start in range(0, dataset.samples, rows):
+            part = buffer[: min(rows, dataset.samples - start)]
+            access.read_runs(name, np.array([start]), np.array([len(part)]), part, np.array([0]))
+            values = part.view(field.dtype.newbyteorder("="))
+            yield start, values.reshape(len(part), *field.shape)

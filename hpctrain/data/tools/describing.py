@@ -1,0 +1,89 @@
+"""What a dataset holds, for people and for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.index import INDEX_NAME
+from hpctrain.data.sources.indexed import read_attributes
+from hpctrain.data.tools.statistics import STATS_NAME
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Return the facts of a dataset; all of them are JSON.
+
+    Raises:
+        DatasetError: if the first shard cannot be read.
+    """
+    attributes = read_attributes(dataset)
+    slow = dataset.slow_fields()
+    folder = Path(dataset.source)
+    return {
+        "source": dataset.source,
+        "samples": dataset.samples,
+        "shards": len(dataset.shards),
+        "bytes": sum(shard.size for shard in dataset.shards),
+        "bytes_per_sample": dataset.bytes_per_sample,
+        "fingerprint": dataset.fingerprint,
+        "indexed": (folder / INDEX_NAME).exists(),
+        "checksums": all(shard.checksum is not None for shard in dataset.shards),
+        "statistics": (folder / STATS_NAME).exists(),
+        "fields": {
+            name: {
+                "shape": list(field.shape),
+                "dtype": field.dtype.name,
+                "bytes": field.row_bytes * dataset.samples,
+                "layout": slow.get(name, "contiguous"),
+                "chunk_rows": max(s.layouts[name].chunk_rows for s in dataset.shards),
+                "attributes": {key: _plain(value) for key, value in attributes[name].items()},
+            }
+            for name, field in dataset.fields.items()
+        },
+    }
+
+
+def description(facts: Mapping[str, Any]) -> str:
+    """Return the facts as text, several lines."""
+    values = facts["samples"] * facts["bytes_per_sample"]
+    lines = [
+        f"{facts['source']}: {facts['samples']:,} samples in {facts['shards']:,} shards",
+        f"  {facts['bytes']:,} bytes in files, {values:,} of values, "
+        f"{facts['bytes_per_sample']:,} a sample",
+        f"  index {_yes(facts['indexed'])}, checksums {_yes(facts['checksums'])}, "
+        f"statistics {_yes(facts['statistics'])}, fingerprint {facts['fingerprint']}",
+    ]
+    rows = [("field", "dtype", "shape", "stored", "")]
+    for name, field in facts["fields"].items():
+        shape = " x ".join(str(size) for size in field["shape"]) or "one value"
+        notes = ", ".join(f"{key}: {_short(value)}" for key, value in field["attributes"].items())
+        rows.append((name, field["dtype"], shape, field["layout"], notes))
+    return "\n".join([*lines, *(f"  {line}" for line in table(rows))])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of text as lines whose columns stand below each other."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    # numpy's scalars and arrays, complex ones as text
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return plain if isinstance(plain, str | int | float | list) else str(plain)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _yes(is_there: bool) -> str:
+    return "yes" if is_there else "no"

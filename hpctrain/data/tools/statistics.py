@@ -1,0 +1,220 @@
+"""Mean, standard deviation, least and largest value of every field and channel.
+
+Sums are float64, each shard's about its own mean, and shards are merged in their order: the result
+does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.files import replace_file
+from hpctrain.data.shard_file import cannot_write
+from hpctrain.data.tools.blocks import blocks_of, one_shard
+from hpctrain.data.parallel import each, processors
+from hpctrain.data.tools.progress import Progress, silent
+from hpctrain.errors import DatasetError
+
+STATS_NAME = "stats.json"
+STATS_VERSION = 1
+MOST_CHANNELS = 4096
+"""The first axis of a sample is its channels, up to so many."""
+
+Float64s = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What is known of the values of each channel so far.
+
+    Attributes:
+        count: (channels,) finite values.
+        mean: (channels,) of them.
+        squares: (channels,) sum of their squared differences from the mean.
+        least: (channels,) of them; inf where there are none.
+        largest: (channels,) of them; -inf where there are none.
+        non_finite: (channels,) values that are NaN or Inf, and in none of the others.
+    """
+
+    count: Float64s
+    mean: Float64s
+    squares: Float64s
+    least: Float64s
+    largest: Float64s
+    non_finite: Float64s
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any]) -> Moments:
+        """Return the moments of values, (rows, channels, rest)."""
+        values = values.astype(np.float64)
+        finite = np.isfinite(values)
+        count = finite.sum(axis=(0, 2), dtype=np.float64)
+        mean = values.sum(axis=(0, 2), where=finite) / np.maximum(count, 1)
+        differences = values - mean[:, None]
+        return cls(
+            count=count,
+            mean=mean,
+            squares=np.square(differences, where=finite, out=np.zeros_like(differences)).sum(
+                axis=(0, 2)
+            ),
+            least=values.min(axis=(0, 2), where=finite, initial=np.inf),
+            largest=values.max(axis=(0, 2), where=finite, initial=-np.inf),
+            non_finite=values.shape[0] * values.shape[2] - count,
+        )
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both together.
+
+        Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing
+        sample variances" (1979).
+        """
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        difference = other.mean - self.mean
+        return Moments(
+            count=count,
+            mean=self.mean + difference * share,
+            squares=self.squares + other.squares + difference**2 * self.count * share,
+            least=np.minimum(self.least, other.least),
+            largest=np.maximum(self.largest, other.largest),
+            non_finite=self.non_finite + other.non_finite,
+        )
+
+    def over_channels(self) -> Moments:
+        """Return the moments of all channels together, as of one."""
+        parts = [
+            Moments(*(values[i : i + 1] for values in self._values()))
+            for i in range(len(self.count))
+        ]
+        return functools.reduce(Moments.merge, parts)
+
+    def facts(self) -> dict[str, list[float]]:
+        """Return what people ask for, by name, a number a channel."""
+        std = np.sqrt(self.squares / np.maximum(self.count, 1))
+        return {
+            "mean": self.mean.tolist(),
+            "std": std.tolist(),
+            "min": self.least.tolist(),
+            "max": self.largest.tolist(),
+        }
+
+    def _values(self) -> tuple[Float64s, ...]:
+        return (self.count, self.mean, self.squares, self.least, self.largest, self.non_finite)
+
+
+class _Task(NamedTuple):
+    shard: Shard
+    fields: dict[str, Field]
+
+
+def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dict[str, Any]:
+    """Return the statistics of a dataset, as they go into `stats.json`.
+
+    Complex fields are left out. The standard deviation is that of the values as they are, divided
+    by their number.
+
+    Raises:
+        DatasetError: naming file, field and row that cannot be read, or a field without a finite
+            value.
+    """
+    fields = {name: about for name, about in dataset.fields.items() if about.dtype.kind != "c"}
+    tasks = [_Task(shard, fields) for shard in dataset.shards]
+    found: dict[int, dict[str, Moments]] = {}
+    progress(0, len(tasks))
+    for index, result in each(measure_shard, tasks, jobs or processors()):
+        if isinstance(result, BrokenProcessPool):
+            raise DatasetError(
+                f"{tasks[index].shard.path}: HDF5 crashed while it read this file: it is damaged"
+            ) from result
+        found[index] = result
+        progress(len(found), len(tasks))
+    parts = [found[index] for index in range(len(tasks))]
+    return {
+        "version": STATS_VERSION,
+        "fingerprint": dataset.fingerprint,
+        "samples": dataset.samples,
+        "fields": {
+            name: _field_facts(
+                f'{dataset.source}: field "{name}"',
+                functools.reduce(Moments.merge, [part[name] for part in parts]),
+            )
+            for name in fields
+        },
+    }
+
+
+def measure_shard(task: _Task) -> dict[str, Moments]:
+    """Return the moments of every channel of every field of one shard."""
+    dataset = one_shard(*task)
+    return {
+        name: functools.reduce(
+            Moments.merge,
+            (Moments.of(_by_channel(values)) for _, values in blocks_of(dataset, name)),
+        )
+        for name in task.fields
+    }
+
+
+def write_stats(stats: Mapping[str, Any], path: Path) -> None:
+    """Write statistics so that a reader sees the old ones, or the new ones whole.
+
+    Raises:
+        DatasetError: if they cannot be written.
+    """
+    try:
+        replace_file(path, (json.dumps(stats, indent=1) + "\n").encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def read_stats(path: Path, dataset: Dataset, fields: Sequence[str]) -> dict[str, Any]:
+    """Return the statistics of some fields, by name.
+
+    Raises:
+        DatasetError: if they are not there, or are those of another dataset.
+    """
+    remake = f"Make them: python -m hpctrain data stats {dataset.source}"
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint, found = stats["fingerprint"], stats["fields"]
+        wanted = {name: found[name] for name in fields}
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: there are no statistics. {remake}") from error
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
+    except KeyError as error:
+        raise DatasetError(f"{path}: {error} is not in these statistics. {remake}") from error
+    if fingerprint != dataset.fingerprint:
+        raise DatasetError(f"{path}: these are the statistics of another dataset. {remake}")
+    return wanted
+
+
+def _by_channel(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return (rows, *shape) as (rows, channels, rest)."""
+    has_channels = values.ndim > 1 and values.shape[1] <= MOST_CHANNELS
+    return values.reshape(len(values), values.shape[1] if has_channels else 1, -1)
+
+
+def _field_facts(place: str, moments: Moments) -> dict[str, Any]:
+    if not moments.count.all():
+        channel = int(np.argmin(moments.count))
+        raise DatasetError(f"{place}, channel {channel}: there is no finite value")
+    whole = moments.over_channels()
+    return {
+        **{name: values[0] for name, values in whole.facts().items()},
+        "count": int(whole.count[0]),
+        "non_finite": int(whole.non_finite[0]),
+        "channels": moments.facts(),
+    }
