@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, LaunchError, UsageError
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
 
 _HEAD_START_SECONDS = 2.0
+_PROGRAM = "python -m hpctrain"
 
 USAGE = """\
 usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
        python -m hpctrain status RUN
-       python -m hpctrain data pack digits FOLDER
+       python -m hpctrain data TOOL ...
 """
 
 HELP = f"""\
@@ -44,8 +45,11 @@ commands:
   check CONFIG      under the launcher, before a long job: try network, devices, model, data and
                     run folder, train nothing, say what is wrong and how to fix it; 0 or 69
   status RUN        how the run in this folder ended or where it stands
+  data pack SOURCE... FOLDER
+                    pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
-                    pack scikit-learn's handwritten digits to HDF5 shards
+                    pack scikit-learn's handwritten digits
+  data TOOL ...     info, index, verify, stats, split, repack, bench; each knows --help
 
 options:
   --np N            start N processes on this node, under the mpirun of the bound MPI library
@@ -61,16 +65,17 @@ exit codes:
 class _Parser(argparse.ArgumentParser):
     """argparse in our voice: mistakes are UsageErrors, and options are never guessed."""
 
-    def __init__(self) -> None:
-        super().__init__(prog="python -m hpctrain", add_help=False, allow_abbrev=False)
+    def __init__(self, **options: Any) -> None:
+        ours = {"prog": _PROGRAM, "add_help": False, "allow_abbrev": False}
+        super().__init__(**{**ours, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise _usage_error(message)
+        raise _usage_error(message, USAGE if self.prog == _PROGRAM else self.format_usage())
 
 
-def _usage_error(message: str) -> UsageError:
+def _usage_error(message: str, usage: str = USAGE) -> UsageError:
     # Every rank was given the same words.
-    return UsageError(f"{message}\n{USAGE}", everywhere=True)
+    return UsageError(f"{message}\n{usage}", everywhere=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,10 +141,19 @@ def claim_for(arguments: Sequence[str]) -> Claim:
     try:
         return this_process()
     except LaunchError:
-        if arguments and arguments[0] not in (*COMMANDS, *OPTIONS):
+        if _is_collective(arguments):
             raise
         # Work for one process; it only matters which one it is.
         return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
+
+
+def _is_collective(arguments: Sequence[str]) -> bool:
+    """Tell whether a command line is work for all ranks together."""
+    from hpctrain.data.tools.declaring import COLLECTIVE
+
+    if arguments[:1] == ["data"]:
+        return not COLLECTIVE.isdisjoint(arguments[1:2])
+    return bool(arguments) and arguments[0] not in (*COMMANDS, *OPTIONS)
 
 
 def dispatch(arguments: list[str], claim: Claim) -> int:
@@ -153,6 +167,8 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     first, rest = arguments[0], arguments[1:]
     if first in OPTIONS:
         return say(claim, OPTIONS[first])
+    if first == "data":
+        return data(rest, claim)
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
@@ -314,19 +330,58 @@ def status(arguments: list[str]) -> int:
     return ExitCode.DONE
 
 
-def data(arguments: list[str]) -> int:
-    """Work on datasets."""
-    parser = _Parser()
-    parser.add_argument("tool", choices=["pack"])
-    parser.add_argument("source", choices=["digits"])
-    parser.add_argument("folder", type=Path)
-    parsed = parser.parse_args(arguments)
+def data(arguments: list[str], claim: Claim) -> int:
+    """Work on datasets: collective for the tools that share the work, else on rank 0 alone."""
+    from hpctrain.data.tools.declaring import COLLECTIVE, declare
 
-    from hpctrain.data.digits import pack_digits
+    asks_help = not {"-h", "--help"}.isdisjoint(arguments)
+    is_collective = bool(COLLECTIVE.intersection(arguments[:1])) and not asks_help
+    if claim.rank not in (None, 0) and not is_collective:
+        return ExitCode.DONE
+    parser = _Parser(prog=f"{_PROGRAM} data", add_help=True)
+    tools = declare(parser)
+    try:
+        if arguments[:1] and arguments[0] in tools:
+            # Options may stand between the names of files.
+            parsed = tools[arguments[0]].parse_intermixed_args(arguments[1:])
+        else:
+            parsed = parser.parse_args(arguments)
+    except SystemExit:  # argparse has told its help
+        return ExitCode.DONE
 
-    sys.stdout.write(pack_digits(parsed.folder) + "\n")
-    return ExitCode.DONE
+    from hpctrain.observe.tool_progress import ToolProgress
+
+    with closing(ToolProgress.of_job(f"{arguments[0]}:")) as progress:
+        if is_collective:
+            text = _data_on_all_ranks(parsed, claim, progress)
+        else:
+            from hpctrain.launch.single import SingleCommunicator
+
+            text = parsed.work(parsed, SingleCommunicator(), progress)
+    return say(claim, f"{text}\n")
+
+
+def _data_on_all_ranks(
+    parsed: argparse.Namespace, claim: Claim, progress: Callable[[int, int], None]
+) -> str:
+    """Do the work of a tool that ranks share. Collective: all ranks."""
+    from hpctrain.config.schema import LaunchSection
+    from hpctrain.launch.failure import guard
+    from hpctrain.launch.world import control_plane, gathering
+
+    with (
+        control_plane(claim) as (topology, communicator),
+        telling(topology.is_rank_zero),
+        guard(topology) as keeper,
+        gathering(topology, communicator, LaunchSection(), keeper),
+    ):
+        shown = progress if topology.is_rank_zero else _silent
+        return str(parsed.work(parsed, communicator, shown))
+
+
+def _silent(done: int, total: int) -> None:
+    """Leave it to rank 0 to tell how far it is."""
 
 
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "data": data}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status}

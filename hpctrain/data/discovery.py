@@ -57,8 +57,8 @@ def require_finished(folder: Path) -> None:
     if (folder / UNFINISHED_NAME).exists():
         raise DatasetError(
             f"{folder}: this dataset is still being written, or its writer was killed. "
-            "Wait for it, start the same `data pack` again to go on, or remove the folder and write "
-            "the dataset anew"
+            "Wait for it, start the same `data pack` again to go on, or remove the folder and "
+            "write the dataset anew"
         )
 
 

@@ -30,6 +30,8 @@ FILTERS: Mapping[str, range] = {
 """Filters by name, and the levels that each knows."""
 BUILT_IN = frozenset({"none", "gzip", "lzf"})
 """Filters that come with h5py; the others come with hdf5plugin."""
+_REGISTERED = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
+"""Source: the HDF Group's list of registered filter plugins; files call them by many names."""
 INSTALL = "pip install 'hpctrain[filters]'"
 
 
@@ -124,10 +126,8 @@ def load_plugins() -> ModuleType | None:
 
 
 def filter_names(dataset: h5py.Dataset) -> list[str]:
-    """Return the filters that the chunks of a dataset went through, by HDF5's names for them."""
-    return [
-        name.decode(errors="replace") or f"filter {number}" for number, name in _filters(dataset)
-    ]
+    """Return the filters that the chunks of a dataset went through, in their order."""
+    return [_name(*each) for each in _filters(dataset)]
 
 
 def require_filters(dataset: h5py.Dataset, place: str) -> None:
@@ -143,8 +143,7 @@ def require_filters(dataset: h5py.Dataset, place: str) -> None:
         if not h5py.h5z.filter_avail(number):
             raise DatasetError(
                 f'{place}: field "{dataset.name}" went through HDF5 filter {number} '
-                f"({name.decode(errors='replace') or 'without a name'}), which is not installed: "
-                f"{INSTALL}"
+                f"({_name(number, name)}), which is not installed: {INSTALL}"
             )
 
 
@@ -152,3 +151,7 @@ def _filters(dataset: h5py.Dataset) -> list[tuple[int, bytes]]:
     properties = dataset.id.get_create_plist()
     found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
     return [(number, name) for number, _, _, name in found]
+
+
+def _name(number: int, name: bytes) -> str:
+    return _REGISTERED.get(number) or name.decode(errors="replace") or f"filter {number}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import time
@@ -23,6 +24,8 @@ from hpctrain.launch.pmi import check_process_manager
 HOST_ONLY = {"MPICH_GPU_SUPPORT_ENABLED": "0", "MPIR_CVAR_ENABLE_GPU": "0", "I_MPI_OFFLOAD": "0"}
 
 _LONGEST_PAUSE_SECONDS = 0.005
+# Thousands of ranks take minutes.
+_INIT_SECONDS = 900.0
 
 
 @contextmanager
@@ -56,11 +59,22 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     _check_library(claim, library)
     check_process_manager(claim.launcher, os.environ, version)
     # Funneled: the launch layer calls MPI from the main thread only.
-    MPI.Init_thread(MPI.THREAD_FUNNELED)
+    with _bounded():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     communicator = MPICommunicator(MPI.COMM_WORLD.Dup(), library)
     with closing_together(communicator, MPI.Finalize):
         yield communicator
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """End this process, with its stack, where MPI_Init waits for a rank that died on its way."""
+    faulthandler.dump_traceback_later(_INIT_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def bound_library() -> tuple[str, str]:

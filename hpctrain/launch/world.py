@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -25,8 +24,6 @@ from hpctrain.topology import Communicator, Topology
 if TYPE_CHECKING:
     import torch
     from torch import distributed as dist
-
-_START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +54,6 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
         LaunchError: if the launcher's claim is broken or MPI sees another world.
     """
     quiet_native_libraries()  # read when torch is loaded, which comes next
-    # Until there is a watchdog: MPI_Init waits for ever where a rank has died on its way there.
-    faulthandler.dump_traceback_later(_START_SECONDS, exit=True)
     claim = this_process() if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
@@ -91,23 +86,17 @@ def gathering(
         LaunchError: on every rank, if some node cannot reach rank 0's.
     """
     if topology.world_size == 1:
-        faulthandler.cancel_dump_traceback_later()
         yield None
         return
-    with ExitStack() as stack:
-        try:
-            meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
-            watch = watched(
-                topology,
-                communicator,
-                meeting,
-                keeper.pulse,
-                hang_timeout_seconds=section.hang_timeout_seconds,
-                first_step_timeout_seconds=section.first_step_timeout_seconds,
-            )
-            member = stack.enter_context(watch)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+    meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
+    with watched(
+        topology,
+        communicator,
+        meeting,
+        keeper.pulse,
+        hang_timeout_seconds=section.hang_timeout_seconds,
+        first_step_timeout_seconds=section.first_step_timeout_seconds,
+    ) as member:
         if member is not None:
             keeper.watched_by(member)
         yield meeting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.sources.indexed import read_attributes
 from hpctrain.data.tools.statistics import STATS_NAME
+from hpctrain.data.tools.text import plural, table
+
+_MARKS = {"index": "indexed", "checksums": "checksums", "statistics": "statistics"}
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -19,7 +22,6 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         DatasetError: if the first shard cannot be read.
     """
     attributes = read_attributes(dataset)
-    slow = dataset.slow_fields()
     folder = Path(dataset.source)
     return {
         "source": dataset.source,
@@ -36,7 +38,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
                 "shape": list(field.shape),
                 "dtype": field.dtype.name,
                 "bytes": field.row_bytes * dataset.samples,
-                "layout": slow.get(name, "contiguous"),
+                "layout": _layout(dataset, name),
                 "chunk_rows": max(s.layouts[name].chunk_rows for s in dataset.shards),
                 "attributes": {key: _plain(value) for key, value in attributes[name].items()},
             }
@@ -48,12 +50,12 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 def description(facts: Mapping[str, Any]) -> str:
     """Return the facts as text, several lines."""
     values = facts["samples"] * facts["bytes_per_sample"]
+    samples, shards = plural(facts["samples"], "sample"), plural(facts["shards"], "shard")
     lines = [
-        f"{facts['source']}: {facts['samples']:,} samples in {facts['shards']:,} shards",
-        f"  {facts['bytes']:,} bytes in files, {values:,} of values, "
-        f"{facts['bytes_per_sample']:,} a sample",
-        f"  index {_yes(facts['indexed'])}, checksums {_yes(facts['checksums'])}, "
-        f"statistics {_yes(facts['statistics'])}, fingerprint {facts['fingerprint']}",
+        f"{facts['source']}: {samples} in {shards}",
+        f"  files {facts['bytes']:,} bytes, values {values:,} ({facts['bytes_per_sample']:,} each)",
+        *(f"  {key}: {_yes(facts[name])}" for key, name in _MARKS.items()),
+        f"  fingerprint: {facts['fingerprint']}",
     ]
     rows = [("field", "dtype", "shape", "stored", "")]
     for name, field in facts["fields"].items():
@@ -63,13 +65,9 @@ def description(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {line}" for line in table(rows))])
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of text as lines whose columns stand below each other."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+def _layout(dataset: Dataset, name: str) -> str:
+    kinds = {shard.layouts[name].reason or "contiguous" for shard in dataset.shards}
+    return " / ".join(sorted(kinds))
 
 
 def _plain(value: Any) -> Any:

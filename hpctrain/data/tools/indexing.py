@@ -11,8 +11,8 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import find_files, join_files, require_finished
 from hpctrain.data.files import file_checksum
 from hpctrain.data.index import HDF5_SUFFIXES, INDEX_NAME, file_problems, is_shard_name, write_index
-from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.parallel import each, processors
+from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 

@@ -30,6 +30,7 @@ from hpctrain.data.storage import Storage
 from hpctrain.data.together import on_rank_zero
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.data.tools.splitting import Selection, select, split_sizes
+from hpctrain.data.tools.text import plural
 from hpctrain.data.writing import require_vacant
 from hpctrain.errors import DatasetError
 from hpctrain.topology import Communicator
@@ -76,6 +77,10 @@ class Output:
     @property
     def shards(self) -> int:
         return -(-self.samples // self.shard_rows)
+
+    def __str__(self) -> str:
+        what = f"{plural(self.samples, 'sample')} in {plural(self.shards, 'shard')}"
+        return f"{self.split} {what}" if self.split else what
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,11 +268,7 @@ def _finish(plan: Plan, folder: Path, written: list[tuple[str, int, Shard, bool]
             (output.folder / UNFINISHED_NAME).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(output.folder, error) from error
-    what = ", ".join(
-        f"{output.split + ' ' if output.split else ''}{output.samples} samples in "
-        f"{output.shards} shard{'s' if output.shards > 1 else ''}"
-        for output in plan.outputs
-    )
+    what = ", ".join(str(output) for output in plan.outputs)
     if all(output.is_there for output in plan.outputs):
         return f"{folder}: packed already: {what}"
     kept = sum(is_kept for *_, is_kept in written)

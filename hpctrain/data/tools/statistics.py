@@ -19,16 +19,20 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.files import replace_file
+from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.blocks import blocks_of, one_shard
-from hpctrain.data.parallel import each, processors
 from hpctrain.data.tools.progress import Progress, silent
+from hpctrain.data.tools.text import table
 from hpctrain.errors import DatasetError
 
 STATS_NAME = "stats.json"
 STATS_VERSION = 1
 MOST_CHANNELS = 4096
 """The first axis of a sample is its channels, up to so many."""
+
+TOLD_CHANNELS = 8
+_FACTS = ("mean", "std", "min", "max")
 
 Float64s = npt.NDArray[np.float64]
 
@@ -101,12 +105,8 @@ class Moments:
     def facts(self) -> dict[str, list[float]]:
         """Return what people ask for, by name, a number a channel."""
         std = np.sqrt(self.squares / np.maximum(self.count, 1))
-        return {
-            "mean": self.mean.tolist(),
-            "std": std.tolist(),
-            "min": self.least.tolist(),
-            "max": self.largest.tolist(),
-        }
+        values = (self.mean, std, self.least, self.largest)
+        return {name: each_.tolist() for name, each_ in zip(_FACTS, values, strict=True)}
 
     def _values(self) -> tuple[Float64s, ...]:
         return (self.count, self.mean, self.squares, self.least, self.largest, self.non_finite)
@@ -163,6 +163,21 @@ def measure_shard(task: _Task) -> dict[str, Moments]:
         )
         for name in task.fields
     }
+
+
+def summary(stats: Mapping[str, Any]) -> str:
+    """Return statistics as text, a line a field and a channel; of many channels, the first few."""
+    rows: list[tuple[str, ...]] = [("field", *_FACTS, "")]
+    for name, facts in stats["fields"].items():
+        noted = f"{facts['non_finite']} NaN or Inf left out" if facts["non_finite"] else ""
+        rows.append((name, *(f"{facts[key]:.6g}" for key in _FACTS), noted))
+        channels = facts["channels"]
+        number = len(channels["mean"])
+        rows.extend(
+            (f"  channel {i}", *(f"{channels[key][i]:.6g}" for key in _FACTS), "")
+            for i in range(number if 1 < number <= TOLD_CHANNELS else 0)
+        )
+    return "\n".join(table(rows))
 
 
 def write_stats(stats: Mapping[str, Any], path: Path) -> None:

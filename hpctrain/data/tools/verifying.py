@@ -15,8 +15,8 @@ from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.files import file_checksum
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
-from hpctrain.data.tools.blocks import blocks_of, one_shard
 from hpctrain.data.parallel import each, processors
+from hpctrain.data.tools.blocks import blocks_of, one_shard
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 

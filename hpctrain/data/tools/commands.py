@@ -1,0 +1,159 @@
+"""What the tools of `python -m hpctrain data` do with their options, and say at their end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hpctrain.data.discovery import open_dataset
+from hpctrain.data.sources.opening import Reading, open_source
+from hpctrain.data.sources.source import Source
+from hpctrain.data.storage import Storage
+from hpctrain.data.together import on_rank_zero
+from hpctrain.data.tools import packing
+from hpctrain.data.tools.packing import Packing
+from hpctrain.data.tools.progress import Progress
+from hpctrain.data.tools.text import plural
+from hpctrain.errors import DatasetError, UsageError
+from hpctrain.topology import Communicator
+
+DIGITS = ["digits"]
+MOST_PROBLEMS = 20
+"""Told in one message; the number of all of them is told as well."""
+
+Work = Callable[[argparse.Namespace, Communicator, Progress], str]
+
+
+def _packing(parsed: argparse.Namespace) -> Packing:
+    storage: Storage = parsed.filter
+    return Packing(
+        splits=parsed.split,
+        seed=parsed.seed,
+        shuffle=parsed.shuffle,
+        shard_bytes=parsed.shard_size,
+        shard_rows=parsed.shard_rows,
+        storage=Storage(storage.filter, storage.level, parsed.chunk),
+    )
+
+
+def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
+    """Pack a source. Collective: all ranks."""
+    if parsed.source == DIGITS:
+        from hpctrain.data.digits import pack_digits
+
+        if _packing(parsed) != Packing() or _reading(parsed) != Reading():
+            raise UsageError(
+                "data pack digits: the digits are packed in one way only, without options",
+                everywhere=True,
+            )
+        return on_rank_zero(communicator, lambda: pack_digits(parsed.folder))
+
+    def source() -> Source:
+        return open_source(parsed.source, _reading(parsed))
+
+    return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
+
+
+def again(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
+    """Write a dataset anew, in parts or stored otherwise. Collective: all ranks."""
+    from hpctrain.data.sources.indexed import Indexed
+
+    return packing.pack(
+        lambda: Indexed.open(parsed.source),
+        parsed.folder,
+        _packing(parsed),
+        communicator,
+        progress,
+    )
+
+
+def _reading(parsed: argparse.Namespace) -> Reading:
+    return Reading(
+        axes=dict(parsed.axis),
+        dtypes=dict(parsed.dtype),
+        size=parsed.size,
+        grey=parsed.grey,
+        tokens=parsed.tokens,
+    )
+
+
+def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
+    """Tell what a dataset holds."""
+    from hpctrain.data.tools.describing import describe, description
+
+    facts = describe(open_dataset(parsed.dataset, parsed.fields))
+    return json.dumps(facts, indent=1) if parsed.json else description(facts)
+
+
+def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
+    """Make an index."""
+    from hpctrain.data.tools.indexing import make_index
+
+    made = make_index(parsed.dataset, parsed.fields, jobs=parsed.jobs, progress=progress)
+    found = f"{plural(made.samples, 'sample')} in {plural(len(made.shards), 'shard')}"
+    return f"{made.source}: indexed {found}"
+
+
+def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
+    """Look for all damage.
+
+    Raises:
+        DatasetError: if there is any.
+    """
+    from hpctrain.data.tools.verifying import verify
+
+    verdict = verify(
+        parsed.dataset,
+        parsed.fields,
+        limits=dict(parsed.range),
+        nan_allowed=parsed.allow_nan,
+        jobs=parsed.jobs,
+        progress=progress,
+    )
+    if verdict.problems:
+        raise DatasetError(_problems(verdict.source, verdict.problems))
+    compared = "" if verdict.has_checksums else " (there are no checksums to compare with)"
+    return (
+        f"{verdict.source}: {plural(verdict.samples, 'sample')} in "
+        f"{plural(verdict.shards, 'shard')}, {plural(verdict.size, 'byte')}, all as they should "
+        f"be{compared}"
+    )
+
+
+def _problems(source: str, problems: Sequence[str]) -> str:
+    told = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        told.append(f"  and {len(problems) - MOST_PROBLEMS} more")
+    return "\n".join([f"{source}: {plural(len(problems), 'problem')}", *told])
+
+
+def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
+    """Measure values and write them down."""
+    from hpctrain.data.tools.statistics import STATS_NAME, measure, summary, write_stats
+
+    dataset = open_dataset(parsed.dataset, parsed.fields)
+    path = parsed.out or Path(dataset.shards[0].path).parent / STATS_NAME
+    stats = measure(dataset, parsed.jobs, progress)
+    write_stats(stats, path)
+    return f"{summary(stats)}\nwritten to {path}"
+
+
+def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
+    """Measure speed."""
+    import dataclasses
+
+    from hpctrain.data.tools.timing import bench
+
+    speed = bench(
+        open_dataset(parsed.dataset, parsed.fields),
+        global_batch_size=parsed.batch,
+        seconds=parsed.seconds,
+        cold=parsed.cold,
+        buffer_mb=parsed.buffer_mb,
+        progress=progress,
+    )
+    if parsed.json:
+        return json.dumps({**dataclasses.asdict(speed), "ratio": speed.ratio})
+    return f"{parsed.dataset}: {speed}"

@@ -1,0 +1,170 @@
+"""`python -m hpctrain data TOOL`: the tools and their options. To declare them reads no file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpctrain.data.shard_file import SHARD_BYTES
+from hpctrain.data.storage import CHUNK_BYTES, FILTERS, Storage
+from hpctrain.data.tools import arguments, commands
+from hpctrain.data.tools.commands import Work
+from hpctrain.data.tools.splitting import parse_splits
+
+COLLECTIVE = frozenset({"pack", "split", "repack"})
+"""Tools that all ranks of a job share; of the others rank 0 does all."""
+
+
+def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """Give a parser the tools.
+
+    Returns:
+        By name, the parser of each tool's options, which also sets `work`: what it does.
+    """
+    tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
+
+    def tool(name: str, work: Work, what: str) -> argparse.ArgumentParser:
+        made = tools.add_parser(name, add_help=True, description=what, help=what)
+        made.set_defaults(work=work)
+        return made
+
+    packing = tool("pack", commands.pack, "Pack arrays, pictures, text or HDF5 to shards.")
+    packing.add_argument(
+        "source",
+        nargs="+",
+        help="[NAME=]FILES[:FIELD]: .npy, .npz, IDX, HDF5, text, a folder of pictures; or: digits",
+    )
+    _declare_output(packing)
+    _declare_reading(packing)
+
+    splitting = tool("split", commands.again, "Split a dataset in parts, at random.")
+    splitting.add_argument("source", help="a folder of shards, or a pattern of HDF5 files")
+    _declare_output(splitting, needs_split=True)
+
+    storing = tool("repack", commands.again, "Store a dataset anew, contiguous by default.")
+    storing.add_argument("source", help="a folder of shards, or a pattern of HDF5 files")
+    _declare_output(storing)
+
+    telling = _declare_dataset(tool("info", commands.info, "Tell what a dataset holds."))
+    telling.add_argument("--json", action="store_true", help="for scripts")
+
+    _declare_dataset(
+        tool(
+            "index",
+            commands.index,
+            "Write index.json for HDF5 files, without a copy.",
+        ),
+        jobs=True,
+    )
+
+    checking = _declare_dataset(tool("verify", commands.verify, "Look for all damage."), jobs=True)
+    checking.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        type=arguments.limits,
+        metavar="FIELD=LEAST:LARGEST",
+        help="no value of this field may be outside, such as label=0:9",
+    )
+    checking.add_argument(
+        "--allow-nan",
+        default=[],
+        type=arguments.names,
+        metavar="FIELDS",
+        help="these may hold NaN and Inf",
+    )
+
+    measuring = _declare_dataset(
+        tool("stats", commands.stats, "Mean, deviation, range of each channel."),
+        jobs=True,
+    )
+    measuring.add_argument(
+        "--out", type=Path, help="file to write; left out: stats.json in the folder of the dataset"
+    )
+
+    timing = _declare_dataset(tool("bench", commands.bench, "Time file system and dataset."))
+    timing.add_argument("--batch", type=arguments.count, default=256, help="samples (256)")
+    timing.add_argument(
+        "--seconds", type=arguments.count, default=3, help="of one turn; there are six (3)"
+    )
+    timing.add_argument("--buffer-mb", type=arguments.count, default=512, help="memory (512)")
+    timing.add_argument("--cold", action="store_true", help="empty the page cache before each turn")
+    timing.add_argument("--json", action="store_true", help="for scripts")
+
+    return tools.choices
+
+
+def _declare_dataset(
+    parser: argparse.ArgumentParser, jobs: bool = False
+) -> argparse.ArgumentParser:
+    parser.add_argument("dataset", help="a folder of shards, or a pattern of HDF5 files")
+    parser.add_argument("--fields", type=arguments.names, help="such as image,label; all")
+    if jobs:
+        parser.add_argument("--jobs", type=arguments.count, default=0, help="processes; one a core")
+    return parser
+
+
+def _declare_output(parser: argparse.ArgumentParser, needs_split: bool = False) -> None:
+    parser.add_argument("folder", type=Path, help="new, or where packing was interrupted")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--shard-size",
+        type=arguments.num_bytes,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="values in one shard, about (256MiB)",
+    )
+    size.add_argument(
+        "--shard-rows", type=arguments.count, metavar="ROWS", help="samples in one shard"
+    )
+    parser.add_argument(
+        "--split",
+        type=arguments.explained(parse_splits),
+        default={},
+        required=needs_split,
+        metavar="NAME=FRACTION,...",
+        help="such as train=0.9,validation=0.1, each to a folder of its own",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --split and --shuffle (0)")
+    parser.add_argument("--shuffle", action="store_true", help="write in a random order")
+    parser.add_argument(
+        "--filter",
+        type=arguments.explained(Storage.parse),
+        default=Storage(),
+        metavar="NAME[:LEVEL]",
+        help=f"compress: {', '.join(FILTERS)}",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=arguments.num_bytes,
+        default=0,
+        metavar="SIZE",
+        help=f"values in one chunk, about ({CHUNK_BYTES // 2**20}MiB with a filter)",
+    )
+
+
+def _declare_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        type=arguments.axis,
+        metavar="[FIELD=]AXIS",
+        help="of the samples (0)",
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        type=arguments.dtype,
+        metavar="FIELD=DTYPE",
+        help="store as, if every value fits",
+    )
+    parser.add_argument("--size", type=arguments.pixels, help="scale pictures, such as 224x224")
+    parser.add_argument("--grey", action="store_true", help="pictures in one channel")
+    parser.add_argument(
+        "--tokens",
+        type=arguments.count,
+        help="bytes of text in one sample (1025); any file is text",
+    )
