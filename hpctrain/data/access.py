@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.storage import INSTALL, load_plugins
+from hpctrain.data.storage import HDF5_FAILURES, INSTALL, load_plugins
 from hpctrain.errors import DatasetError
 
 Bytes = npt.NDArray[np.uint8]
@@ -104,11 +104,11 @@ class RowAccess:
             part = out[done : done + shard.samples - first]
             try:
                 self._read_part(shard, name, field, first, part)
-            except OSError as error:
+            except HDF5_FAILURES as error:
+                # Those of h5py have no number, and are not always OSErrors.
+                what = getattr(error, "strerror", None) or error
                 raise DatasetError(
-                    f'{shard.path}: field "{name}", row {first}: '
-                    # h5py raises OSErrors that have no number.
-                    f"{error.strerror or error}{_hint(error)}"
+                    f'{shard.path}: field "{name}", row {first}: {what}{_hint(error)}'
                 ) from error
             done += len(part)
 
@@ -207,7 +207,7 @@ def _require_size(shard: Shard, size: int) -> None:
         )
 
 
-def _hint(error: OSError) -> str:
+def _hint(error: Exception) -> str:
     """Return what to do about an error of HDF5, as far as its text tells."""
     if "filter" in str(error) and "plugin" in str(error):
         return f". A filter is missing: {INSTALL}"

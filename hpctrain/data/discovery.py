@@ -23,7 +23,7 @@ from hpctrain.data.index import (
     is_shard_name,
     read_index,
 )
-from hpctrain.data.storage import filter_names, require_filters
+from hpctrain.data.storage import HDF5_FAILURES, filter_names, require_filters
 from hpctrain.errors import DatasetError
 
 
@@ -80,7 +80,7 @@ def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[s
             samples = _common_rows({name: len(there[name]) for name in wanted}, path)
             layouts = {name: _layout(there[name]) for name in wanted}
             size = Path(path).stat().st_size
-    except OSError as error:
+    except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
     return Shard(path, samples, size, None, layouts), found
 

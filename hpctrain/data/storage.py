@@ -33,6 +33,16 @@ BUILT_IN = frozenset({"none", "gzip", "lzf"})
 _REGISTERED = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 """Source: the HDF Group's list of registered filter plugins; files call them by many names."""
 INSTALL = "pip install 'hpctrain[filters]'"
+HDF5_FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
+"""What h5py raises on a damaged file, depending on where the damage is."""
 
 
 @dataclass(frozen=True, slots=True)

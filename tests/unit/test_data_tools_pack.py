@@ -97,7 +97,7 @@ def make_text(folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     stream = b"\0".join([*(text.encode() for text in texts), b""])
-    rows = len(stream) // 1025 or len(stream) // 10
+    rows = len(stream) // 10
     return [str(folder)], {"tokens": np.frombuffer(stream, "u1")[: rows * 10].reshape(rows, 10)}
 
 
@@ -337,9 +337,8 @@ def test_fractions(text: str, fractions: dict[str, float] | None) -> None:
 def test_every_sample_is_in_one_split(samples: int, fractions: list[float]) -> None:
     names = {f"split{i}": fraction for i, fraction in enumerate(fractions)}
     if samples < 5 and len(fractions) > 1:
-        with pytest.raises(DatasetError, match=r"gets none of \d samples"):
-            for seed in range(99):
-                select(samples, {**names, "split0": 1e-9}, seed, False)
+        with pytest.raises(DatasetError, match=r'"split0" gets none of \d samples'):
+            select(samples, {**names, "split0": 1e-9}, 7, False)
         return
     chosen = select(samples, names, 7, False)
     rows = np.concatenate([chosen[name].part(0, chosen[name].samples) for name in names])
@@ -355,7 +354,7 @@ def test_every_sample_is_in_one_split(samples: int, fractions: list[float]) -> N
         assert len(np.intersect1d(first, other["split0"].part(0, samples))) < 0.95 * len(first)
 
 
-class Interrupted(Exception):
+class Interruption(BaseException):
     pass
 
 
@@ -370,7 +369,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]
             # What a killed process leaves: a shard half written.
             path: Path = arguments[0]
             (path.parent / f".{path.name}.123456").write_bytes(b"half a shard")
-            raise Interrupted
+            raise Interruption
         made += 1
         return original(*arguments)
 
@@ -385,7 +384,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         texts, tmp_path / "whole", **options
     )
     restore = interrupt(monkeypatch, 4)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interruption):
         pack_from(texts, tmp_path / "out", **options)
     restore()
     for split in "ab":
@@ -425,7 +424,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
         (lambda f: {"storage": Storage("gzip")}, r'storage = "gzip" was "contiguous" then'),
         (lambda f: os.utime(f / "label.npy") or {}, r"its files have changed since"),
         (
-            lambda f: ((f / "out" / "index.json.unfinished").write_text("") and {}) or {},
+            lambda f: (f / "out" / "index.json.unfinished").write_text("") or {},
             r"another program is writing a dataset here",
         ),
     ],
@@ -438,7 +437,7 @@ def test_resumed_with_something_else(
 ) -> None:
     texts, _ = make_npy(tmp_path)
     restore = interrupt(monkeypatch, 2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interruption):
         pack_from(texts, tmp_path / "out", shard_rows=3)
     restore()
     with pytest.raises(DatasetError, match=message):

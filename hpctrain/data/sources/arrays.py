@@ -15,7 +15,7 @@ import numpy as np
 from hpctrain.data.discovery import datasets_with_rows, require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
-from hpctrain.data.storage import require_filters
+from hpctrain.data.storage import HDF5_FAILURES, require_filters
 from hpctrain.errors import DatasetError
 
 _Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
@@ -64,7 +64,7 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
                 names = [name for name in archive.namelist() if name.endswith(".npy")]
                 return {name[:-4]: _npz_facts(archive, name) for name in names}
         return _hdf5_facts(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (*HDF5_FAILURES, EOFError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path}: this file cannot be read: {error}") from error
 
 
@@ -83,7 +83,7 @@ def open_array(path: str, key: str) -> Any:
             with np.load(path, allow_pickle=False) as archive:
                 return archive[key]
         return h5py.File(path, "r", locking=False)[key]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (*HDF5_FAILURES, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f'{path}: field "{key}": this file cannot be read: {error}') from error
 
 

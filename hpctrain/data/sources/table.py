@@ -15,6 +15,7 @@ from hpctrain.data.dataset import Field
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
 from hpctrain.data.sources.source import Arrays, identity_of, native
+from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
 
 WIDEST_GAP_ROWS = 32
@@ -175,7 +176,7 @@ def _read_spans(
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
         try:
             values = array[selection]
-        except OSError as error:
+        except HDF5_FAILURES as error:
             raise DatasetError(f'{part.path}: field "{name}", row {first}: {error}') from error
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
 

@@ -44,6 +44,8 @@ class Moments:
     Attributes:
         count: (channels,) finite values.
         mean: (channels,) of them.
+        rest: (channels,) what rounding took from the mean; merging would else lose digits of small
+            deviations from a large mean.
         squares: (channels,) sum of their squared differences from the mean.
         least: (channels,) of them; inf where there are none.
         largest: (channels,) of them; -inf where there are none.
@@ -52,6 +54,7 @@ class Moments:
 
     count: Float64s
     mean: Float64s
+    rest: Float64s
     squares: Float64s
     least: Float64s
     largest: Float64s
@@ -64,13 +67,13 @@ class Moments:
         finite = np.isfinite(values)
         count = finite.sum(axis=(0, 2), dtype=np.float64)
         mean = values.sum(axis=(0, 2), where=finite) / np.maximum(count, 1)
-        differences = values - mean[:, None]
+        differences = np.subtract(values, mean[:, None], where=finite, out=np.zeros_like(values))
+        rest = differences.sum(axis=(0, 2)) / np.maximum(count, 1)
         return cls(
             count=count,
             mean=mean,
-            squares=np.square(differences, where=finite, out=np.zeros_like(differences)).sum(
-                axis=(0, 2)
-            ),
+            rest=rest,
+            squares=np.square(differences).sum(axis=(0, 2)) - count * rest**2,
             least=values.min(axis=(0, 2), where=finite, initial=np.inf),
             largest=values.max(axis=(0, 2), where=finite, initial=-np.inf),
             non_finite=values.shape[0] * values.shape[2] - count,
@@ -84,10 +87,13 @@ class Moments:
         """
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
-        difference = other.mean - self.mean
+        difference = (other.mean - self.mean) + (other.rest - self.rest)
+        step = self.rest + difference * share
+        mean = self.mean + step
         return Moments(
             count=count,
-            mean=self.mean + difference * share,
+            mean=mean,
+            rest=step - (mean - self.mean),
             squares=self.squares + other.squares + difference**2 * self.count * share,
             least=np.minimum(self.least, other.least),
             largest=np.maximum(self.largest, other.largest),
@@ -104,12 +110,20 @@ class Moments:
 
     def facts(self) -> dict[str, list[float]]:
         """Return what people ask for, by name, a number a channel."""
-        std = np.sqrt(self.squares / np.maximum(self.count, 1))
+        std = np.sqrt(np.maximum(self.squares, 0) / np.maximum(self.count, 1))
         values = (self.mean, std, self.least, self.largest)
         return {name: each_.tolist() for name, each_ in zip(_FACTS, values, strict=True)}
 
     def _values(self) -> tuple[Float64s, ...]:
-        return (self.count, self.mean, self.squares, self.least, self.largest, self.non_finite)
+        return (
+            self.count,
+            self.mean,
+            self.rest,
+            self.squares,
+            self.least,
+            self.largest,
+            self.non_finite,
+        )
 
 
 class _Task(NamedTuple):
