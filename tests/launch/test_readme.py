@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +16,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
+from hpctrain.cli import main
 from hpctrain.config import Config, load
+from hpctrain.data import open_dataset
 from hpctrain.data.digits import pack_digits
 from hpctrain.errors import ConfigError
 
@@ -93,6 +98,65 @@ def test_writing_data(site: Path) -> None:
     (site / "write.py").write_text(source + code, encoding="utf-8")
     subprocess.run([sys.executable, "write.py"], cwd=site, check=True)
     assert (site / "data" / "train" / "index.json").exists()
+
+
+def make_sources(site: Path) -> None:
+    """Write the files that the commands of the README pack."""
+    draw = np.random.default_rng(0)
+    np.save(site / "image.npy", draw.integers(0, 255, (300, 3, 4, 4), "u1"))
+    np.save(site / "label.npy", np.arange(300) % 10)
+    for number in range(2):
+        np.savez(site / f"run-{number}.npz", x=draw.standard_normal((20, 3)), y=np.arange(20))
+    for name in ("sim.h5", "mine/a.h5", "mine/b.h5"):
+        (site / name).parent.mkdir(exist_ok=True)
+        with h5py.File(site / name, "w") as file:
+            file["atmos/t"] = draw.standard_normal((2, 2 if "mine" in name else 30, 4))
+            file["day"] = np.arange(2 if "mine" in name else 30)
+    for kind in ("cat", "dog"):
+        (site / "photos" / kind).mkdir(parents=True)
+        for number in range(3):
+            picture = Image.fromarray(draw.integers(0, 255, (9 + number, 8, 3), "u1"))
+            picture.save(site / "photos" / kind / f"{number}.jpg")
+    for name, magic, size in (("images-idx3", 3, (5, 4, 4)), ("labels-idx1", 1, (5,))):
+        header = bytes([0, 0, 8, magic]) + np.array(size, ">u4").tobytes()
+        with gzip.open(site / f"train-{name}-ubyte.gz", "wb") as compressed:
+            compressed.write(header + bytes(int(np.prod(size))))
+    (site / "texts").mkdir()
+    (site / "texts" / "all.txt").write_text("to be or not to be\n" * 99, encoding="utf-8")
+
+
+def test_dataset_tools(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_sources(site)
+    commands = block("mpirun -np 4 python -m hpctrain data pack") + block(
+        "python -m hpctrain data info"
+    )
+    for line in commands.splitlines():
+        words = shlex.split(line.replace("/scratch/me", str(site / "mine")))
+        program = words.index("hpctrain") + 1
+        if words[0] == "mpirun":
+            subprocess.run(
+                [*words[:3], sys.executable, "-m", "hpctrain", *words[program:]],
+                check=True,
+                timeout=60,
+            )
+        else:
+            assert main(words[program:]) == 0, (line, capsys.readouterr().err)
+    told = capsys.readouterr().out
+    for words_told in ("all as they should be", "of raw", "indexed 4 samples in 2 shards"):
+        assert words_told in told
+    for name, samples in (
+        ("scans/train", 270),
+        ("scans/validation", 30),
+        ("runs", 40),
+        ("sim", 30),
+        ("photos", 6),
+        ("mnist", 5),
+        ("tokens", 1),
+        ("parts/train", 32),
+        ("fast", 30),
+    ):
+        assert open_dataset(f"data/{name}").samples == samples
+    assert open_dataset("data/fast").slow_fields() == {}
 
 
 def test_own_loop(site: Path) -> None:

@@ -17,7 +17,9 @@ import pytest
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.digits import pack_digits
 from hpctrain.data.index import INDEX_VERSION, damaged_shards
+from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
+from hpctrain.launch.single import SingleCommunicator
 
 SAMPLES = {
     "x": np.arange(60, dtype="f4").reshape(10, 2, 3),
@@ -202,6 +204,44 @@ def test_first_samples_that_cannot_be(
         writer.extend(samples)
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"shard_rows": 3}, [3, 3, 3, 1]),
+        ({"shard_rows": 10}, [10]),
+        ({"shard_bytes": 52}, [2, 2, 2, 2, 2]),
+        ({"shard_bytes": 1}, [1] * 10),
+        ({"shard_bytes": 52, "shard_rows": 9}, [9, 1]),
+    ],
+)
+def test_shards_of_rows_or_bytes(tmp_path: Path, options: dict[str, int], rows: list[int]) -> None:
+    with Writer(tmp_path / "data", **options) as writer:
+        writer.extend(SAMPLES)
+    assert [shard.samples for shard in open_dataset(str(tmp_path / "data")).shards] == rows
+
+
+def test_chunks_and_filters(tmp_path: Path) -> None:
+    storage = Storage("gzip", level=1, chunk_bytes=48)
+    with Writer(tmp_path / "data", shard_rows=6, storage=storage) as writer:
+        writer.extend(SAMPLES)
+    with h5py.File(tmp_path / "data" / "shard-000001.h5") as file:
+        assert (file["x"].chunks, file["y"].chunks) == ((2, 2, 3), (4,))
+        assert (file["x"].compression, file["x"].compression_opts) == ("gzip", 1)
+        assert (file["x"][...] == SAMPLES["x"][6:]).all()
+
+
+def test_a_collective_of_one(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Writer(folder, shard_rows=6, communicator=SingleCommunicator()) as writer:
+        writer.extend(SAMPLES)
+    dataset = open_dataset(str(folder))
+    assert [shard.name for shard in dataset.shards] == [
+        "shard-000000-000000.h5",
+        "shard-000000-000001.h5",
+    ]
+    assert (dataset.samples, damaged_shards(dataset)) == (10, [])
+
+
 def test_large_fields_are_aligned(tmp_path: Path) -> None:
     with Writer(tmp_path / "data") as writer:
         writer.extend({"x": np.zeros((5, 2**22), "u1"), "label": np.zeros(5)})
@@ -276,7 +316,7 @@ def test_tools_start_without_torch() -> None:
         "import sys, hpctrain.data;"
         "assert not {'torch', 'numpy', 'h5py'} & set(sys.modules);"
         "from hpctrain.data import Dataset, Field, Order, Writer, default_lanes, open_dataset;"
-        "import hpctrain.data.digits, hpctrain.data.reader;"
+        "import hpctrain.data.digits, hpctrain.data.reader, hpctrain.data.tools.declaring;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -20,7 +20,8 @@ from hpctrain.errors import DatasetError
 
 WIDEST_GAP_ROWS = 32
 """HDF5 reads over gaps up to so many rows between two that are wanted, rather than twice."""
-MOST_SPAN_ROWS = 65_536
+MOST_SPAN_BYTES = 64 * 2**20
+"""Read in one go, what is not wanted included."""
 
 
 @dataclass(frozen=True, slots=True)

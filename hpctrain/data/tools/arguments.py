@@ -50,6 +50,14 @@ def count(text: str) -> int:
 
 
 @explained
+def seed(text: str) -> int:
+    """Return a seed, 0 to 2**64 - 1."""
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise UsageError(f"{text}: a seed is a whole number from 0 to 2**64 - 1")
+    return int(text)
+
+
+@explained
 def names(text: str) -> list[str]:
     """Return the names of a list such as image,label."""
     found = [name.strip() for name in text.split(",")]

@@ -126,7 +126,9 @@ def _declare_output(parser: argparse.ArgumentParser, needs_split: bool = False) 
         metavar="NAME=FRACTION,...",
         help="such as train=0.9,validation=0.1, each to a folder of its own",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --split and --shuffle (0)")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of --split and --shuffle (0)"
+    )
     parser.add_argument("--shuffle", action="store_true", help="write in a random order")
     parser.add_argument(
         "--filter",

@@ -78,6 +78,10 @@ class Output:
     def shards(self) -> int:
         return -(-self.samples // self.shard_rows)
 
+    def rows_of(self, number: int) -> int:
+        """Return how many samples a shard holds; the last one may be short."""
+        return min(self.shard_rows, self.samples - number * self.shard_rows)
+
     def __str__(self) -> str:
         what = f"{plural(self.samples, 'sample')} in {plural(self.shards, 'shard')}"
         return f"{self.split} {what}" if self.split else what
@@ -126,7 +130,7 @@ def pack(
         for number in range(output.shards)
     ]
     mine = tasks[communicator.rank :: communicator.world_size]
-    total = sum(_rows(selections, *task).size for task in mine)
+    total = sum(output.rows_of(number) for output, number in mine)
     written: list[tuple[str, int, Shard, bool]] = []
     done = 0
     progress(done, total)
@@ -224,8 +228,7 @@ def _require_same(folder: Path, origin: Mapping[str, Any], begun: object) -> Non
 
 def _rows(selections: Mapping[str, Selection], output: Output, number: int) -> Int64s:
     begin = number * output.shard_rows
-    selection = selections[output.split]
-    return selection.part(begin, min(begin + output.shard_rows, selection.samples))
+    return selections[output.split].part(begin, begin + output.rows_of(number))
 
 
 def _shard(

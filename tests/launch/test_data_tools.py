@@ -1,0 +1,105 @@
+"""Datasets made by several ranks, also by ranks that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+MPI_BODIES = Path(__file__).parents[1] / "mpi"
+
+
+def command(ranks: int, *arguments: str) -> list[str]:
+    launcher = ["mpirun", "-np", str(ranks)] if ranks else []
+    return [*launcher, sys.executable, *arguments]
+
+
+def run(folder: Path, ranks: int, *arguments: str, code: int = 0) -> str:
+    result = subprocess.run(
+        command(ranks, *arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def shards_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("shard-*.h5")}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_one_dataset_of_many_writers(tmp_path: Path) -> None:
+    assert run(tmp_path, 3, str(MPI_BODIES / "writer.py"), str(tmp_path)) == "passed 3\n"
+
+
+def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
+    """Three ranks, one of them killed; two go on; the bytes are those of one process alone."""
+    np.save(tmp_path / "x.npy", np.arange(200_000).reshape(2000, 100))
+    np.save(tmp_path / "label.npy", np.arange(2000) % 10)
+    pack = ("-m", "hpctrain", "data", "pack", "x.npy", "label.npy", "--shard-rows", "4")
+    pack = (*pack, "--split", "train=0.8,validation=0.2", "--seed", "7", "--filter", "gzip")
+    alone = run(tmp_path, 0, *pack, "alone")
+    assert (
+        alone
+        == "alone: packed train 1,600 samples in 400 shards, validation 400 samples in 100 shards\n"
+    )
+
+    with subprocess.Popen(
+        command(3, *pack, "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as job:
+        end = time.monotonic() + 60
+        while len(shards_of(tmp_path / "out")) < 20:
+            assert time.monotonic() < end
+            assert job.poll() is None
+            time.sleep(0.002)
+        ranks = [
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if "hpctrain" in process.cmdline() and "mpirun" not in process.name()
+        ]
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        job.communicate(timeout=60)
+        psutil.wait_procs(ranks, timeout=30)
+    assert job.returncode != 0
+    kept = shards_of(tmp_path / "out")
+    assert 20 <= len(kept) < 500
+    for split in ("train", "validation"):
+        output = run(tmp_path, 0, "-m", "hpctrain", "data", "info", f"out/{split}", code=65)
+        assert "still being written" in output
+    # Half a shard, as a rank leaves that is killed while it writes.
+    (tmp_path / "out" / "train" / ".shard-000399.h5.1").write_bytes(b"half")
+
+    output = run(tmp_path, 2, *pack, "out")
+    assert f"({len(kept)} of them were there)" in output
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+    assert kept.items() <= shards_of(tmp_path / "out").items()
+    assert "packed already" in run(tmp_path, 3, *pack, "out")
+    assert "there is a dataset" in run(tmp_path, 0, *pack, "out", "--shuffle", code=65)
+
+
+def test_mistakes_of_all_ranks_are_told_once(tmp_path: Path) -> None:
+    for arguments, code, words in (
+        (("pack", "nothing.npy", "out"), 65, "nothing.npy: no file has such a name"),
+        (("pack", "out", "--filter", "zip"), 64, "zip: no such filter"),
+        (("verify", "nothing/*.h5"), 65, "nothing/*.h5: no file has such a name"),
+        (("pack", "--help"), 0, "folder of pictures"),
+    ):
+        output = run(tmp_path, 2, "-m", "hpctrain", "data", *arguments, code=code)
+        assert " ".join(output.split()).count(words) == 1, output
