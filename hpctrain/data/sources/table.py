@@ -171,7 +171,8 @@ def _read_spans(
     if not isinstance(array, h5py.Dataset):
         yield slice(None), np.moveaxis(array, part.axis, 0)[rows]
         return
-    cuts = np.flatnonzero((np.diff(rows) > WIDEST_GAP_ROWS) | (np.diff(rows // MOST_SPAN_ROWS) > 0))
+    most_rows = max(1, MOST_SPAN_BYTES * array.shape[part.axis] // max(1, array.nbytes))
+    cuts = np.flatnonzero((np.diff(rows) > WIDEST_GAP_ROWS) | (np.diff(rows // most_rows) > 0))
     for begin, stop in zip([0, *(cuts + 1)], [*(cuts + 1), len(rows)], strict=True):
         first, last = int(rows[begin]), int(rows[stop - 1])
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
