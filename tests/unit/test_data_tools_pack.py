@@ -6,6 +6,7 @@ import builtins
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_pictures(tmp_path: Path) -> None:
         pack_from([str(tmp_path / "in")], tmp_path / "bad")
     content = (tmp_path / "in" / "cat" / "0.png").read_bytes()
     (tmp_path / "in" / "cat" / "7.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DatasetError, match=r"cat/7\.png: this picture cannot be read"):
+    with pytest.raises(DatasetError, match=r"cat/7\.png: this file cannot be read"):
         pack_from([str(tmp_path / "in")], tmp_path / "worse")
 
 
@@ -352,6 +353,34 @@ def test_every_sample_is_in_one_split(samples: int, fractions: list[float]) -> N
     if samples > 100 and len(names) > 1:
         first = chosen["split0"].part(0, samples)
         assert len(np.intersect1d(first, other["split0"].part(0, samples))) < 0.95 * len(first)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(make_npy, "image.npy"), (make_npz, "0.npz"), (make_idx, "*.gz")]
+)
+def test_random_damage_is_an_error_or_another_value(
+    tmp_path: Path, make: Callable[[Path], tuple[list[str], object]], name: str
+) -> None:
+    """Never another exception: the parsers of other packages raise all kinds."""
+    texts, _ = make(tmp_path)
+    (path,) = tmp_path.glob(name)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 5])):
+            content[draw.randrange(min(len(content), 150))] ^= draw.randrange(1, 256)
+        if draw.random() < 0.2:
+            del content[draw.randrange(len(content)) :]
+        path.write_bytes(content)
+        try:
+            found = open_source(texts, Reading())
+            found.read(np.arange(found.samples))
+        except DatasetError as error:
+            refused += 1
+            assert str(tmp_path) in str(error)  # noqa: PT017 - some are not refused
+    assert 20 < refused < 150
 
 
 class Interruption(BaseException):

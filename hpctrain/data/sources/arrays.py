@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -15,7 +14,8 @@ import numpy as np
 from hpctrain.data.discovery import datasets_with_rows, require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
-from hpctrain.data.storage import HDF5_FAILURES, require_filters
+from hpctrain.data.sources.source import reading
+from hpctrain.data.storage import require_filters
 from hpctrain.errors import DatasetError
 
 _Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
@@ -46,9 +46,9 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
     Raises:
         DatasetError: if the file cannot be read.
     """
-    if is_idx(path):
-        return {idx_field(path): ArrayFacts(*idx_shape(path), {})}
-    try:
+    with reading(path):
+        if is_idx(path):
+            return {idx_field(path): ArrayFacts(*idx_shape(path), {})}
         if path.endswith(".npy"):
             with Path(path).open("rb") as file:
                 facts = _npy_facts(file)
@@ -64,8 +64,6 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
                 names = [name for name in archive.namelist() if name.endswith(".npy")]
                 return {name[:-4]: _npz_facts(archive, name) for name in names}
         return _hdf5_facts(path)
-    except (*HDF5_FAILURES, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: this file cannot be read: {error}") from error
 
 
 def open_array(path: str, key: str) -> Any:
@@ -74,17 +72,15 @@ def open_array(path: str, key: str) -> Any:
     Raises:
         DatasetError: if it cannot be read.
     """
-    if is_idx(path):
-        return read_idx(path)
-    try:
+    with reading(f'{path}: field "{key}"'):
+        if is_idx(path):
+            return read_idx(path)
         if path.endswith(".npy"):
             return np.load(path, mmap_mode="r", allow_pickle=False)
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as archive:
                 return archive[key]
         return h5py.File(path, "r", locking=False)[key]
-    except (*HDF5_FAILURES, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DatasetError(f'{path}: field "{key}": this file cannot be read: {error}') from error
 
 
 def close_array(array: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import math
 import re
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -41,11 +40,8 @@ def idx_shape(path: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     Raises:
         DatasetError: if this is no IDX file.
     """
-    try:
-        with _open(path) as file:
-            sizes, dtype, _ = _header(path, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, error) from error
+    with _open(path) as file:
+        sizes, dtype, _ = _header(path, file)
     return _with_channel(sizes), dtype
 
 
@@ -55,24 +51,21 @@ def read_idx(path: str) -> npt.NDArray[Any]:
     Raises:
         DatasetError: if the file is damaged or cut.
     """
-    try:
-        with _open(path) as file:
-            sizes, dtype, begin = _header(path, file)
-            wanted = math.prod(sizes) * dtype.itemsize
-            content = file.read() if path.endswith(".gz") else None
-        there = Path(path).stat().st_size - begin if content is None else len(content)
-        if there != wanted:
-            raise DatasetError(
-                f"{path}: {there} bytes of values, where its header says {wanted}: "
-                f"{'it is truncated' if there < wanted else 'it is damaged'}. Get the file again"
-            )
-        values: npt.NDArray[Any] = (
-            np.memmap(path, dtype, "r", begin, sizes)
-            if content is None
-            else np.frombuffer(content, dtype).reshape(sizes)
+    with _open(path) as file:
+        sizes, dtype, begin = _header(path, file)
+        wanted = math.prod(sizes) * dtype.itemsize
+        content = file.read() if path.endswith(".gz") else None
+    there = Path(path).stat().st_size - begin if content is None else len(content)
+    if there != wanted:
+        raise DatasetError(
+            f"{path}: {there} bytes of values, where its header says {wanted}: "
+            f"{'it is truncated' if there < wanted else 'it is damaged'}. Get the file again"
         )
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, error) from error
+    values: npt.NDArray[Any] = (
+        np.memmap(path, dtype, "r", begin, sizes)
+        if content is None
+        else np.frombuffer(content, dtype).reshape(sizes)
+    )
     return values.reshape(_with_channel(sizes))
 
 
@@ -93,7 +86,3 @@ def _header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], 
 
 def _with_channel(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (sizes[0], 1, *sizes[1:]) if len(sizes) == _PICTURES else sizes
-
-
-def _broken(path: str, error: Exception) -> DatasetError:
-    return DatasetError(f"{path}: this file cannot be read: {error}. Get the file again")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hpctrain.data.dataset import Field
 from hpctrain.data.parallel import processors
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.sources.source import Arrays, identity_of
+from hpctrain.data.sources.source import Arrays, identity_of, reading
 from hpctrain.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -128,15 +128,11 @@ def _decode(path: str, mode: str, size: tuple[int, int] | None) -> npt.NDArray[n
     """Return the pixels of a file, (channels, rows, columns)."""
     from PIL import Image
 
-    try:
+    with reading(path):
         with Image.open(path) as file:
             picture = file.convert(mode)
         if size is not None and picture.size != (size[1], size[0]):
             picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"{path}: this picture cannot be read: {error}. Get the file again, or remove it"
-        ) from error
     pixels = np.asarray(picture, np.uint8)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

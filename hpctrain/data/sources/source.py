@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import xxhash
 
 from hpctrain.data.dataset import Field, require_fields, require_supported
 from hpctrain.data.permutation import Int64s
-from hpctrain.errors import DatasetError
+from hpctrain.errors import DatasetError, HpctrainError
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -71,6 +72,24 @@ def identity_of(paths: Iterable[str | Path]) -> str:
             raise DatasetError(f"{path}: {error.strerror}") from error
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return str(digest.hexdigest())
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Explain whatever a parser makes of a damaged file; which exceptions, nobody can tell.
+
+    Raises:
+        DatasetError: naming the place, if the body fails.
+    """
+    try:
+        yield
+    except HpctrainError:
+        raise
+    except Exception as error:
+        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DatasetError(
+            f"{place}: this file cannot be read: {what}. Get the file again, or leave it out"
+        ) from error
 
 
 def native(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, place: str) -> Field:

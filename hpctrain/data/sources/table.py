@@ -14,8 +14,7 @@ import numpy.typing as npt
 from hpctrain.data.dataset import Field
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
-from hpctrain.data.sources.source import Arrays, identity_of, native
-from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.sources.source import Arrays, identity_of, native, reading
 from hpctrain.errors import DatasetError
 
 WIDEST_GAP_ROWS = 32
@@ -125,15 +124,18 @@ class Table:
     def _read_column(self, name: str, rows: Int64s, places: Int64s) -> npt.NDArray[Any]:
         """Return rows, ascending, of a column, each at its place."""
         parts, about = self.columns[name], self.fields[name]
-        out = np.empty((len(rows), *about.shape), about.dtype)
+        out: npt.NDArray[Any] | None = None
         begin = 0
         for part in parts:
             i, j = np.searchsorted(rows, (begin, begin + part.rows))
             if i < j:
                 array = self._array(name, part)
+                if out is None:  # only now is it sure that the file holds what it says
+                    out = np.empty((len(rows), *about.shape), about.dtype)
                 for span, values in _read_spans(name, part, array, rows[i:j] - begin):
                     out[places[i:j][span]] = values
             begin += part.rows
+        assert out is not None, "no rows were asked for"
         return out
 
     def _array(self, name: str, part: Part) -> Any:
@@ -176,10 +178,8 @@ def _read_spans(
     for begin, stop in zip([0, *(cuts + 1)], [*(cuts + 1), len(rows)], strict=True):
         first, last = int(rows[begin]), int(rows[stop - 1])
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
-        try:
+        with reading(f'{part.path}: field "{name}", row {first}'):
             values = array[selection]
-        except HDF5_FAILURES as error:
-            raise DatasetError(f'{part.path}: field "{name}", row {first}: {error}') from error
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
 
 
