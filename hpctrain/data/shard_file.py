@@ -33,9 +33,11 @@ def shard_name(*numbers: int) -> str:
     return "-".join(["shard", *(f"{number:06d}" for number in numbers)]) + HDF5_SUFFIXES[0]
 
 
-def rows_of_shard(fields: Mapping[str, Field], shard_bytes: int) -> int:
-    """Return how many samples make a shard of about so many bytes."""
-    return max(1, shard_bytes // sum(field.row_bytes for field in fields.values()))
+def rows_of_shard(fields: Mapping[str, Field], shard_bytes: int, storage: Storage) -> int:
+    """Return how many samples make a shard of about so many bytes; whole chunks, if there are."""
+    rows = max(1, shard_bytes // sum(field.row_bytes for field in fields.values()))
+    chunk_rows = 1 if storage.is_contiguous else storage.chunk_rows(fields)
+    return max(rows - rows % chunk_rows, min(rows, chunk_rows))
 
 
 def write_shard(
@@ -87,10 +89,11 @@ def write_hdf5(
         storage: of each field.
     """
     threshold, interval = _alignment([array.nbytes for array in fields.values()])
+    about = {name: Field(array.shape[1:], array.dtype) for name, array in fields.items()}
+    keywords = storage.keywords(about, len(next(iter(fields.values()))))
     with h5py.File(path, "w", alignment_threshold=threshold, alignment_interval=interval) as file:
         for name, array in fields.items():
-            keywords = storage.keywords(Field(array.shape[1:], array.dtype), len(array))
-            dataset = file.create_dataset(name, data=array, track_times=False, **keywords)
+            dataset = file.create_dataset(name, data=array, track_times=False, **keywords[name])
             dataset.attrs.update(attributes.get(name, {}))
 
 

@@ -14,8 +14,13 @@ import h5py
 from hpctrain.data.dataset import Field
 from hpctrain.errors import DatasetError, UsageError
 
-CHUNK_BYTES = 2**20
-"""Values in one chunk, about: what HDF5's own cache holds, and worth one request to a disk."""
+CHUNK_BYTES = 2**17
+"""Values in one chunk, about: up to 256 lanes, training's blocks are whole numbers of such chunks.
+
+Larger ones compress little better, and would be decompressed for a part of their rows.
+"""
+SMALL_FIELD = 1 / 16
+"""Fields with a smaller part of a sample's bytes, such as labels, are contiguous in any case."""
 LARGEST_CHUNK_BYTES = 2**32 - 1
 """Source: HDF5's file format keeps the size of a chunk in 32 bits."""
 FILTERS: Mapping[str, range] = {
@@ -97,13 +102,23 @@ class Storage:
                 f"the filter {self.filter} comes with hdf5plugin, which is not installed: {INSTALL}"
             )
 
-    def keywords(self, field: Field, rows: int) -> dict[str, Any]:
-        """Return the arguments of h5py's create_dataset for so many rows of a field."""
-        if self.is_contiguous:
-            return {}
+    def chunk_rows(self, fields: Mapping[str, Field]) -> int:
+        """Return how many rows make a chunk, of every field the same, so that blocks fit all."""
         most = min(self.chunk_bytes or CHUNK_BYTES, LARGEST_CHUNK_BYTES)
-        chunk_rows = max(1, min(rows, most // field.row_bytes))
-        return {"chunks": (chunk_rows, *field.shape), **self._filter_keywords(field)}
+        return max(1, most // max(field.row_bytes for field in fields.values()))
+
+    def keywords(self, fields: Mapping[str, Field], rows: int) -> dict[str, dict[str, Any]]:
+        """Return the arguments of h5py's create_dataset by field, for so many rows."""
+        if self.is_contiguous:
+            return {name: {} for name in fields}
+        chunk_rows = min(rows, self.chunk_rows(fields))
+        small = SMALL_FIELD * sum(field.row_bytes for field in fields.values())
+        return {
+            name: {"chunks": (chunk_rows, *field.shape), **self._filter_keywords(field)}
+            if field.row_bytes >= small
+            else {}
+            for name, field in fields.items()
+        }
 
     def _filter_keywords(self, field: Field) -> dict[str, Any]:
         # Bytes of equal weight side by side compress better; single bytes are so already.

@@ -179,7 +179,9 @@ class Writer:
                     f"has. The fields are: {', '.join(fields)}"
                 )
             self._fields = fields
-            self._shard_rows = self._wanted_rows or rows_of_shard(fields, self._shard_bytes)
+            self._shard_rows = self._wanted_rows or rows_of_shard(
+                fields, self._shard_bytes, self._storage
+            )
             self._buffers = {
                 name: np.empty((self._shard_rows, *field.shape), field.dtype)
                 for name, field in fields.items()

@@ -225,9 +225,20 @@ def test_chunks_and_filters(tmp_path: Path) -> None:
     with Writer(tmp_path / "data", shard_rows=6, storage=storage) as writer:
         writer.extend(SAMPLES)
     with h5py.File(tmp_path / "data" / "shard-000001.h5") as file:
-        assert (file["x"].chunks, file["y"].chunks) == ((2, 2, 3), (4,))
+        assert (file["x"].chunks, file["y"].chunks) == ((2, 2, 3), (2,))
         assert (file["x"].compression, file["x"].compression_opts) == ("gzip", 1)
         assert (file["x"][...] == SAMPLES["x"][6:]).all()
+
+
+def test_shards_are_whole_chunks_and_small_fields_contiguous(tmp_path: Path) -> None:
+    values = {"x": np.zeros((40, 100), "u1"), "label": np.arange(40, dtype="u1")}
+    storage = Storage("lzf", chunk_bytes=700)
+    with Writer(tmp_path / "data", shard_bytes=2000, storage=storage) as writer:
+        writer.extend(values)
+    dataset = open_dataset(str(tmp_path / "data"))
+    assert [shard.samples for shard in dataset.shards] == [14, 14, 12]
+    assert dataset.slow_fields() == {"x": "chunked, lzf in shard-000000.h5"}
+    assert dataset.chunk_rows == 7
 
 
 def test_a_collective_of_one(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from hpctrain.data.access import RowAccess
 from hpctrain.data.dataset import Dataset, Field, Shard
 
 BLOCK_BYTES = 4 * 2**20
+LARGEST_BLOCK_BYTES = 256 * 2**20
+"""Of a block that is one chunk."""
 
 
 def one_shard(shard: Shard, fields: dict[str, Field]) -> Dataset:
@@ -30,10 +32,7 @@ def blocks_of(dataset: Dataset, name: str) -> Iterator[tuple[int, npt.NDArray[An
         DatasetError: naming file, field and row that cannot be read.
     """
     field = dataset.fields[name]
-    chunk_rows = max(shard.layouts[name].chunk_rows for shard in dataset.shards)
-    rows = max(1, BLOCK_BYTES // field.row_bytes)
-    # Chunks are not cut where that would decompress them twice.
-    rows = max(rows - rows % chunk_rows, min(rows, chunk_rows))
+    rows = _rows_of_block(field.row_bytes, max(s.layouts[name].chunk_rows for s in dataset.shards))
     buffer = np.empty((min(rows, dataset.samples), field.row_bytes), np.uint8)
     with closing(RowAccess(dataset)) as access:
         for start in range(0, dataset.samples, rows):
@@ -41,3 +40,11 @@ def blocks_of(dataset: Dataset, name: str) -> Iterator[tuple[int, npt.NDArray[An
             access.read_runs(name, np.array([start]), np.array([len(part)]), part, np.array([0]))
             values = part.view(field.dtype.newbyteorder("="))
             yield start, values.reshape(len(part), *field.shape)
+
+
+def _rows_of_block(row_bytes: int, chunk_rows: int) -> int:
+    """Return how many rows to read at once; chunks are not cut, to be decompressed only once."""
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    if chunk_rows <= rows:
+        return rows - rows % chunk_rows
+    return chunk_rows if chunk_rows * row_bytes <= LARGEST_BLOCK_BYTES else rows

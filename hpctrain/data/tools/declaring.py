@@ -142,7 +142,7 @@ def _declare_output(parser: argparse.ArgumentParser, needs_split: bool = False) 
         type=arguments.num_bytes,
         default=0,
         metavar="SIZE",
-        help=f"values in one chunk, about ({CHUNK_BYTES // 2**20}MiB with a filter)",
+        help=f"values in one chunk, about ({CHUNK_BYTES // 2**10}KiB with a filter)",
     )
 
 

@@ -148,7 +148,9 @@ def _prepare(source: Source, folder: Path, packing: Packing) -> Plan:
     """Decide what goes where, and mark the folders as unfinished."""
     packing.storage.require_available()
     sizes = split_sizes(source.samples, packing.splits) if packing.splits else {"": source.samples}
-    shard_rows = packing.shard_rows or rows_of_shard(source.fields, packing.shard_bytes)
+    shard_rows = packing.shard_rows or rows_of_shard(
+        source.fields, packing.shard_bytes, packing.storage
+    )
     outputs = []
     for split, samples in sizes.items():
         origin = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ MOST_CHANNELS = 4096
 """The first axis of a sample is its channels, up to so many."""
 
 TOLD_CHANNELS = 8
+PART_VALUES = 2**16
 _FACTS = ("mean", "std", "min", "max")
 
 Float64s = npt.NDArray[np.float64]
@@ -63,8 +64,27 @@ class Moments:
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> Moments:
         """Return the moments of values, (rows, channels, rest)."""
-        values = values.astype(np.float64)
+        numbers = values.astype(np.float64)
         finite = np.isfinite(values)
+        if not finite.all():
+            return cls._of_finite(numbers, finite)
+        count = np.full(values.shape[1], values.shape[0] * values.shape[2], np.float64)
+        mean = numbers.mean(axis=(0, 2))
+        numbers -= mean[:, None]
+        rest = numbers.mean(axis=(0, 2))
+        return cls(
+            count=count,
+            mean=mean,
+            rest=rest,
+            squares=np.einsum("rcv,rcv->c", numbers, numbers) - count * rest**2,
+            least=values.min(axis=(0, 2)).astype(np.float64),
+            largest=values.max(axis=(0, 2)).astype(np.float64),
+            non_finite=np.zeros_like(count),
+        )
+
+    @classmethod
+    def _of_finite(cls, values: Float64s, finite: npt.NDArray[np.bool_]) -> Moments:
+        """Return the moments of those values that are finite; several times slower."""
         count = finite.sum(axis=(0, 2), dtype=np.float64)
         mean = values.sum(axis=(0, 2), where=finite) / np.maximum(count, 1)
         differences = np.subtract(values, mean[:, None], where=finite, out=np.zeros_like(values))
@@ -173,7 +193,11 @@ def measure_shard(task: _Task) -> dict[str, Moments]:
     return {
         name: functools.reduce(
             Moments.merge,
-            (Moments.of(_by_channel(values)) for _, values in blocks_of(dataset, name)),
+            (
+                Moments.of(part)
+                for _, values in blocks_of(dataset, name)
+                for part in _parts(_by_channel(values))
+            ),
         )
         for name in task.fields
     }
@@ -234,6 +258,13 @@ def _by_channel(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return (rows, *shape) as (rows, channels, rest)."""
     has_channels = values.ndim > 1 and values.shape[1] <= MOST_CHANNELS
     return values.reshape(len(values), values.shape[1] if has_channels else 1, -1)
+
+
+def _parts(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Cut values into runs of rows that stay in the processor's cache as float64."""
+    rows = max(1, len(values) * PART_VALUES // max(1, values.size))
+    for start in range(0, len(values), rows):
+        yield values[start : start + rows]
 
 
 def _field_facts(place: str, moments: Moments) -> dict[str, Any]:
