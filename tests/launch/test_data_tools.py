@@ -95,7 +95,10 @@ def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_all_ranks_are_told_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "large.npy", np.arange(1000, 1009))
+    large = ("pack", "large.npy", "large", "--shard-rows", "2", "--dtype", "large=int8")
     for arguments, code, words in (
+        (large, 65, 'large.npy: field "large", row 0: 1000 does not fit int8'),
         (("pack", "nothing.npy", "out"), 65, "nothing.npy: no file has such a name"),
         (("pack", "out", "--filter", "zip"), 64, "zip: no such filter"),
         (("verify", "nothing/*.h5"), 65, "nothing/*.h5: no file has such a name"),

@@ -19,7 +19,8 @@ from hpctrain.data import Writer, open_dataset
 from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.data.storage import Storage
 from hpctrain.data.tools import packing
-from hpctrain.data.tools.packing import Packing, pack
+from hpctrain.data.tools.packing import pack
+from hpctrain.data.tools.planning import Packing
 from hpctrain.data.tools.splitting import parse_splits, select
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.launch.single import SingleCommunicator
@@ -451,7 +452,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
         (lambda f: {"seed": 2}, r"seed = 2 was 0 then"),
         (lambda f: {"shard_rows": 4}, r"shard_rows = 4 was 3 then"),
         (lambda f: {"storage": Storage("gzip")}, r'storage = "gzip" was "contiguous" then'),
-        (lambda f: os.utime(f / "label.npy") or {}, r"its files have changed since"),
+        (
+            lambda f: os.utime(f / "label.npy") or {},
+            r"the files of its source, or how they are read, are others",
+        ),
         (
             lambda f: (f / "out" / "index.json.unfinished").write_text("") or {},
             r"another program is writing a dataset here",

@@ -14,13 +14,8 @@ import pytest
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.storage import Storage
 from hpctrain.data.tools.describing import describe, description
-from hpctrain.data.tools.statistics import (
-    Moments,
-    measure,
-    read_stats,
-    summary,
-    write_stats,
-)
+from hpctrain.data.tools.moments import Moments
+from hpctrain.data.tools.statistics import measure, read_stats, summary, write_stats
 from hpctrain.data.tools.timing import bench
 from hpctrain.errors import DatasetError
 

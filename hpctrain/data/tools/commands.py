@@ -13,7 +13,7 @@ from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
 from hpctrain.data.together import on_rank_zero
 from hpctrain.data.tools import packing
-from hpctrain.data.tools.packing import Packing
+from hpctrain.data.tools.planning import Packing
 from hpctrain.data.tools.progress import Progress
 from hpctrain.data.tools.text import plural
 from hpctrain.errors import DatasetError, UsageError

@@ -6,93 +6,44 @@ alone. So shards are made by any rank, in any order, and are the same to the byt
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.discovery import inspect_file
-from hpctrain.data.files import replace_file
-from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin, write_index
+from hpctrain.data.index import UNFINISHED_NAME, write_index
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.shard_file import (
-    SHARD_BYTES,
     cannot_write,
     inspect_shard,
-    rows_of_shard,
     shard_name,
     write_shard,
 )
 from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.together import on_rank_zero
+from hpctrain.data.together import on_all_ranks, on_rank_zero
+from hpctrain.data.tools.planning import Output, Packing, Plan, prepare
 from hpctrain.data.tools.progress import Progress, silent
-from hpctrain.data.tools.splitting import Selection, select, split_sizes
-from hpctrain.data.tools.text import plural
-from hpctrain.data.writing import require_vacant
-from hpctrain.errors import DatasetError
+from hpctrain.data.tools.splitting import Selection, select
+from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.topology import Communicator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """How to pack.
+class Written(NamedTuple):
+    """One shard that is there.
 
     Attributes:
-        splits: fractions by name, each to a folder of its own; empty: all to one folder.
-        seed: of the splits, and of the order.
-        shuffle: write the samples in a random order.
-        shard_bytes: values in one shard, about.
-        shard_rows: samples in one shard; None: as many as make `shard_bytes`.
-        storage: of the fields.
-    """
-
-    splits: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-    shuffle: bool = False
-    shard_bytes: int = SHARD_BYTES
-    shard_rows: int | None = None
-    storage: Storage = field(default_factory=Storage)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """One folder to fill.
-
-    Attributes:
-        split: its name; "" if there is only one.
-        origin: what decides about every byte of it.
-        is_there: True if that was written, whole, before.
+        split: that it belongs to.
+        number: of the shard in it.
+        shard: what it holds.
+        is_kept: whether an earlier packer had finished it.
     """
 
     split: str
-    folder: Path
-    samples: int
-    shard_rows: int
-    origin: Mapping[str, Any]
-    is_there: bool
-
-    @property
-    def shards(self) -> int:
-        return -(-self.samples // self.shard_rows)
-
-    def rows_of(self, number: int) -> int:
-        """Return how many samples a shard holds; the last one may be short."""
-        return min(self.shard_rows, self.samples - number * self.shard_rows)
-
-    def __str__(self) -> str:
-        what = f"{plural(self.samples, 'sample')} in {plural(self.shards, 'shard')}"
-        return f"{self.split} {what}" if self.split else what
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What rank 0 found and decided, for all ranks."""
-
-    source: Source
-    outputs: tuple[Output, ...]
+    number: int
+    shard: Shard
+    is_kept: bool
 
 
 def pack(
@@ -118,10 +69,9 @@ def pack(
         What was done, one line.
 
     Raises:
-        DatasetError: if the source cannot be read, or something else is in the way. One that
-            happens while shards are written is raised on that rank only.
+        DatasetError: on all ranks, if the source cannot be read, or something else is in the way.
     """
-    plan = on_rank_zero(communicator, lambda: _prepare(open_(), folder, packing))
+    plan = on_rank_zero(communicator, lambda: prepare(open_(), folder, packing))
     selections = select(plan.source.samples, packing.splits, packing.seed, packing.shuffle)
     tasks = [
         (output, number)
@@ -129,103 +79,57 @@ def pack(
         if not output.is_there
         for number in range(output.shards)
     ]
-    mine = tasks[communicator.rank :: communicator.world_size]
-    total = sum(output.rows_of(number) for output, number in mine)
-    written: list[tuple[str, int, Shard, bool]] = []
-    done = 0
-    progress(done, total)
-    for output, number in mine:
-        rows = _rows(selections, output, number)
-        shard, is_kept = _shard(plan.source, output, number, rows, packing.storage)
-        written.append((output.split, number, shard, is_kept))
-        done += len(rows)
-        progress(done, total)
-    everybodys = [each for part in communicator.all_gather(written) for each in part]
+    everybodys = _write(plan.source, selections, tasks, packing.storage, communicator, progress)
     return on_rank_zero(communicator, lambda: _finish(plan, folder, everybodys))
 
 
-def _prepare(source: Source, folder: Path, packing: Packing) -> Plan:
-    """Decide what goes where, and mark the folders as unfinished."""
-    packing.storage.require_available()
-    sizes = split_sizes(source.samples, packing.splits) if packing.splits else {"": source.samples}
-    shard_rows = packing.shard_rows or rows_of_shard(
-        source.fields, packing.shard_bytes, packing.storage
-    )
-    outputs = []
-    for split, samples in sizes.items():
-        origin = {
-            "source": source.name,
-            "identity": source.identity,
-            "samples": source.samples,
-            "split": split,
-            "splits": dict(packing.splits),
-            "seed": packing.seed,
-            "shuffle": packing.shuffle,
-            "shard_rows": shard_rows,
-            "storage": str(packing.storage),
-            "chunk_bytes": packing.storage.chunk_bytes,
-        }
-        path = folder / split if split else folder
-        try:
-            is_there = _claim(path, origin)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        outputs.append(
-            Output(
-                split=split,
-                folder=path,
-                samples=samples,
-                shard_rows=shard_rows,
-                origin=origin,
-                is_there=is_there,
-            )
-        )
-    return Plan(source=source, outputs=tuple(outputs))
+def _write(
+    source: Source,
+    selections: Mapping[str, Selection],
+    tasks: Sequence[tuple[Output, int]],
+    storage: Storage,
+    communicator: Communicator,
+    progress: Progress,
+) -> list[Written]:
+    """Write the shards, each by one rank, and return those of all. Collective: all ranks.
 
+    All ranks hear of a failure one shard later: none goes on for hours with work that is lost.
 
-def _claim(folder: Path, origin: Mapping[str, Any]) -> bool:
-    """Make a folder ready to be filled, or return True if it has been."""
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / UNFINISHED_NAME
-    if marker.exists():
-        _require_same(folder, origin, _begun(marker))
-        # What a killed packer was at; nobody else writes here.
-        for entry in folder.glob(".shard-*"):
-            entry.unlink(missing_ok=True)
-        return False
-    if (folder / INDEX_NAME).exists() and read_origin(folder) == origin:
-        read_index(folder)
-        return True
-    require_vacant(folder)
-    replace_file(marker, (json.dumps(origin) + "\n").encode())
-    return False
+    Raises:
+        DatasetError: on all ranks, that of the lowest rank that failed.
+    """
+    mine = tasks[communicator.rank :: communicator.world_size]
+    total = sum(output.rows_of(number) for output, number in mine)
+    written: list[Written] = []
+    failure: HpctrainError | None = None
+    done = 0
+    progress(done, total)
+    earlier = communicator.start_max([0])
+    for turn in range(-(-len(tasks) // communicator.world_size)):
+        if turn < len(mine) and failure is None:
+            output, number = mine[turn]
+            rows = _rows(selections, output, number)
+            try:
+                written.append(
+                    Written(output.split, number, *_shard(source, output, number, rows, storage))
+                )
+            except HpctrainError as error:
+                failure = error
+            done += len(rows)
+            progress(done, total)
+        latest = communicator.start_max([int(failure is not None)])
+        is_over = earlier.wait()[0]
+        earlier = latest
+        if is_over:
+            break
+    earlier.wait()
 
+    def outcome() -> list[Written]:
+        if failure is not None:
+            raise failure
+        return written
 
-def _begun(marker: Path) -> object:
-    try:
-        return json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-
-
-def _require_same(folder: Path, origin: Mapping[str, Any], begun: object) -> None:
-    """Check that what was begun in a folder is what is to go on."""
-    if not isinstance(begun, dict):
-        raise DatasetError(
-            f"{folder}: another program is writing a dataset here, or was killed while it did. "
-            "Wait for it, or remove the folder"
-        )
-    for key, value in origin.items():
-        if begun.get(key) != value:
-            what = (
-                "its files have changed since"
-                if key == "identity"
-                else f"{key} = {json.dumps(value)} was {json.dumps(begun.get(key))} then"
-            )
-            raise DatasetError(
-                f"{folder}: packing was begun here and did not finish, and {what}. Give the same "
-                "source and options to go on, or remove the folder to begin anew"
-            )
+    return [each for part in on_all_ranks(communicator, outcome) for each in part]
 
 
 def _rows(selections: Mapping[str, Selection], output: Output, number: int) -> Int64s:
@@ -257,10 +161,10 @@ def _kept(path: Path, source: Source, samples: int) -> Shard | None:
     return inspect_shard(path, list(source.fields))
 
 
-def _finish(plan: Plan, folder: Path, written: list[tuple[str, int, Shard, bool]]) -> str:
+def _finish(plan: Plan, folder: Path, written: Sequence[Written]) -> str:
     """Write the indices, after which the folders are datasets."""
     for output in plan.outputs:
-        shards = {number: shard for split, number, shard, _ in written if split == output.split}
+        shards = {each.number: each.shard for each in written if each.split == output.split}
         if output.is_there:
             continue
         dataset = Dataset(
@@ -276,5 +180,5 @@ def _finish(plan: Plan, folder: Path, written: list[tuple[str, int, Shard, bool]
     what = ", ".join(str(output) for output in plan.outputs)
     if all(output.is_there for output in plan.outputs):
         return f"{folder}: packed already: {what}"
-    kept = sum(is_kept for *_, is_kept in written)
+    kept = sum(each.is_kept for each in written)
     return f"{folder}: packed {what}" + (f" ({kept} of them were there)" if kept else "")
