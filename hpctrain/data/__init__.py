@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from hpctrain.data.dataset import Dataset, Field
     from hpctrain.data.discovery import open_dataset
     from hpctrain.data.partition import Order, default_lanes
+    from hpctrain.data.storage import Storage
     from hpctrain.data.writing import Writer
 
-__all__ = ["Dataset", "Field", "Order", "Writer", "default_lanes", "open_dataset"]
+__all__ = ["Dataset", "Field", "Order", "Storage", "Writer", "default_lanes", "open_dataset"]
 
 _HOMES = {
     "Dataset": "dataset",
     "Field": "dataset",
     "Order": "partition",
+    "Storage": "storage",
     "Writer": "writing",
     "default_lanes": "partition",
     "open_dataset": "discovery",
