@@ -130,6 +130,14 @@ def check_batch_sizes(source: Source) -> list[Mistake]:
     return [source.mistake(("data", "micro_batch_size"), problem)]
 
 
+def check_warmup(source: Source) -> list[Mistake]:
+    """Check that the warm-up has one length."""
+    keys = [f"warmup_{unit}" for unit in ("steps", "epochs", "samples")]
+    given = [key for key in keys if source.get("scheduler", key)]
+    problem = f"the warm-up has one length, and scheduler.{given[0]} is set" if given else ""
+    return [source.mistake(("scheduler", key), problem) for key in given[1:]]
+
+
 def check_best(source: Source) -> list[Mistake]:
     """Check that there are evaluations by which to find the best checkpoint."""
     best = source.get("checkpoint", "keep_best")
@@ -159,6 +167,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_components,
     check_limits,
     check_batch_sizes,
+    check_warmup,
     check_best,
     check_capabilities,
 )

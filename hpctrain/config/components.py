@@ -25,14 +25,25 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
         "regression": "hpctrain.training.task:Regression",
     },
     "optimizer": {
+        "adafactor": "torch.optim:Adafactor",
+        "adagrad": "torch.optim:Adagrad",
         "adam": "torch.optim:Adam",
         "adamw": "torch.optim:AdamW",
+        "nadam": "torch.optim:NAdam",
+        "radam": "torch.optim:RAdam",
+        "rmsprop": "torch.optim:RMSprop",
         "sgd": "torch.optim:SGD",
     },
     "scheduler": {
+        "chained": "hpctrain.training.chained:Chained",
         "constant": "hpctrain.training.schedules:constant",
         "cosine": "hpctrain.training.schedules:cosine",
+        "inverse_square_root": "hpctrain.training.schedules:inverse_square_root",
         "linear": "hpctrain.training.schedules:linear",
+        "multistep": "hpctrain.training.schedules:multistep",
+        "one_cycle": "hpctrain.training.schedules:one_cycle",
+        "plateau": "hpctrain.training.plateau:Plateau",
+        "step": "hpctrain.training.schedules:step_decay",
     },
 }
 """Short names, by section. Strings, so that knowing them imports nothing."""
@@ -55,7 +66,7 @@ def unknown_name(section: str, use: str) -> str | None:
 def resolve_all(
     config: Config,
     *,
-    given: Mapping[str, Collection[str]],
+    given: Callable[[str, Callable[..., Any]], Collection[str]],
     path: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Callable[..., Any]]:
@@ -63,7 +74,7 @@ def resolve_all(
 
     Args:
         config: whose `model`, `task`, `optimizer` and `scheduler` are wanted.
-        given: by section, the arguments that hpctrain passes itself.
+        given: by section and component, the arguments that hpctrain passes itself.
         path: the file that the config was loaded from; with it, mistakes have their lines.
         overrides: those that it was loaded with.
 
@@ -82,7 +93,8 @@ def resolve_all(
         except ConfigError as error:
             mistakes.append(_mistake(section, component, str(error)))
         else:
-            mistakes += bind(section, component, targets[section], given=given.get(section, ()))
+            passed = given(section, targets[section])
+            mistakes += bind(section, component, targets[section], given=passed)
     if mistakes and path is not None:
         source = read(path)
         apply_overrides(source, overrides)

@@ -36,7 +36,18 @@ def expectation(annotation: Any) -> str:
         return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
     if dataclasses.is_dataclass(annotation):
         return "a table"
-    return _KINDS[origin or annotation]
+    return _collection(annotation) or _KINDS[origin or annotation]
+
+
+def _collection(annotation: Any) -> str | None:
+    """Return what a list or table of one kind of thing allows."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple and dataclasses.is_dataclass(arguments[0]):
+        keys = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
+        return f"a list of tables with the keys {keys}"
+    if origin is dict and arguments[1] is str:
+        return "a table of strings"
+    return None
 
 
 def choices(annotation: Any) -> tuple[str, ...]:

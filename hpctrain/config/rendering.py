@@ -19,7 +19,7 @@ def to_toml(config: Config) -> str:
 
 def _table(section: Any) -> dict[str, Any]:
     table = {
-        field.name: getattr(section, field.name)
+        field.name: _value(getattr(section, field.name))
         for field in dataclasses.fields(section)
         if getattr(section, field.name) is not None  # TOML knows no null: left out is none
     }
@@ -32,3 +32,10 @@ def _table(section: Any) -> dict[str, Any]:
         if apart:
             table["arguments"] = apart
     return table
+
+
+def _value(value: Any) -> Any:
+    """Return a value with the tables of a list of them as tables."""
+    if not isinstance(value, tuple):
+        return value
+    return [_table(item) if dataclasses.is_dataclass(item) else item for item in value]

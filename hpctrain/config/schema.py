@@ -87,11 +87,34 @@ class DataSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that are trained differently, `[[optimizer.groups]]`."""
+
+    pattern: Text
+    """Names of the parameters, with * and ? as in file names, such as "backbone.*"."""
+
+    lr_factor: Annotated[float, Ge(0)] = 1.0
+    """Their learning rate, as a factor of that of all others."""
+
+    weight_decay: Annotated[float, Ge(0)] | None = None
+    """Their weight decay; none: as of all others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSection(ComponentSection):
     """The optimizer; further keys are its keyword arguments."""
 
     lr: Annotated[float, Gt(0)]
     """Peak learning rate."""
+
+    decay_norms_and_biases: bool = True
+    """Apply weight decay to parameters of fewer than two dimensions too."""
+
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameters that are trained differently; the first pattern that fits counts."""
+
+
+Unit = Literal["steps", "epochs", "samples"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +124,17 @@ class SchedulerSection(ComponentSection):
     use: Reference = "constant"
     """A built-in name, or "package.module:Name"."""
 
+    unit: Unit = "steps"
+    """What the schedule counts in; its arguments are in this unit too."""
+
     warmup_steps: Annotated[int, Ge(0)] = 0
-    """Steps of linear warm-up before the schedule proper."""
+    """Steps of linear warm-up before the schedule proper. At most one of these three."""
+
+    warmup_epochs: Annotated[float, Ge(0)] = 0.0
+    """The same in epochs, which need not be whole."""
+
+    warmup_samples: Annotated[int, Ge(0)] = 0
+    """The same in samples."""
 
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
@@ -129,6 +161,9 @@ class TrainingSection:
 
     clip_norm: Annotated[float, Gt(0)] | None = None
     """Clip the norm of the whole gradient to this."""
+
+    clip_value: Annotated[float, Gt(0)] | None = None
+    """Clip every element of the gradient to this, after its norm."""
 
     max_bad_steps: Count = 10
     """End the job after so many steps in a row with a gradient that is not finite."""

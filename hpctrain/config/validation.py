@@ -40,7 +40,11 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
             key = tuple(str(part) for part in item["loc"][:2])
             if key not in found:
                 found.add(key)
-                mistakes.append(_misfit(source, key, missing=item["type"].startswith("missing")))
+                missing = item["type"].startswith("missing")
+                if len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
+                    mistakes.append(_item_misfit(source, key, kind, item["loc"][2:4], missing))
+                else:
+                    mistakes.append(_misfit(source, key, missing=missing))
         return None, _without_echoes(mistakes)
     return (None if mistakes else config), mistakes
 
@@ -66,6 +70,15 @@ def _fields(section: str) -> dict[str, Any]:
 def reserved_keys(section: str) -> tuple[str, ...]:
     """Return the keys that are hpctrain's own in a section, not arguments of its component."""
     return tuple(field.name for field in dataclasses.fields(_sections()[section]))
+
+
+def _item_type(section: str, key: str) -> type | None:
+    """Return the dataclass of each table in a list of tables, None if a key is no such list."""
+    annotation = _fields(section).get(key)
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
+    if kinds and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]):
+        return kinds[0]
+    return None
 
 
 def is_component(section: str) -> bool:
@@ -114,6 +127,9 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
             continue
         reserved = reserved_keys(section)
         known[section] = {key: value for key, value in given.items() if key in reserved}
+        for key, value in known[section].items():
+            if (kind := _item_type(section, key)) is not None and isinstance(value, list):
+                mistakes += _unknown_in_items(source, (section, key), kind, value)
         further = [key for key in given if key not in reserved]
         if not is_component(section):
             mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]
@@ -148,6 +164,40 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
         elif "number" in problem and _is_number(value):
             problem += "; without quotes it is one"
     return source.mistake(key, problem)
+
+
+def _item_misfit(
+    source: Source, key: KeyPath, kind: type, within: tuple[int | str, ...], missing: bool
+) -> Mistake:
+    """Say what is wrong with a key of a table in a list of tables."""
+    index, name = int(within[0]), str(within[1])
+    problem = f"expected {expectation(typing.get_type_hints(kind, include_extras=True)[name])}"
+    if missing:
+        return source.mistake((*key, name), f"missing; {problem}")
+    value = source.get(*key)[index][name]
+    return source.place(Mistake(key=(*key, name), problem=problem, value=value))
+
+
+def _unknown_in_items(source: Source, key: KeyPath, kind: type, items: list[Any]) -> list[Mistake]:
+    """Return the keys that the tables of a list should not have."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    found = {
+        name: value
+        for item in items
+        if isinstance(item, dict)
+        for name, value in item.items()
+        if name not in known
+    }
+    return [
+        source.place(
+            Mistake(
+                key=(*key, name),
+                problem=f"unknown key{did_you_mean(name, known, prefix=f'{key[-1]}.')}",
+                value=value,
+            )
+        )
+        for name, value in found.items()
+    ]
 
 
 def _is_number(text: str) -> bool:

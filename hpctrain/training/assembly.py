@@ -23,11 +23,10 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.horizon import Horizon, Place
-from hpctrain.training.loop import Schedule
+from hpctrain.training.learning_rate import LearningRate
 from hpctrain.training.optimizers import build_optimizer
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.precision import NumberFormat
-from hpctrain.training.schedules import learning_rate
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Task
 
@@ -125,7 +124,7 @@ class Parts:
     model: nn.Module
     task: Task
     number_format: NumberFormat
-    schedule: Schedule
+    schedule: LearningRate
     step: TrainStep
 
 
@@ -175,8 +174,18 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         )
         _check_best(config, task)
         optimizer = build_optimizer(
-            components["optimizer"], model, config.optimizer.lr, config.optimizer.arguments
+            components["optimizer"],
+            model,
+            config.optimizer.lr,
+            config.optimizer.arguments,
+            groups=config.optimizer.groups,
+            decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
         )
+        schedule = LearningRate.of(
+            config.scheduler, components["scheduler"], config.optimizer.lr, data.horizon
+        )
+        evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
+        schedule.watch(task.metrics if data.validation is not None and evaluates else {})
         if config.training.compile:
             model.compile()
         example = data.example()
@@ -187,6 +196,7 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         world,
         number_format=number_format,
         clip_norm=config.training.clip_norm,
+        clip_value=config.training.clip_value,
         micro_batch_size=config.data.micro_batch_size,
         largest_share=data.largest_share,
         example=example,
@@ -194,18 +204,6 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
     step.prime()
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
-    factor = components["scheduler"]
-
-    def schedule(place: Place, total_steps: int) -> float:
-        return learning_rate(
-            place.step,
-            total_steps,
-            peak=config.optimizer.lr,
-            warmup_steps=config.scheduler.warmup_steps,
-            factor=factor,
-            arguments=config.scheduler.arguments,
-        )
-
     return Parts(model=model, task=task, number_format=number_format, schedule=schedule, step=step)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from hpctrain.config import Config
@@ -33,4 +34,9 @@ def resolve_components(
     Raises:
         ConfigError: with all mistakes of all components.
     """
-    return resolve_all(config, given=_GIVEN, path=path, overrides=overrides)
+    return resolve_all(config, given=_given, path=path, overrides=overrides)
+
+
+def _given(section: str, target: Callable[..., Any]) -> Collection[str]:
+    # A schedule that is a class is built with its arguments, and its objects are called.
+    return () if section == "scheduler" and inspect.isclass(target) else _GIVEN[section]

@@ -91,6 +91,31 @@ class Horizon:
             remaining.append(self._steps_to_samples(place, self.max_samples - place.samples_seen))
         return place.step + max(0, min(remaining))
 
+    def end(self, place: Place) -> Place:
+        """Return the place at which a run that now stands at `place` will be complete."""
+        steps = self.total_steps(place) - place.step
+        left = _ceil_div(self.epoch_samples - place.position, self.global_batch_size)
+        if steps < left:
+            return self._ahead(place, steps)
+        whole, rest = divmod(steps - left, self.epoch_steps)
+        seen = self.epoch_samples - place.position + whole * self.epoch_samples
+        begun = Place(
+            step=place.step + left + whole * self.epoch_steps,
+            epoch=place.epoch + 1 + whole,
+            samples_seen=place.samples_seen + seen,
+        )
+        return self._ahead(begun, rest)
+
+    def _ahead(self, place: Place, steps: int) -> Place:
+        """Return the place some full batches further on in the same epoch."""
+        samples = steps * self.global_batch_size
+        return Place(
+            step=place.step + steps,
+            epoch=place.epoch,
+            position=place.position + samples,
+            samples_seen=place.samples_seen + samples,
+        )
+
     def _steps_to_samples(self, place: Place, samples: int) -> int:
         """Return how many steps from `place` see at least `samples` samples.
 

@@ -111,6 +111,7 @@ def _train(
     with raise_together(world.communicator):
         if resumed is not None:
             restore(world, parts.step, resumed)
+            parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
     with raise_together(world.communicator):
         rank_zero = None
         if folder is not None:

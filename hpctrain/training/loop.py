@@ -10,8 +10,8 @@ from hpctrain.data.loader import TrainLoader
 from hpctrain.training.horizon import Cadence, Horizon, Place
 from hpctrain.training.step import TrainStep
 
-Schedule = Callable[[Place, int], float]
-"""(place, total_steps) to the learning rate of the next step; pure."""
+Schedule = Callable[[Place, Place], float]
+"""(place, end of the run) to the learning rate of the next step."""
 
 Metrics = dict[str, float]
 
@@ -69,16 +69,16 @@ def fit(
     Returns:
         Where the run stands, and whether it is complete.
     """
-    total_steps = plan.horizon.total_steps(place)
-    while place.step < total_steps:
+    end = plan.horizon.end(place)
+    while place.step < end.step:
         epoch = place.epoch
         for batch in loader.epoch(epoch, place.position):
-            lr = schedule(place, total_steps)
+            lr = schedule(place, end)
             step(batch, lr)
             place = place.after(batch.global_size, plan.horizon.epoch_samples)
             hooks.advanced(place)
 
-            complete = place.step == total_steps
+            complete = place.step == end.step
             if complete or plan.log.due(place):
                 hooks.log(place, epoch, lr)
             metrics = None

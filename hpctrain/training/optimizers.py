@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
+from hpctrain.training.parameter_groups import LR_FACTOR, parameter_groups
 
 _FUSED_DEVICES = ("cpu", "cuda")
 # Who names one of these has chosen an implementation.
@@ -18,7 +20,13 @@ _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_optimizer(
-    target: Callable[..., Any], model: nn.Module, lr: float, arguments: Mapping[str, Any]
+    target: Callable[..., Any],
+    model: nn.Module,
+    lr: float,
+    arguments: Mapping[str, Any],
+    *,
+    groups: Sequence[ParameterGroup] = (),
+    decay_norms_and_biases: bool = True,
 ) -> Optimizer:
     """Return an optimizer of the trainable parameters.
 
@@ -30,12 +38,15 @@ def build_optimizer(
         model: on the device, in the dtype that it is trained in.
         lr: learning rate.
         arguments: further keyword arguments; arrays of the config become tuples.
+        groups: parameters that are trained differently.
+        decay_norms_and_biases: False: no weight decay on parameters of fewer than two dimensions.
 
     Raises:
-        ConfigError: if there is nothing to train, or the class refuses its arguments, is no torch
-            optimizer, or is one that steps by itself.
+        ConfigError: if there is nothing to train, a pattern fits nothing, or the class refuses its
+            arguments, is no torch optimizer, or is one that steps by itself.
     """
-    parameters = [item for item in model.parameters() if item.requires_grad]
+    chosen_groups = parameter_groups(model, groups, decay_norms_and_biases=decay_norms_and_biases)
+    parameters = [item for group in chosen_groups for item in group["params"]]
     if not parameters:
         raise ConfigError(
             f"model: {type(model).__name__} has no parameter that requires a gradient: there is "
@@ -47,8 +58,12 @@ def build_optimizer(
     }
     if _fused_kernels_fit(target, parameters, chosen):
         chosen["fused"] = True
+    for group in chosen_groups:
+        group["lr"] = lr * group.get(LR_FACTOR, 1.0)
     try:
-        optimizer = target(parameters, lr=lr, **chosen)
+        # Without a group of its own, the plain list: what any optimizer takes.
+        plain = len(chosen_groups) == 1 and chosen_groups[0].keys() == {"params", "lr"}
+        optimizer = target(parameters if plain else chosen_groups, lr=lr, **chosen)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"[optimizer] cannot be built: {error}") from error
     if not isinstance(optimizer, Optimizer):
@@ -60,6 +75,11 @@ def build_optimizer(
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} evaluates the model several times a "
             "step by itself (it needs a closure), which a step over ranks cannot do"
+        )
+    if "weight_decay" not in optimizer.defaults and any("weight_decay" in g for g in chosen_groups):
+        raise ConfigError(
+            f"[optimizer] use: {type(optimizer).__name__} has no weight decay: leave out "
+            "weight_decay in optimizer.groups, and decay_norms_and_biases"
         )
     _prepare_momentum(optimizer)
     return optimizer
@@ -76,7 +96,7 @@ def refuses_on_device(optimizer: Optimizer) -> bool:
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of all groups. A plain number: kernels take it along, no copy."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_FACTOR, 1.0)
 
 
 def _fused_kernels_fit(

@@ -133,6 +133,7 @@ class Run:
                 self._world,
                 self._parts.number_format,
             )
+        self._parts.schedule.observe(self.metrics)
         if self.best is not None:
             self.best.offer(self.metrics, place.step)
         if self._rank_zero is not None:
@@ -179,10 +180,11 @@ class Run:
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""
         best = self.best
-        total_steps = self._data.horizon.total_steps(self.place)
+        end = self._data.horizon.end(self.place)
         return {
-            "total_steps": total_steps,
-            "lr": self._parts.schedule(self.place, total_steps),
+            "total_steps": end.step,
+            "lr": self._parts.schedule(self.place, end),
+            "schedule": self._parts.schedule.state_dict(),
             "metrics": self.metrics,
             "best": None if best is None else [best.name, best.value, best.step],
         }

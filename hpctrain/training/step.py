@@ -49,6 +49,7 @@ class TrainStep:
         example: Fields,
         smallest_share: int = 0,
         bucket_mb: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -64,6 +65,7 @@ class TrainStep:
             example: one row of every field, on the device.
             smallest_share: the fewest samples of any rank in any batch.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
+            clip_value: every element of the gradient is clipped to this, after its norm.
 
         Raises:
             ConfigError: if the task is none, or a model with SyncBatchNorm would meet a pass
@@ -90,7 +92,11 @@ class TrainStep:
         self._replica = Replica(model, self._world_size, world.device, bucket_mb)
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._update = Update(
-            optimizer, clip_norm=clip_norm, scaler=self.scaler, device=world.device
+            optimizer,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            scaler=self.scaler,
+            device=world.device,
         )
         self.syncs = self._update.syncs
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.

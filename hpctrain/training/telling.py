@@ -172,7 +172,7 @@ def _notes(
         total_steps, lr = resumed.values["total_steps"], resumed.values["lr"]
         now_total = data.horizon.total_steps(data.place)
         if now_total != total_steps:
-            now_lr = parts.schedule(data.place, now_total)
+            now_lr = parts.schedule(data.place, data.horizon.end(data.place))
             notes.append(
                 f"{total_steps:,} steps when saved, {now_total:,} now: the schedule is that of the "
                 f"new length, lr {metric(lr)} before and {metric(now_lr)} now"

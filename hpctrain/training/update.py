@@ -30,6 +30,7 @@ class Update:
         optimizer: Optimizer,
         *,
         clip_norm: float | None,
+        clip_value: float | None = None,
         scaler: LossScale,
         device: torch.device,
     ) -> None:
@@ -42,6 +43,7 @@ class Update:
         self._norm_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._cast = None if dtypes == {self._norm_dtype} else self._norm_dtype
         self._clip_norm = self._constant(clip_norm, device) if clip_norm is not None else None
+        self._clip_value = clip_value
         self._zero = self._constant(0.0, device)
         self._one = self._constant(1.0, device)
         self._epsilon = self._constant(1e-6, device)
@@ -72,6 +74,9 @@ class Update:
             factor = clip if factor is None else clip * factor
         if factor is not None:
             torch._foreach_mul_(gradients, factor)
+        if self._clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
 
         set_learning_rate(self.optimizer, lr)
         if not self.syncs:

@@ -120,7 +120,8 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
         (
             "optimizer.use=torch.optim.SGD",
             (
-                'optimizer.use = "torch.optim.SGD": expected "adam", "adamw", "sgd", '
+                'optimizer.use = "torch.optim.SGD": expected "adafactor", "adagrad", "adam", '
+                '"adamw", "nadam", "radam", "rmsprop", "sgd", '
                 f'{IMPORT}; did you mean "torch.optim:SGD"?'
             ),
         ),

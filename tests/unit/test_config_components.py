@@ -177,7 +177,12 @@ def test_all_mistakes_of_all_components_with_their_places() -> None:
     overrides = ["scheduler.use=cfg_fails:Net", "optimizer.width=3"]
     config = load("c.toml", overrides)
     with pytest.raises(ConfigError) as caught:
-        resolve_all(config, given={"task": ("inputs",)}, path="c.toml", overrides=overrides)
+        resolve_all(
+            config,
+            given=lambda section, _: {"task": ("inputs",)}.get(section, ()),
+            path="c.toml",
+            overrides=overrides,
+        )
     count, *lines = str(caught.value).split("\n")
     assert count == "c.toml: 4 mistakes"
     starts = [
@@ -199,7 +204,7 @@ def test_all_components_at_once() -> None:
         encoding="utf-8",
     )
     config = load("c.toml")
-    targets = resolve_all(config, given={"task": ("width",)})
+    targets = resolve_all(config, given=lambda section, _: {"task": ("width",)}.get(section, ()))
     assert {name: target.__name__ for name, target in targets.items()} == dict.fromkeys(
         BUILTINS, "Net"
     )

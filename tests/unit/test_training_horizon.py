@@ -40,6 +40,7 @@ def test_total_is_the_same_from_every_place(epoch_samples: int, global_batch_siz
         )
         total, places = stepped_total(horizon)
         assert [horizon.total_steps(place) for place in places] == [total] * len(places)
+        assert [horizon.end(place) for place in places] == [places[-1]] * len(places)
         assert [horizon.reached(place) for place in places] == [False] * total + [True]
 
 

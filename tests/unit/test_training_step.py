@@ -391,3 +391,26 @@ def test_class_weights_are_torchs_weighted_mean(
         label_smoothing=label_smoothing,
     )
     assert (loss / weight).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_clipping_by_value_follows_that_by_norm(clip_norm: float | None) -> None:
+    """As torch does both, one after the other, with plain gradient descent to show it."""
+    torch.manual_seed(0)
+    model = MLP(6, 3)
+    before = [item.detach().clone() for item in model.parameters()]
+    data = fields()
+    nn.functional.cross_entropy(model(data["x"]), data["y"]).backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    expected = [
+        old - item.grad
+        for old, item in zip(before, model.parameters(), strict=True)
+        if item.grad is not None
+    ]
+    step = make_step(model, optimizer=torch.optim.SGD, clip_norm=clip_norm, clip_value=0.01)
+    step.prime()
+    step(batch(), 1.0)
+    for item, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(item.detach(), wanted)

@@ -12,7 +12,7 @@ from torch import nn
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.mlp import MLP
-from hpctrain.training.schedules import constant, cosine, learning_rate, linear
+from hpctrain.training.schedules import cosine, linear
 from hpctrain.training.task import Classification, Regression
 
 
@@ -72,19 +72,6 @@ def test_outputs_of_the_wrong_shape_are_explained() -> None:
         Classification(["x"], "y").loss(nn.Linear(4, 3), fields)
     with pytest.raises(TrainingError, match=r"gave \(10, 3\), and the target .y. is \(10, 5\)"):
         Regression(["x"], "y").loss(nn.Linear(4, 3), fields)
-
-
-@pytest.mark.parametrize("factor", [constant, linear, cosine])
-def test_schedules_start_at_the_peak_after_the_warm_up(factor: object) -> None:
-    def lr(step: int) -> float:
-        return learning_rate(
-            step, 100, peak=2.0, warmup_steps=9, factor=factor, arguments={}  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    assert [lr(step) for step in range(10)] == pytest.approx([0.2 * step for step in range(1, 11)])
-    rates = [lr(step) for step in range(9, 100)]
-    assert rates == sorted(rates, reverse=True)
-    assert lr(99) == (2.0 if factor is constant else pytest.approx(0.0, abs=0.03))
 
 
 def test_schedules_end_where_they_are_told() -> None:
