@@ -34,6 +34,7 @@ class CheckpointStore:
 
     Attributes:
         stall_seconds: how long training has waited for saves so far.
+        folder: of all checkpoints.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class CheckpointStore:
         self.stall_seconds = 0.0
         self.newest: Path | None = None
         self._run_folder = run_folder
-        self._checkpoints = run_folder / "checkpoints"
+        self.folder = self._checkpoints = run_folder / "checkpoints"
         self._retention = retention
         self._confirm = confirm
         self._tell = tell

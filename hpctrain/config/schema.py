@@ -166,7 +166,16 @@ class TrainingSection:
     """Clip every element of the gradient to this, after its norm."""
 
     max_bad_steps: Count = 10
-    """End the job after so many steps in a row with a gradient that is not finite."""
+    """So many steps in a row with a gradient that is not finite are too many."""
+
+    on_bad_steps: Literal["abort", "skip", "rollback"] = "abort"
+    """Then end the job, go on, or go back to the parameters of the last checkpoint."""
+
+    check_sync_every: CountOrNever = 0
+    """Compare the parameters of all ranks after so many steps; 0: at the start only."""
+
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    """Keep a moving average of the parameters, and evaluate that; none: no average."""
 
     evaluate_every_epochs: CountOrNever = 1
     """Evaluate after so many epochs; 0: never."""

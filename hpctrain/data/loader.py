@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from hpctrain.data.access import RowAccess
 from hpctrain.data.buffers import MemoryPlan
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, Delivery
 from hpctrain.data.partition import Order, lanes_of_rank, served_samples
+from hpctrain.data.permutation import Int64s
 from hpctrain.data.reader import (
     Group,
     LaneWindows,
@@ -137,6 +142,45 @@ class TrainLoader:
         """
         row = self._rank * self._dataset.samples // self._world_size
         return self._delivery.one(row)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Int64s:
+        """Return which rows of the dataset this rank serves of positions start to stop - 1."""
+        order = self.order_of(epoch)
+        positions = order.positions(start, stop, self._rank, self._world_size)
+        return Epoch(order, epoch).rows(positions)
+
+    def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
+        """Return runs of rows of the dataset as (name of the shard, first row in it, last).
+
+        Args:
+            rows: (count,) int64, ascending.
+        """
+        stops = self._dataset.shard_stops
+        found: list[tuple[str, int, int]] = []
+        for row, index in zip(rows.tolist(), np.searchsorted(stops, rows, "right"), strict=True):
+            shard = self._dataset.shards[index]
+            inside = row - int(stops[index]) + shard.samples
+            if found and found[-1][0] == shard.name and found[-1][2] == inside - 1:
+                found[-1] = (shard.name, found[-1][1], inside)
+            else:
+                found.append((shard.name, inside, inside))
+        return found
+
+    def read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
+        """Return rows of the dataset by field, read by the calling thread with files of its own.
+
+        Raises:
+            DatasetError: if one cannot be read.
+        """
+        values = {}
+        with closing(RowAccess(self._dataset)) as access:
+            for name, field in self._dataset.fields.items():
+                out = np.empty((len(rows), field.row_bytes), np.uint8)
+                places = np.arange(len(rows), dtype=np.int64)
+                access.read_runs(name, rows, np.ones_like(rows), out, places)
+                native = out.view(field.dtype.newbyteorder("="))
+                values[name] = native.reshape(len(rows), *field.shape)
+        return values
 
     def close(self) -> None:
         """End the thread and close all files. The loader can be used again."""

@@ -197,6 +197,7 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         number_format=number_format,
         clip_norm=config.training.clip_norm,
         clip_value=config.training.clip_value,
+        ema_decay=config.training.ema_decay,
         micro_batch_size=config.data.micro_batch_size,
         largest_share=data.largest_share,
         example=example,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _SLOTS = 64
+RECENT_STEPS = 256
+"""So many steps are remembered one by one."""
 
 
 class BadSteps:
@@ -20,6 +22,7 @@ class BadSteps:
         self._used = 0
         self._positions = torch.arange(_SLOTS, device=device, dtype=torch.float32)
         self._counts = torch.zeros(3, device=device)
+        self._before = torch.zeros(0, device=device)
 
     def next_flag(self) -> Tensor:
         """Return where the next step is to write whether it is bad: (), float32, 1 or 0."""
@@ -37,6 +40,11 @@ class BadSteps:
         self._count()
         return self._counts
 
+    def recent(self) -> Tensor:
+        """Return the flags of the newest steps, oldest first, (at most RECENT_STEPS,) float32."""
+        self._count()
+        return self._before
+
     def look_anew(self) -> None:
         """Begin to look for the most bad steps in a row anew."""
         in_a_row, longest, _ = self.counts()
@@ -53,4 +61,5 @@ class BadSteps:
         in_a_row.copy_(runs[-1])
         torch.maximum(longest, runs.max(), out=longest)
         total.add_(flags.sum())
+        self._before = torch.cat([self._before, flags])[-RECENT_STEPS:]
         self._used = 0

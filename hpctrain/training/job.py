@@ -138,8 +138,10 @@ def _train(
         horizon=data.horizon,
         log=Cadence(every_steps=config.logging.every_steps),
         evaluate=evaluation if data.validation is not None else None,
+        check=Cadence(every_steps=training.check_sync_every),
         save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
+    run.check(place)
     place, complete = fit(
         place,
         plan,

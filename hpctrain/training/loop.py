@@ -31,6 +31,10 @@ class Hooks(Protocol):
         """Return the metrics of the validation data. Collective: all ranks."""
         ...
 
+    def check(self, place: Place) -> None:
+        """Compare what should be equal on all ranks. Collective: all ranks."""
+        ...
+
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Save a checkpoint; `metrics` are those of an evaluation at this very place.
 
@@ -50,6 +54,7 @@ class Plan:
     horizon: Horizon
     log: Cadence
     evaluate: Cadence | None
+    check: Cadence
     save: Cadence
 
 
@@ -81,6 +86,8 @@ def fit(
             complete = place.step == end.step
             if complete or plan.log.due(place):
                 hooks.log(place, epoch, lr)
+            if plan.check.due(place):
+                hooks.check(place)
             metrics = None
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from hpctrain.checkpoint.state import (
     restore_rng,
     rng_to_tensors,
 )
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, TrainingError
+from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.broadcast import broadcast_tensors
 from hpctrain.training.horizon import Place
 from hpctrain.training.step import TrainStep
 
 _OPTIMIZER, _GENERATORS, _BAD_STEPS = "optimizer/", "generators/", "bad_steps"
+_AVERAGE = "average/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,8 @@ def capture(
     training: dict[str, Tensor] = {_BAD_STEPS: step.bad_steps}
     for key, tensor in optimizer_to_tensors(step.optimizer, step.model).items():
         training[_OPTIMIZER + key] = tensor
+    if step.average is not None:
+        training |= {_AVERAGE + name: item for name, item in step.average.state().items()}
     for rank, (of_rank, _) in enumerate(generators):
         for name, tensor in of_rank.items():
             training[f"{_GENERATORS}{rank}/{name}"] = tensor
@@ -112,16 +116,60 @@ def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
     Raises:
         CheckpointError: if the checkpoint is of another model or optimizer.
     """
-    _load_model(step, resumed)
+    restore_parameters(step, resumed)
     training = resumed.training
-    load_optimizer(step.optimizer, step.model, _below(training, _OPTIMIZER))
     step.bad_steps.copy_(training[_BAD_STEPS])
-    if resumed.values["scaler"]:
-        step.scaler.load_state_dict(dict(resumed.values["scaler"]))
     if resumed.values["world_size"] == world.topology.world_size:
         rank = world.topology.rank
         mine = _below(training, f"{_GENERATORS}{rank}/")
         restore_rng(mine, resumed.values["generators"][rank])
+
+
+def restore_parameters(step: TrainStep, resumed: Resumed) -> None:
+    """Put model and optimizer back, and what belongs to them.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or optimizer.
+    """
+    _load_model(step, resumed)
+    load_optimizer(step.optimizer, step.model, _below(resumed.training, _OPTIMIZER))
+    if step.average is not None:
+        step.average.load(_below(resumed.training, _AVERAGE))
+    if resumed.values["scaler"]:
+        step.scaler.load_state_dict(dict(resumed.values["scaler"]))
+
+
+def roll_back(world: World, step: TrainStep, load: Callable[[], Loaded | None]) -> int:
+    """Put parameters and optimizer back to a checkpoint; the run goes on from where it is.
+
+    Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        step: whose parameters.
+        load: reads the checkpoint; called on rank 0 only.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        TrainingError: on every rank, if there is no checkpoint yet.
+    """
+    loaded = None
+    with raise_together(world.communicator):
+        if world.topology.is_rank_zero:
+            loaded = load()
+    resumed = share(world, loaded)
+    if resumed is None:
+        raise TrainingError(
+            "there is no checkpoint yet to go back to after steps without a finite gradient: lower "
+            "optimizer.lr, or save earlier by checkpoint.every_steps",
+            everywhere=True,
+        )
+    with raise_together(world.communicator):
+        restore_parameters(step, resumed)
+        step.bad_steps[:2] = 0  # in a row; all of them stay counted
+    return resumed.place.step
 
 
 def _load_model(step: TrainStep, resumed: Resumed) -> None:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.batch.stop import StopAgreement
+from hpctrain.checkpoint.reading import Loaded, load_newest
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
-from hpctrain.errors import TrainingError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
 from hpctrain.observe.text import metric
 from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.bad_batches import explain
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
-from hpctrain.training.persistence import capture
+from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
+from hpctrain.training.sync_check import check_equal_parameters
+from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
+
+logger = logging.getLogger("hpctrain")
 
 
 @dataclass(slots=True)
@@ -91,11 +98,17 @@ class Run:
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
+        self._spikes = SpikeWatch()
+        self._policy = BadStepPolicy(
+            config.training, explain=self._explain, roll_back=self._roll_back, tell=self._tell
+        )
 
     def advanced(self, place: Place) -> None:
         """Take note of a step."""
         self.place = place
         self._world.pulse.step_done(place.step)
+        if self._parts.step.average is not None:
+            self._parts.step.average.update(place.step)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
 
@@ -108,6 +121,8 @@ class Run:
         if self._rank_zero is None:
             return
         self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
+        if (spike := self._spikes.look(numbers["loss"])) is not None:
+            self._tell(f"step {place.step:,}: {spike}")
         self._rank_zero.writer.write(
             {
                 "kind": "train",
@@ -125,7 +140,9 @@ class Run:
     def evaluate(self, place: Place, epoch: int) -> Metrics:
         """Return the metrics of the validation data. Collective: all ranks."""
         assert self._data.validation_loader is not None
-        with self._phases.measure("evaluation"):
+        average = self._parts.step.average
+        averaged = nullcontext() if average is None else average.in_model()
+        with self._phases.measure("evaluation"), averaged:
             self.metrics = evaluate(
                 self._parts.model,
                 self._parts.task,
@@ -142,6 +159,10 @@ class Run:
             shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch + 1}  {shown}")
         return self.metrics
+
+    def check(self, place: Place) -> None:
+        """Compare the parameters of all ranks. Collective: all ranks."""
+        check_equal_parameters(self._parts.model, self._world, place.step)
 
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
@@ -192,12 +213,22 @@ class Run:
     def _read(self, place: Place) -> Metrics:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
         numbers = self._parts.step.read()
-        bad = int(numbers["most_bad_steps"])
-        if bad >= self._config.training.max_bad_steps:
-            raise TrainingError(
-                f"step {place.step}: the gradient was not finite for {bad} steps in a row, none of "
-                "which was applied. The last checkpoint is from before them: lower optimizer.lr, "
-                "set training.clip_norm, or look for values in the data that are not finite",
-                everywhere=True,
-            )
+        self._policy.judge(place, numbers)
         return numbers
+
+    def _explain(self, step: int) -> str:
+        """Return what is known of the newest bad steps. Collective: all ranks."""
+        return explain(self._parts.step.bad_batches(step), self._data.train_loader, self._world)
+
+    def _roll_back(self) -> int:
+        """Put the parameters of the newest checkpoint back. Collective: all ranks."""
+        return roll_back(self._world, self._parts.step, self._load_newest)
+
+    def _load_newest(self) -> Loaded | None:
+        assert self._rank_zero is not None
+        self._rank_zero.store.finish()
+        return load_newest(self._rank_zero.store.folder, self._tell)
+
+    def _tell(self, text: str) -> None:
+        if self._rank_zero is not None:
+            logger.warning(text)

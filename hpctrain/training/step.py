@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -10,6 +12,9 @@ from torch.optim import Optimizer
 from hpctrain.data.loader import Batch
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
+from hpctrain.training.averaging import WeightAverage
+from hpctrain.training.bad_batches import BadBatch
+from hpctrain.training.bad_steps import RECENT_STEPS
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.priming import prime
 from hpctrain.training.replica import Replica
@@ -31,6 +36,7 @@ class TrainStep:
         optimizer: its optimizer.
         scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
         grad_accum_steps: passes per rank and step.
+        average: moving average of the parameters, updated by the job; None where none is wanted.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
     """
@@ -50,6 +56,7 @@ class TrainStep:
         smallest_share: int = 0,
         bucket_mb: float | None = None,
         clip_value: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -66,6 +73,7 @@ class TrainStep:
             smallest_share: the fewest samples of any rank in any batch.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             clip_value: every element of the gradient is clipped to this, after its norm.
+            ema_decay: of a moving average of the parameters; None: there is none.
 
         Raises:
             ConfigError: if the task is none, or a model with SyncBatchNorm would meet a pass
@@ -99,11 +107,14 @@ class TrainStep:
             device=world.device,
         )
         self.syncs = self._update.syncs
+        self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
         # Of the last step: what `read` reduces.
         self._loss_sum: Tensor | None = None
         self._weight: Tensor | int = 0
+        # Epoch, start, size and this rank's loss of the newest batches; losses stay on the device.
+        self._recent: deque[tuple[int, int, int, Tensor | None]] = deque(maxlen=RECENT_STEPS)
 
     @property
     def bad_steps(self) -> Tensor:
@@ -150,6 +161,7 @@ class TrainStep:
         self._replica.backward_and_reduce(loss, seed)
         gradients = [item.grad for item in self._replica.parameters if item.grad is not None]
         self._update.apply(gradients, lr, factor)
+        self._recent.append((batch.epoch, batch.start, batch.global_size, self._loss_sum))
 
     def read(self) -> dict[str, float]:
         """Return the numbers of the last step, over all ranks. Collective: all ranks.
@@ -179,6 +191,31 @@ class TrainStep:
             "most_bad_steps": most,
             "skipped_steps": skipped,
         }
+
+    def bad_batches(self, step: int) -> list[BadBatch]:
+        """Return those of the newest batches that were not applied, oldest first.
+
+        Waits for the device.
+
+        Args:
+            step: that the newest batch led to.
+        """
+        flags = self._update.bad_steps.recent().tolist()
+        recent = list(self._recent)
+        known = min(len(flags), len(recent))
+        return [
+            BadBatch(
+                step=step - known + 1 + index,
+                epoch=epoch,
+                start=start,
+                global_size=size,
+                loss_is_finite=loss is None or bool(torch.isfinite(loss)),
+            )
+            for index, (bad, (epoch, start, size, loss)) in enumerate(
+                zip(flags[len(flags) - known :], recent[len(recent) - known :], strict=True)
+            )
+            if bad
+        ]
 
     def _forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Run one pass over some of the rank's samples.

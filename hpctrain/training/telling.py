@@ -161,6 +161,8 @@ def _notes(
             f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "
             "themselves: every step waits for the device"
         )
+    if parts.step.average is not None:
+        notes.append("evaluations are of the moving average of the parameters")
     if resumed is not None:
         here = (world.topology.world_size, world.device.type, torch.get_num_threads())
         then = tuple(resumed.values[key] for key in ("world_size", "device", "threads"))

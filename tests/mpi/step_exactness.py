@@ -18,6 +18,7 @@ from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
+from hpctrain.training.sync_check import check_equal_parameters
 from hpctrain.training.task import Classification
 
 CASES = [
@@ -238,12 +239,34 @@ def check_mistakes(world: World) -> None:
             raise AssertionError("nothing was said")
 
 
+def check_parameters_are_compared(world: World) -> None:
+    """One flipped bit on one rank is found and named, on every rank."""
+    model = Net()
+    check_equal_parameters(model, world, 7)
+    rank, size = world.topology.rank, world.topology.world_size
+    if rank == size - 1:
+        model.second.weight.data.view(torch.int32)[3, 4] ^= 1
+    if size == 1:
+        check_equal_parameters(model, world, 7)
+        return
+    try:
+        check_equal_parameters(model, world, 7)
+    except TrainingError as error:
+        assert error.everywhere
+        assert "step 7" in str(error)
+        assert "second.weight (1 of 6)" in str(error)
+        assert f"on rank {size - 1} of {size}" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+
+
 CHECKS = [
     check_gradients,
     check_bad_gradients,
     check_resume,
     check_evaluation,
     check_mistakes,
+    check_parameters_are_compared,
 ]
 
 

@@ -1,0 +1,71 @@
+"""A moving average of the parameters, which often generalises better than the last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Exponential moving average of the trained parameters, on their device.
+
+    In at least float32: the last digits of a bfloat16 would swallow every update.
+
+    Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992);
+    the decay that grows at the beginning is TensorFlow's ExponentialMovingAverage's.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Begin with the parameters as they are.
+
+        Args:
+            model: whose parameters.
+            decay: 0 to 1: how much of the average stays at each step.
+        """
+        trained = {name: item for name, item in model.named_parameters() if item.requires_grad}
+        self._names = list(trained)
+        self._parameters: list[Tensor] = list(trained.values())
+        self._averages = [_wide(item.detach()).clone() for item in self._parameters]
+        self._same = all(
+            item.dtype == average.dtype
+            for item, average in zip(self._parameters, self._averages, strict=True)
+        )
+        self._decay = decay
+
+    def update(self, step: int) -> None:
+        """Take the parameters in, after `step` steps in all."""
+        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+        now = [item.detach() for item in self._parameters]
+        torch._foreach_lerp_(
+            self._averages, now if self._same else [_wide(item) for item in now], weight
+        )
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Have the averages in the model in the body, and its own parameters after it."""
+        with torch.no_grad():
+            kept = [item.clone() for item in self._parameters]
+            torch._foreach_copy_(self._parameters, self._averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the averages by the names of the parameters."""
+        return dict(zip(self._names, self._averages, strict=True))
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; parameters that it lacks begin with their present values."""
+        for name, average, parameter in zip(
+            self._names, self._averages, self._parameters, strict=True
+        ):
+            average.copy_(state[name] if name in state else parameter.detach())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

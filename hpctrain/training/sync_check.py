@@ -1,0 +1,62 @@
+"""Parameters are equal on all ranks: compared by checksums."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from hpctrain.errors import TrainingError
+from hpctrain.launch.world import World
+
+_SHOWN = 4
+# Integers of the size of an element: sums of their bits are exact in any order.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
+    """Compare the parameters of all ranks, to the bit. Collective: all ranks.
+
+    Reads all parameters once on the device and sends one hash; names only where they differ.
+
+    Args:
+        model: the bare model.
+        world: the ranks.
+        step: for the message.
+
+    Raises:
+        TrainingError: on every rank, naming parameters and ranks.
+    """
+    if world.topology.world_size == 1:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    sums = torch.stack([_checksum(item.detach()) for item in model.parameters()]).tolist()
+    digest = hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
+    digests = world.communicator.all_gather(digest)
+    if len(set(digests)) == 1:
+        return
+    everyone = world.communicator.all_gather(sums)
+    # What most ranks hold is taken for right; among equals the lowest rank's.
+    right = everyone[digests.index(max(digests, key=digests.count))]
+    wrong = [rank for rank, theirs in enumerate(everyone) if theirs != right]
+    differing = [
+        name
+        for index, name in enumerate(names)
+        if any(everyone[rank][index] != right[index] for rank in wrong)
+    ]
+    shown = ", ".join(differing[:_SHOWN]) + (", ..." if differing[_SHOWN:] else "")
+    raise TrainingError(
+        f"step {step}: parameters differ between ranks: {shown} ({len(differing)} of "
+        f"{len(names)}) on rank {', '.join(map(str, wrong))} of {len(everyone)} is not what the "
+        "others have. Something changes them outside of the step, or a device computes wrongly: "
+        "go on from the last checkpoint, without that host if it happens there again",
+        everywhere=True,
+    )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's elements taken as integers, () int64: every bit counts."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

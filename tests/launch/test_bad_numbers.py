@@ -1,0 +1,100 @@
+"""Values that are not finite in real data, under a real mpirun: what each policy does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpctrain.data import Writer
+
+ROWS, BATCH = 256, 16
+BAD_ROWS = [40, 41, 200]
+
+CONFIG = f"""
+[run]
+name = "run"
+[model]
+use = "mlp"
+in_features = 4
+out_features = 1
+[task]
+use = "regression"
+inputs = ["x"]
+target = "y"
+[data]
+train = "train"
+validation = "train"
+global_batch_size = {BATCH}
+[optimizer]
+use = "adamw"
+lr = 1e-2
+[training]
+max_epochs = 2
+max_bad_steps = 1
+check_sync_every = 3
+ema_decay = 0.9
+[checkpoint]
+every_steps = 1
+[logging]
+every_steps = 1
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((ROWS, 4)).astype(np.float32)
+    y = x.sum(axis=1)
+    y[BAD_ROWS] = np.nan
+    with Writer(tmp_path / "train", shard_bytes=2000) as writer:
+        writer.extend({"x": x, "y": y})
+    (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path
+
+
+def train(site: Path, ranks: int, *overrides: str, code: int) -> str:
+    result = subprocess.run(
+        ["mpirun", "-np", str(ranks), sys.executable, "-m", "hpctrain", "run.toml", *overrides],
+        cwd=site,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def records(site: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (site / "runs" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_the_first_bad_row_ends_the_run_and_is_named(site: Path) -> None:
+    output = train(site, 2, code=70)
+    named = [row for row in BAD_ROWS if f"shard-{row // 100:06d}.h5 row {row % 100}" in output]
+    assert named, output
+    assert "not finite in the data: y of" in output
+    assert "the loss was not finite on rank" in output
+    assert output.count("hpctrain: error") == 1
+    assert list((site / "runs" / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_other_policies_go_on(site: Path, policy: str) -> None:
+    output = train(site, 2, f"training.on_bad_steps={policy}", code=0)
+    assert "y of" in output
+    if policy == "rollback":
+        assert "Parameters and optimizer are those of step" in output
+    losses = [record["loss"] for record in records(site, "train")]
+    assert len(losses) == 2 * ROWS // BATCH
+    bad = [loss for loss in losses if loss is None or loss != loss]
+    assert 2 <= len(bad) <= 2 * len(BAD_ROWS)
+    good = [loss for loss in losses if loss is not None and loss == loss]
+    assert good[-1] < good[0]
