@@ -29,6 +29,7 @@ usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
        python -m hpctrain status RUN
        python -m hpctrain data TOOL ...
+       python -m hpctrain ckpt ls|verify|diff|export RUN [...]
 """
 
 HELP = f"""\
@@ -50,6 +51,12 @@ commands:
   data pack digits FOLDER
                     pack scikit-learn's handwritten digits
   data TOOL ...     info, index, verify, stats, split, repack, bench; each knows --help
+  ckpt ls RUN       the checkpoints of a run: step, size, metrics
+  ckpt verify RUN   compare every byte of them, or of one checkpoint, with its checksums
+  ckpt diff RUN [OTHER]
+                    in what two checkpoints differ: config, tensors, numbers
+  ckpt export RUN FILE [--average]
+                    the weights as one safetensors file
 
 options:
   --np N            start N processes on this node, under the mpirun of the bound MPI library
@@ -383,5 +390,33 @@ def _silent(done: int, total: int) -> None:
     """Leave it to rank 0 to tell how far it is."""
 
 
+def ckpt(arguments: list[str]) -> int:
+    """Look at checkpoints; RUN is the folder of a run or of one of its checkpoints."""
+    parser = _Parser()
+    parser.add_argument("tool", choices=["ls", "verify", "diff", "export"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--average", action="store_true")
+    parsed = parser.parse_args(arguments)
+    tool, other = parsed.tool, parsed.other
+    if (other is None) != (tool in ("ls", "verify")) and tool != "diff":
+        parser.error("ckpt export needs a FILE" if other is None else f"ckpt {tool} takes one RUN")
+    if parsed.average and tool != "export":
+        parser.error("--average belongs to ckpt export")
+
+    from hpctrain.checkpoint import tools
+
+    if tool == "ls":
+        text = tools.listed(parsed.run)
+    elif tool == "verify":
+        text = tools.verified(parsed.run)
+    elif tool == "diff":
+        text = tools.compared(parsed.run, other)
+    else:
+        text = tools.export(parsed.run, other, average=parsed.average)
+    sys.stdout.write(text + "\n")
+    return ExitCode.DONE
+
+
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "ckpt": ckpt}

@@ -90,10 +90,15 @@ class Lease:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._owner, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self._owner, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # On a full disk an empty lease would keep every job out until it is old.
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_over(self) -> None:

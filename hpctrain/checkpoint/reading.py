@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hpctrain.checkpoint.format import (
+from hpctrain.checkpoint.format import tensors_of
+from hpctrain.checkpoint.layout import (
     CONFIG,
-    META,
     MODEL,
     TRAINING,
     VALUES,
+    newest_first,
     read_file,
     read_meta,
-    step_of,
-    tensors_of,
+    resolved,
 )
 from hpctrain.errors import CheckpointError
 
@@ -42,8 +42,7 @@ def load(path: Path) -> Loaded:
     Raises:
         CheckpointError: if any file of it is missing or is not what was written.
     """
-    if (path / "checkpoints").is_dir():
-        path = _named_latest(path)
+    path = resolved(path)
     meta = read_meta(path)
     model = tensors_of(read_file(path, MODEL, meta))
     for name, first in meta["aliases"].items():
@@ -71,27 +70,3 @@ def load_newest(checkpoints: Path, tell: Callable[[str], None]) -> Loaded | None
         except CheckpointError as error:
             tell(f"skipped: {error}")
     return None
-
-
-def newest_first(checkpoints: Path) -> Iterator[Path]:
-    """Yield the folders of checkpoints, whole or not, the newest first."""
-    if not checkpoints.is_dir():
-        return
-    steps = {path: step_of(path.name) for path in checkpoints.iterdir()}
-    found = [(step, path) for path, step in steps.items() if step is not None]
-    for _, path in sorted(found, reverse=True):
-        yield path
-
-
-def _named_latest(run: Path) -> Path:
-    """Return the checkpoint that a run folder's `latest` names."""
-    try:
-        name = (run / "latest").read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise CheckpointError(f"{run} has no checkpoint: {error}") from error
-    return run / "checkpoints" / name
-
-
-def is_whole(path: Path) -> bool:
-    """Tell whether a checkpoint was finished; its bytes are not looked at."""
-    return (path / META).is_file()

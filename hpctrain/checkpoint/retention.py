@@ -13,11 +13,13 @@ class Retention:
 
     Attributes:
         keep_last: so many of the newest.
+        keep_every: also those of every so many steps, for ever; 0: none.
         metric: also the best by this metric of the evaluation at its step; None: no best.
         mode: which direction of the metric is better.
     """
 
     keep_last: int
+    keep_every: int = 0
     metric: str | None = None
     mode: Literal["min", "max"] = "min"
 
@@ -29,6 +31,8 @@ class Retention:
         """
         steps = sorted(step for step, _ in checkpoints)
         kept = set(steps[-self.keep_last :])
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
         if self.metric is not None:
             sign = 1 if self.mode == "max" else -1
             competing = [

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hpctrain.checkpoint.format import Snapshot, aliases, folder_name, read_meta, sync, write_files
-from hpctrain.checkpoint.reading import is_whole, newest_first
+from hpctrain.checkpoint.format import Snapshot, aliases, write_files
+from hpctrain.checkpoint.layout import folder_name, is_whole, newest_first, read_meta, sync
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.errors import CheckpointError
 
@@ -87,6 +87,41 @@ class CheckpointStore:
         self._thread.start()
         self.stall_seconds += time.perf_counter() - begin
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed; the next call to `save` or `finish` says of what."""
+        return self._failure is not None
+
+    def require_space(self, needed: int) -> None:
+        """Look for space before there is anything to lose.
+
+        Tells where there is not enough for all the checkpoints that are to be kept.
+
+        Args:
+            needed: bytes of one checkpoint, about.
+
+        Raises:
+            CheckpointError: if there is not enough for a single one.
+        """
+        try:
+            free = shutil.disk_usage(self._checkpoints).free
+        except OSError as error:
+            raise CheckpointError(f"cannot look at {self._checkpoints}: {error}") from error
+        there = len(list(newest_first(self._checkpoints)))
+        # One more than stays: the oldest goes only after the newest is whole.
+        wanted = max(1, self._retention.keep_last + 1 - there) * needed
+        facts = (
+            f"{free / 1e6:,.0f} MB are free in {self._checkpoints}, a checkpoint takes about "
+            f"{needed / 1e6:,.0f} MB"
+        )
+        if free < needed:
+            raise CheckpointError(f"{facts}: free some space, or set run.directory")
+        if free < wanted:
+            self._tell(
+                f"{facts}, and checkpoint.keep_last = {self._retention.keep_last} with one more "
+                f"while it is written take {wanted / 1e6:,.0f} MB"
+            )
+
     def poll(self) -> None:
         """Raise what the last save failed of, if it did."""
         if self._failure is not None:
@@ -132,6 +167,7 @@ class CheckpointStore:
                     self._tell(f"saving step {snapshot.step} failed, trying again: {error}")
                     time.sleep(_PAUSE_SECONDS)
                     continue
+                shutil.rmtree(self._temporary(snapshot), ignore_errors=True)
                 self._failure = CheckpointError(
                     f"cannot save step {snapshot.step} to {self._checkpoints}: {error}. Older "
                     "checkpoints are untouched; free some space, or set run.directory"
@@ -141,9 +177,9 @@ class CheckpointStore:
 
     def _write_once(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
         name = folder_name(snapshot.step)
+        temporary = self._temporary(snapshot)
+        shutil.rmtree(temporary, ignore_errors=True)  # before space is looked for
         self._require_space(snapshot)
-        temporary = self._checkpoints / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write_files(temporary, snapshot, tied)
         self._confirm()
@@ -156,6 +192,10 @@ class CheckpointStore:
         self._point_to(name)
         self.newest = final
         self._delete_surplus()
+
+    def _temporary(self, snapshot: Snapshot) -> Path:
+        # In the same folder: only there a rename is one, and there is the space to look at.
+        return self._checkpoints / f".{folder_name(snapshot.step)}.tmp"
 
     def _require_space(self, snapshot: Snapshot) -> None:
         needed = sum(

@@ -56,11 +56,19 @@ def _obstacle(path: Path) -> str | None:
 def check_paths(source: Source) -> list[Mistake]:
     """Check that the paths lead somewhere; what is inside is for later."""
     mistakes = []
-    for key in (("data", "train"), ("data", "validation"), ("checkpoint", "resume")):
+    keys = (
+        ("data", "train"),
+        ("data", "validation"),
+        ("checkpoint", "resume"),
+        ("checkpoint", "initialize_from"),
+    )
+    for key in keys:
         value = source.get(*key)
         if not isinstance(value, str) or not value:
             continue
-        if key == ("checkpoint", "resume"):
+        if key == ("checkpoint", "initialize_from"):
+            problem, hint = _absence(value, may_be_pattern=False), ""
+        elif key == ("checkpoint", "resume"):
             problem = None if value in _RESUME else _absence(value, may_be_pattern=False)
             hint = did_you_mean(value, _RESUME, quote='"')
         else:

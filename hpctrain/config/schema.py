@@ -197,8 +197,14 @@ class CheckpointSection:
     every_steps: CountOrNever = 0
     """Save after so many steps; 0: never."""
 
+    every_minutes: Annotated[float, Ge(0)] = 0.0
+    """Save once so many minutes have passed since the last save; 0: never."""
+
     keep_last: Count = 3
     """Keep the newest so many checkpoints."""
+
+    keep_every: CountOrNever = 0
+    """Also keep, for ever, those whose step is a multiple of this; 0: none."""
 
     keep_best: Text | None = None
     """Also keep the best checkpoint by this metric of the evaluation."""
@@ -208,6 +214,18 @@ class CheckpointSection:
 
     resume: Text = "auto"
     """"auto": from the newest whole checkpoint if there is one; "never"; or a checkpoint folder."""
+
+    allow_data_change: bool = False
+    """Go on with another dataset than the checkpoint was trained on, from the epoch's beginning."""
+
+    initialize_from: Text | None = None
+    """Weights to start a new run with: safetensors, a torch or Lightning file, a checkpoint."""
+
+    initialize_names: dict[str, str] = field(default_factory=dict)
+    """Beginnings of names in that file, and what stands for them in the model."""
+
+    initialize_strict: bool = True
+    """Every tensor of the file and of the model has to have its counterpart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,12 @@ def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[
 
 
 def from_state(
-    state: Mapping[str, Any], dataset: Dataset, order: Order, epoch_size: int
+    state: Mapping[str, Any],
+    dataset: Dataset,
+    order: Order,
+    epoch_size: int,
+    *,
+    allow_change: bool = False,
 ) -> tuple[Order, int, int]:
     """Return where to go on: the order of the running epoch, the epoch, and the position in it.
 
@@ -46,6 +51,7 @@ def from_state(
         dataset: what is trained on now.
         order: what the config asks for now.
         epoch_size: samples that an epoch serves now; one that has served them is over.
+        allow_change: go on with another dataset, from the beginning of the running epoch.
 
     Raises:
         DatasetError: if the state is of another dataset, was written by a newer version, or is
@@ -60,10 +66,13 @@ def from_state(
             f"reads up to {STATE_VERSION}): update hpctrain"
         )
     if state.get("fingerprint") != dataset.fingerprint:
+        if allow_change:
+            return order, _number(state, "epoch"), 0
         raise DatasetError(
             f"the run to resume was trained on another dataset than {dataset.source} (fingerprint "
             f"{state.get('fingerprint')}, now {dataset.fingerprint}): its shards were added, "
-            "removed or written anew since. Bring the old data back, or start a new run"
+            "removed or written anew since. Bring the old data back, start a new run, or set "
+            "checkpoint.allow_data_change = true"
         )
     numbers = {name: _number(state, name) for name in _NUMBERS}
     epoch, position = numbers.pop("epoch"), numbers.pop("position")

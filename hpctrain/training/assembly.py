@@ -81,7 +81,13 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
         place, begun = Place(), {}
         if resumed is not None:
             served = served_samples(train.samples, section.global_batch_size, section.drop_last)
-            running, epoch, position = from_state(resumed.values["data"], train, order, served)
+            running, epoch, position = from_state(
+                resumed.values["data"],
+                train,
+                order,
+                served,
+                allow_change=config.checkpoint.allow_data_change,
+            )
             # Under another batch size an epoch may be over that was not when it was saved.
             place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
             begun[epoch] = running

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hpctrain.batch.signals import SignalFlag, describe
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint.format import step_of
-from hpctrain.checkpoint.reading import Loaded, load, load_newest, newest_first
+from hpctrain.checkpoint.layout import newest_first, step_of
+from hpctrain.checkpoint.reading import Loaded, load, load_newest
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import Config, to_toml
@@ -24,14 +24,17 @@ from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.assembly import Data, Parts, build_parts, open_data
+from hpctrain.training.changes import told_changes
 from hpctrain.training.components import resolve_components
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Cadence, Place
 from hpctrain.training.loop import Plan, fit
-from hpctrain.training.persistence import Resumed, restore, share
+from hpctrain.training.persistence import Resumed, expected_bytes, restore, share
 from hpctrain.training.phases import Phases
 from hpctrain.training.run import BestMetric, RankZero, Run
+from hpctrain.training.save_clock import SaveClock
 from hpctrain.training.telling import complete_text, header_text, summary_text
+from hpctrain.training.warm_start import start_warm
 
 logger = logging.getLogger("hpctrain")
 
@@ -99,6 +102,7 @@ def _train(
     with raise_together(world.communicator):
         components = resolve_components(config, command[0], command[1:])
     resumed = _find_checkpoint(config, world, folder)
+    changes = [] if resumed is None else told_changes(resumed.config_toml, config)
     data = open_data(config, world, resumed)
     place = data.place
     if data.horizon.reached(place):
@@ -112,19 +116,28 @@ def _train(
         if resumed is not None:
             restore(world, parts.step, resumed)
             parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
+    if resumed is None and config.checkpoint.initialize_from is not None:
+        changes.append(start_warm(config.checkpoint, world, parts.step))
     with raise_together(world.communicator):
         rank_zero = None
         if folder is not None:
             rank_zero = _rank_zero(config, parts, data, folder, place)
-            logger.info(header_text(config, world, parts, data, resumed, place, folder.path))
+            logger.info(
+                header_text(config, world, parts, data, resumed, place, folder.path, changes)
+            )
         phases = Phases(_counters(parts, data, rank_zero))
+    save_clock = None if rank_zero is None else rank_zero.save_clock
+
+    def wishes() -> int:
+        return signals.value | (0 if save_clock is None else save_clock.bit())
+
     run = Run(
         config,
         world,
         data,
         parts,
         phases=phases,
-        stop=StopAgreement(world.communicator, _STEPS_BETWEEN_AGREEMENTS, lambda: signals.value),
+        stop=StopAgreement(world.communicator, _STEPS_BETWEEN_AGREEMENTS, wishes),
         rank_zero=rank_zero,
         best=_best(config, parts, resumed),
         place=place,
@@ -213,17 +226,28 @@ def _put_aside(checkpoints: Path, first_step: int) -> None:
 def _rank_zero(
     config: Config, parts: Parts, data: Data, folder: RunFolder, place: Place
 ) -> RankZero:
-    (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    try:
+        (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder.path}: {error}") from error
     section = config.checkpoint
     keep_best = section.keep_best
     mode = section.keep_best_mode or (parts.task.metrics[keep_best] if keep_best else "min")
-    return RankZero(
-        store=CheckpointStore(
-            folder.path,
-            retention=Retention(keep_last=section.keep_last, metric=keep_best, mode=mode),
-            confirm=folder.confirm,
-            tell=logger.warning,
+    store = CheckpointStore(
+        folder.path,
+        retention=Retention(
+            keep_last=section.keep_last,
+            keep_every=section.keep_every,
+            metric=keep_best,
+            mode=mode,
         ),
+        confirm=folder.confirm,
+        tell=logger.warning,
+    )
+    store.require_space(expected_bytes(parts.step))
+    return RankZero(
+        store=store,
+        save_clock=SaveClock(section.every_minutes, lambda: store.failed),
         writer=MetricsWriter(folder.path, place.step if place.step else None),
         progress=Progress(
             data.horizon.total_steps(place),

@@ -46,6 +46,10 @@ class Hooks(Protocol):
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
         ...
 
+    def save_agreed(self) -> bool:
+        """Tell whether the same agreement asks for a save here. The same on all ranks."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -92,7 +96,7 @@ def fit(
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)
             stopped = hooks.stop_agreed() and not complete
-            if complete or stopped or plan.save.due(place):
+            if complete or stopped or hooks.save_agreed() or plan.save.due(place):
                 hooks.save(place, metrics)
             if stopped:
                 return place, False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hpctrain.checkpoint.state import (
     restore_rng,
     rng_to_tensors,
 )
+from hpctrain.checkpoint.tools import AVERAGE
 from hpctrain.errors import CheckpointError, TrainingError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
@@ -25,7 +26,6 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.step import TrainStep
 
 _OPTIMIZER, _GENERATORS, _BAD_STEPS = "optimizer/", "generators/", "bad_steps"
-_AVERAGE = "average/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +35,14 @@ class Resumed:
     Attributes:
         path: of the checkpoint, as the user can type it.
         values: the training state that is not tensors.
+        config_toml: the config that it was saved under.
     """
 
     path: str
     model: Mapping[str, Tensor]
     training: Mapping[str, Tensor]
     values: Mapping[str, Any]
+    config_toml: str
 
     @property
     def place(self) -> Place:
@@ -50,17 +52,31 @@ class Resumed:
 def share(world: World, loaded: Loaded | None) -> Resumed | None:
     """Hand what rank 0 has loaded to every rank. Collective: all ranks."""
     facts = world.communicator.broadcast(
-        None if loaded is None else (str(loaded.path), loaded.values)
+        None if loaded is None else (str(loaded.path), loaded.values, loaded.config_toml)
     )
     if facts is None:
         return None
-    path, values = facts
+    path, values, config_toml = facts
     return Resumed(
         path=path,
         model=broadcast_tensors(world, None if loaded is None else loaded.model),
         training=broadcast_tensors(world, None if loaded is None else loaded.training),
         values=values,
+        config_toml=config_toml,
     )
+
+
+def expected_bytes(step: TrainStep) -> int:
+    """Return about how large a checkpoint will be: most optimizers keep two numbers a parameter."""
+    model = _bytes(step.model.state_dict().values())
+    tensors = optimizer_to_tensors(step.optimizer, step.model).values()
+    state = _bytes(tensors)
+    averages = () if step.average is None else step.average.state().values()
+    return model + (state or 2 * model) + _bytes(averages)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(item.numel() * item.element_size() for item in tensors)
 
 
 def capture(
@@ -85,7 +101,7 @@ def capture(
     for key, tensor in optimizer_to_tensors(step.optimizer, step.model).items():
         training[_OPTIMIZER + key] = tensor
     if step.average is not None:
-        training |= {_AVERAGE + name: item for name, item in step.average.state().items()}
+        training |= {AVERAGE + name: item for name, item in step.average.state().items()}
     for rank, (of_rank, _) in enumerate(generators):
         for name, tensor in of_rank.items():
             training[f"{_GENERATORS}{rank}/{name}"] = tensor
@@ -134,7 +150,7 @@ def restore_parameters(step: TrainStep, resumed: Resumed) -> None:
     _load_model(step, resumed)
     load_optimizer(step.optimizer, step.model, _below(resumed.training, _OPTIMIZER))
     if step.average is not None:
-        step.average.load(_below(resumed.training, _AVERAGE))
+        step.average.load(_below(resumed.training, AVERAGE))
     if resumed.values["scaler"]:
         step.scaler.load_state_dict(dict(resumed.values["scaler"]))
 

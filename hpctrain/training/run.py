@@ -27,6 +27,7 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
+from hpctrain.training.save_clock import SAVE_DUE, SaveClock
 from hpctrain.training.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
 
@@ -57,6 +58,7 @@ class RankZero:
     """What only the rank that speaks and writes has."""
 
     store: CheckpointStore
+    save_clock: SaveClock
     writer: MetricsWriter
     progress: Progress
 
@@ -98,6 +100,7 @@ class Run:
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
+        self._save_agreed = False
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
             config.training, explain=self._explain, roll_back=self._roll_back, tell=self._tell
@@ -187,12 +190,19 @@ class Run:
         )
         with raise_together(self._world.communicator):
             if self._rank_zero is not None and snapshot is not None:
+                self._rank_zero.save_clock.saved()
                 self._rank_zero.store.save(snapshot)
 
     def stop_agreed(self) -> bool:
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
-        self.reasons = self._stop.boundary()
+        agreed = self._stop.boundary()
+        self._save_agreed = bool(agreed & SAVE_DUE)
+        self.reasons = agreed & ~SAVE_DUE
         return self.reasons != 0
+
+    def save_agreed(self) -> bool:
+        """Tell whether the same agreement asks for a save here. The same on all ranks."""
+        return self._save_agreed
 
     def finish(self) -> None:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""

@@ -28,8 +28,9 @@ def header_text(
     resumed: Resumed | None,
     place: Place,
     folder: Path,
+    changes: Sequence[str] = (),
 ) -> str:
-    """Return the header of a run."""
+    """Return the header of a run; `changes` is what else is not as it was."""
     parameters = list(parts.model.parameters())
     topology = world.topology
     return header(
@@ -58,7 +59,7 @@ def header_text(
             resume=None
             if resumed is None
             else f"step {place.step:,}, epoch {place.epoch + 1}: {resumed.path}",
-            notes=_notes(config, world, parts, data, resumed),
+            notes=[*_notes(config, world, parts, data, resumed), *changes],
         )
     )
 

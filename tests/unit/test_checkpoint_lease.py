@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -124,3 +125,18 @@ def test_it_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write to"):
         Lease(tmp_path / "missing", {}).__enter__()
+
+
+def test_a_full_disk_leaves_no_lease_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpctrain.checkpoint.lease.os.fsync", full)
+        with pytest.raises(CheckpointError, match="No space left"), Lease(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with Lease(tmp_path) as lease:
+        lease.confirm()

@@ -1,0 +1,150 @@
+"""Tensors of safetensors files as plain bytes: read, compared and written without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, deserialize
+
+from hpctrain.errors import CheckpointError
+
+_NUMPY = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as it stands in a file.
+
+    Attributes:
+        dtype: as safetensors calls it, such as "BF16".
+        data: little-endian, row after row.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def values(self) -> npt.NDArray[Any] | None:
+        """Return the numbers, None of a dtype that numpy has not."""
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = np.frombuffer(self.data, "<u2").astype("<u4") << 16
+            return wide.view("<f4").reshape(self.shape)
+        name = _NUMPY.get(self.dtype)
+        if name is None:
+            return None
+        return np.frombuffer(self.data, np.dtype(name).newbyteorder("<")).reshape(self.shape)
+
+
+def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if it is none; `where` is for the message.
+    """
+    try:
+        found: list[tuple[str, Mapping[str, Any]]] = deserialize(content)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is no safetensors file: {error}") from error
+    return {
+        name: RawTensor(facts["dtype"], tuple(facts["shape"]), bytes(facts["data"]))
+        for name, facts in found
+    }
+
+
+def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, str]) -> None:
+    """Write a safetensors file.
+
+    The library's own function for that has changed its arguments from version to version; the
+    format has not.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        facts: texts that the file has beside them.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(facts)}
+    offset = 0
+    # The widest elements first, so that each tensor begins at a multiple of its own.
+    ordered = sorted(tensors.items(), key=lambda item: (-_element_bytes(item[1]), item[0]))
+    for name, tensor in ordered:
+        end = offset + len(tensor.data)
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.data)
+
+
+def _element_bytes(tensor: RawTensor) -> int:
+    return len(tensor.data) // max(1, math.prod(tensor.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How one tensor differs from another of its name.
+
+    Attributes:
+        differing: elements, of `elements`.
+        largest: absolute difference of any two elements; None where numpy has no such numbers.
+        relative: norm of the difference, as a part of the norm of the first.
+    """
+
+    differing: int
+    elements: int
+    largest: float | None
+    relative: float | None
+
+
+def difference(first: RawTensor, second: RawTensor) -> Difference | None:
+    """Compare two tensors of the same dtype and shape; None if they are equal to the bit."""
+    if first.data == second.data:
+        return None
+    ours, theirs = first.values(), second.values()
+    if ours is None or theirs is None:
+        return Difference(differing=1, elements=1, largest=None, relative=None)
+    unequal = int(np.count_nonzero(ours.view(np.uint8) != theirs.view(np.uint8)))
+    before, after = ours.astype(np.float64), theirs.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        change = np.abs(after - before)
+        norm = float(np.linalg.norm(before))
+        relative = float(np.linalg.norm(change)) / norm if norm else None
+        differing = int(np.count_nonzero(~(before == after)))
+        largest = float(change.max())
+    return Difference(
+        differing=differing or min(unequal, before.size),
+        elements=before.size,
+        largest=largest,
+        relative=relative,
+    )

@@ -1,0 +1,223 @@
+"""Checkpoints looked at, compared and handed on from the command line, without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hpctrain.checkpoint.layout import (
+    CONFIG,
+    META,
+    MODEL,
+    TRAINING,
+    newest_first,
+    read_file,
+    read_meta,
+    resolved,
+    sync,
+)
+from hpctrain.checkpoint.raw import RawTensor, difference, raw_tensors, write_raw
+from hpctrain.errors import CheckpointError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+AVERAGE = "average/"
+"""Begins the names of the moving averages among the tensors of the training state."""
+
+_SHOWN = 20
+
+
+def listed(run: Path) -> str:
+    """Return a line for every checkpoint of a run, the oldest first.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    latest = _latest(run)
+    lines = []
+    for path in _of_run(run):
+        try:
+            meta = read_meta(path)
+        except CheckpointError as error:
+            lines.append(f"  {path.name}  {error}")
+            continue
+        size = sum(facts["bytes"] for facts in meta["files"].values())
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / META).stat().st_mtime))
+        metrics = meta["metrics"] or {}
+        shown = [f"{name} {value:.6g}" for name, value in metrics.items()]
+        shown += ["latest"] if path.name == latest else []
+        lines.append("  ".join([f"  {path.name}", f"{size / 1e6:10,.1f} MB", saved, *shown]))
+    return "\n".join([f"{run}: {len(lines)} checkpoint{'s' * (len(lines) != 1)}", *lines])
+
+
+def verified(path: Path) -> str:
+    """Compare every byte of a checkpoint, or of all of a run, with its checksums.
+
+    Returns:
+        What to say where all of them are whole.
+
+    Raises:
+        CheckpointError: naming each that is not.
+    """
+    paths = _of_run(path) if (path / "checkpoints").is_dir() else [path]
+    good, bad, total = [], [], 0
+    for each in paths:
+        try:
+            meta = read_meta(each)
+            total += sum(len(read_file(each, name, meta)) for name in meta["files"])
+            good.append(f"  {each.name}  whole")
+        except CheckpointError as error:
+            bad.append(str(error))
+    if bad:
+        raise CheckpointError(
+            "\n".join([f"{len(bad)} of {len(paths)} checkpoints of {path} are not whole:", *bad])
+        )
+    return "\n".join([f"{path}: {total / 1e6:,.1f} MB compared with checksums", *good])
+
+
+def compared(first: Path, second: Path | None) -> str:
+    """Return in what two checkpoints differ: config, names, shapes, numbers.
+
+    Args:
+        first: a checkpoint, or a run, whose newest is meant.
+        second: the same; None: the checkpoint of the first run before its newest.
+
+    Raises:
+        CheckpointError: if one of them is not whole, or there is no second.
+    """
+    if second is None:
+        paths = _of_run(first)
+        if len(paths) < 2:
+            raise CheckpointError(f"{first} has one checkpoint: name a second one to compare it")
+        before, after = paths[-2:]
+    else:
+        before, after = resolved(first), resolved(second)
+    lines = [f"{before} and {after}:"]
+    lines += [f"  config  {line}" for line in _config_changes(before, after)]
+    for name in (MODEL, TRAINING):
+        lines += _tensor_changes(name.removesuffix(".safetensors"), before, after)
+    return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal to the bit"])
+
+
+def export(path: Path, target: Path, *, average: bool = False) -> str:
+    """Write the weights of a checkpoint as one safetensors file.
+
+    Tied tensors are in it under each of their names, so that a strict `load_state_dict` takes it.
+
+    Args:
+        path: a checkpoint, or a run, whose newest is meant.
+        target: the file.
+        average: take the moving averages of the parameters where there are some.
+
+    Returns:
+        What to say.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole, has no averages, or the file cannot be
+            written.
+    """
+    source = resolved(path)
+    meta = read_meta(source)
+    tensors = raw_tensors(read_file(source, MODEL, meta), source / MODEL)
+    if average:
+        training = raw_tensors(read_file(source, TRAINING, meta), source / TRAINING)
+        averages = {
+            name.removeprefix(AVERAGE): item
+            for name, item in training.items()
+            if name.startswith(AVERAGE)
+        }
+        if not averages:
+            raise CheckpointError(f"{source} has no averages: training.ema_decay was not set")
+        tensors |= averages
+    tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        write_raw(temporary, tensors, {"format": "pt", "step": str(meta["step"])})
+        sync(temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    size = sum(len(item.data) for item in tensors.values())
+    return f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, of step {meta['step']:,}"
+
+
+def _of_run(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = list(newest_first(run / "checkpoints"))[::-1]
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoints: is it the folder of a run?")
+    return found
+
+
+def _latest(run: Path) -> str | None:
+    try:
+        return resolved(run).name
+    except CheckpointError:
+        return None
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of nested tables with dots between, and their values."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def config_changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two configs differ, with both values; None where one has none."""
+    ours, theirs = (dict(flattened(tomllib.loads(text))) for text in (before, after))
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in [*ours, *(key for key in theirs if key not in ours)]
+        if ours.get(key) != theirs.get(key)
+    }
+
+
+def _config_changes(before: Path, after: Path) -> list[str]:
+    texts = [read_file(path, CONFIG, read_meta(path)).decode("utf-8") for path in (before, after)]
+    return [
+        f"{key}: {' and '.join('not set' if value is None else str(value) for value in values)}"
+        for key, values in config_changes(*texts).items()
+    ]
+
+
+def _tensor_changes(kind: str, before: Path, after: Path) -> list[str]:
+    ours, theirs = (
+        raw_tensors(read_file(path, f"{kind}.safetensors", read_meta(path)), path)
+        for path in (before, after)
+    )
+    lines = [f"  {kind}  {name}: only in {before.name}" for name in ours if name not in theirs]
+    lines += [f"  {kind}  {name}: only in {after.name}" for name in theirs if name not in ours]
+    both = [name for name in ours if name in theirs]
+    found = 0
+    for name in both:
+        line = _difference(ours[name], theirs[name])
+        found += line is not None
+        if line is not None and found <= _SHOWN:
+            lines.append(f"  {kind}  {name}: {line}")
+    if found > _SHOWN:
+        lines.append(f"  {kind}  and {found - _SHOWN} more")
+    if lines:
+        lines.append(f"  {kind}  {len(both) - found} of {len(both)} tensors in both are equal")
+    return lines
+
+
+def _difference(ours: RawTensor, theirs: RawTensor) -> str | None:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return f"{ours.dtype} {list(ours.shape)} and {theirs.dtype} {list(theirs.shape)}"
+    found = difference(ours, theirs)
+    if found is None:
+        return None
+    numbers = "" if found.largest is None else f", by at most {found.largest:.3g}"
+    relative = "" if found.relative is None else f", {found.relative:.3g} of its norm"
+    return f"{found.differing:,} of {found.elements:,} elements differ{numbers}{relative}"

@@ -1,0 +1,65 @@
+"""What of the config has changed since a checkpoint: told, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain.checkpoint.tools import config_changes
+from hpctrain.config import Config, to_toml
+from hpctrain.config.messages import shown
+from hpctrain.config.source import parse
+from hpctrain.config.validation import validate
+from hpctrain.errors import ConfigError
+
+# Of these a change says nothing about what is trained.
+_UNREMARKABLE = ("run.", "logging.", "launch.", "checkpoint.")
+
+_FIXED = {
+    "optimizer.use": (
+        "the state of one optimizer is none of another's. Bring the old one back, or start a new "
+        "run (run.name) with checkpoint.initialize_from"
+    ),
+}
+"""Keys that a run keeps for its life, and why. Shapes of the model are compared as tensors."""
+
+_SHOWN = 12
+
+
+def told_changes(before: str, now: Config) -> list[str]:
+    """Return what has changed, a line for each key.
+
+    Args:
+        before: config.toml of the checkpoint.
+        now: the config of this job.
+
+    Raises:
+        ConfigError: if what a run keeps for its life has changed.
+    """
+    changes = {
+        key: values
+        for key, values in config_changes(_with_defaults(before), to_toml(now)).items()
+        if not key.startswith(_UNREMARKABLE)
+    }
+    for key, why in _FIXED.items():
+        if key in changes:
+            then, here = changes[key]
+            raise ConfigError(
+                f"{key} = {shown(here)}, but the checkpoint to go on from has {shown(then)}: {why}",
+                everywhere=True,  # all ranks compare the same two
+            )
+    lines = [
+        f"{key}: {_text(then)} when saved, {_text(here)} now"
+        for key, (then, here) in changes.items()
+    ]
+    more = [f"and {len(lines) - _SHOWN} more keys have changed"] if lines[_SHOWN:] else []
+    return lines[:_SHOWN] + more
+
+
+def _with_defaults(before: str) -> str:
+    """Return an older config with the keys that it did not know, at their defaults."""
+    config, _ = validate(parse(before, "config.toml"))
+    return before if config is None else to_toml(config)
+
+
+def _text(value: Any) -> str:
+    return "not set" if value is None else shown(value)

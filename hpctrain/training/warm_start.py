@@ -1,0 +1,150 @@
+"""A new run with weights from elsewhere: which file they are in, and which name is which."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hpctrain.checkpoint.reading import load
+from hpctrain.config.schema import CheckpointSection
+from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.launch.world import World
+from hpctrain.training.broadcast import broadcast_tensors
+from hpctrain.training.step import TrainStep
+
+_SHOWN = 4
+# Under which a file may keep the weights: Lightning's word first.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def start_warm(section: CheckpointSection, world: World, step: TrainStep) -> str:
+    """Put the weights that the config names into the model, and say so. Collective: all ranks.
+
+    Raises:
+        HpctrainError: on every rank, if they cannot be read or do not fit.
+    """
+    assert section.initialize_from is not None
+    read = None
+    with raise_together(world.communicator):
+        if world.topology.is_rank_zero:
+            read = read_weights(Path(section.initialize_from))
+    weights = broadcast_tensors(world, read)
+    with raise_together(world.communicator):
+        told = initialize(
+            step.model, weights, section.initialize_names, strict=section.initialize_strict
+        )
+    if step.average is not None:
+        step.average.load({})
+    return f"initialized from {section.initialize_from}: {told}"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a file by name, on the host.
+
+    Args:
+        path: safetensors; what torch.save has written of a state_dict, or Lightning of a whole
+            checkpoint; or a run or checkpoint folder of hpctrain. Nothing in it is executed.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds no tensors by name.
+    """
+    if path.is_dir():
+        return load(path).model
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, and is not executed to find out what. Where it comes "
+            "from a source you trust, convert it once: safetensors.torch.save_file("
+            f'torch.load("{path.name}", weights_only=False)["state_dict"], "weights.safetensors")'
+        ) from error
+    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+            break
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(item, Tensor) for name, item in found.items()
+    ):
+        raise CheckpointError(f"{path} holds no tensors by name: expected a state_dict")
+    return dict(found)
+
+
+def initialize(
+    model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, strict: bool
+) -> str:
+    """Put weights into a model.
+
+    Args:
+        model: whose parameters and buffers.
+        weights: by their names in the file.
+        names: beginnings of names in the file, and what stands for them in the model; of several
+            that fit the longest counts.
+        strict: refuse anything without a counterpart of the same shape; else leave it and tell.
+
+    Returns:
+        What to say.
+
+    Raises:
+        ConfigError: if `strict` and something has no counterpart, or nothing at all has one.
+    """
+    here = model.state_dict()
+    renamed = {_renamed(name, names): item for name, item in weights.items()}
+    if len(renamed) < len(weights):
+        raise ConfigError("checkpoint.initialize_names: two tensors get the same name by it")
+    fitting = {
+        name: item
+        for name, item in renamed.items()
+        if name in here and here[name].shape == item.shape
+    }
+    leftover = {
+        "only in the file": [name for name in renamed if name not in here],
+        "only in the model": [name for name in here if name not in renamed],
+        "of another shape": [name for name in renamed if name in here and name not in fitting],
+    }
+    told = "; ".join(f"{what}: {_some(which)}" for what, which in leftover.items() if which)
+    if told and (strict or not fitting):
+        hint = _hint(list(renamed), here)
+        relax = ", or set initialize_strict = false" if strict and fitting else ""
+        raise ConfigError(
+            f"checkpoint.initialize_from: {len(fitting)} of {len(here)} tensors of the model fit "
+            f"({told}). Set checkpoint.initialize_names{hint}{relax}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return f"{len(fitting)} of {len(here)} tensors" + (f" ({told})" if told else "")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    fitting = [prefix for prefix in names if name.startswith(prefix)]
+    if not fitting:
+        return name
+    prefix = max(fitting, key=len)
+    return names[prefix] + name.removeprefix(prefix)
+
+
+def _hint(names: list[str], here: Mapping[str, Tensor]) -> str:
+    """Return the table that would help, where one beginning of all names is all that differs."""
+    for prefix in {name[: name.find(".") + 1] for name in names if "." in name}:
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in here for name in names):
+            return f' = {{ "{prefix}" = "" }}'
+    for prefix in {name[: name.find(".") + 1] for name in here if "." in name}:
+        if all(prefix + name in here for name in names):
+            return f' = {{ "" = "{prefix}" }}'
+    return ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
+    return ", ".join(names[:_SHOWN]) + more
