@@ -57,7 +57,12 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str,
             group.get("fused") or group.get("capturable") for group in optimizer.param_groups
         )
         device = parameter.device if tensor.ndim or fused else torch.device("cpu")
-        optimizer.state[parameter][slot] = tensor.to(device, copy=True)
+        if tensor.shape == parameter.shape:
+            # In the order in memory that the parameter has: fused kernels take it for granted.
+            kept = torch.empty_like(parameter, dtype=tensor.dtype, device=device)
+            optimizer.state[parameter][slot] = kept.detach().copy_(tensor)
+        else:
+            optimizer.state[parameter][slot] = tensor.to(device, copy=True)
 
 
 def rng_to_tensors() -> tuple[dict[str, Tensor], Any]:

@@ -161,6 +161,7 @@ def check_capabilities(source: Source) -> list[Mistake]:
         precision=source.get("training", "precision"),
         device=source.get("launch", "device"),
         backend=source.get("launch", "backend"),
+        compress_gradients=source.get("training", "compress_gradients"),
     )
     if found is None:
         return []

@@ -186,6 +186,29 @@ class TrainingSection:
     compile: bool = False
     """Compile the model with torch.compile."""
 
+    compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = "default"
+    """What torch.compile aims at."""
+
+    activation_checkpointing: tuple[str, ...] = ()
+    """Names of modules, with * and ?, whose activations are computed again to save memory."""
+
+    channels_last: bool = False
+    """Keep images and convolutions with the channels last in memory: faster on tensor cores."""
+
+    tf32: bool | None = None
+    """Round float32 products to TF32 on a GPU; none: as torch does it, convolutions only."""
+
+    sync_batchnorm: bool = False
+    """Make batch norms take their statistics over all ranks."""
+
+    compress_gradients: Literal["none", "bf16", "fp16"] = "none"
+    """Number format in which ranks exchange gradients."""
+
+    bucket_mb: Annotated[float, Gt(0)] | None = None
+    """MB of gradients that are exchanged together; none: as torch chooses."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:

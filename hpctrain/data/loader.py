@@ -39,6 +39,7 @@ class TrainLoader:
     Attributes:
         epoch_size: samples of all ranks that an epoch serves.
         largest_share: the most samples of any rank in any full batch.
+        smallest_share: the fewest of any rank in any batch that begins where one ends.
         buffer_bytes: host memory that reading ahead takes on this rank.
     """
 
@@ -96,6 +97,10 @@ class TrainLoader:
         self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
         self.largest_share = max(
             each.largest_share(global_batch_size, world_size)
+            for each in (order, *self._begun.values())
+        )
+        self.smallest_share = min(
+            each.smallest_share(global_batch_size, self.epoch_size, world_size)
             for each in (order, *self._begun.values())
         )
         windows = max(

@@ -148,6 +148,14 @@ class Order:
             int(self.shares(start, start + size, world_size).max()) for start in range(self.lanes)
         )
 
+    def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
+        """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
+        size = min(global_batch_size, self.samples)
+        bounds = [(start, start + size) for start in range(self.lanes)]
+        if epoch_size % size:
+            bounds.append((epoch_size - epoch_size % size, epoch_size))
+        return min(int(self.shares(*each, world_size).min()) for each in bounds)
+
     def positions(self, start: int, stop: int, rank: int, world_size: int) -> Int64s:
         """Return those of the positions start to stop - 1 that a rank serves, in their order.
 

@@ -42,13 +42,15 @@ def check_compute(
     loader = SyntheticLoader(
         dataset=opened.train.select(fields),
         largest_share=opened.train_loader.largest_share,
+        smallest_share=opened.train_loader.smallest_share,
         device=world.device,
     )
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
     together = checks.topology.world_size > 1
-    steps = _try(checks, alone(world), components, loader, 0 if together else TIMED_SECONDS)
+    seconds = 0 if together else TIMED_SECONDS
+    steps = _try(checks, alone(world), components, loader, opened, seconds)
     if steps is not None and together:
-        steps = _try(checks, world, components, loader, TIMED_SECONDS)
+        steps = _try(checks, world, components, loader, opened, TIMED_SECONDS)
     if steps is None:
         checks.skip(["memory"], "no step was possible")
         return None
@@ -77,6 +79,7 @@ def _try(
     world: World,
     components: Components,
     loader: SyntheticLoader,
+    opened: Data,
     timed_seconds: float,
 ) -> list[StepFacts] | None:
     """Take steps in `world`: all ranks together, or each alone. Collective: all ranks."""
@@ -85,7 +88,7 @@ def _try(
         return ask(
             checks.topology,
             checks.communicator,
-            lambda: take_steps(checks.config, world, components, loader, timed_seconds),
+            lambda: take_steps(checks.config, world, components, loader, opened, timed_seconds),
         )
     except CheckError as error:
         checks.add(error.finding("step", judging.step_fix(str(error))))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.config import Config
-from hpctrain.config.messages import did_you_mean
+from hpctrain.config.capabilities import unsupported
+from hpctrain.config.messages import did_you_mean, shown
 from hpctrain.data import Dataset, Order, open_dataset
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
 from hpctrain.data.partition import served_samples
@@ -27,6 +28,7 @@ from hpctrain.training.learning_rate import LearningRate
 from hpctrain.training.optimizers import build_optimizer
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import prepare_model
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Task
 
@@ -142,12 +144,25 @@ class Shapes(Protocol):
         """The most samples of any rank in any batch."""
         ...
 
+    @property
+    def smallest_share(self) -> int:
+        """The fewest."""
+        ...
+
     def example(self) -> dict[str, Tensor]:
         """Return one row of every field, (1, *shape) on the device."""
         ...
 
 
-def build_parts(config: Config, world: World, components: Components, data: Shapes) -> Parts:
+def build_parts(
+    config: Config,
+    world: World,
+    components: Components,
+    shapes: Shapes,
+    horizon: Horizon,
+    *,
+    validates: bool,
+) -> Parts:
     """Build model, task, optimizer and step, the same on all ranks, and prime them.
 
     Collective: all ranks.
@@ -156,7 +171,9 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         config: names the parts.
         world: the ranks.
         components: as resolved.
-        data: the loader of the training data.
+        shapes: of the training data: their loader.
+        horizon: length of the run.
+        validates: whether there are data to evaluate with.
 
     Raises:
         HpctrainError: on every rank, if a component refuses its arguments or the data.
@@ -165,11 +182,17 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         torch.use_deterministic_algorithms(True)
     seed_generators(config.run.seed)
     with raise_together(world.communicator):
-        number_format = NumberFormat.of(config.training.precision, world.device)
+        _check_capabilities(config, world)
+        training = config.training
+        number_format = NumberFormat.of(
+            training.precision, world.device, channels_last=training.channels_last
+        )
         model = _built("model", config, components, **config.model.arguments)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
-        model = model.to(device=world.device, dtype=number_format.parameters)
+        model = prepare_model(
+            model, training, number_format, world.device, world.topology.world_size
+        )
         task = _built(
             "task",
             config,
@@ -188,13 +211,11 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
             decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
         )
         schedule = LearningRate.of(
-            config.scheduler, components["scheduler"], config.optimizer.lr, data.horizon
+            config.scheduler, components["scheduler"], config.optimizer.lr, horizon
         )
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
-        schedule.watch(task.metrics if data.validation is not None and evaluates else {})
-        if config.training.compile:
-            model.compile()
-        example = data.example()
+        schedule.watch(task.metrics if validates and evaluates else {})
+        example = shapes.example()
     step = TrainStep(
         model,
         task,
@@ -205,8 +226,11 @@ def build_parts(config: Config, world: World, components: Components, data: Shap
         clip_value=config.training.clip_value,
         ema_decay=config.training.ema_decay,
         micro_batch_size=config.data.micro_batch_size,
-        largest_share=data.largest_share,
+        largest_share=shapes.largest_share,
+        smallest_share=shapes.smallest_share,
         example=example,
+        bucket_mb=config.training.bucket_mb,
+        compress_gradients=config.training.compress_gradients,
     )
     step.prime()
     # From here every rank draws its own numbers.
@@ -228,6 +252,23 @@ def _built(section: str, config: Config, components: Components, **arguments: An
     except (TypeError, ValueError) as error:
         use = getattr(config, section).use
         raise ConfigError(f'[{section}] use = "{use}" refuses its arguments: {error}') from error
+
+
+def _check_capabilities(config: Config, world: World) -> None:
+    """Refuse what cannot work here; before the world was known, only a part of that was said."""
+    found = unsupported(
+        precision=config.training.precision,
+        device=world.device.type,
+        backend=world.backend,
+        compress_gradients=config.training.compress_gradients,
+        sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
+        torch=torch.__version__,
+    )
+    if found is not None:
+        key, because = found
+        section, name = key.split(".")
+        value = shown(getattr(getattr(config, section), name))
+        raise ConfigError(f"{key} = {value}: {because}")
 
 
 def _check_best(config: Config, task: Task) -> None:

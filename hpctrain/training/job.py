@@ -111,7 +111,14 @@ def _train(
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
-    parts = build_parts(config, world, components, data.train_loader)
+    parts = build_parts(
+        config,
+        world,
+        components,
+        data.train_loader,
+        data.horizon,
+        validates=data.validation is not None,
+    )
     with raise_together(world.communicator):
         if resumed is not None:
             restore(world, parts.step, resumed)

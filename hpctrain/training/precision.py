@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,19 @@ class NumberFormat:
         parameters: dtype of parameters, and of floating-point inputs.
         autocast: dtype of matrix products in mixed precision; None: as the parameters.
         scaled: whether gradients are scaled up so that they do not underflow in float16.
+        channels_last: whether inputs of four dimensions have their channels last in memory.
     """
 
     device_type: str
     parameters: torch.dtype
     autocast: torch.dtype | None = None
     scaled: bool = False
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, precision: Precision, device: torch.device) -> NumberFormat:
+    def of(
+        cls, precision: Precision, device: torch.device, *, channels_last: bool = False
+    ) -> NumberFormat:
         """Return the format that a name stands for."""
         kind = device.type
         formats = {
@@ -39,7 +43,7 @@ class NumberFormat:
             "bf16-mixed": cls(kind, torch.float32, torch.bfloat16),
             "16-mixed": cls(kind, torch.float32, torch.float16, scaled=True),
         }
-        return formats[precision]
+        return replace(formats[precision], channels_last=channels_last)
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context in which a model runs forward; it can be entered again and again."""
@@ -57,7 +61,17 @@ class NumberFormat:
             for name in inputs
             if (tensor := fields[name]).dtype != self.parameters and tensor.is_floating_point()
         }
-        return {**fields, **wrong} if wrong else fields
+        cast = {**fields, **wrong} if wrong else fields
+        if not self.channels_last:
+            return cast
+        images = {name: cast[name] for name in inputs if cast[name].ndim == 4}
+        return {
+            **cast,
+            **{
+                name: image.contiguous(memory_format=torch.channels_last)
+                for name, image in images.items()
+            },
+        }
 
 
 class LossScale:

@@ -8,7 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+
+_COMPRESSIONS = {
+    "bf16": default_hooks.bf16_compress_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+}
 
 
 class Replica:
@@ -22,7 +28,12 @@ class Replica:
     """
 
     def __init__(
-        self, model: nn.Module, world_size: int, device: torch.device, bucket_mb: float | None
+        self,
+        model: nn.Module,
+        world_size: int,
+        device: torch.device,
+        bucket_mb: float | None,
+        compress_gradients: str = "none",
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -31,6 +42,7 @@ class Replica:
             world_size: number of ranks.
             device: of this rank.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
+            compress_gradients: "bf16" or "fp16": the format they are reduced in; "none": their own.
         """
         self.model = model
         self.module = model
@@ -43,6 +55,8 @@ class Replica:
                 model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
             )
             self.module = self._ddp
+            if compress_gradients != "none":
+                self._ddp.register_comm_hook(None, _COMPRESSIONS[compress_gradients])
 
     @property
     def distributed(self) -> bool:

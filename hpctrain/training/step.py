@@ -57,6 +57,7 @@ class TrainStep:
         bucket_mb: float | None = None,
         clip_value: float | None = None,
         ema_decay: float | None = None,
+        compress_gradients: str = "none",
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -73,6 +74,7 @@ class TrainStep:
             smallest_share: the fewest samples of any rank in any batch.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             clip_value: every element of the gradient is clipped to this, after its norm.
+            compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
             ema_decay: of a moving average of the parameters; None: there is none.
 
         Raises:
@@ -97,7 +99,9 @@ class TrainStep:
             {name: row.clone() for name, row in example.items()}, task.inputs
         )
         self._rows = max(1, -(-largest_share // self.grad_accum_steps))
-        self._replica = Replica(model, self._world_size, world.device, bucket_mb)
+        self._replica = Replica(
+            model, self._world_size, world.device, bucket_mb, compress_gradients
+        )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._update = Update(
             optimizer,

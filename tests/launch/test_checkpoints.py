@@ -103,3 +103,21 @@ def test_other_data_go_on_only_where_that_is_allowed(site: Path) -> None:
     train(site, 0, *other, "checkpoint.allow_data_change=true")
     outcome = json.loads((site / "runs/digits/exit.json").read_text(encoding="utf-8"))
     assert outcome["step"] > EPOCH_STEPS
+
+
+def test_how_a_model_computes_is_the_configs(site: Path) -> None:
+    """The other ways to compute, together; and what only the world shows not to work."""
+    ways = [
+        'training.activation_checkpointing=["features.*"]',
+        "training.channels_last=true",
+        "training.compress_gradients=fp16",
+        "training.bucket_mb=0.01",
+        "optimizer.decay_norms_and_biases=false",
+        "training.max_epochs=2",
+    ]
+    train(site, 2, *ways)
+    first, last = metrics(site / "runs" / "digits", "evaluation")
+    assert last["loss"] < first["loss"]
+    output = train(site, 2, "run.name=refused", "training.sync_batchnorm=true", code=78)
+    assert "training.sync_batchnorm = true: torch synchronises" in output
+    assert output.count("hpctrain: error") == 1

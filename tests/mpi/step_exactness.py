@@ -260,6 +260,33 @@ def check_parameters_are_compared(world: World) -> None:
         raise AssertionError("nothing was said")
 
 
+def check_compressed_gradients(world: World) -> None:
+    """Rounded on the way, the same on all ranks, and close to those of one process."""
+    results = []
+    for where in (world, alone()):
+        step = step_of(
+            where,
+            Net(),
+            precision="32-true",
+            lr=1.0,
+            compress_gradients="fp16",
+            micro_batch_size=5,
+            bucket_mb=SMALL_BUCKETS_MB,
+        )
+        before = {name: item.detach().clone() for name, item in step.model.named_parameters()}
+        step(batch_of(where, samples(28)), lr=1.0)
+        assert step.read()["bad_steps"] == 0
+        updates = {name: before[name] - item for name, item in step.model.named_parameters()}
+        results.append(updates)
+        if where is world:
+            _check_equal_everywhere(world, step.model)
+    ours, theirs = results
+    largest = max(item.abs().max() for item in theirs.values())
+    differences = [(ours[name] - item).abs().max() for name, item in theirs.items()]
+    assert max(differences) < 2e-3 * largest
+    assert world.topology.world_size == 1 or max(differences) > 0  # they were rounded indeed
+
+
 CHECKS = [
     check_gradients,
     check_bad_gradients,
@@ -267,6 +294,7 @@ CHECKS = [
     check_evaluation,
     check_mistakes,
     check_parameters_are_compared,
+    check_compressed_gradients,
 ]
 
 

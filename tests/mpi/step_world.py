@@ -88,6 +88,7 @@ def step_of(
     micro_batch_size: int | None = None,
     largest_share: int = 32,
     bucket_mb: float | None = None,
+    compress_gradients: str = "none",
     prime: bool = True,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, world.device)
@@ -103,6 +104,7 @@ def step_of(
         largest_share=largest_share,
         example=samples(1, seed=99 + world.topology.rank),
         bucket_mb=bucket_mb,
+        compress_gradients=compress_gradients,
     )
     if prime:
         step.prime()

@@ -33,3 +33,33 @@ def test_bfloat16_over_gloo_needs_its_torch() -> None:
     for (precision, backend, torch), key in cells.items():
         found = unsupported(precision=precision, backend=backend, device="cuda", torch=torch)
         assert (found[0] if found else None) == key
+
+
+def test_gradients_are_compressed_where_that_makes_sense() -> None:
+    cells: dict[tuple[str, str, str, str], bool] = {
+        ("32-true", "bf16", "gloo", "2.13.0"): False,
+        ("32-true", "bf16", "gloo", "2.7.1"): False,
+        ("32-true", "bf16", "nccl", "2.7.1"): True,
+        ("32-true", "fp16", "gloo", "2.6.0"): True,
+        ("64-true", "fp16", "gloo", "2.13.0"): False,
+        ("64-true", "bf16", "nccl", "2.13.0"): False,
+        ("16-mixed", "fp16", "nccl", "2.13.0"): False,
+        ("16-mixed", "bf16", "nccl", "2.13.0"): True,
+        ("64-true", "none", "gloo", "2.13.0"): True,
+    }
+    for (precision, compression, backend, torch), works in cells.items():
+        found = unsupported(
+            precision=precision, compress_gradients=compression, backend=backend, torch=torch
+        )
+        assert (found is None) == works, (precision, compression, backend, torch)
+        assert found is None or found[0] == "training.compress_gradients"
+
+
+def test_batch_norms_are_synchronised_on_gpus_only() -> None:
+    for device, wanted, works in [
+        ("cpu", True, False),
+        ("cuda", True, True),
+        ("cpu", False, True),
+        ("cpu", None, True),
+    ]:
+        assert (unsupported(device=device, sync_batchnorm=wanted) is None) == works

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.checkpoint.format import sync
+from hpctrain.checkpoint.layout import sync
 from hpctrain.errors import CheckpointError
 
 _CHUNK_BYTES = 4 * 2**20

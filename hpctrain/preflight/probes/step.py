@@ -22,7 +22,7 @@ from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
 from hpctrain.preflight.probes.process import cgroup
-from hpctrain.training.assembly import Components, build_parts
+from hpctrain.training.assembly import Components, Data, build_parts
 
 TIMED_SECONDS = 5.0
 _MOST_STEPS = 10
@@ -35,11 +35,13 @@ class SyntheticLoader:
     Attributes:
         dataset: the fields that the task uses.
         largest_share: the most samples of any rank in any batch.
+        smallest_share: the fewest.
         device: where the rows are wanted.
     """
 
     dataset: Dataset
     largest_share: int
+    smallest_share: int
     device: torch.device
 
     def example(self) -> dict[str, torch.Tensor]:
@@ -101,6 +103,7 @@ def take_steps(
     world: World,
     components: Components,
     loader: SyntheticLoader,
+    opened: Data,
     timed_seconds: float,
 ) -> StepFacts:
     """Build the model and train some steps; nothing of it stays. Collective: all ranks.
@@ -112,13 +115,15 @@ def take_steps(
         world: the ranks.
         components: as resolved.
         loader: shapes of the data.
+        opened: the data, of which only the length of the run is used.
         timed_seconds: take steps for about so long, and at least one.
     """
     cuda = world.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
-    parts = build_parts(config, world, components, loader)
+    validates = opened.validation is not None
+    parts = build_parts(config, world, components, loader, opened.horizon, validates=validates)
     step = parts.step
     batch = Batch(
         fields=loader.rows(loader.largest_share),
