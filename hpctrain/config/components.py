@@ -19,9 +19,14 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "convnet": "hpctrain.models.convnet:ConvNet",
         "mlp": "hpctrain.models.mlp:MLP",
+        "resnet18": "hpctrain.models.resnet:resnet18",
+        "resnet20": "hpctrain.models.resnet:resnet20",
+        "resnet50": "hpctrain.models.resnet:resnet50",
+        "transformer": "hpctrain.models.transformer:Transformer",
     },
     "task": {
         "classification": "hpctrain.training.task:Classification",
+        "language_modeling": "hpctrain.training.language_modeling:LanguageModeling",
         "regression": "hpctrain.training.task:Regression",
     },
     "optimizer": {

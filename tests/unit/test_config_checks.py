@@ -115,7 +115,10 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
         ("checkpoint.resume=shards/*", f'checkpoint.resume = "shards/*": {ABSENT}'),
         (
             "model.use=convnt",
-            f'model.use = "convnt": expected "convnet", "mlp", {IMPORT}; did you mean "convnet"?',
+            (
+                'model.use = "convnt": expected "convnet", "mlp", "resnet18", "resnet20", '
+                f'"resnet50", "transformer", {IMPORT}; did you mean "convnet"?'
+            ),
         ),
         (
             "optimizer.use=torch.optim.SGD",
@@ -127,7 +130,10 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
         ),
         (
             "task.use=a:b:c",
-            f'task.use = "a:b:c": expected "classification", "regression", {IMPORT}',
+            (
+                'task.use = "a:b:c": expected "classification", "language_modeling", '
+                f'"regression", {IMPORT}'
+            ),
         ),
         (
             "scheduler.use=hpctrain.errors:ConfigErorr",

@@ -187,8 +187,9 @@ def mutants(seed: int) -> Iterator[bytes]:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory in which the examples are valid."""
-    for name in ("train", "validation"):
-        (tmp_path / "data" / "digits" / name).mkdir(parents=True)
+    for data in ("digits", "stdlib"):
+        for name in ("train", "validation"):
+            (tmp_path / "data" / data / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
