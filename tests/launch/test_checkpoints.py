@@ -95,6 +95,22 @@ def test_saves_by_the_clock_and_a_warm_start(site: Path) -> None:
     assert output.count("hpctrain: error") == 1
 
 
+def test_what_remembers_goes_on_to_the_bit(site: Path) -> None:
+    """A plateau, a moving average and groups of parameters: as if there had been no second job."""
+    common = [
+        *("logging.every_steps=1", "scheduler.use=plateau", "scheduler.warmup_steps=0"),
+        *("scheduler.patience=0", "scheduler.threshold=0.5", "training.ema_decay=0.9"),
+        'optimizer.groups=[{pattern = "features.*", lr_factor = 0.5}]',
+    ]
+    train(site, 2, "run.name=whole", "training.max_epochs=4", *common)
+    train(site, 2, "run.name=parts", "training.max_epochs=2", *common)
+    train(site, 2, "run.name=parts", "training.max_epochs=4", *common)
+    whole = metrics(site / "runs" / "whole")
+    assert metrics(site / "runs" / "parts") == whole
+    rates = {record["lr"] for record in whole if record["kind"] == "train"}
+    assert len(rates) > 1  # it has fallen
+
+
 def test_other_data_go_on_only_where_that_is_allowed(site: Path) -> None:
     train(site, 0, "training.max_epochs=1")
     other = ["training.max_epochs=2", "data.train=data/digits/validation", "data.drop_last=true"]
