@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from hpctrain.config.loading import load
-from hpctrain.config.rendering import to_toml
-from hpctrain.config.schema import Config
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpctrain.config.loading import load
+    from hpctrain.config.rendering import to_toml
+    from hpctrain.config.schema import Config
 
 __all__ = ["Config", "load", "to_toml"]
+
+_HOMES = {"Config": "schema", "load": "loading", "to_toml": "rendering"}
+
+
+def __getattr__(name: str) -> object:
+    """Load a part when it is asked for: ranks that read no file need no checks."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -18,7 +18,7 @@ from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
 from hpctrain.launch.watchdog.pulse import Pulse
-from hpctrain.observe.log import quiet_native_libraries
+from hpctrain.observe.native import quiet_native_libraries
 from hpctrain.topology import Communicator, Topology
 
 if TYPE_CHECKING:

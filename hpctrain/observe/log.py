@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -37,16 +37,6 @@ _TOLD_PER_PLACE = 3
 
 _logger = logging.getLogger(__name__)
 _warnings_logger = logging.getLogger("hpctrain.warnings")
-
-
-def quiet_native_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Ask torch's C++ side for errors only, where the user has not set a level.
-
-    It writes its warnings to stderr by itself, once per rank. Those seen at start-up concern what
-    hpctrain has settled: "Unable to resolve hostname ... using the loopback address" (gloo).
-    Torch reads this when it is imported, so it has to be called before.
-    """
-    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextmanager

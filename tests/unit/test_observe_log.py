@@ -15,6 +15,7 @@ import pytest
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import log
+from hpctrain.observe.native import quiet_native_libraries
 from hpctrain.observe.progress import Progress
 
 ours = logging.getLogger("hpctrain.training.job")
@@ -244,5 +245,5 @@ def test_full_disk_costs_lines_not_the_job(tmp_path: Path) -> None:
     ("environ", "expected"), [({}, "ERROR"), ({"TORCH_CPP_LOG_LEVEL": "INFO"}, "INFO")]
 )
 def test_native_libraries_are_quiet_unless_asked(environ: dict[str, str], expected: str) -> None:
-    log.quiet_native_libraries(environ)
+    quiet_native_libraries(environ)
     assert environ == {"TORCH_CPP_LOG_LEVEL": expected}
