@@ -90,24 +90,33 @@ def name_hosts(hosts: Path, names: str) -> None:
         (hosts / f"hosts.{name}").write_text(table, encoding="utf-8")
 
 
-def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[int, str]:
-    """Run a command as two ranks on each host, started from A."""
+def start_on_both(
+    hosts: Path, names: str, *command: str, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start a command as two ranks on each host, from A."""
     name_hosts(hosts, names)
     enter = str(hosts / "enter.sh")
     # hydra and MPI are told their interface: the names are for us to survive, not for them.
     launch = ["mpirun", "-launcher", "ssh", "-launcher-exec", enter, "-iface", "eth0"]
     inner = [*launch, "-hosts", "A:2,B:2", "-np", "4", *command]
-    environment = os.environ | {"FI_TCP_IFACE": "eth0"}
-    result = subprocess.run(
+    return subprocess.Popen(
         [enter, "A", " ".join(inner)],
         cwd=cwd,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
-        check=False,
-        env=environment,
+        env=os.environ | {"FI_TCP_IFACE": "eth0"},
     )
-    return result.returncode, result.stdout + result.stderr
+
+
+def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[int, str]:
+    """Run a command as two ranks on each host, started from A."""
+    with start_on_both(hosts, names, *command, cwd=cwd) as job:
+        try:
+            output, _ = job.communicate(timeout=100)
+        finally:
+            job.kill()
+    return job.returncode, output
 
 
 @pytest.mark.parametrize("names", ["right", "debian", "management", "unresolvable"])
@@ -226,3 +235,30 @@ def test_the_preflight_on_two_hosts(
     if not override:
         assert {rank["interface"] for rank in report["ranks"]} == {"eth0"}
         assert "127.0.1.1" in found["host names"]["fact"]
+
+
+def test_a_rank_that_is_killed_on_the_other_host_is_named(hosts: Path) -> None:
+    body = str(ROOT / "tests" / "mpi" / "standing.py")
+    code, output = on_both(hosts, "right", sys.executable, body, "3", "killed", "60")
+    assert code != 0
+    assert "rank 3@B was killed" in output
+    assert output.count("hpctrain: ") == 1
+
+
+def test_a_host_that_is_cut_off_ends_the_job(hosts: Path) -> None:
+    """The cable is pulled: nobody says anything, and both sides end their ranks."""
+    body = str(ROOT / "tests" / "mpi" / "standing.py")
+    cable = f"{TAG}vB"
+    with start_on_both(hosts, "right", sys.executable, body, "3", "asleep", "3600") as job:
+        assert job.stdout is not None
+        try:
+            assert any("in step 4" in line for line in job.stdout)
+            run("ip", "link", "set", cable, "down")
+            told = next(line for line in job.stdout if line.startswith("hpctrain: "))
+            assert "node B with ranks 2 to 3 is gone" in told
+            run("ip", "link", "set", cable, "up")  # for mpirun, which waits for its part on B
+            job.communicate(timeout=60)
+        finally:
+            run("ip", "link", "set", cable, "up")
+            job.kill()
+    assert job.returncode != 0

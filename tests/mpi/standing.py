@@ -38,6 +38,7 @@ def main() -> None:
     with hpctrain.connect(section) as world:
         for step in range(1, 6):
             if step == 4 and world.topology.rank == standing:
+                print("in step 4", flush=True)
                 stand_still(how)
             dist.all_reduce(torch.ones(4))
             world.pulse.step_done(step)
