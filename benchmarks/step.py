@@ -50,7 +50,7 @@ def main() -> None:
             example={name: tensor[:1] for name, tensor in fields.items()},
         )
         step.prime()
-        stop = StopAgreement(world.communicator, 5, lambda: 0)
+        stop = StopAgreement(world.communicator, lambda: 0)
         progress = Progress(10**9, mode="none")
         count = 0
 

@@ -27,7 +27,7 @@ _PROGRAM = "python -m hpctrain"
 USAGE = """\
 usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
-       python -m hpctrain status RUN
+       python -m hpctrain status RUN [--json | --exit-code] [--max-tries N]
        python -m hpctrain data TOOL ...
        python -m hpctrain ckpt ls|verify|diff|export RUN [...]
 """
@@ -45,7 +45,10 @@ checkpoint. Alone, without a launcher, it is one process.
 commands:
   check CONFIG      under the launcher, before a long job: try network, devices, model, data and
                     run folder, train nothing, say what is wrong and how to fix it; 0 or 69
-  status RUN        how the run in this folder ended or where it stands
+  status RUN        how the run in this folder ended or where it stands. --json: for programs.
+                    --exit-code: for job scripts, after the launcher has ended: 0 complete,
+                    75 submit again, 1 neither (the file STOP is there, no step was gained
+                    in the last job, or it was the N-th), else that of the failure
   data pack SOURCE... FOLDER
                     pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
@@ -329,12 +332,18 @@ def status(arguments: list[str]) -> int:
     """Tell how a run ended, or where it stands."""
     parser = _Parser()
     parser.add_argument("run", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--exit-code", action="store_true")
+    parser.add_argument("--max-tries", type=int)
     parsed = parser.parse_args(arguments)
 
-    from hpctrain.batch.outcome import status_text
+    from hpctrain.batch.status import read_status, to_json, to_text
 
-    sys.stdout.write(status_text(parsed.run))
-    return ExitCode.DONE
+    # A person may ask from any job, a script asks about its own.
+    environ = os.environ if parsed.exit_code else {}
+    found = read_status(parsed.run, environ, parsed.max_tries)
+    sys.stdout.write(to_json(found) if parsed.json else to_text(parsed.run, found))
+    return found.exit_code if parsed.exit_code else ExitCode.DONE
 
 
 def data(arguments: list[str], claim: Claim) -> int:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpctrain.errors import CheckpointError, ConfigError, ExitCode
+from hpctrain.errors import CheckpointError
 
 NAME = "exit.json"
 
@@ -22,12 +22,18 @@ class Outcome:
         reason: in words.
         step: the last one that is saved.
         tries: jobs of this run so far.
+        first_step: the step at which the last of them began.
+        job: the last of them, as its batch system names it.
+        save_seconds: what a save takes here, 0 if unknown.
     """
 
     code: int | None
     reason: str
     step: int
     tries: int
+    first_step: int = 0
+    job: str | None = None
+    save_seconds: float = 0.0
     time: str = ""
 
 
@@ -62,35 +68,3 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; remove it to go on") from error
-
-
-def status_text(folder: Path) -> str:
-    """Return what is known of a run, for `python -m hpctrain status`.
-
-    Raises:
-        ConfigError: if the folder is not there or holds no run.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder")
-    outcome = read_outcome(folder)
-    if outcome is None:
-        raise ConfigError(f"{folder} holds no run: there is no {NAME} in it")
-    if outcome.code is None:
-        state = "running, or was killed"
-    elif outcome.code == ExitCode.DONE:
-        state = "complete"
-    elif outcome.code == ExitCode.STOPPED:
-        state = "stopped and saved: submit again"
-    else:
-        state = "failed"
-    latest = folder / "latest"
-    checkpoint = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "none"
-    rows = [
-        ("state", f"{state} ({outcome.reason})"),
-        ("exit code", "none yet" if outcome.code is None else str(outcome.code)),
-        ("step", str(outcome.step)),
-        ("tries", str(outcome.tries)),
-        ("checkpoint", checkpoint),
-        ("since", outcome.time),
-    ]
-    return f"run {folder}\n" + "".join(f"  {label:<12}{value}\n" for label, value in rows)

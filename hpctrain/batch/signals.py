@@ -59,9 +59,3 @@ class SignalFlag:
 def bit(number: int) -> int:
     """Return the bit of a signal in the set."""
     return 1 << STOP_SIGNALS.index(signal.Signals(number))
-
-
-def describe(reasons: int) -> str:
-    """Return the names of the signals in a bit set, such as "SIGTERM and SIGUSR1"."""
-    names = [item.name for item in STOP_SIGNALS if reasons & bit(item)]
-    return " and ".join(names)

@@ -1,48 +1,126 @@
-"""A stop that all ranks make at the same step, whoever got the signal, at no cost a step."""
+"""A stop that all ranks make at the same boundary, whoever was asked, at no cost a step."""
 
 from __future__ import annotations
 
+import enum
+import time
 from collections.abc import Callable
 
+from hpctrain.batch.reasons import NUM_BITS
 from hpctrain.topology import Communicator, Pending
 
 
-class StopAgreement:
-    """All ranks post their flag every `every` boundaries and read the result one interval later.
+class Boundary(enum.IntEnum):
+    """What has just ended; all ranks come to the same boundaries in the same order."""
 
-    Whoever polled and acted early would leave the others waiting in the next step; so the result of
-    agreement n is looked at at boundary (n + 1) * every, by all ranks, and not before.
+    STEP = 0
+    EVALUATION_BATCH = 1
+
+
+class StopAgreement:
+    """All ranks post their reasons now and then, and read the result one interval later.
+
+    Whoever polled and acted early would leave the others waiting in the next step; so what was
+    posted at one agreement is looked at, by all ranks, at the next and not before.
+
+    An interval is `every_seconds` long, counted in boundaries: each weighs what its kind was last
+    agreed to take, so that all ranks meet at the same one. A slow-down makes the running interval
+    longer, and the next one shorter. Boundaries of a second and more agree at once: against them
+    waiting for the others costs nothing.
 
     Args:
         communicator: all ranks.
-        every: boundaries between two agreements; the same on all ranks.
-        flag: this rank's reasons to stop, as a bit set; 0 is none.
+        reasons: of this rank to stop, as bits of `hpctrain.batch.reasons`; 0 is none.
+        every_seconds: between two agreements; the same on all ranks.
+        clock: seconds, monotonic.
+
+    Attributes:
+        reaction_seconds: from a request until all ranks act on it, at most, as measured of late.
     """
 
-    def __init__(self, communicator: Communicator, every: int, flag: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        reasons: Callable[[], int],
+        *,
+        every_seconds: float = 0.1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.reaction_seconds = 0.0
         self._communicator = communicator
-        self._every = every
-        self._flag = flag
-        self._boundaries = 0
+        self._sources = [reasons]
+        self._every_seconds = every_seconds
+        self._clock = clock
+        # Until a kind has been measured, each of its boundaries is an agreement.
+        self._weights = [every_seconds] * len(Boundary)
+        self._progress = 0.0
+        self._spent = [0.0] * len(Boundary)
+        self._counts = [0] * len(Boundary)
+        self._last_boundary = self._last_agreement = clock()
         self._pending: Pending | None = None
 
-    def boundary(self) -> int:
+    def add(self, reasons: Callable[[], int]) -> None:
+        """Ask another source of this rank's reasons, from now on."""
+        self._sources.append(reasons)
+
+    def boundary(self, kind: Boundary = Boundary.STEP) -> int:
         """Return the agreed reasons to stop here, 0 for none. Collective: all ranks."""
-        self._boundaries += 1
-        if self._boundaries % self._every:
+        now = self._clock()
+        self._spent[kind] += now - self._last_boundary
+        self._last_boundary = now
+        self._counts[kind] += 1
+        self._progress += self._weights[kind]
+        if self._progress < self._every_seconds:
             return 0
+        self._progress = 0.0
+        reasons = self.flush()
+        if reasons:
+            return reasons
+        self._post()
+        return self.flush() if self._weights[kind] >= _SLOW_SECONDS else 0
+
+    def settle(self) -> int:
+        """Return the agreed reasons to stop, by now. Collective: all ranks.
+
+        For the end of a phase, at which all ranks meet anyway.
+        """
         reasons = self.flush()
         if not reasons:
-            bits = [self._flag() >> index & 1 for index in range(_BITS)]
-            self._pending = self._communicator.start_max(bits)
+            # How long a phase took says nothing about steps.
+            self._last_agreement = self._clock()
+            self._post()
+            reasons = self.flush()
+        self._last_boundary = self._last_agreement = self._clock()
         return reasons
 
     def flush(self) -> int:
         """Wait for what was posted, and return it. Collective: all ranks."""
         if self._pending is None:
             return 0
-        bits, self._pending = self._pending.wait(), None
-        return sum(value << index for index, value in enumerate(bits))
+        values, self._pending = self._pending.wait(), None
+        for kind, microseconds in enumerate(values[NUM_BITS:]):
+            if microseconds:
+                self._weights[kind] = microseconds * 1e-6
+        return sum(value << index for index, value in enumerate(values[:NUM_BITS]))
+
+    def _post(self) -> None:
+        now = self._clock()
+        interval, self._last_agreement = now - self._last_agreement, now
+        # Twice: a request that comes right after one agreement is posted at the next.
+        self.reaction_seconds = max(2 * interval, _FORGET * self.reaction_seconds)
+        bits = 0
+        for source in self._sources:
+            bits |= source()
+        means = [
+            max(1, round(spent / count * 1e6)) if count else 0
+            for spent, count in zip(self._spent, self._counts, strict=True)
+        ]
+        self._spent = [0.0] * len(Boundary)
+        self._counts = [0] * len(Boundary)
+        self._pending = self._communicator.start_max(
+            [bits >> index & 1 for index in range(NUM_BITS)] + means
+        )
 
 
-_BITS = 16
+_SLOW_SECONDS = 1.0
+_FORGET = 0.9

@@ -31,6 +31,7 @@ class CheckpointStore:
         retention: which checkpoints stay.
         confirm: called before every rename; raises if this job no longer owns the folder.
         tell: is told what a user should know.
+        took: is told the seconds of every save, from its first copy until it is on disk.
 
     Attributes:
         stall_seconds: how long training has waited for saves so far.
@@ -44,6 +45,7 @@ class CheckpointStore:
         retention: Retention,
         confirm: Callable[[], None],
         tell: Callable[[str], None],
+        took: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.stall_seconds = 0.0
         self.newest: Path | None = None
@@ -52,6 +54,7 @@ class CheckpointStore:
         self._retention = retention
         self._confirm = confirm
         self._tell = tell
+        self._took = took
         self._host: dict[str, dict[str, Tensor]] = {"model": {}, "training": {}}
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -82,7 +85,7 @@ class CheckpointStore:
             training=self._to_host("training", snapshot.training),
         )
         self._thread = threading.Thread(
-            target=self._write, args=(copied, tied), name="hpctrain-checkpoint"
+            target=self._write, args=(copied, tied, begin), name="hpctrain-checkpoint"
         )
         self._thread.start()
         self.stall_seconds += time.perf_counter() - begin
@@ -155,7 +158,7 @@ class CheckpointStore:
         self._host[group] = host
         return host
 
-    def _write(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
+    def _write(self, snapshot: Snapshot, tied: Mapping[str, str], begin: float) -> None:
         for attempt in range(1, _TRIES + 1):
             try:
                 self._write_once(snapshot, tied)
@@ -173,6 +176,7 @@ class CheckpointStore:
                     "checkpoints are untouched; free some space, or set run.directory"
                 )
             else:
+                self._took(time.perf_counter() - begin)
                 return
 
     def _write_once(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:

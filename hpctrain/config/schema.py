@@ -31,6 +31,9 @@ class RunSection:
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 1234
     """Seeds the initial weights, the order of the data and every random draw."""
 
+    max_seconds: Seconds | None = None
+    """Save and stop so long after the job began, whatever its batch system says; none: no limit."""
+
     deterministic: bool = False
     """Ask torch for deterministic kernels: equal bits twice, at some cost in speed."""
 

@@ -238,6 +238,7 @@ class EvaluationLoader:
             DatasetError: if a field is not there.
         """
         self._dataset = dataset.select(fields)
+        self._world_size = world_size
         self._first = rank * dataset.samples // world_size
         self._stop = (rank + 1) * dataset.samples // world_size
         self._batch_size = batch_size
@@ -249,6 +250,12 @@ class EvaluationLoader:
 
     def __len__(self) -> int:
         return len(range(self._first, self._stop, self._batch_size))
+
+    @property
+    def most_batches(self) -> int:
+        """How many batches the rank with the most samples has."""
+        largest_share = -(-self._dataset.samples // self._world_size)
+        return -(-largest_share // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self._delivery.stop()

@@ -46,6 +46,7 @@ class MetricsWriter:
         resume_step: the step that the run continues from: what was written after it, by a job
             that had gone further, is cut off, so that no step is there twice. None: a new run;
             metrics of an older one are put aside under another name.
+        again: a kind of record that is about to be written once more at `resume_step` itself.
         clock: seconds, monotonic.
 
     Raises:
@@ -57,10 +58,11 @@ class MetricsWriter:
         run_folder: Path,
         resume_step: int | None,
         *,
+        again: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
-            sinks = _open(run_folder, resume_step)
+            sinks = _open(run_folder, resume_step, again)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write metrics in {run_folder}: {error}\n"
@@ -80,12 +82,12 @@ class MetricsWriter:
             queue.close()
 
 
-def _open(folder: Path, resume_step: int | None) -> list[Sink]:
+def _open(folder: Path, resume_step: int | None, again: str | None) -> list[Sink]:
     lines = folder / JSONL_FILE
     if resume_step is None:
         _put_aside(lines)
     elif lines.exists():
-        num_cut = cut_back(lines, resume_step)
+        num_cut = cut_back(lines, resume_step, again)
         if num_cut:
             _logger.info(
                 "%s: %s after step %s cut off",

@@ -174,8 +174,10 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
                 yield record
 
 
-def cut_back(path: Path, last_step: int) -> int:
+def cut_back(path: Path, last_step: int, again: str | None = None) -> int:
     """Take from a metrics.jsonl what lies after a step, and torn lines; return how many lines.
+
+    Records of the kind `again` at the step itself go too: they are about to be written once more.
 
     Raises:
         OSError: if it cannot be read or replaced; it is then as it was.
@@ -183,7 +185,9 @@ def cut_back(path: Path, last_step: int) -> int:
 
     def kept(line: bytes) -> bool:
         record = from_line(line)
-        return record is not None and record["step"] <= last_step
+        if record is None or record["step"] > last_step:
+            return False
+        return again is None or record["step"] < last_step or record["kind"] != again
 
     with path.open("rb") as file:
         num_cut = sum(not kept(line) for line in file)

@@ -50,6 +50,12 @@ class Data:
     place: Place
     horizon: Horizon
 
+    def close(self) -> None:
+        """End the threads and close all files."""
+        self.train_loader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
+
 
 def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
     """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,8 +24,11 @@ def evaluate(
     batches: Iterable[Batch],
     world: World,
     number_format: NumberFormat,
-) -> dict[str, float]:
-    """Return the metrics of a task over a dataset. Collective: all ranks.
+    *,
+    rounds: int = 0,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
 
     Runs the bare module: DDP's forward would broadcast buffers, and ranks have different numbers
     of batches. Parameters, buffers, generators and train flags are left as they were.
@@ -37,6 +40,9 @@ def evaluate(
         batches: of this rank, none included; over all ranks every sample exactly once.
         world: the ranks.
         number_format: of parameters and arithmetic.
+        rounds: the largest number of batches of any rank.
+        stopping: asked after every batch, `rounds` times on every rank, so that it may
+            communicate; True on all ranks in the same round.
 
     Raises:
         TrainingError: if the task gives other metrics than it declares.
@@ -64,6 +70,12 @@ def evaluate(
                 counts[name] = counts.get(name, 0) + torch.as_tensor(count).to(
                     value.device, _count_dtype(count)
                 )
+            rounds -= 1
+            if stopping():
+                return None
+        # The others may have another batch, and come to another boundary.
+        if any(stopping() for _ in range(rounds)):
+            return None
     mine = {name: (sums[name].item(), counts[name].item()) for name in sums}
     everyone = world.communicator.all_gather(mine)
     return {name: _quotient([parts[name] for parts in everyone if parts]) for name in task.metrics}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 
 from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
+from hpctrain.batch.schedulers import job_identity
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ExitCode
 
@@ -16,12 +18,16 @@ class RunFolder:
     Attributes:
         tries: jobs of this run so far, this one included.
         step: the last one that is known to be saved.
+        save_seconds: of a save, from its first copy until it is on disk: the slowest of late,
+            in this job or the ones before.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tries = 1
         self.step = 0
+        self.save_seconds = 0.0
+        self._first_step = 0
         self._lease = Lease(path)
 
     def __enter__(self) -> RunFolder:
@@ -38,6 +44,7 @@ class RunFolder:
         last = read_outcome(self.path)
         if last is not None:
             self.tries, self.step = last.tries + 1, last.step
+            self.save_seconds, self._first_step = last.save_seconds, last.step
         # Until the job says otherwise: a killed one says nothing more.
         self.end(None, "running")
         return self
@@ -49,6 +56,20 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self._lease.__exit__(kind, error, trace)
+
+    def begin(self, step: int) -> None:
+        """Note the step that this job begins at, by which its progress is measured."""
+        self.step = self._first_step = step
+        self.end(None, "running")
+
+    def expect_save(self, num_bytes: int) -> None:
+        """Guess what a save takes, where none was measured yet."""
+        if not self.save_seconds:
+            self.save_seconds = num_bytes / _SLOW_DISK_BYTES_PER_SECOND
+
+    def saved_within(self, seconds: float) -> None:
+        """Take note of how long a save took."""
+        self.save_seconds = max(seconds, _FORGET * self.save_seconds)
 
     def confirm(self) -> None:
         """Make sure that the folder is still this job's.
@@ -64,5 +85,19 @@ class RunFolder:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        outcome = Outcome(code=code, reason=reason, step=self.step, tries=self.tries)
-        write_outcome(self.path, outcome)
+        write_outcome(
+            self.path,
+            Outcome(
+                code=code,
+                reason=reason,
+                step=self.step,
+                tries=self.tries,
+                first_step=self._first_step,
+                job=job_identity(os.environ),
+                save_seconds=self.save_seconds,
+            ),
+        )
+
+
+_SLOW_DISK_BYTES_PER_SECOND = 200e6
+_FORGET = 0.8

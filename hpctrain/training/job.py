@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from hpctrain.batch.signals import SignalFlag, describe
+import psutil
+
+from hpctrain.batch.deadline import Deadline
+from hpctrain.batch.reasons import describe
+from hpctrain.batch.signals import SignalFlag
 from hpctrain.batch.stop import StopAgreement
+from hpctrain.batch.watch import Watch, reserve_seconds
 from hpctrain.checkpoint.layout import newest_first, step_of
 from hpctrain.checkpoint.reading import Loaded, load, load_newest
 from hpctrain.checkpoint.retention import Retention
@@ -37,8 +43,6 @@ from hpctrain.training.telling import complete_text, header_text, summary_text
 from hpctrain.training.warm_start import start_warm
 
 logger = logging.getLogger("hpctrain")
-
-_STEPS_BETWEEN_AGREEMENTS = 5
 
 
 def train(
@@ -78,9 +82,10 @@ def train(
         guard.report_to(path)
         stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
         try:
+            stop = _stop_agreement(config, communicator, signals, folder, stack)
             group = process_group(topology, communicator, config.launch, meeting, guard)
             world = stack.enter_context(group)
-            ending, reason = _train(config, world, signals, folder, command)
+            ending, reason = _train(config, world, stop, folder, command)
         except HpctrainError as error:
             if folder is not None:
                 with suppress(CheckpointError):  # the first failure is the one to tell
@@ -95,7 +100,7 @@ def train(
 def _train(
     config: Config,
     world: World,
-    signals: SignalFlag,
+    stop: StopAgreement,
     folder: RunFolder | None,
     command: Sequence[str],
 ) -> tuple[ExitCode, str]:
@@ -105,12 +110,17 @@ def _train(
     changes = [] if resumed is None else told_changes(resumed.config_toml, config)
     data = open_data(config, world, resumed)
     place = data.place
-    if data.horizon.reached(place):
+    evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
+    if folder is not None:
+        folder.begin(place.step)
+    if data.horizon.reached(place) and not evaluation_owed:
         if folder is not None and resumed is not None:
             logger.info(complete_text(config, world, resumed, command))
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
+    if reasons := stop.settle():
+        return _stopped_early(reasons, data)
     parts = build_parts(
         config,
         world,
@@ -125,26 +135,24 @@ def _train(
             parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
     if resumed is None and config.checkpoint.initialize_from is not None:
         changes.append(start_warm(config.checkpoint, world, parts.step))
+    if reasons := stop.settle():
+        return _stopped_early(reasons, data)
     with raise_together(world.communicator):
         rank_zero = None
         if folder is not None:
-            rank_zero = _rank_zero(config, parts, data, folder, place)
+            rank_zero = _rank_zero(config, parts, data, folder, place, evaluation_owed)
+            stop.add(rank_zero.save_clock.bit)
             logger.info(
                 header_text(config, world, parts, data, resumed, place, folder.path, changes)
             )
         phases = Phases(_counters(parts, data, rank_zero))
-    save_clock = None if rank_zero is None else rank_zero.save_clock
-
-    def wishes() -> int:
-        return signals.value | (0 if save_clock is None else save_clock.bit())
-
     run = Run(
         config,
         world,
         data,
         parts,
         phases=phases,
-        stop=StopAgreement(world.communicator, _STEPS_BETWEEN_AGREEMENTS, wishes),
+        stop=stop,
         rank_zero=rank_zero,
         best=_best(config, parts, resumed),
         place=place,
@@ -169,6 +177,7 @@ def _train(
         loader=data.train_loader,
         schedule=parts.schedule,
         hooks=run,
+        evaluation_owed=evaluation_owed,
     )
     run.finish()
     with raise_together(world.communicator):
@@ -181,12 +190,43 @@ def _train(
             logger.info(
                 summary_text(config, world, run, rank_zero, data, phases, complete, command)
             )
-    data.train_loader.close()
-    if data.validation_loader is not None:
-        data.validation_loader.close()
+    data.close()
     if complete:
         return ExitCode.DONE, "complete"
     return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+def _stop_agreement(
+    config: Config,
+    communicator: Communicator,
+    signals: SignalFlag,
+    folder: RunFolder | None,
+    stack: ExitStack,
+) -> StopAgreement:
+    """Return the agreement to stop; rank 0's watch begins with it. Collective: all ranks."""
+    stop = StopAgreement(communicator, lambda: signals.value)
+    with raise_together(communicator):
+        if folder is not None:
+            deadline = Deadline(
+                max_seconds=config.run.max_seconds,
+                environ=os.environ,
+                began=psutil.Process().create_time(),
+                tell=logger.warning,
+            )
+            watch = Watch(
+                folder.path,
+                deadline,
+                lambda: reserve_seconds(stop.reaction_seconds, folder.save_seconds),
+            )
+            stop.add(stack.enter_context(watch).reasons)
+    return stop
+
+
+def _stopped_early(reasons: int, data: Data) -> tuple[ExitCode, str]:
+    """Return how a job ends that was stopped before its first step: nothing is to be saved."""
+    data.close()
+    logger.info("stopped by %s before the first step", describe(reasons))
+    return ExitCode.STOPPED, f"stopped by {describe(reasons)} before the first step"
 
 
 def _find_checkpoint(config: Config, world: World, folder: RunFolder | None) -> Resumed | None:
@@ -231,7 +271,12 @@ def _put_aside(checkpoints: Path, first_step: int) -> None:
 
 
 def _rank_zero(
-    config: Config, parts: Parts, data: Data, folder: RunFolder, place: Place
+    config: Config,
+    parts: Parts,
+    data: Data,
+    folder: RunFolder,
+    place: Place,
+    evaluation_owed: bool,
 ) -> RankZero:
     try:
         (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -250,12 +295,19 @@ def _rank_zero(
         ),
         confirm=folder.confirm,
         tell=logger.warning,
+        took=folder.saved_within,
     )
-    store.require_space(expected_bytes(parts.step))
+    state_bytes = expected_bytes(parts.step)
+    store.require_space(state_bytes)
+    folder.expect_save(state_bytes)
     return RankZero(
         store=store,
         save_clock=SaveClock(section.every_minutes, lambda: store.failed),
-        writer=MetricsWriter(folder.path, place.step if place.step else None),
+        writer=MetricsWriter(
+            folder.path,
+            place.step if place.step else None,
+            again="evaluation" if evaluation_owed else None,
+        ),
         progress=Progress(
             data.horizon.total_steps(place),
             start_step=place.step,

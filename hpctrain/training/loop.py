@@ -27,8 +27,8 @@ class Hooks(Protocol):
         """Write down the step that led to `place`. Collective: all ranks."""
         ...
 
-    def evaluate(self, place: Place, epoch: int) -> Metrics:
-        """Return the metrics of the validation data. Collective: all ranks."""
+    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         ...
 
     def check(self, place: Place) -> None:
@@ -70,15 +70,25 @@ def fit(
     loader: TrainLoader,
     schedule: Schedule,
     hooks: Hooks,
+    evaluation_owed: bool = False,
 ) -> tuple[Place, bool]:
     """Train from `place` to the horizon, or until all ranks agree to stop.
 
     Collective: all ranks.
 
+    With `evaluation_owed` the evaluation at `place`, which a stop has cut short, comes first.
+
     Returns:
         Where the run stands, and whether it is complete.
     """
     end = plan.horizon.end(place)
+    if evaluation_owed and plan.evaluate is not None:
+        metrics = hooks.evaluate(place, place.epoch - (place.position == 0))
+        if metrics is None:
+            return place, False  # the checkpoint that the run came from says all there is
+        # That one was saved without these metrics.
+        if plan.save.due(place) or place.step == end.step:
+            hooks.save(place, metrics)
     while place.step < end.step:
         epoch = place.epoch
         for batch in loader.epoch(epoch, place.position):
@@ -95,6 +105,8 @@ def fit(
             metrics = None
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)
+                # Without it the run is not done; a later job begins with it.
+                complete = complete and metrics is not None
             stopped = hooks.stop_agreed() and not complete
             if complete or stopped or hooks.save_agreed() or plan.save.due(place):
                 hooks.save(place, metrics)

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.batch.stop import StopAgreement
+from hpctrain.batch.reasons import SAVE_DUE
+from hpctrain.batch.stop import Boundary, StopAgreement
 from hpctrain.checkpoint.reading import Loaded, load_newest
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import Config, to_toml
@@ -27,7 +28,7 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
-from hpctrain.training.save_clock import SAVE_DUE, SaveClock
+from hpctrain.training.save_clock import SaveClock
 from hpctrain.training.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
 
@@ -71,6 +72,7 @@ class Run:
         first_place: where this job began.
         place: where it stands.
         reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
+        evaluation_owed: an evaluation at `place` was cut short by a stop.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Run:
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
+        self.evaluation_owed = False
         self._save_agreed = False
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
@@ -140,19 +143,26 @@ class Run:
             }
         )
 
-    def evaluate(self, place: Place, epoch: int) -> Metrics:
-        """Return the metrics of the validation data. Collective: all ranks."""
-        assert self._data.validation_loader is not None
+    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
+        loader = self._data.validation_loader
+        assert loader is not None
         average = self._parts.step.average
         averaged = nullcontext() if average is None else average.in_model()
         with self._phases.measure("evaluation"), averaged:
-            self.metrics = evaluate(
+            metrics = evaluate(
                 self._parts.model,
                 self._parts.task,
-                self._data.validation_loader,
+                loader,
                 self._world,
                 self._parts.number_format,
+                rounds=loader.most_batches,
+                stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
             )
+        if metrics is None:
+            self.evaluation_owed = True
+            return None
+        self.metrics = metrics
         self._parts.schedule.observe(self.metrics)
         if self.best is not None:
             self.best.offer(self.metrics, place.step)
@@ -169,6 +179,7 @@ class Run:
 
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
+        self._save_agreed = False
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
         with self._world.pulse.unhurried():
             self._save(place, metrics)
@@ -195,9 +206,14 @@ class Run:
 
     def stop_agreed(self) -> bool:
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
-        agreed = self._stop.boundary()
-        self._save_agreed = bool(agreed & SAVE_DUE)
-        self.reasons = agreed & ~SAVE_DUE
+        return self._agreed(Boundary.STEP)
+
+    def _agreed(self, boundary: Boundary) -> bool:
+        # Once agreed it stays: an evaluation that was cut short ends the step behind it too.
+        if not self.reasons:
+            agreed = self._stop.boundary(boundary)
+            self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
+            self.reasons = agreed & ~SAVE_DUE
         return self.reasons != 0
 
     def save_agreed(self) -> bool:
@@ -218,6 +234,7 @@ class Run:
             "schedule": self._parts.schedule.state_dict(),
             "metrics": self.metrics,
             "best": None if best is None else [best.name, best.value, best.step],
+            "evaluation_owed": self.evaluation_owed,
         }
 
     def _read(self, place: Place) -> Metrics:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-SAVE_DUE = 1 << 15
-"""The bit of the agreement that asks for a save, above those of all signals."""
+from hpctrain.batch.reasons import SAVE_DUE
+
 
 
 class SaveClock:

@@ -1,0 +1,161 @@
+"""What is known of a run, for people and for job scripts: where it stands, and what to do next."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hpctrain.batch.outcome import NAME, Outcome, read_outcome
+from hpctrain.batch.reasons import STOP_FILE_NAME
+from hpctrain.batch.schedulers import job_identity
+from hpctrain.errors import ConfigError, ExitCode
+
+DO_NOT_SUBMIT = 1
+"""Exit code of `status --exit-code` where nothing failed, but another job would be of no use."""
+
+
+class State(enum.Enum):
+    """What a run needs now."""
+
+    COMPLETE = "complete"
+    RESUBMIT = "submit again"
+    HELD = "held"
+    NO_PROGRESS = "no progress"
+    TOO_MANY_TRIES = "too many tries"
+    NOT_REACHED = "not reached"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A run, as its folder tells it.
+
+    Attributes:
+        exit_code: that `status --exit-code` ends with; 0, 75, 1, or the failure's own.
+        code: exit code of the last job; None while one runs, and for ever if it was killed.
+        step: the newest one that is saved.
+        gained: steps that the last job has added to what was saved.
+        checkpoint: name of the newest one.
+    """
+
+    state: str
+    exit_code: int
+    explanation: str
+    code: int | None
+    reason: str
+    step: int
+    gained: int
+    tries: int
+    checkpoint: str | None
+    job: str | None
+    since: str
+
+
+def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None = None) -> Status:
+    """Return what is known of a run.
+
+    Args:
+        folder: of the run.
+        environ: of the caller; a job script asks about its own job.
+        max_tries: jobs after which the run is given up; None: no bound.
+
+    Raises:
+        ConfigError: if the folder is not there or holds no run.
+        CheckpointError: if exit.json is damaged.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    outcome = read_outcome(folder)
+    if outcome is None:
+        raise ConfigError(f"{folder} holds no run: there is no {NAME} in it")
+    checkpoint = _newest(folder)
+    # A killed job has saved more than it could say.
+    step = max(outcome.step, _step(checkpoint))
+    state, exit_code, explanation = judge(
+        outcome,
+        gained=step - outcome.first_step,
+        held=(folder / STOP_FILE_NAME).exists(),
+        job=job_identity(environ),
+        max_tries=max_tries,
+    )
+    return Status(
+        state=state.value,
+        exit_code=exit_code,
+        explanation=explanation,
+        code=outcome.code,
+        reason=outcome.reason,
+        step=step,
+        gained=step - outcome.first_step,
+        tries=outcome.tries,
+        checkpoint=checkpoint,
+        job=outcome.job,
+        since=outcome.time,
+    )
+
+
+def judge(
+    outcome: Outcome, *, gained: int, held: bool, job: str | None, max_tries: int | None
+) -> tuple[State, int, str]:
+    """Return what a run needs now, the exit code that says so, and both in words.
+
+    Args:
+        outcome: the last word of its last job.
+        gained: steps which that job has added to what is saved.
+        held: a file STOP is in the folder.
+        job: the caller, if it is a batch job; the last word has to be from it.
+        max_tries: jobs after which the run is given up.
+    """
+    if job is not None and outcome.job != job:
+        why = f"the job that asks ({job}) has not come as far as this folder: see its own messages"
+        return State.NOT_REACHED, ExitCode.LAUNCH, why
+    if outcome.code == ExitCode.DONE:
+        return State.COMPLETE, ExitCode.DONE, "complete"
+    if outcome.code not in (None, ExitCode.STOPPED):
+        return State.FAILED, outcome.code, "failed"
+    how = "running, or was killed" if outcome.code is None else "stopped and saved"
+    for obstacle, state, words in (
+        (held, State.HELD, f"held by the file {STOP_FILE_NAME}: remove it to go on"),
+        (gained <= 0, State.NO_PROGRESS, "no step was gained by the last job"),
+        (
+            max_tries is not None and outcome.tries >= max_tries,
+            State.TOO_MANY_TRIES,
+            f"given up after {outcome.tries} jobs",
+        ),
+    ):
+        if obstacle:
+            return state, DO_NOT_SUBMIT, f"{how}; {words}"
+    return State.RESUBMIT, ExitCode.STOPPED, f"{how}: submit again"
+
+
+def to_text(folder: Path, status: Status) -> str:
+    """Return a status for people."""
+    rows = [
+        ("state", f"{status.explanation} ({status.reason})"),
+        ("exit code", "none yet" if status.code is None else str(status.code)),
+        ("step", f"{status.step}, {status.gained} of them gained by the last job"),
+        ("tries", str(status.tries)),
+        ("checkpoint", status.checkpoint or "none"),
+        ("since", status.since),
+    ]
+    return f"run {folder}\n" + "".join(f"  {label:<12}{value}\n" for label, value in rows)
+
+
+def to_json(status: Status) -> str:
+    """Return a status for programs."""
+    return json.dumps(asdict(status), indent=1) + "\n"
+
+
+def _newest(folder: Path) -> str | None:
+    try:
+        return (folder / "latest").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _step(checkpoint: str | None) -> int:
+    match = re.fullmatch(r"step-(\d+)", checkpoint or "")
+    return int(match[1]) if match else 0
