@@ -28,6 +28,7 @@ USAGE = """\
 usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
        python -m hpctrain status RUN [--json | --exit-code] [--max-tries N]
+       python -m hpctrain job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS
        python -m hpctrain data TOOL ...
        python -m hpctrain ckpt ls|verify|diff|export RUN [...]
 """
@@ -49,6 +50,13 @@ commands:
                     --exit-code: for job scripts, after the launcher has ended: 0 complete,
                     75 submit again, 1 neither (the file STOP is there, no step was gained
                     in the last job, or it was the N-th), else that of the failure
+  job CONFIG        print a job script, and refuse what cannot run
+                    --scheduler slurm|lsf|pbs, or --site perlmutter|frontier|summit|polaris|
+                    aurora|lumi|juwels|della
+                    --nodes N  --time H:MM:SS  --account NAME  --queue NAME
+                    --ranks-per-node N  --cpus-per-rank N  --gpus-per-node N (0: none)
+                    --environment FILE (.sif or .tar.gz)  --chain N: jobs one after another
+                    --output FILE  --submit: submit it, and print the ids of the jobs
   data pack SOURCE... FOLDER
                     pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
@@ -346,6 +354,56 @@ def status(arguments: list[str]) -> int:
     return found.exit_code if parsed.exit_code else ExitCode.DONE
 
 
+def job(arguments: list[str]) -> int:
+    """Print or submit a job script."""
+    from hpctrain.batch import script
+
+    parser = _Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--scheduler", choices=script.SCHEDULERS)
+    for option in ("site", "account", "queue", "environment"):
+        parser.add_argument(f"--{option}")
+    parser.add_argument("--time", required=True)
+    parser.add_argument("--nodes", required=True, type=_count)
+    for option in ("ranks-per-node", "cpus-per-rank", "chain"):
+        parser.add_argument(f"--{option}", type=_count)
+    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--submit", action="store_true")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.batch.outcome import read_outcome
+    from hpctrain.batch.submit import submit
+    from hpctrain.config import load
+    from hpctrain.data.partition import default_lanes
+
+    config = load(parsed.config, parsed.overrides)
+    wanted = script.plan(config, vars(parsed))
+    before = read_outcome(Path(wanted.run_folder))
+    script.check(
+        wanted,
+        lanes=config.data.lanes or default_lanes(config.data.global_batch_size),
+        save_seconds=0.0 if before is None else before.save_seconds,
+    )
+    text = script.render(wanted)
+    if parsed.output is None and not parsed.submit:
+        sys.stdout.write(text)
+        return ExitCode.DONE
+    path = Path(wanted.script)
+    script.write(path, text)
+    if parsed.submit:
+        sys.stdout.writelines(f"{item}\n" for item in submit(path, wanted.scheduler, wanted.chain))
+    return ExitCode.DONE
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
 def data(arguments: list[str], claim: Claim) -> int:
     """Work on datasets: collective for the tools that share the work, else on rank 0 alone."""
     from hpctrain.data.tools.declaring import COLLECTIVE, declare
@@ -428,4 +486,4 @@ def ckpt(arguments: list[str]) -> int:
 
 
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "ckpt": ckpt}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "job": job, "ckpt": ckpt}

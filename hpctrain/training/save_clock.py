@@ -8,7 +8,6 @@ from collections.abc import Callable
 from hpctrain.batch.reasons import SAVE_DUE
 
 
-
 class SaveClock:
     """Asks for a save once its time has come, and where the last one failed.
 

@@ -1,0 +1,230 @@
+"""A job script for a config: what has to hold for it to run, and the script itself."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.batch.sites import SITES, Because, Site, longest_hours
+from hpctrain.batch.watch import reserve_seconds
+from hpctrain.config.schema import Config
+from hpctrain.errors import ConfigError, UsageError
+
+SCHEDULERS = ("slurm", "lsf", "pbs")
+ACCOUNT = "my_account"
+MAX_TRIES = 50
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_SIGNAL_SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is asked of the batch system.
+
+    Attributes:
+        command: the config and its overrides, as they follow `python -m hpctrain`.
+        run_folder: of the run.
+        script: the file that the script will be in; it submits itself again.
+        site: one of the table, None: a generic cluster.
+        gpus_per_node: that the scheduler is asked for; None: none, or as the site asks.
+        chain: jobs that are submitted at once, each after the one before; 1: none, the script
+            submits itself again instead.
+        environment: an image (.sif), or a packed environment (.tar, .tar.gz), of which every node
+            gets a copy; None: .venv, where there is one.
+    """
+
+    command: tuple[str, ...]
+    name: str
+    run_folder: str
+    script: str
+    scheduler: str
+    site: Site | None = None
+    nodes: int
+    seconds: int
+    account: str = ACCOUNT
+    queue: str | None = None
+    ranks_per_node: int = 4
+    cpus_per_rank: int = 8
+    gpus_per_node: int | None = 4
+    chain: int = 1
+    environment: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def find_site(name: str) -> Site:
+    """Return a site by its name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    for site in SITES:
+        if site.name == name:
+            return site
+    known = ", ".join(site.name for site in SITES)
+    raise UsageError(f"--site {name}: not known; known are {known}. Leave it out for a generic one")
+
+
+def plan(config: Config, wishes: Mapping[str, Any]) -> Job:
+    """Return the job that a command line asks for; what it leaves out the site knows.
+
+    Raises:
+        UsageError: if the wishes contradict each other.
+    """
+    site = find_site(wishes["site"]) if wishes["site"] else None
+    scheduler = wishes["scheduler"] or (site.scheduler if site else None)
+    if scheduler is None:
+        raise UsageError(f"--scheduler is needed ({', '.join(SCHEDULERS)}), or --site")
+    if site is not None and scheduler != site.scheduler:
+        raise UsageError(f"--scheduler {scheduler}: {site.name} runs {site.scheduler}")
+    name = config.run.name
+    # What was not asked for keeps the site's value, else the default.
+    shape = ("ranks_per_node", "cpus_per_rank", "gpus_per_node")
+    chosen = {key: getattr(site, key) for key in shape} if site else {}
+    given = (*shape, "account", "queue", "environment", "chain")
+    chosen |= {key: wishes[key] for key in given if wishes[key] is not None}
+    return Job(
+        command=(wishes["config"], *wishes["overrides"]),
+        name=name,
+        run_folder=str(Path(config.run.directory, name)),
+        script=str(wishes["output"] or f"{name}.{site.name if site else scheduler}.sh"),
+        scheduler=scheduler,
+        site=site,
+        nodes=wishes["nodes"],
+        seconds=parse_time(wishes["time"]),
+        **chosen,
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Write a script, executable.
+
+    Raises:
+        UsageError: if that is not possible.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def parse_time(text: str) -> int:
+    """Return the seconds of a time such as "2:00:00" or "1-12:00:00".
+
+    Raises:
+        UsageError: if it is none. Schedulers differ in what "2:00" means.
+    """
+    match = _TIME.fullmatch(text)
+    seconds = 0
+    if match is not None:
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not seconds:
+        raise UsageError(f"--time {text}: expected hours:minutes:seconds, such as 2:00:00")
+    return seconds
+
+
+def check(job: Job, *, lanes: int, save_seconds: float) -> None:
+    """Refuse a job that cannot run.
+
+    Args:
+        job: as asked for.
+        lanes: the most ranks that can train.
+        save_seconds: of a save of this run, 0 if there was none yet.
+
+    Raises:
+        ConfigError: with everything that stands against it.
+    """
+    problems = []
+    if job.ranks > lanes:
+        problems.append(
+            f"{job.nodes} nodes of {job.ranks_per_node} ranks are {job.ranks} ranks, and "
+            f"data.lanes = {lanes} is the most that can train: set data.lanes={job.ranks}, or take "
+            f"{max(1, lanes // job.ranks_per_node)} nodes"
+        )
+    needed = reserve_seconds(0.0, save_seconds)
+    if job.seconds <= needed:
+        problems.append(
+            f"--time is {job.seconds} s, and the end of a job, with a save of {save_seconds:.0f} "
+            f"s, takes up to {needed:.0f} s: no step could be trained"
+        )
+    if job.scheduler == "lsf" and job.seconds < 60:
+        problems.append("--time: LSF counts whole minutes")
+    site = job.site
+    if site is not None and job.queue in (None, site.queue) and site.limits:
+        hours = longest_hours(site, job.nodes)
+        queue = f"queue {site.queue}" if site.queue else "its queues"
+        if hours is None:
+            problems.append(
+                f"{job.nodes} nodes: {site.name}, {queue}, has at most {site.limits[-1].nodes}"
+            )
+        elif job.seconds > hours * 3600:
+            problems.append(
+                f"--time is {job.seconds / 3600:g} h: {site.name}, {queue}, allows {hours:g} h for "
+                f"{job.nodes} nodes. Ask for less and --chain, or for another --queue"
+            )
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"this job cannot run:{lines}")
+
+
+def render(job: Job) -> str:
+    """Return the script, for bash."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("hpctrain.batch"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # shell, not HTML: what comes from outside passes shlex
+    )
+    environment.filters["quote"] = shlex.quote
+    site = job.site
+    text = environment.get_template(f"{job.scheduler}.sh.j2").render(
+        job=job,
+        title=site.title if site else None,
+        notes=site.notes if site else (),
+        queue=job.queue or (site.queue if site else None),
+        queue_option=(site.queue_option if site else "") or "--partition",
+        directives=_pairs(site.directives if site else (), job),
+        exports=_pairs(site.exports if site else (), job),
+        launcher=_pairs((site.launcher,), job)[0] if site and site.launcher else None,
+        clock=_clock(job.seconds),
+        minutes=f"{job.seconds // 3600}:{job.seconds % 3600 // 60:02}",
+        signal_seconds=max(10, min(_SIGNAL_SECONDS, job.seconds // 6)),
+        image=job.environment if Path(job.environment or "").suffix == ".sif" else None,
+        max_tries=MAX_TRIES,
+        train=shlex.join(job.command),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _pairs(lines: Iterable[Because], job: Job) -> list[tuple[str, str]]:
+    """Return (reason, line), with the numbers of this job in place."""
+    numbers = {
+        "{nodes}": job.nodes,
+        "{ranks}": job.ranks,
+        "{ranks_per_node}": job.ranks_per_node,
+        "{cpus}": job.cpus_per_rank,
+    }
+    pairs = []
+    for item in lines:
+        line = item.line
+        for word, number in numbers.items():
+            line = line.replace(word, str(number))
+        pairs.append((item.reason, line))
+    return pairs
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"

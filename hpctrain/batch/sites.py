@@ -1,0 +1,257 @@
+"""What the big sites want in a job script: a table, one row a site, each line with its reason.
+
+Source: the sites' user documentation. Limits are those of the queue that is named here; another
+`--queue` has its own, which the site's scheduler knows best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Because:
+    """A line of a script, and why it is there."""
+
+    line: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """Jobs of at most so many nodes may take at most so many hours."""
+
+    nodes: int
+    hours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One machine.
+
+    Attributes:
+        queue: partition, queue or quality of service that its limits are of.
+        queue_option: how the scheduler is told of it.
+        gpus_per_node: that the scheduler is asked for; None: in the site's own `directives`.
+        directives: of the scheduler, without their prefix; {nodes} is the number of nodes.
+        exports: variables, without the word export.
+        launch: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
+        limits: by number of nodes, ascending; the first that holds a job counts.
+    """
+
+    name: str
+    title: str
+    scheduler: str
+    queue: str | None
+    queue_option: str = ""
+    ranks_per_node: int
+    cpus_per_rank: int
+    gpus_per_node: int | None
+    directives: tuple[Because, ...] = ()
+    exports: tuple[Because, ...] = ()
+    launcher: Because | None = None
+    notes: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
+
+
+_MIOPEN = (
+    Because(
+        line='MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"',
+        reason="MIOpen keeps a database of kernels; many ranks that lock one in $HOME stall.",
+    ),
+    Because(
+        line='MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"',
+        reason="The same for its compiled kernels: node-local, and gone with the job.",
+    ),
+)
+
+SITES = (
+    Site(
+        name="perlmutter",
+        title="Perlmutter at NERSC, GPU nodes (4 A100 each)",
+        scheduler="slurm",
+        queue="regular",
+        queue_option="--qos",
+        ranks_per_node=4,
+        cpus_per_rank=32,
+        gpus_per_node=4,
+        directives=(Because(line="--constraint=gpu", reason="The GPU nodes, not the CPU ones."),),
+        exports=(
+            Because(
+                line="FI_MR_CACHE_MONITOR=userfaultfd",
+                reason="Slingshot's default monitor of registered memory can hang with NCCL.",
+            ),
+            Because(
+                line="HDF5_USE_FILE_LOCKING=FALSE",
+                reason="HDF5 refuses to open files where the file system does not lock.",
+            ),
+        ),
+        limits=(Limit(nodes=1792, hours=48),),
+    ),
+    Site(
+        name="frontier",
+        title="Frontier at OLCF (8 GCDs of MI250X a node)",
+        scheduler="slurm",
+        queue="batch",
+        queue_option="--partition",
+        ranks_per_node=8,
+        cpus_per_rank=7,
+        gpus_per_node=None,
+        exports=(
+            Because(
+                line="NCCL_SOCKET_IFNAME=hsn0",
+                reason="RCCL would find the management network first.",
+            ),
+            *_MIOPEN,
+        ),
+        launcher=Because(
+            line="--gpus-per-task=1 --gpu-bind=closest",
+            reason="Each rank gets the GCD beside its cores, as its only one. Seven cores a rank: "
+            "the eighth of every die is the system's.",
+        ),
+        limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9408, hours=12)),
+    ),
+    Site(
+        name="summit",
+        title="Summit at OLCF (6 V100 a node)",
+        scheduler="lsf",
+        queue="batch",
+        queue_option="-q",
+        ranks_per_node=6,
+        cpus_per_rank=7,
+        gpus_per_node=None,
+        directives=(
+            Because(line="-nnodes {nodes}", reason="Summit counts nodes, not slots."),
+            Because(
+                line='-alloc_flags "gpumps smt1"',
+                reason="One thread a core; MPS lets ranks of other resource sets share a GPU.",
+            ),
+        ),
+        launcher=Because(
+            line="jsrun -n {ranks} -r {ranks_per_node} -a 1 -g 1 -c {cpus} -brs",
+            reason="A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.",
+        ),
+        notes=("The script itself runs on a launch node, jsrun's ranks on the compute nodes.",),
+        limits=(
+            Limit(nodes=45, hours=2),
+            Limit(nodes=91, hours=6),
+            Limit(nodes=921, hours=12),
+            Limit(nodes=4608, hours=24),
+        ),
+    ),
+    Site(
+        name="polaris",
+        title="Polaris at ALCF (4 A100 a node)",
+        scheduler="pbs",
+        queue="prod",
+        queue_option="-q",
+        ranks_per_node=4,
+        cpus_per_rank=8,
+        gpus_per_node=None,
+        directives=(
+            Because(line="-l select={nodes}:system=polaris", reason="Whole nodes of Polaris."),
+            Because(line="-l place=scatter", reason="Each chunk on a node of its own."),
+            Because(
+                line="-l filesystems=home:eagle",
+                reason="The job waits while one of these is down, instead of failing on it.",
+            ),
+        ),
+        launcher=Because(
+            line="--depth {cpus} --cpu-bind depth",
+            reason="Each rank is bound to its own cores, in the order of the ranks.",
+        ),
+        limits=(Limit(nodes=24, hours=3), Limit(nodes=99, hours=6), Limit(nodes=496, hours=24)),
+    ),
+    Site(
+        name="aurora",
+        title="Aurora at ALCF (2 x 52 cores, 12 GPU tiles a node)",
+        scheduler="pbs",
+        queue="prod",
+        queue_option="-q",
+        ranks_per_node=12,
+        cpus_per_rank=8,
+        gpus_per_node=None,
+        directives=(
+            Because(line="-l select={nodes}", reason="Whole nodes."),
+            Because(line="-l place=scatter", reason="Each chunk on a node of its own."),
+            Because(
+                line="-l filesystems=home:flare",
+                reason="The job waits while one of these is down, instead of failing on it.",
+            ),
+        ),
+        exports=(
+            Because(
+                line="TMPDIR=/tmp",
+                reason="The site's own is so long that paths of sockets in it exceed 107 bytes.",
+            ),
+            Because(
+                line="CCL_PROCESS_LAUNCHER=pmix",
+                reason="oneCCL, the carrier of the backend xccl, finds its ranks by PALS's PMIx.",
+            ),
+            Because(line="CCL_ATL_TRANSPORT=mpi", reason="oneCCL talks between nodes by MPI."),
+        ),
+        launcher=Because(
+            line="--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:"
+            "53-60:61-68:69-76:77-84:85-92:93-100",
+            reason="A rank a GPU tile, on its socket; cores 0 and 52 are the system's.",
+        ),
+        notes=(
+            "hpctrain trains on CUDA, ROCm and CPUs: here the ranks train on the CPUs, over gloo.",
+        ),
+        limits=(Limit(nodes=10624, hours=24),),
+    ),
+    Site(
+        name="lumi",
+        title="LUMI-G at CSC (8 GCDs of MI250X a node)",
+        scheduler="slurm",
+        queue="standard-g",
+        queue_option="--partition",
+        ranks_per_node=8,
+        cpus_per_rank=7,
+        gpus_per_node=8,
+        exports=_MIOPEN,
+        launcher=Because(
+            line='"--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,'
+            'fe00000000,fe0000000000"',
+            reason="GCD i is beside these cores of rank i; the first of a die is the system's.",
+        ),
+        limits=(Limit(nodes=1024, hours=48),),
+    ),
+    Site(
+        name="juwels",
+        title="JUWELS Booster at JSC (4 A100 a node)",
+        scheduler="slurm",
+        queue="booster",
+        queue_option="--partition",
+        ranks_per_node=4,
+        cpus_per_rank=12,
+        gpus_per_node=4,
+        notes=(
+            "Host names with an i appended are those of the InfiniBand network.",
+            "Nothing is to be set: hpctrain takes the first address that all nodes reach.",
+        ),
+        limits=(Limit(nodes=384, hours=24),),
+    ),
+    Site(
+        name="della",
+        title="Della at Princeton (2 A100 a node)",
+        scheduler="slurm",
+        queue=None,
+        ranks_per_node=2,
+        cpus_per_rank=8,
+        gpus_per_node=None,
+        directives=(
+            Because(
+                line="--gres=gpu:2",
+                reason="Both GPUs of a node, visible to both ranks: bound one to a task they could "
+                "not copy to each other.",
+            ),
+        ),
+        limits=(Limit(nodes=64, hours=144),),
+    ),
+)
+
+
+def longest_hours(site: Site, nodes: int) -> float | None:
+    """Return how long a job of so many nodes may take, None if it may not run at all."""
+    return next((limit.hours for limit in site.limits if nodes <= limit.nodes), None)

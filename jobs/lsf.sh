@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains configs/run.toml on a cluster with LSF.
+# Two things to edit, marked EDIT: the account, and the number of nodes. Then:
+#
+#   bsub <jobs/lsf.sh
+#
+# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
+# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+
+#BSUB -J digits
+# EDIT: whom the time is charged to.
+#BSUB -P my_account
+# EDIT: nodes x 4 ranks; 8 are 2 nodes.
+#BSUB -n 8
+# So many ranks a node, each bound to its own CPUs.
+#BSUB -R "span[ptile=4] affinity[core(8)]"
+# GPUs of each node, visible to all of its ranks.
+#BSUB -gpu "num=4/host"
+#BSUB -W 2:00
+# URG comes so many minutes before the limit. hpctrain asks for the time left by itself and may stop
+# earlier; this is for where bjobs does not answer.
+#BSUB -wa URG
+#BSUB -wt 5
+#BSUB -o digits-%J.log
+set -uo pipefail
+
+# Whatever brings Python, torch and mpi4py here: a module, or an environment beside the config.
+if [[ -f .venv/bin/activate ]]; then
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+python=(python)
+
+# Threads of a rank: of its own CPUs, also where the launcher does not bind it to them.
+export OMP_NUM_THREADS=8
+# The ranks run in the background: bash would hold back a trap until a command in the foreground
+# ends. What the batch system sends to this script alone goes on to them as USR1, which every
+# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
+# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
+ended=
+mpirun -np "$LSB_DJOB_NUMPROC" "${python[@]}" -m hpctrain configs/run.toml &
+ranks=$!
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
+trap pass_on USR1 USR2 URG XCPU
+trap 'ended=yes; pass_on' TERM INT
+wait "$ranks"
+code=$?
+while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks
+  wait "$ranks"
+  code=$?
+done
+trap '' TERM INT USR1 USR2 URG XCPU
+
+# The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
+# submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
+# 50 jobs are enough.
+"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50
+next=$?
+if [[ $next == 126 || $next == 127 ]]; then
+  next=$code # no Python on this node: the launcher's code has to do
+fi
+if [[ $next == 75 && -z $ended ]]; then
+  bsub <jobs/lsf.sh
+fi
+exit "$next"

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Trains configs/run.toml on Aurora at ALCF (2 x 52 cores, 12 GPU tiles a node).
+# Two things to edit, marked EDIT: the account, and the number of nodes. Then:
+#
+#   qsub jobs/sites/aurora.sh
+#
+# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
+# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+# hpctrain trains on CUDA, ROCm and CPUs: here the ranks train on the CPUs, over gloo.
+
+#PBS -N digits
+# EDIT: whom the time is charged to.
+#PBS -A my_account
+#PBS -q prod
+# EDIT: the number of nodes, after select=.
+# Whole nodes.
+#PBS -l select=2
+# Each chunk on a node of its own.
+#PBS -l place=scatter
+# The job waits while one of these is down, instead of failing on it.
+#PBS -l filesystems=home:flare
+#PBS -l walltime=02:00:00
+# One log, with the errors in it.
+#PBS -j oe
+# Not by PBS itself: the script submits itself again where that is of use.
+#PBS -r n
+set -uo pipefail
+# PBS starts in the home directory.
+cd "$PBS_O_WORKDIR" || exit 69
+nodes=$(sort -u "$PBS_NODEFILE" | wc -l)
+
+# Whatever brings Python, torch and mpi4py here: a module, or an environment beside the config.
+if [[ -f .venv/bin/activate ]]; then
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+python=(python)
+
+# The site's own is so long that paths of sockets in it exceed 107 bytes.
+export TMPDIR=/tmp
+# oneCCL, the carrier of the backend xccl, finds its ranks by PALS's PMIx.
+export CCL_PROCESS_LAUNCHER=pmix
+# oneCCL talks between nodes by MPI.
+export CCL_ATL_TRANSPORT=mpi
+
+# PBS sets it to the CPUs of the whole chunk: each rank would start as many threads as all together.
+export OMP_NUM_THREADS=8
+# A rank a GPU tile, on its socket; cores 0 and 52 are the system's.
+bind=(--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:53-60:61-68:69-76:77-84:85-92:93-100)
+# PBS sends no signal before the limit: hpctrain asks qstat for the time left. Where qstat does not
+# answer on compute nodes, uncomment this line: seconds from the start of the job.
+# export HPCTRAIN_DEADLINE=7200
+# The ranks run in the background: bash would hold back a trap until a command in the foreground
+# ends. What the batch system sends to this script alone goes on to them as USR1, which every
+# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
+# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
+ended=
+mpiexec -n "$((nodes * 12))" --ppn 12 "${bind[@]}" "${python[@]}" -m hpctrain configs/run.toml &
+ranks=$!
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
+trap pass_on USR1 USR2 URG XCPU
+trap 'ended=yes; pass_on' TERM INT
+wait "$ranks"
+code=$?
+while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks
+  wait "$ranks"
+  code=$?
+done
+trap '' TERM INT USR1 USR2 URG XCPU
+
+# The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
+# submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
+# 50 jobs are enough.
+"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50
+next=$?
+if [[ $next == 126 || $next == 127 ]]; then
+  next=$code # no Python on this node: the launcher's code has to do
+fi
+if [[ $next == 75 && -z $ended ]]; then
+  qsub jobs/sites/aurora.sh
+fi
+exit "$next"

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Trains configs/run.toml on Della at Princeton (2 A100 a node).
+# Two things to edit, marked EDIT: the account, and the number of nodes. Then:
+#
+#   sbatch jobs/sites/della.sh
+#
+# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
+# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+
+#SBATCH --job-name=digits
+# EDIT: whom the time is charged to.
+#SBATCH --account=my_account
+# EDIT: the number of nodes.
+#SBATCH --nodes=2
+# One rank a GPU, each with its own CPUs: for its reader thread too.
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=8
+# Both GPUs of a node, visible to both ranks: bound one to a task they could not copy to each other.
+#SBATCH --gres=gpu:2
+#SBATCH --time=02:00:00
+# USR1 goes to all ranks so many seconds before the limit. hpctrain asks for the time left by itself
+# and may stop earlier; this is for where squeue does not answer.
+#SBATCH --signal=USR1@300
+# Slurm may start the job again: after a failed node, a preemption, or as asked for at the end.
+#SBATCH --requeue
+# One log for all tries.
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -uo pipefail
+
+# Whatever brings Python, torch and mpi4py here: a module, or an environment beside the config.
+if [[ -f .venv/bin/activate ]]; then
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+python=(python)
+
+# Since 22.05 srun does not take it over from sbatch: every rank would get one CPU.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# --kill-on-bad-exit: when one rank dies, the others do not wait for it until the limit.
+# The ranks run in the background: bash would hold back a trap until a command in the foreground
+# ends. What the batch system sends to this script alone goes on to them as USR1, which every
+# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
+# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
+ended=
+srun --kill-on-bad-exit=1 "${python[@]}" -m hpctrain configs/run.toml &
+ranks=$!
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
+trap pass_on USR1 USR2 URG XCPU
+trap 'ended=yes; pass_on' TERM INT
+wait "$ranks"
+code=$?
+while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks
+  wait "$ranks"
+  code=$?
+done
+trap '' TERM INT USR1 USR2 URG XCPU
+
+# The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
+# submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
+# 50 jobs are enough.
+"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50
+next=$?
+if [[ $next == 126 || $next == 127 ]]; then
+  next=$code # no Python on this node: the launcher's code has to do
+fi
+if [[ $next == 75 && -z $ended ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$next"

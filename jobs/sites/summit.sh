@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Trains configs/run.toml on Summit at OLCF (6 V100 a node).
+# Two things to edit, marked EDIT: the account, and the number of nodes. Then:
+#
+#   bsub <jobs/sites/summit.sh
+#
+# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
+# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+# The script itself runs on a launch node, jsrun's ranks on the compute nodes.
+
+#BSUB -J digits
+# EDIT: whom the time is charged to.
+#BSUB -P my_account
+#BSUB -q batch
+# EDIT: the number of nodes.
+# Summit counts nodes, not slots.
+#BSUB -nnodes 2
+# One thread a core; MPS lets ranks of other resource sets share a GPU.
+#BSUB -alloc_flags "gpumps smt1"
+#BSUB -W 2:00
+# URG comes so many minutes before the limit. hpctrain asks for the time left by itself and may stop
+# earlier; this is for where bjobs does not answer.
+#BSUB -wa URG
+#BSUB -wt 5
+#BSUB -o digits-%J.log
+set -uo pipefail
+
+# Whatever brings Python, torch and mpi4py here: a module, or an environment beside the config.
+if [[ -f .venv/bin/activate ]]; then
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+python=(python)
+
+# Threads of a rank: of its own CPUs, also where the launcher does not bind it to them.
+export OMP_NUM_THREADS=7
+# EDIT: -n is nodes x 6.
+# A resource set a rank: 1 task, 1 GPU and its cores, bound to the set. Not tried on hardware.
+# The ranks run in the background: bash would hold back a trap until a command in the foreground
+# ends. What the batch system sends to this script alone goes on to them as USR1, which every
+# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
+# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
+ended=
+jsrun -n 12 -r 6 -a 1 -g 1 -c 7 -brs "${python[@]}" -m hpctrain configs/run.toml &
+ranks=$!
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
+trap pass_on USR1 USR2 URG XCPU
+trap 'ended=yes; pass_on' TERM INT
+wait "$ranks"
+code=$?
+while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks
+  wait "$ranks"
+  code=$?
+done
+trap '' TERM INT USR1 USR2 URG XCPU
+
+# The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
+# submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
+# 50 jobs are enough.
+"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50
+next=$?
+if [[ $next == 126 || $next == 127 ]]; then
+  next=$code # no Python on this node: the launcher's code has to do
+fi
+if [[ $next == 75 && -z $ended ]]; then
+  bsub <jobs/sites/summit.sh
+fi
+exit "$next"
