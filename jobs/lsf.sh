@@ -8,9 +8,9 @@
 # is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
 
 #BSUB -J digits
-# EDIT: whom the time is charged to.
+# EDIT: Whom the time is charged to.
 #BSUB -P my_account
-# EDIT: nodes x 4 ranks; 8 are 2 nodes.
+# EDIT: Nodes x 4 ranks; 8 are 2 nodes.
 #BSUB -n 8
 # So many ranks a node, each bound to its own CPUs.
 #BSUB -R "span[ptile=4] affinity[core(8)]"
@@ -35,15 +35,16 @@ python=(python)
 export OMP_NUM_THREADS=8
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
-# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
-# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
-ended=
+# launcher forwards; TERM some take as an order to kill.
 mpirun -np "$LSB_DJOB_NUMPROC" "${python[@]}" -m hpctrain configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
-trap pass_on USR1 USR2 URG XCPU
+# TERM to this script means that somebody ends the job (scancel, bkill, qdel, a preemption): it
+# saves, and does not come back by itself.
+ended=
 trap 'ended=yes; pass_on' TERM INT
+trap pass_on USR1 USR2 URG XCPU
 wait "$ranks"
 code=$?
 while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks

@@ -8,9 +8,9 @@
 # is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
 
 #PBS -N digits
-# EDIT: whom the time is charged to.
+# EDIT: Whom the time is charged to.
 #PBS -A my_account
-# EDIT: the number of nodes, after select=.
+# EDIT: The number of nodes, after select=.
 #PBS -l select=2:ncpus=32:mpiprocs=4:ngpus=4
 # Each chunk on a node of its own.
 #PBS -l place=scatter
@@ -38,15 +38,16 @@ export OMP_NUM_THREADS=8
 # export HPCTRAIN_DEADLINE=7200
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
-# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
-# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
-ended=
+# launcher forwards; TERM some take as an order to kill.
 mpiexec -n "$((nodes * 4))" --ppn 4 "${python[@]}" -m hpctrain configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
-trap pass_on USR1 USR2 URG XCPU
+# TERM to this script means that somebody ends the job (scancel, bkill, qdel, a preemption): it
+# saves, and does not come back by itself.
+ended=
 trap 'ended=yes; pass_on' TERM INT
+trap pass_on USR1 USR2 URG XCPU
 wait "$ranks"
 code=$?
 while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks

@@ -194,6 +194,7 @@ def render(job: Job) -> str:
         job=job,
         title=site.title if site else None,
         notes=site.notes if site else (),
+        edit="EDIT: " if job.account == ACCOUNT else "",
         queue=job.queue or (site.queue if site else None),
         queue_option=(site.queue_option if site else "") or "--partition",
         directives=_pairs(site.directives if site else (), job),

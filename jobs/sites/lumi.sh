@@ -8,9 +8,9 @@
 # is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
 
 #SBATCH --job-name=digits
-# EDIT: whom the time is charged to.
+# EDIT: Whom the time is charged to.
 #SBATCH --account=my_account
-# EDIT: the number of nodes.
+# EDIT: The number of nodes.
 #SBATCH --nodes=2
 #SBATCH --partition=standard-g
 # One rank a GPU, each with its own CPUs: for its reader thread too.
@@ -49,15 +49,16 @@ bind=("--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe
 # --kill-on-bad-exit: when one rank dies, the others do not wait for it until the limit.
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
-# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
-# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
-ended=
+# launcher forwards; TERM some take as an order to kill.
 srun --kill-on-bad-exit=1 "${bind[@]}" "${python[@]}" -m hpctrain configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
-trap pass_on USR1 USR2 URG XCPU
+# TERM to this script means that somebody ends the job (scancel, bkill, qdel, a preemption): it
+# saves, and does not come back by itself.
+ended=
 trap 'ended=yes; pass_on' TERM INT
+trap pass_on USR1 USR2 URG XCPU
 wait "$ranks"
 code=$?
 while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks

@@ -9,10 +9,10 @@
 # The script itself runs on a launch node, jsrun's ranks on the compute nodes.
 
 #BSUB -J digits
-# EDIT: whom the time is charged to.
+# EDIT: Whom the time is charged to.
 #BSUB -P my_account
 #BSUB -q batch
-# EDIT: the number of nodes.
+# EDIT: The number of nodes.
 # Summit counts nodes, not slots.
 #BSUB -nnodes 2
 # One thread a core; MPS lets ranks of other resource sets share a GPU.
@@ -34,19 +34,20 @@ python=(python)
 
 # Threads of a rank: of its own CPUs, also where the launcher does not bind it to them.
 export OMP_NUM_THREADS=7
-# EDIT: -n is nodes x 6.
+# EDIT: The number after -n is nodes x 6.
 # A resource set a rank: 1 task, 1 GPU and its cores, bound to the set. Not tried on hardware.
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
-# launcher forwards; TERM some take as an order to kill. TERM to this script means that somebody
-# ends the job (scancel, bkill, qdel, a preemption): it saves, and does not come back by itself.
-ended=
+# launcher forwards; TERM some take as an order to kill.
 jsrun -n 12 -r 6 -a 1 -g 1 -c 7 -brs "${python[@]}" -m hpctrain configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
-trap pass_on USR1 USR2 URG XCPU
+# TERM to this script means that somebody ends the job (scancel, bkill, qdel, a preemption): it
+# saves, and does not come back by itself.
+ended=
 trap 'ended=yes; pass_on' TERM INT
+trap pass_on USR1 USR2 URG XCPU
 wait "$ranks"
 code=$?
 while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks

@@ -1,0 +1,194 @@
+"""Job scripts: what the command prints is what lies in jobs/, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpctrain.batch.script import parse_time
+from hpctrain.batch.sites import SITES, longest_hours
+from hpctrain.batch.submit import submit
+from hpctrain.cli import main
+from hpctrain.errors import LaunchError, UsageError
+
+ROOT = Path(__file__).parents[2]
+GENERIC = ("slurm", "lsf", "pbs")
+SHIPPED = {f"jobs/{name}.sh": ["--scheduler", name] for name in GENERIC} | {
+    f"jobs/sites/{site.name}.sh": ["--site", site.name] for site in SITES
+}
+ASKED = ["--nodes", "2", "--time", "2:00:00"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "run.toml", tmp_path / "configs" / "run.toml")
+    for part in ("train", "validation"):
+        (tmp_path / "data" / "digits" / part).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def job(*arguments: str) -> int:
+    return main(["job", "configs/run.toml", *arguments])
+
+
+def assert_is_sound(script: str) -> None:
+    checked = [["bash", "-n", script]]
+    if shutil.which("shellcheck"):
+        checked.append(["shellcheck", script])
+    for command in checked:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_the_scripts_in_jobs_are_what_is_printed(here: Path, path: str) -> None:
+    command = [*SHIPPED[path], *ASKED, "--output", path]
+    (here / path).parent.mkdir(parents=True)
+    assert job(*command) == 0
+    printed = (here / path).read_text(encoding="utf-8")
+    assert printed == (ROOT / path).read_text(encoding="utf-8"), (
+        f"write it anew: python -m hpctrain job configs/run.toml {' '.join(command)}"
+    )
+    assert (here / path).stat().st_mode & stat.S_IXUSR
+
+
+def test_nothing_else_is_in_jobs_sites() -> None:
+    assert {f"jobs/sites/{path.name}" for path in (ROOT / "jobs" / "sites").iterdir()} == {
+        path for path in SHIPPED if path.startswith("jobs/sites/")
+    }
+
+
+@pytest.mark.parametrize("name", GENERIC)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--chain", "3", "--environment", "my image.sif"],
+        ["--environment", "env.tar.gz", "--gpus-per-node", "0", "--queue", "short"],
+        ["run.name=other", "run.directory=my runs", "--account", "me"],
+    ],
+    ids=["chain", "packed", "names"],
+)
+def test_other_scripts_are_sound(
+    here: Path, name: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job("--scheduler", name, *ASKED, *options) == 0
+    text = capsys.readouterr().out
+    Path("job.sh").write_text(text, encoding="utf-8")
+    assert_is_sound("job.sh")
+    if "--chain" in options:
+        assert "'my image.sif'" in text
+        assert "-z $ended" not in text
+    elif "--account" in options:
+        assert "'my runs/other'" in text
+        assert "EDIT" not in text
+    else:
+        assert "short" in text
+        assert "gpu" not in text.lower().replace("one rank a gpu", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2:00:00", 7200), ("0:01:00", 60), ("1-12:00:00", 129600), ("48:00:00", 172800)],
+)
+def test_times(text: str, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2:00", "120", "0:00:00", "1:60:00", "2h"])
+def test_times_that_schedulers_read_differently(text: str) -> None:
+    with pytest.raises(UsageError, match="--time"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--scheduler", "slurm", "--nodes", "32"], 78, ["data.lanes = 64", "take 16 nodes"]),
+        (["--site", "frontier", "--nodes", "4", "--time", "2:00:01"], 78, ["allows 2 h"]),
+        (["--site", "frontier", "--nodes", "9999", "data.lanes=100000"], 78, ["at most 9408"]),
+        (["--site", "frontier", "--nodes", "4", "--time", "3:00:00", "--queue", "x"], 0, []),
+        (["--scheduler", "slurm", "--time", "0:00:09"], 78, ["no step could be trained"]),
+        (["--scheduler", "lsf", "--time", "0:00:40"], 78, ["whole minutes"]),
+        (["--site", "frontir"], 64, ["known are perlmutter, frontier"]),
+        (["--site", "frontier", "--scheduler", "pbs"], 64, ["frontier runs slurm"]),
+        ([], 64, ["--scheduler is needed"]),
+        (["--scheduler", "slurm", "--nodes", "0"], 64, ["0 is not 1 or more"]),
+        (["--scheduler", "slurm", "optimizer.lr=fast"], 78, ["optimizer.lr"]),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    here: Path, options: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = {"--nodes": "2", "--time": "1:00:00"}
+    missing = [
+        part for key, value in defaults.items() if key not in options for part in (key, value)
+    ]
+    assert job(*missing, *options) == code
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+
+
+def test_a_walltime_shorter_than_a_measured_save(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = here / "runs" / "digits"
+    run.mkdir(parents=True)
+    content = {"code": 75, "reason": "x", "step": 7, "tries": 1, "save_seconds": 600}
+    (run / "exit.json").write_text(json.dumps(content), encoding="utf-8")
+    assert job("--scheduler", "slurm", "--nodes", "2", "--time", "0:30:00") == 78
+    assert "a save of 600 s" in capsys.readouterr().err
+    assert job("--scheduler", "slurm", *ASKED) == 0
+
+
+def test_limits_of_sites() -> None:
+    for site in SITES:
+        assert longest_hours(site, 1) is not None
+        nodes = [limit.nodes for limit in site.limits]
+        assert nodes == sorted(nodes)
+
+
+COMMANDS = {
+    "slurm": ("sbatch", "echo 4$(wc -l <calls)", "--parsable --dependency=afterany:41 job.sh"),
+    "lsf": (
+        "bsub",
+        "echo 'Job <'4$(wc -l <calls)'> is submitted to queue <normal>.'",
+        "-w ended(41)",
+    ),
+    "pbs": ("qsub", "echo 4$(wc -l <calls).head", "-W depend=afterany:41.head job.sh"),
+}
+
+
+@pytest.mark.parametrize("scheduler", COMMANDS)
+def test_chains_are_submitted(
+    tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a command that prints what the real one prints."""
+    command, prints, second = COMMANDS[scheduler]
+    shim = tmp_path / command
+    shim.write_text(f'#!/bin/sh\necho "$*" >>calls\ncat >>stdin\n{prints}\n', encoding="utf-8")
+    shim.chmod(0o755)
+    (tmp_path / "job.sh").write_text("#!/bin/bash\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    suffix = ".head" if scheduler == "pbs" else ""
+    ids = submit(Path("job.sh"), scheduler, chain=3)
+    assert ids == [f"4{number}{suffix}" for number in (1, 2, 3)]
+    calls = Path("calls").read_text(encoding="utf-8").splitlines()
+    assert "41" not in calls[0]
+    assert calls[1] == second
+    assert Path("stdin").read_text(encoding="utf-8") == "#!/bin/bash\n" * 3 * (scheduler == "lsf")
+    shim.write_text("#!/bin/sh\necho no such account >&2; exit 1\n", encoding="utf-8")
+    with pytest.raises(LaunchError, match="no such account"):
+        submit(Path("job.sh"), scheduler)
+    shim.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="No such file"):
+        submit(Path("job.sh"), scheduler)
