@@ -1,0 +1,377 @@
+"""Life in a batch system: asked to stop at any time, by anybody, and back to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hpctrain.data.digits import pack_digits
+
+ROOT = Path(__file__).parents[2]
+EPOCH_STEPS = 23
+CLOCKED = {"seconds", "samples_per_second", "time"}
+
+# Slow where a file says so: what is compared with is the same task without it.
+TASK = """
+import time
+from pathlib import Path
+
+from hpctrain.training.task import Classification
+
+
+class Slow(Classification):
+    def evaluate(self, model, fields):
+        if Path("slow-evaluation").exists():
+            time.sleep(0.1)
+        return super().evaluate(model, fields)
+
+    def loss(self, model, fields):
+        if Path("slow-step").exists():
+            time.sleep(2)
+        return super().loss(model, fields)
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "digits"
+    pack_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, digits: Path) -> Path:
+    """A directory to start jobs in."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits)
+    (tmp_path / "tasks.py").write_text(TASK, encoding="utf-8")
+    config = (ROOT / "configs" / "run.toml").read_text(encoding="utf-8")
+    config = config.replace('use = "classification" ', 'use = "tasks:Slow" ')
+    config = config.replace("every_steps = 10 ", "every_steps = 1 ")
+    (tmp_path / "run.toml").write_text(config, encoding="utf-8")
+    return tmp_path
+
+
+def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [
+        {key: value for key, value in record.items() if key not in CLOCKED}
+        for record in map(json.loads, filter(lambda line: line.endswith("}"), lines))
+        if kind in (None, record["kind"])
+    ]
+
+
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in metrics(run, "train")), default=0)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    return json.loads((run / "exit.json").read_text(encoding="utf-8"))
+
+
+def status(site: Path, run: str = "runs/digits") -> int:
+    return subprocess.run(
+        [sys.executable, "-m", "hpctrain", "status", run, "--exit-code"],
+        cwd=site,
+        capture_output=True,
+        check=False,
+    ).returncode
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+class Job:
+    """Ranks under mpirun, of which any can be signalled."""
+
+    def __init__(self, site: Path, ranks: int, *overrides: str) -> None:
+        self.process = subprocess.Popen(
+            ["mpirun", "-np", str(ranks), sys.executable, "-m", "hpctrain", "run.toml", *overrides],
+            cwd=site,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def rank(self, number: int) -> psutil.Process | None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if child.environ().get("PMI_RANK") == str(number):
+                    return child
+            except psutil.Error:
+                continue
+        return None
+
+    def signal_rank(self, number: int, which: int) -> None:
+        process = self.rank(number)
+        assert process is not None
+        process.send_signal(which)
+
+    def wait(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, output
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(site: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def start(ranks: int, *overrides: str) -> Job:
+        jobs.append(Job(site, ranks, *overrides))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.mark.timeout(300)
+def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> None:
+    """Only the last rank is told. The evaluation is left, and is what the next job begins with;
+    also where it was the last of the run. All metrics are those of an uninterrupted run."""
+    # 3 ranks have unequal numbers of batches to evaluate: 120 and 119 samples, one by one.
+    common = ["training.max_epochs=2", "data.micro_batch_size=1", "training.clip_norm=0.5"]
+    code, output = start(3, *common, "run.name=whole").wait()
+    assert code == 0, output
+    run = site / "runs" / "stopped"
+    (site / "slow-evaluation").touch()
+    for number in (1, 2):
+        job = start(3, *common, "run.name=stopped")
+        if number == 2:
+            # The one that is owed, in the way of those that come after.
+            wait_for(lambda: "running" in outcome(run)["reason"])
+            (site / "slow-evaluation").unlink()
+            wait_for(lambda: len(metrics(run, "evaluation")) == 1)
+            (site / "slow-evaluation").touch()
+        wait_for(lambda steps=number * EPOCH_STEPS: last_step(run) == steps)
+        time.sleep(1)
+        job.signal_rank(2, signal.SIGUSR1)
+        code, output = job.wait()
+        assert code == 75, output
+        assert outcome(run)["step"] == number * EPOCH_STEPS
+        assert outcome(run)["reason"] == "stopped by SIGUSR1"
+        assert len(metrics(run, "evaluation")) == number - 1
+    (site / "slow-evaluation").unlink()
+    code, output = start(3, *common, "run.name=stopped").wait()
+    assert code == 0, output
+    assert metrics(run) == metrics(site / "runs" / "whole")
+    assert (run / "latest").read_text() == (site / "runs" / "whole" / "latest").read_text()
+
+
+@pytest.mark.timeout(200)
+def test_a_stop_in_start_up_and_in_the_first_step(site: Path, start: Callable[..., Job]) -> None:
+    run = site / "runs" / "digits"
+    (site / "slow-step").touch()
+    job = start(2)
+    wait_for((run / "exit.json").exists)
+    job.signal_rank(1, signal.SIGTERM)
+    code, output = job.wait()
+    assert code == 75, output
+    assert outcome(run)["step"] <= 2
+    assert status(site) == (75 if outcome(run)["step"] else 1)
+
+    job = start(2)
+    wait_for(lambda: outcome(run)["tries"] == 2 and (run / "metrics.jsonl").exists())
+    time.sleep(0.5)
+    job.signal_rank(1, signal.SIGUSR2)
+    code, output = job.wait()
+    assert code == 75, output
+    assert 1 <= outcome(run)["step"] - outcome(run)["first_step"] <= 2
+    assert status(site) == 75
+
+
+@pytest.mark.timeout(200)
+def test_the_file_stop_holds_a_run_until_it_is_removed(
+    site: Path, start: Callable[..., Job]
+) -> None:
+    run = site / "runs" / "digits"
+    long = ["training.max_epochs=10000", "checkpoint.every_steps=7"]
+    job = start(2, *long)
+    wait_for(lambda: last_step(run) > 20)
+    (run / "STOP").touch()
+    code, output = job.wait()
+    assert code == 75, output
+    assert outcome(run)["reason"] == "stopped by the file STOP"
+    assert status(site) == 1
+    stopped_at = outcome(run)["step"]
+    code, output = start(2, *long).wait()
+    assert code == 75, output
+    assert "before the first step" in output
+    assert outcome(run)["step"] == stopped_at
+    (run / "STOP").unlink()
+    assert status(site) == 1  # the last job has gained nothing
+    code, output = start(2, "training.max_epochs=10").wait()
+    assert code == 0, output
+
+
+@pytest.mark.timeout(200)
+def test_the_time_limit(site: Path, start: Callable[..., Job]) -> None:
+    """Counted from the start of the job. Half of it is margin here, saved is in time."""
+    run = site / "runs" / "digits"
+    began = time.monotonic()
+    code, output = start(2, "training.max_epochs=100000", "run.max_seconds=25").wait()
+    assert code == 75, output
+    assert outcome(run)["reason"] == "stopped by the time limit"
+    assert outcome(run)["step"] > 0
+    assert time.monotonic() - began < 25
+    assert status(site) == 75
+    # Less time than an end takes: stopped at once, and scripts learn that nothing was gained.
+    code, output = start(2, "training.max_epochs=100000", "run.max_seconds=5").wait()
+    assert code == 75, output
+    assert status(site) == 1
+
+
+WAIT_UNTIL_STEP = """\
+for _ in $(seq 250); do
+  grep -qs '"step": 30,' runs/digits/metrics.jsonl && break
+  sleep 0.1
+done
+"""
+
+# The commands of LSF and PBS, with their output and what they set for a job. Real are the script,
+# the ranks, and that one job follows another. The first job is told that its time is nearly over
+# once it has come to step 30; from the second on there is time for all.
+SHIMS = {
+    "bsub": """\
+id=$(($(cat jobs-so-far 2>/dev/null || echo 0) + 1)); echo $id >jobs-so-far
+cat >spool.$id
+LSB_JOBID=$id LSB_DJOB_NUMPROC=2 setsid flock -o lock bash spool.$id >log.$id 2>&1 &
+echo "Job <$id> is submitted to default queue <normal>."
+""",
+    "bjobs": f"""\
+[[ "$*" == "-noheader -o time_left $LSB_JOBID" ]] || exit 255
+[[ $LSB_JOBID == 1 ]] || {{ echo "2:00 L"; exit; }}
+{WAIT_UNTIL_STEP}
+echo "00:00:05 L"
+""",
+    "qsub": """\
+id=$(($(cat jobs-so-far 2>/dev/null || echo 0) + 1)); echo $id >jobs-so-far
+cp "${@: -1}" spool.$id; { hostname; hostname; } >nodes
+cd / && PBS_JOBID=$id.head PBS_O_WORKDIR=$OLDPWD PBS_NODEFILE=$OLDPWD/nodes OMP_NUM_THREADS=2 \\
+  setsid flock -o "$OLDPWD/lock" bash "$OLDPWD/spool.$id" >"$OLDPWD/log.$id" 2>&1 &
+echo $id.head
+""",
+    "qstat": f"""\
+[[ "$*" == "-f -F json $PBS_JOBID" ]] || exit 2
+used=00:00:10
+if [[ $PBS_JOBID == 1.head ]]; then
+{WAIT_UNTIL_STEP}
+used=00:59:55
+fi
+cat <<END
+{{
+    "timestamp":1795000000,
+    "pbs_version":"23.06.06",
+    "pbs_server":"head",
+    "Jobs":{{
+        "$PBS_JOBID":{{
+            "Job_Name":"digits",
+            "resources_used":{{
+                "cpupercent":98,
+                "ncpus":2,
+                "walltime":"$used"
+            }},
+            "job_state":"R",
+            "Resource_List":{{
+                "mpiprocs":2,
+                "nodect":1,
+                "select":"1:ncpus=2:mpiprocs=2",
+                "walltime":"01:00:00"
+            }}
+        }}
+    }}
+}}
+END
+""",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("scheduler", "submits"), [("lsf", "bsub"), ("pbs", "qsub")])
+def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
+    site: Path, scheduler: str, submits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = site / "commands"
+    commands.mkdir()
+    for name, body in SHIMS.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}", encoding="utf-8")
+        (commands / name).chmod(0o755)
+    python = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}:{python}:{os.environ['PATH']}")
+    common = ["training.max_epochs=8", "data.micro_batch_size=8"]
+    whole = subprocess.run(
+        ["mpirun", "-np", "2", "python", "-m", "hpctrain", "run.toml", *common, "run.name=whole"],
+        cwd=site,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert whole.returncode == 0, whole.stderr
+
+    submitted = subprocess.run(
+        [
+            *("python", "-m", "hpctrain", "job", "run.toml", *common, "--scheduler", scheduler),
+            *("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--time", "1:00:00"),
+            *("--gpus-per-node", "0", "--output", "job.sh", "--submit"),
+        ],
+        cwd=site,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert submitted.stdout == ("1\n" if scheduler == "lsf" else "1.head\n"), submitted.stderr
+    run = site / "runs" / "digits"
+
+    def logs() -> str:
+        return "".join(path.read_text(encoding="utf-8") for path in sorted(site.glob("log.*")))
+
+    try:
+        wait_for(lambda: (run / "exit.json").exists() and outcome(run)["code"] == 0, 120)
+        wait_for(lambda: "state       complete" in logs())
+    except AssertionError:
+        pytest.fail(logs())
+    assert (site / "jobs-so-far").read_text(encoding="utf-8") == "2\n"
+    assert "stopped by the time limit" in (site / "log.1").read_text(encoding="utf-8")
+    assert outcome(run)["tries"] == 2
+    assert metrics(run) == metrics(site / "runs" / "whole")
+    assert re.search(r"resumes from step \d+", logs())
+    assert shutil.which(submits) == str(commands / submits)
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """The short form of benchmarks/kill.py, on three ranks."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "4", "--ranks", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 kills" in result.stdout
+    assert "0 problems" in result.stdout
