@@ -103,7 +103,7 @@ class Trial:
 
     def one_moment(self) -> str:
         """Start the job, kill it at a moment, check what is left; return what was hit, where."""
-        first = self.saved()
+        first, starts = self.saved(), len(self.starts())
         job = self.start("killed")
         where, reached = self.draw.choice(self.moments_of(first))
         while not reached():
@@ -121,7 +121,7 @@ class Trial:
             kill(process)
         job.wait()
         self.end(processes, f"{victim} {where}")
-        self.check(first)
+        self.check(first, starts)
         return f"{victim} {where}"
 
     def moments_of(self, first: int) -> list[tuple[str, Callable[[], bool]]]:
@@ -166,20 +166,26 @@ class Trial:
                     kill(process)
             time.sleep(0.02)
 
-    def check(self, first: int) -> None:
+    def check(self, first: int, starts: int) -> None:
         """Compare what is saved with how far the run had come."""
         step, saved = self.last_step(), self.saved()
         asked_for = step // SAVE_EVERY * SAVE_EVERY
         if saved < max(first, asked_for - SAVE_EVERY):
             self.problems.append(f"step {step}, and only step {saved} is saved")
         self.worst = max(self.worst, step - saved)
-        log = self.folder / "log.txt"
-        starts = re.findall(
-            r"resumes? from step ([\d,]+)|from scratch", log.read_text() if log.exists() else ""
-        )
         # A job that was killed in start-up said nothing.
-        if starts and step > first and int((starts[-1] or "0").replace(",", "")) != first:
-            self.problems.append(f"went on from step {starts[-1]}, and step {first} was saved")
+        for begin in self.starts()[starts:]:
+            if begin != first:
+                self.problems.append(f"went on from step {begin}, and step {first} was saved")
+
+    def starts(self) -> list[int]:
+        """Return the step at which each job of the run began, as the log tells."""
+        try:
+            text = (self.folder / "log.txt").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        found = re.findall(r"resumes from step ([\d,]+)|(?<= )from scratch", text)
+        return [int(step.replace(",", "") or 0) for step in found]
 
     def saved(self) -> int:
         """Return the step of the newest whole checkpoint, 0 if there is none."""
