@@ -1,0 +1,91 @@
+"""Which command a command line asks for, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from hpctrain.cli.datasets import data
+from hpctrain.cli.help import HELP
+from hpctrain.cli.jobs import check, run
+from hpctrain.cli.parsing import usage_error
+from hpctrain.cli.tools import ckpt, job, status
+from hpctrain.cli.voice import point_to_rank_zero, say, tell
+from hpctrain.errors import ExitCode, HpctrainError, LaunchError
+from hpctrain.launch.launchers import Claim, may_speak, this_process
+from hpctrain.version import __version__
+
+_HEAD_START_SECONDS = 2.0
+
+OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "job": job, "ckpt": ckpt}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    claim = None
+    # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
+    speaks = may_speak(os.environ)
+    try:
+        claim = claim_for(arguments)
+        speaks = claim.rank in (None, 0)
+        return dispatch(arguments, claim)
+    except HpctrainError as error:
+        if not error.told:
+            # What only this rank knows it has to say itself.
+            if speaks or not error.everywhere:
+                tell(error)
+            else:
+                # A launcher ends the job once the first rank leaves: rank 0 is to be heard before.
+                time.sleep(_HEAD_START_SECONDS)
+                if claim is None or not claim.needs_mpi:
+                    point_to_rank_zero()
+        return error.exit_code
+
+
+def claim_for(arguments: Sequence[str]) -> Claim:
+    """Return who this process is for a command line.
+
+    Raises:
+        LaunchError: if the launch is broken, and training is what was asked for.
+    """
+    try:
+        return this_process()
+    except LaunchError:
+        if _is_collective(arguments):
+            raise
+        # Work for one process; it only matters which one it is.
+        return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
+
+
+def _is_collective(arguments: Sequence[str]) -> bool:
+    """Tell whether a command line is work for all ranks together."""
+    from hpctrain.data.tools.declaring import COLLECTIVE
+
+    if arguments[:1] == ["data"]:
+        return not COLLECTIVE.isdisjoint(arguments[1:2])
+    return bool(arguments) and arguments[0] not in (*COMMANDS, *OPTIONS)
+
+
+def dispatch(arguments: list[str], claim: Claim) -> int:
+    """Find the command among the arguments and run it.
+
+    Raises:
+        UsageError: if there is none, or its own arguments do not fit.
+    """
+    if not arguments:
+        raise usage_error("a config file or a command is needed")
+    first, rest = arguments[0], arguments[1:]
+    if first in OPTIONS:
+        return say(claim, OPTIONS[first])
+    if first == "data":
+        return data(rest, claim)
+    if first in COMMANDS:
+        # These are work for one process, also where a launcher started several.
+        return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
+    if first == "check":
+        return check(rest, claim)
+    return run(arguments, claim)

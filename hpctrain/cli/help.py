@@ -1,0 +1,60 @@
+"""What `python -m hpctrain --help` says."""
+
+from __future__ import annotations
+
+PROGRAM = "python -m hpctrain"
+
+USAGE = """\
+usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
+       python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
+       python -m hpctrain status RUN [--json | --exit-code] [--max-tries N]
+       python -m hpctrain job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS
+       python -m hpctrain data TOOL ...
+       python -m hpctrain ckpt ls|verify|diff|export RUN [...]
+"""
+
+HELP = f"""\
+{USAGE}
+Train as the TOML file CONFIG says. Start it under the launcher of the cluster:
+
+  mpirun -np 16 python -m hpctrain configs/run.toml
+  srun python -m hpctrain configs/run.toml training.max_epochs=20 optimizer.lr=2e-3
+
+Overrides are TOML values for single keys. Started again, a run continues from its newest
+checkpoint. Alone, without a launcher, it is one process.
+
+commands:
+  check CONFIG      under the launcher, before a long job: try network, devices, model, data and
+                    run folder, train nothing, say what is wrong and how to fix it; 0 or 69
+  status RUN        how the run in this folder ended or where it stands. --json: for programs.
+                    --exit-code: for job scripts, after the launcher has ended: 0 complete,
+                    75 submit again, 1 neither (the file STOP is there, no step was gained
+                    in the last job, or it was the N-th), else that of the failure
+  job CONFIG        print a job script, and refuse what cannot run
+                    --scheduler slurm|lsf|pbs, or --site perlmutter|frontier|summit|polaris|
+                    aurora|lumi|juwels|della
+                    --nodes N  --time H:MM:SS  --account NAME  --queue NAME
+                    --ranks-per-node N  --cpus-per-rank N  --gpus-per-node N (0: none)
+                    --environment FILE (.sif or .tar.gz)  --chain N: jobs one after another
+                    --output FILE  --submit: submit it, and print the ids of the jobs
+  data pack SOURCE... FOLDER
+                    pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
+  data pack digits FOLDER
+                    pack scikit-learn's handwritten digits
+  data TOOL ...     info, index, verify, stats, split, repack, bench; each knows --help
+  ckpt ls RUN       the checkpoints of a run: step, size, metrics
+  ckpt verify RUN   compare every byte of them, or of one checkpoint, with its checksums
+  ckpt diff RUN [OTHER]
+                    in what two checkpoints differ: config, tensors, numbers
+  ckpt export RUN FILE [--average]
+                    the weights as one safetensors file
+
+options:
+  --np N            start N processes on this node, under the mpirun of the bound MPI library
+  -h, --help        show this message
+  --version         show the version
+
+exit codes:
+  0 complete   75 stopped early and saved: submit again
+  64 usage   65 data   69 launch   70 bug or diverged training   74 checkpoint I/O   78 config
+"""

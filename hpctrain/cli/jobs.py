@@ -1,0 +1,153 @@
+"""The commands of all ranks together: a run, and its preflight."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from hpctrain.cli.parsing import Parser, usage_error
+from hpctrain.cli.voice import telling
+from hpctrain.config.schema import Config
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.launch.launchers import Claim
+from hpctrain.topology import Communicator, Topology
+
+if TYPE_CHECKING:
+    from hpctrain.launch.failure import Guard
+
+
+def run(arguments: list[str], claim: Claim) -> int:
+    """Train. Collective: all ranks."""
+    parser = Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--np", type=int)
+    # Overrides may stand before and after --np.
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.np is not None:
+        start_here(parsed.np, [parsed.config, *parsed.overrides], claim)
+
+    from hpctrain.batch.signals import SignalFlag
+    from hpctrain.launch.world import gathering
+
+    # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
+    with (
+        SignalFlag() as signals,
+        started(parsed.config, parsed.overrides, claim) as job,
+        gathering(job.topology, job.communicator, job.config.launch, job.guard) as meeting,
+    ):
+        from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
+
+        return train(
+            job.config,
+            job.topology,
+            job.communicator,
+            meeting=meeting,
+            signals=signals,
+            guard=job.guard,
+            command=arguments,
+        )
+
+
+def check(arguments: list[str], claim: Claim) -> int:
+    """Try everything that a run needs, and train nothing. Collective: all ranks."""
+    parser = Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--json", action="store_true")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.observe.streams import reserved_stdout
+    from hpctrain.preflight.report import start_failed_json
+
+    with reserved_stdout(parsed.json) as out:
+        try:
+            with started(parsed.config, parsed.overrides, claim) as job:
+                from hpctrain.preflight.job import check as check_all
+
+                return check_all(
+                    job.config,
+                    job.topology,
+                    job.communicator,
+                    job.guard,
+                    command=[parsed.config, *parsed.overrides],
+                    out=out,
+                    as_json=parsed.json,
+                )
+        except HpctrainError as error:
+            # Before there is a report: machines get an object all the same.
+            if parsed.json and claim.rank in (None, 0):
+                print(start_failed_json(parsed.config, error), file=out, flush=True)
+            raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What every rank of a job has once it has begun."""
+
+    config: Config
+    topology: Topology
+    communicator: Communicator
+    guard: Guard
+
+
+@contextmanager
+def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
+    """Check the config on rank 0, make the world, and hand the config to all ranks.
+
+    Collective: all ranks.
+
+    Raises:
+        HpctrainError: if the config is wrong, or the ranks form no world; told already where all
+            ranks hold it.
+    """
+    from hpctrain.launch.failure import guard
+    from hpctrain.launch.world import control_plane
+
+    # One rank reads the file; the others hear from it what is in it.
+    config = load_config(path, overrides) if claim.rank in (None, 0) else None
+    if claim.launcher is None and isinstance(config, ConfigError):
+        raise config
+    with (
+        control_plane(claim) as (topology, communicator),
+        telling(topology.is_rank_zero),
+        guard(topology) as keeper,
+    ):
+        config = communicator.broadcast(config)
+        if isinstance(config, ConfigError):
+            raise config
+        assert config is not None
+        yield Job(config=config, topology=topology, communicator=communicator, guard=keeper)
+
+
+def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> NoReturn:
+    """Become an mpirun that runs the same command on this node.
+
+    Raises:
+        UsageError: under a launcher, or for no processes.
+        LaunchError: if there is no MPI to do it with.
+    """
+    if num_processes < 1:
+        raise usage_error(f"--np {num_processes}: at least one process is needed")
+    if claim.launcher is not None:
+        raise usage_error(
+            f"--np {num_processes} starts an mpirun of its own, but {claim.launcher.label} has "
+            "started this process already: leave out one of the two"
+        )
+    from hpctrain.launch.starting import start
+
+    start(num_processes, [sys.executable, "-m", "hpctrain", *arguments])
+
+
+def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:
+    """Return the config, or what is wrong with it, as all ranks are about to hear it."""
+    from hpctrain.config import load
+
+    try:
+        return load(path, overrides)
+    except ConfigError as error:
+        error.everywhere = True
+        return error

@@ -1,0 +1,99 @@
+"""The commands of one process: runs, job scripts and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hpctrain.cli.parsing import Parser, count
+from hpctrain.errors import ExitCode
+
+
+def status(arguments: list[str]) -> int:
+    """Tell how a run ended, or where it stands."""
+    parser = Parser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--exit-code", action="store_true")
+    parser.add_argument("--max-tries", type=int)
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.batch.status import read_status, to_json, to_text
+
+    # A person may ask from any job, a script asks about its own.
+    environ = os.environ if parsed.exit_code else {}
+    found = read_status(parsed.run, environ, parsed.max_tries)
+    sys.stdout.write(to_json(found) if parsed.json else to_text(parsed.run, found))
+    return found.exit_code if parsed.exit_code else ExitCode.DONE
+
+
+def job(arguments: list[str]) -> int:
+    """Print or submit a job script."""
+    from hpctrain.batch import script
+
+    parser = Parser()
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--scheduler", choices=script.SCHEDULERS)
+    for option in ("site", "account", "queue", "environment"):
+        parser.add_argument(f"--{option}")
+    parser.add_argument("--time", required=True)
+    parser.add_argument("--nodes", required=True, type=count)
+    for option in ("ranks-per-node", "cpus-per-rank", "chain"):
+        parser.add_argument(f"--{option}", type=count)
+    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--submit", action="store_true")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.batch.outcome import read_outcome
+    from hpctrain.batch.submit import submit
+    from hpctrain.config import load
+    from hpctrain.data.partition import default_lanes
+
+    config = load(parsed.config, parsed.overrides)
+    wanted = script.plan(config, vars(parsed))
+    before = read_outcome(Path(wanted.run_folder))
+    script.check(
+        wanted,
+        lanes=config.data.lanes or default_lanes(config.data.global_batch_size),
+        save_seconds=0.0 if before is None else before.save_seconds,
+    )
+    text = script.render(wanted)
+    if parsed.output is None and not parsed.submit:
+        sys.stdout.write(text)
+        return ExitCode.DONE
+    path = Path(wanted.script)
+    script.write(path, text)
+    if parsed.submit:
+        sys.stdout.writelines(f"{item}\n" for item in submit(path, wanted.scheduler, wanted.chain))
+    return ExitCode.DONE
+
+
+def ckpt(arguments: list[str]) -> int:
+    """Look at checkpoints; RUN is the folder of a run or of one of its checkpoints."""
+    parser = Parser()
+    parser.add_argument("tool", choices=["ls", "verify", "diff", "export"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--average", action="store_true")
+    parsed = parser.parse_args(arguments)
+    tool, other = parsed.tool, parsed.other
+    if (other is None) != (tool in ("ls", "verify")) and tool != "diff":
+        parser.error("ckpt export needs a FILE" if other is None else f"ckpt {tool} takes one RUN")
+    if parsed.average and tool != "export":
+        parser.error("--average belongs to ckpt export")
+
+    from hpctrain.checkpoint import tools
+
+    if tool == "ls":
+        text = tools.listed(parsed.run)
+    elif tool == "verify":
+        text = tools.verified(parsed.run)
+    elif tool == "diff":
+        text = tools.compared(parsed.run, other)
+    else:
+        text = tools.export(parsed.run, other, average=parsed.average)
+    sys.stdout.write(text + "\n")
+    return ExitCode.DONE

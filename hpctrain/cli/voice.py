@@ -1,0 +1,49 @@
+"""One voice for all ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hpctrain.errors import ExitCode, HpctrainError
+from hpctrain.launch.launchers import Claim
+
+
+def tell(error: HpctrainError) -> None:
+    """Print a failure."""
+    print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def point_to_rank_zero() -> None:
+    """Say where the reason is told, to who reads the output of this process alone."""
+    here = " ".join(
+        f"{key}={os.environ.get(key, '(not set)')}"
+        for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    sys.stderr.write(
+        "hpctrain: this process cannot start either: rank 0 tells why. If it does not, what is "
+        f"wrong is here: {here}\n"
+    )
+    sys.stderr.flush()
+
+
+@contextmanager
+def telling(is_rank_zero: bool) -> Iterator[None]:
+    """Have rank 0 tell a failure that all ranks share, before any of them leaves."""
+    try:
+        yield
+    except HpctrainError as error:
+        if error.everywhere:
+            if is_rank_zero:
+                tell(error)
+            error.told = True
+        raise
+
+
+def say(claim: Claim, text: str) -> int:
+    """Print a text once, whatever the number of ranks."""
+    if claim.rank in (None, 0):
+        sys.stdout.write(text)
+    return ExitCode.DONE
