@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from hpctrain.batch.deadline import Deadline
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import storage as judging
 from hpctrain.preflight.judging.walltime import WALLTIME_FIX, judge_walltime
-from hpctrain.preflight.probes.deadline import TimeLeft, batch_job, time_left
 from hpctrain.preflight.probes.folder import FolderFacts, trial_folder, try_folder
 from hpctrain.preflight.probes.step import StepFacts
 from hpctrain.training.assembly import Data
@@ -38,10 +38,18 @@ def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:
 def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFacts] | None) -> None:
     """Hold the time left against the length of the run. Collective: all ranks."""
 
-    def ask_here() -> tuple[TimeLeft | None, str | None] | None:
+    def ask_here() -> tuple[float, str | None] | None:
         if not checks.topology.is_rank_zero:
             return None
-        return time_left(os.environ, time.time()), batch_job(os.environ)
+        problems: list[str] = []
+        deadline = Deadline(
+            max_seconds=checks.config.run.max_seconds,
+            environ=os.environ,
+            began=time.time(),
+            tell=problems.append,
+        )
+        deadline.refresh()
+        return deadline.seconds_left(), problems[0] if problems else None
 
     told = checks.gather("walltime", WALLTIME_FIX, ask_here)
     if told is None or told[0] is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from preflight_tables import rank
@@ -25,7 +27,6 @@ from hpctrain.preflight.judging.network import (
 from hpctrain.preflight.judging.storage import judge_folder, judge_shared, judge_space
 from hpctrain.preflight.judging.walltime import judge_walltime
 from hpctrain.preflight.probes.dataset import Reading
-from hpctrain.preflight.probes.deadline import TimeLeft, batch_job, time_left
 from hpctrain.preflight.probes.folder import FolderFacts
 from hpctrain.preflight.probes.network import Lookup, Reduction
 from hpctrain.preflight.probes.step import StepFacts
@@ -279,44 +280,18 @@ def test_space(checkpoint_bytes: int | None, status: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "left"),
+    ("seconds", "problem", "needed", "status", "words"),
     [
-        ({}, None),
-        ({"SLURM_JOB_END_TIME": "1100"}, TimeLeft(100, "SLURM_JOB_END_TIME")),
-        (
-            {"SLURM_JOB_END_TIME": "1100", "HPCTRAIN_DEADLINE": "1050"},
-            TimeLeft(50, "HPCTRAIN_DEADLINE"),
-        ),
-    ],
-)
-def test_time_left(environ: dict[str, str], left: TimeLeft | None) -> None:
-    assert time_left(environ, now=1000) == left
-
-
-def test_a_deadline_that_is_no_time() -> None:
-    with pytest.raises(ValueError, match="HPCTRAIN_DEADLINE='noon'"):
-        time_left({"HPCTRAIN_DEADLINE": "noon"}, now=1000)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "job", "needed", "status", "words"),
-    [
-        (None, None, None, "pass", "no limit known"),
-        (None, "PBS_JOBID", 100.0, "warn", "unknown, though PBS_JOBID is set"),
-        (7200, "SLURM_JOB_ID", 100.0, "pass", "2:00:00 left (X); all steps take about 0:01:40"),
-        (7200, "SLURM_JOB_ID", 8000.0, "pass", "has to be submitted again"),
-        (100, "SLURM_JOB_ID", None, "warn", "0:01:40 left"),
-        (-1, "SLURM_JOB_ID", None, "fail", "0:00:00 left"),
+        (math.inf, None, None, "pass", "no limit is known"),
+        (math.inf, "qstat is not installed here", 100.0, "warn", "not installed"),
+        (7200, None, 100.0, "pass", "2:00:00 left; all steps take about 0:01:40"),
+        (7200, None, 8000.0, "pass", "has to be submitted again"),
+        (100, None, None, "warn", "0:01:40 left"),
+        (-1, None, None, "fail", "0:00:00 left"),
     ],
 )
 def test_walltime(
-    seconds: float | None, job: str | None, needed: float | None, status: str, words: str
+    seconds: float, problem: str | None, needed: float | None, status: str, words: str
 ) -> None:
-    left = None if seconds is None else TimeLeft(seconds, "X")
-    finding = judge_walltime(left, job, needed)
+    finding = judge_walltime(seconds, problem, needed)
     assert (finding.status, words in finding.fact) == (status, True), finding
-
-
-def test_batch_job() -> None:
-    assert batch_job({"HOME": "/"}) is None
-    assert batch_job({"LSB_JOBID": "7"}) == "LSB_JOBID"

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 from hpctrain.observe.text import duration
 from hpctrain.preflight.finding import Finding
-from hpctrain.preflight.probes.deadline import TimeLeft
 
 _LITTLE_SECONDS = 300.0
 
 WALLTIME_FIX = "export HPCTRAIN_DEADLINE=$(($(date +%s) + SECONDS_LEFT)) in the job script"
 
 
-def judge_walltime(left: TimeLeft | None, job: str | None, needed_seconds: float | None) -> Finding:
+def judge_walltime(
+    seconds_left: float, problem: str | None, needed_seconds: float | None
+) -> Finding:
     """Hold the time left against the length of the run.
 
     Args:
-        left: None where nobody tells.
-        job: the variable that names the batch job; None outside of one.
+        seconds_left: infinite where no end is known.
+        problem: why the scheduler of this job does not say; None where it does, or there is none.
         needed_seconds: of all steps of the run, as far as one step tells; None: it is unknown.
     """
     name = "walltime"
     run = "" if needed_seconds is None else f"; all steps take about {duration(needed_seconds)}"
-    if left is None:
-        if job is None:
-            return Finding(name=name, status="pass", fact=f"no limit known, no batch job{run}")
+    if math.isinf(seconds_left):
+        if problem is None:
+            return Finding(name=name, status="pass", fact=f"no limit is known{run}")
+        return Finding(name=name, status="warn", fact=f"{problem}{run}", fix=WALLTIME_FIX)
+    fact = f"{duration(seconds_left)} left{run}"
+    values = {"seconds": seconds_left}
+    if seconds_left < _LITTLE_SECONDS:
         return Finding(
             name=name,
-            status="warn",
-            fact=f"unknown, though {job} is set{run}",
-            fix=WALLTIME_FIX,
-        )
-    fact = f"{duration(left.seconds)} left ({left.source}){run}"
-    values = {"seconds": left.seconds}
-    if left.seconds < _LITTLE_SECONDS:
-        return Finding(
-            name=name,
-            status="fail" if left.seconds <= 0 else "warn",
+            status="fail" if seconds_left <= 0 else "warn",
             fact=fact,
-            fix="ask the scheduler for more time; HPCTRAIN_DEADLINE, where set, is seconds since "
-            "1970",
+            fix="ask the scheduler for more time; see that HPCTRAIN_DEADLINE, where it is set, and "
+            "run.max_seconds are right",
             values=values,
         )
-    if needed_seconds is not None and needed_seconds > left.seconds:
+    if needed_seconds is not None and needed_seconds > seconds_left:
         fact += ": the run will stop, save, and has to be submitted again"
     return Finding(name=name, status="pass", fact=fact, values=values)
