@@ -14,6 +14,7 @@ from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, this_process
+from hpctrain.launch.limits import prepare_nccl, raise_open_files
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
@@ -54,6 +55,7 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
         LaunchError: if the launcher's claim is broken or MPI sees another world.
     """
     quiet_native_libraries()  # read when torch is loaded, which comes next
+    raise_open_files()
     claim = this_process() if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
@@ -139,6 +141,7 @@ def process_group(
     timeout = timedelta(
         seconds=60 + 2 * max(section.hang_timeout_seconds, section.first_step_timeout_seconds)
     )
+    prepare_nccl(timeout.total_seconds())
     dist.init_process_group(
         backend,
         store=_store(topology, meeting, section, timeout),

@@ -30,7 +30,7 @@ def mpirun(
 
 
 @pytest.mark.parametrize("mpi", OTHERS)
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 16])
 def test_the_control_plane(mpi: str, ranks: int) -> None:
     code, output = mpirun(mpi, mpi, ranks, str(BODIES / "communicator.py"))
     assert code == 0, output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from hpctrain.launch.device import (
 )
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.launchers import detect
+from hpctrain.launch.limits import prepare_nccl, raise_open_files
 from hpctrain.launch.rendezvous import Address, candidates
 
 A, B = Node("boot-a", "a"), Node("boot-b", "b")
@@ -269,3 +271,23 @@ def test_a_rank_alone_in_its_container(
         (tmp_path / "self" / "ns").mkdir(parents=True)
         (tmp_path / "self" / "ns" / "pid").symlink_to(namespace)
     assert is_walled_off(launcher, above, tmp_path) == walled_off
+
+
+def test_the_settings_of_nccl_leave_those_of_the_user() -> None:
+    environ = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    prepare_nccl(660.0, environ)
+    assert environ == {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "660",
+    }
+
+
+def test_open_files_are_raised_to_the_hard_limit() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

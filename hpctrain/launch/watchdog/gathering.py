@@ -65,15 +65,14 @@ def watched(
         yield None
         return
     # Within one group a process id and an abstract address mean the same to all.
-    own = [rank for rank, place in enumerate(spaces) if place == spaces[topology.rank]]
+    members: dict[object, list[int]] = {}
+    for rank, place in enumerate(spaces):
+        members.setdefault(place, []).append(rank)
+    own = members[spaces[topology.rank]]
     leader = own[0]
-    keys = {place: rank for rank, place in reversed(list(enumerate(spaces)))}
     groups = {
-        key: Group(
-            host=topology.hosts[place[0]],
-            ranks=tuple(rank for rank, other in enumerate(spaces) if other == place),
-        )
-        for place, key in sorted(keys.items(), key=lambda item: item[1])
+        ranks[0]: Group(host=topology.hosts[spaces[ranks[0]][0]], ranks=tuple(ranks))
+        for ranks in members.values()
     }
     hub_listener = listen(len(groups)) if topology.is_rank_zero and len(groups) > 1 else None
     port = hub_listener.getsockname()[1] if hub_listener is not None else 0
