@@ -180,7 +180,8 @@ def _train(
         evaluation_owed=evaluation_owed,
     )
     run.finish()
-    with raise_together(world.communicator):
+    # The others wait while rank 0 writes the last checkpoint to its end.
+    with world.pulse.unhurried(), raise_together(world.communicator):
         if folder is not None and rank_zero is not None:
             with phases.measure("checkpoint"):
                 rank_zero.store.finish()

@@ -249,7 +249,8 @@ class Run:
 
     def _roll_back(self) -> int:
         """Put the parameters of the newest checkpoint back. Collective: all ranks."""
-        return roll_back(self._world, self._parts.step, self._load_newest)
+        with self._world.pulse.unhurried():
+            return roll_back(self._world, self._parts.step, self._load_newest)
 
     def _load_newest(self) -> Loaded | None:
         assert self._rank_zero is not None
