@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.checkpoint.format import step_of
+from hpctrain.checkpoint.layout import step_of
 from hpctrain.checkpoint.reading import is_whole, newest_first
 from hpctrain.data.digits import pack_digits
 
