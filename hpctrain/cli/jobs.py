@@ -31,6 +31,7 @@ def run(arguments: list[str], claim: Claim) -> int:
         start_here(parsed.np, [parsed.config, *parsed.overrides], claim)
 
     from hpctrain.batch.signals import SignalFlag
+    from hpctrain.launch.loading import loading
     from hpctrain.launch.world import gathering
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
@@ -39,7 +40,8 @@ def run(arguments: list[str], claim: Claim) -> int:
         started(parsed.config, parsed.overrides, claim) as job,
         gathering(job.topology, job.communicator, job.config.launch, job.guard) as meeting,
     ):
-        from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
+        with loading():
+            from hpctrain.training.job import train  # brings torch, which has to follow MPI_Init
 
         return train(
             job.config,

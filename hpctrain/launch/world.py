@@ -15,6 +15,7 @@ from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.limits import prepare_nccl, raise_open_files
+from hpctrain.launch.loading import loading
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
@@ -117,11 +118,12 @@ def process_group(
     Raises:
         LaunchError: on every rank, if devices or network cannot carry the world.
     """
-    from torch import distributed as dist
+    with loading():
+        from torch import distributed as dist
 
-    from hpctrain.launch.agreement import closing_together
-    from hpctrain.launch.cores import set_threads
-    from hpctrain.launch.device import choose_backend, choose_device
+        from hpctrain.launch.agreement import closing_together
+        from hpctrain.launch.cores import set_threads
+        from hpctrain.launch.device import choose_backend, choose_device
 
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)
