@@ -15,30 +15,25 @@ from hpctrain.batch.reasons import describe
 from hpctrain.batch.signals import SignalFlag
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.batch.watch import Watch, reserve_seconds
-from hpctrain.checkpoint.layout import newest_first, step_of
-from hpctrain.checkpoint.reading import Loaded, load, load_newest
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.config import Config, to_toml
+from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
-from hpctrain.observe.metrics import MetricsWriter
-from hpctrain.observe.progress import Progress
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.assembly import Data, Parts, build_parts, open_data
 from hpctrain.training.changes import told_changes
 from hpctrain.training.components import resolve_components
 from hpctrain.training.folder import RunFolder
-from hpctrain.training.horizon import Cadence, Place
+from hpctrain.training.horizon import Cadence
 from hpctrain.training.loop import Plan, fit
-from hpctrain.training.persistence import Resumed, expected_bytes, restore, share
+from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
-from hpctrain.training.run import BestMetric, RankZero, Run
-from hpctrain.training.save_clock import SaveClock
+from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
+from hpctrain.training.resuming import find_checkpoint
+from hpctrain.training.run import BestMetric, Run
 from hpctrain.training.telling import complete_text, header_text, summary_text
 from hpctrain.training.warm_start import start_warm
 
@@ -106,7 +101,7 @@ def _train(
 ) -> tuple[ExitCode, str]:
     with raise_together(world.communicator):
         components = resolve_components(config, command[0], command[1:])
-    resumed = _find_checkpoint(config, world, folder)
+    resumed = find_checkpoint(config, world, folder.path if folder else None)
     changes = [] if resumed is None else told_changes(resumed.config_toml, config)
     data = open_data(config, world, resumed)
     place = data.place
@@ -140,7 +135,7 @@ def _train(
     with raise_together(world.communicator):
         rank_zero = None
         if folder is not None:
-            rank_zero = _rank_zero(config, parts, data, folder, place, evaluation_owed)
+            rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
             stop.add(rank_zero.save_clock.bit)
             logger.info(
                 header_text(config, world, parts, data, resumed, place, folder.path, changes)
@@ -228,95 +223,6 @@ def _stopped_early(reasons: int, data: Data) -> tuple[ExitCode, str]:
     data.close()
     logger.info("stopped by %s before the first step", describe(reasons))
     return ExitCode.STOPPED, f"stopped by {describe(reasons)} before the first step"
-
-
-def _find_checkpoint(config: Config, world: World, folder: RunFolder | None) -> Resumed | None:
-    """Return the checkpoint to go on from, on every rank. Collective: all ranks.
-
-    Raises:
-        CheckpointError: on every rank, if the one that the config names is not whole.
-    """
-    loaded: Loaded | None = None
-    with raise_together(world.communicator):
-        if folder is not None:
-            checkpoints = folder.path / "checkpoints"
-            if config.checkpoint.resume == "auto":
-                loaded = load_newest(checkpoints, logger.warning)
-            elif config.checkpoint.resume == "never":
-                _put_aside(checkpoints, first_step=0)
-            else:
-                loaded = load(Path(config.checkpoint.resume))
-                _put_aside(checkpoints, first_step=loaded.step + 1)
-    return share(world, loaded)
-
-
-def _put_aside(checkpoints: Path, first_step: int) -> None:
-    """Move checkpoints from `first_step` on out of the way of a run that begins before them.
-
-    A later job would go on from them, though they are none of this run's own past.
-    """
-    later = [path for path in newest_first(checkpoints) if (step_of(path.name) or 0) >= first_step]
-    if not later:
-        return
-    number = 1
-    while (aside := checkpoints.with_name(f"checkpoints-old-{number}")).exists():
-        number += 1
-    try:
-        aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
-        (checkpoints.parent / "latest").unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot move checkpoints to {aside}: {error}") from error
-    logger.info("checkpoints of another course of this run are now in %s", aside)
-
-
-def _rank_zero(
-    config: Config,
-    parts: Parts,
-    data: Data,
-    folder: RunFolder,
-    place: Place,
-    evaluation_owed: bool,
-) -> RankZero:
-    try:
-        (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder.path}: {error}") from error
-    section = config.checkpoint
-    keep_best = section.keep_best
-    mode = section.keep_best_mode or (parts.task.metrics[keep_best] if keep_best else "min")
-    store = CheckpointStore(
-        folder.path,
-        retention=Retention(
-            keep_last=section.keep_last,
-            keep_every=section.keep_every,
-            metric=keep_best,
-            mode=mode,
-        ),
-        confirm=folder.confirm,
-        tell=logger.warning,
-        took=folder.saved_within,
-    )
-    state_bytes = expected_bytes(parts.step)
-    store.require_space(state_bytes)
-    folder.expect_save(state_bytes)
-    return RankZero(
-        store=store,
-        save_clock=SaveClock(section.every_minutes, lambda: store.failed),
-        writer=MetricsWriter(
-            folder.path,
-            place.step if place.step else None,
-            again="evaluation" if evaluation_owed else None,
-        ),
-        progress=Progress(
-            data.horizon.total_steps(place),
-            start_step=place.step,
-            total_epochs=config.training.max_epochs,
-            mode=config.logging.progress,
-            every_seconds=config.logging.progress_every_seconds,
-        ),
-    )
 
 
 def _counters(

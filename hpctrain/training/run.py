@@ -13,13 +13,10 @@ from typing import Any
 from hpctrain.batch.reasons import SAVE_DUE
 from hpctrain.batch.stop import Boundary, StopAgreement
 from hpctrain.checkpoint.reading import Loaded, load_newest
-from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
-from hpctrain.observe.metrics import MetricsWriter
-from hpctrain.observe.progress import Progress
 from hpctrain.observe.text import metric
 from hpctrain.training.assembly import Data, Parts
 from hpctrain.training.bad_batches import explain
@@ -28,7 +25,7 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
-from hpctrain.training.save_clock import SaveClock
+from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
 
@@ -52,16 +49,6 @@ class BestMetric:
         sign = 1 if self.mode == "max" else -1
         if self.value is None or sign * value > sign * self.value:
             self.value, self.step = value, step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankZero:
-    """What only the rank that speaks and writes has."""
-
-    store: CheckpointStore
-    save_clock: SaveClock
-    writer: MetricsWriter
-    progress: Progress
 
 
 class Run:

@@ -17,7 +17,8 @@ from hpctrain.training.assembly import Data, Parts
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.phases import Phases
-from hpctrain.training.run import RankZero, Run
+from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.run import Run
 
 
 def header_text(
