@@ -199,6 +199,7 @@ def _store(
     topology: Topology, meeting: Meeting, section: LaunchSection, timeout: timedelta
 ) -> dist.Store:
     """Return the key-value store through which the process group finds itself."""
+    import torch
     from torch import distributed as dist
 
     if meeting.interface:
@@ -216,4 +217,6 @@ def _store(
         wait_for_workers=False,
         # The store takes the descriptor over and closes it.
         master_listen_fd=meeting.listener.detach() if meeting.listener is not None else None,
+        # Until torch 2.8 the libuv kind cannot take one.
+        use_libuv=torch.__version__ >= (2, 8),
     )
