@@ -29,8 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.checkpoint.layout import step_of
-from hpctrain.checkpoint.reading import is_whole, newest_first
+from hpctrain.checkpoint.layout import is_whole, newest_first, step_of
 from hpctrain.data.digits import pack_digits
 
 ROOT = Path(__file__).parents[1]
