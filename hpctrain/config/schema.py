@@ -88,6 +88,12 @@ class DataSection:
     buffer_mb: Annotated[float, Gt(0)] = 512.0
     """Memory for reading ahead, in MB per rank."""
 
+    stage: Literal["none", "node-local"] = "none"
+    """Copy the shards to the disk of every node, beside the training, and read them from there."""
+
+    stage_directory: Text | None = None
+    """Directory for that, in which $NAMES are replaced; none: the job's own, as sites have it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterGroup:

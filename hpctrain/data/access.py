@@ -31,17 +31,34 @@ LARGEST_READ = 2**30
 """Bytes of one system call: Linux moves at most 2**31 - 4096."""
 
 
+Locate = Callable[[str], str]
+"""From the path of a shard to where it is to be read."""
+
+
+def where_it_is(path: str) -> str:
+    """Return the path itself."""
+    return path
+
+
 class RowAccess:
     """Reads rows of a dataset. For one thread at a time."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, locate: Locate = where_it_is) -> None:
+        """Prepare; no file is opened yet.
+
+        Args:
+            dataset: whose rows.
+            locate: returns which file to read for a shard's path: itself, or an equal copy. It
+                is asked again and again, and may change its mind.
+        """
         self.dataset = dataset
+        self._locate = locate
         self._stops = dataset.shard_stops
         self._starts = np.concatenate(([0], self._stops[:-1]))
         # Of every field, where row 0 of each shard is in its file; -1 where only HDF5 knows.
         self._offsets = {name: _offsets(dataset, name) for name in dataset.fields}
-        self._descriptors: _Handles[int] = _Handles(_open_descriptor, os.close)
-        self._files: _Handles[h5py.File] = _Handles(_open_hdf5, h5py.File.close)
+        self._descriptors: _Handles[int] = _Handles(_open_descriptor, os.close, locate)
+        self._files: _Handles[h5py.File] = _Handles(_open_hdf5, h5py.File.close, locate)
 
     @property
     def files_opened(self) -> int:
@@ -107,8 +124,9 @@ class RowAccess:
             except HDF5_FAILURES as error:
                 # Those of h5py have no number, and are not always OSErrors.
                 what = getattr(error, "strerror", None) or error
+                path = self._locate(shard.path)
                 raise DatasetError(
-                    f'{shard.path}: field "{name}", row {first}: {what}{_hint(error)}'
+                    f'{path}: field "{name}", row {first}: {what}{_hint(error)}'
                 ) from error
             done += len(part)
 
@@ -149,23 +167,33 @@ class RowAccess:
 class _Handles(Generic[H]):
     """Open files by path; the one unused for longest is closed when there are too many."""
 
-    def __init__(self, open_: Callable[[Shard], H], close: Callable[[H], Any]) -> None:
+    def __init__(
+        self, open_: Callable[[Shard, str], H], close: Callable[[H], Any], locate: Locate
+    ) -> None:
         self.opened = 0
         self._open = open_
         self._close = close
+        self._locate = locate
         self._kept: OrderedDict[str, H] = OrderedDict()
         # Descriptors are mere numbers: nothing else closes them when their reader is dropped.
         weakref.finalize(self, _close_all, self._kept, close)
 
     def get(self, shard: Shard) -> H:
-        handle = self._kept.get(shard.path)
+        path = self._locate(shard.path)
+        handle = self._kept.get(path)
         if handle is None:
             if len(self._kept) >= MOST_OPEN_FILES:
                 self._close(self._kept.popitem(last=False)[1])
-            handle = self._kept[shard.path] = self._open(shard)
+            try:
+                handle = self._open(shard, path)
+            except (OSError, DatasetError):
+                if path == shard.path:
+                    raise
+                handle = self._open(shard, shard.path)  # somebody has removed the copy
+            self._kept[path] = handle
             self.opened += 1
         else:
-            self._kept.move_to_end(shard.path)
+            self._kept.move_to_end(path)
         return handle
 
     def close(self) -> None:
@@ -183,26 +211,26 @@ def _offsets(dataset: Dataset, name: str) -> Int64s:
     return np.array([-1 if offset is None else offset for offset in offsets], np.int64)
 
 
-def _open_descriptor(shard: Shard) -> int:
-    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+def _open_descriptor(shard: Shard, path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _require_size(shard, os.fstat(descriptor).st_size)
+        _require_size(shard, path, os.fstat(descriptor).st_size)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _open_hdf5(shard: Shard) -> h5py.File:
-    _require_size(shard, Path(shard.path).stat().st_size)
+def _open_hdf5(shard: Shard, path: str) -> h5py.File:
+    _require_size(shard, path, Path(path).stat().st_size)
     load_plugins()  # the index may list chunks whose filter h5py alone does not have
-    return h5py.File(shard.path, "r", locking=False)
+    return h5py.File(path, "r", locking=False)
 
 
-def _require_size(shard: Shard, size: int) -> None:
+def _require_size(shard: Shard, path: str, size: int) -> None:
     if size != shard.size:
         raise DatasetError(
-            f"{shard.path}: {size} bytes, but {shard.size} when the dataset was opened: the file "
+            f"{path}: {size} bytes, but {shard.size} when the dataset was opened: the file "
             "was truncated or written anew. Bring it back, or start again with the new one"
         )
 

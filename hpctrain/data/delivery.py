@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpctrain.data.access import Bytes, RowAccess
+from hpctrain.data.access import Bytes, Locate, RowAccess
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.prefetch import Prefetch
@@ -47,8 +47,10 @@ class Batch:
 class Delivery:
     """Runs a reader in a thread and makes tensors on the device of what it reads."""
 
-    def __init__(self, dataset: Dataset, rows: int, device: torch.device, depth: int) -> None:
-        self.access = RowAccess(dataset)
+    def __init__(
+        self, dataset: Dataset, rows: int, device: torch.device, depth: int, locate: Locate
+    ) -> None:
+        self.access = RowAccess(dataset, locate)
         self._dtypes = {name: torch_dtype(field) for name, field in dataset.fields.items()}
         self._fields = dataset.fields
         self._device = device

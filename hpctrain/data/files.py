@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and their checksums."""
+"""Files: written whole or not at all, their checksums, and what file system they are on."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import psutil
 import xxhash
 
 
@@ -47,3 +48,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def filesystem_of(path: Path) -> str:
+    """Return the type of the file system that holds a path, "unknown" where nobody tells."""
+    whole = path.resolve()
+    mounts = [
+        (len(Path(mount.mountpoint).parts), mount.fstype)
+        for mount in psutil.disk_partitions(all=True)
+        if whole.is_relative_to(mount.mountpoint)
+    ]
+    # Of two on one place, the later covers the earlier.
+    return max(reversed(mounts), key=lambda mount: mount[0], default=(0, "unknown"))[1]

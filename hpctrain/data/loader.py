@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpctrain.data.access import RowAccess
+from hpctrain.data.access import Locate, RowAccess, where_it_is
 from hpctrain.data.buffers import MemoryPlan
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, Delivery
@@ -56,6 +56,7 @@ class TrainLoader:
         device: torch.device,
         buffer_mb: float,
         begun: Mapping[int, Order] | None = None,
+        locate: Locate = where_it_is,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -71,6 +72,7 @@ class TrainLoader:
             device: where the batches are wanted.
             buffer_mb: host memory for reading ahead, MB.
             begun: epochs that began in another order than `order`, and end in it.
+            locate: as RowAccess takes it.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -116,7 +118,7 @@ class TrainLoader:
         self._buffers: tuple[Order, WindowBuffers] | None = None
         self._group_batches = memory.group_batches
         rows = self.largest_share * memory.group_batches
-        self._delivery = Delivery(self._dataset, rows, device, memory.depth)
+        self._delivery = Delivery(self._dataset, rows, device, memory.depth, locate)
 
     @property
     def wait_seconds(self) -> float:
@@ -231,6 +233,7 @@ class EvaluationLoader:
         batch_size: int,
         device: torch.device,
         buffer_mb: float,
+        locate: Locate = where_it_is,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -246,7 +249,7 @@ class EvaluationLoader:
         self._group_batches = memory.group_batches
         self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches
-        self._delivery = Delivery(self._dataset, rows, device, memory.depth)
+        self._delivery = Delivery(self._dataset, rows, device, memory.depth, locate)
 
     def __len__(self) -> int:
         return len(range(self._first, self._stop, self._batch_size))

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpctrain.data.files import filesystem_of
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import data as judging
 from hpctrain.preflight.probes.dataset import read_batches, try_lock, unseen_shards
-from hpctrain.preflight.probes.folder import filesystem_of
 from hpctrain.preflight.probes.step import StepFacts
 from hpctrain.training.assembly import Data, open_data
 

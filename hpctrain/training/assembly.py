@@ -29,6 +29,7 @@ from hpctrain.training.optimizers import build_optimizer
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import prepare_model
+from hpctrain.training.staging import Staging
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Task
 
@@ -49,12 +50,18 @@ class Data:
     validation_loader: EvaluationLoader | None
     place: Place
     horizon: Horizon
+    staging: Staging
+
+    def stage(self, config: Config, world: World) -> None:
+        """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
+        self.staging.start(config, world, [self.train, *filter(None, [self.validation])])
 
     def close(self) -> None:
         """End the threads and close all files."""
         self.train_loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        self.staging.close()
 
 
 def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
@@ -73,7 +80,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             validation = config.data.validation
             opened = train, open_dataset(validation, fields) if validation else None
     train, validation_data = world.communicator.broadcast(opened)
-    section = config.data
+    section, staging = config.data, Staging()
     lanes = section.lanes
     if lanes is None and resumed is not None:
         # The default stays what it was when the run began, whatever the batch size is now.
@@ -111,6 +118,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             device=world.device,
             buffer_mb=section.buffer_mb,
             begun=begun,
+            locate=staging.locate,
         )
         validation_loader = validation_data and EvaluationLoader(
             validation_data,
@@ -120,6 +128,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             batch_size=section.micro_batch_size or train_loader.largest_share,
             device=world.device,
             buffer_mb=section.buffer_mb,
+            locate=staging.locate,
         )
     return Data(
         train=train,
@@ -128,6 +137,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
         validation_loader=validation_loader,
         place=place,
         horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
+        staging=staging,
     )
 
 

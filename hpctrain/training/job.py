@@ -116,6 +116,7 @@ def _train(
 
     if reasons := stop.settle():
         return _stopped_early(reasons, data)
+    data.stage(config, world)
     parts = build_parts(
         config,
         world,

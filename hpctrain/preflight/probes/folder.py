@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from hpctrain.checkpoint.layout import sync
+from hpctrain.data.files import filesystem_of
 from hpctrain.errors import CheckpointError
 
 _CHUNK_BYTES = 4 * 2**20
@@ -112,15 +111,3 @@ def try_folder(folder: Path) -> FolderFacts:
         rename_seconds=rename_seconds,
         free_bytes=free,
     )
-
-
-def filesystem_of(path: Path) -> str:
-    """Return the type of the file system that holds a path, "unknown" where nobody tells."""
-    whole = path.resolve()
-    mounts = [
-        (len(Path(mount.mountpoint).parts), mount.fstype)
-        for mount in psutil.disk_partitions(all=True)
-        if whole.is_relative_to(mount.mountpoint)
-    ]
-    # Of two on one place, the later covers the earlier.
-    return max(reversed(mounts), key=lambda mount: mount[0], default=(0, "unknown"))[1]

@@ -1,0 +1,70 @@
+"""Shards on the node's own disk: a run that has them there is the same run, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_batch import Job, digits, last_step, metrics, outcome, site, start, wait_for
+
+__all__ = ["digits", "site", "start"]  # fixtures
+
+LENGTH = "training.max_epochs=12"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk too small for all shards."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own needs root, and leave to mount it")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+@pytest.mark.timeout(200)
+def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], disk: Path) -> None:
+    """Killed once, stopped once, on a disk that has room for some of its shards only."""
+    run = site / "runs" / "digits"
+    code, output = start(2, LENGTH, "run.name=whole").wait()
+    assert code == 0, output
+    staged = [LENGTH, "data.stage=node-local", f"data.stage_directory={disk}"]
+
+    def copies() -> dict[str, int]:
+        found = disk.glob("hpctrain-*/*/[!.]*.h5")
+        return {path.name: path.stat().st_ino for path in found}
+
+    def reads_copies(job: Job) -> bool:
+        opened = [{f.path for f in r.open_files()} for n in (0, 1) if (r := job.rank(n))]
+        return len(opened) == 2 and all(
+            any(str(disk) in path and Path(path).name in copies() for path in paths)
+            for paths in opened
+        )
+
+    job = start(2, *staged)
+    wait_for(lambda: last_step(run) > 10 and reads_copies(job))
+    left = copies()
+    assert 0 < len(left) < 8
+    os.killpg(job.process.pid, signal.SIGKILL)
+    job.wait()
+    assert copies() == left
+
+    job = start(2, *staged)
+    wait_for(lambda: outcome(run)["tries"] == 2 and reads_copies(job))
+    assert copies() == left  # looked at, and not copied again
+    job.signal_rank(1, signal.SIGTERM)
+    code, output = job.wait()
+    assert code == 75, output
+    assert not list(disk.iterdir())
+
+    code, output = start(2, *staged).wait()
+    assert code == 0, output
+    assert f"room for {len(left)} of 10 shards" in output
+    assert metrics(run) == metrics(site / "runs" / "whole")
+    assert not list(disk.iterdir())
