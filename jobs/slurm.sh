@@ -4,8 +4,14 @@
 #
 #   sbatch jobs/slurm.sh
 #
-# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
-# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+# The same with HPCTRAIN_CHECK=1 looks at everything that the run needs, in the same allocation, and
+# trains nothing:
+#
+#   HPCTRAIN_CHECK=1 sbatch --time=0:10:00 jobs/slurm.sh
+#
+# Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
+# job that is cancelled saves too, where the site leaves it the time, and does not come back.
+# `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 
 #SBATCH --job-name=digits
 # EDIT: Whom the time is charged to.
@@ -43,7 +49,7 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
-srun --kill-on-bad-exit=1 "${python[@]}" -m hpctrain configs/run.toml &
+srun --kill-on-bad-exit=1 "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
@@ -59,6 +65,7 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
   code=$?
 done
 trap '' TERM INT USR1 USR2 URG XCPU
+[[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
@@ -69,6 +76,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

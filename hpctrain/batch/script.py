@@ -160,6 +160,11 @@ def check(job: Job, *, lanes: int, save_seconds: float) -> None:
         problems.append("--time: LSF counts whole minutes")
     site = job.site
     if site is not None and job.queue in (None, site.queue) and site.limits:
+        if job.nodes < site.fewest_nodes:
+            problems.append(
+                f"{job.nodes} nodes: {site.name}, queue {site.queue}, begins at "
+                f"{site.fewest_nodes}. Take more, or another --queue"
+            )
         hours = longest_hours(site, job.nodes)
         queue = f"queue {site.queue}" if site.queue else "its queues"
         if hours is None:
@@ -193,6 +198,8 @@ def render(job: Job) -> str:
     text = environment.get_template(f"{job.scheduler}.sh.j2").render(
         job=job,
         title=site.title if site else None,
+        source=site.source if site else None,
+        container_gpus=site.container_gpus if site else "--nv",
         notes=site.notes if site else (),
         edit="EDIT: " if job.account == ACCOUNT else "",
         queue=job.queue or (site.queue if site else None),

@@ -1,7 +1,7 @@
 """What the big sites want in a job script: a table, one row a site, each line with its reason.
 
-Source: the sites' user documentation. Limits are those of the queue that is named here; another
-`--queue` has its own, which the site's scheduler knows best.
+Limits are those of the queue that is named here, as the source of the site gave them in 2025;
+another `--queue` has its own. The site's scheduler has the last word on all of them.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ class Site:
     """One machine.
 
     Attributes:
+        source: what its lines and limits were taken from.
         queue: partition, queue or quality of service that its limits are of.
         queue_option: how the scheduler is told of it.
         gpus_per_node: that the scheduler is asked for; None: in the site's own `directives`.
         directives: of the scheduler, without their prefix; {nodes} is the number of nodes.
         exports: variables, without the word export.
         launch: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
-        limits: by number of nodes, ascending; the first that holds a job counts.
+        limits: by number of nodes, ascending; the first that holds a job counts. Empty: unknown.
+        fewest_nodes: that a job of its queue may have.
+        container_gpus: option of Apptainer that brings the GPUs into a container; empty: none.
     """
 
     name: str
     title: str
+    source: str
     scheduler: str
     queue: str | None
     queue_option: str = ""
@@ -52,12 +56,14 @@ class Site:
     launcher: Because | None = None
     notes: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
+    fewest_nodes: int = 1
+    container_gpus: str = "--nv"
 
 
 _MIOPEN = (
     Because(
         line='MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"',
-        reason="MIOpen keeps a database of kernels; many ranks that lock one in $HOME stall.",
+        reason="MIOpen keeps a database of kernels, which needs file locks: not on Lustre.",
     ),
     Because(
         line='MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"',
@@ -69,6 +75,7 @@ SITES = (
     Site(
         name="perlmutter",
         title="Perlmutter at NERSC, GPU nodes (4 A100 each)",
+        source="docs.nersc.gov: systems/perlmutter/running-jobs, jobs/policy",
         scheduler="slurm",
         queue="regular",
         queue_option="--qos",
@@ -79,7 +86,7 @@ SITES = (
         exports=(
             Because(
                 line="FI_MR_CACHE_MONITOR=userfaultfd",
-                reason="Slingshot's default monitor of registered memory can hang with NCCL.",
+                reason="With Libfabric's default monitor of registered memory NCCL can hang.",
             ),
             Because(
                 line="HDF5_USE_FILE_LOCKING=FALSE",
@@ -90,7 +97,9 @@ SITES = (
     ),
     Site(
         name="frontier",
+        container_gpus="--rocm",
         title="Frontier at OLCF (8 GCDs of MI250X a node)",
+        source="docs.olcf.ornl.gov: systems/frontier_user_guide",
         scheduler="slurm",
         queue="batch",
         queue_option="--partition",
@@ -100,7 +109,7 @@ SITES = (
         exports=(
             Because(
                 line="NCCL_SOCKET_IFNAME=hsn0",
-                reason="RCCL would find the management network first.",
+                reason="RCCL is to meet over Slingshot, not over the management network.",
             ),
             *_MIOPEN,
         ),
@@ -109,11 +118,13 @@ SITES = (
             reason="Each rank gets the GCD beside its cores, as its only one. Seven cores a rank: "
             "the eighth of every die is the system's.",
         ),
-        limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9408, hours=12)),
+        limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9472, hours=12)),
+        notes=("For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.",),
     ),
     Site(
         name="summit",
         title="Summit at OLCF (6 V100 a node)",
+        source="docs.olcf.ornl.gov: systems/summit_user_guide",
         scheduler="lsf",
         queue="batch",
         queue_option="-q",
@@ -131,7 +142,10 @@ SITES = (
             line="jsrun -n {ranks} -r {ranks_per_node} -a 1 -g 1 -c {cpus} -brs",
             reason="A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.",
         ),
-        notes=("The script itself runs on a launch node, jsrun's ranks on the compute nodes.",),
+        notes=(
+            "Summit was switched off at the end of 2024: this is for machines like it.",
+            "The script itself runs on a launch node, jsrun's ranks on the compute nodes.",
+        ),
         limits=(
             Limit(nodes=45, hours=2),
             Limit(nodes=91, hours=6),
@@ -142,6 +156,7 @@ SITES = (
     Site(
         name="polaris",
         title="Polaris at ALCF (4 A100 a node)",
+        source="docs.alcf.anl.gov: polaris/running-jobs",
         scheduler="pbs",
         queue="prod",
         queue_option="-q",
@@ -160,11 +175,17 @@ SITES = (
             line="--depth {cpus} --cpu-bind depth",
             reason="Each rank is bound to its own cores, in the order of the ranks.",
         ),
+        notes=(
+            "Fewer than 10 nodes: --queue debug-scaling (1 h) or preemptable (72 h, no warning).",
+        ),
         limits=(Limit(nodes=24, hours=3), Limit(nodes=99, hours=6), Limit(nodes=496, hours=24)),
+        fewest_nodes=10,
     ),
     Site(
         name="aurora",
+        container_gpus="",
         title="Aurora at ALCF (2 x 52 cores, 12 GPU tiles a node)",
+        source="docs.alcf.anl.gov: aurora/running-jobs-aurora, data-science/frameworks/oneCCL",
         scheduler="pbs",
         queue="prod",
         queue_option="-q",
@@ -195,21 +216,40 @@ SITES = (
             "53-60:61-68:69-76:77-84:85-92:93-100",
             reason="A rank a GPU tile, on its socket; cores 0 and 52 are the system's.",
         ),
-        notes=(
-            "hpctrain trains on CUDA, ROCm and CPUs: here the ranks train on the CPUs, over gloo.",
+        notes=("The ranks compute on torch's device xpu, over its backend xccl, if it has them.",),
+        limits=(
+            Limit(nodes=512, hours=6),
+            Limit(nodes=1024, hours=12),
+            Limit(nodes=1919, hours=18),
+            Limit(nodes=10624, hours=24),
         ),
-        limits=(Limit(nodes=10624, hours=24),),
     ),
     Site(
         name="lumi",
+        container_gpus="--rocm",
         title="LUMI-G at CSC (8 GCDs of MI250X a node)",
+        source="docs.lumi-supercomputer.eu: runjobs/scheduled-jobs; the LUMI AI guide",
         scheduler="slurm",
         queue="standard-g",
         queue_option="--partition",
         ranks_per_node=8,
         cpus_per_rank=7,
         gpus_per_node=8,
-        exports=_MIOPEN,
+        exports=(
+            Because(
+                line="NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3",
+                reason="RCCL is to meet over Slingshot, by any of its four interfaces.",
+            ),
+            Because(
+                line="NCCL_NET_GDR_LEVEL=3",
+                reason="GPUs send to the network by themselves, not by way of host memory.",
+            ),
+            Because(
+                line="FI_MR_CACHE_MONITOR=userfaultfd",
+                reason="With Libfabric's default monitor of registered memory RCCL can hang.",
+            ),
+            *_MIOPEN,
+        ),
         launcher=Because(
             line='"--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,'
             'fe00000000,fe0000000000"',
@@ -220,6 +260,7 @@ SITES = (
     Site(
         name="juwels",
         title="JUWELS Booster at JSC (4 A100 a node)",
+        source="scripts of its users; the limits are not verified",
         scheduler="slurm",
         queue="booster",
         queue_option="--partition",
@@ -230,11 +271,12 @@ SITES = (
             "Host names with an i appended are those of the InfiniBand network.",
             "Nothing is to be set: hpctrain takes the first address that all nodes reach.",
         ),
-        limits=(Limit(nodes=384, hours=24),),
+        limits=(Limit(nodes=936, hours=24),),
     ),
     Site(
         name="della",
         title="Della at Princeton (2 A100 a node)",
+        source="researchcomputing.princeton.edu: systems/della",
         scheduler="slurm",
         queue=None,
         ranks_per_node=2,
@@ -247,7 +289,7 @@ SITES = (
                 "not copy to each other.",
             ),
         ),
-        limits=(Limit(nodes=64, hours=144),),
+        notes=("The limits are those of the quality of service that --time leads to: see qos.",),
     ),
 )
 

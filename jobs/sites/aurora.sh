@@ -4,9 +4,16 @@
 #
 #   qsub jobs/sites/aurora.sh
 #
-# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
-# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
-# hpctrain trains on CUDA, ROCm and CPUs: here the ranks train on the CPUs, over gloo.
+# The same with HPCTRAIN_CHECK=1 looks at everything that the run needs, in the same allocation, and
+# trains nothing:
+#
+#   qsub -v HPCTRAIN_CHECK=1 -l walltime=0:10:00 jobs/sites/aurora.sh
+#
+# Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
+# job that is cancelled saves too, where the site leaves it the time, and does not come back.
+# `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
+# Written from docs.alcf.anl.gov: aurora/running-jobs-aurora, data-science/frameworks/oneCCL. Not tried on hardware.
+# The ranks compute on torch's device xpu, over its backend xccl, if it has them.
 
 #PBS -N digits
 # EDIT: Whom the time is charged to.
@@ -48,12 +55,12 @@ export OMP_NUM_THREADS=8
 # A rank a GPU tile, on its socket; cores 0 and 52 are the system's.
 bind=(--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:53-60:61-68:69-76:77-84:85-92:93-100)
 # PBS sends no signal before the limit: hpctrain asks qstat for the time left. Where qstat does not
-# answer on compute nodes, uncomment this line: seconds from the start of the job.
-# export HPCTRAIN_DEADLINE=7200
+# answer on compute nodes, uncomment this: so many seconds from the start of this script.
+# export HPCTRAIN_DEADLINE=$(($(date +%s) - SECONDS + 7200))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
-mpiexec -n "$((nodes * 12))" --ppn 12 "${bind[@]}" "${python[@]}" -m hpctrain configs/run.toml &
+mpiexec -n "$((nodes * 12))" --ppn 12 "${bind[@]}" "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
@@ -69,6 +76,7 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
   code=$?
 done
 trap '' TERM INT USR1 USR2 URG XCPU
+[[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
@@ -79,6 +87,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  qsub jobs/sites/aurora.sh
+  qsub jobs/sites/aurora.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

@@ -4,8 +4,15 @@
 #
 #   sbatch jobs/sites/lumi.sh
 #
-# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
-# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+# The same with HPCTRAIN_CHECK=1 looks at everything that the run needs, in the same allocation, and
+# trains nothing:
+#
+#   HPCTRAIN_CHECK=1 sbatch --time=0:10:00 jobs/sites/lumi.sh
+#
+# Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
+# job that is cancelled saves too, where the site leaves it the time, and does not come back.
+# `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
+# Written from docs.lumi-supercomputer.eu: runjobs/scheduled-jobs; the LUMI AI guide. Not tried on hardware.
 
 #SBATCH --job-name=digits
 # EDIT: Whom the time is charged to.
@@ -39,7 +46,13 @@ python=(python)
 
 # Since 22.05 srun does not take it over from sbatch: every rank would get one CPU.
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# MIOpen keeps a database of kernels; many ranks that lock one in $HOME stall.
+# RCCL is to meet over Slingshot, by any of its four interfaces.
+export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3
+# GPUs send to the network by themselves, not by way of host memory.
+export NCCL_NET_GDR_LEVEL=3
+# With Libfabric's default monitor of registered memory RCCL can hang.
+export FI_MR_CACHE_MONITOR=userfaultfd
+# MIOpen keeps a database of kernels, which needs file locks: not on Lustre.
 export MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"
 # The same for its compiled kernels: node-local, and gone with the job.
 export MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"
@@ -50,7 +63,7 @@ bind=("--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
-srun --kill-on-bad-exit=1 "${bind[@]}" "${python[@]}" -m hpctrain configs/run.toml &
+srun --kill-on-bad-exit=1 "${bind[@]}" "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
@@ -66,6 +79,7 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
   code=$?
 done
 trap '' TERM INT USR1 USR2 URG XCPU
+[[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
@@ -76,6 +90,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

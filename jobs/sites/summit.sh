@@ -4,8 +4,16 @@
 #
 #   bsub <jobs/sites/summit.sh
 #
-# Stopped by its time limit or by a signal, the run is saved and the job submitted again, until it
-# is complete. `touch runs/digits/STOP` saves and ends it; remove the file to go on.
+# The same with HPCTRAIN_CHECK=1 looks at everything that the run needs, in the same allocation, and
+# trains nothing:
+#
+#   HPCTRAIN_CHECK=1 bsub -W 0:10 <jobs/sites/summit.sh
+#
+# Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
+# job that is cancelled saves too, where the site leaves it the time, and does not come back.
+# `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
+# Written from docs.olcf.ornl.gov: systems/summit_user_guide. Not tried on hardware.
+# Summit was switched off at the end of 2024: this is for machines like it.
 # The script itself runs on a launch node, jsrun's ranks on the compute nodes.
 
 #BSUB -J digits
@@ -35,11 +43,11 @@ python=(python)
 # Threads of a rank: of its own CPUs, also where the launcher does not bind it to them.
 export OMP_NUM_THREADS=7
 # EDIT: The number after -n is nodes x 6.
-# A resource set a rank: 1 task, 1 GPU and its cores, bound to the set. Not tried on hardware.
+# A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
-jsrun -n 12 -r 6 -a 1 -g 1 -c 7 -brs "${python[@]}" -m hpctrain configs/run.toml &
+jsrun -n 12 -r 6 -a 1 -g 1 -c 7 -brs "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
@@ -55,6 +63,7 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
   code=$?
 done
 trap '' TERM INT USR1 USR2 URG XCPU
+[[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
@@ -65,6 +74,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  bsub <jobs/sites/summit.sh
+  bsub <jobs/sites/summit.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

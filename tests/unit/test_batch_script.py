@@ -22,6 +22,7 @@ SHIPPED = {f"jobs/{name}.sh": ["--scheduler", name] for name in GENERIC} | {
     f"jobs/sites/{site.name}.sh": ["--site", site.name] for site in SITES
 }
 ASKED = ["--nodes", "2", "--time", "2:00:00"]
+FEWEST = {f"jobs/sites/{site.name}.sh": site.fewest_nodes for site in SITES}
 
 
 @pytest.fixture
@@ -49,7 +50,8 @@ def assert_is_sound(script: str) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED)
 def test_the_scripts_in_jobs_are_what_is_printed(here: Path, path: str) -> None:
-    command = [*SHIPPED[path], *ASKED, "--output", path]
+    nodes = str(max(2, FEWEST.get(path, 1)))
+    command = [*SHIPPED[path], *ASKED, "--nodes", nodes, "--output", path]
     (here / path).parent.mkdir(parents=True)
     assert job(*command) == 0
     printed = (here / path).read_text(encoding="utf-8")
@@ -112,7 +114,8 @@ def test_times_that_schedulers_read_differently(text: str) -> None:
     [
         (["--scheduler", "slurm", "--nodes", "32"], 78, ["data.lanes = 64", "take 16 nodes"]),
         (["--site", "frontier", "--nodes", "4", "--time", "2:00:01"], 78, ["allows 2 h"]),
-        (["--site", "frontier", "--nodes", "9999", "data.lanes=100000"], 78, ["at most 9408"]),
+        (["--site", "frontier", "--nodes", "9999", "data.lanes=100000"], 78, ["at most 9472"]),
+        (["--site", "polaris", "--nodes", "4", "--time", "1:00:00"], 78, ["begins at 10"]),
         (["--site", "frontier", "--nodes", "4", "--time", "3:00:00", "--queue", "x"], 0, []),
         (["--scheduler", "slurm", "--time", "0:00:09"], 78, ["no step could be trained"]),
         (["--scheduler", "lsf", "--time", "0:00:40"], 78, ["whole minutes"]),
@@ -150,9 +153,11 @@ def test_a_walltime_shorter_than_a_measured_save(
 
 def test_limits_of_sites() -> None:
     for site in SITES:
-        assert longest_hours(site, 1) is not None
+        assert (longest_hours(site, site.fewest_nodes) is None) == (not site.limits)
         nodes = [limit.nodes for limit in site.limits]
         assert nodes == sorted(nodes)
+        hours = [limit.hours for limit in site.limits]
+        assert hours == sorted(hours)
 
 
 COMMANDS = {

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,18 @@ def test_documented_version_is_the_packages() -> None:
     package = (ROOT / "hpctrain" / "version.py").read_text(encoding="utf-8")
     assert version is not None
     assert f'__version__ = "{version[1]}"' in package
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """The templates of the job scripts too, which no import would miss."""
+    pytest.importorskip("hatchling")
+    assert_passes(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hpctrain/")}
+    there = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "hpctrain").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert packed == there
+    assert "hpctrain/batch/templates/slurm.sh.j2" in packed
