@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from hpctrain.checkpoint.layout import (
@@ -23,11 +23,33 @@ from hpctrain.checkpoint.layout import (
     TRAINING,
     VALUES,
     VERSION,
-    checksum,
     checksum_of_meta,
     sync,
 )
+from hpctrain.checkpoint.raw import RawTensor, write_raw
+from hpctrain.checkpoint.writing import write_file
+from hpctrain.errors import CheckpointError
 from hpctrain.version import __version__
+
+# As safetensors calls them.
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +85,32 @@ def aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
-    """Write all files of a checkpoint to an existing folder and sync them; meta.json last."""
-    save_file(dict(snapshot.model), folder / MODEL, metadata={"format": "pt"})
-    save_file(dict(snapshot.training), folder / TRAINING, metadata={"format": "pt"})
-    (folder / VALUES).write_text(json.dumps(dict(snapshot.values), indent=1), encoding="utf-8")
-    (folder / CONFIG).write_text(snapshot.config_toml, encoding="utf-8")
-    files = {}
-    for name in (MODEL, TRAINING, VALUES, CONFIG):
-        sync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "xxh3_64": checksum(folder / name)}
+    """Write all files of a checkpoint to an existing folder and sync them; meta.json last.
+
+    Args:
+        folder: for this checkpoint only.
+        snapshot: its tensors on the host, contiguous, each of them once.
+        tied: further names of tensors, see `aliases`.
+
+    Raises:
+        OSError: if they cannot be written.
+        CheckpointError: if a tensor is of a type that safetensors does not have.
+    """
+    facts = {"format": "pt"}
+    written = {
+        MODEL: write_raw(folder / MODEL, _raw(snapshot.model), facts),
+        TRAINING: write_raw(folder / TRAINING, _raw(snapshot.training), facts),
+        VALUES: write_file(folder / VALUES, json.dumps(dict(snapshot.values), indent=1).encode()),
+        CONFIG: write_file(folder / CONFIG, snapshot.config_toml.encode()),
+    }
     meta = {
         "format": FORMAT,
         "version": VERSION,
         "step": snapshot.step,
-        "files": files,
+        "files": {
+            name: {"bytes": file.num_bytes, "xxh3_64": file.xxh3_64}
+            for name, file in written.items()
+        },
         "aliases": dict(tied),
         "metrics": snapshot.metrics
         and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
@@ -88,9 +122,23 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         },
     }
     meta["xxh3_64"] = checksum_of_meta(meta)
-    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    sync(folder / META)
+    write_file(folder / META, json.dumps(meta, indent=1).encode())
     sync(folder)
+
+
+def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
+    """Return host tensors as the bytes that they are in memory, without a copy."""
+    raw = {}
+    for name, tensor in tensors.items():
+        dtype = _NAMES.get(tensor.dtype)
+        if dtype is None or tensor.layout is not torch.strided:
+            raise CheckpointError(
+                f"{name} is a tensor of {tensor.dtype}, {tensor.layout}: a checkpoint holds plain "
+                "numbers only"
+            )
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        raw[name] = RawTensor(dtype, tuple(tensor.shape), memoryview(flat.numpy()))
+    return raw
 
 
 def tensors_of(content: bytes) -> dict[str, Tensor]:

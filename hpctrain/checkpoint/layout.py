@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ META = "meta.json"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
 VALUES, CONFIG = "training.json", "config.toml"
 
+_REPLACED = ".replaced"
+_PIECE_BYTES = 4 * 2**20
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -80,12 +83,7 @@ def read_file(folder: Path, name: str, meta: Mapping[str, Any]) -> bytes:
         expected = meta["files"][name]
     except (OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if len(content) != expected["bytes"]:
-        raise CheckpointError(
-            f"{path} is damaged: {len(content)} bytes, {expected['bytes']} were written"
-        )
-    if xxhash.xxh3_64_hexdigest(content) != expected["xxh3_64"]:
-        raise CheckpointError(f"{path} is damaged: its checksum is not that of what was written")
+    _compare(path, len(content), xxhash.xxh3_64_hexdigest(content), expected)
     return content
 
 
@@ -94,13 +92,34 @@ def checksum_of_meta(meta: Mapping[str, Any]) -> str:
     return str(xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode()))
 
 
-def checksum(path: Path) -> str:
-    """Return the xxh3-64 of a file, as hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(4 * 2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> int:
+    """Compare a file of a checkpoint with meta.json, a piece at a time.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        CheckpointError: if it is missing, cut or changed.
+    """
+    path, digest, length = folder / name, xxhash.xxh3_64(), 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                length += len(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _compare(path, length, digest.hexdigest(), meta["files"][name])
+    return length
+
+
+def _compare(path: Path, length: int, digest: str, expected: Mapping[str, Any]) -> None:
+    if length != expected["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: {length} bytes, {expected['bytes']} were written"
+        )
+    if digest != expected["xxh3_64"]:
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of what was written")
 
 
 def sync(path: Path) -> None:
@@ -120,6 +139,24 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
     found = [(step, path) for path, step in steps.items() if step is not None]
     for _, path in sorted(found, reverse=True):
         yield path
+
+
+def set_aside(path: Path) -> None:
+    """Move a checkpoint out of the way of a new one of the same step."""
+    os.replace(path, path.with_name(f".{path.name}.{time.time_ns()}{_REPLACED}"))
+
+
+def those_aside(checkpoints: Path) -> list[Path]:
+    """Return the folders of checkpoints in whose place new ones were to come."""
+    return sorted(checkpoints.glob(f".*{_REPLACED}"), reverse=True)
+
+
+def put_back(checkpoints: Path) -> None:
+    """Give checkpoints their names back where a job was killed before the new ones had them."""
+    for aside in those_aside(checkpoints):
+        path = aside.with_name(aside.name[1:].partition(".")[0])
+        if is_whole(aside) and not path.exists():
+            os.replace(aside, path)
 
 
 def resolved(path: Path) -> Path:

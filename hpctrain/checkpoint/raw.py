@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 
+from hpctrain.checkpoint.writing import DurableFile, Written
 from hpctrain.errors import CheckpointError
 
 _NUMPY = {
@@ -37,12 +38,12 @@ class RawTensor:
 
     Attributes:
         dtype: as safetensors calls it, such as "BF16".
-        data: little-endian, row after row.
+        data: little-endian, row after row; a view is of bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     def values(self) -> npt.NDArray[Any] | None:
         """Return the numbers, None of a dtype that numpy has not."""
@@ -71,11 +72,11 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
     }
 
 
-def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, str]) -> None:
-    """Write a safetensors file.
+def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, str]) -> Written:
+    """Write a safetensors file, on disk when this returns.
 
-    The library's own function for that has changed its arguments from version to version; the
-    format has not.
+    The library's own functions copy every tensor once more, and leave the checksum to a second
+    reading.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
 
@@ -83,6 +84,9 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
         path: of the file.
         tensors: by name.
         facts: texts that the file has beside them.
+
+    Returns:
+        How long it is, and its checksum.
 
     Raises:
         OSError: if it cannot be written.
@@ -101,10 +105,11 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with DurableFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             file.write(tensor.data)
+    return file.written
 
 
 def _element_bytes(tensor: RawTensor) -> int:

@@ -17,6 +17,7 @@ from hpctrain.checkpoint.layout import (
     TRAINING,
     VALUES,
     newest_first,
+    put_back,
     read_file,
     read_meta,
     resolved,
@@ -63,7 +64,14 @@ def load_newest(checkpoints: Path, tell: Callable[[str], None]) -> Loaded | None
     Args:
         checkpoints: the folder of all of them.
         tell: is told of every newer one that is not whole.
+
+    Raises:
+        CheckpointError: if the folder cannot be used.
     """
+    try:
+        put_back(checkpoints)
+    except OSError as error:
+        raise CheckpointError(f"cannot use {checkpoints}: {error}") from error
     for path in newest_first(checkpoints):
         try:
             return load(path)

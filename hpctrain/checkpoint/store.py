@@ -11,11 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hpctrain.checkpoint.format import Snapshot, aliases, write_files
-from hpctrain.checkpoint.layout import folder_name, is_whole, newest_first, read_meta, sync
+from hpctrain.checkpoint.layout import (
+    check_file,
+    folder_name,
+    is_whole,
+    newest_first,
+    put_back,
+    read_meta,
+    set_aside,
+    sync,
+    those_aside,
+)
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.errors import CheckpointError
 
@@ -60,6 +69,7 @@ class CheckpointStore:
         self._failure: CheckpointError | None = None
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
+            put_back(self._checkpoints)
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
@@ -165,7 +175,7 @@ class CheckpointStore:
             except CheckpointError as error:  # the folder belongs to another job now
                 self._failure = error
                 return
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 if attempt < _TRIES:
                     self._tell(f"saving step {snapshot.step} failed, trying again: {error}")
                     time.sleep(_PAUSE_SECONDS)
@@ -190,12 +200,12 @@ class CheckpointStore:
         final = self._checkpoints / name
         if final.exists():
             # os.replace puts no folder in the place of one that is not empty.
-            os.replace(final, self._checkpoints / f".{name}.{time.time_ns()}.replaced")
+            set_aside(final)
         os.replace(temporary, final)
         sync(self._checkpoints)
         self._point_to(name)
         self.newest = final
-        self._delete_surplus()
+        self._delete_surplus(final)
 
     def _temporary(self, snapshot: Snapshot) -> Path:
         # In the same folder: only there a rename is one, and there is the space to look at.
@@ -218,7 +228,20 @@ class CheckpointStore:
         os.replace(temporary, self._run_folder / "latest")
         sync(self._run_folder)
 
-    def _delete_surplus(self) -> None:
+    def _read_back(self, path: Path) -> None:
+        """Make sure that the disk has what was written, before anything older is deleted.
+
+        Raises:
+            OSError: if it has not, as of any other fault of the disk.
+        """
+        try:
+            meta = read_meta(path)
+            for name in meta["files"]:
+                check_file(path, name, meta)
+        except CheckpointError as error:
+            raise OSError(f"read back, {error}") from error
+
+    def _delete_surplus(self, newest: Path) -> None:
         whole = [path for path in newest_first(self._checkpoints) if is_whole(path)]
         known = []
         for path in whole:
@@ -227,11 +250,14 @@ class CheckpointStore:
             except CheckpointError:
                 continue
             known.append((meta["step"], meta["metrics"]))
-        for step in self._retention.surplus(known):
+        surplus = self._retention.surplus(known)
+        if surplus:
+            self._read_back(newest)
+        for step in surplus:
             path = self._checkpoints / folder_name(step)
             # Out of sight first: half a deletion must not look like a checkpoint.
             hidden = self._checkpoints / f".{path.name}.deleted"
             os.replace(path, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-        for leftover in self._checkpoints.glob(".*.replaced"):
+        for leftover in those_aside(self._checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)

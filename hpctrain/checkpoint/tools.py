@@ -14,11 +14,11 @@ from hpctrain.checkpoint.layout import (
     META,
     MODEL,
     TRAINING,
+    check_file,
     newest_first,
     read_file,
     read_meta,
     resolved,
-    sync,
 )
 from hpctrain.checkpoint.raw import RawTensor, difference, raw_tensors, write_raw
 from hpctrain.errors import CheckpointError
@@ -71,7 +71,7 @@ def verified(path: Path) -> str:
     for each in paths:
         try:
             meta = read_meta(each)
-            total += sum(len(read_file(each, name, meta)) for name in meta["files"])
+            total += sum(check_file(each, name, meta) for name in meta["files"])
             good.append(f"  {each.name}  whole")
         except CheckpointError as error:
             bad.append(str(error))
@@ -140,7 +140,6 @@ def export(path: Path, target: Path, *, average: bool = False) -> str:
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         write_raw(temporary, tensors, {"format": "pt", "step": str(meta["step"])})
-        sync(temporary)
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)

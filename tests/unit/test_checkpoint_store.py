@@ -238,6 +238,52 @@ def test_a_folder_of_the_same_name_that_is_not_whole_is_replaced(
     assert names(tmp_path) == ["step-00000001"]
 
 
+@pytest.mark.parametrize("what", ["nothing", "the new one"])
+def test_killed_between_the_renames_of_a_step_saved_anew(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path, told: list[str], what: str
+) -> None:
+    """The old one was out of the way and the new one not yet there: the old one comes back."""
+    make_store().save(snapshot(1))
+    store = make_store(Retention(keep_last=1))
+    store.save(snapshot(1))
+    store.finish()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    if what == "the new one":
+        shutil.copytree(path, path.with_name(f".{path.name}.tmp"))
+    path.rename(path.with_name(f".{path.name}.17.replaced"))
+    loaded = load_newest(tmp_path / "checkpoints", told.append)
+    assert loaded is not None
+    assert loaded.step == 1
+    make_store()
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_nothing_is_deleted_before_the_new_one_was_read_back(
+    make_store: Callable[..., CheckpointStore],
+    tmp_path: Path,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that says yes to everything and keeps something else."""
+    store = make_store(Retention(keep_last=1))
+    store.save(snapshot(1))
+    store.finish()
+    honest = os.fsync
+
+    def lying(descriptor: int) -> None:
+        honest(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == "model.safetensors":
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(os, "fsync", lying)
+    monkeypatch.setattr(checkpoint_store, "_PAUSE_SECONDS", 0.0)
+    store.save(snapshot(2))
+    with pytest.raises(CheckpointError, match=r"read back, .*model.safetensors is damaged"):
+        store.finish()
+    assert load_newest(tmp_path / "checkpoints", told.append).step == 1  # type: ignore[union-attr]
+
+
 def test_retention_on_disk(make_store: Callable[..., CheckpointStore], tmp_path: Path) -> None:
     store = make_store(Retention(keep_last=2, metric="accuracy", mode="max"))
     for step, accuracy in [(1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, 0.2)]:
