@@ -137,7 +137,7 @@ def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
                 "numbers only"
             )
         flat = tensor.detach().reshape(-1).view(torch.uint8)
-        raw[name] = RawTensor(dtype, tuple(tensor.shape), memoryview(flat.numpy()))
+        raw[name] = RawTensor(dtype, tuple(tensor.shape), flat.numpy().data)
     return raw
 
 

@@ -1,0 +1,345 @@
+"""What a checkpoint costs: the time that training waits, and the speed of the disk.
+
+    python benchmarks/checkpoint.py                        states of 200 MB and 2 GB
+    python benchmarks/checkpoint.py --mb 200 --rounds 9
+    python benchmarks/checkpoint.py --kills 200            killed while saving, as often
+    .venv-peers/bin/python benchmarks/checkpoint.py        with the peers, see peers.sh
+
+The state is that of a perceptron and AdamW, after a step. All take turns, in the folder --folder
+(default: here), so that the machine's other work falls on all of them. A copy into memory that is
+kept is what a save cannot do without; `dd conv=fsync` of as many bytes is what the disk can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hpctrain
+from hpctrain.checkpoint.format import Snapshot
+from hpctrain.checkpoint.layout import newest_first
+from hpctrain.checkpoint.reading import load
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.data.loader import Batch
+from hpctrain.launch.world import World
+from hpctrain.models.mlp import MLP
+from hpctrain.training.horizon import Place
+from hpctrain.training.optimizers import build_optimizer
+from hpctrain.training.persistence import capture
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step import TrainStep
+from hpctrain.training.task import Regression
+
+WIDTH = 1024
+Method = Callable[[Path], Callable[[], None]]
+"""Saves to a path and returns, as soon as training may go on, what waits for the disk."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mb", type=int, nargs="+", default=[200, 2000])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path())
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=asked.folder))
+    try:
+        if asked.kills:
+            kill(asked.kills, folder)
+            return
+        with hpctrain.connect() as world:
+            for megabytes in asked.mb:
+                compare(megabytes, asked.rounds, folder, world)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class Measured:
+    """Seconds of one method: until training may go on, and until the disk has all."""
+
+    stalls: list[float]
+    totals: list[float]
+
+
+def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
+    step = trained(megabytes, world)
+    tensors = {
+        **step.model.state_dict(),
+        **{
+            f"{index}/{name}": item
+            for index, slots in enumerate(step.optimizer.state.values())
+            for name, item in slots.items()
+        },
+    }
+    num_bytes = sum(item.numel() * item.element_size() for item in tensors.values())
+    methods: dict[str, Method] = {
+        "copy in memory, kept": copy_of(tensors),
+        "dd conv=fsync": dd_of(num_bytes),
+        "hpctrain": ours(step, world),
+        "torch.save": torch_save(step),
+        "torch.save, fsync": torch_save(step, sync=True),
+        "DCP async_save": dcp_async(step),
+    }
+    if importlib.util.find_spec("lightning") and importlib.util.find_spec("accelerate"):
+        methods |= {"Lightning": lightning(step), "Accelerate": accelerate(step)}
+    measured = {name: Measured([], []) for name in methods}
+    for number in range(rounds + 1):  # the first round makes buffers and is told apart
+        for name, method in methods.items():
+            path = folder / f"{name.split()[0]}-{number}"
+            os.sync()
+            begin = time.perf_counter()
+            finish = method(path)
+            measured[name].stalls.append(time.perf_counter() - begin)
+            finish()
+            measured[name].totals.append(time.perf_counter() - begin)
+            if name != "hpctrain":
+                subprocess.run(["rm", "-rf", path], check=True)
+    shutil.rmtree(folder / "hpctrain", ignore_errors=True)
+    tell(measured, num_bytes, rounds)
+
+
+def tell(measured: dict[str, Measured], num_bytes: int, rounds: int) -> None:
+    copies, disk = measured["copy in memory, kept"].stalls, measured["dd conv=fsync"].totals
+    print(f"\n{num_bytes / 1e6:,.0f} MB, {rounds} rounds; medians, and of ratios within a round")
+    print(f"{'':<22}{'waits':>9}{'copies':>8}{'first':>10}{'on disk':>10}{'MB/s':>7}{'of dd':>7}")
+    for name, times in measured.items():
+        stall, total = statistics.median(times.stalls[1:]), statistics.median(times.totals[1:])
+        print(
+            f"{name:<22}{stall * 1e3:>6.0f} ms{ratio(times.stalls, copies):>8.2f}"
+            f"{times.stalls[0] * 1e3:>7.0f} ms{total:>8.2f} s{num_bytes / total / 1e6:>7,.0f}"
+            f"{ratio(disk, times.totals):>7.2f}",
+            flush=True,
+        )
+    against = ratio(measured["hpctrain"].stalls, measured["torch.save"].stalls)
+    print(f"hpctrain waits for {against:.3f} of what torch.save does")
+
+
+def ratio(first: list[float], second: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(first[1:], second[1:], strict=True))
+
+
+def trained(megabytes: int, world: World) -> TrainStep:
+    """Return a model whose checkpoint is so large, after one step."""
+    layers = max(1, round(megabytes * 1e6 / 12 / (WIDTH * WIDTH + WIDTH)) - 1)
+    model = MLP(WIDTH, WIDTH, [WIDTH] * layers)
+    fields = {"x": torch.randn(2, WIDTH), "y": torch.randn(2, WIDTH)}
+    step = TrainStep(
+        model,
+        Regression(["x"], "y"),
+        build_optimizer(torch.optim.AdamW, model, 1e-3, {}),
+        world,
+        number_format=NumberFormat.of("32-true", world.device),
+        clip_norm=None,
+        micro_batch_size=None,
+        largest_share=2,
+        example={name: tensor[:1] for name, tensor in fields.items()},
+    )
+    step(Batch(fields=fields, size=2, global_size=2, epoch=0, start=0), 1e-3)
+    return step
+
+
+def nothing() -> None:
+    """There is nothing to wait for."""
+
+
+def copy_of(tensors: dict[str, Tensor]) -> Method:
+    kept = {name: torch.empty_like(item) for name, item in tensors.items()}
+
+    def copy(_: Path) -> Callable[[], None]:
+        for name, item in tensors.items():
+            kept[name].copy_(item.detach())
+        return nothing
+
+    return copy
+
+
+def dd_of(num_bytes: int) -> Method:
+    def dd(path: Path) -> Callable[[], None]:
+        blocks = ["bs=4M", f"count={round(num_bytes / 4 / 2**20)}", "conv=fsync", "status=none"]
+        subprocess.run(["dd", "if=/dev/zero", f"of={path}", *blocks], check=True)
+        return nothing
+
+    return dd
+
+
+def ours(step: TrainStep, world: World) -> Method:
+    """Save as a run does, and keep two, so that each save also deletes one."""
+    stores: list[CheckpointStore] = []
+
+    def save(path: Path) -> Callable[[], None]:
+        if not stores:
+            run = path.with_name("hpctrain")
+            retention = Retention(keep_last=2)
+            stores.append(CheckpointStore(run, retention=retention, confirm=nothing, tell=print))
+        place = Place(step=int(path.name.rpartition("-")[2]))
+        snapshot = capture(world, step, place, data={}, extra={}, config_toml="", metrics=None)
+        assert snapshot is not None
+        stores[0].save(snapshot)
+        return stores[0].finish
+
+    return save
+
+
+def torch_save(step: TrainStep, *, sync: bool = False) -> Method:
+    def save(path: Path) -> Callable[[], None]:
+        state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict()}
+        torch.save(state, path)
+        if sync:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.rename(path.with_suffix(".pt"))
+            path.with_suffix(".pt").rename(path)
+        return nothing
+
+    return save
+
+
+def dcp_async(step: TrainStep) -> Method:
+    from torch import distributed as dist
+    from torch.distributed import checkpoint as dcp
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def save(path: Path) -> Callable[[], None]:
+        state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict()}
+        with quiet():
+            future: Any = dcp.async_save(state, checkpoint_id=path)
+        return future.result  # type: ignore[no-any-return]
+
+    return save
+
+
+def lightning(step: TrainStep) -> Method:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = step.model
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            output: Tensor = self.model(batch).sum()
+            return output
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    with quiet():
+        trainer = lightning.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Module(), [torch.randn(2, WIDTH)])
+
+    def save(path: Path) -> Callable[[], None]:
+        trainer.save_checkpoint(path)
+        return nothing
+
+    return save
+
+
+def accelerate(step: TrainStep) -> Method:
+    import accelerate
+
+    with quiet():
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.prepare(step.model, step.optimizer)
+
+    def save(path: Path) -> Callable[[], None]:
+        with quiet():
+            accelerator.save_state(str(path))
+        return nothing
+
+    return save
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what the peers say besides."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+KILLED_LAYERS, KILLED_WIDTH = 20, 512
+
+
+def save_for_ever(run: str, first: int) -> None:
+    """Save one checkpoint after the other: every number of it is its step."""
+    store = CheckpointStore(
+        Path(run), retention=Retention(keep_last=2), confirm=nothing, tell=print
+    )
+    for step in range(first, first + 100_000):
+        store.save(
+            Snapshot(
+                step=step,
+                model={
+                    f"layer{index}": torch.full((KILLED_WIDTH, KILLED_WIDTH), float(step))
+                    for index in range(KILLED_LAYERS)
+                },
+                training={"state": torch.full((KILLED_WIDTH,), float(step))},
+                values={"step": step},
+                config_toml="",
+            )
+        )
+
+
+def kill(times: int, folder: Path) -> None:
+    """Kill a process that saves, again and again; every folder with a final name has to load."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["hpctrain.checkpoint.store"])
+    draw, torn, looked_at, newest = random.Random(0), 0, 0, 0
+    for number in range(times):
+        writer: BaseProcess = processes.Process(
+            target=save_for_ever, args=(str(folder), newest + 1), daemon=True
+        )
+        writer.start()
+        latest, before = folder / "latest", newest
+        while (int(latest.read_text()[5:]) if latest.exists() else 0) <= before:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.2)
+        writer.kill()
+        writer.join()
+        for path in newest_first(folder / "checkpoints"):
+            looked_at += 1
+            try:
+                loaded = load(path)
+                right = all(bool((item == loaded.step).all()) for item in loaded.model.values())
+                newest = max(newest, loaded.step)
+            except hpctrain.HpctrainError as error:
+                right = False
+                print(error)
+            torn += not right
+        if (number + 1) % 50 == 0:
+            print(f"{number + 1} killed, {looked_at} checkpoints read, {torn} torn", flush=True)
+    print(f"{times} killed while saving, {newest} saves: {torn} of {looked_at} torn")
+    sys.exit(torn > 0)
+
+
+if __name__ == "__main__":
+    main()
