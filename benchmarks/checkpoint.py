@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from synthetic import Samples, build
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import hpctrain
 from hpctrain.checkpoint.format import Snapshot
@@ -41,17 +43,21 @@ from hpctrain.checkpoint.layout import newest_first
 from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.data.loader import Batch
+from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
-from hpctrain.models.mlp import MLP
 from hpctrain.training.horizon import Place
-from hpctrain.training.optimizers import build_optimizer
 from hpctrain.training.persistence import capture
-from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Regression
 
 WIDTH = 1024
+CONFIG = """
+run = {{name = "checkpoint"}}
+model = {{use = "mlp", in_features = {width}, out_features = {width}, hidden_features = {hidden}}}
+task = {{use = "regression", inputs = ["x"], target = "y"}}
+data = {{train = "none", global_batch_size = 2}}
+optimizer = {{use = "adamw", lr = 1e-3}}
+training = {{max_steps = 1}}
+"""
 Method = Callable[[Path], Callable[[], None]]
 """Saves to a path and returns, as soon as training may go on, what waits for the disk."""
 
@@ -143,21 +149,11 @@ def ratio(first: list[float], second: list[float]) -> float:
 def trained(megabytes: int, world: World) -> TrainStep:
     """Return a model whose checkpoint is so large, after one step."""
     layers = max(1, round(megabytes * 1e6 / 12 / (WIDTH * WIDTH + WIDTH)) - 1)
-    model = MLP(WIDTH, WIDTH, [WIDTH] * layers)
     fields = {"x": torch.randn(2, WIDTH), "y": torch.randn(2, WIDTH)}
-    step = TrainStep(
-        model,
-        Regression(["x"], "y"),
-        build_optimizer(torch.optim.AdamW, model, 1e-3, {}),
-        world,
-        number_format=NumberFormat.of("32-true", world.device),
-        clip_norm=None,
-        micro_batch_size=None,
-        largest_share=2,
-        example={name: tensor[:1] for name, tensor in fields.items()},
-    )
-    step(Batch(fields=fields, size=2, global_size=2, epoch=0, start=0), 1e-3)
-    return step
+    samples = Samples(fields, 1)
+    _, parts = build(CONFIG.format(width=WIDTH, hidden=[WIDTH] * layers), samples, world)
+    parts.step(next(samples.epoch(0, 0)), 1e-3)
+    return parts.step
 
 
 def nothing() -> None:
@@ -252,10 +248,11 @@ def lightning(step: TrainStep) -> Method:
             max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(Module(), [torch.randn(2, WIDTH)])
+        trainer.fit(Module(), DataLoader(torch.randn(2, WIDTH)))
 
     def save(path: Path) -> Callable[[], None]:
-        trainer.save_checkpoint(path)
+        with quiet():
+            trainer.save_checkpoint(path)
         return nothing
 
     return save
@@ -292,7 +289,7 @@ KILLED_LAYERS, KILLED_WIDTH = 20, 512
 def save_for_ever(run: str, first: int) -> None:
     """Save one checkpoint after the other: every number of it is its step."""
     store = CheckpointStore(
-        Path(run), retention=Retention(keep_last=2), confirm=nothing, tell=print
+        Path(run), retention=Retention(keep_last=2), confirm=nothing, tell=lambda _: None
     )
     for step in range(first, first + 100_000):
         store.save(
@@ -322,7 +319,7 @@ def kill(times: int, folder: Path) -> None:
         latest, before = folder / "latest", newest
         while (int(latest.read_text()[5:]) if latest.exists() else 0) <= before:
             time.sleep(0.001)
-        time.sleep(draw.random() * 0.2)
+        time.sleep(draw.random() * 0.4)
         writer.kill()
         writer.join()
         for path in newest_first(folder / "checkpoints"):
@@ -331,7 +328,7 @@ def kill(times: int, folder: Path) -> None:
                 loaded = load(path)
                 right = all(bool((item == loaded.step).all()) for item in loaded.model.values())
                 newest = max(newest, loaded.step)
-            except hpctrain.HpctrainError as error:
+            except HpctrainError as error:
                 right = False
                 print(error)
             torn += not right

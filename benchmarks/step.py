@@ -1,108 +1,171 @@
-"""What a step costs beyond the same loop written by hand.
+"""What a step costs beyond the same loop written by hand, and beside the peers.
 
     python benchmarks/step.py
     mpirun -np 2 python benchmarks/step.py
+    .venv-peers/bin/python benchmarks/step.py                        with the peers, see peers.sh
+    .venv-peers/bin/mpirun -np 2 .venv-peers/bin/python benchmarks/step.py
 
-A tiny MLP, so that overhead shows. Blocks of 50 steps of the two loops take turns in one process;
-the table gives the tenth percentile and the median over blocks, microseconds per step.
+A tiny perceptron, so that overhead shows. Blocks of 50 steps of all loops take turns in one
+process; the table gives the tenth percentile and the median over blocks, microseconds per step,
+and the medians of differences and ratios within a round.
+
+hpctrain runs its own loop with all that a run has on: clipping, a schedule, metrics.jsonl and .csv
+every ten steps, progress, the agreement to stop, signs of life. Peers clip, schedule and log as
+often; Lightning's Trainer with its logger, and once more with its bar and checkpoints.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from step_peers import LOG_EVERY, STEPS, TOTAL_STEPS, ByHand, Loop, peers
+from synthetic import EPOCH_SAMPLES, Samples, build, horizon
+from torch import Tensor
 
 import hpctrain
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.data.loader import Batch
-from hpctrain.models.mlp import MLP
+from hpctrain.launch.world import World
+from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.optimizers import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.horizon import Cadence, Place
+from hpctrain.training.loop import Metrics, Plan, fit
+from hpctrain.training.phases import Phases
+from hpctrain.training.run import RankZero, Run
+from hpctrain.training.save_clock import SaveClock
 
-BLOCKS, STEPS, SAMPLES = 80, 50, 32
+SAMPLES = 32
+
+CONFIG = """
+[run]
+name = "step"
+[model]
+use = "mlp"
+in_features = 64
+out_features = 10
+hidden_features = [64]
+[task]
+use = "classification"
+inputs = ["x"]
+target = "y"
+[data]
+train = "none"
+global_batch_size = %d
+[optimizer]
+use = "adamw"
+lr = 1e-3
+[scheduler]
+use = "cosine"
+warmup_steps = 50
+[training]
+max_steps = 1_000_000
+clip_norm = 1.0
+[logging]
+every_steps = 10
+"""
 
 
 def main() -> None:
-    with hpctrain.connect() as world:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=80)
+    asked = parser.parse_args()
+    with hpctrain.connect() as world, tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)
         fields = {"x": torch.randn(SAMPLES, 64), "y": torch.randint(10, (SAMPLES,))}
-        size = world.topology.world_size
-        batch = Batch(fields=fields, size=SAMPLES, global_size=SAMPLES * size, epoch=0, start=0)
-
-        model = MLP(64, 10, [64])
-        step = TrainStep(
-            model,
-            Classification(["x"], "y"),
-            build_optimizer(torch.optim.AdamW, model, 1e-3, {}),
-            world,
-            number_format=NumberFormat.of("32-true", world.device),
-            clip_norm=1.0,
-            micro_batch_size=None,
-            largest_share=SAMPLES,
-            example={name: tensor[:1] for name, tensor in fields.items()},
-        )
-        step.prime()
-        stop = StopAgreement(world.communicator, lambda: 0)
-        progress = Progress(10**9, mode="none")
-        count = 0
-
-        def ours() -> None:
-            nonlocal count
-            count += 1
-            step(batch, 1e-3)
-            progress.update(count, 0)
-            stop.boundary()
-
-        bare_model: nn.Module = MLP(64, 10, [64])
-        optimizer = torch.optim.AdamW(bare_model.parameters(), lr=1e-3, fused=True)
-        if size > 1:
-            bare_model = DistributedDataParallel(bare_model, gradient_as_bucket_view=True)
-
-        def by_hand(clip: bool) -> None:
-            loss = nn.functional.cross_entropy(bare_model(fields["x"]), fields["y"])
-            loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(bare_model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=size == 1)
-
-        loops = {
-            "by hand": lambda: by_hand(False),
-            "by hand, clipped": lambda: by_hand(True),
-            "hpctrain": ours,
+        job = Job(world, fields, Path(folder))
+        loops: dict[str, Loop] = {
+            "by hand": ByHand(world, fields, clip=False),
+            "by hand, clipped": ByHand(world, fields),
+            "hpctrain": job,
         }
-        table = measure(loops)
-        stop.flush()
+        if importlib.util.find_spec("lightning"):
+            loops |= peers(world, fields, Path(folder))
+        table = measure(loops, asked.rounds)
+        job.stop.flush()
         if world.topology.is_rank_zero:
-            base = table["by hand, clipped"]
-            print(
-                f"{size} ranks" if size > 1 else "1 rank", "us per step: p10, median, ratio of p10"
-            )
-            for name, (p10, median) in table.items():
-                print(f"  {name:<18}{p10:8.0f}{median:8.0f}{p10 / base[0]:8.2f}")
+            tell(table, world.topology.world_size)
 
 
-def measure(loops: dict[str, Callable[[], None]]) -> dict[str, tuple[float, float]]:
-    """Return p10 and median over blocks, microseconds per step, by loop."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(BLOCKS):
+def measure(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
+    """Return microseconds per step of every block, by loop."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds + 2):
         for name, loop in loops.items():
             start = time.perf_counter()
-            for _ in range(STEPS):
-                loop()
-            seconds[name].append((time.perf_counter() - start) / STEPS * 1e6)
-    return {
-        name: (statistics.quantiles(values, n=10)[0], statistics.median(values))
-        for name, values in seconds.items()
-    }
+            loop()
+            if number > 1:  # before, everything is made for the first time
+                times[name].append((time.perf_counter() - start) / STEPS * 1e6)
+    return times
+
+
+def tell(table: dict[str, list[float]], ranks: int) -> None:
+    base = table["by hand, clipped"]
+    print(f"{f'{ranks} ranks' if ranks > 1 else '1 rank'}, us per step")
+    print(f"  {'':<28}{'p10':>7}{'median':>8}{'more':>7}{'ratio':>7}")
+    for name, times in table.items():
+        more = statistics.median(a - b for a, b in zip(times, base, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
+        p10, median = statistics.quantiles(times, n=10)[0], statistics.median(times)
+        print(f"  {name:<28}{p10:>7.0f}{median:>8.0f}{more:>+7.0f}{ratio:>7.2f}", flush=True)
+
+
+class _Run(Run):
+    """A run that ends with every block, and saves nothing there."""
+
+    def save(self, place: Place, metrics: Metrics | None) -> None:
+        """Saves are benchmarks/checkpoint.py's."""
+
+
+class Job:
+    """The loop of a job, as `python -m hpctrain` runs it."""
+
+    def __init__(self, world: World, fields: dict[str, Tensor], folder: Path) -> None:
+        self.samples = Samples(fields, world.topology.world_size)
+        text = CONFIG % (SAMPLES * world.topology.world_size)
+        self.config, self.parts = build(text, self.samples, world)
+        self.stop = StopAgreement(world.communicator, lambda: 0)
+        rank_zero = None
+        if world.topology.is_rank_zero:
+            store: Any = SimpleNamespace()
+            rank_zero = RankZero(
+                store=store,
+                save_clock=SaveClock(0.0, lambda: False),
+                writer=MetricsWriter(folder, None),
+                progress=Progress(TOTAL_STEPS, mode="lines", write=lambda _: None),
+            )
+            self.stop.add(rank_zero.save_clock.bit)
+        data: Any = SimpleNamespace(train_loader=self.samples)
+        counters = {
+            "data": lambda: self.samples.wait_seconds,
+            "communication": self.parts.step.communication_seconds,
+        }
+        self.place = Place()
+        self.run = _Run(
+            self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
+            rank_zero=rank_zero, best=None, place=self.place, metrics={},
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        never = Cadence()
+        plan = Plan(
+            horizon=horizon(self.place.step + STEPS, self.config),
+            log=Cadence(every_steps=LOG_EVERY),
+            evaluate=None,
+            check=never,
+            save=Cadence(every_steps=EPOCH_SAMPLES, every_epochs=1),
+        )
+        loader: Any = self.samples
+        self.place, _ = fit(
+            self.place, plan, step=self.parts.step, loader=loader, schedule=self.parts.schedule,
+            hooks=self.run,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

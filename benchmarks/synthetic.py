@@ -1,0 +1,76 @@
+"""A run on samples that were made before: what several benchmarks measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hpctrain.config import Config
+from hpctrain.config.source import parse
+from hpctrain.config.validation import validate
+from hpctrain.data.loader import Batch
+from hpctrain.launch.world import World
+from hpctrain.training.assembly import Parts, build_parts
+from hpctrain.training.components import resolve_components
+from hpctrain.training.horizon import Horizon
+
+EPOCH_SAMPLES = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One batch, served for ever, as a loader does."""
+
+    fields: dict[str, Tensor]
+    world_size: int
+    wait_seconds: float = 0.0
+
+    @property
+    def largest_share(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    @property
+    def smallest_share(self) -> int:
+        return self.largest_share
+
+    def example(self) -> dict[str, Tensor]:
+        return {name: tensor[:1] for name, tensor in self.fields.items()}
+
+    def epoch(self, epoch: int, position: int) -> Iterator[Batch]:
+        global_size = self.largest_share * self.world_size
+        while True:
+            yield Batch(
+                fields=self.fields,
+                size=self.largest_share,
+                global_size=global_size,
+                epoch=epoch,
+                start=position,
+            )
+            position += global_size
+
+
+def build(text: str, samples: Samples, world: World) -> tuple[Config, Parts]:
+    """Return a config and the parts that it names. Collective: all ranks."""
+    config, mistakes = validate(parse(text, "benchmark"))
+    if config is None:
+        raise ValueError(mistakes)
+    parts = build_parts(
+        config,
+        world,
+        resolve_components(config),
+        samples,
+        horizon(10**9, config),
+        validates=False,
+    )
+    return config, parts
+
+
+def horizon(max_steps: int, config: Config) -> Horizon:
+    """Return where a run over these samples ends."""
+    limits: dict[str, Any] = {"max_epochs": None, "max_samples": None, "max_steps": max_steps}
+    return Horizon(
+        epoch_samples=EPOCH_SAMPLES, global_batch_size=config.data.global_batch_size, **limits
+    )
