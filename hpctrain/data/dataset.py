@@ -69,6 +69,7 @@ class Shard:
         size: of the file, bytes.
         checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
         layouts: by field.
+        sources: other files that values come from: of virtual datasets, and external storage.
     """
 
     path: str
@@ -76,6 +77,7 @@ class Shard:
     size: int
     checksum: str | None
     layouts: Mapping[str, Layout]
+    sources: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -142,6 +144,15 @@ class Dataset:
                 for s in self.shards
             ),
         )
+
+    def places(self, samples: npt.NDArray[np.int64]) -> list[tuple[Shard, int]]:
+        """Return the shard of each sample, and its row there; of a window its first row."""
+        stops = self.shard_stops
+        indices = np.searchsorted(stops, samples, side="right").tolist()
+        return [
+            (self.shards[index], sample - int(stops[index]) + self.shards[index].samples)
+            for sample, index in zip(samples.tolist(), indices, strict=True)
+        ]
 
     def slow_fields(self) -> dict[str, str]:
         """Return why, for every field that only HDF5 can read in some shard."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpctrain.data.access import Bytes, Locate, RowAccess
+from hpctrain.data.access import Bytes, Locate
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.prefetch import Prefetch
 from hpctrain.data.reader import Group, HostGroup, RowSource, Source, read_groups
+from hpctrain.data.rows import open_rows
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,16 @@ class Delivery:
     """Runs a reader in a thread and makes tensors on the device of what it reads."""
 
     def __init__(
-        self, dataset: Dataset, rows: int, device: torch.device, depth: int, locate: Locate
+        self,
+        dataset: Dataset,
+        rows: int,
+        device: torch.device,
+        depth: int,
+        *,
+        read_retries: int,
+        locate: Locate,
     ) -> None:
-        self.access = RowAccess(dataset, locate)
+        self.access = open_rows(dataset, retries=read_retries, locate=locate)
         self._dtypes = {name: torch_dtype(field) for name, field in dataset.fields.items()}
         self._fields = dataset.fields
         self._device = device
@@ -100,7 +108,7 @@ class Delivery:
     def one(self, row: int) -> dict[str, torch.Tensor]:
         """Return one row of the dataset, read by the calling thread with files of its own."""
         group = Group([row, row + 1], np.array([row], np.int64))
-        with closing(RowAccess(self.access.dataset)) as access:
+        with closing(open_rows(self.access.dataset)) as access:
             source = RowSource(access, lambda rows: rows)
             return self._to_device(next(read_groups(source, [group], self._fields, self._pool)))
 

@@ -27,14 +27,14 @@ from hpctrain.data.storage import HDF5_FAILURES, filter_names, require_filters
 from hpctrain.errors import DatasetError
 
 
-def open_dataset(pattern: str, fields: Sequence[str] | None = None) -> Dataset:
+def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 0) -> Dataset:
     """Find out what a dataset holds. Reads no sample.
 
     Args:
         pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, or a glob.
             Files are taken in the order of their names.
-        fields: paths of the HDF5 datasets that are wanted, their first axis the samples; None:
-            all that there are.
+        fields: paths of the HDF5 datasets that are wanted; None: all that there are.
+        axis: of these HDF5 datasets, which counts the samples.
 
     Raises:
         DatasetError: if there are no files, a field is not in them or cannot become a tensor, or
@@ -42,10 +42,10 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None) -> Dataset:
     """
     path = Path(pattern)
     require_finished(path)
-    if (path / INDEX_NAME).exists():
+    if (path / INDEX_NAME).exists() and not axis:
         dataset = read_index(path)
         return dataset if fields is None else dataset.select(fields)
-    return join_files(pattern, find_files(pattern), fields)
+    return join_files(pattern, find_files(pattern), fields, axis)
 
 
 def require_finished(folder: Path) -> None:
@@ -62,7 +62,9 @@ def require_finished(folder: Path) -> None:
         )
 
 
-def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[str, Field]]:
+def inspect_file(
+    path: str, fields: Sequence[str] | None, axis: int = 0
+) -> tuple[Shard, dict[str, Field]]:
     """Return what one HDF5 file holds of these fields; None: all of its datasets.
 
     Raises:
@@ -71,18 +73,46 @@ def inspect_file(path: str, fields: Sequence[str] | None) -> tuple[Shard, dict[s
     try:
         # Of several processes reading, none needs a lock, and some file systems have none.
         with h5py.File(path, "r", locking=False) as file:
-            there = datasets_with_rows(file)
-            wanted = list(there) if fields is None else list(fields)
-            require_fields(wanted, there, path)
-            found = {name: Field(there[name].shape[1:], there[name].dtype) for name in wanted}
+            wanted = _wanted(file, fields)
+            for name, dataset in wanted.items():
+                _require_axis(dataset, axis, f'{path}: field "{name}"')
+            found = {name: _field(dataset, axis) for name, dataset in wanted.items()}
             for name, field in found.items():
                 require_supported(name, field, path)
-            samples = _common_rows({name: len(there[name]) for name in wanted}, path)
-            layouts = {name: _layout(there[name]) for name in wanted}
+            samples = _common_rows({name: each.shape[axis] for name, each in wanted.items()}, path)
+            layouts = {name: _layout(dataset, path, axis) for name, dataset in wanted.items()}
+            sources = {source for each in wanted.values() for source in other_files(each, path)}
             size = Path(path).stat().st_size
     except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
-    return Shard(path, samples, size, None, layouts), found
+    return Shard(path, samples, size, None, layouts, tuple(sorted(sources))), found
+
+
+def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
+    """Return HDF5 datasets of an open file by their paths, links followed for those named."""
+    if fields is not None:
+        try:
+            named = {name: file[name] for name in fields if name in file}
+        except ValueError:  # a name that HDF5 cannot have
+            named = {}
+        if len(named) == len(fields) and all(map(_holds_rows, named.values())):
+            return named
+    there = datasets_with_rows(file)
+    wanted = list(there) if fields is None else list(fields)
+    require_fields(wanted, there, file.filename)
+    return {name: there[name] for name in wanted}
+
+
+def _require_axis(dataset: h5py.Dataset, axis: int, place: str) -> None:
+    if not -dataset.ndim <= axis < dataset.ndim:
+        raise DatasetError(
+            f"{place} has the shape {dataset.shape}, and no axis {axis}: the first one is 0, the "
+            f"last {dataset.ndim - 1}"
+        )
+
+
+def _field(dataset: h5py.Dataset, axis: int) -> Field:
+    return Field(dataset.shape[:axis] + dataset.shape[axis + 1 :], dataset.dtype)
 
 
 def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
@@ -118,13 +148,15 @@ def find_files(pattern: str) -> list[str]:
     return paths
 
 
-def join_files(source: str, paths: Sequence[str], fields: Sequence[str] | None) -> Dataset:
+def join_files(
+    source: str, paths: Sequence[str], fields: Sequence[str] | None, axis: int = 0
+) -> Dataset:
     """Put files after each other, without a look at any index.
 
     Raises:
         DatasetError: if one cannot be read, or they do not hold the same.
     """
-    files = [inspect_file(path, fields) for path in paths]
+    files = [inspect_file(path, fields, axis) for path in paths]
     first, found = files[0]
     for shard, others in files[1:]:
         require_fields(found, others, shard.path)
@@ -158,19 +190,28 @@ def _common_rows(rows: dict[str, int], path: str) -> int:
     return next(iter(rows.values()), 0)
 
 
-def _layout(dataset: h5py.Dataset) -> Layout:
+def _layout(dataset: h5py.Dataset, path: str, axis: int) -> Layout:
     """Return where the rows lie, with an offset only if they lie there as in memory."""
     if dataset.chunks is not None:
-        require_filters(dataset, dataset.file.filename)
+        require_filters(dataset, path)
+    if axis:
+        rows = 1 if dataset.chunks is None else dataset.chunks[axis]
+        return Layout(None, rows, f"along axis {axis}")
+    if not _is_in(dataset, path):
+        return Layout(None, reason="in another file, by a link")
+    if dataset.chunks is not None:
         return Layout(None, dataset.chunks[0], ", ".join(["chunked", *filter_names(dataset)]))
     reason = _obstacle(dataset)
     return Layout(None, reason=reason) if reason else Layout(dataset.id.get_offset())
 
 
+def _is_in(dataset: h5py.Dataset, path: str) -> bool:
+    return Path(dataset.file.filename) == Path(path)
+
+
 def _obstacle(dataset: h5py.Dataset) -> str:
     """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
     if dataset.is_virtual:
-        require_sources(dataset)
         return "virtual"
     if dataset.external:
         return "in an external file"
@@ -185,17 +226,52 @@ def _obstacle(dataset: h5py.Dataset) -> str:
     return ""
 
 
-def require_sources(dataset: h5py.Dataset) -> None:
-    """Check that the files of a virtual dataset are there: HDF5 gives fill values if not.
+def other_files(dataset: h5py.Dataset, path: str) -> list[str]:
+    """Return the other files that the values of a dataset come from.
 
     Raises:
-        DatasetError: naming the first that is missing.
+        DatasetError: if HDF5 would give fill values for some of them.
     """
-    folder = Path(dataset.file.filename).parent
-    for source in dataset.virtual_sources():
-        name = source.file_name
-        if name != "." and "%" not in name and not (folder / name).exists():
+    own = dataset.file.filename
+    found = [] if _is_in(dataset, path) else [own]
+    folder = Path(own).parent
+    if dataset.is_virtual:
+        found += require_sources(dataset)
+    found += [str(folder / name) for name, _, _ in dataset.external or ()]
+    return found
+
+
+def require_sources(dataset: h5py.Dataset) -> list[str]:
+    """Check that the sources of a virtual dataset are there: HDF5 gives fill values if not.
+
+    Returns:
+        The files, as far as they have names of their own and not a pattern.
+
+    Raises:
+        DatasetError: naming the first that is missing, or does not hold what it should.
+    """
+    own = dataset.file.filename
+    folder = Path(own).parent
+    found = []
+    for source in dict.fromkeys((s.file_name, s.dset_name) for s in dataset.virtual_sources()):
+        name, inside = source
+        if name == "." or "%" in name or "%" in inside:
+            continue
+        path = folder / name
+        problem = "is missing" if not path.exists() else _source_problem(str(path), inside)
+        if problem:
             raise DatasetError(
-                f'{dataset.file.filename}: field "{dataset.name}" is virtual, and its source '
-                f"{name} is missing; HDF5 would give fill values in its place"
+                f'{own}: field "{dataset.name}" is virtual, and its source {name} {problem}; HDF5 '
+                "would give fill values in its place"
             )
+        found.append(str(path))
+    return found
+
+
+def _source_problem(path: str, name: str) -> str:
+    """Return what is wrong with the source of a virtual dataset; empty if nothing is."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return "" if name in file else f'has no "{name}"'
+    except HDF5_FAILURES as error:
+        return f"cannot be read ({error})"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpctrain.data.access import Locate, RowAccess, where_it_is
+from hpctrain.data.access import Locate, where_it_is
 from hpctrain.data.buffers import MemoryPlan
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, Delivery
@@ -24,7 +24,9 @@ from hpctrain.data.reader import (
     WindowBuffers,
     WindowSource,
 )
+from hpctrain.data.rows import open_rows
 from hpctrain.data.shuffle import Epoch
+from hpctrain.data.steady import READ_RETRIES
 from hpctrain.errors import ConfigError, DatasetError
 
 __all__ = ["Batch", "EvaluationLoader", "TrainLoader"]
@@ -57,6 +59,7 @@ class TrainLoader:
         buffer_mb: float,
         begun: Mapping[int, Order] | None = None,
         locate: Locate = where_it_is,
+        read_retries: int = READ_RETRIES,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -73,6 +76,7 @@ class TrainLoader:
             buffer_mb: host memory for reading ahead, MB.
             begun: epochs that began in another order than `order`, and end in it.
             locate: as RowAccess takes it.
+            read_retries: how often a read that fails is tried again.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -95,6 +99,7 @@ class TrainLoader:
                 )
         self._global_batch_size = global_batch_size
         self._rank = rank
+        self._read_retries = read_retries
         self._world_size = world_size
         self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
         self.largest_share = max(
@@ -118,7 +123,9 @@ class TrainLoader:
         self._buffers: tuple[Order, WindowBuffers] | None = None
         self._group_batches = memory.group_batches
         rows = self.largest_share * memory.group_batches
-        self._delivery = Delivery(self._dataset, rows, device, memory.depth, locate)
+        self._delivery = Delivery(
+            self._dataset, rows, device, memory.depth, read_retries=read_retries, locate=locate
+        )
 
     @property
     def wait_seconds(self) -> float:
@@ -162,11 +169,8 @@ class TrainLoader:
         Args:
             rows: (count,) int64, ascending.
         """
-        stops = self._dataset.shard_stops
         found: list[tuple[str, int, int]] = []
-        for row, index in zip(rows.tolist(), np.searchsorted(stops, rows, "right"), strict=True):
-            shard = self._dataset.shards[index]
-            inside = row - int(stops[index]) + shard.samples
+        for shard, inside in self._dataset.places(rows):
             if found and found[-1][0] == shard.name and found[-1][2] == inside - 1:
                 found[-1] = (shard.name, found[-1][1], inside)
             else:
@@ -180,7 +184,7 @@ class TrainLoader:
             DatasetError: if one cannot be read.
         """
         values = {}
-        with closing(RowAccess(self._dataset)) as access:
+        with closing(open_rows(self._dataset, retries=self._read_retries)) as access:
             for name, field in self._dataset.fields.items():
                 out = np.empty((len(rows), field.row_bytes), np.uint8)
                 places = np.arange(len(rows), dtype=np.int64)
@@ -234,6 +238,7 @@ class EvaluationLoader:
         device: torch.device,
         buffer_mb: float,
         locate: Locate = where_it_is,
+        read_retries: int = READ_RETRIES,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -249,7 +254,9 @@ class EvaluationLoader:
         self._group_batches = memory.group_batches
         self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches
-        self._delivery = Delivery(self._dataset, rows, device, memory.depth, locate)
+        self._delivery = Delivery(
+            self._dataset, rows, device, memory.depth, read_retries=read_retries, locate=locate
+        )
 
     def __len__(self) -> int:
         return len(range(self._first, self._stop, self._batch_size))

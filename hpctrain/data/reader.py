@@ -7,11 +7,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hpctrain.data.access import Bytes, RowAccess
+from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.partition import Order, lanes_of_rank
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.row_reader import RowReader
 from hpctrain.data.shuffle import Epoch, Runs
 
 
@@ -63,7 +64,7 @@ def read_groups(
 class RowSource:
     """Reads every row on its own, straight to its place in the batch; nothing is resident."""
 
-    def __init__(self, access: RowAccess, rows_at: Callable[[Int64s], Int64s]) -> None:
+    def __init__(self, access: RowReader, rows_at: Callable[[Int64s], Int64s]) -> None:
         """Read the rows of the dataset that `rows_at` finds for positions."""
         self._access = access
         self._rows_at = rows_at
@@ -172,7 +173,7 @@ class WindowSource:
     A lane's next window is read over the one before it, for the first batch that needs it.
     """
 
-    def __init__(self, access: RowAccess, windows: LaneWindows, buffers: WindowBuffers) -> None:
+    def __init__(self, access: RowReader, windows: LaneWindows, buffers: WindowBuffers) -> None:
         self._access = access
         self._windows = windows
         self._buffers = buffers

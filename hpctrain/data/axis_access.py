@@ -1,0 +1,68 @@
+"""Rows along another axis than the first, by way of HDF5, which collects their pieces."""
+
+from __future__ import annotations
+
+import math
+
+import h5py
+import numpy as np
+
+from hpctrain.data.access import Bytes, Locate, where_it_is
+from hpctrain.data.access import _Handles as Handles
+from hpctrain.data.access import _open_hdf5 as open_hdf5
+from hpctrain.data.dataset import Field, Shard
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.view import Part
+from hpctrain.errors import DatasetError
+
+READ_BYTES = 32 * 2**20
+"""Values that are read at once before they are put in the order of the rows."""
+
+
+class AxisAccess:
+    """Reads rows of a part whose rows are not counted by the first axis. For one thread."""
+
+    def __init__(self, part: Part, locate: Locate = where_it_is) -> None:
+        """Prepare; no file is opened yet. `locate` is as RowAccess takes it."""
+        self.dataset = part.dataset
+        self._axis = part.axis
+        self._files: Handles[h5py.File] = Handles(open_hdf5, h5py.File.close, locate)
+
+    @property
+    def files_opened(self) -> int:
+        """How often a file was opened; at best once for each."""
+        return self._files.opened
+
+    def read_runs(
+        self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows, as `RowAccess.read_runs` does."""
+        field, stops = self.dataset.fields[name], self.dataset.shard_stops
+        for row, count, place in zip(rows.tolist(), counts.tolist(), places.tolist(), strict=True):
+            done = 0
+            while done < count:
+                index = int(np.searchsorted(stops, row + done, side="right"))
+                shard = self.dataset.shards[index]
+                first = row + done - int(stops[index]) + shard.samples
+                most = max(1, READ_BYTES // field.row_bytes)
+                size = min(count - done, shard.samples - first, most)
+                self._read(shard, name, field, first, out[place + done : place + done + size])
+                done += size
+
+    def close(self) -> None:
+        """Close all files. Reading on opens them again."""
+        self._files.close()
+
+    def _read(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
+        before, after = field.shape[: self._axis], field.shape[self._axis :]
+        try:
+            dataset = self._files.get(shard)[name]
+            values = np.empty((*before, len(out), *after), field.dtype.newbyteorder("="))
+            rows = (*(slice(None) for _ in before), slice(first, first + len(out)))
+            dataset.read_direct(values, source_sel=rows)
+        except HDF5_FAILURES as error:
+            what = getattr(error, "strerror", None) or error
+            raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
+        target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
+        target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)
