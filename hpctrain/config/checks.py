@@ -14,8 +14,9 @@ from pathlib import Path
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.components import BUILTINS, unknown_name
 from hpctrain.config.locating import problem_of
-from hpctrain.config.messages import Mistake, did_you_mean, printable
+from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, printable
 from hpctrain.config.schema import RunSection
+from hpctrain.config.selecting import check_fields, check_samples, has_validation
 from hpctrain.config.source import Source
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
@@ -56,12 +57,18 @@ def _obstacle(path: Path) -> str | None:
 def check_paths(source: Source) -> list[Mistake]:
     """Check that the paths lead somewhere; what is inside is for later."""
     mistakes = []
-    keys = (
+    fields = source.get("data", "fields")
+    keys: list[KeyPath] = [
         ("data", "train"),
         ("data", "validation"),
+        *(
+            ("data", "fields", name, part)
+            for name in (fields if isinstance(fields, dict) else ())
+            for part in ("train", "validation")
+        ),
         ("checkpoint", "resume"),
         ("checkpoint", "initialize_from"),
-    )
+    ]
     for key in keys:
         value = source.get(*key)
         if not isinstance(value, str) or not value:
@@ -149,7 +156,7 @@ def check_warmup(source: Source) -> list[Mistake]:
 def check_best(source: Source) -> list[Mistake]:
     """Check that there are evaluations by which to find the best checkpoint."""
     best = source.get("checkpoint", "keep_best")
-    if best is None or source.get("data", "validation") is not None:
+    if best is None or has_validation(source):
         return []
     problem = "needs evaluations, and data.validation is not set"
     return [source.mistake(("checkpoint", "keep_best"), problem)]
@@ -174,6 +181,8 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_run,
     check_paths,
     check_components,
+    check_fields,
+    check_samples,
     check_limits,
     check_batch_sizes,
     check_warmup,

@@ -45,6 +45,8 @@ def _collection(annotation: Any) -> str | None:
     if origin is tuple and dataclasses.is_dataclass(arguments[0]):
         keys = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
         return f"a list of tables with the keys {keys}"
+    if origin is tuple and arguments[0] is int:
+        return f"a list of {len(arguments)} whole numbers"
     if origin is dict and arguments[1] is str:
         return "a table of strings"
     return None
@@ -64,6 +66,8 @@ def _limited(text: str, constraint: Any) -> str:
         return f"{text} above {constraint.gt}"
     if isinstance(constraint, Interval) and constraint.gt is None and constraint.lt is None:
         return f"{text} from {constraint.ge} to {constraint.le}"
+    if isinstance(constraint, Interval) and constraint.ge is None and constraint.le is None:
+        return f"{text} above {constraint.gt} and below {constraint.lt}"
     if isinstance(constraint, Interval) and constraint.gt is None and constraint.le is None:
         return f"{text} from {constraint.ge} and below {constraint.lt}"
     if isinstance(constraint, MinLen) and constraint.min_length == 1:

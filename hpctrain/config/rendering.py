@@ -35,7 +35,9 @@ def _table(section: Any) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """Return a value with the tables of a list of them as tables."""
-    if not isinstance(value, tuple):
-        return value
-    return [_table(item) if dataclasses.is_dataclass(item) else item for item in value]
+    """Return a value with what is in it of the schema as tables."""
+    if dataclasses.is_dataclass(value):
+        return _table(value)
+    if isinstance(value, dict):
+        return {name: _value(inner) for name, inner in value.items()}
+    return [_value(item) for item in value] if isinstance(value, tuple) else value

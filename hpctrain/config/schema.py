@@ -61,6 +61,61 @@ class TaskSection(ComponentSection):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FieldTable:
+    """Where the values of one field are, and how many rows of them make a sample."""
+
+    path: Text | None = None
+    """HDF5 dataset in every file, such as "/group/temperature"; none: named as the field is."""
+
+    axis: Annotated[int, Ge(0)] = 0
+    """Axis of that HDF5 dataset that counts its rows, from 0."""
+
+    train: Text | None = None
+    """Files that hold it, joined row by row with the other fields; none: those of `data.train`."""
+
+    validation: Text | None = None
+    """The same, for evaluation; none: those of `data.validation`."""
+
+    steps: Count | None = None
+    """Rows that one sample holds, along a first axis of their own; none: one, without that axis."""
+
+    lead: CountOrNever = 0
+    """Rows from the sample's own row t to the first of these, such as a lead time."""
+
+    every: Count = 1
+    """Rows from one of them to the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesTable:
+    """Which rows of the files are samples."""
+
+    train: Text | tuple[int, int] | None = None
+    """A boolean HDF5 dataset that says so, or the first row and one past the last; none: all."""
+
+    validation: Text | tuple[int, int] | None = None
+    """The same, for evaluation, of the files of `data.train` where no others are given."""
+
+    validation_fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Evaluate with about this part of the rows, drawn at random, and train with the others."""
+
+    split_seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
+    """Seeds that draw; another one gives another split."""
+
+    split_by: Literal["rows", "files"] = "rows"
+    """Draw pieces of consecutive rows, or whole files."""
+
+    piece_rows: Count | None = None
+    """Consecutive rows that stay in one part of the split; none: chosen by the size of the data."""
+
+    stride: Count = 1
+    """Rows from one sample's own row t to that of the next."""
+
+    across_files: bool = False
+    """Let the rows of one sample begin in one file and end in the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection:
     """Where the samples are and how they are cut into batches."""
 
@@ -87,6 +142,18 @@ class DataSection:
 
     buffer_mb: Annotated[float, Gt(0)] = 512.0
     """Memory for reading ahead, in MB per rank."""
+
+    read_retries: CountOrNever = 3
+    """Try so many times more what cannot be read, after longer and longer waits."""
+
+    verify: Literal["never", "start"] = "never"
+    """At the start, hold every shard against its checksum; the ranks share the reading."""
+
+    fields: dict[str, FieldTable] = field(default_factory=dict)
+    """Where the fields of the task are, if not in `train` under their own names."""
+
+    samples: SamplesTable = field(default_factory=SamplesTable)
+    """Which rows are samples, if not all."""
 
     stage: Literal["none", "node-local"] = "none"
     """Copy the shards to the disk of every node, beside the training, and read them from there."""

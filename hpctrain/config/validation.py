@@ -17,6 +17,7 @@ from hpctrain.config.expectations import choices, expectation
 from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, nearest
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.source import Source, Table
+from hpctrain.config.tables import inside, unknown_inside
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -37,11 +38,16 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
         config = _adapter().validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False, include_input=False):
-            key = tuple(str(part) for part in item["loc"][:2])
+            key, inner = _place(tuple(str(part) for part in item["loc"]))
             if key not in found:
                 found.add(key)
                 missing = item["type"].startswith("missing")
-                if len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
+                if inner is not None:
+                    problem = f"expected {expectation(inner)}"
+                    if isinstance(value := source.get(*key), str):
+                        problem += did_you_mean(value, choices(inner), quote='"')
+                    mistakes.append(source.mistake(key, problem))
+                elif len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
                     mistakes.append(_item_misfit(source, key, kind, item["loc"][2:4], missing))
                 else:
                     mistakes.append(_misfit(source, key, missing=missing))
@@ -79,6 +85,14 @@ def _item_type(section: str, key: str) -> type | None:
     if kinds and isinstance(kinds[0], type) and dataclasses.is_dataclass(kinds[0]):
         return kinds[0]
     return None
+
+
+def _place(where: KeyPath) -> tuple[KeyPath, Any]:
+    """Return the key that pydantic speaks of, and what it expects if it is inside of a table."""
+    if len(where) < 3 or where[1] not in (fields := _fields(where[0])):
+        return where[:2], None
+    within, inner = inside(fields[where[1]], where[2:])
+    return (*where[:2], *within), inner
 
 
 def is_component(section: str) -> bool:
@@ -130,6 +144,8 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
         for key, value in known[section].items():
             if (kind := _item_type(section, key)) is not None and isinstance(value, list):
                 mistakes += _unknown_in_items(source, (section, key), kind, value)
+            for within, near in unknown_inside(_fields(section)[key], value).items():
+                mistakes.append(source.mistake((section, key, *within), f"unknown key{near}"))
         further = [key for key in given if key not in reserved]
         if not is_component(section):
             mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]

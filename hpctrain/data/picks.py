@@ -131,8 +131,9 @@ def common(one: Spans, other: Spans) -> Spans:
     borders = np.unique(np.concatenate([*one, *other]))
     inside = np.ones(max(0, len(borders) - 1), bool)
     for spans in (one, other):
-        index = np.searchsorted(spans.starts, borders[:-1], side="right") - 1
-        inside &= (index >= 0) & (borders[:-1] < spans.stops[np.maximum(index, 0)])
+        # A border opens a span, or lies in one, if more spans have begun than ended.
+        begun = np.searchsorted(spans.starts, borders[:-1], side="right")
+        inside &= begun > np.searchsorted(spans.stops, borders[:-1], side="right")
     return Spans(borders[:-1][inside], borders[1:][inside])
 
 

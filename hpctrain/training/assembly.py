@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.messages import did_you_mean, shown
-from hpctrain.data import Dataset, Order, open_dataset
+from hpctrain.data import Dataset, Order
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.opening import open_datasets, verify_share
 from hpctrain.data.partition import served_samples
 from hpctrain.data.permutation import derive_key
 from hpctrain.data.state import from_state
@@ -76,11 +77,13 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
     opened: tuple[Dataset, Dataset | None] | None = None
     with raise_together(world.communicator):
         if world.topology.is_rank_zero:
-            train = open_dataset(config.data.train, fields)
-            validation = config.data.validation
-            opened = train, open_dataset(validation, fields) if validation else None
+            opened = open_datasets(config.data, fields)
     train, validation_data = world.communicator.broadcast(opened)
     section, staging = config.data, Staging()
+    rank, world_size = world.topology.rank, world.topology.world_size
+    if section.verify == "start":
+        with raise_together(world.communicator):
+            verify_share([train, *filter(None, [validation_data])], rank, world_size)
     lanes = section.lanes
     if lanes is None and resumed is not None:
         # The default stays what it was when the run began, whatever the batch size is now.
@@ -106,7 +109,6 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             # Under another batch size an epoch may be over that was not when it was saved.
             place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
             begun[epoch] = running
-        rank, world_size = world.topology.rank, world.topology.world_size
         train_loader = TrainLoader(
             train,
             order,
@@ -118,6 +120,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             device=world.device,
             buffer_mb=section.buffer_mb,
             begun=begun,
+            read_retries=section.read_retries,
             locate=staging.locate,
         )
         validation_loader = validation_data and EvaluationLoader(
@@ -128,6 +131,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             batch_size=section.micro_batch_size or train_loader.largest_share,
             device=world.device,
             buffer_mb=section.buffer_mb,
+            read_retries=section.read_retries,
             locate=staging.locate,
         )
     return Data(

@@ -1,0 +1,90 @@
+"""What no schema can say of `[data.fields]` and `[data.samples]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain.config.messages import Mistake, did_you_mean
+from hpctrain.config.source import Source
+
+_SPLITTING = ("split_seed", "split_by", "piece_rows")
+
+
+def has_validation(source: Source) -> bool:
+    """Tell whether there is something to evaluate with, of files of its own or not."""
+    return source.get("data", "validation") is not None or _of_same_files(source)
+
+
+def check_fields(source: Source) -> list[Mistake]:
+    """Check that the fields described are those of the task, and their files go together."""
+    inputs, target = source.get("task", "inputs"), source.get("task", "target")
+    names = [*(inputs if isinstance(inputs, list) else ()), target]
+    known = [name for name in names if isinstance(name, str)]
+    mistakes = []
+    for name, table in _tables(source).items():
+        key = ("data", "fields", name)
+        if isinstance(inputs, list) and name not in known:
+            near = did_you_mean(name, known)
+            problem = f"neither task.inputs nor task.target has this field{near}"
+            mistakes.append(source.mistake(key, problem))
+        if "every" in table and "steps" not in table:
+            problem = "is the distance of the rows of a sample, of which `steps` makes several"
+            mistakes.append(source.mistake((*key, "every"), problem))
+        mistakes += _check_files(source, name, table)
+    return mistakes
+
+
+def check_samples(source: Source) -> list[Mistake]:
+    """Check that the rows to evaluate with are said in one way only, and ranges are some."""
+    mistakes = []
+    for part in ("train", "validation"):
+        rows = source.get("data", "samples", part)
+        if isinstance(rows, list) and _is_no_range(rows):
+            problem = "expected the first row and one past the last, such as [0, 8000]"
+            mistakes.append(source.mistake(("data", "samples", part), problem))
+    fraction = ("data", "samples", "validation_fraction")
+    if source.get(*fraction) is None:
+        problem = "there is no validation_fraction beside it, so nothing is split"
+        given = [key for key in _SPLITTING if source.get("data", "samples", key) is not None]
+        return mistakes + [source.mistake(("data", "samples", key), problem) for key in given]
+    for other in (("data", "validation"), ("data", "samples", "validation")):
+        if source.get(*other) is not None:
+            problem = f"{'.'.join(other)} says already what to evaluate with: leave one of them out"
+            mistakes.append(source.mistake(fraction, problem))
+    if source.get("data", "samples", "split_by") == "files" and (
+        source.get("data", "samples", "piece_rows") is not None
+    ):
+        problem = 'whole files are the pieces, by split_by = "files"'
+        mistakes.append(source.mistake(("data", "samples", "piece_rows"), problem))
+    return mistakes
+
+
+def _of_same_files(source: Source) -> bool:
+    """Tell whether evaluation takes rows of the training files."""
+    keys = ("validation", "validation_fraction")
+    return any(source.get("data", "samples", key) is not None for key in keys)
+
+
+def _check_files(source: Source, name: str, table: dict[str, Any]) -> list[Mistake]:
+    """Check that a field that is elsewhere is so for training and for evaluation."""
+    key = ("data", "fields", name, "validation")
+    own = source.get("data", "validation") is not None
+    if "train" in table and "validation" not in table and own:
+        problem = "missing; data.validation has files of its own, and this field is not in data's"
+        return [source.mistake(key, problem)]
+    if "validation" in table and not own:
+        problem = "there is no data.validation whose rows these would be joined with"
+        return [source.mistake(key, problem)]
+    return []
+
+
+def _tables(source: Source) -> dict[str, dict[str, Any]]:
+    tables = source.get("data", "fields")
+    if not isinstance(tables, dict):
+        return {}
+    return {name: table for name, table in tables.items() if isinstance(table, dict)}
+
+
+def _is_no_range(rows: list[Any]) -> bool:
+    """Tell whether two whole numbers are no range; all else is for the schema to say."""
+    return [type(row) for row in rows] == [int, int] and not 0 <= rows[0] < rows[1]
