@@ -7,7 +7,8 @@ from typing import Any
 from hpctrain.config.messages import Mistake, did_you_mean
 from hpctrain.config.source import Source
 
-_SPLITTING = ("split_seed", "split_by", "piece_rows")
+_SPLITTING = {"split_seed": 0, "split_by": "rows", "piece_rows": None}
+"""Keys that say how to split, and their defaults, which a saved config writes out."""
 
 
 def has_validation(source: Source) -> bool:
@@ -27,7 +28,7 @@ def check_fields(source: Source) -> list[Mistake]:
             near = did_you_mean(name, known)
             problem = f"neither task.inputs nor task.target has this field{near}"
             mistakes.append(source.mistake(key, problem))
-        if "every" in table and "steps" not in table:
+        if table.get("every", 1) != 1 and "steps" not in table:
             problem = "is the distance of the rows of a sample, of which `steps` makes several"
             mistakes.append(source.mistake((*key, "every"), problem))
         mistakes += _check_files(source, name, table)
@@ -45,7 +46,11 @@ def check_samples(source: Source) -> list[Mistake]:
     fraction = ("data", "samples", "validation_fraction")
     if source.get(*fraction) is None:
         problem = "there is no validation_fraction beside it, so nothing is split"
-        given = [key for key in _SPLITTING if source.get("data", "samples", key) is not None]
+        given = [
+            key
+            for key, default in _SPLITTING.items()
+            if source.get("data", "samples", key) not in (None, default)
+        ]
         return mistakes + [source.mistake(("data", "samples", key), problem) for key in given]
     for other in (("data", "validation"), ("data", "samples", "validation")):
         if source.get(*other) is not None:

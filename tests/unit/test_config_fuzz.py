@@ -190,6 +190,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for data in ("digits", "stdlib"):
         for name in ("train", "validation"):
             (tmp_path / "data" / data / name).mkdir(parents=True)
+    (tmp_path / "data" / "weather").mkdir()
+    (tmp_path / "data" / "weather" / "2000.h5").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
