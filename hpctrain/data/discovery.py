@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
 
-from hpctrain.data.dataset import (
-    Dataset,
-    Field,
-    Layout,
-    Shard,
-    require_fields,
-    require_supported,
-)
+from hpctrain.data.catalogue import CATALOGUE_SUFFIX, read_catalogue
+from hpctrain.data.contents import Array, Contents
+from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
@@ -31,8 +26,8 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 
     """Find out what a dataset holds. Reads no sample.
 
     Args:
-        pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, or a glob.
-            Files are taken in the order of their names.
+        pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, a glob, or a
+            catalogue of files. Files are taken in the order of their names.
         fields: paths of the HDF5 datasets that are wanted; None: all that there are.
         axis: of these HDF5 datasets, which counts the samples.
 
@@ -42,6 +37,8 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 
     """
     path = Path(pattern)
     require_finished(path)
+    if path.suffix == CATALOGUE_SUFFIX and path.is_file():
+        return fitted(pattern, [file.shard(fields, axis) for file in read_catalogue(path)])
     if (path / INDEX_NAME).exists() and not axis:
         dataset = read_index(path)
         return dataset if fields is None else dataset.select(fields)
@@ -70,22 +67,25 @@ def inspect_file(
     Raises:
         DatasetError: if it cannot be read, or a field is not there or cannot become a tensor.
     """
+    return look_into(path, fields).shard(fields, axis)
+
+
+def look_into(path: str, fields: Sequence[str] | None) -> Contents:
+    """Return what HDF5 says of one file, of these of its datasets or of all.
+
+    Raises:
+        DatasetError: if it cannot be read, or a field is not there.
+    """
     try:
         # Of several processes reading, none needs a lock, and some file systems have none.
         with h5py.File(path, "r", locking=False) as file:
-            wanted = _wanted(file, fields)
-            for name, dataset in wanted.items():
-                _require_axis(dataset, axis, f'{path}: field "{name}"')
-            found = {name: _field(dataset, axis) for name, dataset in wanted.items()}
-            for name, field in found.items():
-                require_supported(name, field, path)
-            samples = _common_rows({name: each.shape[axis] for name, each in wanted.items()}, path)
-            layouts = {name: _layout(dataset, path, axis) for name, dataset in wanted.items()}
-            sources = {source for each in wanted.values() for source in other_files(each, path)}
-            size = Path(path).stat().st_size
+            arrays = {
+                name: _array(dataset, path) for name, dataset in _wanted(file, fields).items()
+            }
+            found = Path(path).stat()
     except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
-    return Shard(path, samples, size, None, layouts, tuple(sorted(sources))), found
+    return Contents(path, found.st_size, found.st_mtime_ns, None, arrays)
 
 
 def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
@@ -103,16 +103,18 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
     return {name: there[name] for name in wanted}
 
 
-def _require_axis(dataset: h5py.Dataset, axis: int, place: str) -> None:
-    if not -dataset.ndim <= axis < dataset.ndim:
-        raise DatasetError(
-            f"{place} has the shape {dataset.shape}, and no axis {axis}: the first one is 0, the "
-            f"last {dataset.ndim - 1}"
-        )
-
-
-def _field(dataset: h5py.Dataset, axis: int) -> Field:
-    return Field(dataset.shape[:axis] + dataset.shape[axis + 1 :], dataset.dtype)
+def _array(dataset: h5py.Dataset, path: str) -> Array:
+    if dataset.chunks is not None:
+        require_filters(dataset, path)
+    if not _is_in(dataset, path):
+        reason = "in another file, by a link"
+    elif dataset.chunks is not None:
+        reason = ", ".join(["chunked", *filter_names(dataset)])
+    else:
+        reason = _obstacle(dataset)
+    offset = None if reason else dataset.id.get_offset()
+    sources = tuple(other_files(dataset, path))
+    return Array(dataset.shape, dataset.dtype, dataset.chunks, offset, reason, sources)
 
 
 def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
@@ -156,7 +158,15 @@ def join_files(
     Raises:
         DatasetError: if one cannot be read, or they do not hold the same.
     """
-    files = [inspect_file(path, fields, axis) for path in paths]
+    return fitted(source, [inspect_file(path, fields, axis) for path in paths])
+
+
+def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> Dataset:
+    """Put files after each other that hold the same.
+
+    Raises:
+        DatasetError: if they do not.
+    """
     first, found = files[0]
     for shard, others in files[1:]:
         require_fields(found, others, shard.path)
@@ -175,34 +185,6 @@ def _describe(field: Field) -> str:
 
 def _holds_rows(item: object) -> bool:
     return isinstance(item, h5py.Dataset) and item.shape is not None and item.ndim > 0
-
-
-def _common_rows(rows: dict[str, int], path: str) -> int:
-    for name, count in rows.items():
-        if count == 0:
-            raise DatasetError(f'{path}: field "{name}" has no rows')
-    if len(set(rows.values())) > 1:
-        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
-        raise DatasetError(
-            f"{path}: the fields have different numbers of rows: {counts}. "
-            "Name those that belong together"
-        )
-    return next(iter(rows.values()), 0)
-
-
-def _layout(dataset: h5py.Dataset, path: str, axis: int) -> Layout:
-    """Return where the rows lie, with an offset only if they lie there as in memory."""
-    if dataset.chunks is not None:
-        require_filters(dataset, path)
-    if axis:
-        rows = 1 if dataset.chunks is None else dataset.chunks[axis]
-        return Layout(None, rows, f"along axis {axis}")
-    if not _is_in(dataset, path):
-        return Layout(None, reason="in another file, by a link")
-    if dataset.chunks is not None:
-        return Layout(None, dataset.chunks[0], ", ".join(["chunked", *filter_names(dataset)]))
-    reason = _obstacle(dataset)
-    return Layout(None, reason=reason) if reason else Layout(dataset.id.get_offset())
 
 
 def _is_in(dataset: h5py.Dataset, path: str) -> bool:

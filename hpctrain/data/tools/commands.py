@@ -89,8 +89,20 @@ def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Make an index."""
-    from hpctrain.data.tools.indexing import make_index
+    from hpctrain.data.tools.indexing import make_catalogue, make_index
 
+    if parsed.out is not None:
+        files = make_catalogue(
+            parsed.dataset,
+            parsed.out,
+            parsed.fields,
+            checksums=not parsed.no_checksums,
+            jobs=parsed.jobs,
+            progress=progress,
+        )
+        return f'{parsed.out}: lists {plural(len(files), "file")}; train = "{parsed.out}"'
+    if parsed.no_checksums:
+        raise UsageError("--no-checksums goes with --out: an index.json has checksums")
     made = make_index(parsed.dataset, parsed.fields, jobs=parsed.jobs, progress=progress)
     found = f"{plural(made.samples, 'sample')} in {plural(len(made.shards), 'shard')}"
     return f"{made.source}: indexed {found}"

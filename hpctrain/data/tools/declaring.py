@@ -49,14 +49,17 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
     telling = _declare_dataset(tool("info", commands.info, "Tell what a dataset holds."))
     telling.add_argument("--json", action="store_true", help="for scripts")
 
-    _declare_dataset(
-        tool(
-            "index",
-            commands.index,
-            "Write index.json for HDF5 files, without a copy.",
-        ),
+    listing = _declare_dataset(
+        tool("index", commands.index, "Write index.json for HDF5 files, without a copy."),
         jobs=True,
     )
+    listing.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="list any files in this one, to be named in data.train; left out: their index.json",
+    )
+    listing.add_argument("--no-checksums", action="store_true", help="don't read the files whole")
 
     checking = _declare_dataset(tool("verify", commands.verify, "Look for all damage."), jobs=True)
     checking.add_argument(

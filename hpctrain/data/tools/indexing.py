@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from hpctrain.data.catalogue import CATALOGUE_SUFFIX, write_catalogue
+from hpctrain.data.contents import Contents
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import find_files, join_files, require_finished
+from hpctrain.data.discovery import find_files, join_files, look_into, require_finished
 from hpctrain.data.files import file_checksum
 from hpctrain.data.index import HDF5_SUFFIXES, INDEX_NAME, file_problems, is_shard_name, write_index
 from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.progress import Progress, silent
-from hpctrain.errors import DatasetError
+from hpctrain.errors import DatasetError, UsageError
 
 
 def make_index(
@@ -44,16 +46,10 @@ def make_index(
     problems = file_problems(dataset, folder)
     if problems:
         raise DatasetError(next(iter(problems.values())))
-    checksums: dict[int, str] = {}
-    progress(0, len(paths))
-    for index, result in each(file_checksum, paths, jobs or processors()):
-        if isinstance(result, BrokenProcessPool):
-            raise result
-        checksums[index] = result
-        progress(len(checksums), len(paths))
+    checksums = _checksums(paths, jobs, progress)
     shards = tuple(
-        dataclasses.replace(shard, checksum=checksums[index])
-        for index, shard in enumerate(dataset.shards)
+        dataclasses.replace(shard, checksum=checksum)
+        for shard, checksum in zip(dataset.shards, checksums, strict=True)
     )
     indexed = dataclasses.replace(dataset, shards=shards)
     try:
@@ -61,6 +57,56 @@ def make_index(
     except OSError as error:
         raise cannot_write(folder, error) from error
     return indexed
+
+
+def make_catalogue(
+    pattern: str,
+    out: Path,
+    fields: Sequence[str] | None = None,
+    *,
+    checksums: bool = True,
+    jobs: int = 0,
+    progress: Progress = silent,
+) -> list[Contents]:
+    """Write a catalogue of files that may be anywhere, with whatever rows.
+
+    Args:
+        pattern: a folder of HDF5 files, one such file, or a glob.
+        out: file to write.
+        fields: paths of the HDF5 datasets to list; None: all.
+        checksums: read the files whole, so that `data.verify` can find damage.
+        jobs: processes at the same time; 0: one a processor.
+        progress: is told how many files are done.
+
+    Raises:
+        UsageError: if the file to write has a name that means something else.
+        DatasetError: if a file cannot be read, or the catalogue cannot be written.
+    """
+    if out.name == INDEX_NAME or out.suffix != CATALOGUE_SUFFIX:
+        raise UsageError(f"{out}: name it *{CATALOGUE_SUFFIX}, other than {INDEX_NAME}")
+    paths = find_files(pattern)
+    files = [look_into(path, fields) for path in paths]
+    if checksums:
+        files = [
+            dataclasses.replace(file, checksum=checksum)
+            for file, checksum in zip(files, _checksums(paths, jobs, progress), strict=True)
+        ]
+    try:
+        write_catalogue(out, files)
+    except OSError as error:
+        raise cannot_write(out.parent, error) from error
+    return files
+
+
+def _checksums(paths: Sequence[str], jobs: int, progress: Progress) -> list[str]:
+    found: dict[int, str] = {}
+    progress(0, len(paths))
+    for index, result in each(file_checksum, paths, jobs or processors()):
+        if isinstance(result, BrokenProcessPool):
+            raise result
+        found[index] = result
+        progress(len(found), len(paths))
+    return [found[index] for index in range(len(paths))]
 
 
 def _folder_of(pattern: str, paths: Sequence[str]) -> Path:

@@ -1,0 +1,99 @@
+"""What one HDF5 file holds, as far as training needs to know: asked of HDF5 once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpctrain.data.dataset import Field, Layout, Shard, require_fields, require_supported
+from hpctrain.errors import DatasetError
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """One HDF5 dataset.
+
+    Attributes:
+        shape: all axes.
+        dtype: as stored.
+        chunks: shape of a chunk; None without chunks.
+        offset: bytes from the start of the file, where all of it lies there as in memory.
+        reason: why only HDF5 can read it, if there is no offset.
+        sources: other files that its values come from.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...] | None
+    offset: int | None
+    reason: str
+    sources: tuple[str, ...] = ()
+
+    def field(self, axis: int) -> Field:
+        """Return what a sample is where this axis counts the samples."""
+        return Field(self.shape[:axis] + self.shape[axis + 1 :], self.dtype)
+
+    def layout(self, axis: int) -> Layout:
+        """Return where the rows lie along this axis."""
+        chunk_rows = 1 if self.chunks is None else self.chunks[axis]
+        if axis:
+            return Layout(None, chunk_rows, f"along axis {axis}")
+        return Layout(self.offset, chunk_rows, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """One HDF5 file.
+
+    Attributes:
+        path: of the file.
+        size: of the file, bytes.
+        modified_ns: when it was last written to.
+        checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
+        arrays: by path inside of the file.
+    """
+
+    path: str
+    size: int
+    modified_ns: int
+    checksum: str | None
+    arrays: Mapping[str, Array]
+
+    def shard(self, names: Sequence[str] | None, axis: int) -> tuple[Shard, dict[str, Field]]:
+        """Return this file as a shard of these fields; None: of all that it holds.
+
+        Raises:
+            DatasetError: if a field is not there or cannot become a tensor, or has other rows.
+        """
+        wanted = list(self.arrays) if names is None else list(names)
+        require_fields(wanted, self.arrays, self.path)
+        arrays = {name: self.arrays[name] for name in wanted}
+        for name, array in arrays.items():
+            if axis >= len(array.shape):
+                raise DatasetError(
+                    f'{self.path}: field "{name}" has the shape {array.shape}, and no axis {axis}: '
+                    f"the first one is 0, the last {len(array.shape) - 1}"
+                )
+        fields = {name: array.field(axis) for name, array in arrays.items()}
+        for name, field in fields.items():
+            require_supported(name, field, self.path)
+        samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
+        layouts = {name: array.layout(axis) for name, array in arrays.items()}
+        sources = sorted({source for array in arrays.values() for source in array.sources})
+        shard = Shard(self.path, samples, self.size, self.checksum, layouts, tuple(sources))
+        return shard, fields
+
+    def _common_rows(self, rows: Mapping[str, int]) -> int:
+        for name, count in rows.items():
+            if count == 0:
+                raise DatasetError(f'{self.path}: field "{name}" has no rows')
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise DatasetError(
+                f"{self.path}: the fields have different numbers of rows: {counts}. "
+                "Name those that belong together"
+            )
+        return next(iter(rows.values()), 0)
