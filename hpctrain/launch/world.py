@@ -218,5 +218,5 @@ def _store(
         # The store takes the descriptor over and closes it.
         master_listen_fd=meeting.listener.detach() if meeting.listener is not None else None,
         # Until torch 2.8 the libuv kind cannot take one.
-        use_libuv=torch.__version__ >= (2, 8),
+        use_libuv=torch.__version__ >= "2.8",
     )
