@@ -35,5 +35,6 @@ done
 
 python -m hpctrain data pack digits data/digits
 # By files, so that what a file sets up is set up once. Jobs wait a good part of their time, for
-# schedulers and for limits to pass: three files at a time fill two cores.
-exec python -m pytest --numprocesses 3 --dist loadfile "$@"
+# schedulers and for limits to pass: three files at a time fill two cores. In the order of their
+# names, which puts the quick ones last: no long file is left to one worker alone.
+exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
