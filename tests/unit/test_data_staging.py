@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -70,6 +71,15 @@ def copier(folder: StageFolder, copies: tuple[Copy, ...], **told: list[object]) 
         done=told.get("done", []).append,
         tell=told.get("problems", []).append,
     )
+
+
+def test_a_virtual_dataset_stays_beside_its_sources(dataset: Dataset, tmp_path: Path) -> None:
+    source = Path(dataset.shards[0].path)
+    layout = h5py.VirtualLayout((8,), "i8")
+    layout[:] = h5py.VirtualSource(os.path.relpath(source, tmp_path), "x", (8,))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    assert plan_copies([open_dataset(str(tmp_path / "virtual.h5"))]) == ()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

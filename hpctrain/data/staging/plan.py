@@ -33,9 +33,15 @@ class Copy:
 
 
 def plan_copies(datasets: Sequence[Dataset]) -> tuple[Copy, ...]:
-    """Return the copies of all shards of the datasets, in their order."""
+    """Return the copies of all shards of the datasets, in their order.
+
+    A file whose values are in other files stays where it is: from another place it may not find
+    them, and HDF5 would make values up.
+    """
     copies = {}
     for shard in (shard for dataset in datasets for shard in dataset.shards):
+        if shard.sources:
+            continue
         # Without a checksum a shard is what its path says: two may have one name and one size.
         content = shard.checksum or xxhash.xxh3_64_hexdigest(shard.path.encode())
         name = f"{content}-{shard.size}{PurePath(shard.path).suffix}"
