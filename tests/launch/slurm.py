@@ -24,7 +24,7 @@ COMMANDS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "setpriv", "unsha
 PACKAGES = "slurm-wlm munge libpmix-dev"
 
 # Neither systemd nor cgroups are needed. A requeued job waits until its credential has expired,
-# two minutes by default.
+# two minutes by default, and one at its limit 30 s between SIGTERM and SIGKILL.
 CONFIG = """\
 ClusterName=hpctrain
 SlurmctldHost={host}(127.0.0.1)
@@ -45,6 +45,7 @@ JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
 MpiDefault=none
 MessageTimeout=30
+KillWait=10
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SelectType=select/cons_tres

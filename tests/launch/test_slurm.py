@@ -190,15 +190,6 @@ def test_scancel_with_a_signal_stops_the_run(slurm: Lab, site: Path) -> None:
     check_stopped(site, "SIGUSR1")
 
 
-@pytest.mark.timeout(300)
-def test_the_warning_before_the_time_limit_stops_the_run(slurm: Lab, site: Path) -> None:
-    """Slurm looks at time limits every 30 s, and may warn that much earlier."""
-    limit = ("--time=1", "--signal=USR1@20")
-    slurm.submit(f"srun --mpi=pmi2 {MANY}; echo code $?", "-N2", "-n2", *limit, cwd=site)
-    wait_for(lambda: not slurm.jobs(), "end")
-    check_stopped(site, "SIGUSR1")
-
-
 def check_stopped(site: Path, signal: str) -> None:
     output = (site / "out").read_text(encoding="utf-8")
     assert "code 75" in output.splitlines()
@@ -207,17 +198,3 @@ def check_stopped(site: Path, signal: str) -> None:
     assert steps(site) == list(range(1, ended["step"] + 1))
     latest = (site / "runs" / "digits" / "latest").read_text(encoding="utf-8").strip()
     assert latest == f"step-{ended['step']:08d}"
-
-
-@pytest.mark.timeout(300)
-def test_a_requeued_job_continues_its_run(slurm: Lab, site: Path) -> None:
-    script = f"echo restart $SLURM_RESTART_COUNT\nsrun --mpi=pmi2 {TRAIN} training.max_epochs=8"
-    job = slurm.submit(script, "-N2", "-n2", "--requeue", cwd=site)
-    wait_for(lambda: len(steps(site)) > 5, "steps")
-    slurm.run("scontrol", "requeue", job)
-    wait_for(lambda: not slurm.jobs(), "end", 120)
-    output = (site / "out").read_text(encoding="utf-8")
-    assert "restart 1" in output
-    assert "resumes from step" in output
-    assert (outcome(site)["code"], outcome(site)["tries"]) == (0, 2)
-    assert steps(site) == list(range(1, 8 * 23 + 1))

@@ -1,0 +1,109 @@
+"""Asked to stop at awkward moments, one rank alone and never rank 0; then back, to the bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_batch import Job, digits, last_step, metrics, outcome, site, start, status, wait_for
+
+__all__ = ["digits", "site", "start"]  # fixtures
+
+# What a slow file system does to a run, where a file says so: one piece of data, or one file of a
+# checkpoint, at a time.
+SLOW = """
+import os
+
+real_preadv, real_fsync = os.preadv, os.fsync
+
+
+def slow_preadv(*arguments):
+    if Path("slow-data").exists():
+        time.sleep(0.05)
+    return real_preadv(*arguments)
+
+
+def slow_fsync(descriptor):
+    if Path("slow-save").exists():
+        time.sleep(1)
+    return real_fsync(descriptor)
+
+
+os.preadv, os.fsync = slow_preadv, slow_fsync
+"""
+
+# torch.compile at work, for long enough to be met at it.
+COMPILED = """
+from hpctrain.models.convnet import ConvNet
+
+
+def backend(graph, inputs):
+    Path("compiling").touch()
+    time.sleep(3)
+    return graph.forward
+
+
+class Compiled(ConvNet):
+    def compile(self, **options):
+        super().compile(backend=backend)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_stop_while_waiting_for_data_and_while_saving(
+    site: Path, start: Callable[..., Job]
+) -> None:
+    """Three ranks, two of them starved; then a stop while a save of before is being written."""
+    with (site / "tasks.py").open("a", encoding="utf-8") as file:
+        file.write(SLOW)
+    # The memory for reading ahead holds one batch: every step waits for its data.
+    common = ["training.max_epochs=8", "data.buffer_mb=0.1", "training.evaluate_every_epochs=0"]
+    common += ["checkpoint.keep_best_mode=max"]
+    code, output = start(3, *common, "run.name=whole").wait()
+    assert code == 0, output
+    run = site / "runs" / "digits"
+
+    (site / "slow-data").touch()
+    job = start(3, *common)
+    wait_for(lambda: last_step(run) >= 2)
+    job.signal_rank(2, signal.SIGUSR1)
+    code, output = job.wait()
+    assert code == 75, output
+    assert outcome(run)["reason"] == "stopped by SIGUSR1"
+    assert 2 <= outcome(run)["step"] <= 20
+    assert "time        data" in output
+    (site / "slow-data").unlink()
+
+    (site / "slow-save").touch()
+    job = start(3, *common, "checkpoint.every_steps=15")
+    wait_for(lambda: list((run / "checkpoints").glob(".step-*.tmp")))
+    job.signal_rank(1, signal.SIGTERM)
+    code, output = job.wait()
+    assert code == 75, output
+    assert outcome(run)["reason"] == "stopped by SIGTERM"
+    latest = (run / "latest").read_text(encoding="utf-8").strip()
+    assert latest == f"step-{outcome(run)['step']:08d}"
+    assert not list((run / "checkpoints").glob(".*"))
+    (site / "slow-save").unlink()
+
+    code, output = start(3, *common).wait()
+    assert code == 0, output
+    assert outcome(run)["tries"] == 3
+    assert metrics(run) == metrics(site / "runs" / "whole")
+
+
+@pytest.mark.timeout(300)
+def test_a_stop_while_the_model_is_compiled(site: Path, start: Callable[..., Job]) -> None:
+    """It is not lost, and no step is trained: the job ends when the compiler is done."""
+    with (site / "tasks.py").open("a", encoding="utf-8") as file:
+        file.write(COMPILED)
+    run = site / "runs" / "digits"
+    job = start(2, "training.compile=true", "model.use=tasks:Compiled")
+    wait_for((site / "compiling").exists)
+    job.signal_rank(1, signal.SIGTERM)
+    code, output = job.wait()
+    assert code == 75, output
+    assert outcome(run)["reason"] == "stopped by SIGTERM before the first step"
+    assert status(site) == 1
