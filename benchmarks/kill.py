@@ -6,7 +6,8 @@
 SIGKILL hits a rank, mpirun, or everything at once: at a random step, in a save, around its renames,
 in an evaluation, in start-up. After each, the newest whole checkpoint has to be the last save that
 was asked for or the one before, and the next start has to go on from there. At the end, metrics and
-model have to be those of an uninterrupted run, to the bit.
+model have to be those of an uninterrupted run, to the bit. The killed run reads its data from
+copies on node-local disk, of which nothing may be left.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class Trial:
 
     def __init__(self, site: Path, moments: int, ranks: int, draw: random.Random) -> None:
         self.site, self.moments, self.ranks, self.draw = site, moments, ranks, draw
-        self.folder = site / "runs" / "killed"
+        self.folder, self.disk = site / "runs" / "killed", site / "disk"
         self.problems: list[str] = []
         self.worst = 0
 
     def run(self) -> int:
         pack_digits(self.site / "data" / "digits")
+        self.disk.mkdir()
         shutil.copy(ROOT / "configs" / "run.toml", self.site / "run.toml")
         self.start("whole").wait()
         counts: Counter[str] = Counter()
@@ -91,6 +93,8 @@ class Trial:
             f"checkpoint.every_steps={SAVE_EVERY}",
             "logging.every_steps=1",
         ]
+        if name == "killed":
+            settings += ["data.stage=node-local", f"data.stage_directory={self.disk}"]
         command = ("mpirun", "-np", str(self.ranks), sys.executable, "-m", "hpctrain", "run.toml")
         return subprocess.Popen(
             [*command, *settings],
@@ -216,6 +220,8 @@ class Trial:
         last = f"checkpoints/step-{STEPS_A_MOMENT * self.moments + 50:08d}/model.safetensors"
         if (runs[0] / last).read_bytes() != (runs[1] / last).read_bytes():
             self.problems.append("the model differs from that of an uninterrupted run")
+        if list(self.disk.iterdir()):
+            self.problems.append("copies of the data were left behind")
 
 
 def family(pid: int) -> list[psutil.Process]:

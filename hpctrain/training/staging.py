@@ -57,6 +57,8 @@ class Staging:
             return
         topology = world.topology
         copies = plan_copies(datasets)
+        if not copies:
+            return
         key = key_of(copies, world.communicator.broadcast(secrets.token_hex(8)))
         folder, own = None, None
         if topology.local_rank == 0:
