@@ -176,6 +176,7 @@ def _train(
         evaluation_owed=evaluation_owed,
     )
     run.finish()
+    data.staging.tell_problems(world)
     # The others wait while rank 0 writes the last checkpoint to its end.
     with world.pulse.unhurried(), raise_together(world.communicator):
         if folder is not None and rank_zero is not None:

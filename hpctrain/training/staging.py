@@ -43,6 +43,8 @@ class Staging:
 
     def __init__(self) -> None:
         self._copier: Copier | None = None
+        self._is_asked_for = False
+        self._problems: list[str] = []
 
     def locate(self, path: str) -> str:
         """Return where a shard is to be read: its copy, once that is whole, or `path` itself."""
@@ -59,6 +61,7 @@ class Staging:
         copies = plan_copies(datasets)
         if not copies:
             return
+        self._is_asked_for = True
         key = key_of(copies, world.communicator.broadcast(secrets.token_hex(8)))
         folder, own = None, None
         if topology.local_rank == 0:
@@ -78,7 +81,7 @@ class Staging:
                 folder = StageFolder(mine.directory, key)
                 folder.join()
         except OSError as error:
-            logger.warning("data.stage: %s: %s", folder and folder.path, error.strerror)
+            self._note(topology.host, f"{mine.directory}: {error.strerror or error}")
             return
         wanted = copies[: mine.count]
         self._copier = Copier(
@@ -97,8 +100,23 @@ class Staging:
                 topology.host,
                 duration(seconds),
             ),
-            tell=lambda problem: logger.warning("data.stage on %s: %s", topology.host, problem),
+            tell=lambda problem: self._note(topology.host, problem),
         )
+
+    def tell_problems(self, world: World) -> None:
+        """Tell what rank 0 could not see: copies that failed elsewhere. Collective: all ranks."""
+        if not self._is_asked_for:
+            return
+        of_ranks = world.communicator.all_gather(self._problems)
+        others = [problem for problems in of_ranks[1:] for problem in problems]
+        if world.topology.is_rank_zero and others:
+            more = f" (and {len(others) - 3} more)" if others[3:] else ""
+            logger.warning("data.stage: %s%s", "; ".join(others[:3]), more)
+
+    def _note(self, host: str, problem: str) -> None:
+        """Take down a problem; rank 0's log has it at once, what others log goes nowhere."""
+        self._problems.append(f"{host}: {problem}")
+        logger.warning("data.stage: %s: %s", host, problem)
 
     def close(self) -> None:
         """Let go of the copies; the last rank of the node removes them."""

@@ -216,3 +216,10 @@ def test_a_job_killed_by_the_limit_loses_little(
     assert before - 20 <= outcome(site)["first_step"] <= before
     wait_for(site, lambda: outcome(site)["code"] == 0, "end of the run")
     assert records(site) == undisturbed
+
+
+@pytest.mark.timeout(300)
+def test_the_same_script_checks_and_trains_nothing(slurm_lab: Any, site: Path) -> None:
+    submit(slurm_lab, site, HPCTRAIN_CHECK="1")
+    wait_for(site, lambda: "\nready: " in logs(site), "report")
+    assert not (site / "runs").exists()
