@@ -1,0 +1,72 @@
+"""Cases of runs that are stopped and go on, and what becomes of them under a real mpirun."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BODIES = Path(__file__).parents[1] / "mpi"
+sys.path.append(str(BODIES))
+
+from resume import PRECISIONS, SCHEDULERS, STOPS, STRATEGIES  # noqa: E402
+
+AXES = {
+    "precision": PRECISIONS,
+    "strategy": STRATEGIES,
+    "scheduler": tuple(SCHEDULERS),
+    "stop": STOPS,
+    "ranks": ("1", "2", "3", "4"),
+}
+Case = dict[str, str]
+
+# A model this small only waits for its threads, and more so where other tests run as well.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def every_case() -> list[Case]:
+    """Return the full grid; cases of one undisturbed run stand together."""
+    return [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+
+
+def pairwise() -> list[Case]:
+    """Return few cases in which every two values of two axes meet."""
+    rest = every_case()
+    random.Random(0).shuffle(rest)
+    missing = {pair for case in rest for pair in _pairs(case)}
+    chosen = []
+    while missing:
+        case = max(rest, key=lambda case: len(_pairs(case) & missing))
+        missing -= _pairs(case)
+        chosen.append(case)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[tuple[str, str], ...]]:
+    return set(itertools.combinations(case.items(), 2))
+
+
+def run_cases(
+    folder: Path, ranks: str, cases: Sequence[Case], timeout: float
+) -> list[dict[str, str | None]]:
+    """Run cases of one number of ranks; return each with "difference": None, or what differs."""
+    texts = [
+        json.dumps({key: value for key, value in case.items() if key != "ranks"}) for case in cases
+    ]
+    result = subprocess.run(
+        ["mpirun", "-np", ranks, sys.executable, str(BODIES / "resume.py"), str(folder), *texts],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=ONE_THREAD,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith("case ")]
+    assert len(found) == len(cases), result.stdout + result.stderr
+    return [json.loads(line.removeprefix("case ")) for line in found]

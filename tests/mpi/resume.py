@@ -1,0 +1,321 @@
+"""Run on every rank: jobs that are stopped, fail and go on, one after the other in one process.
+
+Arguments: a folder, and cases as JSON lines: {"precision", "scheduler", "stop", "strategy"}. For
+each, a run that nobody disturbs and one that is stopped or fails at the named point and is started
+again have to leave the same metrics and the same checkpoint, to the bit: parameters, optimizer,
+generators of every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from torch import Tensor, nn
+
+from hpctrain.batch.stop import StopAgreement
+from hpctrain.checkpoint import store as checkpoint_store
+from hpctrain.config.source import parse
+from hpctrain.config.validation import validate
+from hpctrain.data import Writer
+from hpctrain.data.loader import Batch
+from hpctrain.errors import ExitCode, HpctrainError, TrainingError
+from hpctrain.launch.failure import Guard, guard
+from hpctrain.launch.world import control_plane, gathering
+from hpctrain.topology import Communicator, Topology
+from hpctrain.training.job import train
+from hpctrain.training.run import Run
+from hpctrain.training.step import TrainStep
+
+ROWS, BATCH, FEATURES = 70, 16, 6
+EPOCH_STEPS, EPOCHS = 5, 3  # the last batch of an epoch is smaller
+CLOCKED = {"seconds", "samples_per_second", "time"}
+FILES = ("model.safetensors", "training.safetensors", "training.json")
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "cosine": {"warmup_steps": 3},
+    "plateau": {"patience": 0, "threshold": 0.5},
+    "one_cycle": {"unit": "samples", "rise": 0.4},
+    "chained": {
+        "parts": [{"use": "constant", "until": 1}, {"use": "linear"}],
+        "unit": "epochs",
+        "warmup_epochs": 0.5,
+    },
+}
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+STRATEGIES = ("ddp",)
+STOPS = ("inside an epoch", "in an evaluation", "before a save", "in a save")
+
+
+class Plain(nn.Module):
+    """Several layers, and with small buckets several of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 24)
+        self.norm: nn.Module = nn.Identity()
+        self.drop: nn.Module = nn.Identity()
+        self.second = nn.Linear(24, 16)
+        self.third = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.drop(self.norm(self.first(x[:, -FEATURES:])).relu())
+        output: Tensor = self.third(self.second(hidden).relu())
+        return output
+
+
+class Centred(nn.Module):
+    """A batch norm in small: it has statistics that differ over ranks, and takes a single row."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0).to(self.mean.dtype), 0.3)
+        return x - self.mean
+
+
+class Noisy(Plain):
+    """Every rank has its own statistics, and draws its own numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = Centred(), nn.Dropout(0.3)
+
+
+class Site:
+    """Where the jobs of this process run."""
+
+    def __init__(
+        self, folder: Path, topology: Topology, communicator: Communicator, keeper: Guard
+    ) -> None:
+        self.folder, self.topology, self.communicator = folder, topology, communicator
+        self.keeper = keeper
+        if topology.is_rank_zero and not (folder / "data").exists():
+            draw = np.random.default_rng(0)
+            x = draw.standard_normal((ROWS, FEATURES + 1)).astype(np.float32)
+            x[:, 0] = np.arange(ROWS)  # which sample it is
+            y = draw.integers(5, size=ROWS)
+            with Writer(folder / "data") as writer:
+                writer.extend({"x": x, "y": y})
+        communicator.barrier()
+
+    def job(
+        self, name: str, *, signals: Callable[[], int] = lambda: 0, **settings: Any
+    ) -> ExitCode:
+        """Run one job to its end. Collective: all ranks."""
+        text = tomli_w.dumps(config_of(name, self.folder, **settings))
+        config, mistakes = validate(parse(text, "run.toml"))
+        assert config is not None, mistakes
+
+        class Signals:
+            value = property(lambda _: signals())
+
+        flag: Any = Signals()
+        with gathering(self.topology, self.communicator, config.launch, self.keeper) as meeting:
+            return train(
+                config,
+                self.topology,
+                self.communicator,
+                meeting=meeting,
+                signals=flag,
+                guard=self.keeper,
+                command=["run.toml"],
+            )
+
+    def stop_at(self, step: int) -> Callable[[], int]:
+        """Return signals that ask for a stop once `step` is done."""
+        self.keeper.pulse.step_done(0)
+        return lambda: int(self.keeper.pulse.step >= step)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.run(name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [
+            {key: value for key, value in record.items() if key not in CLOCKED}
+            for record in map(json.loads, lines)
+        ]
+
+
+def config_of(
+    name: str,
+    folder: Path,
+    *,
+    precision: str = "32-true",
+    strategy: str = "ddp",
+    scheduler: str = "constant",
+    optimizer: str = "adamw",
+    model: str = "Noisy",
+    epochs: int = EPOCHS,
+) -> dict[str, Any]:
+    """Return the tables of a config."""
+    return {
+        "run": {"name": name, "directory": f"{folder}/runs"},
+        "model": {"use": f"resume:{model}"},
+        "task": {"use": "classification", "inputs": ["x"], "target": "y"},
+        "data": {
+            "train": f"{folder}/data",
+            "validation": f"{folder}/data",
+            "global_batch_size": BATCH,
+            "micro_batch_size": 3,  # several passes a step, at every number of ranks
+            "lanes": 16,
+        },
+        "optimizer": {"use": optimizer, "lr": 0.01},
+        "scheduler": {"use": scheduler, **SCHEDULERS[scheduler]},
+        "checkpoint": {
+            "every_epochs": 1,
+            "every_steps": 3,
+            "keep_last": 2,
+            "keep_best": "accuracy",
+        },
+        "logging": {"every_steps": 1, "progress": "none"},
+        "training": {
+            "max_epochs": epochs,
+            "precision": precision,
+            "strategy": strategy,
+            "clip_norm": 1.0,
+            "evaluate_every_steps": 4,
+            "ema_decay": 0.9,
+            "bucket_mb": 0.0005,
+        },
+    }
+
+
+@contextmanager
+def failing(where: str) -> Iterator[None]:
+    """Make jobs fail: at the end of the second epoch or while a checkpoint is written."""
+    save, write_files = Run.save, checkpoint_store.write_files
+
+    def no_save(self: Run, place: Any, metrics: Any) -> None:
+        if place.step >= 2 * EPOCH_STEPS:  # the evaluation of this step is done
+            raise TrainingError("the end, before a save", everywhere=True)
+        save(self, place, metrics)
+
+    def half_a_save(folder: Path, snapshot: Any, *others: Any) -> Any:
+        if snapshot.step >= 2 * EPOCH_STEPS:
+            (folder / FILES[0]).write_bytes(b"half")
+            raise OSError("the end, in a save")
+        return write_files(folder, snapshot, *others)
+
+    if where == "before a save":
+        Run.save = no_save  # type: ignore[method-assign]
+    else:
+        checkpoint_store.write_files = half_a_save
+    try:
+        yield
+    finally:
+        Run.save = save  # type: ignore[method-assign]
+        checkpoint_store.write_files = write_files
+
+
+def check(site: Site, stop: str, **settings: Any) -> str | None:
+    """Return what of a run differs that was stopped and went on. Collective: all ranks."""
+    if site.topology.is_rank_zero:
+        shutil.rmtree(site.run("parts"), ignore_errors=True)
+    site.communicator.barrier()
+    if stop in ("inside an epoch", "in an evaluation"):
+        # Posted there, a stop is agreed at the next boundary: that of the next step, or of the
+        # first batch that is evaluated behind it.
+        step = EPOCH_STEPS + 1 if stop == "inside an epoch" else 2 * EPOCH_STEPS
+        code = site.job("parts", signals=site.stop_at(step), **settings)
+        if code != ExitCode.STOPPED:
+            return f"ended with {code!r} where it was asked to stop"
+    else:
+        try:
+            with failing(stop):
+                site.job("parts", **settings)
+        except HpctrainError as error:
+            if "the end" not in str(error):
+                raise
+        else:
+            return "did not fail where it had to"
+    code = site.job("parts", **settings)
+    difference = None
+    if site.topology.is_rank_zero:
+        difference = compare(site) if code == ExitCode.DONE else f"ended with {code!r}"
+    return site.communicator.broadcast(difference)
+
+
+def compare(site: Site) -> str | None:
+    ours, whole = site.metrics("parts"), site.metrics("whole")
+    if ours != whole:
+        first = next((a for a, b in zip(ours, whole, strict=False) if a != b), "their number")
+        return f"the metrics differ: {first}"
+    name = f"checkpoints/step-{EPOCHS * EPOCH_STEPS:08d}"
+    for file in FILES:
+        contents = [(site.run(run) / name / file).read_bytes() for run in ("parts", "whole")]
+        if contents[0] != contents[1]:
+            return f"{file} differs"
+    return None
+
+
+def grid(site: Site, cases: Sequence[dict[str, str]]) -> None:
+    """Check cases; the undisturbed run is made once for all stops."""
+    made: dict[str, str] | None = None
+    for case in cases:
+        settings = {key: value for key, value in case.items() if key != "stop"}
+        if settings != made:
+            if site.topology.is_rank_zero:
+                shutil.rmtree(site.run("whole"), ignore_errors=True)
+            site.communicator.barrier()
+            assert site.job("whole", **settings) == ExitCode.DONE
+            made = settings
+        difference = check(site, case["stop"], **settings)
+        if site.topology.is_rank_zero:
+            print("case", json.dumps({**case, "difference": difference}), flush=True)
+
+
+def elastic(site: Site, last_step: int) -> None:
+    """Train up to a step and tell of every step which samples it had, over all ranks."""
+    step_of, call = {"now": 0}, TrainStep.__call__
+
+    def recording(self: TrainStep, batch: Batch, lr: float) -> None:
+        rows = batch.fields["x"][: batch.size, 0].long().tolist()
+        everyone = site.communicator.all_gather(rows)
+        names = sorted(row for rows in everyone for row in rows)
+        digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
+        if site.topology.is_rank_zero:
+            shares = sorted({len(rows) for rows in everyone})
+            print("batch", json.dumps([batch.epoch, batch.start, digest, shares]), flush=True)
+        call(self, batch, lr)
+        step_of["now"] += 1
+
+    TrainStep.__call__ = recording  # type: ignore[method-assign]
+    settings = {"precision": "64-true", "model": "Plain", "optimizer": "sgd", "epochs": 4}
+    code = site.job("elastic", signals=site.stop_at(last_step), **settings)
+    if site.topology.is_rank_zero:
+        print("ended", int(code), flush=True)
+
+
+def main() -> None:
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    checkpoint_store._PAUSE_SECONDS = 0.0
+    defaults: Any = StopAgreement.__init__.__kwdefaults__
+    defaults["every_seconds"] = 0.0  # every boundary is an agreement
+    with control_plane() as (topology, communicator), guard(topology) as keeper:
+        site = Site(folder, topology, communicator, keeper)
+        if what == "elastic":
+            elastic(site, int(sys.argv[3]))
+        else:
+            grid(site, [json.loads(case) for case in sys.argv[2:]])
+
+
+if __name__ == "__main__":
+    main()
