@@ -14,7 +14,7 @@ from pathlib import Path
 BODIES = Path(__file__).parents[1] / "mpi"
 sys.path.append(str(BODIES))
 
-from resume import PRECISIONS, SCHEDULERS, STOPS, STRATEGIES  # noqa: E402
+from resume_cases import PRECISIONS, SCHEDULERS, STOPS, STRATEGIES  # noqa: E402
 
 AXES = {
     "precision": PRECISIONS,
@@ -59,7 +59,7 @@ def run_cases(
         json.dumps({key: value for key, value in case.items() if key != "ranks"}) for case in cases
     ]
     result = subprocess.run(
-        ["mpirun", "-np", ranks, sys.executable, str(BODIES / "resume.py"), str(folder), *texts],
+        ["mpirun", "-np", ranks, sys.executable, str(BODIES / "resume_cases.py"), str(folder), *texts],
         capture_output=True,
         text=True,
         timeout=timeout,

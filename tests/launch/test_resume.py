@@ -24,7 +24,7 @@ def test_stopped_anywhere_it_is_as_if_it_had_not(tmp_path: Path, ranks: str) -> 
 def elastic(folder: Path, ranks: int, last_step: int) -> tuple[list[Any], int]:
     result = subprocess.run(
         [
-            *("mpirun", "-np", str(ranks), sys.executable, str(BODIES / "resume.py")),
+            *("mpirun", "-np", str(ranks), sys.executable, str(BODIES / "resume_cases.py")),
             *(str(folder), "elastic", str(last_step)),
         ],
         capture_output=True,

@@ -168,7 +168,7 @@ def config_of(
     """Return the tables of a config."""
     return {
         "run": {"name": name, "directory": f"{folder}/runs"},
-        "model": {"use": f"resume:{model}"},
+        "model": {"use": f"resume_cases:{model}"},
         "task": {"use": "classification", "inputs": ["x"], "target": "y"},
         "data": {
             "train": f"{folder}/data",
