@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -177,13 +178,14 @@ class CheckpointStore:
                 return
             except OSError as error:
                 if attempt < _TRIES:
-                    self._tell(f"saving step {snapshot.step} failed, trying again: {error}")
+                    self._tell(f"saving step {snapshot.step} failed, trying again: {_fact(error)}")
                     time.sleep(_PAUSE_SECONDS)
                     continue
                 shutil.rmtree(self._temporary(snapshot), ignore_errors=True)
                 self._failure = CheckpointError(
-                    f"cannot save step {snapshot.step} to {self._checkpoints}: {error}. Older "
-                    "checkpoints are untouched; free some space, or set run.directory"
+                    f"cannot save step {snapshot.step} to {self._checkpoints}: "
+                    f"{_fact(error)}. What was saved before is untouched; {_advice(error)}, or "
+                    "set run.directory"
                 )
             else:
                 self._took(time.perf_counter() - begin)
@@ -261,3 +263,21 @@ class CheckpointStore:
             shutil.rmtree(hidden, ignore_errors=True)
         for leftover in those_aside(self._checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fact(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _advice(error: OSError) -> str:
+    """Return what helps against a fault of the file system."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return "let nobody remove the folders of a running job"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the folder writable"
+        case errno.ENOSPC | errno.EDQUOT | None:
+            return "free some space"
+        case _:
+            return "have the file system looked at"

@@ -6,6 +6,7 @@ and is tried again.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import time
@@ -32,6 +33,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 RETRY_SECONDS = 30.0
 MAX_WAITING = 10_000
 """Records that wait for a disk; then the oldest are given up."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _logger = logging.getLogger(__name__)
 
@@ -155,9 +158,10 @@ class _Queue:
             if not self._failing:
                 _logger.warning(
                     "cannot write %s: %s. Training goes on; what is measured is kept in memory "
-                    "and written once it can be. Free some space in the run folder.",
+                    "and written once it can be.%s",
                     self._sink.path,
                     error.strerror,
+                    " Free some space in the run folder." if error.errno in _FULL else "",
                 )
             self._failing = True
             self._retry_at = self._clock() + RETRY_SECONDS

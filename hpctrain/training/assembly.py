@@ -32,6 +32,7 @@ from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import prepare_model
 from hpctrain.training.staging import Staging
 from hpctrain.training.step import TrainStep
+from hpctrain.training.sync_check import check_equal_shapes
 from hpctrain.training.task import Task
 
 Components = Mapping[str, Callable[..., Any]]
@@ -236,6 +237,7 @@ def build_parts(
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
         schedule.watch(task.metrics if validates and evaluates else {})
         example = shapes.example()
+    check_equal_shapes(model, world)
     step = TrainStep(
         model,
         task,

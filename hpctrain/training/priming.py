@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from hpctrain.errors import TrainingError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.topology import Communicator
-from hpctrain.training.replica import Replica
+from hpctrain.training.replica import Replica, listed
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.undisturbed import kept_buffers, kept_generators
-
-_SHOWN = 8
 
 
 def prime(
@@ -123,7 +121,7 @@ def _check_gradients(model: nn.Module) -> None:
     if unused:
         raise TrainingError(
             f"{len(unused)} of {len(trained)} parameters have no part in the loss: "
-            f"{_listed(unused)}. Use them, remove them, or set requires_grad = False"
+            f"{listed(unused)}. Use them, remove them, or set requires_grad = False"
         )
     sparse = [
         name
@@ -132,11 +130,6 @@ def _check_gradients(model: nn.Module) -> None:
     ]
     if sparse:
         raise TrainingError(
-            f"the gradients of {_listed(sparse)} are sparse, which neither clipping nor fused "
+            f"the gradients of {listed(sparse)} are sparse, which neither clipping nor fused "
             "optimizers take. Build their modules with sparse=False"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    return ", ".join(names[:_SHOWN]) + more

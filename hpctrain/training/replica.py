@@ -11,6 +11,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from hpctrain.errors import TrainingError
+
+_SHOWN = 8
 _COMPRESSIONS = {
     "bf16": default_hooks.bf16_compress_hook,
     "fp16": default_hooks.fp16_compress_hook,
@@ -84,10 +87,29 @@ class Replica:
         torch.autograd.backward(loss, seed)
 
     def backward_and_reduce(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
-        """Run backward from `loss` and average the gradients. Collective: all ranks."""
+        """Run backward from `loss` and average the gradients. Collective: all ranks.
+
+        Raises:
+            TrainingError: if a parameter has no gradient: DDP would have averaged none of its
+                bucket, and complain in the next step only.
+        """
         torch.autograd.backward(loss, seed)
         if self._ddp is not None:
             self._clock.stop()
+            if any(item.grad is None for item in self.parameters):
+                self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        unused = [
+            name
+            for name, item in self.model.named_parameters()
+            if item.requires_grad and item.grad is None
+        ]
+        raise TrainingError(
+            f"{listed(unused)} had no part in the loss of this step, and in the first one had: on "
+            "several ranks every parameter needs a part in every step. Where a branch of the model "
+            "is left out, add 0 times its parameters to the output"
+        )
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count time as communication once the gradient of `last` is there.
@@ -98,6 +120,12 @@ class Replica:
         # Holds the clock only: a hook of a parameter that held the model would keep both for ever.
         start = self._clock.start
         last.register_post_accumulate_grad_hook(lambda _: start())
+
+
+def listed(names: list[str]) -> str:
+    """Return names for a message, the first few of many."""
+    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 class _HostClock:

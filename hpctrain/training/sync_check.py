@@ -15,6 +15,30 @@ _SHOWN = 4
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def check_equal_shapes(model: nn.Module, world: World) -> None:
+    """Compare names, shapes and types of all parameters over the ranks. Collective: all ranks.
+
+    Raises:
+        TrainingError: on every rank, naming the first that differs.
+    """
+    mine = [(name, f"{tuple(item.shape)} {item.dtype}") for name, item in model.named_parameters()]
+    digest = hashlib.blake2b(repr(mine).encode(), digest_size=16).hexdigest()
+    digests = world.communicator.all_gather(digest)
+    if len(set(digests)) == 1:
+        return
+    everyone = world.communicator.all_gather(mine)
+    usual = everyone[digests.index(max(digests, key=digests.count))]
+    rank, theirs = next((rank, item) for rank, item in enumerate(everyone) if item != usual)
+    here, there = dict(usual), dict(theirs)
+    name = next(name for name in {**here, **there} if here.get(name) != there.get(name))
+    raise TrainingError(
+        f"the model is another one on rank {rank}: {name} is {there.get(name, 'not in it')}, "
+        f"and {here.get(name, 'not in it')} on other ranks. Build it from its arguments alone, "
+        "not from the rank, the host or an unseeded draw",
+        everywhere=True,
+    )
+
+
 def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
     """Compare the parameters of all ranks, to the bit. Collective: all ranks.
 

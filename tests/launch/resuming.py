@@ -59,7 +59,15 @@ def run_cases(
         json.dumps({key: value for key, value in case.items() if key != "ranks"}) for case in cases
     ]
     result = subprocess.run(
-        ["mpirun", "-np", ranks, sys.executable, str(BODIES / "resume_cases.py"), str(folder), *texts],
+        [
+            "mpirun",
+            "-np",
+            ranks,
+            sys.executable,
+            str(BODIES / "resume_cases.py"),
+            str(folder),
+            *texts,
+        ],
         capture_output=True,
         text=True,
         timeout=timeout,

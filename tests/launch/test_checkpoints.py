@@ -38,7 +38,7 @@ def test_a_full_disk_ends_the_job_with_every_older_checkpoint_whole(
     output = train(site, 2, *keep_all, code=74)
     assert "MB are free" in output  # told before the run
     assert "trying again" in output
-    assert "Older checkpoints are untouched" in output
+    assert "What was saved before is untouched" in output
     assert "Traceback" not in output
     assert output.count("hpctrain: error") == 1
     saved = steps(run)

@@ -18,7 +18,7 @@ from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
-from hpctrain.training.sync_check import check_equal_parameters
+from hpctrain.training.sync_check import check_equal_parameters, check_equal_shapes
 from hpctrain.training.task import Classification
 
 CASES = [
@@ -219,6 +219,7 @@ class Unused(Net):
 
 
 def check_mistakes(world: World) -> None:
+    check_equal_shapes(Net(), world)
     last = world.topology.world_size - 1
     step = step_of(world, Unused(world.topology.rank == last), precision="32-true", prime=False)
     try:
@@ -230,6 +231,26 @@ def check_mistakes(world: World) -> None:
     else:
         raise AssertionError("nothing was said")
     if world.topology.world_size > 1:
+        model = Unused(unused_here=False)
+        step = step_of(world, model, precision="32-true")
+        step(batch_of(world, samples(28)), lr=0.1)
+        model._unused_here = True
+        try:
+            step(batch_of(world, samples(28)), lr=0.1)
+        except TrainingError as error:
+            assert "extra.weight, extra.bias had no part in the loss of this step" in str(error)
+        else:
+            raise AssertionError("nothing was said")
+        odd = Net()
+        if world.topology.rank == last:
+            odd.third = nn.Linear(16, 7)
+        try:
+            check_equal_shapes(odd, world)
+        except TrainingError as error:
+            assert error.everywhere
+            assert "third.weight is (" in str(error)
+        else:
+            raise AssertionError("nothing was said")
         synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(Net(normalisation="batch"))
         try:
             step_of(world, synchronised)
