@@ -36,6 +36,7 @@ class StopAgreement:
 
     Attributes:
         reaction_seconds: from a request until all ranks act on it, at most, as measured of late.
+        least: the smallest of all ranks' counts, see `count`, as they agreed last.
     """
 
     def __init__(
@@ -58,10 +59,16 @@ class StopAgreement:
         self._counts = [0] * len(Boundary)
         self._last_boundary = self._last_agreement = clock()
         self._pending: Pending | None = None
+        self._count: Callable[[], int] = lambda: 0
+        self.least = 0
 
     def add(self, reasons: Callable[[], int]) -> None:
         """Ask another source of this rank's reasons, from now on."""
         self._sources.append(reasons)
+
+    def count(self, count: Callable[[], int]) -> None:
+        """Have all ranks agree on the smallest of a count that never falls, from now on."""
+        self._count = count
 
     def boundary(self, kind: Boundary = Boundary.STEP) -> int:
         """Return the agreed reasons to stop here, 0 for none. Collective: all ranks."""
@@ -98,7 +105,8 @@ class StopAgreement:
         if self._pending is None:
             return 0
         values, self._pending = self._pending.wait(), None
-        for kind, microseconds in enumerate(values[NUM_BITS:]):
+        self.least = -values[-1]
+        for kind, microseconds in enumerate(values[NUM_BITS:-1]):
             if microseconds:
                 self._weights[kind] = microseconds * 1e-6
         return sum(value << index for index, value in enumerate(values[:NUM_BITS]))
@@ -118,7 +126,7 @@ class StopAgreement:
         self._spent = [0.0] * len(Boundary)
         self._counts = [0] * len(Boundary)
         self._pending = self._communicator.start_max(
-            [bits >> index & 1 for index in range(NUM_BITS)] + means
+            [bits >> index & 1 for index in range(NUM_BITS)] + means + [-self._count()]
         )
 
 

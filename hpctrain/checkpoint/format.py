@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from hpctrain.checkpoint.layout import (
     TRAINING,
     VALUES,
     VERSION,
+    VERSION_OF_ONE_WRITER,
     checksum_of_meta,
     sync,
 )
+from hpctrain.checkpoint.parts import Spread, part_name
 from hpctrain.checkpoint.raw import RawTensor, write_raw
-from hpctrain.checkpoint.writing import write_file
+from hpctrain.checkpoint.writing import Written, write_file
 from hpctrain.errors import CheckpointError
 from hpctrain.version import __version__
 
@@ -63,6 +65,9 @@ class Snapshot:
         values: the rest of the training state; JSON.
         config_toml: the resolved config.
         metrics: of an evaluation at this very step.
+        tied: further names of tensors, besides those that share memory here.
+        spread: of whole tensors, where `model` and `training` are rank 0's part of them.
+        others: waits for the parts of the other ranks, and returns the files of each.
     """
 
     step: int
@@ -71,6 +76,9 @@ class Snapshot:
     values: Mapping[str, Any]
     config_toml: str
     metrics: Mapping[str, float] | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    spread: Spread | None = None
+    others: Callable[[], Sequence[Mapping[str, Written]]] = tuple
 
 
 def aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -96,22 +104,24 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         OSError: if they cannot be written.
         CheckpointError: if a tensor is of a type that safetensors does not have.
     """
-    facts = {"format": "pt"}
+    spread = snapshot.spread
     written = {
-        MODEL: write_raw(folder / MODEL, _raw(snapshot.model), facts),
-        TRAINING: write_raw(folder / TRAINING, _raw(snapshot.training), facts),
+        **write_part(folder, snapshot.model, snapshot.training, None if spread is None else 0),
         VALUES: write_file(folder / VALUES, json.dumps(dict(snapshot.values), indent=1).encode()),
         CONFIG: write_file(folder / CONFIG, snapshot.config_toml.encode()),
     }
+    for files in snapshot.others():
+        written |= files
     meta = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_OF_ONE_WRITER if spread is None else VERSION,
         "step": snapshot.step,
         "files": {
             name: {"bytes": file.num_bytes, "xxh3_64": file.xxh3_64}
             for name, file in written.items()
         },
         "aliases": dict(tied),
+        **({} if spread is None else {"spread": spread.to_json()}),
         "metrics": snapshot.metrics
         and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
         "versions": {
@@ -124,6 +134,33 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
     meta["xxh3_64"] = checksum_of_meta(meta)
     write_file(folder / META, json.dumps(meta, indent=1).encode())
     sync(folder)
+
+
+def write_part(
+    folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor], rank: int | None
+) -> dict[str, Written]:
+    """Write tensors to a folder, on disk when this returns.
+
+    Args:
+        folder: of the checkpoint.
+        model: on the host, contiguous, each of them once.
+        training: the same.
+        rank: whose part this is; None: all there is.
+
+    Returns:
+        The files by name.
+
+    Raises:
+        OSError: if they cannot be written.
+        CheckpointError: if a tensor is of a type that safetensors does not have.
+    """
+    files = {}
+    for file, tensors in ((MODEL, model), (TRAINING, training)):
+        name = file if rank is None else part_name(file, rank)
+        files[name] = write_raw(folder / name, _raw(tensors), {"format": "pt"})
+    if rank is not None:
+        sync(folder)
+    return files
 
 
 def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:

@@ -22,7 +22,9 @@ import xxhash
 
 from hpctrain.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
+VERSION_OF_ONE_WRITER = 1
+"""What older readers understand; the later one has parts, see `hpctrain.checkpoint.parts`."""
 FORMAT = "hpctrain checkpoint"
 META = "meta.json"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"

@@ -139,7 +139,8 @@ def difference(first: RawTensor, second: RawTensor) -> Difference | None:
     ours, theirs = first.values(), second.values()
     if ours is None or theirs is None:
         return Difference(differing=1, elements=1, largest=None, relative=None)
-    unequal = int(np.count_nonzero(ours.view(np.uint8) != theirs.view(np.uint8)))
+    bytes_of = [np.frombuffer(tensor.data, np.uint8) for tensor in (first, second)]
+    unequal = int(np.count_nonzero(bytes_of[0] != bytes_of[1]))
     before, after = ours.astype(np.float64), theirs.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         change = np.abs(after - before)

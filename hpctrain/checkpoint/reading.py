@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hpctrain.checkpoint.format import tensors_of
@@ -22,12 +25,17 @@ from hpctrain.checkpoint.layout import (
     read_meta,
     resolved,
 )
+from hpctrain.checkpoint.parts import Spread, join, part_name
 from hpctrain.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A checkpoint in host memory, every byte compared with its checksum."""
+    """A checkpoint in host memory, every byte compared with its checksum.
+
+    Attributes:
+        rows: what was left on disk, see `load_outline`; None: nothing.
+    """
 
     path: Path
     step: int
@@ -35,6 +43,54 @@ class Loaded:
     training: dict[str, Tensor]
     values: dict[str, Any]
     config_toml: str
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The tensors of a checkpoint that are still on disk, to be read as far as they are needed.
+
+    Attributes:
+        path: of the checkpoint.
+        spread: says where rows are.
+        aliases: further names of tensors, and the names that they are stored under.
+    """
+
+    path: Path
+    spread: Spread
+    aliases: Mapping[str, str]
+
+    def shapes(self, file: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the whole tensors of a file, `model.safetensors` or the other."""
+        shapes = dict(self.spread.shapes[file])
+        if file == MODEL:
+            stored = {name: first for name, first in self.aliases.items() if first in shapes}
+            shapes |= {name: shapes[first] for name, first in stored.items()}
+        return shapes
+
+    def read(self, file: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Return rows of tensors, on the host.
+
+        Args:
+            file: `model.safetensors` or `training.safetensors`.
+            wanted: first row and the one after the last, by name.
+
+        Raises:
+            CheckpointError: if they cannot be read.
+        """
+        pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        with ExitStack() as stack:
+            opened: dict[int, Any] = {}
+            for name, (first, stop) in wanted.items():
+                for rank, begin, end in self.spread.pieces(file, name, first, stop):
+                    part = self.path / part_name(file, rank)
+                    try:
+                        if rank not in opened:
+                            opened[rank] = stack.enter_context(safe_open(part, framework="pt"))
+                        pieces[name].append(opened[rank].get_slice(name)[begin:end])
+                    except (OSError, SafetensorError) as error:
+                        raise CheckpointError(f"{part} cannot be read: {error}") from error
+        return {name: torch.cat(rows) for name, rows in pieces.items() if rows}
 
 
 def load(path: Path) -> Loaded:
@@ -45,25 +101,72 @@ def load(path: Path) -> Loaded:
     """
     path = resolved(path)
     meta = read_meta(path)
-    model = tensors_of(read_file(path, MODEL, meta))
+    spread = Spread.of(meta)
+
+    def tensors(file: str) -> dict[str, Tensor]:
+        def read(name: str) -> dict[str, Tensor]:
+            return tensors_of(read_file(path, name, meta))
+
+        if spread is None:
+            return read(file)
+        return join(spread, file, read, lambda rows, shape: torch.cat(list(rows)).reshape(shape))
+
+    model = tensors(MODEL)
     for name, first in meta["aliases"].items():
         model[name] = model[first]
     return Loaded(
         path=path,
         step=meta["step"],
         model=model,
-        training=tensors_of(read_file(path, TRAINING, meta)),
+        training=tensors(TRAINING),
         values=json.loads(read_file(path, VALUES, meta)),
         config_toml=read_file(path, CONFIG, meta).decode("utf-8"),
     )
 
 
-def load_newest(checkpoints: Path, tell: Callable[[str], None]) -> Loaded | None:
+def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None]) -> Loaded:
+    """Read of a checkpoint what is not spread over its parts; all of one of a single writer.
+
+    Args:
+        path: of the checkpoint.
+        compare: compares all its files with its meta.json, and raises where they differ.
+
+    Raises:
+        CheckpointError: if any file of it is missing or is not what was written.
+    """
+    path = resolved(path)
+    meta = read_meta(path)
+    spread = Spread.of(meta)
+    if spread is None:
+        return load(path)
+    compare(path, meta)
+
+    def tensors(file: str) -> dict[str, Tensor]:
+        part = tensors_of(read_file(path, part_name(file, 0), meta))
+        return {name: item for name, item in part.items() if name not in spread.shapes[file]}
+
+    model = tensors(MODEL)
+    model |= {name: model[first] for name, first in meta["aliases"].items() if first in model}
+    return Loaded(
+        path=path,
+        step=meta["step"],
+        model=model,
+        training=tensors(TRAINING),
+        values=json.loads(read_file(path, VALUES, meta)),
+        config_toml=read_file(path, CONFIG, meta).decode("utf-8"),
+        rows=Rows(path=path, spread=spread, aliases=meta["aliases"]),
+    )
+
+
+def load_newest(
+    checkpoints: Path, tell: Callable[[str], None], read: Callable[[Path], Loaded] = load
+) -> Loaded | None:
     """Read the newest whole checkpoint of a folder; None if there is none.
 
     Args:
         checkpoints: the folder of all of them.
         tell: is told of every newer one that is not whole.
+        read: reads one.
 
     Raises:
         CheckpointError: if the folder cannot be used.
@@ -74,7 +177,7 @@ def load_newest(checkpoints: Path, tell: Callable[[str], None]) -> Loaded | None
         raise CheckpointError(f"cannot use {checkpoints}: {error}") from error
     for path in newest_first(checkpoints):
         try:
-            return load(path)
+            return read(path)
         except CheckpointError as error:
             tell(f"skipped: {error}")
     return None

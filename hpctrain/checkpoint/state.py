@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 from hpctrain.errors import CheckpointError
 
 
-def optimizer_to_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+class HasParameters(Protocol):
+    """A model, or what one rank holds of it."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return the parameters by name."""
+        ...
+
+
+def optimizer_to_tensors(optimizer: Optimizer, model: HasParameters) -> dict[str, Tensor]:
     """Return the state of an optimizer as {"parameter/slot": tensor}.
 
     Hyperparameters are not part of it: they come from the config.
@@ -39,7 +47,9 @@ def optimizer_to_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Te
     return tensors
 
 
-def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(
+    optimizer: Optimizer, model: HasParameters, tensors: Mapping[str, Tensor]
+) -> None:
     """Put saved state back, on the device of each parameter.
 
     Raises:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from hpctrain.checkpoint.format import Snapshot, aliases, write_files
+from hpctrain.checkpoint.host import HostCopies
 from hpctrain.checkpoint.layout import (
     check_file,
     folder_name,
@@ -65,7 +63,7 @@ class CheckpointStore:
         self._confirm = confirm
         self._tell = tell
         self._took = took
-        self._host: dict[str, dict[str, Tensor]] = {"model": {}, "training": {}}
+        self._host = HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         try:
@@ -85,21 +83,27 @@ class CheckpointStore:
             CheckpointError: if the save before has failed.
         """
         begin = time.perf_counter()
-        if self._thread is not None and self._thread.is_alive():
-            self._tell("the save before is still being written: training waits for it")
+        self.tell_waiting()
         self.finish()
-        tied = aliases(snapshot.model)
+        tied = {**aliases(snapshot.model), **snapshot.tied}
         single = {name: item for name, item in snapshot.model.items() if name not in tied}
         copied = replace(
             snapshot,
-            model=self._to_host("model", single),
-            training=self._to_host("training", snapshot.training),
+            model=self._host.copy("model", single),
+            training=self._host.copy("training", snapshot.training),
         )
         self._thread = threading.Thread(
             target=self._write, args=(copied, tied, begin), name="hpctrain-checkpoint"
         )
+        # One that waits for other ranks must not outlive a job that they have left.
+        self._thread.daemon = snapshot.spread is not None
         self._thread.start()
         self.stall_seconds += time.perf_counter() - begin
+
+    def tell_waiting(self) -> None:
+        """Say that training waits for a save, if one is still being written."""
+        if self._thread is not None and self._thread.is_alive():
+            self._tell("the save before is still being written: training waits for it")
 
     @property
     def failed(self) -> bool:
@@ -152,23 +156,6 @@ class CheckpointStore:
             self._thread = None
         self.poll()
 
-    def _to_host(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to host memory that is kept from save to save: fresh memory costs more than data."""
-        kept = self._host[group]
-        host = {}
-        for name, tensor in tensors.items():
-            buffer = kept.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-                )
-            buffer.copy_(tensor.detach(), non_blocking=True)
-            host[name] = buffer
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        self._host[group] = host
-        return host
-
     def _write(self, snapshot: Snapshot, tied: Mapping[str, str], begin: float) -> None:
         for attempt in range(1, _TRIES + 1):
             try:
@@ -181,7 +168,7 @@ class CheckpointStore:
                     self._tell(f"saving step {snapshot.step} failed, trying again: {_fact(error)}")
                     time.sleep(_PAUSE_SECONDS)
                     continue
-                shutil.rmtree(self._temporary(snapshot), ignore_errors=True)
+                shutil.rmtree(self._temporary(snapshot.step), ignore_errors=True)
                 self._failure = CheckpointError(
                     f"cannot save step {snapshot.step} to {self._checkpoints}: "
                     f"{_fact(error)}. What was saved before is untouched; {_advice(error)}, or "
@@ -193,10 +180,12 @@ class CheckpointStore:
 
     def _write_once(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
         name = folder_name(snapshot.step)
-        temporary = self._temporary(snapshot)
-        shutil.rmtree(temporary, ignore_errors=True)  # before space is looked for
+        temporary = self._temporary(snapshot.step)
+        if snapshot.spread is None:
+            shutil.rmtree(temporary, ignore_errors=True)  # before space is looked for
         self._require_space(snapshot)
-        temporary.mkdir()
+        if snapshot.spread is None:
+            temporary.mkdir()
         write_files(temporary, snapshot, tied)
         self._confirm()
         final = self._checkpoints / name
@@ -209,9 +198,23 @@ class CheckpointStore:
         self.newest = final
         self._delete_surplus(final)
 
-    def _temporary(self, snapshot: Snapshot) -> Path:
+    def open_folder(self, step: int) -> Path:
+        """Return a new folder for a checkpoint that all ranks write to, before they do.
+
+        Raises:
+            CheckpointError: if there can be none.
+        """
+        temporary = self._temporary(step)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise CheckpointError(f"cannot save step {step}: {error}") from error
+        return temporary
+
+    def _temporary(self, step: int) -> Path:
         # In the same folder: only there a rename is one, and there is the space to look at.
-        return self._checkpoints / f".{folder_name(snapshot.step)}.tmp"
+        return self._checkpoints / f".{folder_name(step)}.tmp"
 
     def _require_space(self, snapshot: Snapshot) -> None:
         needed = sum(
@@ -219,6 +222,8 @@ class CheckpointStore:
             for group in (snapshot.model, snapshot.training)
             for tensor in group.values()
         )
+        if snapshot.spread is not None:
+            needed *= snapshot.spread.ranks
         free = shutil.disk_usage(self._checkpoints).free
         if needed > free:
             raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")

@@ -20,7 +20,8 @@ from hpctrain.checkpoint.layout import (
     read_meta,
     resolved,
 )
-from hpctrain.checkpoint.raw import RawTensor, difference, raw_tensors, write_raw
+from hpctrain.checkpoint.parts import read_raw
+from hpctrain.checkpoint.raw import RawTensor, difference, write_raw
 from hpctrain.errors import CheckpointError
 
 if sys.version_info >= (3, 11):
@@ -101,8 +102,8 @@ def compared(first: Path, second: Path | None) -> str:
         before, after = resolved(first), resolved(second)
     lines = [f"{before} and {after}:"]
     lines += [f"  config  {line}" for line in _config_changes(before, after)]
-    for name in (MODEL, TRAINING):
-        lines += _tensor_changes(name.removesuffix(".safetensors"), before, after)
+    for file in (MODEL, TRAINING):
+        lines += _tensor_changes(file, before, after)
     return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal to the bit"])
 
 
@@ -125,9 +126,9 @@ def export(path: Path, target: Path, *, average: bool = False) -> str:
     """
     source = resolved(path)
     meta = read_meta(source)
-    tensors = raw_tensors(read_file(source, MODEL, meta), source / MODEL)
+    tensors = read_raw(source, MODEL, meta)
     if average:
-        training = raw_tensors(read_file(source, TRAINING, meta), source / TRAINING)
+        training = read_raw(source, TRAINING, meta)
         averages = {
             name.removeprefix(AVERAGE): item
             for name, item in training.items()
@@ -190,11 +191,9 @@ def _config_changes(before: Path, after: Path) -> list[str]:
     ]
 
 
-def _tensor_changes(kind: str, before: Path, after: Path) -> list[str]:
-    ours, theirs = (
-        raw_tensors(read_file(path, f"{kind}.safetensors", read_meta(path)), path)
-        for path in (before, after)
-    )
+def _tensor_changes(file: str, before: Path, after: Path) -> list[str]:
+    kind = file.removesuffix(".safetensors")
+    ours, theirs = (read_raw(path, file, read_meta(path)) for path in (before, after))
     lines = [f"  {kind}  {name}: only in {before.name}" for name in ours if name not in theirs]
     lines += [f"  {kind}  {name}: only in {after.name}" for name in theirs if name not in ours]
     both = [name for name in ours if name in theirs]

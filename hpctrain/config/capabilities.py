@@ -12,16 +12,87 @@ class _Hole:
     because: str
     key: str
     """The key to change, of those that are set."""
+    strategy: str | None = None
     precision: str | None = None
     device: str | None = None
     backend: str | None = None
     compress_gradients: str | None = None
     sync_batchnorm: bool | None = None
+    channels_last: bool | None = None
+    buckets: bool | None = None
+    checks_sync: bool | None = None
+    shards: bool | None = None
+    cpu_offload: bool | None = None
+    reshard_after_forward: bool | None = None
     before_torch: tuple[int, int] | None = None
     """The first version in which it works; None: it works in none."""
 
 
+_ONLY_FSDP = 'only training.strategy = "fsdp" spreads the parameters over the ranks'
+_FSDP_REDUCES = "fsdp sums gradients in float32, and gathers parameters in the format of precision"
+
 _HOLES = (
+    _Hole(
+        strategy="zero1",
+        key="training.strategy",
+        because=(
+            "there is no strategy that spreads the optimizer's state alone. "
+            '"fsdp" with training.reshard_after_forward = false spreads that and the gradients, '
+            "and communicates as much as ddp"
+        ),
+    ),
+    _Hole(strategy="ddp", shards=True, key="training.shard", because=_ONLY_FSDP),
+    _Hole(strategy="ddp", cpu_offload=True, key="training.cpu_offload", because=_ONLY_FSDP),
+    _Hole(
+        strategy="ddp",
+        reshard_after_forward=False,
+        key="training.reshard_after_forward",
+        because=_ONLY_FSDP,
+    ),
+    _Hole(
+        strategy="fsdp",
+        cpu_offload=True,
+        device="cpu",
+        key="training.cpu_offload",
+        because="there is no device here whose memory it would save",
+    ),
+    _Hole(
+        strategy="fsdp",
+        cpu_offload=True,
+        precision="16-mixed",
+        key="training.precision",
+        because="with cpu_offload its loss scale would cross between host and device in every step",
+    ),
+    _Hole(
+        strategy="fsdp",
+        compress_gradients="bf16",
+        key="training.compress_gradients",
+        because=_FSDP_REDUCES,
+    ),
+    _Hole(
+        strategy="fsdp",
+        compress_gradients="fp16",
+        key="training.compress_gradients",
+        because=_FSDP_REDUCES,
+    ),
+    _Hole(
+        strategy="fsdp",
+        buckets=True,
+        key="training.bucket_mb",
+        because="fsdp exchanges what training.shard names, unit by unit",
+    ),
+    _Hole(
+        strategy="fsdp",
+        channels_last=True,
+        key="training.channels_last",
+        because="fsdp cuts parameters by rows, which have to lie one after the other in memory",
+    ),
+    _Hole(
+        strategy="fsdp",
+        checks_sync=True,
+        key="training.check_sync_every",
+        because="with fsdp every number is on one rank only: there is nothing to compare it with",
+    ),
     _Hole(
         device="cpu",
         backend="nccl",
@@ -79,6 +150,13 @@ def unsupported(
     backend: str | None = None,
     compress_gradients: str | None = None,
     sync_batchnorm: bool | None = None,
+    strategy: str | None = None,
+    channels_last: bool | None = None,
+    buckets: bool | None = None,
+    checks_sync: bool | None = None,
+    shards: bool | None = None,
+    cpu_offload: bool | None = None,
+    reshard_after_forward: bool | None = None,
     torch: str | None = None,
 ) -> tuple[str, str] | None:
     """Look a combination up.
@@ -89,6 +167,13 @@ def unsupported(
         backend: "nccl" or "gloo"; None or "auto" while that is not known, or with one process.
         compress_gradients: as in the config.
         sync_batchnorm: the same; False or None with one process.
+        strategy: as in the config; None: not set.
+        channels_last: as in the config.
+        buckets: whether bucket_mb is set.
+        checks_sync: whether check_sync_every is not 0.
+        shards: whether shard names units.
+        cpu_offload: as in the config.
+        reshard_after_forward: the same.
         torch: its version, such as "2.8.0+cpu"; None while that is not known.
 
     Returns:
@@ -100,6 +185,13 @@ def unsupported(
         "backend": backend,
         "compress_gradients": compress_gradients,
         "sync_batchnorm": sync_batchnorm,
+        "strategy": strategy,
+        "channels_last": channels_last,
+        "buckets": buckets,
+        "checks_sync": checks_sync,
+        "shards": shards,
+        "cpu_offload": cpu_offload,
+        "reshard_after_forward": reshard_after_forward,
     }
     for hole in _HOLES:
         holds = all(getattr(hole, name) in (None, value) for name, value in given.items())

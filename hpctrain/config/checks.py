@@ -169,6 +169,13 @@ def check_capabilities(source: Source) -> list[Mistake]:
         device=source.get("launch", "device"),
         backend=source.get("launch", "backend"),
         compress_gradients=source.get("training", "compress_gradients"),
+        strategy=source.get("training", "strategy") or "ddp",
+        channels_last=source.get("training", "channels_last"),
+        buckets=source.get("training", "bucket_mb") is not None,
+        checks_sync=bool(source.get("training", "check_sync_every")),
+        shards=bool(source.get("training", "shard")),
+        cpu_offload=source.get("training", "cpu_offload"),
+        reshard_after_forward=source.get("training", "reshard_after_forward"),
     )
     if found is None:
         return []

@@ -232,8 +232,17 @@ class TrainingSection:
     precision: Precision = "32-true"
     """Number format of parameters and arithmetic."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """How ranks share the work: DistributedDataParallel (on one process the bare model)."""
+    strategy: Literal["ddp", "fsdp", "zero1"] = "ddp"
+    """Who holds the parameters: every rank all of them (ddp), or some rows of each (fsdp)."""
+
+    shard: tuple[str, ...] = ()
+    """For fsdp: modules gathered as one, by name with * and ?, or class; none: repeated blocks."""
+
+    reshard_after_forward: bool = True
+    """For fsdp: gather a unit again for its backward pass, in place of keeping it until then."""
+
+    cpu_offload: bool = False
+    """For fsdp: keep parameters, gradients and optimizer state in host memory."""
 
     clip_norm: Annotated[float, Gt(0)] | None = None
     """Clip the norm of the whole gradient to this."""

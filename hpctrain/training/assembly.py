@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,16 +24,20 @@ from hpctrain.data.state import from_state
 from hpctrain.errors import ConfigError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.training.broadcast import broadcast_model
 from hpctrain.training.horizon import Horizon, Place
 from hpctrain.training.learning_rate import LearningRate
-from hpctrain.training.optimizers import build_optimizer
+from hpctrain.training.optimizers import build_optimizer, refuse_whole_tensors
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import prepare_model
+from hpctrain.training.preparation import is_spread, prepare_model
 from hpctrain.training.staging import Staging
 from hpctrain.training.step import TrainStep
 from hpctrain.training.sync_check import check_equal_shapes
 from hpctrain.training.task import Task
+
+if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
+    from hpctrain.training.shards import Shards
 
 Components = Mapping[str, Callable[..., Any]]
 
@@ -214,6 +218,14 @@ def build_parts(
         model = prepare_model(
             model, training, number_format, world.device, world.topology.world_size
         )
+    shards: Shards | None = None
+    if is_spread(training, world.topology.world_size):
+        broadcast_model(world, model)  # else parts of different models could mix
+        from hpctrain.training.shards import Shards
+
+        with raise_together(world.communicator):
+            shards = Shards(model, training, number_format, world)
+    with raise_together(world.communicator):
         task = _built(
             "task",
             config,
@@ -225,12 +237,14 @@ def build_parts(
         _check_best(config, task)
         optimizer = build_optimizer(
             components["optimizer"],
-            model,
+            shards or model,
             config.optimizer.lr,
             config.optimizer.arguments,
             groups=config.optimizer.groups,
             decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
         )
+        if shards is not None:
+            refuse_whole_tensors(optimizer)
         schedule = LearningRate.of(
             config.scheduler, components["scheduler"], config.optimizer.lr, horizon
         )
@@ -253,6 +267,7 @@ def build_parts(
         example=example,
         bucket_mb=config.training.bucket_mb,
         compress_gradients=config.training.compress_gradients,
+        shards=shards,
     )
     step.prime()
     # From here every rank draws its own numbers.
@@ -284,6 +299,8 @@ def _check_capabilities(config: Config, world: World) -> None:
         backend=world.backend,
         compress_gradients=config.training.compress_gradients,
         sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
+        strategy=config.training.strategy,
+        cpu_offload=config.training.cpu_offload,
         torch=torch.__version__,
     )
     if found is not None:

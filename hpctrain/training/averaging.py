@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hpctrain.checkpoint.state import HasParameters
 
 
 class WeightAverage:
@@ -18,11 +20,11 @@ class WeightAverage:
     the decay that grows at the beginning is TensorFlow's ExponentialMovingAverage's.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: HasParameters, decay: float) -> None:
         """Begin with the parameters as they are.
 
         Args:
-            model: whose parameters.
+            model: whose parameters, or what this rank holds of them.
             decay: 0 to 1: how much of the average stays at each step.
         """
         trained = {name: item for name, item in model.named_parameters() if item.requires_grad}

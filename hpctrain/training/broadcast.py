@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.launch.world import World
@@ -42,3 +42,14 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dic
         dist.broadcast(tensor.reshape(-1).contiguous().view(torch.uint8), src=0)
         received[name] = tensor.cpu()
     return received
+
+
+def broadcast_model(world: World, model: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers, as DDP does. Collective: all ranks."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        there = tensor.detach().to(world.device)
+        data = there.reshape(-1).contiguous().view(torch.uint8)
+        if data.numel():
+            dist.broadcast(data, src=0)
+            with torch.no_grad():
+                tensor.copy_(data.view(tensor.dtype).view(tensor.shape))

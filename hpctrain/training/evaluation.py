@@ -14,7 +14,7 @@ from hpctrain.data.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.precision import NumberFormat
-from hpctrain.training.task import Task
+from hpctrain.training.task import Fields, Task
 from hpctrain.training.undisturbed import evaluating, kept_buffers, kept_generators
 
 
@@ -26,6 +26,7 @@ def evaluate(
     number_format: NumberFormat,
     *,
     rounds: int = 0,
+    idle_row: Fields | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
@@ -41,6 +42,8 @@ def evaluate(
         world: the ranks.
         number_format: of parameters and arithmetic.
         rounds: the largest number of batches of any rank.
+        idle_row: where the parameters are spread over the ranks, and a pass needs all of them: one
+            row to run, and to forget, while others still have batches.
         stopping: asked after every batch, `rounds` times on every rank, so that it may
             communicate; True on all ranks in the same round.
 
@@ -74,8 +77,12 @@ def evaluate(
             if stopping():
                 return None
         # The others may have another batch, and come to another boundary.
-        if any(stopping() for _ in range(rounds)):
-            return None
+        for _ in range(rounds):
+            if idle_row is not None:
+                with number_format.arithmetic():
+                    task.evaluate(model, idle_row)
+            if stopping():
+                return None
     mine = {name: (sums[name].item(), counts[name].item()) for name in sums}
     everyone = world.communicator.all_gather(mine)
     return {name: _quotient([parts[name] for parts in everyone if parts]) for name in task.metrics}

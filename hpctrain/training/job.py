@@ -166,15 +166,16 @@ def _train(
         save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
     run.check(place)
-    place, complete = fit(
-        place,
-        plan,
-        step=parts.step,
-        loader=data.train_loader,
-        schedule=parts.schedule,
-        hooks=run,
-        evaluation_owed=evaluation_owed,
-    )
+    with run.saves_finished():
+        place, complete = fit(
+            place,
+            plan,
+            step=parts.step,
+            loader=data.train_loader,
+            schedule=parts.schedule,
+            hooks=run,
+            evaluation_owed=evaluation_owed,
+        )
     run.finish()
     data.staging.tell_problems(world)
     # The others wait while rank 0 writes the last checkpoint to its end.

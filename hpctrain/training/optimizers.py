@@ -10,18 +10,23 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
 from hpctrain.training.parameter_groups import LR_FACTOR, parameter_groups
 
 _FUSED_DEVICES = ("cpu", "cuda")
 # Who names one of these has chosen an implementation.
+_ELEMENTWISE = {
+    *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
+    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+}
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_optimizer(
     target: Callable[..., Any],
-    model: nn.Module,
+    model: HasParameters,
     lr: float,
     arguments: Mapping[str, Any],
     *,
@@ -35,7 +40,7 @@ def build_optimizer(
 
     Args:
         target: a class of torch.optim, or one like them.
-        model: on the device, in the dtype that it is trained in.
+        model: on the device, in the dtype that it is trained in; or what this rank holds of it.
         lr: learning rate.
         arguments: further keyword arguments; arrays of the config become tuples.
         groups: parameters that are trained differently.
@@ -83,6 +88,26 @@ def build_optimizer(
         )
     _prepare_momentum(optimizer)
     return optimizer
+
+
+def refuse_whole_tensors(optimizer: Optimizer) -> None:
+    """Refuse optimizers that have to see whole tensors, where a rank has some rows of each.
+
+    A class of the user's own says by an attribute `elementwise = True` that every element is
+    updated by itself.
+
+    Raises:
+        ConfigError: if the optimizer is not known to work element by element.
+    """
+    kind = type(optimizer)
+    known = kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE
+    if not (known or getattr(kind, "elementwise", False)):
+        raise ConfigError(
+            f'[optimizer] use: with training.strategy = "fsdp" each rank has some rows of every '
+            f"parameter, and {kind.__name__} is not known to update each element by itself. Those "
+            f"of torch that do are {', '.join(sorted(_ELEMENTWISE))}; a class of your own says so "
+            "by the attribute elementwise = True"
+        )
 
 
 def refuses_on_device(optimizer: Optimizer) -> bool:

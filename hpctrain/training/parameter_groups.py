@@ -6,8 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
+from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.messages import did_you_mean
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
@@ -17,7 +16,7 @@ LR_FACTOR = "lr_factor"
 
 
 def parameter_groups(
-    model: nn.Module, groups: Sequence[ParameterGroup], *, decay_norms_and_biases: bool
+    model: HasParameters, groups: Sequence[ParameterGroup], *, decay_norms_and_biases: bool
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups, as a torch optimizer takes them.
 

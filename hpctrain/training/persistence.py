@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.reading import Loaded
+from hpctrain.checkpoint.layout import MODEL, TRAINING
+from hpctrain.checkpoint.parts import Spread
+from hpctrain.checkpoint.reading import Loaded, Rows
 from hpctrain.checkpoint.state import (
     load_optimizer,
     optimizer_to_tensors,
@@ -24,8 +26,9 @@ from hpctrain.launch.world import World
 from hpctrain.training.broadcast import broadcast_tensors
 from hpctrain.training.horizon import Place
 from hpctrain.training.step import TrainStep
+from hpctrain.training.weights import OPTIMIZER, own_state, parameter_of, put_weights
 
-_OPTIMIZER, _GENERATORS, _BAD_STEPS = "optimizer/", "generators/", "bad_steps"
+_GENERATORS, _BAD_STEPS = "generators/", "bad_steps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,7 @@ class Resumed:
         path: of the checkpoint, as the user can type it.
         values: the training state that is not tensors.
         config_toml: the config that it was saved under.
+        rows: what is still on disk, for each rank to read its own; None: nothing.
     """
 
     path: str
@@ -43,6 +47,7 @@ class Resumed:
     training: Mapping[str, Tensor]
     values: Mapping[str, Any]
     config_toml: str
+    rows: Rows | None = None
 
     @property
     def place(self) -> Place:
@@ -52,27 +57,30 @@ class Resumed:
 def share(world: World, loaded: Loaded | None) -> Resumed | None:
     """Hand what rank 0 has loaded to every rank. Collective: all ranks."""
     facts = world.communicator.broadcast(
-        None if loaded is None else (str(loaded.path), loaded.values, loaded.config_toml)
+        None
+        if loaded is None
+        else (str(loaded.path), loaded.values, loaded.config_toml, loaded.rows)
     )
     if facts is None:
         return None
-    path, values, config_toml = facts
+    path, values, config_toml, rows = facts
     return Resumed(
         path=path,
         model=broadcast_tensors(world, None if loaded is None else loaded.model),
         training=broadcast_tensors(world, None if loaded is None else loaded.training),
         values=values,
         config_toml=config_toml,
+        rows=rows,
     )
 
 
 def expected_bytes(step: TrainStep) -> int:
     """Return about how large a checkpoint will be: most optimizers keep two numbers a parameter."""
     model = _bytes(step.model.state_dict().values())
-    tensors = optimizer_to_tensors(step.optimizer, step.model).values()
-    state = _bytes(tensors)
+    tensors = optimizer_to_tensors(step.optimizer, step.held).values()
     averages = () if step.average is None else step.average.state().values()
-    return model + (state or 2 * model) + _bytes(averages)
+    ranks = 1 if step.shards is None else step.shards.world_size
+    return model + (ranks * _bytes(tensors) or 2 * model) + ranks * _bytes(averages)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -89,25 +97,49 @@ def capture(
     config_toml: str,
     metrics: Mapping[str, float] | None,
 ) -> Snapshot | None:
-    """Return the state of the run on rank 0, None on the others. Collective: all ranks.
+    """Return what this rank is to save of the run, None for nothing. Collective: all ranks.
+
+    Rank 0 saves all; where the parameters are spread, every rank its rows of what belongs to them.
 
     `data` is the place in the data; `extra` is found again in `Resumed.values`.
     """
     tensors, values = rng_to_tensors()
     generators = world.communicator.all_gather((tensors, values))
-    if not world.topology.is_rank_zero:
+    is_rank_zero, shards = world.topology.is_rank_zero, step.shards
+    if not is_rank_zero and shards is None:
         return None
     training: dict[str, Tensor] = {_BAD_STEPS: step.bad_steps}
-    for key, tensor in optimizer_to_tensors(step.optimizer, step.model).items():
-        training[_OPTIMIZER + key] = tensor
+    for key, tensor in optimizer_to_tensors(step.optimizer, step.held).items():
+        training[OPTIMIZER + key] = tensor
     if step.average is not None:
         training |= {AVERAGE + name: item for name, item in step.average.state().items()}
-    for rank, (of_rank, _) in enumerate(generators):
+    spread: Spread | None = None
+    model: Mapping[str, Tensor]
+    if shards is None:
+        model = step.model.state_dict()
+    else:
+        held = dict(shards.named_parameters())
+        rows = {
+            key: shards.shapes[name]
+            for key, tensor in training.items()
+            if (name := parameter_of(key)) is not None and tensor.shape == held[name].shape
+        }
+        spread = Spread(ranks=shards.world_size, shapes={MODEL: shards.shapes, TRAINING: rows})
+        model = {name: item.detach() for name, item in held.items() if item.numel()}
+        if is_rank_zero:
+            kept = step.model.state_dict().keys()
+            model |= {name: item for name, item in step.model.named_buffers() if name in kept}
+        training = {
+            key: tensor
+            for key, tensor in training.items()
+            if (tensor.numel() if key in rows else is_rank_zero)
+        }
+    for rank, (of_rank, _) in enumerate(generators if is_rank_zero else ()):
         for name, tensor in of_rank.items():
             training[f"{_GENERATORS}{rank}/{name}"] = tensor
     return Snapshot(
         step=place.step,
-        model=step.model.state_dict(),
+        model=model,
         training=training,
         values={
             "place": place.to_json(),
@@ -121,6 +153,8 @@ def capture(
         },
         config_toml=config_toml,
         metrics=metrics,
+        tied={} if shards is None else shards.tied,
+        spread=spread,
     )
 
 
@@ -148,9 +182,10 @@ def restore_parameters(step: TrainStep, resumed: Resumed) -> None:
         CheckpointError: if the checkpoint is of another model or optimizer.
     """
     _load_model(step, resumed)
-    load_optimizer(step.optimizer, step.model, _below(resumed.training, _OPTIMIZER))
+    state = own_state(step, resumed.training, resumed.rows, (OPTIMIZER, AVERAGE))
+    load_optimizer(step.optimizer, step.held, _below(state, OPTIMIZER))
     if step.average is not None:
-        step.average.load(_below(resumed.training, AVERAGE))
+        step.average.load(_below(state, AVERAGE))
     if resumed.values["scaler"]:
         step.scaler.load_state_dict(dict(resumed.values["scaler"]))
 
@@ -163,7 +198,7 @@ def roll_back(world: World, step: TrainStep, load: Callable[[], Loaded | None]) 
     Args:
         world: the ranks.
         step: whose parameters.
-        load: reads the checkpoint; called on rank 0 only.
+        load: returns the checkpoint on rank 0. Collective: all ranks.
 
     Returns:
         The step of the checkpoint.
@@ -171,11 +206,7 @@ def roll_back(world: World, step: TrainStep, load: Callable[[], Loaded | None]) 
     Raises:
         TrainingError: on every rank, if there is no checkpoint yet.
     """
-    loaded = None
-    with raise_together(world.communicator):
-        if world.topology.is_rank_zero:
-            loaded = load()
-    resumed = share(world, loaded)
+    resumed = share(world, load())
     if resumed is None:
         raise TrainingError(
             "there is no checkpoint yet to go back to after steps without a finite gradient: lower "
@@ -189,14 +220,13 @@ def roll_back(world: World, step: TrainStep, load: Callable[[], Loaded | None]) 
 
 
 def _load_model(step: TrainStep, resumed: Resumed) -> None:
-    here = step.model.state_dict()
-    missing = sorted(here.keys() - resumed.model.keys())
-    surplus = sorted(resumed.model.keys() - here.keys())
-    changed = sorted(
-        name
-        for name in here.keys() & resumed.model.keys()
-        if here[name].shape != resumed.model[name].shape
-    )
+    here = {name: tuple(item.shape) for name, item in step.model.state_dict().items()}
+    there = {name: tuple(item.shape) for name, item in resumed.model.items()}
+    if resumed.rows is not None:
+        there |= resumed.rows.shapes(MODEL)
+    missing = sorted(here.keys() - there.keys())
+    surplus = sorted(there.keys() - here.keys())
+    changed = sorted(name for name in here.keys() & there.keys() if here[name] != there[name])
     if missing or surplus or changed:
         what = [
             f"{label}: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
@@ -211,7 +241,7 @@ def _load_model(step: TrainStep, resumed: Resumed) -> None:
             f"{resumed.path} is of another model ({'; '.join(what)}): bring the old [model] back, "
             "or start a new run with another run.name"
         )
-    step.model.load_state_dict(resumed.model)
+    put_weights(step, resumed.model, resumed.rows)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ def prepare_model(
 ) -> nn.Module:
     """Return the model on the device, in its number format, as the config wants it.
 
+    Where its parameters are to be spread over the ranks it stays on the host, which may have room
+    for it when a device has not, and it is compiled later, unit by unit.
+
     Names of parameters and buffers stay as they are.
 
     Raises:
@@ -38,13 +41,20 @@ def prepare_model(
         torch.backends.cudnn.allow_tf32 = section.tf32
     if section.sync_batchnorm and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device=device, dtype=number_format.parameters)
+    spread = is_spread(section, world_size)
+    place = None if spread else device
+    model = model.to(device=place, dtype=number_format.parameters)
     if number_format.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     checkpoint_activations(model, section.activation_checkpointing)
-    if section.compile:
+    if section.compile and not spread:
         model.compile(mode=section.compile_mode)
     return model
+
+
+def is_spread(section: TrainingSection, world_size: int) -> bool:
+    """Tell whether every rank holds a part of the parameters only; one process holds them all."""
+    return section.strategy == "fsdp" and world_size > 1
 
 
 def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,12 @@ from hpctrain.training.replica import Replica, listed
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.undisturbed import kept_buffers, kept_generators
 
+if TYPE_CHECKING:
+    from hpctrain.training.shards import Shards
+
 
 def prime(
-    replica: Replica,
+    replica: Replica | Shards,
     task: Task,
     fields: Fields,
     *,
@@ -57,21 +62,28 @@ def prime(
                 replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
                 replica.clear_gradients()
             replica.time_communication(last)
+            replica.refresh()
 
 
 def _first_pass(
-    replica: Replica, task: Task, fields: Fields, arithmetic: AbstractContextManager[object]
+    replica: Replica | Shards,
+    task: Task,
+    fields: Fields,
+    arithmetic: AbstractContextManager[object],
 ) -> nn.Parameter:
     """Check the contract of the task, and that every parameter gets a gradient.
 
     Returns:
         The parameter whose gradient came last.
     """
-    arrived: list[Tensor] = []
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(arrived.append)
-        for parameter in replica.parameters
-    ]
+    watched = replica.watched()
+    layouts: dict[Tensor, torch.layout] = {}
+
+    def arrive(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            layouts[parameter] = parameter.grad.layout
+
+    hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
     try:
         with arithmetic:
             result = task.loss(replica.module, fields)
@@ -80,8 +92,8 @@ def _first_pass(
     finally:
         for hook in hooks:
             hook.remove()
-    _check_gradients(replica.model)
-    last = arrived[-1]
+    _check_gradients({name: layouts.get(item) for name, item in watched})
+    last = list(layouts)[-1]
     assert isinstance(last, nn.Parameter)
     return last
 
@@ -115,19 +127,15 @@ def _checked(result: object, task: Task, fields: Fields) -> Tensor:
     return loss_sum
 
 
-def _check_gradients(model: nn.Module) -> None:
-    trained = [(name, item) for name, item in model.named_parameters() if item.requires_grad]
-    unused = [name for name, item in trained if item.grad is None]
+def _check_gradients(layouts: Mapping[str, torch.layout | None]) -> None:
+    """Refuse parameters without a gradient, or with one that is not dense."""
+    unused = [name for name, layout in layouts.items() if layout is None]
     if unused:
         raise TrainingError(
-            f"{len(unused)} of {len(trained)} parameters have no part in the loss: "
+            f"{len(unused)} of {len(layouts)} parameters have no part in the loss: "
             f"{listed(unused)}. Use them, remove them, or set requires_grad = False"
         )
-    sparse = [
-        name
-        for name, item in trained
-        if item.grad is not None and item.grad.layout != torch.strided
-    ]
+    sparse = [name for name, layout in layouts.items() if layout != torch.strided]
     if sparse:
         raise TrainingError(
             f"the gradients of {listed(sparse)} are sparse, which neither clipping nor fused "

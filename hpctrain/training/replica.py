@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -73,6 +74,14 @@ class Replica:
         """
         return self._clock.seconds()
 
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return what this rank holds of every parameter: all of it."""
+        return self.model.named_parameters()
+
+    def begin(self) -> None:
+        """Forget all gradients: a step begins."""
+        self.clear_gradients()
+
     def local(self) -> AbstractContextManager[object]:
         """Return the context of passes that only add to the gradients of this rank."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
@@ -110,6 +119,24 @@ class Replica:
             "several ranks every parameter needs a part in every step. Where a branch of the model "
             "is left out, add 0 times its parameters to the output"
         )
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients of all parameters that have one."""
+        return [item.grad for item in self.parameters if item.grad is not None]
+
+    def reduce_norm(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return the norm of the whole gradient, which every rank has already."""
+        return norm
+
+    def settle(self) -> None:
+        """Do nothing: a pass leaves nothing behind that the next one could stumble over."""
+
+    def watched(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that autograd gives gradients to."""
+        return [(name, item) for name, item in self.named_parameters() if item.requires_grad]
+
+    def refresh(self) -> None:
+        """Do nothing: parameters stay where they are."""
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count time as communication once the gradient of `last` is there.

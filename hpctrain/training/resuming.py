@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from hpctrain.checkpoint.layout import newest_first, step_of
-from hpctrain.checkpoint.reading import Loaded, load, load_newest
+from hpctrain.checkpoint.layout import check_file, newest_first, step_of
+from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.persistence import Resumed, share
+from hpctrain.training.preparation import is_spread
 
 logger = logging.getLogger("hpctrain")
 
@@ -28,17 +32,62 @@ def find_checkpoint(config: Config, world: World, folder: Path | None) -> Resume
         CheckpointError: on every rank, if the one that the config names is not whole.
     """
     loaded: Loaded | None = None
-    with raise_together(world.communicator):
+    together = is_spread(config.training, world.topology.world_size)
+    with raise_together(world.communicator), reading(world, together=together) as read:
         if folder is not None:
             checkpoints = folder / "checkpoints"
             if config.checkpoint.resume == "auto":
-                loaded = load_newest(checkpoints, logger.warning)
+                loaded = load_newest(checkpoints, logger.warning, read)
             elif config.checkpoint.resume == "never":
                 _put_aside(checkpoints, first_step=0)
             else:
-                loaded = load(Path(config.checkpoint.resume))
+                loaded = read(Path(config.checkpoint.resume))
                 _put_aside(checkpoints, first_step=loaded.step + 1)
     return share(world, loaded)
+
+
+@contextmanager
+def reading(world: World, *, together: bool) -> Iterator[Callable[[Path], Loaded]]:
+    """Give rank 0 what reads a checkpoint; the others help until its body has ended.
+
+    Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        together: leave rows on disk for each rank to read its own. The files are compared with
+            their checksums all the same, each by one rank.
+    """
+    communicator = world.communicator
+
+    def compare(path: Path, meta: Mapping[str, Any]) -> None:
+        communicator.broadcast((path, meta))
+        problems = communicator.all_gather(_problem(path, meta, world))
+        if found := [problem for problem in problems if problem is not None]:
+            raise CheckpointError(found[0])
+
+    if not together:
+        yield load
+    elif world.topology.is_rank_zero:
+        try:
+            yield lambda path: load_outline(path, compare)
+        finally:
+            communicator.broadcast(None)
+    else:
+        while (task := communicator.broadcast(None)) is not None:
+            path, meta = task
+            communicator.all_gather(_problem(path, meta, world))
+        yield load
+
+
+def _problem(path: Path, meta: Mapping[str, Any], world: World) -> str | None:
+    """Compare this rank's share of the files of a checkpoint; return what is wrong with one."""
+    try:
+        for name in sorted(meta["files"])[world.topology.rank :: world.topology.world_size]:
+            world.pulse.tick()
+            check_file(path, name, meta)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _put_aside(checkpoints: Path, first_step: int) -> None:

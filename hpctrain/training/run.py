@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.resuming import reading
+from hpctrain.training.saving import TogetherSaver
 from hpctrain.training.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
 
@@ -91,6 +93,9 @@ class Run:
         self.reasons = 0
         self.evaluation_owed = False
         self._save_agreed = False
+        self._together: TogetherSaver | None = None
+        if parts.step.shards is not None:
+            self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
             config.training, explain=self._explain, roll_back=self._roll_back, tell=self._tell
@@ -134,7 +139,8 @@ class Run:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         loader = self._data.validation_loader
         assert loader is not None
-        average = self._parts.step.average
+        step = self._parts.step
+        average = step.average
         averaged = nullcontext() if average is None else average.in_model()
         with self._phases.measure("evaluation"), averaged:
             metrics = evaluate(
@@ -144,8 +150,10 @@ class Run:
                 self._world,
                 self._parts.number_format,
                 rounds=loader.most_batches,
+                idle_row=None if step.shards is None else step.idle_row,
                 stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
             )
+            step.settle()
         if metrics is None:
             self.evaluation_owed = True
             return None
@@ -161,8 +169,9 @@ class Run:
         return self.metrics
 
     def check(self, place: Place) -> None:
-        """Compare the parameters of all ranks. Collective: all ranks."""
-        check_equal_parameters(self._parts.model, self._world, place.step)
+        """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
+        if self._parts.step.shards is None:
+            check_equal_parameters(self._parts.model, self._world, place.step)
 
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
@@ -186,9 +195,14 @@ class Run:
             config_toml=to_toml(self._config),
             metrics=metrics,
         )
+        if self._rank_zero is not None:
+            self._rank_zero.save_clock.saved()
+        if self._together is not None:
+            assert snapshot is not None
+            self._together.save(snapshot)
+            return
         with raise_together(self._world.communicator):
             if self._rank_zero is not None and snapshot is not None:
-                self._rank_zero.save_clock.saved()
                 self._rank_zero.store.save(snapshot)
 
     def stop_agreed(self) -> bool:
@@ -199,6 +213,8 @@ class Run:
         # Once agreed it stays: an evaluation that was cut short ends the step behind it too.
         if not self.reasons:
             agreed = self._stop.boundary(boundary)
+            if self._together is not None:
+                self._together.look()
             self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
             self.reasons = agreed & ~SAVE_DUE
         return self.reasons != 0
@@ -210,6 +226,16 @@ class Run:
     def finish(self) -> None:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""
         self._stop.flush()
+
+    @contextmanager
+    def saves_finished(self) -> Iterator[None]:
+        """See to it that no rank waits for the part of another in vain. Collective: all ranks."""
+        if self._together is None:
+            yield
+            return
+        with self._together.finished_after():
+            yield
+            self._world.pulse.tick()
 
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""
@@ -240,9 +266,19 @@ class Run:
             return roll_back(self._world, self._parts.step, self._load_newest)
 
     def _load_newest(self) -> Loaded | None:
-        assert self._rank_zero is not None
-        self._rank_zero.store.finish()
-        return load_newest(self._rank_zero.store.folder, self._tell)
+        """Read the newest checkpoint on rank 0. Collective: all ranks."""
+        if self._together is not None:
+            self._together.finish()
+        loaded = None
+        with (
+            raise_together(self._world.communicator),
+            reading(self._world, together=self._together is not None) as read,
+        ):
+            if self._rank_zero is not None:
+                store = self._rank_zero.store
+                store.finish()
+                loaded = load_newest(store.folder, self._tell, read)
+        return loaded
 
     def _tell(self, text: str) -> None:
         if self._rank_zero is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from hpctrain.checkpoint.state import HasParameters
 from hpctrain.data.loader import Batch
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
@@ -22,6 +24,9 @@ from hpctrain.training.shares import count_passes, cut
 from hpctrain.training.task import Fields, Task, check_task
 from hpctrain.training.undisturbed import evaluating, with_statistics
 from hpctrain.training.update import Update
+
+if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
+    from hpctrain.training.shards import Shards
 
 
 class TrainStep:
@@ -37,6 +42,7 @@ class TrainStep:
         scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
         grad_accum_steps: passes per rank and step.
         average: moving average of the parameters, updated by the job; None where none is wanted.
+        shards: the parameters where they are spread over the ranks, else None.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
     """
@@ -58,6 +64,7 @@ class TrainStep:
         clip_value: float | None = None,
         ema_decay: float | None = None,
         compress_gradients: str = "none",
+        shards: Shards | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -76,6 +83,8 @@ class TrainStep:
             clip_value: every element of the gradient is clipped to this, after its norm.
             compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
             ema_decay: of a moving average of the parameters; None: there is none.
+            shards: the model where its parameters are spread over the ranks, and the optimizer's
+                are those of `shards`; None: every rank has all of them.
 
         Raises:
             ConfigError: if the task is none, or a model with SyncBatchNorm would meet a pass
@@ -88,6 +97,7 @@ class TrainStep:
             _refuse_synchronised_statistics(self._statistics)
         self.model = model
         self.optimizer = optimizer
+        self.shards = shards
         self._task = task
         self._world_size = world.topology.world_size
         self._communicator = world.communicator
@@ -99,7 +109,7 @@ class TrainStep:
             {name: row.clone() for name, row in example.items()}, task.inputs
         )
         self._rows = max(1, -(-largest_share // self.grad_accum_steps))
-        self._replica = Replica(
+        self._replica: Replica | Shards = shards or Replica(
             model, self._world_size, world.device, bucket_mb, compress_gradients
         )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
@@ -108,10 +118,11 @@ class TrainStep:
             clip_norm=clip_norm,
             clip_value=clip_value,
             scaler=self.scaler,
-            device=world.device,
+            device=torch.device("cpu") if shards and shards.offloaded else world.device,
+            reduce_norm=self._replica.reduce_norm,
         )
         self.syncs = self._update.syncs
-        self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
+        self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
         # Of the last step: what `read` reduces.
@@ -124,6 +135,20 @@ class TrainStep:
     def bad_steps(self) -> Tensor:
         """Counts of steps that were not applied, see `BadSteps`; belongs into a checkpoint."""
         return self._update.bad_steps.counts()
+
+    @property
+    def held(self) -> HasParameters:
+        """What this rank holds of the parameters, and updates."""
+        return self._replica
+
+    @property
+    def idle_row(self) -> Fields:
+        """One held row, for passes that only keep the others company."""
+        return self._held
+
+    def settle(self) -> None:
+        """Have parameters where an update expects them, after passes without a backward one."""
+        self._replica.settle()
 
     def communication_seconds(self) -> float:
         """Return how long this rank has waited for gradients after its own were there."""
@@ -150,7 +175,7 @@ class TrainStep:
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
         self._pulse.tick()  # a batch has come
-        self._replica.clear_gradients()
+        self._replica.begin()
         self._loss_sum, self._weight = None, 0
         *before, last = cut(batch.size, self.grad_accum_steps)
         if before:
@@ -163,8 +188,7 @@ class TrainStep:
         self._pulse.tick()  # what follows waits for the other ranks
         factor = None if counts_samples else self._reduce_weight(batch.global_size)
         self._replica.backward_and_reduce(loss, seed)
-        gradients = [item.grad for item in self._replica.parameters if item.grad is not None]
-        self._update.apply(gradients, lr, factor)
+        self._update.apply(self._replica.gradients(), lr, factor)
         self._recent.append((batch.epoch, batch.start, batch.global_size, self._loss_sum))
 
     def read(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -33,8 +35,10 @@ class Update:
         clip_value: float | None = None,
         scaler: LossScale,
         device: torch.device,
+        reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
     ) -> None:
         self.optimizer = optimizer
+        self._reduce_norm = reduce_norm
         self._scaler = scaler
         self.syncs = not refuses_on_device(optimizer)
         parameters = [item for group in optimizer.param_groups for item in group["params"]]
@@ -51,10 +55,11 @@ class Update:
         self.bad_steps = BadSteps(device)
 
     def apply(self, gradients: list[Tensor], lr: float, factor: Tensor | None) -> None:
-        """Update the parameters by gradients that are the same on all ranks.
+        """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
 
         Args:
-            gradients: of all parameters that have one; changed in place.
+            gradients: of all parameters that have one, or of what this rank holds of them; changed
+                in place.
             lr: learning rate.
             factor: by which the gradients are too small, (); None: they are not.
         """
@@ -90,8 +95,7 @@ class Update:
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        return self._reduce_norm(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _constant(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a tensor: a Python number is made one in every operation, slowly."""

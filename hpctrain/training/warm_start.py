@@ -19,6 +19,7 @@ from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.broadcast import broadcast_tensors
 from hpctrain.training.step import TrainStep
+from hpctrain.training.weights import put_weights
 
 _SHOWN = 4
 # Under which a file may keep the weights: Lightning's word first.
@@ -38,9 +39,10 @@ def start_warm(section: CheckpointSection, world: World, step: TrainStep) -> str
             read = read_weights(Path(section.initialize_from))
     weights = broadcast_tensors(world, read)
     with raise_together(world.communicator):
-        told = initialize(
+        fitting, told = choose(
             step.model, weights, section.initialize_names, strict=section.initialize_strict
         )
+        put_weights(step, fitting)
     if step.average is not None:
         step.average.load({})
     return f"initialized from {section.initialize_from}: {told}"
@@ -82,10 +84,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def initialize(
+def choose(
     model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, strict: bool
-) -> str:
-    """Put weights into a model.
+) -> tuple[dict[str, Tensor], str]:
+    """Find what a model takes of weights.
 
     Args:
         model: whose parameters and buffers.
@@ -95,7 +97,7 @@ def initialize(
         strict: refuse anything without a counterpart of the same shape; else leave it and tell.
 
     Returns:
-        What to say.
+        Those that fit, by their names in the model, and what to say.
 
     Raises:
         ConfigError: if `strict` and something has no counterpart, or nothing at all has one.
@@ -122,8 +124,7 @@ def initialize(
             f"checkpoint.initialize_from: {len(fitting)} of {len(here)} tensors of the model fit "
             f"({told}). Set checkpoint.initialize_names{hint}{relax}"
         )
-    model.load_state_dict(fitting, strict=False)
-    return f"{len(fitting)} of {len(here)} tensors" + (f" ({told})" if told else "")
+    return fitting, f"{len(fitting)} of {len(here)} tensors" + (f" ({told})" if told else "")
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import typing
+from typing import Any
 
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import LaunchSection, Precision
@@ -63,3 +64,31 @@ def test_batch_norms_are_synchronised_on_gpus_only() -> None:
         ("cpu", None, True),
     ]:
         assert (unsupported(device=device, sync_batchnorm=wanted) is None) == works
+
+
+def test_what_goes_with_a_strategy() -> None:
+    cells: list[tuple[dict[str, Any], str | None]] = [
+        ({"strategy": "ddp"}, None),
+        ({"strategy": "fsdp"}, None),
+        ({"strategy": "zero1"}, "training.strategy"),
+        ({"strategy": "ddp", "shards": True}, "training.shard"),
+        ({"strategy": "ddp", "cpu_offload": True}, "training.cpu_offload"),
+        ({"strategy": "ddp", "reshard_after_forward": False}, "training.reshard_after_forward"),
+        ({"strategy": "ddp", "channels_last": True, "buckets": True, "checks_sync": True}, None),
+        ({"strategy": "fsdp", "shards": True, "reshard_after_forward": False}, None),
+        ({"strategy": "fsdp", "cpu_offload": True, "device": "cuda"}, None),
+        ({"strategy": "fsdp", "cpu_offload": True, "device": "cpu"}, "training.cpu_offload"),
+        (
+            {"strategy": "fsdp", "cpu_offload": True, "precision": "16-mixed"},
+            "training.precision",
+        ),
+        ({"strategy": "fsdp", "compress_gradients": "bf16"}, "training.compress_gradients"),
+        ({"strategy": "fsdp", "compress_gradients": "fp16"}, "training.compress_gradients"),
+        ({"strategy": "fsdp", "compress_gradients": "none"}, None),
+        ({"strategy": "fsdp", "buckets": True}, "training.bucket_mb"),
+        ({"strategy": "fsdp", "channels_last": True}, "training.channels_last"),
+        ({"strategy": "fsdp", "checks_sync": True}, "training.check_sync_every"),
+    ]
+    for given, key in cells:
+        found = unsupported(**given)
+        assert (found[0] if found else None) == key, given

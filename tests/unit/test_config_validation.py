@@ -239,8 +239,11 @@ def test_the_smallest_config_has_every_default() -> None:
         ),
         (
             "max_steps = 5",
-            'max_steps = 5\nstrategy = "fsdp"',
-            'line 16  training.strategy = "fsdp": expected "ddp"',
+            'max_steps = 5\nstrategy = "fsd"',
+            (
+                'line 16  training.strategy = "fsd": expected "ddp", "fsdp" or "zero1"'
+                '; did you mean "fsdp"?'
+            ),
         ),
         (
             "max_steps = 5",

@@ -6,14 +6,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from hpctrain.checkpoint.state import optimizer_to_tensors
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, torch_dtype
@@ -23,6 +21,7 @@ from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
 from hpctrain.preflight.probes.process import cgroup
 from hpctrain.training.assembly import Components, Data, build_parts
+from hpctrain.training.persistence import expected_bytes
 
 TIMED_SECONDS = 5.0
 _MOST_STEPS = 10
@@ -151,14 +150,10 @@ def take_steps(
     else:
         used, (free, total) = peak_resident_bytes(), host_memory()
     parameters = list(parts.model.parameters())
-    state: Mapping[str, torch.Tensor] = {
-        **parts.model.state_dict(),
-        **optimizer_to_tensors(step.optimizer, parts.model),
-    }
     return StepFacts(
         parameters=sum(item.numel() for item in parameters),
         parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
-        checkpoint_bytes=sum(item.numel() * item.element_size() for item in state.values()),
+        checkpoint_bytes=expected_bytes(step),
         samples=batch.size,
         passes=step.grad_accum_steps,
         seconds=seconds,

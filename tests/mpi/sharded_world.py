@@ -1,0 +1,99 @@
+"""What the checks of spread parameters share: a model of blocks, and a step on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from step_world import CLASSES, FEATURES, samples
+from torch import Tensor, nn
+
+from hpctrain.config.schema import TrainingSection
+from hpctrain.launch.world import World
+from hpctrain.training.optimizers import build_optimizer
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import checkpoint_activations
+from hpctrain.training.shards import Shards
+from hpctrain.training.step import TrainStep
+from hpctrain.training.task import Classification
+
+SECTION = TrainingSection(max_steps=1, strategy="fsdp")
+WIDTH = 14
+
+
+class Block(nn.Module):
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH) if norm == "layer" else nn.BatchNorm1d(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = hidden + self.linear(self.norm(hidden)).relu()
+        return output
+
+
+class Tower(nn.Module):
+    """Rows that do not divide evenly, and fewer of them than there are ranks; a frozen tensor."""
+
+    def __init__(self, norm: str = "layer") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(FEATURES, WIDTH)
+        self.blocks = nn.ModuleList(Block(norm) for _ in range(3))
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.frozen = nn.Parameter(torch.ones(3, WIDTH), requires_grad=False)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.first(features) * self.scale + self.frozen.mean(dim=0)
+        for block in self.blocks:
+            hidden = block(hidden)
+        output: Tensor = self.head(hidden)
+        return output
+
+
+def build(
+    world: World,
+    model: nn.Module,
+    *,
+    sharded: bool,
+    precision: Any = "64-true",
+    section: TrainingSection = SECTION,
+    optimizer: Any = torch.optim.AdamW,
+    arguments: dict[str, Any] | None = None,
+    task: Any = None,
+    prime: bool = True,
+    **further: Any,
+) -> TrainStep:
+    number_format = NumberFormat.of(precision, world.device)
+    model.to(number_format.parameters)
+    checkpoint_activations(model, section.activation_checkpointing)
+    shards = None
+    if sharded and world.topology.world_size > 1:
+        shards = Shards(model, section, number_format, world)
+    step = TrainStep(
+        model,
+        task if task is not None else Classification(["features"], "label"),
+        build_optimizer(optimizer, shards or model, 0.01, arguments or {}),
+        world,
+        number_format=number_format,
+        clip_norm=0.5,
+        largest_share=-(-35 // world.topology.world_size),
+        example=samples(1, seed=99),
+        shards=shards,
+        **{"micro_batch_size": None, **further},
+    )
+    if prime:
+        step.prime()
+    return step
+
+
+def full(world: World, step: TrainStep) -> dict[str, Tensor]:
+    """Return all parameters and buffers, whole, on every rank."""
+    parts = world.communicator.all_gather(
+        {name: item.detach().clone() for name, item in step.held.named_parameters()}
+    )
+    if step.shards is None:
+        parts = parts[:1]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return tensors | {name: item.clone() for name, item in step.model.named_buffers()}
