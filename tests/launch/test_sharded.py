@@ -44,7 +44,7 @@ def passed(ranks: int, body: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_step_is_as_with_ddp(ranks: int) -> None:
-    assert "passed 6" in passed(ranks, "sharded.py")
+    assert "passed 7" in passed(ranks, "sharded.py")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

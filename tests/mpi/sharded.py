@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from sharded_world import SECTION, Tower, build, full
 from step_world import FEATURES, alone, batch_of, samples
 from torch import nn
@@ -107,6 +108,33 @@ def check_ways_to_compute(world: World) -> None:
                 assert abs(ours["loss"] - theirs["loss"]) < 1e-11, (way, ours, theirs)
         for name, tensor in parameters[0].items():
             torch.testing.assert_close(parameters[1][name], tensor, rtol=0, atol=1e-9)
+
+
+def check_units_are_compiled(world: World) -> None:
+    numbers = []
+    for section in (SECTION, replace(SECTION, compile=True)):
+        with compiled_without_a_compiler():
+            step = build(world, Tower(), sharded=True, section=section)
+            numbers.append(trained(world, step, (29, 1)))
+    for ours, theirs in zip(*numbers, strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-12
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+@contextmanager
+def compiled_without_a_compiler() -> Iterator[None]:
+    original = nn.Module.compile
+
+    def compile_(self: nn.Module, mode: str) -> None:
+        original(self, backend="aot_eager")
+
+    nn.Module.compile = compile_  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.compile = original  # type: ignore[method-assign]
 
 
 def check_a_bad_gradient_is_never_applied(world: World) -> None:
@@ -223,6 +251,7 @@ def check_memory(world: World) -> None:
 CHECKS = [
     check_every_precision_is_as_with_ddp,
     check_ways_to_compute,
+    check_units_are_compiled,
     check_a_bad_gradient_is_never_applied,
     check_priming,
     check_evaluation,
