@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpctrain.config.capabilities import unsupported
-from hpctrain.config.components import BUILTINS, unknown_name
-from hpctrain.config.locating import problem_of
+from hpctrain.config.components import BUILTINS, TRANSFORMS, unknown_name
+from hpctrain.config.locating import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, printable
+from hpctrain.config.normalizing import problems_of
 from hpctrain.config.schema import RunSection
 from hpctrain.config.selecting import check_fields, check_samples, has_validation
 from hpctrain.config.source import Source
@@ -126,6 +127,44 @@ def check_components(source: Source) -> list[Mistake]:
     return mistakes
 
 
+def check_transforms(source: Source) -> list[Mistake]:
+    """Check that transforms can be imported, and that arguments have something to go to."""
+    mistakes = []
+    for name in TRANSFORMS:
+        transform, arguments = source.get("data", name), f"{name}_arguments"
+        if transform is None and source.get("data", arguments):
+            problem = f"there is no data.{name} that would take them"
+            mistakes.append(source.mistake(("data", arguments), problem))
+        if not isinstance(transform, str) or not transform:
+            continue
+        problem = 'expected an import path "package.module:Name"'
+        found = problem_of(transform) if is_reference(transform) else problem
+        if found is not None:
+            mistakes.append(source.mistake(("data", name), found))
+    return mistakes
+
+
+def check_normalize(source: Source) -> list[Mistake]:
+    """Check what is to be normalised, and by which numbers."""
+    normalize = source.get("data", "normalize")
+    inputs, target = source.get("task", "inputs"), source.get("task", "target")
+    if not isinstance(normalize, dict):
+        return []
+    fields = [*(inputs if isinstance(inputs, list) else ()), target]
+    known = [name for name in fields if isinstance(name, str)]
+    mistakes = []
+    for name, given in normalize.items():
+        key = ("data", "normalize", name)
+        if isinstance(inputs, list) and name not in known:
+            problem = (
+                f"neither task.inputs nor task.target has this field{did_you_mean(name, known)}"
+            )
+            mistakes.append(source.mistake(key, problem))
+        found = problems_of(given)
+        mistakes += [source.mistake((*key, *inner), problem) for inner, problem in found.items()]
+    return mistakes
+
+
 def check_limits(source: Source) -> list[Mistake]:
     """Check that training ends."""
     limits = ("max_epochs", "max_steps", "max_samples")
@@ -190,6 +229,8 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_components,
     check_fields,
     check_samples,
+    check_transforms,
+    check_normalize,
     check_limits,
     check_batch_sizes,
     check_warmup,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from hpctrain.config.importing import imported
 from hpctrain.config.locating import is_reference
-from hpctrain.config.messages import Mistake, config_error, did_you_mean, printable
+from hpctrain.config.messages import Mistake, config_error, did_you_mean
 from hpctrain.config.overrides import apply_overrides
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.source import read
@@ -53,6 +52,12 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
 }
 """Short names, by section. Strings, so that knowing them imports nothing."""
 
+TRANSFORMS: Mapping[str, Sequence[str]] = {
+    "sample_transform": ("fields", "generator", "training"),
+    "transform": ("fields", "keys", "training"),
+}
+"""Keys of `[data]` that name users' own transforms, and what hpctrain passes to these."""
+
 
 def unknown_name(section: str, use: str) -> str | None:
     """Return what is wrong with a `use` that is neither built in nor an import path."""
@@ -78,7 +83,8 @@ def resolve_all(
     """Import every component and check its arguments.
 
     Args:
-        config: whose `model`, `task`, `optimizer` and `scheduler` are wanted.
+        config: whose `model`, `task`, `optimizer` and `scheduler` are wanted. The
+            transforms of its data are checked too.
         given: by section and component, the arguments that hpctrain passes itself.
         path: the file that the config was loaded from; with it, mistakes have their lines.
         overrides: those that it was loaded with.
@@ -94,12 +100,14 @@ def resolve_all(
     for section in BUILTINS:
         component = getattr(config, section)
         try:
-            targets[section] = _imported(_reference(section, component))
+            targets[section] = imported(_reference(section, component))
         except ConfigError as error:
             mistakes.append(_mistake(section, component, str(error)))
         else:
             passed = given(section, targets[section])
             mistakes += bind(section, component, targets[section], given=passed)
+    for name in TRANSFORMS:
+        mistakes += _transform(config, name)[1]
     if mistakes and path is not None:
         source = read(path)
         apply_overrides(source, overrides)
@@ -109,6 +117,40 @@ def resolve_all(
     return targets
 
 
+def resolve_transform(config: Config, name: str) -> Callable[..., Any] | None:
+    """Import what a key of TRANSFORMS names, a function or a class; None if it names none.
+
+    Raises:
+        ConfigError: if it cannot be imported, or its arguments do not fit it.
+    """
+    target, mistakes = _transform(config, name)
+    if mistakes:
+        raise config_error("config", mistakes)
+    return target
+
+
+def _transform(config: Config, name: str) -> tuple[Callable[..., Any] | None, list[Mistake]]:
+    reference = getattr(config.data, name)
+    if reference is None:
+        return None, []
+    key, arguments_key = ("data", name), ("data", f"{name}_arguments")
+    section = ".".join(arguments_key)
+    component = ComponentSection(use=reference, arguments=getattr(config.data, f"{name}_arguments"))
+    try:
+        target = imported(reference)
+    except ConfigError as error:
+        return None, [Mistake(key=key, problem=str(error), value=reference)]
+    # A class is built with its arguments, and its objects are called.
+    given = () if isinstance(target, type) else TRANSFORMS[name]
+    return target, [
+        dataclasses.replace(
+            mistake,
+            key=key if mistake.key == (section, "use") else (*arguments_key, mistake.key[-1]),
+        )
+        for mistake in bind(section, component, target, given=given)
+    ]
+
+
 def resolve(section: str, component: ComponentSection) -> Callable[..., Any]:
     """Import what `use` names.
 
@@ -116,7 +158,7 @@ def resolve(section: str, component: ComponentSection) -> Callable[..., Any]:
         ConfigError: if the module is not there, or fails to import, or has no such name.
     """
     try:
-        return _imported(_reference(section, component))
+        return imported(_reference(section, component))
     except ConfigError as error:
         raise config_error("config", [_mistake(section, component, str(error))]) from error
 
@@ -195,49 +237,3 @@ def _mistake(section: str, component: ComponentSection, problem: str) -> Mistake
 
 def _reference(section: str, component: ComponentSection) -> str:
     return BUILTINS[section].get(component.use, component.use)
-
-
-def _imported(reference: str) -> Callable[..., Any]:
-    """Return the object at "package.module:Name".
-
-    Raises:
-        ConfigError: with what is wrong, and no more: where it stands is for the caller to say.
-    """
-    module_name, _, name = reference.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does, also from an installed script
-    try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise ConfigError(_why_not_imported(module_name, error)) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"module {module_name!r} has no {name!r}{_near(part, found)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"is {type(found).__name__}, which cannot be called")
-    return found  # type: ignore[no-any-return]
-
-
-def _near(name: str, holder: Any) -> str:
-    return did_you_mean(name, [item for item in dir(holder) if not item.startswith("_")])
-
-
-def _why_not_imported(module_name: str, error: BaseException) -> str:
-    """Tell a module that is not there from one that fails, and say where it fails."""
-    absent = error.name if isinstance(error, ModuleNotFoundError) else None
-    if absent is not None and f"{module_name}.".startswith(f"{absent}."):
-        return f"the current directory and Python have no module {absent!r}"
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    # The import system's own frames, first and last, are nobody's mistake.
-    own = [frame for frame in frames if not frame.filename.startswith("<frozen")]
-    file, line = (own[-1].filename, own[-1].lineno) if own else (None, None)
-    if isinstance(error, SyntaxError):
-        file, line = error.filename, error.lineno
-    where = f" ({file}, line {line})" if file is not None and file != importlib.__file__ else ""
-    what = error.msg if isinstance(error, SyntaxError) else error
-    reason = f"{type(error).__name__}: {what}"
-    return printable(f"module {module_name!r} is there, but fails to import: {reason}{where}")

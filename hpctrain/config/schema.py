@@ -160,6 +160,26 @@ class DataSection:
 
     stage_directory: Text | None = None
     """Directory for that, in which $NAMES are replaced; none: the job's own, as sites have it."""
+    normalize: dict[str, Any] = field(default_factory=dict)
+    """Fields that become (value - mean) / std on the device; see `hpctrain.config.normalizing`."""
+
+    sample_transform: Text | None = None
+    """Import path of what is done to every sample on the host, before `normalize`."""
+
+    sample_transform_arguments: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
+
+    workers: Annotated[int, Interval(ge=1, le=1024)] = 1
+    """How many of each rank run `sample_transform`, beside the training."""
+
+    workers_are: Literal["threads", "processes"] = "threads"
+    """Threads of the rank, or processes, for transforms that hold Python's lock."""
+
+    transform: Text | None = None
+    """Import path of what is done to every batch on the device, after `normalize`."""
+
+    transform_arguments: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

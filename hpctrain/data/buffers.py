@@ -38,10 +38,17 @@ class MemoryPlan:
     total: int
 
     @classmethod
-    def make(cls, windows: int, share: int, buffer_mb: float) -> MemoryPlan:
-        """Spend `buffer_mb` MB on windows (bytes) first, then on shares of batches (bytes)."""
+    def make(cls, windows: int, share: int, buffer_mb: float, *, staging: int = 0) -> MemoryPlan:
+        """Spend `buffer_mb` MB on windows first, then on shares of batches.
+
+        Args:
+            windows: bytes of the windows of all lanes.
+            share: bytes of this rank's part of a batch.
+            buffer_mb: of it all.
+            staging: bytes that each batch of a group takes besides, before it is one.
+        """
         budget = int(buffer_mb * 1e6)
-        least = share * (GROUPS_IN_USE + 1)
+        least = share * (GROUPS_IN_USE + 1) + staging
         fit = windows + least <= budget
         if windows and not fit:
             logger.warning(
@@ -57,11 +64,12 @@ class MemoryPlan:
                 least / 1e6,
             )
         windows = windows if fit else 0
-        shares = max(GROUPS_IN_USE + 1, (budget - windows) // share)
+        left = max(least, budget - windows)
         wanted = max(1, min(MOST_GROUP_BATCHES, GROUP_BYTES // share))
-        group_batches = min(wanted, shares // (GROUPS_IN_USE + 1))
+        group_batches = min(wanted, left // least)
+        shares = (left - staging * group_batches) // share
         depth = min(MOST_GROUPS_AHEAD, shares // group_batches - GROUPS_IN_USE)
-        total = windows + share * group_batches * (depth + GROUPS_IN_USE)
+        total = windows + group_batches * (share * (depth + GROUPS_IN_USE) + staging)
         return cls(fit, group_batches, depth, total)
 
 

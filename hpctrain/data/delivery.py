@@ -7,7 +7,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,11 @@ import torch
 from hpctrain.data.access import Bytes, Locate
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.finishing import Finishing, keys_on
 from hpctrain.data.prefetch import Prefetch
-from hpctrain.data.reader import Group, HostGroup, RowSource, Source, read_groups
-from hpctrain.data.rows import open_rows
+from hpctrain.data.preparation import SamplePreparation
+from hpctrain.data.reader import Group, HostGroup, Source, read_groups
+from hpctrain.data.rows import open_rows, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Batch:
     nothing refers to it any more.
 
     Attributes:
-        fields: by name, (size, *shape) on the device, in the dtype of the dataset.
+        fields: by name, (size, *shape) on the device, in the dtype of the dataset where nothing
+            else is asked for.
         size: samples of this share; may be 0, then the tensors have no rows.
         global_size: samples of the global batch.
         epoch: from 0.
@@ -57,14 +59,21 @@ class Delivery:
         *,
         read_retries: int,
         locate: Locate,
+        preparation: SamplePreparation | None,
+        finishing: Finishing,
+        training: bool,
     ) -> None:
         self.access = open_rows(dataset, retries=read_retries, locate=locate)
-        self._dtypes = {name: torch_dtype(field) for name, field in dataset.fields.items()}
-        self._fields = dataset.fields
+        self._preparation = preparation
+        self._finishing = finishing
+        self._training = training
+        self._fields = dataset.fields if preparation is None else preparation.fields
+        self._dtypes = {name: torch_dtype(field) for name, field in self._fields.items()}
+        self._rows = rows
         self._device = device
         self._depth = depth
         self._pinned = device.type == "cuda"
-        self._pool = BufferPool(dataset.fields, rows, _pinned if self._pinned else _pageable)
+        self._pool = BufferPool(self._fields, rows, _pinned if self._pinned else _pageable)
         self._running: Prefetch[HostGroup] | None = None
         self._waited = 0.0
         # Copies to the device that may be under way, and the host memory that they read.
@@ -84,17 +93,24 @@ class Delivery:
     ) -> Iterator[Batch]:
         """Yield the batches of the groups; of a global size of `total`, or each of its own."""
         self.stop()
-        produce = functools.partial(read_groups, source, groups, self._fields, self._pool)
+        if self._preparation is None:
+            produce = functools.partial(read_groups, source, groups, self._fields, self._pool)
+        else:
+            produce = functools.partial(
+                self._preparation.read_groups, source, groups, self._rows, self._pool
+            )
         with Prefetch(produce, self._depth) as running:
             self._running = running
             try:
                 for host in running:
                     tensors = self._to_device(host)
+                    keys = self._keys(host.group)
                     bounds = host.group.bounds
                     cuts = np.searchsorted(host.group.positions, bounds).tolist()
                     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                        own = slice(cuts[i], cuts[i + 1])
                         yield Batch(
-                            fields={n: t[cuts[i] : cuts[i + 1]] for n, t in tensors.items()},
+                            fields=self._finish(tensors, keys, own),
                             size=cuts[i + 1] - cuts[i],
                             global_size=stop - start if total is None else total,
                             epoch=epoch,
@@ -107,10 +123,13 @@ class Delivery:
 
     def one(self, row: int) -> dict[str, torch.Tensor]:
         """Return one row of the dataset, read by the calling thread with files of its own."""
-        group = Group([row, row + 1], np.array([row], np.int64))
-        with closing(open_rows(self.access.dataset)) as access:
-            source = RowSource(access, lambda rows: rows)
-            return self._to_device(next(read_groups(source, [group], self._fields, self._pool)))
+        at = np.array([row], np.int64)
+        # Only shape and dtype of it count: any key will do.
+        group = Group([row, row + 1], at, at, at.astype(np.uint64))
+        preparation = self._preparation
+        values = read_rows(self.access.dataset, at) if preparation is None else preparation.one(row)
+        tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
+        return self._finish(tensors, self._keys(group), slice(0, 1))
 
     def stop(self) -> None:
         """End the thread, if one runs."""
@@ -123,6 +142,20 @@ class Delivery:
         """End the thread and close all files."""
         self.stop()
         self.access.close()
+
+    def _keys(self, group: Group) -> torch.Tensor | None:
+        """Return the keys of a group on the device, if anybody wants them there."""
+        if group.keys is None or not self._finishing.needs_keys:
+            return None
+        return keys_on(self._device, group.keys)
+
+    def _finish(
+        self, tensors: dict[str, torch.Tensor], keys: torch.Tensor | None, own: slice
+    ) -> dict[str, torch.Tensor]:
+        """Return some of the samples of a group, as the task wants them."""
+        fields = {name: tensor[own] for name, tensor in tensors.items()}
+        own_keys = None if keys is None else keys[own]
+        return self._finishing.apply(fields, own_keys, training=self._training)
 
     def _to_device(self, host: HostGroup) -> dict[str, torch.Tensor]:
         size = len(host.group.positions)

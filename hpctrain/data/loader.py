@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ from hpctrain.data.access import Locate, where_it_is
 from hpctrain.data.buffers import MemoryPlan
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, Delivery
+from hpctrain.data.finishing import Finishing
 from hpctrain.data.partition import Order, lanes_of_rank, served_samples
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.preparation import SamplePreparation
 from hpctrain.data.reader import (
     Group,
     LaneWindows,
@@ -24,8 +25,8 @@ from hpctrain.data.reader import (
     WindowBuffers,
     WindowSource,
 )
-from hpctrain.data.rows import open_rows
-from hpctrain.data.shuffle import Epoch
+from hpctrain.data.rows import read_rows
+from hpctrain.data.shuffle import Epoch, sample_keys
 from hpctrain.data.steady import READ_RETRIES
 from hpctrain.errors import ConfigError, DatasetError
 
@@ -60,6 +61,8 @@ class TrainLoader:
         begun: Mapping[int, Order] | None = None,
         locate: Locate = where_it_is,
         read_retries: int = READ_RETRIES,
+        preparation: SamplePreparation | None = None,
+        finishing: Finishing | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -77,6 +80,8 @@ class TrainLoader:
             begun: epochs that began in another order than `order`, and end in it.
             locate: as RowAccess takes it.
             read_retries: how often a read that fails is tried again.
+            preparation: what is done to every sample on the host; None: nothing.
+            finishing: what is done to batches on the device; None: nothing.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -116,15 +121,30 @@ class TrainLoader:
             )
             for each in (order, *self._begun.values())
         )
-        share = self.largest_share * self._dataset.bytes_per_sample
-        memory = MemoryPlan.make(windows, share, buffer_mb)
+        share, staging = _sample_bytes(self._dataset, preparation)
+        memory = MemoryPlan.make(
+            windows,
+            self.largest_share * share,
+            buffer_mb,
+            staging=self.largest_share * staging,
+        )
         self._windows_fit = memory.windows_fit
         self.buffer_bytes = memory.total
         self._buffers: tuple[Order, WindowBuffers] | None = None
         self._group_batches = memory.group_batches
         rows = self.largest_share * memory.group_batches
+        finishing = finishing or Finishing()
+        self._needs_keys = preparation is not None or finishing.needs_keys
         self._delivery = Delivery(
-            self._dataset, rows, device, memory.depth, read_retries=read_retries, locate=locate
+            self._dataset,
+            rows,
+            device,
+            memory.depth,
+            read_retries=read_retries,
+            locate=locate,
+            preparation=preparation,
+            finishing=finishing,
+            training=True,
         )
 
     @property
@@ -147,7 +167,8 @@ class TrainLoader:
             DatasetError: while iterating, naming file, field and row that cannot be read.
         """
         order = self.order_of(epoch)
-        return self._delivery.run(self._source(order, epoch), self._groups(order, start), epoch)
+        source = self._source(order, epoch)
+        return self._delivery.run(source, self._groups(order, epoch, start), epoch)
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return one real sample of every field, (1, *shape) on the device.
@@ -183,25 +204,26 @@ class TrainLoader:
         Raises:
             DatasetError: if one cannot be read.
         """
-        values = {}
-        with closing(open_rows(self._dataset, retries=self._read_retries)) as access:
-            for name, field in self._dataset.fields.items():
-                out = np.empty((len(rows), field.row_bytes), np.uint8)
-                places = np.arange(len(rows), dtype=np.int64)
-                access.read_runs(name, rows, np.ones_like(rows), out, places)
-                native = out.view(field.dtype.newbyteorder("="))
-                values[name] = native.reshape(len(rows), *field.shape)
-        return values
+        return read_rows(self._dataset, rows, retries=self._read_retries)
 
     def close(self) -> None:
         """End the thread and close all files. The loader can be used again."""
         self._delivery.close()
 
-    def _groups(self, order: Order, start: int) -> Iterator[Group]:
+    def _groups(self, order: Order, epoch: int, start: int) -> Iterator[Group]:
+        rows_at = None
+        if self._needs_keys:
+            plan = Epoch(order, epoch)
+            # Windows of its own: the reader's move on in calls of another size.
+            windows = LaneWindows(plan, self._rank, self._world_size)
+            rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
         for bounds in _bounds(start, self.epoch_size, self._global_batch_size, self._group_batches):
-            yield Group(
-                bounds, order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
-            )
+            positions = order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
+            if rows_at is None:
+                yield Group(bounds, positions)
+            else:
+                rows = rows_at(positions)
+                yield Group(bounds, positions, rows, sample_keys(order.seed, epoch, rows))
 
     def _source(self, order: Order, epoch: int) -> Source:
         # The thread of an earlier epoch must not write to the windows any more.
@@ -239,23 +261,52 @@ class EvaluationLoader:
         buffer_mb: float,
         locate: Locate = where_it_is,
         read_retries: int = READ_RETRIES,
+        preparation: SamplePreparation | None = None,
+        finishing: Finishing | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare; no file is opened yet.
+
+        Args:
+            dataset: as opened, the same on all ranks.
+            fields: that batches hold.
+            rank: of this process.
+            world_size: number of ranks.
+            batch_size: samples of one batch.
+            device: where the batches are wanted.
+            buffer_mb: host memory for reading ahead, MB.
+            locate: as RowAccess takes it.
+            read_retries: how often a read that fails is tried again.
+            preparation: what is done to every sample on the host; None: nothing.
+            finishing: what is done to batches on the device; None: nothing.
+            seed: of the run: what its transform draws is the same in every evaluation.
 
         Raises:
             DatasetError: if a field is not there.
         """
+        self._seed = seed
         self._dataset = dataset.select(fields)
         self._world_size = world_size
         self._first = rank * dataset.samples // world_size
         self._stop = (rank + 1) * dataset.samples // world_size
         self._batch_size = batch_size
-        memory = MemoryPlan.make(0, batch_size * self._dataset.bytes_per_sample, buffer_mb)
+        share, staging = _sample_bytes(self._dataset, preparation)
+        memory = MemoryPlan.make(0, batch_size * share, buffer_mb, staging=batch_size * staging)
         self._group_batches = memory.group_batches
         self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches
+        finishing = finishing or Finishing()
+        self._needs_keys = preparation is not None or finishing.needs_keys
         self._delivery = Delivery(
-            self._dataset, rows, device, memory.depth, read_retries=read_retries, locate=locate
+            self._dataset,
+            rows,
+            device,
+            memory.depth,
+            read_retries=read_retries,
+            locate=locate,
+            preparation=preparation,
+            finishing=finishing,
+            training=False,
         )
 
     def __len__(self) -> int:
@@ -283,7 +334,18 @@ class EvaluationLoader:
 
     def _groups(self) -> Iterator[Group]:
         for bounds in _bounds(self._first, self._stop, self._batch_size, self._group_batches):
-            yield Group(bounds, np.arange(bounds[0], bounds[-1], dtype=np.int64))
+            rows = np.arange(bounds[0], bounds[-1], dtype=np.int64)
+            keys = sample_keys(self._seed, 0, rows) if self._needs_keys else None
+            yield Group(bounds, rows, rows, keys)
+
+
+def _sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tuple[int, int]:
+    """Return what a sample takes as it goes to the device, and besides before that."""
+    return (
+        (dataset.bytes_per_sample, 0)
+        if preparation is None
+        else (preparation.row_bytes, preparation.slot_bytes)
+    )
 
 
 def _bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 # Source: the increment and the multipliers of splitmix64 (Steele, Lea, Flood 2014).
-_INCREMENT = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_SHIFTS = (30, 27, 31)
+INCREMENT = 0x9E3779B97F4A7C15
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+SHIFTS = (30, 27, 31)
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
@@ -41,7 +41,7 @@ def derive_keys(key: int, *parts: npt.NDArray[Any]) -> UInt64s:
     """
     keys = np.full(len(parts[0]), key, np.uint64)
     for part in parts:
-        keys += np.uint64(_INCREMENT)
+        keys += np.uint64(INCREMENT)
         keys ^= part.astype(np.uint64)
         _mix(keys)
     return keys
@@ -57,7 +57,7 @@ def hash_items(keys: UInt64s, count: int) -> UInt64s:
         (keys, count) uint64.
     """
     items = np.arange(1, count + 1, dtype=np.uint64)
-    hashes: UInt64s = items * np.uint64(_INCREMENT) + keys[:, None]
+    hashes: UInt64s = items * np.uint64(INCREMENT) + keys[:, None]
     _mix(hashes)
     return hashes
 
@@ -93,8 +93,8 @@ def permutations(keys: UInt64s, counts: Int64s) -> Int64s:
 
 def _mix(values: UInt64s) -> None:
     """Replace 64-bit integers by their hashes. Arrays wrap silently where scalars would warn."""
-    values ^= values >> np.uint64(_SHIFTS[0])
-    values *= np.uint64(_MULTIPLIERS[0])
-    values ^= values >> np.uint64(_SHIFTS[1])
-    values *= np.uint64(_MULTIPLIERS[1])
-    values ^= values >> np.uint64(_SHIFTS[2])
+    values ^= values >> np.uint64(SHIFTS[0])
+    values *= np.uint64(MULTIPLIERS[0])
+    values ^= values >> np.uint64(SHIFTS[1])
+    values *= np.uint64(MULTIPLIERS[1])
+    values ^= values >> np.uint64(SHIFTS[2])

@@ -11,7 +11,7 @@ from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.partition import Order, lanes_of_rank
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.permutation import Int64s, UInt64s
 from hpctrain.data.row_reader import RowReader
 from hpctrain.data.shuffle import Epoch, Runs
 
@@ -22,10 +22,14 @@ class Group(NamedTuple):
     Attributes:
         bounds: position of the first sample of each batch, and one past the last of all.
         positions: (samples of this rank,) int64, ascending.
+        rows: (samples of this rank,) int64, which of the dataset they are; None: nobody asks.
+        keys: (samples of this rank,) uint64, what random transforms draw from; None: none do.
     """
 
     bounds: list[int]
     positions: Int64s
+    rows: Int64s | None = None
+    keys: UInt64s | None = None
 
 
 class HostGroup(NamedTuple):

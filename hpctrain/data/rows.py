@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
 from hpctrain.data.access import Locate, RowAccess, where_it_is
 from hpctrain.data.axis_access import AxisAccess
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.permutation import Int64s
 from hpctrain.data.row_reader import RowReader
 from hpctrain.data.steady import READ_RETRIES, SteadyAccess
 from hpctrain.data.view import Part, View
@@ -27,3 +34,22 @@ def open_rows(
         return SteadyAccess(reader, retries)
 
     return ViewAccess(dataset, open_part) if isinstance(dataset, View) else open_part(Part(dataset))
+
+
+def read_rows(
+    dataset: Dataset, rows: Int64s, *, retries: int = READ_RETRIES
+) -> dict[str, npt.NDArray[Any]]:
+    """Return rows of a dataset, (rows, *shape) a field, read with files of their own.
+
+    Raises:
+        DatasetError: if one cannot be read.
+    """
+    values = {}
+    with closing(open_rows(dataset, retries=retries)) as access:
+        for name, field in dataset.fields.items():
+            out = np.empty((len(rows), field.row_bytes), np.uint8)
+            places = np.arange(len(rows), dtype=np.int64)
+            access.read_runs(name, rows, np.ones_like(rows), out, places)
+            native = out.view(field.dtype.newbyteorder("="))
+            values[name] = native.reshape(len(rows), *field.shape)
+    return values

@@ -9,14 +9,15 @@ import numpy as np
 from hpctrain.data.partition import Order
 from hpctrain.data.permutation import (
     Int64s,
+    UInt64s,
     derive_key,
     derive_keys,
     permutation,
     permutations,
 )
 
-# What a key is for: the permutation of blocks and those of windows share nothing.
-_BLOCKS, _WINDOWS = 0, 1
+# What a key is for: the permutations of blocks and of windows, and draws of samples share nothing.
+_BLOCKS, _WINDOWS, _SAMPLES = 0, 1, 2
 
 
 class Runs(NamedTuple):
@@ -47,6 +48,20 @@ class Windows(NamedTuple):
     starts: Int64s
     stops: Int64s
     order: Int64s
+
+
+def sample_keys(seed: int, epoch: int, rows: Int64s) -> UInt64s:
+    """Return the keys that random transforms of samples draw from.
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        rows: (count,) int64, which rows of the dataset the samples are.
+
+    Returns:
+        (count,) uint64.
+    """
+    return derive_keys(derive_key(seed, epoch, _SAMPLES), rows)
 
 
 class Epoch:

@@ -37,13 +37,12 @@ def check_compute(
         missing = "group" if world is None else "dataset" if opened is None else "model"
         checks.skip(["step", "memory"], f"there is no {missing} to try it with")
         return None
-    task = checks.config.task
-    fields = list(dict.fromkeys([*task.inputs, *filter(None, [task.target])]))
     loader = SyntheticLoader(
-        dataset=opened.train.select(fields),
+        fields=opened.transforms.fields,
         largest_share=opened.train_loader.largest_share,
         smallest_share=opened.train_loader.smallest_share,
         device=world.device,
+        finishing=opened.transforms.finishing,
     )
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
     together = checks.topology.world_size > 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.messages import did_you_mean, shown
+from hpctrain.config.normalizing import Normalization
 from hpctrain.data import Dataset, Order
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
 from hpctrain.data.opening import open_datasets, verify_share
@@ -24,6 +25,7 @@ from hpctrain.data.state import from_state
 from hpctrain.errors import ConfigError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.training.batch_finishing import find_normalizations
 from hpctrain.training.broadcast import broadcast_model
 from hpctrain.training.horizon import Horizon, Place
 from hpctrain.training.learning_rate import LearningRate
@@ -35,6 +37,7 @@ from hpctrain.training.staging import Staging
 from hpctrain.training.step import TrainStep
 from hpctrain.training.sync_check import check_equal_shapes
 from hpctrain.training.task import Task
+from hpctrain.training.transforms import Transforms
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from hpctrain.training.shards import Shards
@@ -47,6 +50,7 @@ class Data:
     """The datasets of a run, the same on all ranks, and how the training data are served.
 
     Attributes:
+        transforms: what becomes of samples between the files and the task.
         place: where the run goes on.
     """
 
@@ -54,6 +58,7 @@ class Data:
     validation: Dataset | None
     train_loader: TrainLoader
     validation_loader: EvaluationLoader | None
+    transforms: Transforms
     place: Place
     horizon: Horizon
     staging: Staging
@@ -67,6 +72,7 @@ class Data:
         self.train_loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        self.transforms.close()
         self.staging.close()
 
 
@@ -76,14 +82,16 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
     Raises:
         DatasetError: on every rank, if the data are not what the config says, or not those that
             the checkpoint was trained on.
-        ConfigError: on every rank, if there are more ranks than lanes.
+        ConfigError: on every rank, if there are more ranks than lanes, or `[data.normalize]` or
+            `data.transform` do not fit the data.
     """
     fields = list(dict.fromkeys([*config.task.inputs, *filter(None, [config.task.target])]))
-    opened: tuple[Dataset, Dataset | None] | None = None
+    opened: tuple[Dataset, Dataset | None, dict[str, Normalization]] | None = None
     with raise_together(world.communicator):
         if world.topology.is_rank_zero:
-            opened = open_datasets(config.data, fields)
-    train, validation_data = world.communicator.broadcast(opened)
+            datasets = open_datasets(config.data, fields)
+            opened = (*datasets, find_normalizations(config, datasets[0]))
+    train, validation_data, normalizations = world.communicator.broadcast(opened)
     section, staging = config.data, Staging()
     rank, world_size = world.topology.rank, world.topology.world_size
     if section.verify == "start":
@@ -114,6 +122,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             # Under another batch size an epoch may be over that was not when it was saved.
             place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
             begun[epoch] = running
+        transforms = Transforms.of(config, train, validation_data, fields, normalizations, world)
         train_loader = TrainLoader(
             train,
             order,
@@ -127,6 +136,8 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             begun=begun,
             read_retries=section.read_retries,
             locate=staging.locate,
+            preparation=transforms.train,
+            finishing=transforms.finishing,
         )
         validation_loader = validation_data and EvaluationLoader(
             validation_data,
@@ -138,12 +149,16 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             buffer_mb=section.buffer_mb,
             read_retries=section.read_retries,
             locate=staging.locate,
+            preparation=transforms.validation,
+            finishing=transforms.finishing,
+            seed=config.run.seed,
         )
     return Data(
         train=train,
         validation=validation_data,
         train_loader=train_loader,
         validation_loader=validation_loader,
+        transforms=transforms,
         place=place,
         horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=staging,

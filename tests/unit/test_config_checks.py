@@ -177,3 +177,105 @@ def test_a_run_folder_in_the_way(tmp_path: Path) -> None:
     assert told(VALID, "run.directory=.", "run.name=plain") == [
         'run.name = "plain": plain is a file, and has to be a folder'
     ]
+
+
+EXPECTED = 'expected "stats", "channel_stats", or a table with mean and std'
+
+
+@pytest.mark.parametrize(
+    ("normalize", "expected"),
+    [
+        ('{x = "stats", y = "channel_stats"}', []),
+        ("{x = {mean = 3, std = [1, 2.5]}, y = {std = 4}}", []),
+        (
+            '{xx = "stats"}',
+            [
+                (
+                    'data.normalize.xx = "stats": neither task.inputs nor task.target has this '
+                    "field; did you mean x?"
+                )
+            ],
+        ),
+        (
+            '{x = "stat"}',
+            [f'data.normalize.x = "stat": {EXPECTED}; did you mean "stats"?'],
+        ),
+        ("{x = 3}", [f"data.normalize.x = 3: {EXPECTED}"]),
+        ("{x = {}}", [f"data.normalize.x = {{}}: {EXPECTED}"]),
+        (
+            "{x = {mean = 1, sdt = 2}}",
+            [
+                "data.normalize.x.sdt = 2: unknown key; did you mean std?; there are mean and std",
+            ],
+        ),
+        (
+            "{x = {std = 0}}",
+            [
+                (
+                    "data.normalize.x.std = 0: expected a number above 0, or a list of them, "
+                    "one a channel"
+                ),
+            ],
+        ),
+        (
+            "{x = {std = [1, -2]}}",
+            [
+                (
+                    "data.normalize.x.std = [1, -2]: expected a number above 0, or a list of them, "
+                    "one a channel"
+                ),
+            ],
+        ),
+        (
+            '{x = {mean = "0", std = []}}',
+            [
+                'data.normalize.x.mean = "0": expected a number, or a list of them, one a channel',
+                (
+                    "data.normalize.x.std = []: expected a number above 0, or a list of them, "
+                    "one a channel"
+                ),
+            ],
+        ),
+        (
+            "{x = {mean = [1, 2], std = [1, 2, 3]}}",
+            [
+                "data.normalize.x.std = [1, 2, 3]: mean and std are lists of different length",
+            ],
+        ),
+    ],
+)
+def test_normalize(normalize: str, expected: list[str]) -> None:
+    overrides = ['task.inputs=["x"]', "task.target=y", f"data.normalize={normalize}"]
+    assert told(VALID, *overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.transform=collections:OrderedDict", []),
+        (
+            "data.transform=collections.OrderedDict",
+            [
+                (
+                    'data.transform = "collections.OrderedDict": expected an import path '
+                    '"package.module:Name"'
+                )
+            ],
+        ),
+        (
+            "data.transform=hpctrain.errors:ConfigErorr",
+            [
+                (
+                    "data.transform = \"hpctrain.errors:ConfigErorr\": module 'hpctrain.errors' "
+                    "has no 'ConfigErorr'; did you mean ConfigError?"
+                )
+            ],
+        ),
+        (
+            "data.transform_arguments={a = 1}",
+            ["data.transform_arguments = {...}: there is no data.transform that would take them"],
+        ),
+    ],
+)
+def test_transform(override: str, expected: list[str]) -> None:
+    assert told(VALID, override) == expected

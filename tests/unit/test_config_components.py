@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hpctrain.config import Config, load
-from hpctrain.config.components import BUILTINS, bind, resolve, resolve_all
+from hpctrain.config.components import BUILTINS, bind, resolve, resolve_all, resolve_transform
 from hpctrain.config.locating import is_reference
 from hpctrain.config.schema import ComponentSection
 from hpctrain.errors import ConfigError
@@ -24,6 +24,11 @@ MODULES = {
     "cfg_no_python.py": "x = 1\ny = = 2\n",
     "cfg_needs.py": "import cfg_not_installed\n",
     "cfg_package/__init__.py": "",
+    "cfg_transforms.py": (
+        "def flip(fields, keys, *, training, share=0.5): ...\n"
+        "def old(images): ...\n"
+        "class Crop:\n    def __init__(self, size): self.size = size\n"
+    ),
 }
 
 BY_NAME = "by position only, and arguments are passed by name"
@@ -209,3 +214,54 @@ def test_all_components_at_once() -> None:
         BUILTINS, "Net"
     )
     assert targets["model"](**config.model.arguments).width == 2
+
+
+@pytest.mark.parametrize(
+    ("use", "arguments", "expected"),
+    [
+        ("cfg_transforms:flip", "{share = 0.1}", None),
+        ("cfg_transforms:Crop", "{size = 3}", None),
+        (
+            "cfg_transforms:flip",
+            "{shrae = 0.1}",
+            (
+                "line 6  data.transform_arguments.shrae = 0.1: cfg_transforms:flip has no such "
+                "argument; did you mean data.transform_arguments.share?"
+            ),
+        ),
+        ("cfg_transforms:Crop", "{}", "data.transform_arguments.size: missing; cfg_transforms"),
+        (
+            "cfg_transforms:old",
+            "{}",
+            "line 5  data.transform = \"cfg_transforms:old\": has to take the argument 'fields'",
+        ),
+    ],
+)
+def test_a_transform_and_its_arguments(use: str, arguments: str, expected: str | None) -> None:
+    Path("c.toml").write_text(
+        '[data]\ntrain = "train"\nglobal_batch_size = 8\n\n'
+        f'transform = "{use}"\ntransform_arguments = {arguments}\n'
+        '[run]\nname = "test"\n[model]\nuse = "cfg_good:Net"\n'
+        '[task]\nuse = "cfg_good:Net"\ninputs = ["x"]\n'
+        '[optimizer]\nuse = "cfg_good:Net"\nlr = 1\n[scheduler]\nuse = "cfg_good:Net"\n'
+        "[training]\nmax_steps = 1\n",
+        encoding="utf-8",
+    )
+    config = load("c.toml")
+
+    def resolved() -> None:
+        resolve_all(
+            config,
+            given=lambda section, _: {"task": ("width",)}.get(section, ()),
+            path="c.toml",
+        )
+
+    if expected is None:
+        resolved()
+        target = resolve_transform(config, "transform")
+        assert target is not None
+        assert target.__name__ == use.partition(":")[2]
+    else:
+        with pytest.raises(ConfigError) as caught:
+            resolved()
+        assert expected in str(caught.value)

@@ -17,7 +17,8 @@ import pytest
 import torch
 import xxhash
 
-from hpctrain.data import Dataset, Order, Writer, open_dataset
+from hpctrain.data import Dataset, Order, Writer, draws, open_dataset
+from hpctrain.data.finishing import Finishing, Scale
 from hpctrain.data.loader import Batch, EvaluationLoader, TrainLoader
 from hpctrain.data.shuffle import Epoch
 from hpctrain.data.state import from_state, to_state
@@ -130,6 +131,65 @@ def test_restart_anywhere(dataset: Dataset, order: Order) -> None:
     for start in draw.sample(range(0, SAMPLES, 64), 5):
         rest = {position: each for position, each in expected.items() if position >= start}
         assert global_batches(dataset, order, draw.choice([1, 2, 3, 5]), start) == rest
+
+
+def augment(
+    *, fields: dict[str, torch.Tensor], keys: torch.Tensor, training: bool
+) -> dict[str, torch.Tensor]:
+    noise = draws.normal(keys, 3, 5).float()
+    flip = draws.uniform(keys, stream=1) < 0.5
+    image = fields["image"] + (noise if training else 0.0)
+    image[flip] = image[flip].flip(-1)
+    return {**fields, "image": image}
+
+
+def finishing(dataset: Dataset) -> Finishing:
+    scale = Scale.of(dataset.fields, "image", [100.0, 120.0, 130.0], [60.0, 70.0, 73.0], CPU)
+    return Finishing({"image": scale}, augment, ("image", "id"))
+
+
+@in_every_order
+def test_the_same_finished_batches_at_any_world_size_and_after_restarts(
+    dataset: Dataset, order: Order
+) -> None:
+    finished = finishing(dataset)
+    expected = global_batches(dataset, order, 1, finishing=finished)
+    assert expected != global_batches(dataset, order, 1)
+    for world_size in (2, 3, 4):
+        assert global_batches(dataset, order, world_size, finishing=finished) == expected
+    assert global_batches(dataset, order, 2, buffer_mb=0.004, finishing=finished) == expected
+    for start, world_size in ((64, 3), (448, 1), (960, 2)):
+        rest = {position: each for position, each in expected.items() if position >= start}
+        assert global_batches(dataset, order, world_size, start, finishing=finished) == rest
+
+
+def test_what_is_drawn_in_an_evaluation_is_the_same_every_time(dataset: Dataset) -> None:
+    def evaluate(batch_size: int, world_size: int) -> torch.Tensor:
+        images = []
+        for rank in range(world_size):
+            loader = EvaluationLoader(
+                dataset,
+                fields=["image", "id"],
+                rank=rank,
+                world_size=world_size,
+                batch_size=batch_size,
+                device=CPU,
+                buffer_mb=64.0,
+                finishing=finishing(dataset),
+                seed=3,
+            )
+            for _ in range(2):
+                epoch = torch.cat([batch.fields["image"] for batch in loader])
+            images.append(epoch)
+            loader.close()
+        return torch.cat(images)
+
+    expected = evaluate(100, 1)
+    assert torch.equal(evaluate(7, 1), expected)
+    assert torch.equal(evaluate(64, 3), expected)
+    unflipped = Finishing(finishing(dataset).scales).scales["image"].apply(torch.tensor(IMAGES))
+    changed = (expected != unflipped).flatten(1).any(1).float().mean()
+    assert 0.4 < changed < 0.6  # flipped, and without noise
 
 
 @in_every_order

@@ -9,12 +9,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
 from hpctrain.config import Config
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import Field
 from hpctrain.data.delivery import Batch, torch_dtype
+from hpctrain.data.finishing import Finishing, keys_on
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
@@ -32,16 +34,18 @@ class SyntheticLoader:
     """Stands in for the loader of the training data: its shapes, none of its samples.
 
     Attributes:
-        dataset: the fields that the task uses.
+        fields: that the task uses, as they come to the device.
         largest_share: the most samples of any rank in any batch.
         smallest_share: the fewest.
         device: where the rows are wanted.
+        finishing: what is done to batches there.
     """
 
-    dataset: Dataset
+    fields: Mapping[str, Field]
     largest_share: int
     smallest_share: int
     device: torch.device
+    finishing: Finishing
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return one row of every field, (1, *shape) on the device."""
@@ -51,14 +55,15 @@ class SyntheticLoader:
         """Return rows that any model takes: floats from 0 to 1, and 0, which is also a class."""
         generator = torch.Generator().manual_seed(0)
         fields = {}
-        for name, field in self.dataset.fields.items():
+        for name, field in self.fields.items():
             dtype, shape = torch_dtype(field), (count, *field.shape)
             if dtype.is_floating_point:
                 tensor = torch.rand(shape, generator=generator).to(dtype)
             else:
                 tensor = torch.zeros(shape, dtype=dtype)
             fields[name] = tensor.to(self.device)
-        return fields
+        keys = keys_on(self.device, np.arange(count, dtype=np.uint64))
+        return self.finishing.apply(fields, keys, training=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

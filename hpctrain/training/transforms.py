@@ -1,0 +1,106 @@
+"""What the config wants done to samples on the host, and to batches on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpctrain.config import Config
+from hpctrain.config.components import resolve_transform
+from hpctrain.config.normalizing import Normalization
+from hpctrain.data.crew import Crew
+from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.finishing import Finishing
+from hpctrain.data.preparation import SamplePreparation
+from hpctrain.launch.ranks import without_rank
+from hpctrain.launch.world import World
+from hpctrain.training.batch_finishing import build_finishing
+
+_KEY = "data.sample_transform"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transforms:
+    """What becomes of samples between the files and the task.
+
+    Attributes:
+        train: what is done to every sample to train with; None: nothing.
+        validation: the same, to evaluate with.
+        finishing: what is done to batches on the device.
+        fields: by name, as they come to the device to be trained with.
+    """
+
+    train: SamplePreparation | None
+    validation: SamplePreparation | None
+    finishing: Finishing
+    fields: Mapping[str, Field]
+    _crew: Crew | None
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        train: Dataset,
+        validation: Dataset | None,
+        fields: Sequence[str],
+        normalizations: Mapping[str, Normalization],
+        world: World,
+    ) -> Transforms:
+        """Make them, and try what is done to samples on one; another one on each rank.
+
+        Args:
+            config: names them.
+            train: to train with.
+            validation: to evaluate with.
+            fields: that the task needs.
+            normalizations: by field.
+            world: the ranks.
+
+        Raises:
+            HpctrainError: if a transform cannot be made, or does not fit the data.
+        """
+        crew = _crew(config)
+
+        def preparation(dataset: Dataset | None, *, training: bool) -> SamplePreparation | None:
+            if crew is None or dataset is None:
+                return None
+            return SamplePreparation(
+                f'{_KEY} = "{config.data.sample_transform}"',
+                crew,
+                dataset.select(fields),
+                needed=fields,
+                row=world.topology.rank * dataset.samples // world.topology.world_size,
+                training=training,
+            )
+
+        prepares = preparation(train, training=True)
+        delivered = train.select(fields).fields if prepares is None else prepares.fields
+        return cls(
+            train=prepares,
+            validation=preparation(validation, training=False),
+            finishing=build_finishing(config, delivered, fields, normalizations, world.device),
+            fields=delivered,
+            _crew=crew,
+        )
+
+    def close(self) -> None:
+        """End all processes; no loader may be at work."""
+        if self._crew is not None:
+            self._crew.close()
+
+
+def _crew(config: Config) -> Crew | None:
+    """Return who transforms samples; no process is started yet."""
+    section = config.data
+    if section.sample_transform is None:
+        return None
+    resolve_transform(config, "sample_transform")
+    return Crew.of(
+        _KEY,
+        section.sample_transform,
+        section.sample_transform_arguments,
+        section.workers,
+        # Of workers only: squeue and its like, which the rank starts, need these variables.
+        without_rank(os.environ) if section.workers_are == "processes" else None,
+    )

@@ -1,0 +1,118 @@
+"""From `[data.normalize]` and `data.transform` to what is done to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.config import Config
+from hpctrain.config.schema import (
+    ComponentSection,
+    DataSection,
+    OptimizerSection,
+    RunSection,
+    TaskSection,
+    TrainingSection,
+)
+from hpctrain.data import Dataset, Writer, open_dataset
+from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
+from hpctrain.errors import ConfigError, DatasetError
+from hpctrain.training.batch_finishing import build_finishing, find_normalizations
+
+CPU = torch.device("cpu")
+IMAGES = np.random.default_rng(0).integers(0, 256, (300, 2, 3, 3), np.uint8)
+IMAGES[:, 1] = 7
+KEYS = torch.from_numpy(np.arange(300, dtype=np.uint64))
+
+
+class Shift:
+    def __init__(self, by: float) -> None:
+        if by < 0:
+            raise ValueError("by is less than 0")
+        self.by = by
+
+    def __call__(
+        self, fields: dict[str, torch.Tensor], keys: torch.Tensor, *, training: bool
+    ) -> dict[str, torch.Tensor]:
+        return {**fields, "image": fields["image"] + self.by}
+
+
+class NoCall:
+    pass
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    with Writer(tmp_path / "train", shard_bytes=2000) as writer:
+        writer.extend({"image": IMAGES, "label": np.arange(300)})
+    return open_dataset(str(tmp_path / "train"))
+
+
+def config(**data: Any) -> Config:
+    return Config(
+        run=RunSection(name="x"),
+        model=ComponentSection(use="mlp"),
+        task=TaskSection(use="classification", inputs=["image"], target="label"),
+        data=DataSection(train="train", global_batch_size=8, **data),
+        optimizer=OptimizerSection(use="sgd", lr=0.1),
+        training=TrainingSection(max_epochs=1),
+    )
+
+
+def finished(dataset: Dataset, config: Config) -> torch.Tensor:
+    normalizations = find_normalizations(config, dataset)
+    finishing = build_finishing(config, dataset.fields, ("image",), normalizations, CPU)
+    fields = {"image": torch.from_numpy(IMAGES.copy()), "label": torch.arange(300)}
+    return finishing.apply(fields, KEYS, training=True)["image"]
+
+
+def test_normalised_by_the_statistics_of_the_training_data(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    for word in ("stats", "channel_stats"):
+        with pytest.raises(DatasetError, match="there are no statistics"):
+            find_normalizations(config(normalize={"image": word}), dataset)
+    write_stats(measure(dataset, jobs=1), Path(dataset.shards[0].path).parent / STATS_NAME)
+    whole = finished(dataset, config(normalize={"image": "stats"}))
+    assert torch.allclose(whole.mean(), torch.tensor(0.0), atol=1e-5)
+    assert torch.allclose(whole.std(correction=0), torch.tensor(1.0), atol=1e-5)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    channels = finished(dataset, config(normalize={"image": "channel_stats"}))
+    assert torch.allclose(channels[:, 0].std(correction=0), torch.tensor(1.0), atol=1e-5)
+    assert (channels[:, 1] == 0).all()
+    assert "the same value everywhere in 1 of 2 channels; it becomes 0" in caplog.text
+
+
+def test_a_transform_with_arguments(dataset: Dataset) -> None:
+    use, arguments = f"{__name__}:Shift", {"by": 3.0}
+    made = config(
+        normalize={"image": {"mean": 1, "std": 2}}, transform=use, transform_arguments=arguments
+    )
+    expected = torch.from_numpy(IMAGES).float().sub(1).div(2) + 3
+    assert torch.equal(finished(dataset, made), expected)
+    of_double = dataclasses.replace(
+        made, training=dataclasses.replace(made.training, precision="64-true")
+    )
+    assert finished(dataset, of_double).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("Shift", {"by": -1}, "refuses its arguments: by is less than 0"),
+        ("Shift", {}, "data.transform_arguments.by: missing"),
+        ("NoCall", {}, "its objects cannot be called; give the class a method __call__"),
+    ],
+)
+def test_a_transform_that_is_refused(
+    dataset: Dataset, name: str, arguments: dict[str, Any], message: str
+) -> None:
+    refused = config(transform=f"{__name__}:{name}", transform_arguments=arguments)
+    with pytest.raises(ConfigError, match=message):
+        build_finishing(refused, dataset.fields, ("image",), {}, CPU)
