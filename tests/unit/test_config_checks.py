@@ -272,6 +272,15 @@ def test_normalize(normalize: str, expected: list[str]) -> None:
             ],
         ),
         (
+            "data.sample_transform=collections",
+            [
+                (
+                    'data.sample_transform = "collections": expected an import path '
+                    '"package.module:Name"'
+                )
+            ],
+        ),
+        (
             "data.transform_arguments={a = 1}",
             ["data.transform_arguments = {...}: there is no data.transform that would take them"],
         ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 import torch
 
 from hpctrain.config import Config
@@ -20,7 +22,9 @@ from hpctrain.config.schema import (
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.transforms import build_transform
 from hpctrain.data import Dataset, Writer, open_dataset
+from hpctrain.data.samples import SampleRunner
 from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.batch_finishing import build_finishing, find_normalizations
@@ -116,3 +120,27 @@ def test_a_transform_that_is_refused(
     refused = config(transform=f"{__name__}:{name}", transform_arguments=arguments)
     with pytest.raises(ConfigError, match=message):
         build_finishing(refused, dataset.fields, ("image",), {}, CPU)
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "my_transforms.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_transforms", raising=False)
+    section = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])["data"]
+    shift = SampleRunner(
+        build_transform("", section["sample_transform"], section["sample_transform_arguments"])
+    )
+    inputs = {"image": IMAGES.copy()}
+    outputs = {"image": np.empty_like(IMAGES)}
+    shift.fill(inputs, KEYS.numpy(), outputs, training=True)
+    assert (outputs["image"].sum((1, 2, 3)) == IMAGES.sum((1, 2, 3))).all()
+    assert 0.5 < (outputs["image"] != IMAGES).any((1, 2, 3)).mean() < 1
+    noise = build_transform("", section["transform"], {})
+    image = torch.from_numpy(IMAGES).float()
+    made = noise(fields={"image": image.clone()}, keys=KEYS, training=True)["image"]
+    alone = noise(fields={"image": image[7:8].clone()}, keys=KEYS[7:8], training=True)["image"]
+    assert torch.equal(made[7:8], alone)
+    assert not torch.equal(made, image)
