@@ -152,6 +152,11 @@ class TrainLoader:
         """How long the consumer has waited for batches so far."""
         return self._delivery.wait_seconds
 
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed so far, whatever came of it."""
+        return self._delivery.access.failed_reads
+
     def order_of(self, epoch: int) -> Order:
         """Return the order of an epoch, for the resume state."""
         return self._begun.get(epoch, self._order)

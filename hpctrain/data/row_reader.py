@@ -44,3 +44,12 @@ class RowReader(Protocol):
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
         ...
+
+
+class SteadyReader(RowReader, Protocol):
+    """Reads rows of a dataset, and counts what goes wrong. For one thread at a time."""
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed, whatever came of it."""
+        ...

@@ -12,7 +12,7 @@ from hpctrain.data.access import Locate, RowAccess, where_it_is
 from hpctrain.data.axis_access import AxisAccess
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.row_reader import RowReader
+from hpctrain.data.row_reader import SteadyReader
 from hpctrain.data.steady import READ_RETRIES, SteadyAccess
 from hpctrain.data.view import Part, View
 from hpctrain.data.view_access import ViewAccess
@@ -20,7 +20,7 @@ from hpctrain.data.view_access import ViewAccess
 
 def open_rows(
     dataset: Dataset, *, retries: int = READ_RETRIES, locate: Locate = where_it_is
-) -> RowReader:
+) -> SteadyReader:
     """Return what reads the rows of a dataset; no file is opened yet.
 
     Args:
@@ -29,7 +29,7 @@ def open_rows(
         locate: as RowAccess takes it.
     """
 
-    def open_part(part: Part) -> RowReader:
+    def open_part(part: Part) -> SteadyReader:
         reader = AxisAccess(part, locate) if part.axis else RowAccess(part.dataset, locate)
         return SteadyAccess(reader, retries)
 

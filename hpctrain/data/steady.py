@@ -29,10 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 class SteadyAccess:
-    """Reads rows through another reader. For one thread at a time."""
+    """Reads rows through another reader. For one thread at a time.
+
+    Attributes:
+        failed_reads: how often a read failed, whatever came of it.
+    """
 
     def __init__(self, reader: RowReader, retries: int = READ_RETRIES) -> None:
         """Read by `reader`, and try so many times more what fails."""
+        self.failed_reads = 0
         self._reader = reader
         self._retries = retries
         self._watch = _Watch(reader.dataset)
@@ -49,13 +54,18 @@ class SteadyAccess:
         self, name: str, rows: Int64s, counts: Int64s, out: npt.NDArray[Any], places: Int64s
     ) -> None:
         """Read runs of consecutive rows, as `RowReader.read_runs` does."""
-        self._watch.note(rows, counts)
+        try:
+            self._watch.note(rows, counts)
+        except DatasetError:
+            self.failed_reads += 1
+            raise
         wait = FIRST_WAIT_SECONDS
         for left in range(self._retries, -1, -1):
             try:
                 self._reader.read_runs(name, rows, counts, out, places)
                 return
             except DatasetError as error:
+                self.failed_reads += 1
                 # A file that became another explains more than what a read of it fails of.
                 self._watch.look(everything=True)
                 if not left or not isinstance(error.__cause__, HDF5_FAILURES):

@@ -8,7 +8,7 @@ import numpy as np
 
 from hpctrain.data.access import Bytes
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.row_reader import RowReader
+from hpctrain.data.row_reader import SteadyReader
 from hpctrain.data.view import Column, Part, View
 
 SCRATCH_BYTES = 32 * 2**20
@@ -18,7 +18,7 @@ SCRATCH_BYTES = 32 * 2**20
 class ViewAccess:
     """Reads samples of a view. For one thread at a time."""
 
-    def __init__(self, view: View, open_part: Callable[[Part], RowReader]) -> None:
+    def __init__(self, view: View, open_part: Callable[[Part], SteadyReader]) -> None:
         """Prepare; no file is opened yet."""
         self.dataset = view
         self._view = view
@@ -28,6 +28,11 @@ class ViewAccess:
     def files_opened(self) -> int:
         """How often a file was opened."""
         return sum(part.files_opened for part in self._parts)
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed, whatever came of it."""
+        return sum(part.failed_reads for part in self._parts)
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s

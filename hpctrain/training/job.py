@@ -32,6 +32,7 @@ from hpctrain.training.loop import Plan, fit
 from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
+from hpctrain.training.read_trouble import ReadTrouble
 from hpctrain.training.resuming import find_checkpoint
 from hpctrain.training.run import BestMetric, Run
 from hpctrain.training.telling import complete_text, header_text, summary_text
@@ -141,6 +142,7 @@ def _train(
             logger.info(
                 header_text(config, world, parts, data, resumed, place, folder.path, changes)
             )
+        stop.add(ReadTrouble(data.train_loader).bit)
         phases = Phases(_counters(parts, data, rank_zero))
     run = Run(
         config,
