@@ -22,6 +22,11 @@ CATALOGUE_SUFFIX = ".json"
 _KIND = "hpctrain catalogue"
 
 
+def is_catalogue(path: Path) -> bool:
+    """Tell whether a path that stands for a dataset is that of a catalogue."""
+    return path.suffix == CATALOGUE_SUFFIX and path.is_file()
+
+
 def write_catalogue(path: Path, files: Sequence[Contents]) -> None:
     """Write a catalogue; a reader sees the old one, or the new one whole."""
     document = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from hpctrain.data.catalogue import CATALOGUE_SUFFIX, read_catalogue
+from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.contents import Array, Contents
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.index import (
@@ -37,7 +37,7 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 
     """
     path = Path(pattern)
     require_finished(path)
-    if path.suffix == CATALOGUE_SUFFIX and path.is_file():
+    if is_catalogue(path):
         return fitted(pattern, [file.shard(fields, axis) for file in read_catalogue(path)])
     if (path / INDEX_NAME).exists() and not axis:
         dataset = read_index(path)

@@ -23,6 +23,7 @@ class ViewAccess:
         self.dataset = view
         self._view = view
         self._parts = [open_part(part) for part in view.parts]
+        self._scratch: Bytes = np.empty(0, np.uint8)
 
     @property
     def files_opened(self) -> int:
@@ -48,7 +49,7 @@ class ViewAccess:
         if follows and stride == steps:
             # Window after window, as they lie in the file.
             reader.read_runs(column.name, firsts, counts * steps, target, places * steps)
-        elif follows and stride > steps:
+        elif follows and (stride > steps or (counts == 1).all()):
             firsts, places = _singly(firsts, counts, places, stride)
             reader.read_runs(
                 column.name, firsts, np.full_like(firsts, steps), target, places * steps
@@ -60,6 +61,13 @@ class ViewAccess:
         """Close all files. Reading on opens them again."""
         for part in self._parts:
             part.close()
+
+    def _room(self, rows: int, row_bytes: int) -> Bytes:
+        """Return memory for rows, (rows, row_bytes) uint8; the same again, as new costs more."""
+        size = rows * row_bytes
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
+        return self._scratch[:size].reshape(rows, row_bytes)
 
     def _read_overlapping(
         self, column: Column, firsts: Int64s, counts: Int64s, target: Bytes, places: Int64s
@@ -78,7 +86,7 @@ class ViewAccess:
         rows = (counts - 1) * stride + length
         for group in _groups(rows, most_rows):
             begins = np.cumsum(rows[group]) - rows[group]
-            scratch = np.empty((int(rows[group].sum()), row_bytes), np.uint8)
+            scratch = self._room(int(rows[group].sum()), row_bytes)
             self._parts[column.part].read_runs(
                 column.name, firsts[group], rows[group], scratch, begins
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.opening import verify_share
-from hpctrain.data.tools.indexing import make_catalogue
+from hpctrain.data.tools import indexing
+from hpctrain.data.tools.indexing import make_catalogue, make_index
+from hpctrain.data.tools.verifying import verify
 from hpctrain.errors import DatasetError, UsageError
 
 
@@ -91,6 +94,35 @@ def test_files_that_changed(site: Path) -> None:
     path.unlink()
     with pytest.raises(DatasetError, match=r"a\.nc: No such file .*all\.json lists it"):
         open_dataset(str(catalogue), ["is_good"])
+
+
+def test_verify_of_listed_files(site: Path) -> None:
+    catalogue = site / "all.json"
+    make_catalogue(str(site / "year*" / "*.nc"), catalogue, jobs=1)
+    verdict = verify(str(catalogue), jobs=1)
+    assert (verdict.problems, verdict.shards, verdict.has_checksums) == ((), 2, True)
+    assert verify(str(catalogue), ["is_good"], jobs=1).samples == 9
+    path = site / "year1" / "a.nc"
+    times = path.stat()
+    with h5py.File(path, "r+") as file:
+        file["group/fields"][1, 2, 3] = np.nan
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    problems = verify(str(catalogue), jobs=1).problems
+    assert len(problems) == 1
+    assert "year1/a.nc: its checksum" in problems[0]
+
+
+def test_a_folder_that_cannot_be_written(site: Path) -> None:
+    """What an index needs, and where a catalogue goes instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "write_index", refuse)
+        with pytest.raises(DatasetError, match=r"Read-only file system\. `--out FILE\.json` lists"):
+            make_index(str(site / "year1"), ["is_good"], jobs=1)
+
+
+def refuse(*_: Any) -> None:
+    """Do what a read-only mount does."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def change(where: list[Any], value: Any) -> Any:

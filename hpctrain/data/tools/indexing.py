@@ -55,7 +55,8 @@ def make_index(
     try:
         write_index(indexed, folder)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        refused = cannot_write(folder, error)
+        raise DatasetError(f"{refused}. `--out FILE.json` lists the files elsewhere") from error
     return indexed
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.files import file_checksum
@@ -82,7 +83,8 @@ def verify(
     """Read every byte of a dataset and hold it against its index, and against sense.
 
     Checked are: missing, surplus and truncated shards; checksums; that HDF5 opens them and shapes,
-    dtypes and places are those of the index, or of the first file; NaN and Inf; and ranges.
+    dtypes and places are those of the index, or of the first file; NaN and Inf; and ranges. Of the
+    files of a catalogue, which need not fit together, only the fields named.
 
     Args:
         pattern: as `open_dataset` takes it.
@@ -117,6 +119,10 @@ def verify(
             if shard.path not in wrong_files
         ]
         has_checksums = all(shard.checksum is not None for shard in dataset.shards)
+    elif is_catalogue(folder):
+        files = read_catalogue(folder)
+        tasks = [task(file.path, file.shard(names or [], 0)) for file in files]
+        has_checksums = all(file.checksum is not None for file in files)
     else:
         tasks = [task(path, None) for path in find_files(pattern)]
     found = _check(tasks, jobs, progress)
