@@ -91,7 +91,7 @@ class View(Dataset):
                 name: column.field(parts[column.part].dataset.fields[column.name])
                 for name, column in columns.items()
             },
-            shards=tuple(shard for part in parts for shard in part.dataset.shards),
+            shards=_files(parts),
             parts=tuple(parts),
             columns=dict(columns),
             picks=picks,
@@ -144,3 +144,16 @@ class View(Dataset):
             for name, column in self.columns.items()
             if column.name in slow[column.part]
         }
+
+
+def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:
+    """Return every file of the parts once, with what all of them read of it."""
+    files: dict[str, Shard] = {}
+    for shard in (shard for part in parts for shard in part.dataset.shards):
+        known = files.get(shard.path, shard)
+        files[shard.path] = dataclasses.replace(
+            known,
+            layouts={**known.layouts, **shard.layouts},
+            sources=tuple(sorted({*known.sources, *shard.sources})),
+        )
+    return tuple(files.values())

@@ -106,6 +106,14 @@ def test_fields_of_several_files_are_joined_row_by_row(folder: Path) -> None:
     assert len(train.shards) == 5
 
 
+def test_a_file_that_several_parts_read_is_one_shard(folder: Path) -> None:
+    fields = {"x": MAPS_FIELD, "y": {"path": "zipped", "axis": 1}}
+    train, _ = open_datasets(section(folder, fields), ["x", "y"])
+    assert [shard.name for shard in train.shards] == ["0.h5", "1.h5", "2.h5"]
+    assert set(train.shards[0].layouts) == {"fields/maps", "zipped"}
+    assert train.chunk_rows == 2
+
+
 def windows(rows: list[int], lead: int, steps: int | None, every: int) -> np.ndarray:
     offsets = lead + np.arange(steps or 1) * every
     values = MAPS[np.array(rows)[:, None] + offsets]
