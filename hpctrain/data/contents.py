@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 
 from hpctrain.data.dataset import Field, Layout, Shard, require_fields, require_supported
 from hpctrain.errors import DatasetError
+
+LEAST_PIECE_BYTES = 1024
+"""Rows that lie in smaller pieces, along a last axis or so, are better collected by HDF5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class Array:
         """Return where the rows lie along this axis."""
         chunk_rows = 1 if self.chunks is None else self.chunks[axis]
         if axis:
-            return Layout(None, chunk_rows, f"along axis {axis}")
+            piece_bytes = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+            base = self.offset if piece_bytes >= LEAST_PIECE_BYTES else None
+            return Layout(None, chunk_rows, f"along axis {axis}", base)
         return Layout(self.offset, chunk_rows, self.reason)
 
 

@@ -52,11 +52,14 @@ class Layout:
             as memory holds them; None where only HDF5 can read them.
         chunk_rows: rows that are stored, and perhaps compressed, together.
         reason: why only HDF5 can read them, such as "chunked, gzip"; empty if `offset` is given.
+        base: bytes from the start of the file to all of the values, where they lie as in memory
+            but the rows are along another axis than the first.
     """
 
     offset: int | None
     chunk_rows: int = 1
     reason: str = ""
+    base: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ class Dataset:
         reasons: dict[str, str] = {}
         for shard in self.shards:
             for name, layout in shard.layouts.items():
-                if layout.offset is None:
+                if layout.offset is None and layout.base is None:
                     reasons.setdefault(name, f"{layout.reason} in {shard.name}")
         return reasons
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
-from hpctrain.data import Dataset, Order
+from hpctrain.data import Dataset, Order, axis_access, contents
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
 from hpctrain.data.opening import open_datasets
 from hpctrain.data.rows import open_rows
@@ -93,6 +94,32 @@ def test_rows_along_any_axis(folder: Path, path: str, axis: int) -> None:
     runs = [(5, 6), (0, 20), (19, 1), (8, 1)]
     expected = np.concatenate([MAPS[first : first + count] for first, count in runs])
     assert (read_all(train, runs)["x"] == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["<i4", ">i4"])
+def test_pieces_along_an_axis_are_read_without_hdf5(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "LEAST_PIECE_BYTES", 16)
+    monkeypatch.setattr(axis_access, "MOST_PIECES", 3)
+    path = folder / f"pieces{dtype[0] == '<'}.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = np.moveaxis(MAPS, 0, 1).astype(dtype)
+    made = DataSection(
+        train=str(path), global_batch_size=4, fields={"x": FieldTable(axis=1, steps=2)}
+    )
+    train, _ = open_datasets(made, ["x"])
+    assert train.slow_fields() == {}
+    no_file = type("NoFile", (), {"close": None})
+    monkeypatch.setattr(axis_access.h5py, "File", no_file)
+    assert (read_all(train)["x"] == windows(list(range(TOTAL - 1)), 0, 2, 1)).all()
+    # A file system may give less than was asked for, and nothing at the end.
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: whole(fd, [into[0][:5]], at))
+    assert (read_all(train)["x"] == windows(list(range(TOTAL - 1)), 0, 2, 1)).all()
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(DatasetError, match=r'h5: field "x": the file ends at byte \d+'):
+        read_all(train)
 
 
 def test_fields_of_several_files_are_joined_row_by_row(folder: Path) -> None:
