@@ -315,6 +315,20 @@ def test_files_that_change_meanwhile_are_noticed(
     reader.close()
 
 
+def test_an_equal_copy_is_no_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same size and time: restored by rsync, or on a file system without true inodes."""
+    monkeypatch.setattr(steady, "LOOK_SECONDS", 0.0)
+    dataset, _ = open_datasets(DataSection(train=str(folder), global_batch_size=8), ["label"])
+    reader = open_rows(dataset)
+    out = np.zeros((ROWS, 8), np.uint8)
+    for _ in range(2):
+        reader.read_runs("label", np.array([0]), np.array([ROWS]), out, np.array([0]))
+        other = folder / "other"
+        shutil.copy2(folder / SHARD, other)
+        other.replace(folder / SHARD)
+    reader.close()
+
+
 def test_looking_is_cheap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few files each time, in turn; and none before it is time."""
     dataset, _ = open_datasets(DataSection(train=str(folder), global_batch_size=8), ["label"])
