@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -235,25 +236,33 @@ def require_sources(dataset: h5py.Dataset) -> list[str]:
     own = dataset.file.filename
     folder = Path(own).parent
     found = []
-    for source in dict.fromkeys((s.file_name, s.dset_name) for s in dataset.virtual_sources()):
-        name, inside = source
+    for virtual, name, inside, source in dataset.virtual_sources():
         if name == "." or "%" in name or "%" in inside:
             continue
         path = folder / name
-        problem = "is missing" if not path.exists() else _source_problem(str(path), inside)
+        # Of a source that is taken whole HDF5 does not keep the shape, only how much is made of it.
+        shape, values = source.shape, virtual.get_select_npoints()
+        problem = _source_problem(path, inside, shape, values) if path.exists() else "is missing"
         if problem:
             raise DatasetError(
                 f'{own}: field "{dataset.name}" is virtual, and its source {name} {problem}; HDF5 '
                 "would give fill values in its place"
             )
         found.append(str(path))
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _source_problem(path: str, name: str) -> str:
+def _source_problem(path: Path, name: str, shape: tuple[int, ...], values: int) -> str:
     """Return what is wrong with the source of a virtual dataset; empty if nothing is."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return "" if name in file else f'has no "{name}"'
+            if name not in file:
+                return f'has no "{name}"'
+            found = file[name].shape
     except HDF5_FAILURES as error:
         return f"cannot be read ({error})"
+    if not shape and math.prod(found) != values:
+        return f'has a "{name}" of shape {found}, which is not {values} values'
+    if shape and (len(found) != len(shape) or any(map(int.__lt__, found, shape))):
+        return f'has a "{name}" of shape {found}, not {shape}'
+    return ""

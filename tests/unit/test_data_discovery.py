@@ -83,8 +83,31 @@ def test_virtual_dataset_with_a_missing_source(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_virtual_dataset("x", layout)
     assert "virtual" in open_dataset(str(tmp_path)).slow_fields()["x"]
-    (tmp_path / "source.hdf").unlink()
-    with pytest.raises(DatasetError, match=r'a\.h5: field "/x" is virtual.*source\.hdf is missing'):
+    for damage, what in (
+        (
+            lambda path: write(path, x=np.arange(3)),
+            r'has a "x" of shape \(3,\), which is not 4 val',
+        ),
+        (lambda path: write(path, y=np.arange(4)), 'has no "x"'),
+        (lambda path: path.write_bytes(b"no HDF5"), r"cannot be read \(.*\)"),
+        (Path.unlink, "is missing"),
+    ):
+        damage(tmp_path / "source.hdf")
+        message = rf'a\.h5: field "/x" is virtual, and its source source\.hdf {what}'
+        with pytest.raises(DatasetError, match=message):
+            open_dataset(str(tmp_path))
+
+
+def test_virtual_dataset_with_a_source_that_is_too_short(tmp_path: Path) -> None:
+    write(tmp_path / "source.hdf", x=np.arange(9))
+    layout = h5py.VirtualLayout((4,), "i8")
+    source = h5py.VirtualSource("source.hdf", "x", (9,))
+    layout[:2], layout[2:] = source[1:3], source[5:9:2]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    assert open_dataset(str(tmp_path)).shards[0].sources == (str(tmp_path / "source.hdf"),)
+    write(tmp_path / "source.hdf", x=np.arange(7))  # its row 7 is wanted
+    with pytest.raises(DatasetError, match=r'has a "x" of shape \(7,\), not \(8,\)'):
         open_dataset(str(tmp_path))
 
 
