@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import h5py
 from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.contents import Array, Contents
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.elsewhere import is_in, other_files
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
@@ -107,7 +107,7 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
 def _array(dataset: h5py.Dataset, path: str) -> Array:
     if dataset.chunks is not None:
         require_filters(dataset, path)
-    if not _is_in(dataset, path):
+    if not is_in(dataset, path):
         reason = "in another file, by a link"
     elif dataset.chunks is not None:
         reason = ", ".join(["chunked", *filter_names(dataset)])
@@ -188,10 +188,6 @@ def _holds_rows(item: object) -> bool:
     return isinstance(item, h5py.Dataset) and item.shape is not None and item.ndim > 0
 
 
-def _is_in(dataset: h5py.Dataset, path: str) -> bool:
-    return Path(dataset.file.filename) == Path(path)
-
-
 def _obstacle(dataset: h5py.Dataset) -> str:
     """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
     if dataset.is_virtual:
@@ -206,63 +202,4 @@ def _obstacle(dataset: h5py.Dataset) -> str:
     in_memory = h5py.h5t.py_create(dataset.dtype, logical=True)
     if not in_memory.equal(dataset.id.get_type()):
         return "in a number format that only HDF5 converts"
-    return ""
-
-
-def other_files(dataset: h5py.Dataset, path: str) -> list[str]:
-    """Return the other files that the values of a dataset come from.
-
-    Raises:
-        DatasetError: if HDF5 would give fill values for some of them.
-    """
-    own = dataset.file.filename
-    found = [] if _is_in(dataset, path) else [own]
-    folder = Path(own).parent
-    if dataset.is_virtual:
-        found += require_sources(dataset)
-    found += [str(folder / name) for name, _, _ in dataset.external or ()]
-    return found
-
-
-def require_sources(dataset: h5py.Dataset) -> list[str]:
-    """Check that the sources of a virtual dataset are there: HDF5 gives fill values if not.
-
-    Returns:
-        The files, as far as they have names of their own and not a pattern.
-
-    Raises:
-        DatasetError: naming the first that is missing, or does not hold what it should.
-    """
-    own = dataset.file.filename
-    folder = Path(own).parent
-    found = []
-    for virtual, name, inside, source in dataset.virtual_sources():
-        if name == "." or "%" in name or "%" in inside:
-            continue
-        path = folder / name
-        # Of a source that is taken whole HDF5 does not keep the shape, only how much is made of it.
-        shape, values = source.shape, virtual.get_select_npoints()
-        problem = _source_problem(path, inside, shape, values) if path.exists() else "is missing"
-        if problem:
-            raise DatasetError(
-                f'{own}: field "{dataset.name}" is virtual, and its source {name} {problem}; HDF5 '
-                "would give fill values in its place"
-            )
-        found.append(str(path))
-    return list(dict.fromkeys(found))
-
-
-def _source_problem(path: Path, name: str, shape: tuple[int, ...], values: int) -> str:
-    """Return what is wrong with the source of a virtual dataset; empty if nothing is."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if name not in file:
-                return f'has no "{name}"'
-            found = file[name].shape
-    except HDF5_FAILURES as error:
-        return f"cannot be read ({error})"
-    if not shape and math.prod(found) != values:
-        return f'has a "{name}" of shape {found}, which is not {values} values'
-    if shape and (len(found) != len(shape) or any(map(int.__lt__, found, shape))):
-        return f'has a "{name}" of shape {found}, not {shape}'
     return ""

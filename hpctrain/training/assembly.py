@@ -17,8 +17,9 @@ from hpctrain.config.capabilities import unsupported
 from hpctrain.config.messages import did_you_mean, shown
 from hpctrain.config.normalizing import Normalization
 from hpctrain.data import Dataset, Order
+from hpctrain.data.checking import verify_share
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
-from hpctrain.data.opening import open_datasets, verify_share
+from hpctrain.data.opening import open_datasets
 from hpctrain.data.partition import served_samples
 from hpctrain.data.permutation import derive_key
 from hpctrain.data.state import from_state
