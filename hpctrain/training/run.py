@@ -230,12 +230,8 @@ class Run:
     @contextmanager
     def saves_finished(self) -> Iterator[None]:
         """See to it that no rank waits for the part of another in vain. Collective: all ranks."""
-        if self._together is None:
+        with nullcontext() if self._together is None else self._together.finished_after():
             yield
-            return
-        with self._together.finished_after():
-            yield
-            self._world.pulse.tick()
 
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""

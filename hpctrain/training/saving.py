@@ -124,10 +124,12 @@ class TogetherSaver:
             yield
         except HpctrainError as error:
             if error.everywhere:
-                with suppress(HpctrainError):  # the first failure is the one to tell
+                # The first failure is the one to tell.
+                with suppress(HpctrainError), self._world.pulse.unhurried():
                     self.finish()
             raise
-        self.finish()
+        with self._world.pulse.unhurried():
+            self.finish()
 
     def _hand_over(self) -> None:
         """Tell rank 0's thread what all ranks have written. Collective: all ranks."""

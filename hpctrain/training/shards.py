@@ -107,7 +107,7 @@ class Shards:
             for name, item in self._spread.items()
         }
         self.parameters = [item for item in self._rows.values() if item.requires_grad]
-        self._buffers = list(model.buffers())
+        self._buffers = [item for item in model.buffers() if item.numel()]
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return this rank's rows of every parameter, by name."""
@@ -116,12 +116,17 @@ class Shards:
     def begin(self) -> None:
         """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""
         self.clear_gradients()
-        for buffer in self._buffers:
-            # As bytes: every dtype travels, whatever the backend knows to reduce.
-            data = buffer.reshape(-1).contiguous().view(torch.uint8)
-            if data.numel():
-                dist.broadcast(data, src=0)
-                buffer.copy_(data.view(buffer.dtype).view(buffer.shape))
+        if not self._buffers:
+            return
+        # As bytes, all in one message: every dtype travels, whatever the backend knows to reduce.
+        pieces = [item.reshape(-1).contiguous().view(torch.uint8) for item in self._buffers]
+        whole = torch.cat(pieces)
+        dist.broadcast(whole, src=0)
+        if self.rank:
+            received = whole.split([piece.numel() for piece in pieces])
+            for buffer, piece in zip(self._buffers, received, strict=True):
+                # A copy begins where any dtype may begin.
+                buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
 
     @contextmanager
     def local(self) -> Iterator[None]:

@@ -76,19 +76,27 @@ def records(site: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def test_the_first_bad_row_ends_the_run_and_is_named(site: Path) -> None:
-    output = train(site, 2, code=70)
+FSDP = ["training.strategy=fsdp", "training.check_sync_every=0"]
+
+
+@pytest.mark.parametrize("strategy", [[], FSDP])
+def test_the_first_bad_row_ends_the_run_and_is_named(site: Path, strategy: list[str]) -> None:
+    output = train(site, 2, *strategy, code=70)
     named = [row for row in BAD_ROWS if f"shard-{row // 100:06d}.h5 row {row % 100}" in output]
     assert named, output
     assert "not finite in the data: y of" in output
     assert "the loss was not finite on rank" in output
     assert output.count("hpctrain: error") == 1
-    assert list((site / "runs" / "run" / "checkpoints").iterdir())
+    checkpoints = list((site / "runs" / "run" / "checkpoints").iterdir())
+    assert checkpoints
+    assert all((path / "meta.json").exists() for path in checkpoints)  # the last one too
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_other_policies_go_on(site: Path, policy: str) -> None:
-    output = train(site, 2, f"training.on_bad_steps={policy}", code=0)
+@pytest.mark.parametrize(
+    ("policy", "strategy"), [("skip", []), ("rollback", []), ("rollback", FSDP)]
+)
+def test_other_policies_go_on(site: Path, policy: str, strategy: list[str]) -> None:
+    output = train(site, 2, f"training.on_bad_steps={policy}", *strategy, code=0)
     assert "y of" in output
     if policy == "rollback":
         assert "Parameters and optimizer are those of step" in output
