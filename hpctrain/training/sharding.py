@@ -28,7 +28,12 @@ def find_units(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ConfigError: if a pattern fits nothing, or a parameter is in two units that are not inside
             one another.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    # A list of modules is never called, so that nothing would tell when to gather it.
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    }
     units = _chosen(modules, patterns) if patterns else _repeated(model, modules)
     units = [name for name in units if any(True for _ in modules[name].parameters())]
     _refuse_tied(modules, units)
@@ -59,7 +64,7 @@ def _repeated(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     lists = {id(module) for module in model.modules() if isinstance(module, nn.ModuleList)}
     units: list[str] = []
     for name, module in modules.items():
-        if any(name.startswith(f"{unit}.") for unit in units) or id(module) in lists:
+        if any(name.startswith(f"{unit}.") for unit in units):
             continue
         kind = type(module)
         own = not kind.__module__.startswith("torch.")
