@@ -78,7 +78,8 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
   wait "$ranks"
   code=$?
 done
-trap '' TERM INT USR1 USR2 URG XCPU
+trap 'ended=yes' TERM INT # also while the lines below find out what to do
+trap '' USR1 USR2 URG XCPU
 [[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,30 @@ def test_chains_are_submitted(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="No such file"):
         submit(Path("job.sh"), scheduler)
+
+
+RANKS_ARE_DONE = {
+    "mpirun": "exit 75",
+    "python": "touch asking; sleep 0.5; exit 75",
+    "bsub": "touch submitted",
+}
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_job_that_is_cancelled_at_its_very_end_does_not_come_back(
+    here: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    assert job("--scheduler", "lsf", *ASKED, "--output", "job.sh") == 0
+    for name, body in RANKS_ARE_DONE.items():
+        (here / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (here / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    monkeypatch.setenv("LSB_DJOB_NUMPROC", "2")
+    monkeypatch.delenv("HPCTRAIN_CHECK", raising=False)
+    with subprocess.Popen(["bash", "job.sh"]) as script:
+        while not (here / "asking").exists():
+            time.sleep(0.01)
+        if is_cancelled:
+            script.terminate()
+        assert script.wait(timeout=20) == 75
+    assert (here / "submitted").exists() != is_cancelled
