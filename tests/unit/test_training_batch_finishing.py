@@ -17,6 +17,7 @@ from hpctrain.config import Config
 from hpctrain.config.schema import (
     ComponentSection,
     DataSection,
+    FieldTable,
     OptimizerSection,
     RunSection,
     TaskSection,
@@ -24,6 +25,7 @@ from hpctrain.config.schema import (
 )
 from hpctrain.config.transforms import build_transform
 from hpctrain.data import Dataset, Writer, open_dataset
+from hpctrain.data.opening import open_datasets
 from hpctrain.data.samples import SampleRunner
 from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
 from hpctrain.errors import ConfigError, DatasetError
@@ -91,6 +93,18 @@ def test_normalised_by_the_statistics_of_the_training_data(
     assert torch.allclose(channels[:, 0].std(correction=0), torch.tensor(1.0), atol=1e-5)
     assert (channels[:, 1] == 0).all()
     assert "the same value everywhere in 1 of 2 channels; it becomes 0" in caplog.text
+
+
+def test_the_statistics_of_windows_are_those_of_the_rows(dataset: Dataset) -> None:
+    write_stats(measure(dataset, jobs=1), Path(dataset.shards[0].path).parent / STATS_NAME)
+    shown = {"picture": FieldTable(path="image", steps=2)}
+    section = DataSection(train=dataset.source, global_batch_size=8, fields=shown)
+    train, _ = open_datasets(section, ["picture", "label"])
+    found = find_normalizations(config(normalize={"picture": "stats"}), train)["picture"]
+    assert found.mean == pytest.approx((IMAGES.mean(),))
+    assert found.std == pytest.approx((IMAGES.std(),))
+    with pytest.raises(ConfigError, match="the first axis of a sample is no axis of the rows"):
+        find_normalizations(config(normalize={"picture": "channel_stats"}), train)
 
 
 def test_a_transform_with_arguments(dataset: Dataset) -> None:
