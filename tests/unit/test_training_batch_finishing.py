@@ -137,7 +137,8 @@ def test_a_transform_that_is_refused(
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = page.partition("## Normalise and transform")[2]
     code = text.partition("```python\n")[2].partition("```")[0]
     (tmp_path / "my_transforms.py").write_text(code, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
