@@ -129,6 +129,8 @@ class Finishing:
         Raises:
             TrainingError: if the transform does not return what is needed.
         """
+        if not self.scales and self.transform is None:
+            return fields
         finished = {
             name: self.scales[name].apply(tensor) if name in self.scales else tensor
             for name, tensor in fields.items()
