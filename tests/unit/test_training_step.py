@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
@@ -414,3 +415,52 @@ def test_clipping_by_value_follows_that_by_norm(clip_norm: float | None) -> None
     step(batch(), 1.0)
     for item, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(item.detach(), wanted)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read, shapes that depend on them."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in self.WAITING:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "waits"),
+    [
+        (torch.optim.AdamW, {}, False),
+        (torch.optim.SGD, {"momentum": 0.9}, False),
+        (torch.optim.RMSprop, {}, True),  # it cannot refuse an update by itself: told in the header
+    ],
+)
+def test_no_step_waits_for_the_device(
+    precision: Any, optimizer: Any, arguments: dict[str, Any], waits: bool
+) -> None:
+    """All that may be on: several passes, weights from the data, clipping, a moving average."""
+    step = make_step(
+        MLP(6, 3, [4]),
+        precision=precision,
+        task=Classification(["x"], "y", ignore_index=2),
+        optimizer=optimizer,
+        arguments=arguments,
+        micro_batch_size=3,
+        clip_norm=1.0,
+        clip_value=0.5,
+        ema_decay=0.9,
+    )
+    step.prime()
+    assert step.average is not None
+    with HostReads() as reads:
+        for number in range(70):  # flags of bad steps are counted every 64
+            step(batch(), lr=1e-3)
+            step.average.update(number)
+    assert bool(reads.found) == waits == step.syncs
