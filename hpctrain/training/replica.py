@@ -106,19 +106,7 @@ class Replica:
         if self._ddp is not None:
             self._clock.stop()
             if any(item.grad is None for item in self.parameters):
-                self._refuse_unused()
-
-    def _refuse_unused(self) -> None:
-        unused = [
-            name
-            for name, item in self.model.named_parameters()
-            if item.requires_grad and item.grad is None
-        ]
-        raise TrainingError(
-            f"{listed(unused)} had no part in the loss of this step, and in the first one had: on "
-            "several ranks every parameter needs a part in every step. Where a branch of the model "
-            "is left out, add 0 times its parameters to the output"
-        )
+                refuse_unused(self.model)
 
     def gradients(self) -> list[torch.Tensor]:
         """Return the gradients of all parameters that have one."""
@@ -147,6 +135,23 @@ class Replica:
         # Holds the clock only: a hook of a parameter that held the model would keep both for ever.
         start = self._clock.start
         last.register_post_accumulate_grad_hook(lambda _: start())
+
+
+def refuse_unused(model: nn.Module) -> None:
+    """Refuse a step in which parameters had no part, by their names.
+
+    Raises:
+        TrainingError: if there are any.
+    """
+    unused = [
+        name for name, item in model.named_parameters() if item.requires_grad and item.grad is None
+    ]
+    if unused:
+        raise TrainingError(
+            f"{listed(unused)} had no part in the loss of this step, and in the first one had: on "
+            "several ranks every parameter needs a part in every step. Where a branch of the model "
+            "is left out, add 0 times its parameters to the output"
+        )
 
 
 def listed(names: list[str]) -> str:

@@ -23,6 +23,7 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.training.precision import NumberFormat
+from hpctrain.training.replica import refuse_unused
 from hpctrain.training.sharding import find_units
 
 
@@ -147,8 +148,14 @@ class Shards:
         torch.autograd.backward(loss, seed)
 
     def backward_and_reduce(self, loss: Tensor, seed: Tensor) -> None:
-        """Run backward from `loss` and average the gradients. Collective: all ranks."""
+        """Run backward from `loss` and average the gradients. Collective: all ranks.
+
+        Raises:
+            TrainingError: if a parameter has no gradient.
+        """
         torch.autograd.backward(loss, seed)
+        if any(item.grad is None for item in self._spread.values() if item.requires_grad):
+            refuse_unused(self.model)
 
     def gradients(self) -> list[Tensor]:
         """Return this rank's rows of all gradients, where the optimizer finds them."""
