@@ -186,7 +186,9 @@ def test_mistakes_look_like_that(site: Path) -> None:
     (site / "configs" / "run.toml").write_text(config, encoding="utf-8")
     with pytest.raises(ConfigError) as raised:
         load("configs/run.toml")
-    assert str(raised.value) == shown.strip()
+    # Which line it is changes with every key that the example gets.
+    number = re.compile(r"line \d+")
+    assert number.sub("line", str(raised.value)) == number.sub("line", shown.strip())
 
 
 def test_every_key_is_in_the_example() -> None:
