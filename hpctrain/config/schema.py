@@ -181,6 +181,12 @@ class DataSection:
     transform_arguments: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
 
+    cache: Literal["none", "memory"] = "none"
+    """Hold the training data in the memory of every node, shuffled row by row, from the start."""
+
+    threads: Count | None = None
+    """Threads per rank that read and decompress; none: the rank's share of the cores, at most 4."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterGroup:

@@ -1,69 +1,76 @@
 """Consecutive rows of one field, from the files into memory that the caller keeps.
 
-Where the rows lie in a file as they do in memory, they are read by `preadv` at their offset:
-HDF5, and the lock that it holds over all threads, are not in the path. The rest goes through h5py.
+Where the rows lie in a file as they do in memory, they are read by `preadv` at their offset.
+Compressed chunks are read in the same way and decompressed by several threads. HDF5, and the lock
+that it holds over all threads, are in neither path; it reads what is left.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+import resource
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.chunk_reading import ChunkJob, ChunkReader, chunk_jobs
 from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.extents import ExtentReader, Extents
+from hpctrain.data.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
+from hpctrain.data.helpers import Helpers
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.storage import HDF5_FAILURES, INSTALL, load_plugins
+from hpctrain.data.pieces import Piece, Pieces
+from hpctrain.data.storage import HDF5_FAILURES, INSTALL
 from hpctrain.errors import DatasetError
 
 Bytes = npt.NDArray[np.uint8]
-H = TypeVar("H")
 
-MOST_OPEN_FILES = 256
-"""Open files of one reader; those unused for longest are closed. Far below any usual limit."""
+MOST_OPEN_FILES = 1024
+"""Open files of one reader, or a quarter of what the system allows a process, if that is less;
+those unused for longest are closed."""
+MOST_OPEN_IN_HDF5 = 16
+"""Of these, HDF5 keeps some MB of memory each."""
 LARGEST_READ = 2**30
 """Bytes of one system call: Linux moves at most 2**31 - 4096."""
 
-
-Locate = Callable[[str], str]
-"""From the path of a shard to where it is to be read."""
-
-
-def where_it_is(path: str) -> str:
-    """Return the path itself."""
-    return path
+logger = logging.getLogger(__name__)
 
 
 class RowAccess:
-    """Reads rows of a dataset. For one thread at a time."""
+    """Reads rows of a dataset. For one thread at a time, with others to help it."""
 
-    def __init__(self, dataset: Dataset, locate: Locate = where_it_is) -> None:
+    def __init__(
+        self, dataset: Dataset, locate: Locate = where_it_is, helpers: Helpers | None = None
+    ) -> None:
         """Prepare; no file is opened yet.
 
         Args:
             dataset: whose rows.
             locate: returns which file to read for a shard's path: itself, or an equal copy. It
                 is asked again and again, and may change its mind.
+            helpers: threads that share the work; None: the caller does all itself.
         """
         self.dataset = dataset
         self._locate = locate
+        self.helpers = helpers or Helpers(1)
         self._stops = dataset.shard_stops
         self._starts = np.concatenate(([0], self._stops[:-1]))
-        # Of every field, where row 0 of each shard is in its file; -1 where only HDF5 knows.
+        # Of every field, where row 0 of each shard is in its file; -1 where it is elsewhere.
         self._offsets = {name: _offsets(dataset, name) for name in dataset.fields}
-        self._descriptors: _Handles[int] = _Handles(_open_descriptor, os.close, locate)
-        self._files: _Handles[h5py.File] = _Handles(_open_hdf5, h5py.File.close, locate)
+        self._extents = ExtentReader(self.helpers)
+        self._chunks = ChunkReader(self.helpers)
+        self._told: set[str] = set()
+        self._shards: Handles[OpenShard] = Handles(_open, OpenShard.close, locate, MOST_OPEN_FILES)
+        self._files: Handles[h5py.File] = Handles(
+            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
+        )
 
     @property
     def files_opened(self) -> int:
         """How often a file was opened; at best once for each."""
-        return self._descriptors.opened + self._files.opened
+        return self._shards.opened + self._files.opened
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
@@ -81,59 +88,143 @@ class RowAccess:
             DatasetError: naming file, field and row, if the file is not there, not what it was
                 when the dataset was opened, or cannot be read.
         """
-        field = self.dataset.fields[name]
-        shards = np.searchsorted(self._stops, rows, side="right")
-        offsets = self._offsets[name][shards]
-        # One system call each where a run lies in one shard, as in memory: the rest is for _read.
-        simple = (offsets >= 0) & (rows + counts <= self._stops[shards]) & field.dtype.isnative
-        offsets = offsets + (rows - self._starts[shards]) * field.row_bytes
-        target = memoryview(out.data).cast("B")
-        preadv, descriptor_of = os.preadv, self._descriptors.get
-        begins = places * field.row_bytes
-        ends = begins + counts * field.row_bytes
-        for run, (shard, offset, begin, end, is_simple) in enumerate(
-            zip(
-                shards.tolist(),
-                offsets.tolist(),
-                begins.tolist(),
-                ends.tolist(),
-                simple.tolist(),
-                strict=True,
-            )
-        ):
-            if is_simple:
-                try:
-                    descriptor = descriptor_of(self.dataset.shards[shard])
-                    if preadv(descriptor, [target[begin:end]], offset) == end - begin:
-                        continue
-                except OSError:
-                    pass  # _read meets it again, and says where
-            place, count = int(places[run]), int(counts[run])
-            self._read(name, field, int(rows[run]), out[place : place + count])
-
-    def _read(self, name: str, field: Field, row: int, out: Bytes) -> None:
-        """Read consecutive rows, from several shards if need be, with all that can go wrong."""
-        done = 0
-        while done < len(out):
-            index = int(np.searchsorted(self._stops, row + done, side="right"))
-            shard = self.dataset.shards[index]
-            first = row + done - int(self._starts[index])
-            part = out[done : done + shard.samples - first]
-            try:
-                self._read_part(shard, name, field, first, part)
-            except HDF5_FAILURES as error:
-                # Those of h5py have no number, and are not always OSErrors.
-                what = getattr(error, "strerror", None) or error
-                path = self._locate(shard.path)
-                raise DatasetError(
-                    f'{path}: field "{name}", row {first}: {what}{_hint(error)}'
-                ) from error
-            done += len(part)
+        pieces = self._pieces(rows, counts, places)
+        shards = np.unique(pieces.shards)
+        # No file is closed while a thread of the helpers may read it.
+        most = self._shards.most
+        for start in range(0, len(shards), most):
+            some = shards[start : start + most]
+            part = pieces if len(shards) <= most else pieces.only(np.isin(pieces.shards, some))
+            self._read(name, part, some, out)
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
-        self._descriptors.close()
+        self._shards.close()
         self._files.close()
+        self.helpers.close()
+
+    def _pieces(self, rows: Int64s, counts: Int64s, places: Int64s) -> Pieces:
+        """Cut runs where a shard ends."""
+        shards = np.searchsorted(self._stops, rows, side="right")
+        while True:
+            over = rows + counts - self._stops[shards]
+            crossing = np.flatnonzero(over > 0)
+            if not len(crossing):
+                return Pieces(shards, rows - self._starts[shards], counts, places)
+            fitting = counts[crossing] - over[crossing]
+            rows = np.append(rows, rows[crossing] + fitting)
+            places = np.append(places, places[crossing] + fitting)
+            counts = np.append(counts, over[crossing])
+            counts[crossing] = fitting
+            shards = np.append(shards, shards[crossing] + 1)
+
+    def _read(self, name: str, pieces: Pieces, shards: Int64s, out: Bytes) -> None:
+        """Read rows of so few shards that all of them may be open."""
+        field = self.dataset.fields[name]
+        opened = {}
+        for index in shards.tolist():
+            # Who reads it row by row meets the failure again, and says where.
+            opened[index] = self._try_open(self.dataset.shards[index])
+        by_offset = self._offsets[name][pieces.shards] >= 0
+        left = [self._read_extents(field, pieces.only(by_offset), self._offsets[name], opened, out)]
+        if not by_offset.all():
+            left.append(self._read_chunks(name, pieces.only(~by_offset), opened, out))
+        for part in left:
+            for index, first, count, place in part.listed():
+                self._read_rows(name, index, first, out[place : place + count])
+
+    def _try_open(self, shard: Shard) -> OpenShard | None:
+        try:
+            return self._shards.get(shard)
+        except HDF5_FAILURES:
+            return None
+
+    def _read_extents(
+        self,
+        field: Field,
+        pieces: Pieces,
+        offsets: Int64s,
+        opened: dict[int, OpenShard | None],
+        out: Bytes,
+    ) -> Pieces:
+        """Read rows that lie in the files as in memory, and return those that could not be."""
+        descriptors = np.full(len(self._stops), -1, np.int64)
+        for index, shard in opened.items():
+            if shard is not None:
+                descriptors[index] = shard.descriptor
+        offsets = offsets[pieces.shards] + pieces.firsts * field.row_bytes
+        return self._read_bytes(field, pieces, descriptors[pieces.shards], offsets, out)
+
+    def _read_bytes(
+        self, field: Field, pieces: Pieces, descriptors: Int64s, offsets: Int64s, out: Bytes
+    ) -> Pieces:
+        """Read rows from these offsets, and return those that could not be read."""
+        if not len(pieces.shards):
+            return pieces
+        begins = pieces.places * field.row_bytes
+        extents = Extents(descriptors, offsets, begins, begins + pieces.counts * field.row_bytes)
+        failed = self._extents.read(extents, memoryview(out.data).cast("B"))
+        if not field.dtype.isnative:
+            read = np.ones(len(pieces.shards), bool)
+            read[failed] = False
+            for place, count in zip(pieces.places[read], pieces.counts[read], strict=True):
+                out[place : place + count].view(field.dtype).byteswap(inplace=True)
+        return pieces.only(failed)
+
+    def _read_chunks(
+        self, name: str, pieces: Pieces, opened: dict[int, OpenShard | None], out: Bytes
+    ) -> Pieces:
+        """Read rows of chunks without HDF5, and return those that only it can read."""
+        field = self.dataset.fields[name]
+        left: list[Piece] = []
+        plain: list[Piece] = []
+        places: list[tuple[int, int]] = []
+        jobs: list[ChunkJob] = []
+        for index, shard in opened.items():
+            of_shard = pieces.only(pieces.shards == index)
+            chunks = None if shard is None else shard.chunked.get(name)
+            if shard is None or chunks is None:
+                if shard is not None and name in shard.reasons:
+                    self._tell(name, self.dataset.shards[index], shard.reasons[name])
+                left += of_shard.listed()
+                continue
+            found = chunks.parts(of_shard.firsts, of_shard.counts, of_shard.places)
+            for row in [row for row in found if not chunks.is_written(row)]:
+                left += chunks.pieces(index, row, found.pop(row))
+            if chunks.is_plain:
+                for row, parts in found.items():
+                    plain += chunks.pieces(index, row, parts)
+                    places += [
+                        (shard.descriptor, chunks.start(row) + part.first * field.row_bytes)
+                        for part in parts
+                    ]
+            elif found:
+                jobs += chunk_jobs(index, shard.descriptor, chunks, found)
+        left += self._chunks.read(jobs, out)
+        descriptors, offsets = np.array(places, np.int64).reshape(-1, 2).T
+        read_plain = Pieces.of(plain)
+        left += self._read_bytes(field, read_plain, descriptors, offsets, out).listed()
+        return Pieces.of(left)
+
+    def _tell(self, name: str, shard: Shard, reason: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            logger.warning(
+                'field "%s" is read through HDF5, which is slower: %s: %s', name, shard.path, reason
+            )
+
+    def _read_rows(self, name: str, index: int, first: int, out: Bytes) -> None:
+        """Read consecutive rows of one shard, with all that can go wrong."""
+        shard, field = self.dataset.shards[index], self.dataset.fields[name]
+        try:
+            self._read_part(shard, name, field, first, out)
+        except HDF5_FAILURES as error:
+            # Those of h5py have no number, and are not always OSErrors.
+            what = getattr(error, "strerror", None) or error
+            path = self._locate(shard.path)
+            raise DatasetError(
+                f'{path}: field "{name}", row {first}: {what}{_hint(error)}'
+            ) from error
 
     def _read_part(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         """Fill `out` with rows of one shard."""
@@ -141,7 +232,7 @@ class RowAccess:
         if offset is None:
             self._read_by_hdf5(shard, name, field, first, out)
             return
-        descriptor = self._descriptors.get(shard)
+        descriptor = self._shards.get(shard).descriptor
         place = offset + first * field.row_bytes
         left = memoryview(out.data).cast("B")
         while left:
@@ -164,45 +255,10 @@ class RowAccess:
         dataset.read_direct(rows, source_sel=np.s_[first : first + len(out)])
 
 
-class _Handles(Generic[H]):
-    """Open files by path; the one unused for longest is closed when there are too many."""
-
-    def __init__(
-        self, open_: Callable[[Shard, str], H], close: Callable[[H], Any], locate: Locate
-    ) -> None:
-        self.opened = 0
-        self._open = open_
-        self._close = close
-        self._locate = locate
-        self._kept: OrderedDict[str, H] = OrderedDict()
-        # Descriptors are mere numbers: nothing else closes them when their reader is dropped.
-        weakref.finalize(self, _close_all, self._kept, close)
-
-    def get(self, shard: Shard) -> H:
-        path = self._locate(shard.path)
-        handle = self._kept.get(path)
-        if handle is None:
-            if len(self._kept) >= MOST_OPEN_FILES:
-                self._close(self._kept.popitem(last=False)[1])
-            try:
-                handle = self._open(shard, path)
-            except (OSError, DatasetError):
-                if path == shard.path:
-                    raise
-                handle = self._open(shard, shard.path)  # somebody has removed the copy
-            self._kept[path] = handle
-            self.opened += 1
-        else:
-            self._kept.move_to_end(path)
-        return handle
-
-    def close(self) -> None:
-        _close_all(self._kept, self._close)
-
-
-def _close_all(kept: OrderedDict[str, H], close: Callable[[H], Any]) -> None:
-    while kept:
-        close(kept.popitem()[1])
+def most_open_files() -> int:
+    """Return how many files a reader keeps open."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN_FILES if allowed < 0 else max(1, min(MOST_OPEN_FILES, allowed // 4))
 
 
 def _offsets(dataset: Dataset, name: str) -> Int64s:
@@ -211,28 +267,13 @@ def _offsets(dataset: Dataset, name: str) -> Int64s:
     return np.array([-1 if offset is None else offset for offset in offsets], np.int64)
 
 
-def _open_descriptor(shard: Shard, path: str) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _require_size(shard, path, os.fstat(descriptor).st_size)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _open_hdf5(shard: Shard, path: str) -> h5py.File:
-    _require_size(shard, path, Path(path).stat().st_size)
-    load_plugins()  # the index may list chunks whose filter h5py alone does not have
-    return h5py.File(path, "r", locking=False)
-
-
-def _require_size(shard: Shard, path: str, size: int) -> None:
-    if size != shard.size:
-        raise DatasetError(
-            f"{path}: {size} bytes, but {shard.size} when the dataset was opened: the file "
-            "was truncated or written anew. Bring it back, or start again with the new one"
-        )
+def _open(shard: Shard, path: str) -> OpenShard:
+    layouts = shard.layouts.items()
+    return OpenShard(
+        shard,
+        path,
+        [name for name, layout in layouts if layout.offset is None and layout.is_direct],
+    )
 
 
 def _hint(error: Exception) -> str:

@@ -8,11 +8,9 @@ import os
 import h5py
 import numpy as np
 
-from hpctrain.data.access import Bytes, Locate, where_it_is
-from hpctrain.data.access import _Handles as Handles
-from hpctrain.data.access import _open_descriptor as open_descriptor
-from hpctrain.data.access import _open_hdf5 as open_hdf5
+from hpctrain.data.access import MOST_OPEN_IN_HDF5, Bytes, most_open_files
 from hpctrain.data.dataset import Field, Shard
+from hpctrain.data.handles import Handles, Locate, open_descriptor, open_hdf5, where_it_is
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.data.view import Part
@@ -31,8 +29,12 @@ class AxisAccess:
         """Prepare; no file is opened yet. `locate` is as RowAccess takes it."""
         self.dataset = part.dataset
         self._axis = part.axis
-        self._descriptors: Handles[int] = Handles(open_descriptor, os.close, locate)
-        self._files: Handles[h5py.File] = Handles(open_hdf5, h5py.File.close, locate)
+        self._descriptors: Handles[int] = Handles(
+            open_descriptor, os.close, locate, most_open_files()
+        )
+        self._files: Handles[h5py.File] = Handles(
+            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
+        )
 
     @property
     def files_opened(self) -> int:

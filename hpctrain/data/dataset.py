@@ -26,6 +26,10 @@ SUPPORTED_DTYPES = frozenset(
 """Names of the dtypes that a field may have, in either byte order."""
 
 
+DIRECT_FILTERS = frozenset(["shuffle", "deflate", "zstd", "lz4", "bitshuffle", "blosc", "blosc2"])
+"""What `hpctrain.data.filters` undoes without HDF5, as it is called in `Layout.reason`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One named array per sample.
@@ -51,7 +55,7 @@ class Layout:
         offset: bytes from the start of the file, where the rows lie one after the other exactly
             as memory holds them; None where only HDF5 can read them.
         chunk_rows: rows that are stored, and perhaps compressed, together.
-        reason: why only HDF5 can read them, such as "chunked, gzip"; empty if `offset` is given.
+        reason: why they do not, such as "chunked, shuffle, deflate"; empty if `offset` is given.
         base: bytes from the start of the file to all of the values, where they lie as in memory
             but the rows are along another axis than the first.
     """
@@ -60,6 +64,12 @@ class Layout:
     chunk_rows: int = 1
     reason: str = ""
     base: int | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the rows are read, and decompressed if need be, without HDF5."""
+        kind, *filters = self.reason.split(", ")
+        return self.offset is not None or (kind == "chunked" and DIRECT_FILTERS.issuperset(filters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +172,7 @@ class Dataset:
         reasons: dict[str, str] = {}
         for shard in self.shards:
             for name, layout in shard.layouts.items():
-                if layout.offset is None and layout.base is None:
+                if layout.base is None and not layout.is_direct:
                     reasons.setdefault(name, f"{layout.reason} in {shard.name}")
         return reasons
 

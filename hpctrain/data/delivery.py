@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hpctrain.data.access import Bytes, Locate
+from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.finishing import Finishing, keys_on
+from hpctrain.data.handles import Locate
+from hpctrain.data.helpers import Helpers
 from hpctrain.data.prefetch import Prefetch
 from hpctrain.data.preparation import SamplePreparation
 from hpctrain.data.reader import Group, HostGroup, Source, read_groups
@@ -64,8 +66,10 @@ class Delivery:
         preparation: SamplePreparation | None,
         finishing: Finishing,
         training: bool,
+        threads: int,
     ) -> None:
-        self.access = open_rows(dataset, retries=read_retries, locate=locate)
+        self.helpers = Helpers(threads)
+        self.access = open_rows(dataset, retries=read_retries, locate=locate, helpers=self.helpers)
         self._preparation = preparation
         self._finishing = finishing
         self._training = training

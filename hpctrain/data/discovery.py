@@ -19,7 +19,12 @@ from hpctrain.data.index import (
     is_shard_name,
     read_index,
 )
-from hpctrain.data.storage import HDF5_FAILURES, filter_names, require_filters
+from hpctrain.data.storage import (
+    HDF5_FAILURES,
+    filters_of,
+    is_stored_as_in_memory,
+    require_filters,
+)
 from hpctrain.errors import DatasetError
 
 
@@ -110,7 +115,7 @@ def _array(dataset: h5py.Dataset, path: str) -> Array:
     if not is_in(dataset, path):
         reason = "in another file, by a link"
     elif dataset.chunks is not None:
-        reason = ", ".join(["chunked", *filter_names(dataset)])
+        reason = ", ".join(["chunked", *map(str, filters_of(dataset))])
     else:
         reason = _obstacle(dataset)
     offset = None if reason else dataset.id.get_offset()
@@ -199,7 +204,6 @@ def _obstacle(dataset: h5py.Dataset) -> str:
         return "without storage, all fill value"
     if dataset.id.get_offset() is None:
         return "compact"
-    in_memory = h5py.h5t.py_create(dataset.dtype, logical=True)
-    if not in_memory.equal(dataset.id.get_type()):
+    if not is_stored_as_in_memory(dataset):
         return "in a number format that only HDF5 converts"
     return ""

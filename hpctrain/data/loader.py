@@ -9,17 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpctrain.data.access import Locate, where_it_is
+from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import MemoryPlan
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.delivery import Batch, Delivery
 from hpctrain.data.finishing import Finishing
+from hpctrain.data.handles import Locate, where_it_is
 from hpctrain.data.partition import Order, lanes_of_rank, served_samples
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.preparation import SamplePreparation
 from hpctrain.data.reader import (
     Group,
     LaneWindows,
+    MemorySource,
     RowSource,
     Source,
     WindowBuffers,
@@ -58,7 +60,9 @@ class TrainLoader:
         world_size: int,
         device: torch.device,
         buffer_mb: float,
+        threads: int = 1,
         begun: Mapping[int, Order] | None = None,
+        memory: Mapping[str, Bytes] | None = None,
         locate: Locate = where_it_is,
         read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
@@ -77,7 +81,9 @@ class TrainLoader:
             world_size: number of ranks.
             device: where the batches are wanted.
             buffer_mb: host memory for reading ahead, MB.
+            threads: that read, decompress and gather, side by side.
             begun: epochs that began in another order than `order`, and end in it.
+            memory: all samples by field, as `hold_on_node` returns them; None: read the files.
             locate: as RowAccess takes it.
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
@@ -122,29 +128,31 @@ class TrainLoader:
             for each in (order, *self._begun.values())
         )
         share, staging = _sample_bytes(self._dataset, preparation)
-        memory = MemoryPlan.make(
-            windows,
+        self._memory = memory
+        spent = MemoryPlan.make(
+            0 if memory is not None else windows,
             self.largest_share * share,
             buffer_mb,
             staging=self.largest_share * staging,
         )
-        self._windows_fit = memory.windows_fit
-        self.buffer_bytes = memory.total
+        self._windows_fit = spent.windows_fit
+        self.buffer_bytes = spent.total
         self._buffers: tuple[Order, WindowBuffers] | None = None
-        self._group_batches = memory.group_batches
-        rows = self.largest_share * memory.group_batches
+        self._group_batches = spent.group_batches
+        rows = self.largest_share * spent.group_batches
         finishing = finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
         self._delivery = Delivery(
             self._dataset,
             rows,
             device,
-            memory.depth,
+            spent.depth,
             read_retries=read_retries,
             locate=locate,
             preparation=preparation,
             finishing=finishing,
             training=True,
+            threads=threads,
         )
 
     @property
@@ -235,16 +243,17 @@ class TrainLoader:
         self._delivery.stop()
         plan = Epoch(order, epoch)
         access = self._delivery.access
-        if order.block_rows == 1:
-            return RowSource(access, plan.rows)
         windows = LaneWindows(plan, self._rank, self._world_size)
-        if not self._windows_fit:
-            return RowSource(access, windows.rows_at)
+        rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
+        if self._memory is not None:
+            return MemorySource(self._memory, rows_at, self._delivery.helpers)
+        if order.block_rows == 1 or not self._windows_fit:
+            return RowSource(access, rows_at)
         if self._buffers is None or self._buffers[0] != order:
             self._buffers = None  # let go of the old ones first
             lanes = len(lanes_of_rank(self._rank, self._world_size, order.lanes))
             self._buffers = (order, WindowBuffers(self._dataset, order, lanes))
-        return WindowSource(access, windows, self._buffers[1])
+        return WindowSource(access, windows, self._buffers[1], self._delivery.helpers)
 
 
 class EvaluationLoader:
@@ -269,6 +278,7 @@ class EvaluationLoader:
         preparation: SamplePreparation | None = None,
         finishing: Finishing | None = None,
         seed: int = 0,
+        threads: int = 1,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -280,6 +290,7 @@ class EvaluationLoader:
             batch_size: samples of one batch.
             device: where the batches are wanted.
             buffer_mb: host memory for reading ahead, MB.
+            threads: that read and decompress, side by side.
             locate: as RowAccess takes it.
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
@@ -312,6 +323,7 @@ class EvaluationLoader:
             preparation=preparation,
             finishing=finishing,
             training=False,
+            threads=threads,
         )
 
     def __len__(self) -> int:

@@ -21,6 +21,8 @@ FEWEST_LANES = 64
 MOST_LANES = 4096
 WINDOWS_BYTES = 128 * 2**20
 """Bytes of the windows of all lanes together: large enough for large reads, yet resident."""
+MOST_RESIDENT_BLOCKS = 2**19
+"""Blocks of a dataset that is in memory: their permutation takes 4 MB."""
 BLOCKS_PER_LANE = 16
 """A lane holds at least so many blocks, or blocks are shorter: small data stay well shuffled."""
 
@@ -45,6 +47,11 @@ def default_block_rows(
     mixing = samples // (lanes * BLOCKS_PER_LANE)
     rows = max(1, min(affordable, mixing))
     return rows - rows % chunk_rows if rows >= chunk_rows else rows
+
+
+def resident_block_rows(samples: int) -> int:
+    """Return the same for a dataset that is in memory: one row, while the plan stays small."""
+    return -(-samples // MOST_RESIDENT_BLOCKS)
 
 
 def served_samples(samples: int, global_batch_size: int, drop_last: bool) -> int:
@@ -89,15 +96,21 @@ class Order:
         global_batch_size: int,
         lanes: int | None = None,
         window: int = 4,
+        is_resident: bool = False,
     ) -> Order:
-        """Choose what was not chosen, from the dataset and the global batch size alone."""
+        """Choose what was not chosen, from the dataset and the global batch size alone.
+
+        Data that are resident in memory cost the same in any order: they are shuffled row by row.
+        """
         lanes = default_lanes(global_batch_size) if lanes is None else lanes
         return cls(
             samples=dataset.samples,
             seed=seed,
             lanes=lanes,
             window=window,
-            block_rows=default_block_rows(
+            block_rows=resident_block_rows(dataset.samples)
+            if is_resident
+            else default_block_rows(
                 dataset.samples, dataset.bytes_per_sample, lanes, window, dataset.chunk_rows
             ),
         )

@@ -10,6 +10,7 @@ import numpy as np
 from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import BufferPool
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.helpers import LEAST_SHARED_BYTES, Helpers, parts
 from hpctrain.data.partition import Order, lanes_of_rank
 from hpctrain.data.permutation import Int64s, UInt64s
 from hpctrain.data.row_reader import RowReader
@@ -65,6 +66,23 @@ def read_groups(
         yield HostGroup(group, views)
 
 
+def gather(origin: Bytes, rows: Int64s, out: Bytes, helpers: Helpers) -> None:
+    """Copy rows of an array, several threads side by side where that is worth it.
+
+    Args:
+        origin: (any, row_bytes) uint8.
+        rows: (count,) int64.
+        out: (count, row_bytes) uint8.
+        helpers: the threads.
+    """
+
+    def copy(part: slice) -> None:
+        # "clip", as "raise" would go through a temporary array; all rows are valid.
+        np.take(origin, rows[part], axis=0, out=out[part], mode="clip")
+
+    helpers.each(copy, parts(len(rows), helpers.size if out.nbytes >= LEAST_SHARED_BYTES else 1))
+
+
 class RowSource:
     """Reads every row on its own, straight to its place in the batch; nothing is resident."""
 
@@ -80,6 +98,23 @@ class RowSource:
         counts = np.diff(starts, append=len(rows))
         for name, target in out.items():
             self._access.read_runs(name, rows[starts], counts, target, starts)
+
+
+class MemorySource:
+    """Gathers samples from a dataset that is in memory whole."""
+
+    def __init__(
+        self, fields: Mapping[str, Bytes], rows_at: Callable[[Int64s], Int64s], helpers: Helpers
+    ) -> None:
+        """Gather rows of `fields`, (samples, row_bytes) each, that `rows_at` finds."""
+        self._fields = fields
+        self._rows_at = rows_at
+        self._helpers = helpers
+
+    def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
+        rows = self._rows_at(positions)
+        for name, target in out.items():
+            gather(self._fields[name], rows, target, self._helpers)
 
 
 class LaneWindows:
@@ -177,8 +212,11 @@ class WindowSource:
     A lane's next window is read over the one before it, for the first batch that needs it.
     """
 
-    def __init__(self, access: RowReader, windows: LaneWindows, buffers: WindowBuffers) -> None:
+    def __init__(
+        self, access: RowReader, windows: LaneWindows, buffers: WindowBuffers, helpers: Helpers
+    ) -> None:
         self._access = access
+        self._helpers = helpers
         self._windows = windows
         self._buffers = buffers
 
@@ -193,9 +231,7 @@ class WindowSource:
             lanes, places = self._windows.find(positions[done:stop])
             places = lanes * self._buffers.window_rows + places
             for name, target in out.items():
-                # "clip", as "raise" would go through a temporary array; all places are valid.
-                buffer = self._buffers.fields[name]
-                np.take(buffer, places, axis=0, out=target[done:stop], mode="clip")
+                gather(self._buffers.fields[name], places, target[done:stop], self._helpers)
             done = stop
 
     def _read(self, runs: Runs) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.access import Locate, RowAccess, where_it_is
+from hpctrain.data.access import RowAccess
 from hpctrain.data.axis_access import AxisAccess
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.handles import Locate, where_it_is
+from hpctrain.data.helpers import Helpers
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.row_reader import SteadyReader
 from hpctrain.data.steady import READ_RETRIES, SteadyAccess
@@ -19,7 +21,11 @@ from hpctrain.data.view_access import ViewAccess
 
 
 def open_rows(
-    dataset: Dataset, *, retries: int = READ_RETRIES, locate: Locate = where_it_is
+    dataset: Dataset,
+    *,
+    retries: int = READ_RETRIES,
+    locate: Locate = where_it_is,
+    helpers: Helpers | None = None,
 ) -> SteadyReader:
     """Return what reads the rows of a dataset; no file is opened yet.
 
@@ -27,10 +33,11 @@ def open_rows(
         dataset: a view, too.
         retries: how often a read that fails is tried again.
         locate: as RowAccess takes it.
+        helpers: as RowAccess takes it.
     """
 
     def open_part(part: Part) -> SteadyReader:
-        reader = AxisAccess(part, locate) if part.axis else RowAccess(part.dataset, locate)
+        reader = AxisAccess(part, locate) if part.axis else RowAccess(part.dataset, locate, helpers)
         return SteadyAccess(reader, retries)
 
     return ViewAccess(dataset, open_part) if isinstance(dataset, View) else open_part(Part(dataset))

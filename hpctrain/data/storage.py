@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 
@@ -150,9 +150,30 @@ def load_plugins() -> ModuleType | None:
     return plugins
 
 
-def filter_names(dataset: h5py.Dataset) -> list[str]:
+class Filter(NamedTuple):
+    """One filter of a dataset, as HDF5 describes it.
+
+    Attributes:
+        number: as registered.
+        values: its parameters.
+        name: as the file calls it.
+    """
+
+    number: int
+    values: tuple[int, ...]
+    name: str
+
+    def __str__(self) -> str:
+        return _REGISTERED.get(self.number) or self.name or f"filter {self.number}"
+
+
+def filters_of(dataset: h5py.Dataset) -> list[Filter]:
     """Return the filters that the chunks of a dataset went through, in their order."""
-    return [_name(*each) for each in _filters(dataset)]
+    properties = dataset.id.get_create_plist()
+    found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+    return [
+        Filter(number, values, name.decode(errors="replace")) for number, _, values, name in found
+    ]
 
 
 def require_filters(dataset: h5py.Dataset, place: str) -> None:
@@ -161,22 +182,18 @@ def require_filters(dataset: h5py.Dataset, place: str) -> None:
     Raises:
         DatasetError: naming the filter, and the package that has it.
     """
-    for number, name in _filters(dataset):
-        if h5py.h5z.filter_avail(number):
+    for each in filters_of(dataset):
+        if h5py.h5z.filter_avail(each.number):
             continue
         load_plugins()
-        if not h5py.h5z.filter_avail(number):
+        if not h5py.h5z.filter_avail(each.number):
             raise DatasetError(
-                f'{place}: field "{dataset.name}" went through HDF5 filter {number} '
-                f"({_name(number, name)}), which is not installed: {INSTALL}"
+                f'{place}: field "{dataset.name}" went through HDF5 filter {each.number} '
+                f"({each}), which is not installed: {INSTALL}"
             )
 
 
-def _filters(dataset: h5py.Dataset) -> list[tuple[int, bytes]]:
-    properties = dataset.id.get_create_plist()
-    found = [properties.get_filter(i) for i in range(properties.get_nfilters())]
-    return [(number, name) for number, _, _, name in found]
-
-
-def _name(number: int, name: bytes) -> str:
-    return _REGISTERED.get(number) or name.decode(errors="replace") or f"filter {number}"
+def is_stored_as_in_memory(dataset: h5py.Dataset) -> bool:
+    """Tell whether the values in the file are, byte for byte, those of the dataset's dtype."""
+    in_memory = h5py.h5t.py_create(dataset.dtype, logical=True)
+    return bool(in_memory.equal(dataset.id.get_type()))

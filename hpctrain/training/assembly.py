@@ -18,7 +18,9 @@ from hpctrain.config.messages import did_you_mean, shown
 from hpctrain.config.normalizing import Normalization
 from hpctrain.data import Dataset, Order
 from hpctrain.data.checking import verify_share
+from hpctrain.data.helpers import reading_threads
 from hpctrain.data.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.opening import open_datasets
 from hpctrain.data.partition import served_samples
 from hpctrain.data.permutation import derive_key
@@ -102,6 +104,17 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
     if lanes is None and resumed is not None:
         # The default stays what it was when the run began, whatever the batch size is now.
         lanes = resumed.values["data"]["lanes"]
+    threads = section.threads or reading_threads(world.topology.local_world_size)
+    memory = None
+    if section.cache == "memory":
+        memory = hold_on_node(
+            train,
+            world.topology,
+            world.communicator,
+            threads=threads,
+            retries=section.read_retries,
+            locate=staging.locate,
+        )
     with raise_together(world.communicator):
         order = Order.for_dataset(
             train,
@@ -109,6 +122,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             global_batch_size=section.global_batch_size,
             lanes=lanes,
             window=section.window,
+            is_resident=memory is not None,
         )
         place, begun = Place(), {}
         if resumed is not None:
@@ -134,7 +148,9 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             world_size=world_size,
             device=world.device,
             buffer_mb=section.buffer_mb,
+            threads=threads,
             begun=begun,
+            memory=memory,
             read_retries=section.read_retries,
             locate=staging.locate,
             preparation=transforms.train,
@@ -153,6 +169,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
             preparation=transforms.validation,
             finishing=transforms.finishing,
             seed=config.run.seed,
+            threads=threads,
         )
     return Data(
         train=train,

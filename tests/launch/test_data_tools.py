@@ -49,6 +49,10 @@ def test_one_dataset_of_many_writers(tmp_path: Path) -> None:
     assert run(tmp_path, 3, str(MPI_BODIES / "writer.py"), str(tmp_path)) == "passed 3\n"
 
 
+def test_one_memory_of_a_node(tmp_path: Path) -> None:
+    assert run(tmp_path, 3, str(MPI_BODIES / "memory.py"), str(tmp_path)).startswith("passed 3\n")
+
+
 def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
     """Three ranks, one of them killed; two go on; the bytes are those of one process alone."""
     np.save(tmp_path / "x.npy", np.arange(200_000).reshape(2000, 100))

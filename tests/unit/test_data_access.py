@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.data import access, open_dataset
+from hpctrain.data import access, handles, open_dataset
 from hpctrain.data.access import RowAccess
 from hpctrain.errors import DatasetError
 
@@ -67,7 +67,7 @@ def test_runs_go_to_their_places(tmp_path: Path) -> None:
 def test_contiguous_data_never_meet_hdf5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     dataset = open_dataset(str(tmp_path))
-    monkeypatch.setattr(access.h5py, "File", type("NoFile", (), {"close": None}))
+    monkeypatch.setattr(handles.h5py, "File", type("NoFile", (), {"close": None}))
     reader = RowAccess(dataset)
     assert (read(reader, [(0, 20)]) == VALUES).all()
     reader.close()
@@ -132,6 +132,7 @@ def test_file_that_is_gone_or_changed(tmp_path: Path, options: dict[str, object]
     (tmp_path / "07.h5").unlink()
     with pytest.raises(DatasetError, match=r'07\.h5: field "x", row 0: No such file'):
         read(reader, [(0, 20)])
+    reader.close()
     with (tmp_path / "09.h5").open("ab") as file:
         file.write(b"more")
     with pytest.raises(DatasetError, match=r"09\.h5: \d+ bytes, but \d+ when .* was opened"):

@@ -156,6 +156,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     """Measure speed."""
     import dataclasses
 
+    from hpctrain.data.helpers import reading_threads
     from hpctrain.data.tools.timing import bench
 
     speed = bench(
@@ -164,6 +165,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
         seconds=parsed.seconds,
         cold=parsed.cold,
         buffer_mb=parsed.buffer_mb,
+        threads=reading_threads(1),
         progress=progress,
     )
     if parsed.json:

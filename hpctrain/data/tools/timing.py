@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpctrain.data.access import Bytes, RowAccess
+from hpctrain.data.access import Bytes
 from hpctrain.data.buffers import BufferPool, MemoryPlan
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.helpers import Helpers
 from hpctrain.data.partition import Order
 from hpctrain.data.prefetch import Prefetch
 from hpctrain.data.reader import (
@@ -30,6 +31,8 @@ from hpctrain.data.reader import (
     WindowSource,
     read_groups,
 )
+from hpctrain.data.row_reader import RowReader
+from hpctrain.data.rows import open_rows
 from hpctrain.data.shuffle import Epoch
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
@@ -77,6 +80,7 @@ def bench(
     rounds: int = 3,
     cold: bool = False,
     buffer_mb: float = 512.0,
+    threads: int = 1,
     progress: Progress = silent,
 ) -> Speed:
     """Measure.
@@ -88,6 +92,7 @@ def bench(
         rounds: of two turns.
         cold: ask the page cache to forget the files before every turn.
         buffer_mb: as `data.buffer_mb`.
+        threads: as `data.threads`.
         progress: is told how many turns are done.
 
     Raises:
@@ -109,7 +114,9 @@ def bench(
         progress(2 * turn + 1, 2 * rounds)
         if cold:
             forget(dataset)
-        speed, opened = delivered_speed(dataset, turn, global_batch_size, seconds, buffer_mb)
+        speed, opened = delivered_speed(
+            dataset, turn, global_batch_size, seconds, buffer_mb, threads
+        )
         delivered.append(speed)
     progress(2 * rounds, 2 * rounds)
     median = statistics.median(delivered)
@@ -164,7 +171,12 @@ def raw_speed(dataset: Dataset, seconds: float) -> float:
 
 
 def delivered_speed(
-    dataset: Dataset, epoch: int, global_batch_size: int, seconds: float, buffer_mb: float
+    dataset: Dataset,
+    epoch: int,
+    global_batch_size: int,
+    seconds: float,
+    buffer_mb: float,
+    threads: int,
 ) -> tuple[float, int]:
     """Return samples a second of one process in training's order, and how many files it opened.
 
@@ -178,8 +190,9 @@ def delivered_speed(
     rows = global_batch_size * memory.group_batches
     pool = BufferPool(dataset.fields, rows, _touched)
     done = 0
-    with closing(RowAccess(dataset)) as access:
-        source = _source(dataset, order, epoch, access, memory.windows_fit)
+    helpers = Helpers(threads)
+    with closing(open_rows(dataset, helpers=helpers)) as access:
+        source = _source(dataset, order, epoch, access, helpers, memory.windows_fit)
         groups = _groups(order, rows)
         produce = functools.partial(read_groups, source, groups, dataset.fields, pool)
         begin = time.perf_counter()
@@ -193,7 +206,12 @@ def delivered_speed(
 
 
 def _source(
-    dataset: Dataset, order: Order, epoch: int, access: RowAccess, windows_fit: bool
+    dataset: Dataset,
+    order: Order,
+    epoch: int,
+    access: RowReader,
+    helpers: Helpers,
+    windows_fit: bool,
 ) -> Source:
     plan = Epoch(order, epoch)
     if order.block_rows == 1:
@@ -201,7 +219,7 @@ def _source(
     windows = LaneWindows(plan, 0, 1)
     if not windows_fit:
         return RowSource(access, windows.rows_at)
-    return WindowSource(access, windows, WindowBuffers(dataset, order, order.lanes))
+    return WindowSource(access, windows, WindowBuffers(dataset, order, order.lanes), helpers)
 
 
 def _groups(order: Order, rows: int) -> Iterator[Group]:

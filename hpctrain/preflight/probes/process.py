@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 
+from hpctrain.data.node_memory import cgroup
 from hpctrain.launch.mpi import HOST_ONLY
 from hpctrain.launch.world import World
 from hpctrain.version import __version__
@@ -148,19 +149,6 @@ def node_cores() -> int:
         except OSError:
             continue
     return os.cpu_count() or 1
-
-
-def cgroup(controller: str) -> Path:
-    """Return this process's control group: of a version 1 controller, or "" for version 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(",") and (controller or not controllers):
-            return Path(path)
-    return Path("/")
 
 
 def numa_nodes(cores: tuple[int, ...]) -> tuple[int, ...]:

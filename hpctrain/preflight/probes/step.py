@@ -8,21 +8,19 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from hpctrain.config import Config
 from hpctrain.data.dataset import Field
 from hpctrain.data.delivery import Batch, torch_dtype
 from hpctrain.data.finishing import Finishing, keys_on
+from hpctrain.data.node_memory import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
-from hpctrain.preflight.probes.process import cgroup
 from hpctrain.training.assembly import Components, Data, build_parts
 from hpctrain.training.persistence import expected_bytes
 
@@ -174,36 +172,3 @@ def peak_resident_bytes() -> int:
     """Return the most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def host_memory() -> tuple[int, int]:
-    """Return free and total bytes of what this job may take: of the node, or of its cgroup."""
-    memory = psutil.virtual_memory()
-    free, total = memory.available, memory.total
-    for root, controller, limit_name, used_name, cache_name in (
-        ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
-        (
-            "/sys/fs/cgroup/memory",
-            "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        group = Path(root, *cgroup(controller).parts[1:])
-        # A scheduler sets the limit of the job, above the group of its step.
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
-                break
-            try:
-                limit = (folder / limit_name).read_text(encoding="ascii").strip()
-                used = int((folder / used_name).read_text(encoding="ascii"))
-                stat = (folder / "memory.stat").read_text(encoding="ascii")
-            except OSError:
-                continue
-            if limit.isdecimal() and int(limit) < total:
-                total = int(limit)
-                # Cached pages of files are given up before anything is killed.
-                cached = dict(line.split() for line in stat.splitlines()).get(cache_name, "0")
-                free = min(free, total - used + int(cached))
-    return free, total

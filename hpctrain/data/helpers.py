@@ -1,0 +1,82 @@
+"""A few threads that share the items of one job, the caller among them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+MOST_THREADS = 4
+"""Of one reader, where nothing else is asked for: memory, not the cores, is the limit by then."""
+LEAST_SHARED_BYTES = 2**19
+"""Less than this is not worth waking another thread for."""
+
+T = TypeVar("T")
+
+
+def reading_threads(local_world_size: int) -> int:
+    """Return how many threads a rank reads with, where nothing else is asked for.
+
+    A launcher that pins has chosen the rank's cores; ranks that may use all of them divide them.
+    """
+    cores = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(allowed, cores // local_world_size, MOST_THREADS))
+
+
+class Helpers:
+    """Threads that do one job at a time. They start with the first job that needs them.
+
+    What they do must let go of Python's lock, as system calls, decompression and copies do.
+
+    Attributes:
+        size: threads, the caller included.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pool: ThreadPoolExecutor | None = None
+
+    def each(self, do: Callable[[T], None], items: Sequence[T]) -> None:
+        """Do every item, in no order; return when all are done.
+
+        Raises:
+            BaseException: what one of them raised, when the others have stopped.
+        """
+        left = iter(items)
+        count = min(self.size, len(items)) - 1
+        if count < 1:
+            _work(do, left)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.size - 1, "hpctrain-read")
+        futures = [self._pool.submit(_work, do, left) for _ in range(count)]
+        try:
+            _work(do, left)
+        finally:
+            for _ in left:  # after an error nobody begins another item
+                pass
+            errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """End the threads. The next job starts them again."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _work(do: Callable[[T], None], left: Iterator[T]) -> None:
+    # Threads may share the iterator of a sequence: Python's lock is held while it moves on.
+    for item in left:
+        do(item)
+
+
+def parts(count: int, threads: int) -> list[slice]:
+    """Cut so many items into runs of about equal length, one a thread."""
+    bounds = [count * i // threads for i in range(threads + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]

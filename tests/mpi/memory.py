@@ -1,0 +1,80 @@
+"""Ranks fill one memory of their node, and serve from it the batches that files would give."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import hpctrain
+from hpctrain.data import Order, Storage, Writer, open_dataset
+from hpctrain.data.loader import TrainLoader
+from hpctrain.data.node_cache import hold_on_node
+from hpctrain.data.node_memory import SHARED
+from hpctrain.errors import DatasetError, HpctrainError
+
+SAMPLES = 1001
+
+
+def main(folder: Path) -> None:
+    with hpctrain.connect() as world:
+        rank, size = world.topology.rank, world.topology.world_size
+        communicator = world.communicator
+        if world.topology.is_rank_zero:
+            images = np.random.default_rng(0).integers(0, 256, (SAMPLES, 3, 5), np.uint8)
+            storage = Storage("gzip", chunk_bytes=300)
+            with Writer(folder / "data", shard_rows=200, storage=storage) as writer:
+                writer.extend({"image": images, "id": np.arange(SAMPLES)})
+        communicator.barrier()
+        dataset = open_dataset(str(folder / "data"))
+        before = {path.name for path in SHARED.glob("hpctrain-*")}
+        memory = hold_on_node(dataset, world.topology, communicator, threads=2)
+        communicator.barrier()
+        assert {path.name for path in SHARED.glob("hpctrain-*")} <= before, "something is left"
+
+        order = Order.for_dataset(dataset, seed=1, global_batch_size=50, is_resident=True)
+        assert order.block_rows == 1
+
+        def batches(held: object) -> list[bytes]:
+            loader = TrainLoader(
+                dataset,
+                order,
+                fields=["image", "id"],
+                global_batch_size=50,
+                drop_last=False,
+                rank=rank,
+                world_size=size,
+                device=torch.device("cpu"),
+                buffer_mb=1.0,
+                memory=held,  # type: ignore[arg-type]
+            )
+            found = [
+                b"".join(t.numpy().tobytes() for t in b.fields.values()) for b in loader.epoch(3)
+            ]
+            loader.close()
+            return found
+
+        assert batches(memory) == batches(None)
+
+        # A file that one of the ranks cannot read is told to all.
+        if world.topology.is_rank_zero:
+            (folder / "data" / "shard-000004.h5").unlink()
+        communicator.barrier()
+        told: HpctrainError | None = None
+        try:
+            hold_on_node(dataset, world.topology, communicator, retries=0)
+        except DatasetError as error:
+            told = error
+        assert told is not None
+        assert told.everywhere
+        assert "shard-000004.h5" in str(told)
+        communicator.barrier()
+        assert {path.name for path in SHARED.glob("hpctrain-*")} <= before, "something is left"
+        if world.topology.is_rank_zero:
+            print("passed", size)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,235 @@
+"""Chunks read and undone outside HDF5 hold what HDF5 reads from them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin
+import numpy as np
+import pytest
+
+from hpctrain.data import access, handles, open_dataset
+from hpctrain.data.access import RowAccess
+from hpctrain.data.filters import Filter, Pipeline, UndecodableError
+from hpctrain.data.helpers import Helpers
+from hpctrain.errors import DatasetError
+
+SHARDS = ((0, 37), (37, 40), (40, 101))
+SHAPE = (6, 5)
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gzip": {"compression": "gzip"},
+    "shuffle+gzip": {"compression": "gzip", "shuffle": True},
+    "zstd": {"compression": hdf5plugin.Zstd(clevel=3)},
+    "shuffle+zstd": {"compression": hdf5plugin.Zstd(), "shuffle": True},
+    "lz4": {"compression": hdf5plugin.LZ4()},
+    "bitshuffle": {"compression": hdf5plugin.Bitshuffle(cname="lz4")},
+    "bitshuffle-zstd": {"compression": hdf5plugin.Bitshuffle(cname="zstd")},
+    "blosc": {"compression": hdf5plugin.Blosc(cname="lz4")},
+    "blosc2": {"compression": hdf5plugin.Blosc2(cname="zstd", clevel=5)},
+}
+SLOW: dict[str, tuple[dict[str, Any], str]] = {
+    "lzf": ({"compression": "lzf"}, "chunked, lzf in 000.h5"),
+    "fletcher32": ({"fletcher32": True}, "chunked, fletcher32 in 000.h5"),
+    "scale-offset": ({"scaleoffset": 0}, "chunked, scaleoffset in 000.h5"),
+}
+
+
+def values_of(dtype: str) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 100, (101, *SHAPE)).astype(dtype)
+
+
+def write(folder: Path, dtype: str = "i4", chunks: Any = (8, *SHAPE), **options: Any) -> None:
+    values = values_of(dtype)
+    for start, stop in SHARDS:
+        # Chunks may be larger than the data only where these may grow.
+        keywords = {"chunks": chunks, "maxshape": (None,) * 3, **options}
+        with h5py.File(folder / f"{start:03}.h5", "w") as file:
+            file.create_dataset("x", data=values[start:stop], **keywords)
+
+
+def read(reader: RowAccess, runs: list[tuple[int, int]]) -> np.ndarray[Any, Any]:
+    field = reader.dataset.fields["x"]
+    rows, counts = np.array(runs).T
+    out = np.full((counts.sum(), field.row_bytes), 0xAA, np.uint8)
+    reader.read_runs("x", rows, counts, out, np.cumsum(counts) - counts)
+    return out.view(field.dtype.newbyteorder("=")).reshape(-1, *field.shape)
+
+
+RUNS = [(0, 101), (100, 1), (35, 7), (3, 2), (4, 20), (40, 61), (7, 1), (8, 1)]
+
+
+@pytest.fixture
+def no_hdf5_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("read through HDF5")
+
+    monkeypatch.setattr(access.RowAccess, "_read_by_hdf5", refuse)
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
+def test_every_filter(tmp_path: Path, options: dict[str, Any], threads: int) -> None:
+    write(tmp_path, **options)
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.slow_fields() == {}
+    reader = RowAccess(dataset, helpers=Helpers(threads))
+    expected = np.concatenate([values_of("i4")[row : row + count] for row, count in RUNS])
+    assert (read(reader, RUNS) == expected).all()
+    assert reader.files_opened == len(SHARDS)
+    reader.close()
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+@pytest.mark.parametrize("dtype", ["u1", "bool", "f2", ">i2", "<f8", ">f4", ">c16"])
+@pytest.mark.parametrize("chunks", [(8, *SHAPE), (3, 4, 2), (1, 6, 3), (200, 7, 9)])
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip", "shuffle": True}], ids=str)
+def test_every_shape_of_chunks_and_number(
+    tmp_path: Path, dtype: str, chunks: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    write(tmp_path, dtype, chunks, **options)
+    reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(2))
+    native = values_of(np.dtype(dtype).newbyteorder("=").str)
+    expected = np.concatenate([native[row : row + count] for row, count in RUNS])
+    assert (read(reader, RUNS) == expected).all()
+    reader.close()
+
+
+@pytest.mark.parametrize(("options", "reason"), SLOW.values(), ids=SLOW)
+def test_what_only_hdf5_reads(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    write(tmp_path, **options)
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.slow_fields() == {"x": reason}
+    reader = RowAccess(dataset)
+    assert (read(reader, [(30, 50)]) == values_of("i4")[30:80]).all()
+    reader.close()
+
+
+def test_what_turns_out_slow_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, compression="gzip")
+    monkeypatch.setattr("hpctrain.data.chunks.MOST_CHUNKS", 3)
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert (read(reader, RUNS[:1]) == values_of("i4")).all()
+    told = f'field "x" is read through HDF5, which is slower: {tmp_path}/000.h5: in 5 chunks'
+    assert [record.getMessage() for record in caplog.records] == [told + "; `data repack` helps"]
+    reader.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip"}], ids=["chunked", "gzip"])
+def test_chunks_that_were_never_written(tmp_path: Path, options: dict[str, Any]) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset(
+            "x", (20, *SHAPE), "i4", chunks=(4, *SHAPE), fillvalue=7, **options
+        )
+        data[5:9] = 1
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    values = read(reader, [(0, 20)])
+    assert (values[5:9] == 1).all()
+    assert (values[:5] == 7).all()
+    assert (values[9:] == 7).all()
+    reader.close()
+
+
+def test_chunks_that_skipped_a_filter(tmp_path: Path) -> None:
+    values = values_of("i4")[:8]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset(
+            "x", values.shape, "i4", chunks=(4, *SHAPE), shuffle=True, compression="gzip"
+        )
+        data[:4] = values[:4]
+        data.id.write_direct_chunk((4, 0, 0), values[4:].tobytes(), filter_mask=0b11)
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    assert (read(reader, [(0, 8)]) == values).all()
+    reader.close()
+
+
+def test_file_with_a_user_block(tmp_path: Path) -> None:
+    values = values_of("i4")
+    for name, options in {"a": {}, "b": {"chunks": (4, *SHAPE), "compression": "gzip"}}.items():
+        (tmp_path / name).mkdir()
+        with h5py.File(tmp_path / name / "a.h5", "w", userblock_size=512) as file:
+            file.create_dataset("x", data=values, **options)
+        reader = RowAccess(open_dataset(str(tmp_path / name)))
+        assert (read(reader, [(0, 101)]) == values).all()
+        reader.close()
+
+
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
+def test_damage_is_named_or_harmless(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Compressed bytes are overwritten: an error that names the place, or what HDF5 reads too."""
+    write(tmp_path, **options)
+    path = tmp_path / "040.h5"
+    with h5py.File(path) as file:
+        info = file["x"].id.get_chunk_info(2)
+    content = bytearray(path.read_bytes())
+    content[info.byte_offset : info.byte_offset + info.size] = b"\xff" * info.size
+    path.write_bytes(content)
+    reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(2))
+    values = None
+    try:
+        values = read(reader, [(0, 101)])
+    except DatasetError as error:
+        assert str(error).startswith(f'{path}: field "x", row ')  # noqa: PT017 - either is right
+    if values is not None:
+        with h5py.File(path) as file:
+            assert (values[40:] == file["x"][:]).all()
+    assert (read(reader, [(0, 40)]) == values_of("i4")[:40]).all()
+    reader.close()
+
+
+def test_truncated_chunks(tmp_path: Path) -> None:
+    write(tmp_path, compression="gzip")
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    read(reader, [(40, 1)])
+    path = tmp_path / "040.h5"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 3000)
+    with pytest.raises(DatasetError, match=r"040\.h5"):
+        read(reader, [(40, 61)])
+    reader.close()
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+def test_one_open_and_one_undoing_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows one by one, as small windows ask for them, still undo a chunk once for all."""
+    write(tmp_path, compression="gzip")
+    opened: list[object] = []
+    undone: list[int] = []
+    open_, decode = handles.open_hdf5, Pipeline.decode
+
+    def counted(self: Pipeline, raw: Any, skipped: int) -> Any:
+        undone.append(len(raw))
+        return decode(self, raw, skipped)
+
+    monkeypatch.setattr(handles, "open_hdf5", lambda *a: opened.append(a) or open_(*a))
+    monkeypatch.setattr(Pipeline, "decode", counted)
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    order = np.random.default_rng(1).permutation(101).tolist()
+    assert (read(reader, [(row, 1) for row in order]) == values_of("i4")[order]).all()
+    assert len(opened) == len(SHARDS)
+    assert len(undone) == sum(-(-(stop - start) // 8) for start, stop in SHARDS)
+    reader.close()
+
+
+def test_unknown_filters_are_refused() -> None:
+    with pytest.raises(UndecodableError, match=r"filter 32000 \(lzf\) is undone by HDF5 alone"):
+        Pipeline([Filter(32000, (), "lzf")], 100)
+
+
+def test_no_threads_are_left(tmp_path: Path) -> None:
+    import threading
+
+    write(tmp_path, compression="gzip")
+    reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(3))
+    read(reader, RUNS)
+    reader.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("hpctrain-read")]
