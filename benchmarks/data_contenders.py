@@ -1,0 +1,230 @@
+"""One process of `benchmarks/data.py`: reads in the way that it is told, as long as it is told.
+
+Every line on stdin is a JSON object {"name", "folder", "batch", "rank", "ranks", "option",
+"seconds"}; the answer is {"bytes", "seconds", "cpu"}. What was begun goes on where it was left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WINDOW_BYTES = 4 * 2**20
+
+Passes = Callable[[], Iterator[int]]
+"""Starts one pass over the data, which yields the bytes of every batch."""
+
+
+def raw(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Read the files from end to end into one buffer, in turns among ranks."""
+    window = memoryview(bytearray(WINDOW_BYTES))
+    descriptors = [os.open(path, os.O_RDONLY) for path in sorted(folder.glob("*.h5"))]
+
+    windows = [
+        (descriptor, place)
+        for descriptor in descriptors
+        for place in range(0, os.fstat(descriptor).st_size, WINDOW_BYTES)
+    ]
+
+    def read() -> Iterator[int]:
+        for descriptor, place in windows[rank::ranks]:
+            yield os.preadv(descriptor, [window], place)
+
+    return read
+
+
+def hpctrain(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Iterate over the loader of training; the option: threads."""
+    return training(folder, batch, rank, ranks, int(option), in_memory=False)
+
+
+def memory(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Iterate over the loader of training with data.cache = "memory"."""
+    return training(folder, batch, rank, ranks, 1, in_memory=True)
+
+
+def training(
+    folder: Path, batch: int, rank: int, ranks: int, threads: int, *, in_memory: bool
+) -> Passes:
+    import torch
+
+    from hpctrain.data import Order, open_dataset
+    from hpctrain.data.loader import TrainLoader
+
+    dataset = open_dataset(str(folder))
+    order = Order.for_dataset(
+        dataset, seed=0, global_batch_size=batch * ranks, is_resident=in_memory
+    )
+    loader = TrainLoader(
+        dataset,
+        order,
+        fields=list(dataset.fields),
+        global_batch_size=batch * ranks,
+        drop_last=True,
+        rank=rank,
+        world_size=ranks,
+        device=torch.device("cpu"),
+        buffer_mb=512.0,
+        threads=threads,
+        memory=held(dataset) if in_memory else None,
+    )
+    epochs = iter(range(2**30))
+    row_bytes = dataset.bytes_per_sample
+
+    def read() -> Iterator[int]:
+        for share in loader.epoch(next(epochs)):
+            yield share.size * row_bytes
+
+    return read
+
+
+def held(dataset: Any) -> Any:
+    """Return a dataset in memory, as one rank alone on its node holds it."""
+    from hpctrain.data.node_cache import hold_on_node
+    from hpctrain.launch.single import SingleCommunicator
+    from hpctrain.topology import Topology
+
+    alone = Topology(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        node_rank=0,
+        num_nodes=1,
+        hosts=("here",),
+        launcher="none",
+    )
+    return hold_on_node(dataset, alone, SingleCommunicator())
+
+
+def take(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Gather random rows from memory, the least that any shuffled batch costs."""
+    import numpy as np
+
+    from hpctrain.data import open_dataset
+
+    values = held(open_dataset(str(folder)).select(["x"]))["x"]
+    out = [np.empty((batch, values.shape[1]), np.uint8) for _ in range(8)]
+
+    def read() -> Iterator[int]:
+        order = np.random.default_rng().permutation(len(values))
+        for number, start in enumerate(range(0, len(order) - batch + 1, batch)):
+            target = out[number % len(out)]
+            np.take(values, order[start : start + batch], axis=0, out=target, mode="clip")
+            yield target.nbytes
+
+    return read
+
+
+def h5py_rows(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Read row by row through h5py in a torch Dataset, as most people begin."""
+    import h5py
+    import numpy as np
+    from torch.utils.data import DataLoader, Dataset
+
+    class Rows(Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.paths = sorted(folder.glob("*.h5"))
+            self.stops = np.cumsum([len(h5py.File(path)["x"]) for path in self.paths])
+            self.files: dict[int, h5py.File] = {}
+
+        def __len__(self) -> int:
+            return int(self.stops[-1])
+
+        def __getitem__(self, row: int) -> tuple[object, object]:
+            shard = int(np.searchsorted(self.stops, row, "right"))
+            if shard not in self.files:
+                self.files[shard] = h5py.File(self.paths[shard])
+            row -= int(self.stops[shard - 1]) if shard else 0
+            return self.files[shard]["x"][row], self.files[shard]["y"][row]
+
+    return batches(DataLoader(Rows(), batch, shuffle=True, num_workers=int(option)))
+
+
+def webdataset(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    import webdataset as wds
+
+    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = wds.WebDataset(paths, shardshuffle=len(paths), empty_check=False).shuffle(1000)
+    samples = samples.decode().to_tuple("x.npy", "y.cls").batched(batch)
+    return batches(wds.WebLoader(samples, batch_size=None, num_workers=int(option)))
+
+
+def litdata(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    samples = StreamingDataset(str(folder), shuffle=True)
+    return batches(StreamingDataLoader(samples, batch_size=batch, num_workers=int(option)))
+
+
+def streaming(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    samples = StreamingDataset(local=str(folder), shuffle=True, batch_size=batch)
+    return batches(DataLoader(samples, batch_size=batch, num_workers=int(option)))
+
+
+CONTENDERS = {
+    "raw": raw,
+    "hpctrain": hpctrain,
+    "memory": memory,
+    "take": take,
+    "h5py": h5py_rows,
+    "webdataset": webdataset,
+    "litdata": litdata,
+    "streaming": streaming,
+}
+
+
+def batches(loader: object) -> Passes:
+    """Return the passes of a loader of tuples or dictionaries of tensors."""
+
+    def read() -> Iterator[int]:
+        for batch in loader:  # type: ignore[attr-defined]
+            values = batch.values() if isinstance(batch, dict) else batch
+            yield sum(value.nbytes for value in values if hasattr(value, "nbytes"))
+
+    return read
+
+
+def main() -> None:
+    begun: dict[str, Iterator[int]] = {}
+    for line in sys.stdin:
+        told = json.loads(line)
+        seconds = told.pop("seconds")
+        key = json.dumps(told)
+        if key not in begun:
+            begin = CONTENDERS[told.pop("name")]
+            begun[key] = endless(begin(Path(told.pop("folder")), **told))
+        read = begun[key]
+        done, before, start = 0, cpu_seconds(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            done += next(read)
+        elapsed = time.perf_counter() - start
+        facts = {"bytes": done, "seconds": elapsed, "cpu": cpu_seconds() - before}
+        print(json.dumps(facts), flush=True)
+
+
+def endless(passes: Passes) -> Iterator[int]:
+    while True:
+        yield from passes()
+
+
+def cpu_seconds() -> float:
+    """Return the seconds of this process and its workers, those that ended included."""
+    me = psutil.Process()
+    times = [me.cpu_times(), *(child.cpu_times() for child in me.children(recursive=True))]
+    ended = times[0].children_user + times[0].children_system
+    return ended + sum(each.user + each.system for each in times)
+
+
+if __name__ == "__main__":
+    main()
