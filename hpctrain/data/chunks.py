@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
@@ -195,4 +196,7 @@ class ChunkedField:
             numbers: npt.NDArray[Any] = np.ravel_multi_index(tuple(places.T), self._grid)
         except ValueError as error:
             raise UndecodableError(f"a chunk lies outside the data: {error}") from error
+        size = Path(dataset.file.filename).stat().st_size
+        if any(each.byte_offset + each.size > size for each in found):
+            raise UndecodableError("a chunk lies past the end of the file")
         self._table[numbers] = [(each.byte_offset, each.size, each.filter_mask) for each in found]
