@@ -149,24 +149,33 @@ def _plugin(name: str) -> Callable[..., int] | None:
     return None
 
 
+class _Memory:
+    """Memory of malloc, as long as an array of numpy refers to it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._address = address
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (size,),
+            "data": (address, False),
+        }
+
+    def __del__(self) -> None:
+        _free(self._address)
+
+
 def _undo(function: Callable[..., int], values: tuple[int, ...], raw: Bytes, _: int) -> Bytes:
     memory = ctypes.c_void_p(_malloc(len(raw) or 1))
-    try:
-        ctypes.memmove(memory, raw.ctypes.data, len(raw))
-        arguments = (ctypes.c_uint * max(1, len(values)))(*values)
-        room = ctypes.c_size_t(len(raw))
-        size = function(
-            _REVERSE, len(values), arguments, len(raw), ctypes.byref(room), ctypes.byref(memory)
-        )
-        if size == 0:
-            raise UndecodableError("the filter cannot undo it")
-        return _copied(memory, size)
-    finally:
+    if memory.value is None:
+        raise MemoryError
+    ctypes.memmove(memory, raw.ctypes.data, len(raw))
+    arguments = (ctypes.c_uint * max(1, len(values)))(*values)
+    room = ctypes.c_size_t(len(raw))
+    size = function(
+        _REVERSE, len(values), arguments, len(raw), ctypes.byref(room), ctypes.byref(memory)
+    )
+    if size == 0 or memory.value is None:
         _free(memory)
-
-
-def _copied(memory: ctypes.c_void_p, size: int) -> Bytes:
-    assert memory.value is not None
-    array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(memory.value))
-    content: Bytes = array.copy()
-    return content
+        raise UndecodableError("the filter cannot undo it")
+    return np.asarray(_Memory(memory.value, size))
