@@ -59,6 +59,7 @@ def main(folder: Path) -> None:
         assert batches(memory) == batches(None)
 
         # A file that one of the ranks cannot read is told to all.
+        communicator.barrier()
         if world.topology.is_rank_zero:
             (folder / "data" / "shard-000004.h5").unlink()
         communicator.barrier()
