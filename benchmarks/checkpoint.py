@@ -6,7 +6,7 @@
     .venv-peers/bin/python benchmarks/checkpoint.py        with the peers, see peers.sh
 
 The state is that of a perceptron and AdamW, after a step. All take turns, in the folder --folder
-(default: here), so that the machine's other work falls on all of them. A copy into memory that is
+(default: runs), so that the machine's other work falls on all of them. A copy into memory that is
 kept is what a save cannot do without; `dd conv=fsync` of as many bytes is what the disk can do.
 """
 
@@ -67,8 +67,9 @@ def main() -> None:
     parser.add_argument("--mb", type=int, nargs="+", default=[200, 2000])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
     asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=asked.folder))
     try:
         if asked.kills:
