@@ -47,7 +47,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import capture
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step.train_step import TrainStep
 
 WIDTH = 1024
 CONFIG = """

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
-from hpctrain.data.helpers import reading_threads
+from hpctrain.data.reading.helpers import reading_threads
 from hpctrain.data.tools.timing import forget
 
 HERE = Path(__file__).parent

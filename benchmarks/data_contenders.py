@@ -56,7 +56,7 @@ def training(
     import torch
 
     from hpctrain.data import Order, open_dataset
-    from hpctrain.data.loader import TrainLoader
+    from hpctrain.data.loading.loader import TrainLoader
 
     dataset = open_dataset(str(folder))
     order = Order.for_dataset(
@@ -87,7 +87,7 @@ def training(
 
 def held(dataset: Any) -> Any:
     """Return a dataset in memory, as one rank alone on its node holds it."""
-    from hpctrain.data.node_cache import hold_on_node
+    from hpctrain.data.reading.node_cache import hold_on_node
     from hpctrain.launch.single import SingleCommunicator
     from hpctrain.topology import Topology
 

@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
-from hpctrain.data.checking import verify_share
-from hpctrain.data.discovery import join_files
+from hpctrain.data.finding.checking import verify_share
+from hpctrain.data.finding.discovery import join_files
 from hpctrain.data.parallel import each, processors
-from hpctrain.data.rows import open_rows
+from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 
 ROWS = 30

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpctrain.config import Config
 from hpctrain.config.source import parse
 from hpctrain.config.validation import validate
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.world import World
 from hpctrain.training.assembly import Parts, build_parts
 from hpctrain.training.components import resolve_components

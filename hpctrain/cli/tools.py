@@ -50,7 +50,7 @@ def job(arguments: list[str]) -> int:
     from hpctrain.batch.outcome import read_outcome
     from hpctrain.batch.submit import submit
     from hpctrain.config import load
-    from hpctrain.data.partition import default_lanes
+    from hpctrain.data.order.partition import default_lanes
 
     config = load(parsed.config, parsed.overrides)
     wanted = script.plan(config, vars(parsed))

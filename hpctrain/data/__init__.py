@@ -1,6 +1,6 @@
 """Sharded HDF5 data in one order, whatever the world size.
 
-Nothing here imports torch but `hpctrain.data.loader`, so that tools and checks start fast.
+Nothing here imports torch but `hpctrain.data.loading` and `draws`: tools and checks start fast.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpctrain.data.dataset import Dataset, Field
-    from hpctrain.data.discovery import open_dataset
-    from hpctrain.data.partition import Order, default_lanes
+    from hpctrain.data.finding.discovery import open_dataset
+    from hpctrain.data.order.partition import Order, default_lanes
     from hpctrain.data.storage import Storage
     from hpctrain.data.writing import Writer
 
@@ -19,11 +19,11 @@ __all__ = ["Dataset", "Field", "Order", "Storage", "Writer", "default_lanes", "o
 _HOMES = {
     "Dataset": "dataset",
     "Field": "dataset",
-    "Order": "partition",
+    "Order": "order.partition",
     "Storage": "storage",
     "Writer": "writing",
-    "default_lanes": "partition",
-    "open_dataset": "discovery",
+    "default_lanes": "order.partition",
+    "open_dataset": "finding.discovery",
 }
 
 

@@ -27,7 +27,7 @@ SUPPORTED_DTYPES = frozenset(
 
 
 DIRECT_FILTERS = frozenset(["shuffle", "deflate", "zstd", "lz4", "bitshuffle", "blosc", "blosc2"])
-"""What `hpctrain.data.filters` undoes without HDF5, as it is called in `Layout.reason`."""
+"""What `hpctrain.data.reading.filters` undoes without HDF5, as it is called in `Layout.reason`."""
 
 
 @dataclass(frozen=True, slots=True)

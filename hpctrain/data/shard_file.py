@@ -11,8 +11,8 @@ import h5py
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.discovery import inspect_file
 from hpctrain.data.files import file_checksum, publish_file, temporary_name
+from hpctrain.data.finding.discovery import inspect_file
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError

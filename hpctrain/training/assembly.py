@@ -17,33 +17,33 @@ from hpctrain.config.capabilities import unsupported
 from hpctrain.config.messages import did_you_mean, shown
 from hpctrain.config.normalizing import Normalization
 from hpctrain.data import Dataset, Order
-from hpctrain.data.checking import verify_share
-from hpctrain.data.helpers import reading_threads
-from hpctrain.data.loader import EvaluationLoader, TrainLoader
-from hpctrain.data.node_cache import hold_on_node
-from hpctrain.data.opening import open_datasets
-from hpctrain.data.partition import served_samples
-from hpctrain.data.permutation import derive_key
+from hpctrain.data.finding.checking import verify_share
+from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.order.partition import served_samples
+from hpctrain.data.order.permutation import derive_key
+from hpctrain.data.reading.helpers import reading_threads
+from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.state import from_state
 from hpctrain.errors import ConfigError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.batch_finishing import find_normalizations
-from hpctrain.training.broadcast import broadcast_model
 from hpctrain.training.horizon import Horizon, Place
-from hpctrain.training.learning_rate import LearningRate
-from hpctrain.training.optimizers import build_optimizer, refuse_whole_tensors
+from hpctrain.training.optimization.learning_rate import LearningRate
+from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
 from hpctrain.training.persistence import Resumed
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import is_spread, prepare_model
 from hpctrain.training.staging import Staging
-from hpctrain.training.step import TrainStep
-from hpctrain.training.sync_check import check_equal_shapes
+from hpctrain.training.step.broadcast import broadcast_model
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.preparation import is_spread, prepare_model
+from hpctrain.training.step.sync_check import check_equal_shapes
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Task
 from hpctrain.training.transforms import Transforms
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.shards import Shards
+    from hpctrain.training.step.shards import Shards
 
 Components = Mapping[str, Callable[..., Any]]
 
@@ -254,7 +254,7 @@ def build_parts(
     shards: Shards | None = None
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix
-        from hpctrain.training.shards import Shards
+        from hpctrain.training.step.shards import Shards
 
         with raise_together(world.communicator):
             shards = Shards(model, training, number_format, world)

@@ -14,9 +14,9 @@ from hpctrain.config.components import resolve_transform
 from hpctrain.config.normalizing import Normalization, normalization_of
 from hpctrain.config.transforms import build_transform
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.finishing import Finishing, Scale, Transform
+from hpctrain.data.finding.view import View
+from hpctrain.data.loading.finishing import Finishing, Scale, Transform
 from hpctrain.data.tools.statistics import STATS_NAME, read_stats
-from hpctrain.data.view import View
 from hpctrain.errors import ConfigError
 
 logger = logging.getLogger("hpctrain")

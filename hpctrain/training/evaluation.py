@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
 from hpctrain.training.task import Fields, Task
-from hpctrain.training.undisturbed import evaluating, kept_buffers, kept_generators
 
 
 def evaluate(

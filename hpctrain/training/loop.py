@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from hpctrain.data.loader import TrainLoader
+from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.training.horizon import Cadence, Horizon, Place
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step.train_step import TrainStep
 
 Schedule = Callable[[Place, Place], float]
 """(place, end of the run) to the learning rate of the next step."""

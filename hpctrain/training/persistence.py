@@ -23,10 +23,10 @@ from hpctrain.checkpoint.tools import AVERAGE
 from hpctrain.errors import CheckpointError, TrainingError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
-from hpctrain.training.broadcast import broadcast_tensors
 from hpctrain.training.horizon import Place
-from hpctrain.training.step import TrainStep
-from hpctrain.training.weights import OPTIMIZER, own_state, parameter_of, put_weights
+from hpctrain.training.step.broadcast import broadcast_tensors
+from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step.weights import OPTIMIZER, own_state, parameter_of, put_weights
 
 _GENERATORS, _BAD_STEPS = "generators/", "bad_steps"
 

@@ -15,7 +15,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.training.persistence import Resumed, share
-from hpctrain.training.preparation import is_spread
+from hpctrain.training.step.preparation import is_spread
 
 logger = logging.getLogger("hpctrain")
 

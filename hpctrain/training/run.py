@@ -28,7 +28,7 @@ from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
-from hpctrain.training.sync_check import check_equal_parameters
+from hpctrain.training.step.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
 
 logger = logging.getLogger("hpctrain")

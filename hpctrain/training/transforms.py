@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from hpctrain.config import Config
 from hpctrain.config.components import resolve_transform
 from hpctrain.config.normalizing import Normalization
-from hpctrain.data.crew import Crew
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.finishing import Finishing
-from hpctrain.data.preparation import SamplePreparation
+from hpctrain.data.loading.crew import Crew
+from hpctrain.data.loading.finishing import Finishing
+from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.launch.ranks import without_rank
 from hpctrain.launch.world import World
 from hpctrain.training.batch_finishing import build_finishing

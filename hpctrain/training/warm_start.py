@@ -17,9 +17,9 @@ from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
-from hpctrain.training.broadcast import broadcast_tensors
-from hpctrain.training.step import TrainStep
-from hpctrain.training.weights import put_weights
+from hpctrain.training.step.broadcast import broadcast_tensors
+from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step.weights import put_weights
 
 _SHOWN = 4
 # Under which a file may keep the weights: Lightning's word first.

@@ -11,7 +11,7 @@ import pytest
 from test_main_job import ROOT, hpctrain, metrics
 
 from hpctrain.config import load
-from hpctrain.data.opening import open_datasets
+from hpctrain.data.finding.opening import open_datasets
 
 GRID = 16
 HOURS = 240

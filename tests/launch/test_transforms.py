@@ -20,7 +20,7 @@ from hpctrain.data import draws
 RANK = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
 def shift(fields, generator, *, training, fail=""):
-    worker = "hpctrain.data.worker" in sys.modules and sys.argv[0] == "-c"
+    worker = "hpctrain.data.loading.worker" in sys.modules and sys.argv[0] == "-c"
     assert RANK is not worker, "a worker takes itself for a rank"
     assert RANK or "mpi4py" not in sys.modules
     if fail and worker and training and fields["label"] == 3:

@@ -10,9 +10,9 @@ import torch
 
 import hpctrain
 from hpctrain.data import Order, Storage, Writer, open_dataset
-from hpctrain.data.loader import TrainLoader
-from hpctrain.data.node_cache import hold_on_node
-from hpctrain.data.node_memory import SHARED
+from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.reading.node_cache import hold_on_node
+from hpctrain.data.reading.node_memory import SHARED
 from hpctrain.errors import DatasetError, HpctrainError
 
 SAMPLES = 1001

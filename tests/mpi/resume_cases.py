@@ -27,14 +27,14 @@ from hpctrain.checkpoint import store as checkpoint_store
 from hpctrain.config.source import parse
 from hpctrain.config.validation import validate
 from hpctrain.data import Writer
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ExitCode, HpctrainError, TrainingError
 from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.world import control_plane, gathering
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.job import train
 from hpctrain.training.run import Run
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step.train_step import TrainStep
 
 ROWS, BATCH, FEATURES = 70, 16, 6
 EPOCH_STEPS, EPOCHS = 5, 3  # the last batch of an epoch is smaller

@@ -16,12 +16,12 @@ from step_world import FEATURES, alone, batch_of, samples
 from torch import nn
 
 import hpctrain
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 # A batch of one sample leaves all ranks but one without any.

@@ -29,7 +29,7 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import capture, restore, share
 from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step.train_step import TrainStep
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.launch.world import World
-from hpctrain.training.optimizers import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import checkpoint_activations
-from hpctrain.training.shards import Shards
-from hpctrain.training.step import TrainStep
+from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.preparation import checkpoint_activations
+from hpctrain.training.step.shards import Shards
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 SECTION = TrainingSection(max_steps=1, strategy="fsdp")

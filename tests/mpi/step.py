@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import hpctrain
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
-from hpctrain.training.optimizers import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.step import TrainStep
+from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 FEATURES, CLASSES = 6, 4

@@ -16,9 +16,9 @@ import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.step import TrainStep
-from hpctrain.training.sync_check import check_equal_parameters, check_equal_shapes
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.sync_check import check_equal_parameters, check_equal_shapes
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 CASES = [

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.topology import Topology
-from hpctrain.training.optimizers import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.step import TrainStep
+from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 FEATURES, CLASSES = 12, 5

@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.data import access, handles, open_dataset
-from hpctrain.data.access import RowAccess
+from hpctrain.data import open_dataset
+from hpctrain.data.reading import access, handles
+from hpctrain.data.reading.access import RowAccess
 from hpctrain.errors import DatasetError
 
 VALUES = np.arange(60).reshape(20, 3)

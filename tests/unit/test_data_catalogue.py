@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.data.checking import verify_share
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.finding.checking import verify_share
+from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.tools import indexing
 from hpctrain.data.tools.indexing import make_catalogue, make_index
 from hpctrain.data.tools.verifying import verify

@@ -11,10 +11,11 @@ import hdf5plugin
 import numpy as np
 import pytest
 
-from hpctrain.data import access, handles, open_dataset
-from hpctrain.data.access import RowAccess
-from hpctrain.data.filters import Filter, Pipeline, UndecodableError
-from hpctrain.data.helpers import Helpers
+from hpctrain.data import open_dataset
+from hpctrain.data.reading import access, handles
+from hpctrain.data.reading.access import RowAccess
+from hpctrain.data.reading.filters import Filter, Pipeline, UndecodableError
+from hpctrain.data.reading.helpers import Helpers
 from hpctrain.errors import DatasetError
 
 SHARDS = ((0, 37), (37, 40), (40, 101))
@@ -114,7 +115,7 @@ def test_what_turns_out_slow_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, compression="gzip")
-    monkeypatch.setattr("hpctrain.data.chunks.MOST_CHUNKS", 3)
+    monkeypatch.setattr("hpctrain.data.reading.chunks.MOST_CHUNKS", 3)
     reader = RowAccess(open_dataset(str(tmp_path)))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hpctrain.data import Field, draws
-from hpctrain.data.finishing import Finishing, Scale
-from hpctrain.data.permutation import derive_keys, hash_items
-from hpctrain.data.shuffle import sample_keys
+from hpctrain.data.loading.finishing import Finishing, Scale
+from hpctrain.data.order.permutation import derive_keys, hash_items
+from hpctrain.data.order.shuffle import sample_keys
 from hpctrain.errors import ConfigError, TrainingError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpctrain.data import Order, open_dataset
-from hpctrain.data.loader import TrainLoader
+from hpctrain.data.loading.loader import TrainLoader
 
 SHARDS, SHARD_ROWS, SHAPE = 8, 200_000, (3, 64, 64)
 BATCH = 256

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.data import Dataset, Order, Storage, Writer, node_cache, open_dataset
-from hpctrain.data.node_cache import hold_on_node, plan, require_room, share
-from hpctrain.data.node_memory import SHARED, host_memory
-from hpctrain.data.partition import resident_block_rows
-from hpctrain.data.shuffle import Epoch
+from hpctrain.data import Dataset, Order, Storage, Writer, open_dataset
+from hpctrain.data.order.partition import resident_block_rows
+from hpctrain.data.order.shuffle import Epoch
+from hpctrain.data.reading import node_cache
+from hpctrain.data.reading.node_cache import hold_on_node, plan, require_room, share
+from hpctrain.data.reading.node_memory import SHARED, host_memory
 from hpctrain.errors import ConfigError
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.topology import Topology

@@ -8,14 +8,14 @@ import random
 import numpy as np
 import pytest
 
-from hpctrain.data.partition import (
+from hpctrain.data.order.partition import (
     Order,
     default_block_rows,
     default_lanes,
     lanes_of_rank,
     served_samples,
 )
-from hpctrain.data.shuffle import Epoch
+from hpctrain.data.order.shuffle import Epoch
 from hpctrain.errors import ConfigError
 
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12)

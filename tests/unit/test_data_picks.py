@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from hpctrain.data.picks import (
+from hpctrain.data.order.picks import (
     Picks,
     Spans,
     common,

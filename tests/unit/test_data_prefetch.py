@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpctrain.data.prefetch import Prefetch
+from hpctrain.data.loading.prefetch import Prefetch
 
 
 def reader_threads() -> list[threading.Thread]:

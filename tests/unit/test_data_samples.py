@@ -20,10 +20,10 @@ import torch
 import xxhash
 
 from hpctrain.data import Dataset, Order, Writer, open_dataset
-from hpctrain.data.buffers import MemoryPlan
-from hpctrain.data.crew import Crew
-from hpctrain.data.loader import EvaluationLoader, TrainLoader
-from hpctrain.data.preparation import SamplePreparation
+from hpctrain.data.loading.buffers import MemoryPlan
+from hpctrain.data.loading.crew import Crew
+from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.errors import TrainingError
 
 CPU = torch.device("cpu")
@@ -317,8 +317,8 @@ def test_workers_ignore_what_the_scheduler_sends_and_end_with_the_crew(dataset: 
 RANK = """
 import os, time, numpy as np, psutil
 from hpctrain.data import Field
-from hpctrain.data.crew import Crew, Job
-from hpctrain.data.slots import Slot, SlotLayout
+from hpctrain.data.loading.crew import Crew, Job
+from hpctrain.data.loading.slots import Slot, SlotLayout
 
 fields = {"id": Field((), np.dtype("i8"))}
 slot = Slot(SlotLayout(1, fields, fields))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hpctrain.data import Dataset, Writer, open_dataset
-from hpctrain.data.access import RowAccess
+from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.staging.copier import Copier, copy_whole
 from hpctrain.data.staging.disks import Disk, candidates, choose, look_at
 from hpctrain.data.staging.folder import LEFT, StageFolder, sweep

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from hpctrain.data import Writer
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.parallel import each
 from hpctrain.data.storage import Storage
 from hpctrain.data.tools.indexing import make_index

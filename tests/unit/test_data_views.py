@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
-from hpctrain.data import Dataset, Order, axis_access, contents
-from hpctrain.data.loader import EvaluationLoader, TrainLoader
-from hpctrain.data.opening import open_datasets
-from hpctrain.data.rows import open_rows
-from hpctrain.data.view import View
+from hpctrain.data import Dataset, Order
+from hpctrain.data.finding import contents
+from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.finding.view import View
+from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.reading import axis_access
+from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 
 ROWS = (7, 2, 11)
@@ -209,7 +211,7 @@ def test_windows(folder: Path, seed: int) -> None:
 def test_overlapping_windows_read_every_row_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpctrain.data import view_access
+    from hpctrain.data.reading import view_access
 
     train, _ = open_datasets(
         section(folder, {"x": MAPS_FIELD | {"steps": 4}}, across_files=True), ["x"]
@@ -394,7 +396,7 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
 
 
 def _batches(train: Dataset, order: Order) -> dict[int, list[int]]:
-    from hpctrain.data.shuffle import Epoch
+    from hpctrain.data.order.shuffle import Epoch
 
     labels = read_all(train)["label"]
     rows = Epoch(order, 0).rows(np.arange(train.samples))

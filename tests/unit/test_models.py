@@ -13,13 +13,13 @@ from test_training_step import WORLD, make_step
 from torch import Tensor, nn
 
 from hpctrain.config import load
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.resnet import ResNet, resnet18, resnet20, resnet50
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step.precision import NumberFormat
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,8 +25,8 @@ from hpctrain.config.schema import (
 )
 from hpctrain.config.transforms import build_transform
 from hpctrain.data import Dataset, Writer, open_dataset
-from hpctrain.data.opening import open_datasets
-from hpctrain.data.samples import SampleRunner
+from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.loading.samples import SampleRunner
 from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.batch_finishing import build_finishing, find_normalizations

@@ -11,12 +11,12 @@ from torch import nn
 
 from hpctrain.checkpoint.state import load_optimizer, optimizer_to_tensors
 from hpctrain.config.schema import TrainingSection
-from hpctrain.data.loader import Batch
-from hpctrain.data.partition import Order
+from hpctrain.data.loading.loader import Batch
+from hpctrain.data.order.partition import Order
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import prepare_model
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.preparation import prepare_model
 
 IMAGES = {
     "x": torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0)),

@@ -13,10 +13,10 @@ import torch
 from hpctrain.config.components import BUILTINS, resolve
 from hpctrain.config.schema import SchedulerSection
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.chained import Chained
 from hpctrain.training.horizon import Horizon, Place
-from hpctrain.training.learning_rate import LearningRate
-from hpctrain.training.plateau import Plateau
+from hpctrain.training.optimization.chained import Chained
+from hpctrain.training.optimization.learning_rate import LearningRate
+from hpctrain.training.optimization.plateau import Plateau
 
 EPOCH, BATCH, EPOCHS = 100, 10, 12
 HORIZON = Horizon(

@@ -14,8 +14,8 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.optimizers import refuse_whole_tensors
-from hpctrain.training.sharding import find_units
+from hpctrain.training.optimization.optimizers import refuse_whole_tensors
+from hpctrain.training.step.sharding import find_units
 
 
 class Block(nn.Module):

@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
-from hpctrain.data.loader import Batch
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.models.mlp import MLP
 from hpctrain.topology import Topology
 from hpctrain.training.bad_steps import BadSteps
-from hpctrain.training.optimizers import build_optimizer, refuses_on_device
-from hpctrain.training.precision import LossScale, NumberFormat
-from hpctrain.training.shares import count_passes, cut
-from hpctrain.training.step import TrainStep
+from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
+from hpctrain.training.step.precision import LossScale, NumberFormat
+from hpctrain.training.step.shares import count_passes, cut
+from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification, Regression
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.mlp import MLP
-from hpctrain.training.schedules import cosine, linear
+from hpctrain.training.optimization.schedules import cosine, linear
 from hpctrain.training.task import Classification, Regression
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.models.mlp import MLP
-from hpctrain.training.averaging import WeightAverage
 from hpctrain.training.bad_batches import BadBatch, explain
 from hpctrain.training.bad_steps import RECENT_STEPS, BadSteps
 from hpctrain.training.horizon import Place
+from hpctrain.training.step.averaging import WeightAverage
 from hpctrain.training.vigilance import MOST_ROLLBACKS, BadStepPolicy, SpikeWatch
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.parallel import processors
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.sources.source import Arrays, identity_of, reading
 from hpctrain.errors import DatasetError
 

@@ -10,10 +10,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpctrain.data.access import RowAccess
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.sources.arrays import plain_attributes
 from hpctrain.data.sources.source import Arrays, identity_of, native
 

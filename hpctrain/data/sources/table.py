@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
 from hpctrain.data.sources.source import Arrays, identity_of, native, reading
 from hpctrain.errors import DatasetError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.sources.source import Arrays, identity_of
 from hpctrain.errors import DatasetError
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.access import RowAccess
 from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.reading.access import RowAccess
 
 BLOCK_BYTES = 4 * 2**20
 LARGEST_BLOCK_BYTES = 256 * 2**20

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
@@ -156,7 +156,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     """Measure speed."""
     import dataclasses
 
-    from hpctrain.data.helpers import reading_threads
+    from hpctrain.data.reading.helpers import reading_threads
     from hpctrain.data.tools.timing import bench
 
     speed = bench(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.discovery import inspect_file
+from hpctrain.data.finding.discovery import inspect_file
 from hpctrain.data.index import UNFINISHED_NAME, write_index
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.shard_file import (
     cannot_write,
     inspect_shard,

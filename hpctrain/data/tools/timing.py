@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpctrain.data.access import Bytes
-from hpctrain.data.buffers import BufferPool, MemoryPlan
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.helpers import Helpers
-from hpctrain.data.partition import Order
-from hpctrain.data.prefetch import Prefetch
-from hpctrain.data.reader import (
+from hpctrain.data.loading.buffers import BufferPool, MemoryPlan
+from hpctrain.data.loading.prefetch import Prefetch
+from hpctrain.data.order.partition import Order
+from hpctrain.data.order.shuffle import Epoch
+from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.reader import (
     Group,
     LaneWindows,
     RowSource,
@@ -31,9 +32,8 @@ from hpctrain.data.reader import (
     WindowSource,
     read_groups,
 )
-from hpctrain.data.row_reader import RowReader
-from hpctrain.data.rows import open_rows
-from hpctrain.data.shuffle import Epoch
+from hpctrain.data.reading.row_reader import RowReader
+from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 

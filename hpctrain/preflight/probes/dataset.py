@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loader import TrainLoader
+from hpctrain.data.loading.loader import TrainLoader
 
 _READ_SECONDS = 3.0
 _MOST_BATCHES = 50

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from hpctrain.data.node_memory import cgroup
+from hpctrain.data.reading.node_memory import cgroup
 from hpctrain.launch.mpi import HOST_ONLY
 from hpctrain.launch.world import World
 from hpctrain.version import __version__

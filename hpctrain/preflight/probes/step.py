@@ -14,9 +14,9 @@ import torch
 
 from hpctrain.config import Config
 from hpctrain.data.dataset import Field
-from hpctrain.data.delivery import Batch, torch_dtype
-from hpctrain.data.finishing import Finishing, keys_on
-from hpctrain.data.node_memory import host_memory
+from hpctrain.data.loading.delivery import Batch, torch_dtype
+from hpctrain.data.loading.finishing import Finishing, keys_on
+from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World

@@ -1,0 +1,209 @@
+"""From what a user calls a dataset to a Dataset: an indexed folder, or any HDF5 files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import h5py
+
+from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
+from hpctrain.data.finding.contents import Array, Contents
+from hpctrain.data.finding.elsewhere import is_in, other_files
+from hpctrain.data.index import (
+    HDF5_SUFFIXES,
+    INDEX_NAME,
+    UNFINISHED_NAME,
+    is_shard_name,
+    read_index,
+)
+from hpctrain.data.storage import (
+    HDF5_FAILURES,
+    filters_of,
+    is_stored_as_in_memory,
+    require_filters,
+)
+from hpctrain.errors import DatasetError
+
+
+def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 0) -> Dataset:
+    """Find out what a dataset holds. Reads no sample.
+
+    Args:
+        pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, a glob, or a
+            catalogue of files. Files are taken in the order of their names.
+        fields: paths of the HDF5 datasets that are wanted; None: all that there are.
+        axis: of these HDF5 datasets, which counts the samples.
+
+    Raises:
+        DatasetError: if there are no files, a field is not in them or cannot become a tensor, or
+            the files do not fit together.
+    """
+    path = Path(pattern)
+    require_finished(path)
+    if is_catalogue(path):
+        return fitted(pattern, [file.shard(fields, axis) for file in read_catalogue(path)])
+    if (path / INDEX_NAME).exists() and not axis:
+        dataset = read_index(path)
+        return dataset if fields is None else dataset.select(fields)
+    return join_files(pattern, find_files(pattern), fields, axis)
+
+
+def require_finished(folder: Path) -> None:
+    """Check that nobody is still writing a dataset to a folder.
+
+    Raises:
+        DatasetError: if somebody is, or was killed while they did.
+    """
+    if (folder / UNFINISHED_NAME).exists():
+        raise DatasetError(
+            f"{folder}: this dataset is still being written, or its writer was killed. "
+            "Wait for it, start the same `data pack` again to go on, or remove the folder and "
+            "write the dataset anew"
+        )
+
+
+def inspect_file(
+    path: str, fields: Sequence[str] | None, axis: int = 0
+) -> tuple[Shard, dict[str, Field]]:
+    """Return what one HDF5 file holds of these fields; None: all of its datasets.
+
+    Raises:
+        DatasetError: if it cannot be read, or a field is not there or cannot become a tensor.
+    """
+    return look_into(path, fields).shard(fields, axis)
+
+
+def look_into(path: str, fields: Sequence[str] | None) -> Contents:
+    """Return what HDF5 says of one file, of these of its datasets or of all.
+
+    Raises:
+        DatasetError: if it cannot be read, or a field is not there.
+    """
+    try:
+        # Of several processes reading, none needs a lock, and some file systems have none.
+        with h5py.File(path, "r", locking=False) as file:
+            arrays = {
+                name: _array(dataset, path) for name, dataset in _wanted(file, fields).items()
+            }
+            found = Path(path).stat()
+    except HDF5_FAILURES as error:
+        raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
+    return Contents(path, found.st_size, found.st_mtime_ns, None, arrays)
+
+
+def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
+    """Return HDF5 datasets of an open file by their paths, links followed for those named."""
+    if fields is not None:
+        try:
+            named = {name: file[name] for name in fields if name in file}
+        except ValueError:  # a name that HDF5 cannot have
+            named = {}
+        if len(named) == len(fields) and all(map(_holds_rows, named.values())):
+            return named
+    there = datasets_with_rows(file)
+    wanted = list(there) if fields is None else list(fields)
+    require_fields(wanted, there, file.filename)
+    return {name: there[name] for name in wanted}
+
+
+def _array(dataset: h5py.Dataset, path: str) -> Array:
+    if dataset.chunks is not None:
+        require_filters(dataset, path)
+    if not is_in(dataset, path):
+        reason = "in another file, by a link"
+    elif dataset.chunks is not None:
+        reason = ", ".join(["chunked", *map(str, filters_of(dataset))])
+    else:
+        reason = _obstacle(dataset)
+    offset = None if reason else dataset.id.get_offset()
+    sources = tuple(other_files(dataset, path))
+    return Array(dataset.shape, dataset.dtype, dataset.chunks, offset, reason, sources)
+
+
+def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the datasets of an open file that have an axis, by their paths in it.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    there: dict[str, h5py.Dataset] = {}
+    file.visititems(lambda name, item: there.update({name: item}) if _holds_rows(item) else None)
+    if not there:
+        raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
+    return there
+
+
+def find_files(pattern: str) -> list[str]:
+    """Return the HDF5 files of a folder, one file, or those that fit a glob, by name.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        names = sorted(str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
+        if not names:
+            raise DatasetError(
+                f"{path}: there are no HDF5 files in this folder (*{', *'.join(HDF5_SUFFIXES)})"
+            )
+        return names
+    paths = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+    if not paths:
+        raise DatasetError(f"{pattern}: no file has such a name")
+    return paths
+
+
+def join_files(
+    source: str, paths: Sequence[str], fields: Sequence[str] | None, axis: int = 0
+) -> Dataset:
+    """Put files after each other, without a look at any index.
+
+    Raises:
+        DatasetError: if one cannot be read, or they do not hold the same.
+    """
+    return fitted(source, [inspect_file(path, fields, axis) for path in paths])
+
+
+def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> Dataset:
+    """Put files after each other that hold the same.
+
+    Raises:
+        DatasetError: if they do not.
+    """
+    first, found = files[0]
+    for shard, others in files[1:]:
+        require_fields(found, others, shard.path)
+        for name, field in found.items():
+            if others[name] != field:
+                raise DatasetError(
+                    f'{shard.path}: field "{name}" is {_describe(others[name])}, but '
+                    f"{_describe(field)} in {first.path}: give a pattern of files that fit together"
+                )
+    return Dataset(source=source, fields=found, shards=tuple(shard for shard, _ in files))
+
+
+def _describe(field: Field) -> str:
+    return f"{field.dtype} of shape {field.shape}"
+
+
+def _holds_rows(item: object) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape is not None and item.ndim > 0
+
+
+def _obstacle(dataset: h5py.Dataset) -> str:
+    """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
+    if dataset.is_virtual:
+        return "virtual"
+    if dataset.external:
+        return "in an external file"
+    if dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        # The offset that HDF5 reports may then be a number that means nothing.
+        return "without storage, all fill value"
+    if dataset.id.get_offset() is None:
+        return "compact"
+    if not is_stored_as_in_memory(dataset):
+        return "in a number format that only HDF5 converts"
+    return ""

@@ -1,0 +1,197 @@
+"""From `[data]` to the datasets of a run: files found, fields joined, samples chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Literal
+
+import numpy as np
+
+from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.finding.view import Column, Part, View
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.picks import (
+    MOST_SPANS,
+    Picks,
+    Spans,
+    common,
+    cut,
+    default_piece_rows,
+    merged,
+    piece_stops,
+    spans_where,
+    split_pieces,
+)
+from hpctrain.data.reading.rows import open_rows
+from hpctrain.errors import DatasetError
+
+Purpose = Literal["train", "validation"]
+
+MASK_ROWS = 2**22
+"""Rows of a mask that are read at once."""
+
+
+def open_datasets(section: DataSection, fields: Sequence[str]) -> tuple[Dataset, Dataset | None]:
+    """Find out what a run trains and evaluates with. Reads no sample, but the masks.
+
+    Args:
+        section: of the config.
+        fields: that the task needs.
+
+    Returns:
+        The samples to train with, and those to evaluate with, None if there are none.
+
+    Raises:
+        DatasetError: if files or fields are not there or do not fit together, or no sample is left.
+    """
+    of_same_files = section.samples.validation or section.samples.validation_fraction
+    train = _open(section, fields, "train")
+    if section.validation is None and not of_same_files:
+        return train, None
+    return train, _open(section, fields, "validation")
+
+
+def _open(section: DataSection, fields: Sequence[str], purpose: Purpose) -> Dataset:
+    tables = {name: section.fields.get(name, FieldTable()) for name in fields}
+    files: Purpose = "train" if section.validation is None else purpose
+    source = section.train if files == "train" else str(section.validation)
+    if section.samples == SamplesTable() and not section.fields.keys() & tables.keys():
+        return open_dataset(source, fields)
+    parts, columns = _join(tables, files, source)
+    _require_equal_rows(parts)
+    reach = max(column.reach for column in columns.values())
+    spans = _spans(section.samples, purpose, source, parts, reach)
+    stride = section.samples.stride
+    if max(reach, stride) > 1 and not section.samples.across_files:
+        spans = cut(spans, _borders(parts))
+    if len(spans.starts) > MOST_SPANS:
+        raise DatasetError(
+            f"{source}: the rows of data.samples.{purpose} are in {len(spans.starts):,} pieces, "
+            f"and at most {MOST_SPANS:,} are kept in memory: pack the rows that are wanted to "
+            "files of their own with `python -m hpctrain data pack`"
+        )
+    picks = Picks.of(spans, reach, stride)
+    if not picks.samples:
+        longest = int((spans.stops - spans.starts).max()) if len(spans.starts) else 0
+        raise DatasetError(
+            f"{source}: there is no sample for data.{purpose}: one reaches over {reach} rows "
+            f"(steps, lead and every of [data.fields]), and the longest run of rows that are "
+            f"wanted, in one file, has {longest}"
+        )
+    return View.of(source, parts, columns, picks)
+
+
+def _join(
+    tables: Mapping[str, FieldTable], files: Purpose, source: str
+) -> tuple[list[Part], dict[str, Column]]:
+    """Open the files of every field, those that several are in only once."""
+    places = {
+        name: (getattr(table, files) or source, table.axis, (table.path or name).strip("/"))
+        for name, table in tables.items()
+    }
+    homes = list(dict.fromkeys(place[:2] for place in places.values()))
+    parts = []
+    for pattern, axis in homes:
+        paths = dict.fromkeys(path for *home, path in places.values() if home == [pattern, axis])
+        parts.append(Part(open_dataset(pattern, list(paths), axis), axis))
+    columns = {
+        name: Column(
+            part=homes.index((pattern, axis)),
+            name=path,
+            steps=tables[name].steps,
+            lead=tables[name].lead,
+            every=tables[name].every,
+        )
+        for name, (pattern, axis, path) in places.items()
+    }
+    return parts, columns
+
+
+def _require_equal_rows(parts: Sequence[Part]) -> None:
+    first = parts[0].dataset
+    for part in parts[1:]:
+        other = part.dataset
+        if other.samples == first.samples:
+            continue
+        pairs = zip(first.shards, other.shards, strict=False)
+        unequal = [(one, two) for one, two in pairs if one.samples != two.samples]
+        where = ""
+        if len(first.shards) == len(other.shards) and unequal:
+            (one, two), *_ = unequal
+            where = f"; {one.path} has {one.samples}, {two.path} has {two.samples}"
+        raise DatasetError(
+            f"fields are joined row by row, but {', '.join(first.fields)} of {first.source} has "
+            f"{first.samples} rows and {', '.join(other.fields)} of {other.source} "
+            f"{other.samples}{where}: name files that belong together"
+        )
+
+
+def _borders(parts: Sequence[Part]) -> Int64s:
+    """Return where a file ends in any of the parts, (files,) int64."""
+    return np.unique(np.concatenate([part.dataset.shard_stops for part in parts]))
+
+
+def _spans(
+    samples: SamplesTable, purpose: Purpose, source: str, parts: Sequence[Part], reach: int
+) -> Spans:
+    """Return the rows that may be in samples, by mask or range and by split."""
+    rows = parts[0].dataset.samples
+    own = samples.train if purpose == "train" else samples.validation
+    if samples.validation_fraction is not None:
+        own = samples.train  # it chooses what is split
+    if isinstance(own, str):
+        spans = _masked(own, source, rows)
+    elif own is not None:
+        spans = Spans.of(*own)
+        if own[1] > rows:
+            raise DatasetError(
+                f"{source}: data.samples.{purpose} = {list(own)}, but there are {rows} rows"
+            )
+    else:
+        spans = Spans.of(0, rows)
+    if samples.validation_fraction is None:
+        return spans
+    if samples.split_by == "files":
+        stops = _borders(parts)
+    else:
+        row_bytes = sum(part.dataset.bytes_per_sample for part in parts)
+        size = samples.piece_rows or default_piece_rows(rows, row_bytes, reach)
+        stops = piece_stops(rows, size)
+    if len(stops) < 2:
+        raise DatasetError(
+            f"{source}: data.samples.validation_fraction = {samples.validation_fraction} splits "
+            f"this by {samples.split_by} (data.samples.split_by), and {rows} rows in "
+            f"{len(parts[0].dataset.shards)} files make one piece only: set "
+            "data.samples.piece_rows lower, or name other files for data.validation"
+        )
+    first, second = split_pieces(stops, samples.validation_fraction, samples.split_seed)
+    return common(spans, first if purpose == "train" else second)
+
+
+def _masked(path: str, source: str, rows: int) -> Spans:
+    """Return the rows where a boolean HDF5 dataset is true."""
+    name = path.strip("/")
+    dataset = open_dataset(source, [name])
+    field = dataset.fields[name]
+    if field.shape or field.dtype.kind not in "bui":
+        raise DatasetError(
+            f'{source}: "{path}" is no mask: it is {field.dtype} with rows of shape {field.shape}, '
+            "and has to be one true or false a row"
+        )
+    if dataset.samples != rows:
+        raise DatasetError(
+            f'{source}: the mask "{path}" has {dataset.samples} rows, the fields have {rows}'
+        )
+    found = []
+    with closing(open_rows(dataset)) as reader:
+        for start in range(0, rows, MASK_ROWS):
+            out = np.empty((min(MASK_ROWS, rows - start), field.row_bytes), np.uint8)
+            reader.read_runs(
+                name, np.array([start]), np.array([len(out)]), out, np.zeros(1, np.int64)
+            )
+            flags = out.view(field.dtype.newbyteorder("="))[:, 0] != 0
+            found.append(spans_where(flags, start))
+    return merged(found)

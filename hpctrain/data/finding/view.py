@@ -1,0 +1,159 @@
+"""A dataset whose samples are made of rows of other datasets: chosen, joined, windows of several.
+
+To partition, shuffle and loader it is a dataset like any other: N samples. Only who reads its rows
+(`hpctrain.data.reading.view_access`) knows what a sample is made of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.picks import Picks
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Files that hold some of the fields.
+
+    Attributes:
+        dataset: their rows.
+        axis: of the HDF5 datasets, which counts the rows.
+    """
+
+    dataset: Dataset
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """How the values of one field come about.
+
+    Attributes:
+        part: index of the part that holds them.
+        name: of the field there.
+        steps: rows of one sample, along a first axis of their own; None: one row, no such axis.
+        lead: rows from the sample's own row to the first of them.
+        every: rows from one of them to the next.
+    """
+
+    part: int
+    name: str
+    steps: int | None = None
+    lead: int = 0
+    every: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.steps or 1
+
+    @property
+    def reach(self) -> int:
+        """Rows from the sample's own to the last that this field needs, both counted."""
+        return self.lead + (self.num_rows - 1) * self.every + 1
+
+    def field(self, stored: Field) -> Field:
+        """Return what a sample of this field is, made of rows such as are stored."""
+        return stored if self.steps is None else Field((self.steps, *stored.shape), stored.dtype)
+
+
+@dataclass(frozen=True)
+class View(Dataset):
+    """Samples made of rows of its parts, all of which have the same number of rows.
+
+    Attributes:
+        parts: where the rows are.
+        columns: by field.
+        picks: the rows that are samples.
+    """
+
+    parts: tuple[Part, ...]
+    columns: Mapping[str, Column]
+    picks: Picks
+
+    @classmethod
+    def of(
+        cls, source: str, parts: Sequence[Part], columns: Mapping[str, Column], picks: Picks
+    ) -> View:
+        """Put a view together."""
+        return cls(
+            source=source,
+            fields={
+                name: column.field(parts[column.part].dataset.fields[column.name])
+                for name, column in columns.items()
+            },
+            shards=_files(parts),
+            parts=tuple(parts),
+            columns=dict(columns),
+            picks=picks,
+        )
+
+    @cached_property
+    def samples(self) -> int:
+        return self.picks.samples
+
+    @cached_property
+    def shard_stops(self) -> npt.NDArray[np.int64]:
+        """A sample may be made of rows of several shards; `places` tells one."""
+        raise TypeError("the samples of a view do not follow its shards")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what the parts are, and which rows are samples."""
+        picked = xxhash.xxh3_64()
+        for numbers in (self.picks.firsts, self.picks.counts):
+            picked.update(numbers.tobytes())
+        facts = [
+            [[part.dataset.fingerprint, part.axis] for part in self.parts],
+            [picked.hexdigest(), self.picks.stride],
+        ]
+        return str(xxhash.xxh3_64_hexdigest(json.dumps(facts).encode()))
+
+    def select(self, names: Sequence[str]) -> View:
+        """Return the same view with these fields only.
+
+        Raises:
+            DatasetError: if one is not there.
+        """
+        require_fields(names, self.fields, self.source)
+        return dataclasses.replace(
+            self,
+            fields={name: self.fields[name] for name in names},
+            columns={name: self.columns[name] for name in names},
+        )
+
+    def places(self, samples: Int64s) -> list[tuple[Shard, int]]:
+        """Return the shard of the first row of each sample, and that row there."""
+        first = next(iter(self.columns.values()))
+        return self.parts[first.part].dataset.places(self.picks.rows(samples) + first.lead)
+
+    def slow_fields(self) -> dict[str, str]:
+        """Return why, for every field that only HDF5 can read in some shard."""
+        slow = [part.dataset.slow_fields() for part in self.parts]
+        return {
+            name: slow[column.part][column.name]
+            for name, column in self.columns.items()
+            if column.name in slow[column.part]
+        }
+
+
+def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:
+    """Return every file of the parts once, with what all of them read of it."""
+    files: dict[str, Shard] = {}
+    for shard in (shard for part in parts for shard in part.dataset.shards):
+        known = files.get(shard.path, shard)
+        files[shard.path] = dataclasses.replace(
+            known,
+            layouts={**known.layouts, **shard.layouts},
+            sources=tuple(sorted({*known.sources, *shard.sources})),
+        )
+    return tuple(files.values())

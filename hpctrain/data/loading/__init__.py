@@ -1,0 +1,1 @@
+"""From rows in host memory to batches on the device, transformed and normalised."""

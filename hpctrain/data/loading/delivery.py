@@ -1,0 +1,212 @@
+"""From host memory to batches of tensors on the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.finishing import Finishing, keys_on
+from hpctrain.data.loading.prefetch import Prefetch
+from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.handles import Locate
+from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.reader import Group, HostGroup, Source, read_groups
+from hpctrain.data.reading.rows import open_rows, read_rows
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """This rank's share of a global batch.
+
+    The tensors are the consumer's for as long as it keeps them: memory is used again only when
+    nothing refers to it any more.
+
+    Attributes:
+        fields: by name, (size, *shape) on the device, in the dtype of the dataset where nothing
+            else is asked for.
+        size: samples of this share; may be 0, then the tensors have no rows.
+        global_size: samples of the global batch.
+        epoch: from 0.
+        start: position in the epoch of the first sample of the global batch.
+    """
+
+    fields: dict[str, torch.Tensor]
+    size: int
+    global_size: int
+    epoch: int
+    start: int
+
+
+class Delivery:
+    """Runs a reader in a thread and makes tensors on the device of what it reads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: int,
+        device: torch.device,
+        depth: int,
+        *,
+        read_retries: int,
+        locate: Locate,
+        preparation: SamplePreparation | None,
+        finishing: Finishing,
+        training: bool,
+        threads: int,
+    ) -> None:
+        self.helpers = Helpers(threads)
+        self.access = open_rows(dataset, retries=read_retries, locate=locate, helpers=self.helpers)
+        self._preparation = preparation
+        self._finishing = finishing
+        self._training = training
+        self._fields = dataset.fields if preparation is None else preparation.fields
+        self._dtypes = {name: torch_dtype(field) for name, field in self._fields.items()}
+        self._rows = rows
+        self._device = device
+        self._depth = depth
+        self._pinned = device.type == "cuda"
+        self._pool = BufferPool(self._fields, rows, _pinned if self._pinned else _pageable)
+        self._running: Prefetch[HostGroup] | None = None
+        self._waited = 0.0
+        # Copies to the device that may be under way, and the host memory that they read.
+        self._copies: deque[tuple[torch.cuda.Event, HostGroup]] = deque()
+        for name, reason in dataset.slow_fields().items():
+            logger.warning(
+                'field "%s" is read through HDF5, which is slower: it is %s', name, reason
+            )
+
+    @property
+    def wait_seconds(self) -> float:
+        running = self._running
+        return self._waited + (running.wait_seconds if running is not None else 0.0)
+
+    def run(
+        self, source: Source, groups: Iterator[Group], epoch: int, total: int | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of the groups; of a global size of `total`, or each of its own."""
+        self.stop()
+        if self._preparation is None:
+            produce = functools.partial(read_groups, source, groups, self._fields, self._pool)
+        else:
+            produce = functools.partial(
+                self._preparation.read_groups, source, groups, self._rows, self._pool
+            )
+        with Prefetch(produce, self._depth) as running:
+            self._running = running
+            try:
+                for host in running:
+                    tensors = self._to_device(host)
+                    keys = self._keys(host.group)
+                    bounds = host.group.bounds
+                    cuts = np.searchsorted(host.group.positions, bounds).tolist()
+                    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                        own = slice(cuts[i], cuts[i + 1])
+                        yield Batch(
+                            fields=self._finish(tensors, keys, own),
+                            size=cuts[i + 1] - cuts[i],
+                            global_size=stop - start if total is None else total,
+                            epoch=epoch,
+                            start=start,
+                        )
+            finally:
+                if self._running is running:
+                    self._waited += running.wait_seconds
+                    self._running = None
+
+    def one(self, row: int) -> dict[str, torch.Tensor]:
+        """Return one row of the dataset, read by the calling thread with files of its own."""
+        at = np.array([row], np.int64)
+        # Only shape and dtype of it count: any key will do.
+        group = Group([row, row + 1], at, at, at.astype(np.uint64))
+        preparation = self._preparation
+        values = read_rows(self.access.dataset, at) if preparation is None else preparation.one(row)
+        tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
+        return self._finish(tensors, self._keys(group), slice(0, 1))
+
+    def stop(self) -> None:
+        """End the thread, if one runs."""
+        if self._running is not None:
+            self._running.close()
+            self._waited += self._running.wait_seconds
+            self._running = None
+
+    def close(self) -> None:
+        """End the thread and close all files."""
+        self.stop()
+        self.access.close()
+
+    def _keys(self, group: Group) -> torch.Tensor | None:
+        """Return the keys of a group on the device, if anybody wants them there."""
+        if group.keys is None or not self._finishing.needs_keys:
+            return None
+        return keys_on(self._device, group.keys)
+
+    def _finish(
+        self, tensors: dict[str, torch.Tensor], keys: torch.Tensor | None, own: slice
+    ) -> dict[str, torch.Tensor]:
+        """Return some of the samples of a group, as the task wants them."""
+        fields = {name: _aligned(tensor[own]) for name, tensor in tensors.items()}
+        own_keys = None if keys is None else keys[own]
+        return self._finishing.apply(fields, own_keys, training=self._training)
+
+    def _to_device(self, host: HostGroup) -> dict[str, torch.Tensor]:
+        size = len(host.group.positions)
+        tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
+        if not self._pinned:
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        while self._copies and self._copies[0][0].query():
+            self._copies.popleft()
+        copies = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._copies.append((event, host))
+        return copies
+
+    def _tensor(self, name: str, data: Bytes, size: int) -> torch.Tensor:
+        """Return the tensor that shares its memory with bytes, and keeps them."""
+        shape, dtype = self._fields[name].shape, self._dtypes[name]
+        if size == 0:
+            return torch.empty((0, *shape), dtype=dtype)
+        return torch.from_numpy(data).view(dtype).view(size, *shape)
+
+
+def torch_dtype(field: Field) -> torch.dtype:
+    """Return the dtype of tensors of a field; fields have only dtypes that torch has too."""
+    dtype = getattr(torch, field.dtype.name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _aligned(batch: torch.Tensor) -> torch.Tensor:
+    """Return a batch that begins where fresh tensors do, at a multiple of 64 bytes.
+
+    Matrix products sum in another order where memory begins elsewhere. In a group of batches that
+    would depend on where a job has begun to read, and a run that goes on would differ from one
+    that never stopped in the last bits. Most rows have a length that leaves nothing to do.
+    """
+    return batch if batch.data_ptr() % _ALIGNMENT_BYTES == 0 else batch.clone()
+
+
+def _pageable(size: int) -> Bytes:
+    array: Bytes = torch.empty(size, dtype=torch.uint8).numpy()  # numpy's own is not aligned
+    return array
+
+
+def _pinned(size: int) -> Bytes:
+    """Return memory that the device copies from while the host goes on."""
+    array: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return array

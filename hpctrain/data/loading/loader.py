@@ -1,0 +1,372 @@
+"""Batches of tensors, on the device: what training and evaluation iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.loading.buffers import MemoryPlan
+from hpctrain.data.loading.delivery import Batch, Delivery
+from hpctrain.data.loading.finishing import Finishing
+from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.order.partition import Order, lanes_of_rank, served_samples
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.shuffle import Epoch, sample_keys
+from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.handles import Locate, where_it_is
+from hpctrain.data.reading.reader import (
+    Group,
+    LaneWindows,
+    MemorySource,
+    RowSource,
+    Source,
+    WindowBuffers,
+    WindowSource,
+)
+from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.reading.steady import READ_RETRIES
+from hpctrain.errors import ConfigError, DatasetError
+
+__all__ = ["Batch", "EvaluationLoader", "TrainLoader"]
+
+
+class TrainLoader:
+    """Serves the epochs of a dataset, in an order that does not depend on the number of ranks.
+
+    One epoch at a time: to start one ends the one before. A thread reads ahead, and ends with the
+    epoch, with the iterator, and with the loader.
+
+    Attributes:
+        epoch_size: samples of all ranks that an epoch serves.
+        largest_share: the most samples of any rank in any full batch.
+        smallest_share: the fewest of any rank in any batch that begins where one ends.
+        buffer_bytes: host memory that reading ahead takes on this rank.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        fields: Sequence[str],
+        global_batch_size: int,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        buffer_mb: float,
+        threads: int = 1,
+        begun: Mapping[int, Order] | None = None,
+        memory: Mapping[str, Bytes] | None = None,
+        locate: Locate = where_it_is,
+        read_retries: int = READ_RETRIES,
+        preparation: SamplePreparation | None = None,
+        finishing: Finishing | None = None,
+    ) -> None:
+        """Prepare; no file is opened yet.
+
+        Args:
+            dataset: as opened, the same on all ranks.
+            order: of the epochs.
+            fields: that batches hold.
+            global_batch_size: samples of all ranks in one batch.
+            drop_last: leave out the last, smaller batch of an epoch. One that is resumed with
+                another batch size ends where any epoch ends, if need be with a smaller batch.
+            rank: of this process.
+            world_size: number of ranks.
+            device: where the batches are wanted.
+            buffer_mb: host memory for reading ahead, MB.
+            threads: that read, decompress and gather, side by side.
+            begun: epochs that began in another order than `order`, and end in it.
+            memory: all samples by field, as `hold_on_node` returns them; None: read the files.
+            locate: as RowAccess takes it.
+            read_retries: how often a read that fails is tried again.
+            preparation: what is done to every sample on the host; None: nothing.
+            finishing: what is done to batches on the device; None: nothing.
+
+        Raises:
+            ConfigError: if there are more ranks than lanes.
+            DatasetError: if a field is not there, or the batch is larger than the dataset.
+        """
+        if global_batch_size > dataset.samples:
+            raise DatasetError(
+                f"data.global_batch_size = {global_batch_size}, but {dataset.source} has only "
+                f"{dataset.samples} samples: set it to at most {dataset.samples}"
+            )
+        self._dataset = dataset.select(fields)
+        self._order = order
+        self._begun = dict(begun or {})
+        order.require_world_size(world_size)
+        for epoch, each in self._begun.items():
+            if world_size > each.lanes:
+                raise ConfigError(
+                    f"epoch {epoch} was begun with {each.lanes} lanes and goes on with them, but "
+                    f"there are {world_size} ranks: start at most {each.lanes} ranks until it ends"
+                )
+        self._global_batch_size = global_batch_size
+        self._rank = rank
+        self._read_retries = read_retries
+        self._world_size = world_size
+        self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
+        self.largest_share = max(
+            each.largest_share(global_batch_size, world_size)
+            for each in (order, *self._begun.values())
+        )
+        self.smallest_share = min(
+            each.smallest_share(global_batch_size, self.epoch_size, world_size)
+            for each in (order, *self._begun.values())
+        )
+        windows = max(
+            WindowBuffers.required_bytes(
+                self._dataset, each, len(lanes_of_rank(rank, world_size, each.lanes))
+            )
+            for each in (order, *self._begun.values())
+        )
+        share, staging = _sample_bytes(self._dataset, preparation)
+        self._memory = memory
+        spent = MemoryPlan.make(
+            0 if memory is not None else windows,
+            self.largest_share * share,
+            buffer_mb,
+            staging=self.largest_share * staging,
+        )
+        self._windows_fit = spent.windows_fit
+        self.buffer_bytes = spent.total
+        self._buffers: tuple[Order, WindowBuffers] | None = None
+        self._group_batches = spent.group_batches
+        rows = self.largest_share * spent.group_batches
+        finishing = finishing or Finishing()
+        self._needs_keys = preparation is not None or finishing.needs_keys
+        self._delivery = Delivery(
+            self._dataset,
+            rows,
+            device,
+            spent.depth,
+            read_retries=read_retries,
+            locate=locate,
+            preparation=preparation,
+            finishing=finishing,
+            training=True,
+            threads=threads,
+        )
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        return self._delivery.wait_seconds
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed so far, whatever came of it."""
+        return self._delivery.access.failed_reads
+
+    def order_of(self, epoch: int) -> Order:
+        """Return the order of an epoch, for the resume state."""
+        return self._begun.get(epoch, self._order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch of an epoch.
+
+        Args:
+            epoch: from 0.
+            start: position to start at, 0 to `epoch_size` - 1.
+
+        Raises:
+            DatasetError: while iterating, naming file, field and row that cannot be read.
+        """
+        order = self.order_of(epoch)
+        source = self._source(order, epoch)
+        return self._delivery.run(source, self._groups(order, epoch, start), epoch)
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Return one real sample of every field, (1, *shape) on the device.
+
+        Another one on each rank, so that not all of them open the same file.
+        """
+        row = self._rank * self._dataset.samples // self._world_size
+        return self._delivery.one(row)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Int64s:
+        """Return which rows of the dataset this rank serves of positions start to stop - 1."""
+        order = self.order_of(epoch)
+        positions = order.positions(start, stop, self._rank, self._world_size)
+        return Epoch(order, epoch).rows(positions)
+
+    def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
+        """Return runs of rows of the dataset as (name of the shard, first row in it, last).
+
+        Args:
+            rows: (count,) int64, ascending.
+        """
+        found: list[tuple[str, int, int]] = []
+        for shard, inside in self._dataset.places(rows):
+            if found and found[-1][0] == shard.name and found[-1][2] == inside - 1:
+                found[-1] = (shard.name, found[-1][1], inside)
+            else:
+                found.append((shard.name, inside, inside))
+        return found
+
+    def read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
+        """Return rows of the dataset by field, read by the calling thread with files of its own.
+
+        Raises:
+            DatasetError: if one cannot be read.
+        """
+        return read_rows(self._dataset, rows, retries=self._read_retries)
+
+    def close(self) -> None:
+        """End the thread and close all files. The loader can be used again."""
+        self._delivery.close()
+
+    def _groups(self, order: Order, epoch: int, start: int) -> Iterator[Group]:
+        rows_at = None
+        if self._needs_keys:
+            plan = Epoch(order, epoch)
+            # Windows of its own: the reader's move on in calls of another size.
+            windows = LaneWindows(plan, self._rank, self._world_size)
+            rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
+        for bounds in _bounds(start, self.epoch_size, self._global_batch_size, self._group_batches):
+            positions = order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
+            if rows_at is None:
+                yield Group(bounds, positions)
+            else:
+                rows = rows_at(positions)
+                yield Group(bounds, positions, rows, sample_keys(order.seed, epoch, rows))
+
+    def _source(self, order: Order, epoch: int) -> Source:
+        # The thread of an earlier epoch must not write to the windows any more.
+        self._delivery.stop()
+        plan = Epoch(order, epoch)
+        access = self._delivery.access
+        windows = LaneWindows(plan, self._rank, self._world_size)
+        rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
+        if self._memory is not None:
+            return MemorySource(self._memory, rows_at, self._delivery.helpers)
+        if order.block_rows == 1 or not self._windows_fit:
+            return RowSource(access, rows_at)
+        if self._buffers is None or self._buffers[0] != order:
+            self._buffers = None  # let go of the old ones first
+            lanes = len(lanes_of_rank(self._rank, self._world_size, order.lanes))
+            self._buffers = (order, WindowBuffers(self._dataset, order, lanes))
+        return WindowSource(access, windows, self._buffers[1], self._delivery.helpers)
+
+
+class EvaluationLoader:
+    """Serves every sample of a dataset exactly once over all ranks: no padding, no repeats.
+
+    Rank r serves the r-th of `world_size` runs of rows, in their order. Shares differ by at most
+    one sample, so the numbers of batches may differ too.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        fields: Sequence[str],
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        device: torch.device,
+        buffer_mb: float,
+        locate: Locate = where_it_is,
+        read_retries: int = READ_RETRIES,
+        preparation: SamplePreparation | None = None,
+        finishing: Finishing | None = None,
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        """Prepare; no file is opened yet.
+
+        Args:
+            dataset: as opened, the same on all ranks.
+            fields: that batches hold.
+            rank: of this process.
+            world_size: number of ranks.
+            batch_size: samples of one batch.
+            device: where the batches are wanted.
+            buffer_mb: host memory for reading ahead, MB.
+            threads: that read and decompress, side by side.
+            locate: as RowAccess takes it.
+            read_retries: how often a read that fails is tried again.
+            preparation: what is done to every sample on the host; None: nothing.
+            finishing: what is done to batches on the device; None: nothing.
+            seed: of the run: what its transform draws is the same in every evaluation.
+
+        Raises:
+            DatasetError: if a field is not there.
+        """
+        self._seed = seed
+        self._dataset = dataset.select(fields)
+        self._world_size = world_size
+        self._first = rank * dataset.samples // world_size
+        self._stop = (rank + 1) * dataset.samples // world_size
+        self._batch_size = batch_size
+        share, staging = _sample_bytes(self._dataset, preparation)
+        memory = MemoryPlan.make(0, batch_size * share, buffer_mb, staging=batch_size * staging)
+        self._group_batches = memory.group_batches
+        self.buffer_bytes = memory.total
+        rows = batch_size * memory.group_batches
+        finishing = finishing or Finishing()
+        self._needs_keys = preparation is not None or finishing.needs_keys
+        self._delivery = Delivery(
+            self._dataset,
+            rows,
+            device,
+            memory.depth,
+            read_retries=read_retries,
+            locate=locate,
+            preparation=preparation,
+            finishing=finishing,
+            training=False,
+            threads=threads,
+        )
+
+    def __len__(self) -> int:
+        return len(range(self._first, self._stop, self._batch_size))
+
+    @property
+    def most_batches(self) -> int:
+        """How many batches the rank with the most samples has."""
+        largest_share = -(-self._dataset.samples // self._world_size)
+        return -(-largest_share // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._delivery.stop()
+        source = RowSource(self._delivery.access, lambda rows: rows)
+        return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        return self._delivery.wait_seconds
+
+    def close(self) -> None:
+        """End the thread and close all files. The loader can be used again."""
+        self._delivery.close()
+
+    def _groups(self) -> Iterator[Group]:
+        for bounds in _bounds(self._first, self._stop, self._batch_size, self._group_batches):
+            rows = np.arange(bounds[0], bounds[-1], dtype=np.int64)
+            keys = sample_keys(self._seed, 0, rows) if self._needs_keys else None
+            yield Group(bounds, rows, rows, keys)
+
+
+def _sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tuple[int, int]:
+    """Return what a sample takes as it goes to the device, and besides before that."""
+    return (
+        (dataset.bytes_per_sample, 0)
+        if preparation is None
+        else (preparation.row_bytes, preparation.slot_bytes)
+    )
+
+
+def _bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:
+    """Cut start to stop into batches, and yield the bounds of so many batches at a time."""
+    for first in range(start, stop, batch * batches):
+        last = min(first + batch * batches, stop)
+        yield [*range(first, last, batch), last]

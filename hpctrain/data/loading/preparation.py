@@ -1,0 +1,173 @@
+"""Between the reader and the device: every sample through a user's transform, in its order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+
+import numpy as np
+
+from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.crew import Crew, Job, WorkerError
+from hpctrain.data.loading.samples import Arrays, SampleError, SampleRunner
+from hpctrain.data.loading.slots import Slot, SlotLayout
+from hpctrain.data.reading.reader import Group, HostGroup, Source
+from hpctrain.data.reading.rows import read_rows
+from hpctrain.errors import TrainingError
+
+SLOTS = 2
+"""Groups under way: one is read, or handed on, while the other is transformed."""
+_JOBS_PER_HAND = 4
+"""A group is cut into so many, so that one slow sample does not keep all waiting."""
+
+
+class SamplePreparation:
+    """Transforms groups of samples.
+
+    Which worker gets which samples shows in nothing: each sample is made of itself and its key.
+
+    Attributes:
+        fields: by name, what goes to the device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        crew: Crew,
+        dataset: Dataset,
+        *,
+        needed: Sequence[str],
+        row: int,
+        training: bool,
+    ) -> None:
+        """Transform one sample here, to know what becomes of them.
+
+        Args:
+            name: of the transform, for messages.
+            crew: that does the work.
+            dataset: with the fields that are read.
+            needed: fields that have to come out.
+            row: of the dataset, to try it with.
+            training: False in an evaluation.
+
+        Raises:
+            DatasetError: if the row cannot be read.
+            TrainingError: if the transform fails on it, or makes nothing of it that can be used.
+        """
+        self._name = name
+        self._runner = SampleRunner(crew.transform)
+        self._crew = crew
+        self._dataset = dataset
+        self._training = training
+        self._slots: list[Slot] = []
+        try:
+            self.fields: Mapping[str, Field] = self._runner.describe(
+                read_rows(dataset, np.array([row])), row, needed, training=training
+            )
+        except SampleError as error:
+            raise self._failed(error, row) from error
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample as it goes to the device."""
+        return sum(field.row_bytes for field in self.fields.values())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that the preparation takes for each sample of a group."""
+        return SLOTS * (self._dataset.bytes_per_sample + self.row_bytes)
+
+    def one(self, row: int) -> Arrays:
+        """Return one sample, (1, *shape) a field, transformed by the calling thread."""
+        inputs = read_rows(self._dataset, np.array([row]))
+        outputs = {n: np.empty((1, *f.shape), f.dtype) for n, f in self.fields.items()}
+        try:
+            # Only shape and dtype of it count: any key will do.
+            self._runner.fill(inputs, np.array([row], np.uint64), outputs, training=self._training)
+        except SampleError as error:
+            raise self._failed(error, row) from error
+        return outputs
+
+    def read_groups(
+        self, source: Source, groups: Iterable[Group], rows: int, pool: BufferPool
+    ) -> Iterator[HostGroup]:
+        """Yield the samples of each group, of up to `rows`, transformed.
+
+        Raises:
+            TrainingError: naming sample, shard and row, if the transform fails.
+        """
+        if not self._slots or self._slots[0].layout.rows < rows:
+            layout = SlotLayout(rows, self._dataset.fields, self.fields)
+            self._slots = [Slot(layout) for _ in range(SLOTS)]
+        free = deque(self._slots)
+        running: deque[tuple[Group, Slot, list[Future[None]]]] = deque()
+        try:
+            for group in groups:
+                if not free:
+                    yield self._finish(*running[0], pool)
+                    free.append(running.popleft()[1])
+                slot = free.popleft()
+                size = len(group.positions)
+                if size:
+                    source.gather(
+                        group.positions, {n: raw[:size] for n, raw in slot.raw_inputs.items()}
+                    )
+                running.append((group, slot, self._submit(group, slot)))
+            while running:
+                yield self._finish(*running[0], pool)
+                running.popleft()
+        finally:
+            # The slots are used again, by the next epoch at the soonest.
+            futures = [future for _, _, jobs in running for future in jobs]
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def _submit(self, group: Group, slot: Slot) -> list[Future[None]]:
+        assert group.keys is not None
+        size = len(group.positions)
+        jobs = min(size, self._crew.size * _JOBS_PER_HAND)
+        cuts = [size * i // jobs for i in range(jobs + 1)] if jobs else [0]
+        return [
+            self._crew.submit(Job(slot, start, stop, group.keys[start:stop], self._training))
+            for start, stop in itertools.pairwise(cuts)
+        ]
+
+    def _finish(
+        self, group: Group, slot: Slot, jobs: Sequence[Future[None]], pool: BufferPool
+    ) -> HostGroup:
+        """Wait for the samples of a group, and copy them to memory that the device reads."""
+        size = len(group.positions)
+        for i, job in enumerate(jobs):
+            try:
+                job.result()
+            except SampleError as error:
+                assert group.rows is not None
+                index = size * i // len(jobs) + error.index
+                raise self._failed(error, int(group.rows[index])) from error
+            except WorkerError as error:
+                assert group.rows is not None
+                start, stop = size * i // len(jobs), size * (i + 1) // len(jobs)
+                raise TrainingError(
+                    f"{error}. It had {stop - start} samples of {self._dataset.source}; the first "
+                    f"is {self._place(int(group.rows[start]))}"
+                ) from error
+        views = {}
+        for name, field in self.fields.items():
+            views[name] = pool.take(name, size * field.row_bytes)
+            np.copyto(views[name].reshape(size, field.row_bytes), slot.raw_outputs[name][:size])
+        return HostGroup(group, views)
+
+    def _failed(self, error: SampleError, row: int) -> TrainingError:
+        return TrainingError(
+            f"{self._name} failed on sample {row} of {self._dataset.source}: {self._place(row)}\n"
+            f"{error.text}"
+        )
+
+    def _place(self, row: int) -> str:
+        """Return where a sample is stored."""
+        ((shard, inside),) = self._dataset.places(np.array([row]))
+        return f"{shard.path}, row {inside}"

@@ -1,0 +1,1 @@
+"""Which sample comes when, and which rank serves it: arithmetic, and no I/O."""

@@ -1,0 +1,193 @@
+"""Which sample comes when, and which rank serves it: pure arithmetic, O(1) to any position.
+
+An epoch is one stream of all samples. Position k of it is row k // lanes of lane k % lanes, and a
+global batch is the next `global_batch_size` positions. So a batch is a function of the seed, the
+epoch, the position and the sizes here, and of nothing else: not of the number of ranks, nor of
+where a run was stopped. Ranks share the lanes among them, which decides who reads a sample and
+never when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.errors import ConfigError
+
+FEWEST_LANES = 64
+MOST_LANES = 4096
+WINDOWS_BYTES = 128 * 2**20
+"""Bytes of the windows of all lanes together: large enough for large reads, yet resident."""
+MOST_RESIDENT_BLOCKS = 2**19
+"""Blocks of a dataset that is in memory: their permutation takes 4 MB."""
+BLOCKS_PER_LANE = 16
+"""A lane holds at least so many blocks, or blocks are shorter: small data stay well shuffled."""
+
+
+def default_lanes(global_batch_size: int) -> int:
+    """Return the power of two at or above the global batch size, at least 64, at most 4096."""
+    lanes = FEWEST_LANES
+    while lanes < min(global_batch_size, MOST_LANES):
+        lanes *= 2
+    return lanes
+
+
+def default_block_rows(
+    samples: int, row_bytes: int, lanes: int, window: int, chunk_rows: int = 1
+) -> int:
+    """Return how many consecutive rows to read at once.
+
+    The windows of all lanes together stay within a constant budget, and a lane of a small dataset
+    still mixes several blocks; where neither binds, a block is a whole number of chunks.
+    """
+    affordable = WINDOWS_BYTES // (lanes * window * row_bytes)
+    mixing = samples // (lanes * BLOCKS_PER_LANE)
+    rows = max(1, min(affordable, mixing))
+    return rows - rows % chunk_rows if rows >= chunk_rows else rows
+
+
+def resident_block_rows(samples: int) -> int:
+    """Return the same for a dataset that is in memory: one row, while the plan stays small."""
+    return -(-samples // MOST_RESIDENT_BLOCKS)
+
+
+def served_samples(samples: int, global_batch_size: int, drop_last: bool) -> int:
+    """Return how many samples of an epoch are served."""
+    return samples - samples % global_batch_size if drop_last else samples
+
+
+def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
+    """Return the lanes that a rank serves.
+
+    They are dealt in turn, so that the ranks' shares of any run of positions are as equal as can
+    be, also of a batch that is smaller than the number of lanes. Runs of neighbouring lanes would
+    leave some ranks idle there.
+    """
+    return range(rank, lanes, world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The order of all epochs of a dataset.
+
+    Attributes:
+        samples: of the dataset.
+        seed: 0 to 2**64 - 1; another seed gives another order.
+        lanes: runs of equal length, of which the stream takes one sample each in turn.
+        window: blocks of a lane that are shuffled together.
+        block_rows: consecutive rows that stay together up to there, and are read in one go.
+    """
+
+    samples: int
+    seed: int
+    lanes: int
+    window: int
+    block_rows: int
+
+    @classmethod
+    def for_dataset(
+        cls,
+        dataset: Dataset,
+        *,
+        seed: int,
+        global_batch_size: int,
+        lanes: int | None = None,
+        window: int = 4,
+        is_resident: bool = False,
+    ) -> Order:
+        """Choose what was not chosen, from the dataset and the global batch size alone.
+
+        Data that are resident in memory cost the same in any order: they are shuffled row by row.
+        """
+        lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        return cls(
+            samples=dataset.samples,
+            seed=seed,
+            lanes=lanes,
+            window=window,
+            block_rows=resident_block_rows(dataset.samples)
+            if is_resident
+            else default_block_rows(
+                dataset.samples, dataset.bytes_per_sample, lanes, window, dataset.chunk_rows
+            ),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.samples // self.block_rows)
+
+    @property
+    def longest_window_rows(self) -> int:
+        """Rows of the longest window that there can be."""
+        return min(self.window * self.block_rows, -(-self.samples // self.lanes))
+
+    def lane_samples(self, lanes: Int64s) -> Int64s:
+        """Return the number of samples in each of these lanes, (count,) int64."""
+        return (self.samples - lanes + self.lanes - 1) // self.lanes
+
+    def lane_starts(self, lanes: Int64s) -> Int64s:
+        """Return the number of samples in all lanes before each of these, (count,) int64."""
+        shortest, longer = divmod(self.samples, self.lanes)
+        return lanes * shortest + np.minimum(lanes, longer)
+
+    def require_world_size(self, world_size: int) -> None:
+        """Check that every rank has a lane.
+
+        Raises:
+            ConfigError: naming the number to set.
+        """
+        if world_size > self.lanes:
+            raise ConfigError(
+                f"data.lanes = {self.lanes}, but there are {world_size} ranks, and each needs a "
+                f"lane: set data.lanes to {default_lanes(world_size)} "
+                f"(at least {world_size}), or start at most {self.lanes} ranks"
+            )
+
+    def shares(self, start: int, stop: int, world_size: int) -> Int64s:
+        """Return how many of the positions start to stop - 1 each rank serves.
+
+        Returns:
+            (world_size,) int64.
+        """
+        return self._served_before(stop, world_size) - self._served_before(start, world_size)
+
+    def largest_share(self, global_batch_size: int, world_size: int) -> int:
+        """Return the most samples that any rank serves of any full batch, wherever it starts."""
+        size = min(global_batch_size, self.samples)
+        return max(
+            int(self.shares(start, start + size, world_size).max()) for start in range(self.lanes)
+        )
+
+    def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
+        """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
+        size = min(global_batch_size, self.samples)
+        bounds = [(start, start + size) for start in range(self.lanes)]
+        if epoch_size % size:
+            bounds.append((epoch_size - epoch_size % size, epoch_size))
+        return min(int(self.shares(*each, world_size).min()) for each in bounds)
+
+    def positions(self, start: int, stop: int, rank: int, world_size: int) -> Int64s:
+        """Return those of the positions start to stop - 1 that a rank serves, in their order.
+
+        Returns:
+            (share,) int64.
+        """
+        if start >= stop:
+            return np.empty(0, np.int64)
+        first_row = start // self.lanes
+        rows = np.arange(first_row, (stop - 1) // self.lanes + 1, dtype=np.int64)
+        lanes = np.array(lanes_of_rank(rank, world_size, self.lanes), np.int64)
+        positions = (rows[:, None] * self.lanes + lanes).ravel()
+        return positions[slice(*np.searchsorted(positions, (start, stop)))]
+
+    def _served_before(self, position: int, world_size: int) -> Int64s:
+        """Return how many positions below this one each rank serves, (world_size,) int64."""
+        full_rows, rest = divmod(position, self.lanes)
+        ranks = np.arange(world_size, dtype=np.int64)
+        # Of `count` consecutive lanes from lane 0, rank r serves ceil((count - r) / world_size).
+        per_row = -((ranks - self.lanes) // world_size)
+        in_rest = np.maximum(0, -((ranks - rest) // world_size))
+        return full_rows * per_row + in_rest

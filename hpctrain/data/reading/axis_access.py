@@ -1,0 +1,118 @@
+"""Rows along another axis than the first: their pieces are collected, by HDF5 or without it."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import h5py
+import numpy as np
+
+from hpctrain.data.dataset import Field, Shard
+from hpctrain.data.finding.view import Part
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, Bytes, most_open_files
+from hpctrain.data.reading.handles import Handles, Locate, open_descriptor, open_hdf5, where_it_is
+from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.errors import DatasetError
+
+MOST_PIECES = 512
+"""Pieces of one system call. Source: IOV_MAX of Linux is 1024."""
+READ_BYTES = 32 * 2**20
+"""Values that are read at once before they are put in the order of the rows."""
+
+
+class AxisAccess:
+    """Reads rows of a part whose rows are not counted by the first axis. For one thread."""
+
+    def __init__(self, part: Part, locate: Locate = where_it_is) -> None:
+        """Prepare; no file is opened yet. `locate` is as RowAccess takes it."""
+        self.dataset = part.dataset
+        self._axis = part.axis
+        self._descriptors: Handles[int] = Handles(
+            open_descriptor, os.close, locate, most_open_files()
+        )
+        self._files: Handles[h5py.File] = Handles(
+            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
+        )
+
+    @property
+    def files_opened(self) -> int:
+        """How often a file was opened; at best once for each."""
+        return self._descriptors.opened + self._files.opened
+
+    def read_runs(
+        self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows, as `RowAccess.read_runs` does."""
+        field, stops = self.dataset.fields[name], self.dataset.shard_stops
+        for row, count, place in zip(rows.tolist(), counts.tolist(), places.tolist(), strict=True):
+            done = 0
+            while done < count:
+                index = int(np.searchsorted(stops, row + done, side="right"))
+                shard = self.dataset.shards[index]
+                first = row + done - int(stops[index]) + shard.samples
+                most = max(1, READ_BYTES // field.row_bytes)
+                size = min(count - done, shard.samples - first, most)
+                self._read(shard, name, field, first, out[place + done : place + done + size])
+                done += size
+
+    def close(self) -> None:
+        """Close all files. Reading on opens them again."""
+        self._descriptors.close()
+        self._files.close()
+
+    def _read(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
+        base = shard.layouts[name].base
+        try:
+            if base is None:
+                self._read_by_hdf5(shard, name, field, first, out)
+            else:
+                self._read_pieces(shard, name, field, base, first, out)
+        except HDF5_FAILURES as error:
+            what = getattr(error, "strerror", None) or error
+            raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
+
+    def _read_pieces(
+        self, shard: Shard, name: str, field: Field, base: int, first: int, out: Bytes
+    ) -> None:
+        """Read, for each index of the axes before, the pieces of all rows to their places."""
+        descriptor = self._descriptors.get(shard)
+        pieces = math.prod(field.shape[: self._axis])
+        size = field.row_bytes // pieces
+        target = memoryview(out.data).cast("B")
+        for piece in range(pieces):
+            for begin in range(0, len(out), MOST_PIECES):
+                rows = range(begin, min(begin + MOST_PIECES, len(out)))
+                places = [(row * pieces + piece) * size for row in rows]
+                into = [target[place : place + size] for place in places]
+                offset = base + (piece * shard.samples + first + begin) * size
+                wanted = len(rows) * size
+                if os.preadv(descriptor, into, offset) != wanted:
+                    # Few bytes at once are no failure; what is missing is asked for, or told.
+                    self._read_rest(descriptor, into, offset, f'{shard.path}: field "{name}"')
+        if not field.dtype.isnative:
+            out.view(field.dtype).byteswap(inplace=True)
+
+    @staticmethod
+    def _read_rest(descriptor: int, into: list[memoryview], offset: int, place: str) -> None:
+        for piece in into:
+            done = 0
+            while done < len(piece):
+                count = os.preadv(descriptor, [piece[done:]], offset + done)
+                if count == 0:
+                    raise DatasetError(
+                        f"{place}: the file ends at byte {offset + done}; it was truncated. Bring "
+                        "the whole file back"
+                    )
+                done += count
+            offset += done
+
+    def _read_by_hdf5(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
+        before, after = field.shape[: self._axis], field.shape[self._axis :]
+        dataset = self._files.get(shard)[name]
+        values = np.empty((*before, len(out), *after), field.dtype.newbyteorder("="))
+        rows = (*(slice(None) for _ in before), slice(first, first + len(out)))
+        dataset.read_direct(values, source_sel=rows)
+        target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
+        target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)

@@ -1,0 +1,98 @@
+"""Compressed chunks: read in runs, undone by several threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from hpctrain.data.reading.chunks import ChunkedField, ChunkRun, Part
+from hpctrain.data.reading.extents import announce
+from hpctrain.data.reading.filters import Bytes, UndecodableError
+from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.pieces import Piece
+
+RUNS_AHEAD = 8
+"""Runs of chunks that are announced to the system ahead of the one being read."""
+
+
+class ChunkJob(NamedTuple):
+    """A run of chunks to read and to undo.
+
+    Attributes:
+        shard: index.
+        descriptor: of the open file.
+        chunks: of the field in the shard.
+        run: which of them.
+        parts: all rows that the shard is asked for, by row of chunks.
+        size: bytes of the run in the file.
+    """
+
+    shard: int
+    descriptor: int
+    chunks: ChunkedField
+    run: ChunkRun
+    parts: dict[int, list[Part]]
+    size: int
+
+    def pieces(self) -> list[Piece]:
+        """Return the rows that need one of these chunks."""
+        rows = self.chunks.rows_of(self.run)
+        return [p for row in rows for p in self.chunks.pieces(self.shard, row, self.parts[row])]
+
+
+def chunk_jobs(
+    shard: int, descriptor: int, chunks: ChunkedField, parts: dict[int, list[Part]]
+) -> list[ChunkJob]:
+    """Return what is to be done for rows of one shard: each chunk is undone once."""
+    return [
+        ChunkJob(shard, descriptor, chunks, run, parts, chunks.run_bytes(run))
+        for run in chunks.runs(list(parts))
+    ]
+
+
+class ChunkReader:
+    """Does such jobs. For one thread at a time; the helpers helps it."""
+
+    def __init__(self, helpers: Helpers) -> None:
+        self._helpers = helpers
+        self._local = threading.local()
+
+    def read(self, jobs: list[ChunkJob], out: Bytes) -> list[Piece]:
+        """Read and undo chunks.
+
+        Args:
+            jobs: what to read.
+            out: (places, row_bytes) uint8, where the rows go.
+
+        Returns:
+            Rows where that failed, whatever the reason.
+        """
+        failed: list[ChunkJob] = []
+
+        def read(number: int) -> None:
+            for ahead in jobs[number + RUNS_AHEAD : number + RUNS_AHEAD + 1]:
+                announce(ahead.descriptor, ahead.run.start, ahead.size)
+            job = jobs[number]
+            raw = self._memory(job.size)
+            try:
+                if os.preadv(job.descriptor, [raw.data], job.run.start) == job.size:
+                    job.chunks.undo(job.run, raw, job.parts, out)
+                    return
+            except (OSError, UndecodableError):
+                pass  # HDF5 meets it again, and says what and where
+            failed.append(job)
+
+        for job in jobs[1:RUNS_AHEAD]:
+            announce(job.descriptor, job.run.start, job.size)
+        self._helpers.each(read, range(len(jobs)))
+        return [piece for job in failed for piece in job.pieces()]
+
+    def _memory(self, size: int) -> Bytes:
+        """Return memory of the calling thread, used again for its next run."""
+        kept: Bytes | None = getattr(self._local, "memory", None)
+        if kept is None or len(kept) < size:
+            kept = self._local.memory = np.empty(size, np.uint8)
+        return kept[:size]

@@ -1,0 +1,145 @@
+"""Open files: a bounded number of them, opened once each at best, locked never."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import h5py
+
+from hpctrain.data.dataset import Shard
+from hpctrain.data.reading.chunks import ChunkedField
+from hpctrain.data.reading.filters import UndecodableError
+from hpctrain.data.storage import load_plugins
+from hpctrain.errors import DatasetError
+
+H = TypeVar("H")
+Locate = Callable[[str], str]
+"""From the path of a shard to where it is to be read."""
+
+
+def where_it_is(path: str) -> str:
+    """Return the path itself."""
+    return path
+
+
+class Handles(Generic[H]):
+    """Open files by path; the one unused for longest is closed when there are too many."""
+
+    def __init__(
+        self,
+        open_: Callable[[Shard, str], H],
+        close: Callable[[H], Any],
+        locate: Locate,
+        most: int,
+    ) -> None:
+        self.opened = 0
+        self.most = most
+        self._open = open_
+        self._close = close
+        self._locate = locate
+        self._kept: OrderedDict[str, H] = OrderedDict()
+        # Descriptors are mere numbers: nothing else closes them when their reader is dropped.
+        weakref.finalize(self, _close_all, self._kept, close)
+
+    def get(self, shard: Shard) -> H:
+        path = self._locate(shard.path)
+        handle = self._kept.get(path)
+        if handle is None:
+            if len(self._kept) >= self.most:
+                self._close(self._kept.popitem(last=False)[1])
+            try:
+                handle = self._open(shard, path)
+            except (OSError, DatasetError):
+                if path == shard.path:
+                    raise
+                handle = self._open(shard, shard.path)  # somebody has removed the copy
+            self._kept[path] = handle
+            self.opened += 1
+        else:
+            self._kept.move_to_end(path)
+        return handle
+
+    def close(self) -> None:
+        _close_all(self._kept, self._close)
+
+
+class OpenShard:
+    """A file to read bytes of, and where its chunks are.
+
+    Attributes:
+        descriptor: of the open file.
+        chunked: fields whose chunks are read without HDF5.
+        reasons: why not, for other fields.
+    """
+
+    def __init__(self, shard: Shard, path: str, chunked: Iterable[str]) -> None:
+        """Open a shard, or its copy; HDF5 is asked about these fields, and let go of again.
+
+        Raises:
+            DatasetError: if the file is not what it was when the dataset was opened.
+            OSError: if the system, or HDF5, refuses.
+        """
+        self.chunked: dict[str, ChunkedField] = {}
+        self.reasons: dict[str, str] = {}
+        names = list(chunked)
+        if not names:
+            self.descriptor = open_descriptor(shard, path)
+            return
+        with open_hdf5(shard, path) as file:
+            for name in names:
+                try:
+                    self.chunked[name] = ChunkedField(file[name])
+                except UndecodableError as error:
+                    self.reasons[name] = str(error)
+            # A second name of HDF5's own descriptor: the file system sees one open, and HDF5's
+            # memory for the file does not stay.
+            self.descriptor = os.dup(file.id.get_vfd_handle())
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def open_descriptor(shard: Shard, path: str) -> int:
+    """Open a shard, or its copy, to read bytes of.
+
+    Raises:
+        DatasetError: if the file is not what it was when the dataset was opened.
+        OSError: if the system refuses.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _require_size(shard, path, os.fstat(descriptor).st_size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_hdf5(shard: Shard, path: str) -> h5py.File:
+    """Open a shard, or its copy, in HDF5. Of several processes reading, none needs a lock.
+
+    Raises:
+        DatasetError: if the file is not what it was when the dataset was opened.
+        OSError: if the system, or HDF5, refuses.
+    """
+    _require_size(shard, path, Path(path).stat().st_size)
+    load_plugins()  # the index may list chunks whose filter h5py alone does not have
+    return h5py.File(path, "r", locking=False, driver="sec2")
+
+
+def _close_all(kept: OrderedDict[str, H], close: Callable[[H], Any]) -> None:
+    while kept:
+        close(kept.popitem()[1])
+
+
+def _require_size(shard: Shard, path: str, size: int) -> None:
+    if size != shard.size:
+        raise DatasetError(
+            f"{path}: {size} bytes, but {shard.size} when the dataset was opened: the file "
+            "was truncated or written anew. Bring it back, or start again with the new one"
+        )

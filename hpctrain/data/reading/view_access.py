@@ -1,0 +1,131 @@
+"""The samples of a view, read as rows of its parts: each row once, however many windows hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from hpctrain.data.finding.view import Column, Part, View
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.row_reader import SteadyReader
+
+SCRATCH_BYTES = 32 * 2**20
+"""Rows of overlapping windows that are read at once, and gathered from, about."""
+
+
+class ViewAccess:
+    """Reads samples of a view. For one thread at a time."""
+
+    def __init__(self, view: View, open_part: Callable[[Part], SteadyReader]) -> None:
+        """Prepare; no file is opened yet."""
+        self.dataset = view
+        self._view = view
+        self._parts = [open_part(part) for part in view.parts]
+        self._scratch: Bytes = np.empty(0, np.uint8)
+
+    @property
+    def files_opened(self) -> int:
+        """How often a file was opened."""
+        return sum(part.files_opened for part in self._parts)
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed, whatever came of it."""
+        return sum(part.failed_reads for part in self._parts)
+
+    def read_runs(
+        self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
+    ) -> None:
+        """Read runs of consecutive samples of a field, as `RowAccess.read_runs` does rows."""
+        column = self._view.columns[name]
+        stride, steps = self._view.picks.stride, column.num_rows
+        firsts, counts, places = self._view.picks.locate(rows, counts, places)
+        firsts = firsts + column.lead
+        target = out.reshape(len(out) * steps, -1)
+        reader = self._parts[column.part]
+        follows = column.every == 1 or steps == 1
+        if follows and stride == steps:
+            # Window after window, as they lie in the file.
+            reader.read_runs(column.name, firsts, counts * steps, target, places * steps)
+        elif follows and (stride > steps or (counts == 1).all()):
+            firsts, places = _singly(firsts, counts, places, stride)
+            reader.read_runs(
+                column.name, firsts, np.full_like(firsts, steps), target, places * steps
+            )
+        else:
+            self._read_overlapping(column, firsts, counts, target, places)
+
+    def close(self) -> None:
+        """Close all files. Reading on opens them again."""
+        for part in self._parts:
+            part.close()
+
+    def _room(self, rows: int, row_bytes: int) -> Bytes:
+        """Return memory for rows, (rows, row_bytes) uint8; the same again, as new costs more."""
+        size = rows * row_bytes
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
+        return self._scratch[:size].reshape(rows, row_bytes)
+
+    def _read_overlapping(
+        self, column: Column, firsts: Int64s, counts: Int64s, target: Bytes, places: Int64s
+    ) -> None:
+        """Read the rows that windows share once, and gather the windows from them."""
+        stride, steps = self._view.picks.stride, column.num_rows
+        row_bytes = target.shape[1]
+        length = column.reach - column.lead
+        most_rows = max(length, SCRATCH_BYTES // row_bytes)
+        if stride >= length:
+            firsts, places = _singly(firsts, counts, places, stride)
+            counts = np.ones_like(firsts)
+        else:
+            most_samples = (most_rows - length) // stride + 1
+            firsts, counts, places = _shortened(firsts, counts, places, stride, most_samples)
+        rows = (counts - 1) * stride + length
+        for group in _groups(rows, most_rows):
+            begins = np.cumsum(rows[group]) - rows[group]
+            scratch = self._room(int(rows[group].sum()), row_bytes)
+            self._parts[column.part].read_runs(
+                column.name, firsts[group], rows[group], scratch, begins
+            )
+            windows, to = _singly(begins, counts[group], places[group], stride)
+            within = np.arange(steps, dtype=np.int64) * column.every
+            wanted = (windows[:, None] + within).ravel()
+            if len(to) == to[-1] - to[0] + 1 and (np.diff(to) == 1).all():
+                part = target[int(to[0]) * steps : (int(to[-1]) + 1) * steps]
+                np.take(scratch, wanted, axis=0, out=part, mode="clip")
+            else:
+                target[(to[:, None] * steps + np.arange(steps)).ravel()] = scratch[wanted]
+
+
+def _singly(firsts: Int64s, counts: Int64s, places: Int64s, stride: int) -> tuple[Int64s, Int64s]:
+    """Return first row and place of every single sample of some runs."""
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(firsts, counts) + within * stride, np.repeat(places, counts) + within
+
+
+def _shortened(
+    firsts: Int64s, counts: Int64s, places: Int64s, stride: int, most: int
+) -> tuple[Int64s, Int64s, Int64s]:
+    """Cut runs into such of at most `most` samples."""
+    pieces = -(-counts // most)
+    owners = np.repeat(np.arange(len(counts)), pieces)
+    done = (np.arange(len(owners)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
+    return (
+        firsts[owners] + done * stride,
+        np.minimum(most, counts[owners] - done),
+        places[owners] + done,
+    )
+
+
+def _groups(sizes: Int64s, most: int) -> Iterator[slice]:
+    """Yield runs of items of at most so much together, or a single one that is more."""
+    stops = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(stops[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(stops, before + most, side="right")))
+        yield slice(start, stop)
+        start = stop

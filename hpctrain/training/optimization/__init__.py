@@ -1,0 +1,1 @@
+"""What the optimizer does to which parameters, and at which learning rate."""

@@ -1,0 +1,143 @@
+"""The first passes of a start: they find what does not fit, and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hpctrain.errors import TrainingError
+from hpctrain.launch.agreement import raise_together
+from hpctrain.topology import Communicator
+from hpctrain.training.step.replica import Replica, listed
+from hpctrain.training.step.undisturbed import kept_buffers, kept_generators
+from hpctrain.training.task import Fields, Task
+
+if TYPE_CHECKING:
+    from hpctrain.training.step.shards import Shards
+
+
+def prime(
+    replica: Replica | Shards,
+    task: Task,
+    fields: Fields,
+    *,
+    arithmetic: AbstractContextManager[object],
+    device: torch.device,
+    communicator: Communicator,
+) -> None:
+    """Run the model as a step would, without an update. Collective: all ranks.
+
+    DDP puts the gradients into other buckets after its first backward pass, in the forward pass
+    that follows, and sums in another order from then on. So that a run that starts again sums as
+    one that never stopped, every start goes through that before the state is restored.
+
+    Args:
+        replica: of the model; its gradients, buffers, and the random generators are left as they
+            were (gradients: None).
+        task: computes the loss.
+        fields: as many samples as the largest pass has, inputs in the dtype of the parameters.
+        arithmetic: the context of forward passes.
+        device: of this rank.
+        communicator: of all ranks.
+
+    Raises:
+        TrainingError: on every rank, if the task breaks its contract, or a parameter has no part
+            in the loss. What the model itself raises comes out as it is, with its traceback.
+    """
+    with kept_generators(device), kept_buffers(replica.model):
+        replica.clear_gradients()
+        with raise_together(communicator), replica.local():
+            last = _first_pass(replica, task, fields, arithmetic)
+        replica.clear_gradients()
+        if replica.distributed:
+            # The second backward pass as well: a forward pass alone would leave DDP waiting for
+            # gradients to reduce, and it would take those of a pass that is only to accumulate.
+            for _ in range(2):
+                with arithmetic:
+                    loss_sum, _ = task.loss(replica.module, fields)
+                replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
+                replica.clear_gradients()
+            replica.time_communication(last)
+            replica.refresh()
+
+
+def _first_pass(
+    replica: Replica | Shards,
+    task: Task,
+    fields: Fields,
+    arithmetic: AbstractContextManager[object],
+) -> nn.Parameter:
+    """Check the contract of the task, and that every parameter gets a gradient.
+
+    Returns:
+        The parameter whose gradient came last.
+    """
+    watched = replica.watched()
+    layouts: dict[Tensor, torch.layout] = {}
+
+    def arrive(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            layouts[parameter] = parameter.grad.layout
+
+    hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
+    try:
+        with arithmetic:
+            result = task.loss(replica.module, fields)
+        loss_sum = _checked(result, task, fields)
+        replica.backward(loss_sum, torch.zeros_like(loss_sum))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_gradients({name: layouts.get(item) for name, item in watched})
+    last = list(layouts)[-1]
+    assert isinstance(last, nn.Parameter)
+    return last
+
+
+def _checked(result: object, task: Task, fields: Fields) -> Tensor:
+    """Return the loss of what a task returned, if it is what a task should return."""
+    name = type(task).__name__
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TrainingError(
+            f"{name}.loss returned {type(result).__name__}: expected (sum of losses, weight)"
+        )
+    loss_sum, weight = result
+    if not isinstance(loss_sum, Tensor) or loss_sum.ndim != 0 or not loss_sum.is_floating_point():
+        what = (
+            f"a tensor {tuple(loss_sum.shape)} of {loss_sum.dtype}"
+            if isinstance(loss_sum, Tensor)
+            else type(loss_sum).__name__
+        )
+        raise TrainingError(f"{name}.loss returned {what} as sum of losses: expected one number")
+    if not loss_sum.requires_grad:
+        raise TrainingError(
+            f"no parameter has a part in the loss that {name} returned: something between them is "
+            "detached, or computed without gradients"
+        )
+    samples = len(next(iter(fields.values())))
+    if task.counts_samples and (isinstance(weight, Tensor) or weight != samples):
+        raise TrainingError(
+            f"{name}.loss returned the weight {weight} for {samples} samples: with counts_samples "
+            "= True that is the number of samples. Set it to False where weights depend on the data"
+        )
+    return loss_sum
+
+
+def _check_gradients(layouts: Mapping[str, torch.layout | None]) -> None:
+    """Refuse parameters without a gradient, or with one that is not dense."""
+    unused = [name for name, layout in layouts.items() if layout is None]
+    if unused:
+        raise TrainingError(
+            f"{len(unused)} of {len(layouts)} parameters have no part in the loss: "
+            f"{listed(unused)}. Use them, remove them, or set requires_grad = False"
+        )
+    sparse = [name for name, layout in layouts.items() if layout != torch.strided]
+    if sparse:
+        raise TrainingError(
+            f"the gradients of {listed(sparse)} are sparse, which neither clipping nor fused "
+            "optimizers take. Build their modules with sparse=False"
+        )

@@ -1,0 +1,229 @@
+"""A model whose parameters are spread over all ranks: each holds some rows of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from hpctrain.config.schema import TrainingSection
+from hpctrain.errors import ConfigError
+from hpctrain.launch.world import World
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.replica import refuse_unused
+from hpctrain.training.step.sharding import find_units
+
+
+class Shards:
+    """The model under FSDP2: gathered unit by unit for a pass, its gradients scattered after it.
+
+    The optimizer works on plain tensors, the rows of this rank, that share their memory with what
+    torch gathers: its kernels need to know nothing of the other ranks.
+
+    Attributes:
+        model: the model, to call in training and evaluation alike.
+        module: the same.
+        parameters: this rank's rows of those that are trained, in the order of the model; empty
+            where a tensor has fewer rows than there are ranks.
+        shapes: of all whole parameters by name, the same on all ranks.
+        world_size: the ranks that hold the rows.
+        rank: this one.
+        tied: further names of parameters, and the names that they are held under.
+        offloaded: whether the rows are in host memory.
+    """
+
+    distributed = True
+    communication_seconds = 0.0  # it hides behind the arithmetic: what is left is part of that
+
+    def __init__(
+        self, model: nn.Module, section: TrainingSection, number_format: NumberFormat, world: World
+    ) -> None:
+        """Spread the parameters. Collective: all ranks.
+
+        Args:
+            model: in the dtype of `number_format`, the same on all ranks; on the host or the
+                device, to which it goes unit by unit. Changed in place.
+            section: of the config.
+            number_format: of parameters and arithmetic.
+            world: more than one rank.
+
+        Raises:
+            ConfigError: if the model cannot be spread as the config says.
+        """
+        self.model = self.module = model
+        self.world_size, self.rank = world.topology.world_size, world.topology.rank
+        self.offloaded = section.cpu_offload
+        self._device = world.device
+        self.shapes = {name: tuple(item.shape) for name, item in model.named_parameters()}
+        names = {item: name for name, item in model.named_parameters()}
+        self.tied = {
+            name: names[item]
+            for name, item in model.named_parameters(remove_duplicate=False)
+            if names[item] != name
+        }
+        scalars = [name for name, shape in self.shapes.items() if not shape]
+        if scalars:
+            raise ConfigError(
+                f'training.strategy = "fsdp": the parameter {scalars[0]} is a number without '
+                "dimensions, which cannot be spread: make it a tensor of one element"
+            )
+        units = [model.get_submodule(name) for name in find_units(model, section.shard)]
+        if section.compile:
+            # Gathering in between cannot be compiled; a unit by itself can.
+            for unit in units or [model]:
+                unit.compile(mode=section.compile_mode)
+        group = dist.group.WORLD
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, world.device.type)
+        pin = world.device.type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pin) if self.offloaded else OffloadPolicy()
+        # From the inside out, as torch wants it; the model itself takes what is left.
+        for unit in [*reversed(units), model]:
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=section.reshard_after_forward and unit is not model,
+                mp_policy=_policy(unit, units, number_format),
+                offload_policy=offload,
+            )
+        self._units = [item for item in model.modules() if isinstance(item, FSDPModule)]
+        self._spread = {
+            name: item for name, item in model.named_parameters() if isinstance(item, DTensor)
+        }
+        self._rows = {
+            name: nn.Parameter(item.to_local().detach(), requires_grad=item.requires_grad)
+            for name, item in self._spread.items()
+        }
+        self.parameters = [item for item in self._rows.values() if item.requires_grad]
+        self._buffers = [item for item in model.buffers() if item.numel()]
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return this rank's rows of every parameter, by name."""
+        return self._rows.items()
+
+    def begin(self) -> None:
+        """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""
+        self.clear_gradients()
+        if not self._buffers:
+            return
+        # As bytes, all in one message: every dtype travels, whatever the backend knows to reduce.
+        pieces = [item.reshape(-1).contiguous().view(torch.uint8) for item in self._buffers]
+        whole = torch.cat(pieces)
+        dist.broadcast(whole, src=0)
+        if self.rank:
+            received = whole.split([piece.numel() for piece in pieces])
+            for buffer, piece in zip(self._buffers, received, strict=True):
+                # A copy begins where any dtype may begin.
+                buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """Keep the gradients of the passes in the body whole, on this rank."""
+        self._root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients."""
+        for name, spread in self._spread.items():
+            spread.grad = self._rows[name].grad = None
+
+    def backward(self, loss: Tensor, seed: Tensor) -> None:
+        """Run backward from `loss`, (), whose own gradient is `seed`, (). Collective: all ranks."""
+        torch.autograd.backward(loss, seed)
+
+    def backward_and_reduce(self, loss: Tensor, seed: Tensor) -> None:
+        """Run backward from `loss` and average the gradients. Collective: all ranks.
+
+        Raises:
+            TrainingError: if a parameter has no gradient.
+        """
+        torch.autograd.backward(loss, seed)
+        if any(item.grad is None for item in self._spread.values() if item.requires_grad):
+            refuse_unused(self.model)
+
+    def gradients(self) -> list[Tensor]:
+        """Return this rank's rows of all gradients, where the optimizer finds them."""
+        found = []
+        for name, spread in self._spread.items():
+            if spread.requires_grad:
+                gradient = spread.grad
+                if isinstance(gradient, DTensor):
+                    local = self._rows[name].grad = gradient.to_local()
+                    found.append(local)
+        return found
+
+    def reduce_norm(self, norm: Tensor) -> Tensor:
+        """Return the norm of the whole gradient from that of these rows, (). Collective."""
+        # Squared in float64: a norm above 1e19 is no overflow yet.
+        square = norm.double().square().to(self._device)
+        dist.all_reduce(square)
+        return square.sqrt().to(norm.device, norm.dtype)
+
+    def settle(self) -> None:
+        """Let go of gathered parameters; to be called after passes without a backward one."""
+        for unit in self._units:
+            unit.reshard()
+
+    def watched(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the whole parameters, for hooks of autograd. Collective: all ranks."""
+        found: list[tuple[str, nn.Parameter]] = []
+        for unit in self._units:
+            unit.unshard()
+            found += [
+                (name, item)
+                for name, item in self.model.named_parameters()
+                if not isinstance(item, DTensor) and item.requires_grad
+            ]
+            unit.reshard()
+        return found
+
+    def refresh(self) -> None:
+        """Look for the rows where torch keeps them after its first pass."""
+        for name, spread in self._spread.items():
+            self._rows[name].data = spread.to_local().detach()
+
+    def time_communication(self, last: nn.Parameter) -> None:
+        """Count nothing, see `communication_seconds`."""
+
+    @property
+    def _root(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)
+        return self.model
+
+
+def _policy(
+    unit: nn.Module, units: Sequence[nn.Module], number_format: NumberFormat
+) -> MixedPrecisionPolicy:
+    """Return in which formats a unit is gathered, and its gradients are summed."""
+    inner = {
+        id(module)
+        for other in units
+        if other is not unit
+        for module in other.modules()
+        if not any(module_inside is unit for module_inside in other.modules())
+    }
+    own = [module for module in unit.modules() if id(module) not in inner]
+    # Batch norms mix their weights with running statistics, which stay as they are.
+    mixes = any(isinstance(module, _NormBase) for module in own)
+    wide = torch.float64 if number_format.parameters == torch.float64 else torch.float32
+    return MixedPrecisionPolicy(
+        param_dtype=None if mixes else number_format.autocast,
+        reduce_dtype=wide,
+        cast_forward_inputs=False,
+    )

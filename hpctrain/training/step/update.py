@@ -1,0 +1,102 @@
+"""From gradients to parameters: norm, clipping, the refusal of bad updates, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hpctrain.training.bad_steps import BadSteps
+from hpctrain.training.optimization.optimizers import refuses_on_device, set_learning_rate
+from hpctrain.training.step.precision import LossScale
+
+
+class Update:
+    """Applies the gradients of a step to the parameters, unless they are not finite.
+
+    Numbers stay on the device; no step waits for them.
+
+    Attributes:
+        optimizer: of the parameters.
+        syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
+            update by itself.
+        grad_norm: norm of the whole gradient in the last step, before clipping, ().
+        bad_steps: those whose gradient was not finite. None was applied. In mixed float16, an
+            overflow that a smaller loss scale may cure is not counted.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        clip_norm: float | None,
+        clip_value: float | None = None,
+        scaler: LossScale,
+        device: torch.device,
+        reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+    ) -> None:
+        self.optimizer = optimizer
+        self._reduce_norm = reduce_norm
+        self._scaler = scaler
+        self.syncs = not refuses_on_device(optimizer)
+        parameters = [item for group in optimizer.param_groups for item in group["params"]]
+        dtypes = {parameter.dtype for parameter in parameters}
+        # A norm of many numbers needs more than the 8 bits of a bfloat16.
+        self._norm_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._cast = None if dtypes == {self._norm_dtype} else self._norm_dtype
+        self._clip_norm = self._constant(clip_norm, device) if clip_norm is not None else None
+        self._clip_value = clip_value
+        self._zero = self._constant(0.0, device)
+        self._one = self._constant(1.0, device)
+        self._epsilon = self._constant(1e-6, device)
+        self.grad_norm = self._constant(0.0, device)
+        self.bad_steps = BadSteps(device)
+
+    def apply(self, gradients: list[Tensor], lr: float, factor: Tensor | None) -> None:
+        """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
+
+        Args:
+            gradients: of all parameters that have one, or of what this rank holds of them; changed
+                in place.
+            lr: learning rate.
+            factor: by which the gradients are too small, (); None: they are not.
+        """
+        if factor is not None:
+            factor = factor.to(self._norm_dtype)
+        if self._scaler.enabled:
+            factor = (self._one if factor is None else factor) / self._scaler.scale
+        norm = self._norm(gradients)
+        if factor is not None:
+            norm = norm * factor
+        self.grad_norm = norm
+        # Infinity less itself is not a number, and what is not a number does not equal 0.
+        bad = torch.ne(norm - norm, self._zero, out=self.bad_steps.next_flag())
+        if self._clip_norm is not None:
+            # As torch's clip_grad_norm_ has it.
+            clip = torch.minimum(self._clip_norm / (norm + self._epsilon), self._one)
+            factor = clip if factor is None else clip * factor
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
+        if self._clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+
+        set_learning_rate(self.optimizer, lr)
+        if not self.syncs:
+            # Fused kernels read this flag and leave parameters and their own state alone.
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+        if self._scaler.enabled:
+            self._scaler.update(bad)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
+        return self._reduce_norm(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def _constant(self, value: float, device: torch.device) -> Tensor:
+        """Return a number as a tensor: a Python number is made one in every operation, slowly."""
+        return torch.tensor(value, dtype=self._norm_dtype, device=device)
