@@ -17,8 +17,9 @@ from hpctrain.preflight.probes.step import (
     alone,
     take_steps,
 )
-from hpctrain.training.assembly import Components, Data
+from hpctrain.training.assembly import Components
 from hpctrain.training.components import resolve_components
+from hpctrain.training.datasets import Data
 
 
 def check_compute(

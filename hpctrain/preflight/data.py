@@ -12,7 +12,7 @@ from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import data as judging
 from hpctrain.preflight.probes.dataset import read_batches, try_lock, unseen_shards
 from hpctrain.preflight.probes.step import StepFacts
-from hpctrain.training.assembly import Data, open_data
+from hpctrain.training.datasets import Data, open_data
 
 
 def open_and_check(checks: Checks, world: World) -> Data | None:

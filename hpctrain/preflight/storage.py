@@ -14,7 +14,7 @@ from hpctrain.preflight.judging import storage as judging
 from hpctrain.preflight.judging.walltime import WALLTIME_FIX, judge_walltime
 from hpctrain.preflight.probes.folder import FolderFacts, trial_folder, try_folder
 from hpctrain.preflight.probes.step import StepFacts
-from hpctrain.training.assembly import Data
+from hpctrain.training.datasets import Data
 
 
 def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:

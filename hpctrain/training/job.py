@@ -23,9 +23,10 @@ from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology
-from hpctrain.training.assembly import Data, Parts, build_parts, open_data
+from hpctrain.training.assembly import Parts, build_parts
 from hpctrain.training.changes import told_changes
 from hpctrain.training.components import resolve_components
+from hpctrain.training.datasets import Data, open_data
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Cadence
 from hpctrain.training.loop import Plan, fit

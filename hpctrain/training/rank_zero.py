@@ -11,7 +11,8 @@ from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.assembly import Parts
+from hpctrain.training.datasets import Data
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import expected_bytes

@@ -18,8 +18,9 @@ from hpctrain.data.state import to_state
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
 from hpctrain.observe.text import metric
-from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.assembly import Parts
 from hpctrain.training.bad_batches import explain
+from hpctrain.training.datasets import Data
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics

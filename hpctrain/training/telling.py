@@ -13,7 +13,8 @@ from hpctrain.launch.world import World
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.observe.text import metric, plural
-from hpctrain.training.assembly import Data, Parts
+from hpctrain.training.assembly import Parts
+from hpctrain.training.datasets import Data
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.phases import Phases

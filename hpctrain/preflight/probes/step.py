@@ -21,7 +21,8 @@ from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
-from hpctrain.training.assembly import Components, Data, build_parts
+from hpctrain.training.assembly import Components, build_parts
+from hpctrain.training.datasets import Data
 from hpctrain.training.persistence import expected_bytes
 
 TIMED_SECONDS = 5.0

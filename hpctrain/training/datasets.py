@@ -1,0 +1,177 @@
+"""The datasets of a run and their loaders, and where in them the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.config import Config
+from hpctrain.config.normalizing import Normalization
+from hpctrain.data import Dataset, Order
+from hpctrain.data.finding.checking import verify_share
+from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.order.partition import served_samples
+from hpctrain.data.reading.helpers import reading_threads
+from hpctrain.data.reading.node_cache import hold_on_node
+from hpctrain.data.state import from_state
+from hpctrain.launch.agreement import raise_together
+from hpctrain.launch.world import World
+from hpctrain.training.batch_finishing import find_normalizations
+from hpctrain.training.horizon import Horizon, Place
+from hpctrain.training.persistence import Resumed
+from hpctrain.training.staging import Staging
+from hpctrain.training.transforms import Transforms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The datasets of a run, the same on all ranks, and how the training data are served.
+
+    Attributes:
+        transforms: what becomes of samples between the files and the task.
+        place: where the run goes on.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    train_loader: TrainLoader
+    validation_loader: EvaluationLoader | None
+    transforms: Transforms
+    place: Place
+    horizon: Horizon
+    staging: Staging
+
+    def stage(self, config: Config, world: World) -> None:
+        """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
+        self.staging.start(config, world, [self.train, *filter(None, [self.validation])])
+
+    def close(self) -> None:
+        """End the threads and close all files."""
+        self.train_loader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
+        self.transforms.close()
+        self.staging.close()
+
+
+def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
+    """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.
+
+    Raises:
+        DatasetError: on every rank, if the data are not what the config says, or not those that
+            the checkpoint was trained on.
+        ConfigError: on every rank, if there are more ranks than lanes, or `[data.normalize]` or
+            `data.transform` do not fit the data.
+    """
+    section, topology = config.data, world.topology
+    fields = list(dict.fromkeys([*config.task.inputs, *filter(None, [config.task.target])]))
+    train, validation, normalizations = _open_datasets(config, world, fields)
+    if section.verify == "start":
+        with raise_together(world.communicator):
+            datasets = [train, *filter(None, [validation])]
+            verify_share(datasets, topology.rank, topology.world_size)
+    staging = Staging()
+    threads = section.threads or reading_threads(topology.local_world_size)
+    memory = None
+    if section.cache == "memory":
+        memory = hold_on_node(
+            train,
+            topology,
+            world.communicator,
+            threads=threads,
+            retries=section.read_retries,
+            locate=staging.locate,
+        )
+    with raise_together(world.communicator):
+        order, place, begun = _order_and_place(
+            config, train, resumed, is_resident=memory is not None
+        )
+        transforms = Transforms.of(config, train, validation, fields, normalizations, world)
+        in_common: Mapping[str, Any] = {
+            "fields": fields,
+            "rank": topology.rank,
+            "world_size": topology.world_size,
+            "device": world.device,
+            "buffer_mb": section.buffer_mb,
+            "threads": threads,
+            "read_retries": section.read_retries,
+            "locate": staging.locate,
+            "finishing": transforms.finishing,
+        }
+        train_loader = TrainLoader(
+            train,
+            order,
+            global_batch_size=section.global_batch_size,
+            drop_last=section.drop_last,
+            begun=begun,
+            memory=memory,
+            preparation=transforms.train,
+            **in_common,
+        )
+        validation_loader = None
+        if validation is not None:
+            validation_loader = EvaluationLoader(
+                validation,
+                batch_size=section.micro_batch_size or train_loader.largest_share,
+                preparation=transforms.validation,
+                seed=config.run.seed,
+                **in_common,
+            )
+    return Data(
+        train=train,
+        validation=validation,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        transforms=transforms,
+        place=place,
+        horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
+        staging=staging,
+    )
+
+
+def _open_datasets(
+    config: Config, world: World, fields: Sequence[str]
+) -> tuple[Dataset, Dataset | None, dict[str, Normalization]]:
+    """Look into the files on rank 0, for all ranks. Collective: all ranks."""
+    opened: tuple[Dataset, Dataset | None, dict[str, Normalization]] | None = None
+    with raise_together(world.communicator):
+        if world.topology.is_rank_zero:
+            train, validation = open_datasets(config.data, fields)
+            opened = train, validation, find_normalizations(config, train)
+    opened = world.communicator.broadcast(opened)
+    assert opened is not None
+    return opened
+
+
+def _order_and_place(
+    config: Config, train: Dataset, resumed: Resumed | None, *, is_resident: bool
+) -> tuple[Order, Place, dict[int, Order]]:
+    """Return the order of the data, where the run goes on, and epochs begun in another order."""
+    section = config.data
+    lanes = section.lanes
+    if lanes is None and resumed is not None:
+        # The default stays what it was when the run began, whatever the batch size is now.
+        lanes = resumed.values["data"]["lanes"]
+    order = Order.for_dataset(
+        train,
+        seed=config.run.seed,
+        global_batch_size=section.global_batch_size,
+        lanes=lanes,
+        window=section.window,
+        is_resident=is_resident,
+    )
+    if resumed is None:
+        return order, Place(), {}
+    running, epoch, position = from_state(
+        resumed.values["data"],
+        train,
+        order,
+        served_samples(train.samples, section.global_batch_size, section.drop_last),
+        allow_change=config.checkpoint.allow_data_change,
+    )
+    # Under another batch size an epoch may be over that was not when it was saved.
+    place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
+    return order, place, {epoch: running}
