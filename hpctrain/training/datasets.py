@@ -12,7 +12,8 @@ from hpctrain.config.normalizing import Normalization
 from hpctrain.data import Dataset, Order
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.opening import open_datasets
-from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
+from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.order.partition import served_samples
 from hpctrain.data.reading.helpers import reading_threads
 from hpctrain.data.reading.node_cache import hold_on_node

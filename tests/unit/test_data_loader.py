@@ -18,8 +18,9 @@ import torch
 import xxhash
 
 from hpctrain.data import Dataset, Order, Writer, draws, open_dataset
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.finishing import Finishing, Scale
-from hpctrain.data.loading.loader import Batch, EvaluationLoader, TrainLoader
+from hpctrain.data.loading.loader import Batch, TrainLoader
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError

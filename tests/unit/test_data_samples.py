@@ -22,7 +22,8 @@ import xxhash
 from hpctrain.data import Dataset, Order, Writer, open_dataset
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.crew import Crew
-from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
+from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.errors import TrainingError
 

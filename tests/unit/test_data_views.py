@@ -19,7 +19,8 @@ from hpctrain.data import Dataset, Order
 from hpctrain.data.finding import contents
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.finding.view import View
-from hpctrain.data.loading.loader import EvaluationLoader, TrainLoader
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
+from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.reading import axis_access
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError

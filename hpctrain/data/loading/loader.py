@@ -1,11 +1,10 @@
-"""Batches of tensors, on the device: what training and evaluation iterate over."""
+"""Batches of tensors, on the device: what training iterates over."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -13,6 +12,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
+from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.order.partition import Order, lanes_of_rank, served_samples
 from hpctrain.data.order.permutation import Int64s
@@ -32,7 +32,7 @@ from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.reading.steady import READ_RETRIES
 from hpctrain.errors import ConfigError, DatasetError
 
-__all__ = ["Batch", "EvaluationLoader", "TrainLoader"]
+__all__ = ["Batch", "TrainLoader"]
 
 
 class TrainLoader:
@@ -127,7 +127,7 @@ class TrainLoader:
             )
             for each in (order, *self._begun.values())
         )
-        share, staging = _sample_bytes(self._dataset, preparation)
+        share, staging = sample_bytes(self._dataset, preparation)
         self._memory = memory
         spent = MemoryPlan.make(
             0 if memory is not None else windows,
@@ -230,7 +230,9 @@ class TrainLoader:
             # Windows of its own: the reader's move on in calls of another size.
             windows = LaneWindows(plan, self._rank, self._world_size)
             rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
-        for bounds in _bounds(start, self.epoch_size, self._global_batch_size, self._group_batches):
+        for bounds in group_bounds(
+            start, self.epoch_size, self._global_batch_size, self._group_batches
+        ):
             positions = order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
             if rows_at is None:
                 yield Group(bounds, positions)
@@ -254,119 +256,3 @@ class TrainLoader:
             lanes = len(lanes_of_rank(self._rank, self._world_size, order.lanes))
             self._buffers = (order, WindowBuffers(self._dataset, order, lanes))
         return WindowSource(access, windows, self._buffers[1], self._delivery.helpers)
-
-
-class EvaluationLoader:
-    """Serves every sample of a dataset exactly once over all ranks: no padding, no repeats.
-
-    Rank r serves the r-th of `world_size` runs of rows, in their order. Shares differ by at most
-    one sample, so the numbers of batches may differ too.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        fields: Sequence[str],
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        device: torch.device,
-        buffer_mb: float,
-        locate: Locate = where_it_is,
-        read_retries: int = READ_RETRIES,
-        preparation: SamplePreparation | None = None,
-        finishing: Finishing | None = None,
-        seed: int = 0,
-        threads: int = 1,
-    ) -> None:
-        """Prepare; no file is opened yet.
-
-        Args:
-            dataset: as opened, the same on all ranks.
-            fields: that batches hold.
-            rank: of this process.
-            world_size: number of ranks.
-            batch_size: samples of one batch.
-            device: where the batches are wanted.
-            buffer_mb: host memory for reading ahead, MB.
-            threads: that read and decompress, side by side.
-            locate: as RowAccess takes it.
-            read_retries: how often a read that fails is tried again.
-            preparation: what is done to every sample on the host; None: nothing.
-            finishing: what is done to batches on the device; None: nothing.
-            seed: of the run: what its transform draws is the same in every evaluation.
-
-        Raises:
-            DatasetError: if a field is not there.
-        """
-        self._seed = seed
-        self._dataset = dataset.select(fields)
-        self._world_size = world_size
-        self._first = rank * dataset.samples // world_size
-        self._stop = (rank + 1) * dataset.samples // world_size
-        self._batch_size = batch_size
-        share, staging = _sample_bytes(self._dataset, preparation)
-        memory = MemoryPlan.make(0, batch_size * share, buffer_mb, staging=batch_size * staging)
-        self._group_batches = memory.group_batches
-        self.buffer_bytes = memory.total
-        rows = batch_size * memory.group_batches
-        finishing = finishing or Finishing()
-        self._needs_keys = preparation is not None or finishing.needs_keys
-        self._delivery = Delivery(
-            self._dataset,
-            rows,
-            device,
-            memory.depth,
-            read_retries=read_retries,
-            locate=locate,
-            preparation=preparation,
-            finishing=finishing,
-            training=False,
-            threads=threads,
-        )
-
-    def __len__(self) -> int:
-        return len(range(self._first, self._stop, self._batch_size))
-
-    @property
-    def most_batches(self) -> int:
-        """How many batches the rank with the most samples has."""
-        largest_share = -(-self._dataset.samples // self._world_size)
-        return -(-largest_share // self._batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._delivery.stop()
-        source = RowSource(self._delivery.access, lambda rows: rows)
-        return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long the consumer has waited for batches so far."""
-        return self._delivery.wait_seconds
-
-    def close(self) -> None:
-        """End the thread and close all files. The loader can be used again."""
-        self._delivery.close()
-
-    def _groups(self) -> Iterator[Group]:
-        for bounds in _bounds(self._first, self._stop, self._batch_size, self._group_batches):
-            rows = np.arange(bounds[0], bounds[-1], dtype=np.int64)
-            keys = sample_keys(self._seed, 0, rows) if self._needs_keys else None
-            yield Group(bounds, rows, rows, keys)
-
-
-def _sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tuple[int, int]:
-    """Return what a sample takes as it goes to the device, and besides before that."""
-    return (
-        (dataset.bytes_per_sample, 0)
-        if preparation is None
-        else (preparation.row_bytes, preparation.slot_bytes)
-    )
-
-
-def _bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:
-    """Cut start to stop into batches, and yield the bounds of so many batches at a time."""
-    for first in range(start, stop, batch * batches):
-        last = min(first + batch * batches, stop)
-        yield [*range(first, last, batch), last]
