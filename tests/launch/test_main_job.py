@@ -223,7 +223,7 @@ def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Any, ranks: int) -> N
 @pytest.mark.timeout(300)
 def test_killed_and_resumed_at_another_world_size(site: Path, start: Any) -> None:
     """A killed rank ends the job; the next start goes on, with other ranks, on the same batches."""
-    common = ["training.max_epochs=5", "logging.every_steps=1", "training.precision=64-true"]
+    common = ["training.max_epochs=3", "logging.every_steps=1", "training.precision=64-true"]
     train(site, 0, "run.name=whole", *common)
     job = start(3, "run.name=killed", *common, "checkpoint.every_steps=5")
     killed = site / "runs" / "killed"

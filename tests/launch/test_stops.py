@@ -59,7 +59,7 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     with (site / "tasks.py").open("a", encoding="utf-8") as file:
         file.write(SLOW)
     # The memory for reading ahead holds one batch: every step waits for its data.
-    common = ["training.max_epochs=8", "data.buffer_mb=0.1", "training.evaluate_every_epochs=0"]
+    common = ["training.max_epochs=4", "data.buffer_mb=0.1", "training.evaluate_every_epochs=0"]
     common += ["checkpoint.keep_best_mode=max"]
     code, output = start(3, *common, "run.name=whole").wait()
     assert code == 0, output
