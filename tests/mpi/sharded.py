@@ -37,7 +37,11 @@ TOLERANCES = {
 
 
 def check_every_precision_is_as_with_ddp(world: World) -> None:
+    # Four ranks add a rank without samples, and nothing to the narrow formats.
+    exact = ("64-true", "32-true")
     for precision, tolerance in TOLERANCES.items():
+        if world.topology.world_size > 3 and precision not in exact:
+            continue
         for micro_batch_size, norm in ((None, "layer"), (3, "layer"), (7, "batch")):
             counts = [28, 28, 28] if norm == "batch" else COUNTS
             numbers, parameters = [], []
