@@ -20,6 +20,7 @@ class _Hole:
     sync_batchnorm: bool | None = None
     channels_last: bool | None = None
     buckets: bool | None = None
+    static_graph: bool | None = None
     checks_sync: bool | None = None
     shards: bool | None = None
     cpu_offload: bool | None = None
@@ -88,6 +89,12 @@ _HOLES = (
         buckets=True,
         key="training.bucket_mb",
         because="fsdp exchanges what training.shard names, unit by unit",
+    ),
+    _Hole(
+        strategy="fsdp",
+        static_graph=True,
+        key="training.static_graph",
+        because="it tells DDP what to expect, and fsdp has no DDP",
     ),
     _Hole(
         strategy="fsdp",
@@ -161,6 +168,7 @@ def unsupported(
     strategy: str | None = None,
     channels_last: bool | None = None,
     buckets: bool | None = None,
+    static_graph: bool | None = None,
     checks_sync: bool | None = None,
     shards: bool | None = None,
     cpu_offload: bool | None = None,
@@ -178,6 +186,7 @@ def unsupported(
         strategy: as in the config; None: not set.
         channels_last: as in the config.
         buckets: whether bucket_mb is set.
+        static_graph: as in the config.
         checks_sync: whether check_sync_every is not 0.
         shards: whether shard names units.
         cpu_offload: as in the config.
@@ -196,6 +205,7 @@ def unsupported(
         "strategy": strategy,
         "channels_last": channels_last,
         "buckets": buckets,
+        "static_graph": static_graph,
         "checks_sync": checks_sync,
         "shards": shards,
         "cpu_offload": cpu_offload,

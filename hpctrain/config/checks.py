@@ -211,6 +211,7 @@ def check_capabilities(source: Source) -> list[Mistake]:
         strategy=source.get("training", "strategy") or "ddp",
         channels_last=source.get("training", "channels_last"),
         buckets=source.get("training", "bucket_mb") is not None,
+        static_graph=source.get("training", "static_graph"),
         checks_sync=bool(source.get("training", "check_sync_every")),
         shards=bool(source.get("training", "shard")),
         cpu_offload=source.get("training", "cpu_offload"),

@@ -320,6 +320,9 @@ class TrainingSection:
     bucket_mb: Annotated[float, Gt(0)] | None = None
     """MB of gradients that are exchanged together; none: as torch chooses."""
 
+    static_graph: bool = False
+    """For ddp: every pass uses the same parameters equally often, so DDP looks once only."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:

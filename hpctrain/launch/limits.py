@@ -18,13 +18,23 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def prepare_nccl(timeout_seconds: float, environ: MutableMapping[str, str] = os.environ) -> None:
+def prepare_nccl(
+    timeout_seconds: float,
+    *,
+    has_flight_recorder: bool,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
     """Have NCCL's record of collectives kept, and torch's monitor end nothing before ours does.
 
     What the user has set stays.
 
-    Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp; the buffer was renamed in torch 2.9.
+    Args:
+        timeout_seconds: of the process group.
+        has_flight_recorder: whether torch calls that record by this name, from 2.9 on; it warns
+            of the older one. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp.
+        environ: to set it in.
     """
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        environ.setdefault(name, "2000")
+    names = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE")
+    if not any(name in environ for name in names):
+        environ[names[has_flight_recorder]] = "2000"
     environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds)))

@@ -119,6 +119,7 @@ def process_group(
         LaunchError: on every rank, if devices or network cannot carry the world.
     """
     with loading():
+        import torch
         from torch import distributed as dist
 
         from hpctrain.launch.agreement import closing_together
@@ -143,7 +144,7 @@ def process_group(
     timeout = timedelta(
         seconds=60 + 2 * max(section.hang_timeout_seconds, section.first_step_timeout_seconds)
     )
-    prepare_nccl(timeout.total_seconds())
+    prepare_nccl(timeout.total_seconds(), has_flight_recorder=torch.__version__ >= "2.9")
     dist.init_process_group(
         backend,
         store=_store(topology, meeting, section, timeout),

@@ -151,6 +151,7 @@ def build_parts(
         example=example,
         bucket_mb=config.training.bucket_mb,
         compress_gradients=config.training.compress_gradients,
+        static_graph=config.training.static_graph,
         shards=shards,
     )
     step.prime()

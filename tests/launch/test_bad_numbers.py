@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hpctrain.data import Writer
 
 ROWS, BATCH = 256, 16
 BAD_ROWS = [40, 41, 200]
+FAR_ROW = 120
 
 CONFIG = f"""
 [run]
@@ -52,6 +54,7 @@ def site(tmp_path: Path) -> Path:
     x = draw.standard_normal((ROWS, 4)).astype(np.float32)
     y = x.sum(axis=1)
     y[BAD_ROWS] = np.nan
+    y[FAR_ROW] = 1e4
     with Writer(tmp_path / "train", shard_bytes=2000) as writer:
         writer.extend({"x": x, "y": y})
     (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
@@ -98,6 +101,7 @@ def test_the_first_bad_row_ends_the_run_and_is_named(site: Path, strategy: list[
 def test_other_policies_go_on(site: Path, policy: str, strategy: list[str]) -> None:
     output = train(site, 2, f"training.on_bad_steps={policy}", *strategy, code=0)
     assert "y of" in output
+    assert re.search(r"step \d+: loss spike: [\d.e+]+, [\d.]+ in the middle of", output)
     if policy == "rollback":
         assert "Parameters and optimizer are those of step" in output
     losses = [record["loss"] for record in records(site, "train")]

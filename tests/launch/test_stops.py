@@ -55,20 +55,20 @@ class Compiled(ConvNet):
 def test_a_stop_while_waiting_for_data_and_while_saving(
     site: Path, start: Callable[..., Job]
 ) -> None:
-    """Three ranks, two of them starved; then a stop while a save of before is being written."""
+    """Starved of data; then a stop while a save of before is being written."""
     with (site / "tasks.py").open("a", encoding="utf-8") as file:
         file.write(SLOW)
     # The memory for reading ahead holds one batch: every step waits for its data.
     common = ["training.max_epochs=4", "data.buffer_mb=0.1", "training.evaluate_every_epochs=0"]
     common += ["checkpoint.keep_best_mode=max"]
-    code, output = start(3, *common, "run.name=whole").wait()
+    code, output = start(2, *common, "run.name=whole").wait()
     assert code == 0, output
     run = site / "runs" / "digits"
 
     (site / "slow-data").touch()
-    job = start(3, *common)
+    job = start(2, *common)
     wait_for(lambda: last_step(run) >= 2)
-    job.signal_rank(2, signal.SIGUSR1)
+    job.signal_rank(1, signal.SIGUSR1)
     code, output = job.wait()
     assert code == 75, output
     assert outcome(run)["reason"] == "stopped by SIGUSR1"
@@ -77,7 +77,7 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     (site / "slow-data").unlink()
 
     (site / "slow-save").touch()
-    job = start(3, *common, "checkpoint.every_steps=15")
+    job = start(2, *common, "checkpoint.every_steps=15")
     wait_for(lambda: list((run / "checkpoints").glob(".step-*.tmp")))
     job.signal_rank(1, signal.SIGTERM)
     code, output = job.wait()
@@ -88,7 +88,7 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     assert not list((run / "checkpoints").glob(".*"))
     (site / "slow-save").unlink()
 
-    code, output = start(3, *common).wait()
+    code, output = start(2, *common).wait()
     assert code == 0, output
     assert outcome(run)["tries"] == 3
     assert metrics(run) == metrics(site / "runs" / "whole")

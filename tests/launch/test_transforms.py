@@ -34,6 +34,14 @@ def noise(fields, keys, *, training):
     image = fields["image"]
     image += 0.1 * draws.normal(keys, *image.shape[1:]).float()
     return fields
+
+batches = []
+
+def shorter(fields, keys, *, training):
+    batches.append(len(keys))
+    if os.environ["PMI_RANK"] == "1" and len(batches) == 3:
+        return {name: values[1:] for name, values in fields.items()}
+    return fields
 """
 
 
@@ -105,3 +113,10 @@ def test_a_transform_that_fails_ends_the_job(site: Path, fail: str, told: str) -
     assert told in " ".join(result.stderr.split())
     assert 'data.sample_transform = "own:shift"' in result.stderr
     assert ".h5, row " in " ".join(result.stderr.split())
+
+
+def test_a_batch_of_another_shape_on_one_rank_is_an_error(site: Path) -> None:
+    result = train(site, "mpich", "shorter", "data.transform=own:shorter", code=70)
+    assert "rank 1@" in result.stderr
+    assert 'data.transform made (31, 1, 8, 8) of "image"; there are 32 samples' in result.stderr
+    assert result.stderr.count("data.transform made") == 1

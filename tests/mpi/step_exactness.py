@@ -107,7 +107,16 @@ SMALL_BUCKETS_MB = 0.001
 
 
 def check_resume(world: World) -> None:
-    def make(prime: bool = True) -> tuple[TrainStep, Net]:
+    ends = [_resume(world, static_graph) for static_graph in (False, True)]
+    for name, item in ends[0].items():
+        assert torch.allclose(item, ends[1][name], rtol=0, atol=1e-6), name
+
+
+def _resume(world: World, static_graph: bool) -> dict[str, Tensor]:
+    """Stop and go on with an equal step. Return the parameters at the end."""
+
+    def make() -> tuple[TrainStep, Net]:
+        torch.manual_seed(0)
         model = Net(normalisation="batch")
         step = step_of(
             world,
@@ -118,7 +127,7 @@ def check_resume(world: World) -> None:
             clip_norm=0.5,
             micro_batch_size=9,
             bucket_mb=SMALL_BUCKETS_MB,
-            prime=prime,
+            static_graph=static_graph,
         )
         return step, model
 
@@ -143,8 +152,10 @@ def check_resume(world: World) -> None:
             assert torch.equal(item, model.state_dict()[name]), name
     if world.topology.world_size > 1:
         facts = whole._replica.module._get_ddp_logging_data()
+        assert facts.get("static_graph", False) == static_graph
         assert len(facts["rebuilt_bucket_sizes"].split(",")) > 1  # else the order could not differ
         assert whole.communication_seconds() > 0
+    return dict(model.named_parameters())
 
 
 class Noisy(Net):

@@ -89,6 +89,7 @@ def step_of(
     largest_share: int = 32,
     bucket_mb: float | None = None,
     compress_gradients: str = "none",
+    static_graph: bool = False,
     prime: bool = True,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, world.device)
@@ -105,6 +106,7 @@ def step_of(
         example=samples(1, seed=99 + world.topology.rank),
         bucket_mb=bucket_mb,
         compress_gradients=compress_gradients,
+        static_graph=static_graph,
     )
     if prime:
         step.prime()

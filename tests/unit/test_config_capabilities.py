@@ -89,6 +89,8 @@ def test_what_goes_with_a_strategy() -> None:
         ({"strategy": "fsdp", "compress_gradients": "fp16"}, "training.compress_gradients"),
         ({"strategy": "fsdp", "compress_gradients": "none"}, None),
         ({"strategy": "fsdp", "buckets": True}, "training.bucket_mb"),
+        ({"strategy": "fsdp", "static_graph": True}, "training.static_graph"),
+        ({"strategy": "ddp", "static_graph": True}, None),
         ({"strategy": "fsdp", "channels_last": True}, "training.channels_last"),
         ({"strategy": "fsdp", "checks_sync": True}, "training.check_sync_every"),
     ]

@@ -274,13 +274,20 @@ def test_a_rank_alone_in_its_container(
 
 
 def test_the_settings_of_nccl_leave_those_of_the_user() -> None:
-    environ = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
-    prepare_nccl(660.0, environ)
-    assert environ == {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "660",
-    }
+    environ = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "8"}
+    before = dict(environ)
+    prepare_nccl(660.0, has_flight_recorder=True, environ=environ)
+    assert environ == before
+
+
+@pytest.mark.parametrize(
+    ("has_flight_recorder", "name"),
+    [(True, "TORCH_FR_BUFFER_SIZE"), (False, "TORCH_NCCL_TRACE_BUFFER_SIZE")],
+)
+def test_the_record_of_collectives_has_one_name(has_flight_recorder: bool, name: str) -> None:
+    environ: dict[str, str] = {}
+    prepare_nccl(660.0, has_flight_recorder=has_flight_recorder, environ=environ)
+    assert environ == {name: "2000", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "660"}
 
 
 def test_open_files_are_raised_to_the_hard_limit() -> None:

@@ -54,6 +54,7 @@ def prime(
             last = _first_pass(replica, task, fields, arithmetic)
         replica.clear_gradients()
         if replica.distributed:
+            replica.settle_graph()
             # The second backward pass as well: a forward pass alone would leave DDP waiting for
             # gradients to reduce, and it would take those of a pass that is only to accumulate.
             for _ in range(2):

@@ -38,6 +38,7 @@ class Replica:
         device: torch.device,
         bucket_mb: float | None,
         compress_gradients: str = "none",
+        static_graph: bool = False,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -47,20 +48,18 @@ class Replica:
             device: of this rank.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             compress_gradients: "bf16" or "fp16": the format they are reduced in; "none": their own.
+            static_graph: whether every pass uses the same parameters equally often.
         """
         self.model = model
         self.module = model
         self.parameters = [item for item in model.parameters() if item.requires_grad]
+        self._bucket_mb = bucket_mb
+        self._compress_gradients = compress_gradients
+        self._static_graph = static_graph
         self._ddp: DistributedDataParallel | None = None
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         if world_size > 1:
-            # Without device_ids: inputs are on the device, DDP need not look for some to move.
-            self._ddp = DistributedDataParallel(
-                model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
-            )
-            self.module = self._ddp
-            if compress_gradients != "none":
-                self._ddp.register_comm_hook(None, _COMPRESSIONS[compress_gradients])
+            self._wrap()
 
     @property
     def distributed(self) -> bool:
@@ -85,6 +84,17 @@ class Replica:
     def local(self) -> AbstractContextManager[object]:
         """Return the context of passes that only add to the gradients of this rank."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
+
+    def settle_graph(self) -> None:
+        """Have a static graph taken for one, after a pass that reduced nothing, before others.
+
+        Collective: all ranks. Passes with a static graph that do not reduce, before one that does,
+        would leave DDP counting on gradients that never come: from then on it would average none,
+        and say nothing. Source: pytorch/pytorch pull request 187732; seen in torch 2.13.
+        """
+        if self._static_graph and self._ddp is not None:
+            self._ddp, self.module = None, self.model  # its buckets go first
+            self._wrap(static_graph=True)
 
     def clear_gradients(self) -> None:
         """Forget all gradients; DDP makes the next ones views of its buckets again."""
@@ -135,6 +145,18 @@ class Replica:
         # Holds the clock only: a hook of a parameter that held the model would keep both for ever.
         start = self._clock.start
         last.register_post_accumulate_grad_hook(lambda _: start())
+
+    def _wrap(self, *, static_graph: bool = False) -> None:
+        # Without device_ids: inputs are on the device, DDP need not look for some to move.
+        self._ddp = DistributedDataParallel(
+            self.model,
+            bucket_cap_mb=self._bucket_mb,
+            gradient_as_bucket_view=True,
+            static_graph=static_graph,
+        )
+        self.module = self._ddp
+        if self._compress_gradients != "none":
+            self._ddp.register_comm_hook(None, _COMPRESSIONS[self._compress_gradients])
 
 
 def refuse_unused(model: nn.Module) -> None:

@@ -193,6 +193,9 @@ class Shards:
             unit.reshard()
         return found
 
+    def settle_graph(self) -> None:
+        """Do nothing: FSDP looks at no graph."""
+
     def refresh(self) -> None:
         """Look for the rows where torch keeps them after its first pass."""
         for name, spread in self._spread.items():

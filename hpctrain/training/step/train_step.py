@@ -64,6 +64,7 @@ class TrainStep:
         clip_value: float | None = None,
         ema_decay: float | None = None,
         compress_gradients: str = "none",
+        static_graph: bool = False,
         shards: Shards | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
@@ -82,6 +83,7 @@ class TrainStep:
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             clip_value: every element of the gradient is clipped to this, after its norm.
             compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
+            static_graph: whether every pass uses the same parameters equally often.
             ema_decay: of a moving average of the parameters; None: there is none.
             shards: the model where its parameters are spread over the ranks, and the optimizer's
                 are those of `shards`; None: every rank has all of them.
@@ -110,7 +112,7 @@ class TrainStep:
         )
         self._rows = max(1, -(-largest_share // self.grad_accum_steps))
         self._replica: Replica | Shards = shards or Replica(
-            model, self._world_size, world.device, bucket_mb, compress_gradients
+            model, self._world_size, world.device, bucket_mb, compress_gradients, static_graph
         )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._update = Update(
