@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 23
 CLOCKED = {"seconds", "samples_per_second", "time"}
 
-# Slow where a file says so: what is compared with is the same task without it.
+# As slow, in seconds, as a file says: what is compared with is the same task without it.
 TASK = """
 import time
 from pathlib import Path
@@ -31,15 +31,19 @@ from pathlib import Path
 from hpctrain.training.task import Classification
 
 
+def wait(name):
+    path = Path(name)
+    if path.exists():
+        time.sleep(float(path.read_text() or 0))
+
+
 class Slow(Classification):
     def evaluate(self, model, fields):
-        if Path("slow-evaluation").exists():
-            time.sleep(0.1)
+        wait("slow-evaluation")
         return super().evaluate(model, fields)
 
     def loss(self, model, fields):
-        if Path("slow-step").exists():
-            time.sleep(2)
+        wait("slow-step")
         return super().loss(model, fields)
 """
 
@@ -161,15 +165,16 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
     code, output = start(2, *common, "run.name=whole").wait()
     assert code == 0, output
     run = site / "runs" / "stopped"
-    (site / "slow-evaluation").touch()
+    slow = site / "slow-evaluation"
+    slow.write_text("0.1")
     for number in (1, 2):
         job = start(2, *common, "run.name=stopped")
         if number == 2:
             # The one that is owed, in the way of those that come after.
             wait_for(lambda: "running" in outcome(run)["reason"])
-            (site / "slow-evaluation").unlink()
+            slow.write_text("0.01")
             wait_for(lambda: len(metrics(run, "evaluation")) == 1)
-            (site / "slow-evaluation").touch()
+            slow.write_text("0.1")
         wait_for(lambda steps=number * EPOCH_STEPS: last_step(run) == steps)
         time.sleep(1)
         job.signal_rank(1, signal.SIGUSR1)
@@ -178,7 +183,7 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
         assert outcome(run)["step"] == number * EPOCH_STEPS
         assert outcome(run)["reason"] == "stopped by SIGUSR1"
         assert len(metrics(run, "evaluation")) == number - 1
-    (site / "slow-evaluation").unlink()
+    slow.unlink()
     code, output = start(2, *common, "run.name=stopped").wait()
     assert code == 0, output
     assert metrics(run) == metrics(site / "runs" / "whole")
@@ -188,7 +193,7 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
 @pytest.mark.timeout(200)
 def test_a_stop_in_start_up_and_in_the_first_step(site: Path, start: Callable[..., Job]) -> None:
     run = site / "runs" / "digits"
-    (site / "slow-step").touch()
+    (site / "slow-step").write_text("2")
     job = start(2)
     wait_for((run / "exit.json").exists)
     job.signal_rank(1, signal.SIGTERM)

@@ -47,6 +47,8 @@ def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], dis
             for paths in opened
         )
 
+    slow = site / "slow-step"
+    slow.write_text("0.02")
     job = start(2, *staged)
     wait_for(lambda: last_step(run) > 10 and reads_copies(job))
     left = copies()
@@ -63,6 +65,7 @@ def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], dis
     assert code == 75, output
     assert not list(disk.iterdir())
 
+    slow.unlink()
     code, output = start(2, *staged).wait()
     assert code == 0, output
     assert f"room for {len(left)} of 10 shards" in output

@@ -21,13 +21,13 @@ real_preadv, real_fsync = os.preadv, os.fsync
 
 def slow_preadv(*arguments):
     if Path("slow-data").exists():
-        time.sleep(0.05)
+        time.sleep(0.005)
     return real_preadv(*arguments)
 
 
 def slow_fsync(descriptor):
     if Path("slow-save").exists():
-        time.sleep(1)
+        time.sleep(0.5)
     return real_fsync(descriptor)
 
 
