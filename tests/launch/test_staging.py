@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from test_batch import Job, digits, last_step, metrics, outcome, site, start, wait_for
 
@@ -53,8 +54,11 @@ def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], dis
     wait_for(lambda: last_step(run) > 10 and reads_copies(job))
     left = copies()
     assert 0 < len(left) < 8
+    family = psutil.Process(job.process.pid).children(recursive=True)
     os.killpg(job.process.pid, signal.SIGKILL)
     job.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)  # a job that ends still holds its folder
+    assert not alive
     assert copies() == left
 
     job = start(2, *staged)
