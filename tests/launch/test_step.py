@@ -12,14 +12,13 @@ BODIES = Path(__file__).parents[1] / "mpi"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize(("body", "checks"), [("step.py", 6), ("step_exactness.py", 7)])
-def test_the_step(body: str, checks: int, ranks: int) -> None:
+def test_the_step(ranks: int) -> None:
     result = subprocess.run(
-        ["mpirun", "-np", str(ranks), sys.executable, str(BODIES / body)],
+        ["mpirun", "-np", str(ranks), sys.executable, str(BODIES / "step.py")],
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert f"passed {checks}" in result.stdout
+    assert "passed 13" in result.stdout

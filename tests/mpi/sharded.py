@@ -263,10 +263,15 @@ CHECKS = [
 ]
 
 
+ONCE = {check_ways_to_compute, check_units_are_compiled}
+"""What a fourth rank adds nothing to."""
+
+
 def main() -> None:
     with hpctrain.connect() as world:
         for check in CHECKS:
-            check(world)
+            if world.topology.world_size < 4 or check not in ONCE:
+                check(world)
         if world.topology.is_rank_zero:
             print("passed", len(CHECKS), flush=True)
 

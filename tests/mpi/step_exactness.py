@@ -12,7 +12,6 @@ import torch
 from step_world import Net, alone, batch_of, samples, step_of
 from torch import Tensor, nn
 
-import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
@@ -328,15 +327,3 @@ CHECKS = [
     check_parameters_are_compared,
     check_compressed_gradients,
 ]
-
-
-def main() -> None:
-    with hpctrain.connect() as world:
-        for check in CHECKS:
-            check(world)
-        if world.topology.is_rank_zero:
-            print("passed", len(CHECKS), flush=True)
-
-
-if __name__ == "__main__":
-    main()
