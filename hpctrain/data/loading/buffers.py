@@ -13,8 +13,8 @@ from hpctrain.data.reading.access import Bytes
 
 logger = logging.getLogger(__name__)
 
-GROUP_BYTES = 8 * 2**20
-MOST_GROUP_BATCHES = 32
+GROUP_BYTES = 16 * 2**20
+MOST_GROUP_BATCHES = 64
 """Small batches are read, and copied to the device, several at a time up to these limits."""
 MOST_GROUPS_AHEAD = 4
 GROUPS_IN_USE = 3

@@ -14,6 +14,7 @@ from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.order.lane_windows import LaneWindows
 from hpctrain.data.order.partition import Order, lanes_of_rank, served_samples
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.shuffle import Epoch, sample_keys
@@ -21,7 +22,6 @@ from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.reader import (
     Group,
-    LaneWindows,
     MemorySource,
     RowSource,
     Source,

@@ -68,7 +68,8 @@ class ExtentReader:
         begin = time.perf_counter()
         self._helpers.each(job.read, parts(len(groups) - 1, threads))
         seconds = time.perf_counter() - begin
-        self._is_cold = total < WARM_BYTES_PER_SECOND * threads * seconds
+        if total >= LEAST_SHARED_BYTES:  # less takes its time for other reasons
+            self._is_cold = total < WARM_BYTES_PER_SECOND * threads * seconds
         bad = np.array(failed, np.int64)
         return np.unique(bad if owners is None else owners[bad])
 

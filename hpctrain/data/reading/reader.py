@@ -9,9 +9,10 @@ import numpy as np
 
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.buffers import BufferPool
-from hpctrain.data.order.partition import Order, lanes_of_rank
+from hpctrain.data.order.lane_windows import LaneWindows, count_slots
+from hpctrain.data.order.partition import Order
 from hpctrain.data.order.permutation import Int64s, UInt64s
-from hpctrain.data.order.shuffle import Epoch, Runs
+from hpctrain.data.order.shuffle import Runs
 from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, parts
 from hpctrain.data.reading.row_reader import RowReader
@@ -117,83 +118,18 @@ class MemorySource:
             gather(self._fields[name], rows, target, self._helpers)
 
 
-class LaneWindows:
-    """The window that each lane of a rank is at, as positions advance."""
-
-    def __init__(self, epoch: Epoch, rank: int, world_size: int) -> None:
-        order = epoch.order
-        lanes = lanes_of_rank(rank, world_size, order.lanes)
-        self._epoch = epoch
-        self._num_lanes = order.lanes
-        self._first_lane, self._lane_step = lanes.start, lanes.step
-        self._starts = np.zeros(len(lanes), np.int64)
-        # The first position of each lane past its window; at first none has a window.
-        self._ends = np.full(len(lanes), -1, np.int64)
-        self._order = np.zeros((len(lanes), order.longest_window_rows), np.int64)
-
-    def advance(self, ahead: Int64s) -> Runs | None:
-        """Move every lane on that has served its window and is asked for more.
-
-        Args:
-            ahead: (count,) int64, the rank's next positions, at least one.
-
-        Returns:
-            What the new windows hold, `owners` being indices of lanes; None if there are none.
-        """
-        # The rank's lanes come in turn: so many positions ask each lane once.
-        ahead = ahead[: len(self._ends)]
-        indices = self._indices(ahead % self._num_lanes)
-        due = self._ends[indices] <= ahead
-        if not due.any():
-            return None
-        indices, ahead = indices[due], ahead[due]
-        lane_rows, lanes = np.divmod(ahead, self._num_lanes)
-        windows, runs = self._epoch.windows(lanes, lane_rows)
-        self._starts[indices] = windows.starts
-        self._ends[indices] = windows.stops * self._num_lanes + lanes
-        self._order[indices, : windows.order.shape[1]] = windows.order
-        return runs._replace(owners=indices[runs.owners])
-
-    def served(self, ahead: Int64s) -> int:
-        """Return how many of the positions ahead the present windows serve, after `advance`."""
-        ends = self._ends[self._ends > ahead[0]]
-        return int(np.searchsorted(ahead, ends.min()))
-
-    def find(self, positions: Int64s) -> tuple[Int64s, Int64s]:
-        """Return the index of the lane and the place in its window, for served positions."""
-        lane_rows, lanes = np.divmod(positions, self._num_lanes)
-        indices = self._indices(lanes)
-        return indices, self._order[indices, lane_rows - self._starts[indices]]
-
-    def rows_at(self, positions: Int64s) -> Int64s:
-        """Return which rows of the dataset are at ascending positions, in calls that ascend."""
-        rows = np.empty(len(positions), np.int64)
-        done = 0
-        while done < len(positions):
-            self.advance(positions[done:])
-            stop = done + self.served(positions[done:])
-            indices, places = self.find(positions[done:stop])
-            lanes = self._first_lane + indices * self._lane_step
-            rows[done:stop] = self._epoch.unshuffled_rows(lanes, self._starts[indices] + places)
-            done = stop
-        return rows
-
-    def _indices(self, lanes: Int64s) -> Int64s:
-        return (lanes - self._first_lane) // self._lane_step
-
-
 class WindowBuffers:
     """The memory of the windows of a rank's lanes, kept over epochs.
 
     Attributes:
-        window_rows: rows that each lane has room for.
-        fields: by name, (lanes * window_rows, row_bytes) uint8.
+        window_rows: rows that each slot has room for.
+        fields: by name, (slots * window_rows, row_bytes) uint8.
     """
 
     def __init__(self, dataset: Dataset, order: Order, lanes: int) -> None:
         self.window_rows = order.longest_window_rows
         self.fields: dict[str, Bytes] = {
-            name: np.empty((lanes * self.window_rows, field.row_bytes), np.uint8)
+            name: np.empty((count_slots(lanes) * self.window_rows, field.row_bytes), np.uint8)
             for name, field in dataset.fields.items()
         }
 
@@ -203,13 +139,14 @@ class WindowBuffers:
         if order.block_rows == 1:
             return 0
         index_bytes = 8
-        return lanes * order.longest_window_rows * (dataset.bytes_per_sample + index_bytes)
+        rows = count_slots(lanes) * order.longest_window_rows
+        return rows * (dataset.bytes_per_sample + index_bytes)
 
 
 class WindowSource:
-    """Reads whole blocks into windows, one window a lane, and gathers batches from them.
+    """Reads whole blocks into the windows of lanes, and gathers batches from them.
 
-    A lane's next window is read over the one before it, for the first batch that needs it.
+    What the lanes need next is read for the first batches that need it, all of it in one go.
     """
 
     def __init__(
@@ -223,16 +160,15 @@ class WindowSource:
     def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
         done = 0
         while done < len(positions):
-            ahead = positions[done:]
-            runs = self._windows.advance(ahead)
+            runs, count = self._windows.advance(positions[done:])
             if runs is not None:
                 self._read(runs)
-            stop = done + self._windows.served(ahead)
-            lanes, places = self._windows.find(positions[done:stop])
-            places = lanes * self._buffers.window_rows + places
+            slots, places = self._windows.find(positions[done : done + count])
+            places += slots * self._buffers.window_rows
             for name, target in out.items():
-                gather(self._buffers.fields[name], places, target[done:stop], self._helpers)
-            done = stop
+                into = target[done : done + count]
+                gather(self._buffers.fields[name], places, into, self._helpers)
+            done += count
 
     def _read(self, runs: Runs) -> None:
         in_file_order = np.argsort(runs.rows)

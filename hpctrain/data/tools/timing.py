@@ -19,13 +19,13 @@ import numpy as np
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, MemoryPlan
 from hpctrain.data.loading.prefetch import Prefetch
+from hpctrain.data.order.lane_windows import LaneWindows
 from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.reader import (
     Group,
-    LaneWindows,
     RowSource,
     Source,
     WindowBuffers,
