@@ -10,7 +10,6 @@ from hpctrain.data.order.shuffle import Epoch, Runs
 
 LANES_PER_SPARE = 4
 """One slot in addition for so many lanes: as many may go on to another window at once."""
-_NEVER = np.iinfo(np.int64).max
 
 
 def count_slots(lanes: int) -> int:
@@ -36,9 +35,9 @@ class LaneWindows:
         # Of each lane: its slot, and the first position that is not in it any more.
         self._slots = np.full(len(lanes), -1, np.int64)
         self._ends = np.full(len(lanes), -1, np.int64)
-        # The same of the window after that, where it is there already.
+        # The same of the window after that, where the last call took one.
         self._next_slots = np.full(len(lanes), -1, np.int64)
-        self._next_ends = np.full(len(lanes), _NEVER, np.int64)
+        self._next_ends = np.full(len(lanes), -1, np.int64)
         self._free = list(range(slots))
         # Of each slot: the row of the lane that it begins with, and the order of its rows.
         self._starts = np.zeros(slots, np.int64)
@@ -55,20 +54,21 @@ class LaneWindows:
             What the new windows hold, `owners` being slots, None if there are none; and how many
             of the positions can be found now, at least one.
         """
-        self._give_back(int(ahead[0]))
+        self._give_back()
         # The rank's lanes come in turn: so many positions ask each lane once.
         firsts = ahead[: len(self._slots)]
         turns = (len(ahead) - 1 - np.arange(len(firsts))) // len(self._slots)
         lasts = ahead[np.arange(len(firsts)) + turns * len(self._slots)]
         indices = self._indices(firsts % self._num_lanes)
-        due = np.flatnonzero((self._ends[indices] <= lasts) & (self._next_slots[indices] < 0))
+        due = np.flatnonzero(self._ends[indices] <= lasts)
+        if not len(due):
+            return None, len(ahead)
         begins = np.maximum(self._ends[indices[due]], firsts[due])
         soonest = np.argsort(begins, kind="stable")
-        taken, left = np.split(soonest, [len(self._free)])
-        runs = self._take(indices[due[taken]], begins[taken]) if len(taken) else None
-        stop = int(self._next_ends.min())
-        if len(left):
-            stop = min(stop, int(begins[left[0]]))
+        begins, indices = begins[soonest], indices[due[soonest]]
+        runs, taken, stop = self._take(indices, begins)
+        if taken < len(begins):
+            stop = min(stop, int(begins[taken]))
         return runs, int(np.searchsorted(ahead, stop))
 
     def find(self, positions: Int64s) -> tuple[Int64s, Int64s]:
@@ -94,24 +94,35 @@ class LaneWindows:
             done += count
         return rows
 
-    def _give_back(self, position: int) -> None:
-        """Let go of the windows that end before this position of the stream."""
-        # A lane is asked for the position where its window ends, or for a later one.
-        over = np.flatnonzero((self._next_slots >= 0) & (self._ends <= position))
+    def _give_back(self) -> None:
+        """Let go of the windows that were served to their end."""
+        over = np.flatnonzero(self._next_slots >= 0)
         self._free += [slot for slot in self._slots[over].tolist() if slot >= 0]
         self._slots[over], self._ends[over] = self._next_slots[over], self._next_ends[over]
-        self._next_slots[over], self._next_ends[over] = -1, _NEVER
+        self._next_slots[over] = -1
 
-    def _take(self, indices: Int64s, begins: Int64s) -> Runs:
-        """Take the windows that serve lanes from these positions on."""
+    def _take(self, indices: Int64s, begins: Int64s) -> tuple[Runs, int, int]:
+        """Take the windows that serve lanes from these ascending positions on.
+
+        No window is taken that would begin at or behind the end of another one of these: that end
+        is as far as this call can go, so in the next one all that were taken here are in use.
+
+        Returns:
+            What they hold; for how many of the lanes; the first position that none of them serves.
+        """
+        indices, begins = indices[: len(self._free)], begins[: len(self._free)]
         lane_rows, lanes = np.divmod(begins, self._num_lanes)
         windows, runs = self._epoch.windows(lanes, lane_rows)
-        slots = np.array([self._free.pop() for _ in indices], np.int64)
-        self._starts[slots] = windows.starts
-        self._order[slots, : windows.order.shape[1]] = windows.order
-        self._next_slots[indices] = slots
-        self._next_ends[indices] = windows.stops * self._num_lanes + lanes
-        return runs._replace(owners=slots[runs.owners])
+        ends = windows.stops * self._num_lanes + lanes
+        soonest = np.minimum.accumulate(ends)
+        taken = 1 + int((begins[1:] < soonest[:-1]).sum())
+        slots = np.array([self._free.pop() for _ in range(taken)], np.int64)
+        self._starts[slots] = windows.starts[:taken]
+        self._order[slots, : windows.order.shape[1]] = windows.order[:taken]
+        self._next_slots[indices[:taken]] = slots
+        self._next_ends[indices[:taken]] = ends[:taken]
+        runs = Runs(*(each[runs.owners < taken] for each in runs))
+        return runs._replace(owners=slots[runs.owners]), taken, int(soonest[taken - 1])
 
     def _indices(self, lanes: Int64s) -> Int64s:
         return (lanes - self._first_lane) // self._lane_step
