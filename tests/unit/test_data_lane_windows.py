@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.data.order.lane_windows import LaneWindows, count_slots
@@ -20,9 +22,13 @@ ORDERS = st.builds(
 )
 
 
-@given(order=ORDERS, epoch=st.integers(0, 3), data=st.data())
+CUTS = st.lists(st.integers(1, 150), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(order=ORDERS, epoch=st.integers(0, 3), cuts=CUTS, data=st.data())
 def test_the_slots_hold_what_the_positions_ask_for(
-    order: Order, epoch: int, data: st.DataObject
+    order: Order, epoch: int, cuts: list[int], data: st.DataObject
 ) -> None:
     world_size = data.draw(st.integers(1, order.lanes))
     rank = data.draw(st.integers(0, world_size - 1))
@@ -34,8 +40,9 @@ def test_the_slots_hold_what_the_positions_ask_for(
         -1,
     )
     positions = order.positions(start, order.samples, rank, world_size)
+    lengths = itertools.cycle(cuts)
     while len(positions):
-        ahead = positions[: data.draw(st.integers(1, 100))]
+        ahead = positions[: next(lengths)]
         runs, count = windows.advance(ahead)
         assert count > 0
         if runs is not None:
@@ -46,15 +53,12 @@ def test_the_slots_hold_what_the_positions_ask_for(
         positions = positions[count:]
 
 
-@given(order=ORDERS, data=st.data())
-def test_rows_are_those_of_the_epoch_however_calls_are_cut(
-    order: Order, data: st.DataObject
-) -> None:
+@settings(deadline=None)
+@given(order=ORDERS, cuts=CUTS)
+def test_rows_are_those_of_the_epoch(order: Order, cuts: list[int]) -> None:
     plan = Epoch(order, 0)
     windows = LaneWindows(plan, 0, 1)
-    done = 0
-    while done < order.samples:
-        stop = min(order.samples, done + data.draw(st.integers(1, 200)))
-        positions = np.arange(done, stop, dtype=np.int64)
-        assert (windows.rows_at(positions) == plan.rows(positions)).all()
-        done = stop
+    positions, lengths = np.arange(order.samples, dtype=np.int64), itertools.cycle(cuts)
+    while len(positions):
+        part, positions = np.split(positions, [next(lengths)])
+        assert (windows.rows_at(part) == plan.rows(part)).all()
