@@ -318,15 +318,10 @@ END
 }
 
 
-SCRIPTED = ["training.max_epochs=5", "data.micro_batch_size=8"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[dict[str, Any]]:
-    """What a run leaves that nobody has ended, to compare those of job scripts with."""
-    site = make_site(tmp_path_factory.mktemp("undisturbed"), digits)
+def train_whole(site: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Return what a run leaves that nobody has ended, on two ranks of one thread."""
     result = subprocess.run(
-        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", *SCRIPTED],
+        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", *overrides],
         cwd=site,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -335,6 +330,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[
     )
     assert result.returncode == 0, result.stderr
     return metrics(site / "runs" / "digits")
+
+
+SCRIPTED = ["training.max_epochs=5", "data.micro_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[dict[str, Any]]:
+    """What to compare the runs of job scripts with."""
+    return train_whole(make_site(tmp_path_factory.mktemp("undisturbed"), digits), *SCRIPTED)
 
 
 @pytest.mark.timeout(300)

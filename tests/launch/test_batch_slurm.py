@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_batch import metrics, train_whole
 
 from hpctrain.data.digits import pack_digits
 
 lab = pytest.importorskip("slurm", reason="the Slurm of the tests is not here")
 
 ROOT = Path(__file__).parents[2]
-CLOCKED = {"seconds", "samples_per_second", "time"}
 COMMON = ["training.max_epochs=30"]
 SHAPE = ["--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1"]
 SCRIPT = "digits.slurm.sh"
@@ -67,17 +66,7 @@ def site(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(slurm_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What a run leaves that nobody has ended, to compare the others with."""
-    site = make_site(tmp_path_factory.mktemp("undisturbed"))
-    result = subprocess.run(
-        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", *COMMON],
-        cwd=site,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return records(site)
+    return train_whole(make_site(tmp_path_factory.mktemp("undisturbed")), *COMMON)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,12 +87,7 @@ def limited(slurm_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def records(site: Path) -> list[dict[str, Any]]:
-    path = site / "runs" / "digits" / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [
-        {key: value for key, value in record.items() if key not in CLOCKED}
-        for record in (json.loads(line) for line in lines if line.endswith("}"))
-    ]
+    return metrics(site / "runs" / "digits")
 
 
 def outcome(site: Path) -> dict[str, Any]:

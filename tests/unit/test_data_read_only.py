@@ -6,14 +6,13 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpctrain.data import Storage, Writer, open_dataset
-from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.rows import read_rows
 
 ROWS = 40
 STORAGES = [Storage(), Storage(chunk_bytes=2**10), Storage("gzip", 1), Storage("lzf")]
@@ -41,11 +40,8 @@ def read_only(folder: Path) -> Iterator[Path]:
 
 
 def read_all(folder: Path) -> None:
-    with closing(open_rows(open_dataset(str(folder)))) as access:
-        out = np.empty((ROWS, 200), np.uint8)
-        rows = np.arange(ROWS)
-        access.read_runs("x", rows, np.ones_like(rows), out, rows)
-    assert (out.view(np.int32).ravel() == np.arange(ROWS * 50)).all()
+    values = read_rows(open_dataset(str(folder)), np.arange(ROWS))["x"]
+    assert (values.ravel() == np.arange(ROWS * 50)).all()
 
 
 @pytest.mark.parametrize("locking", ["TRUE", "FALSE", None])
