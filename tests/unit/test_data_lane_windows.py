@@ -1,4 +1,4 @@
-"""Windows of lanes in slots: every position is found, wherever calls are cut."""
+"""Windows of lanes: every row arrives in time, once, at the place that the order gives it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.data.order.lane_windows import LaneWindows, count_slots
-from hpctrain.data.order.partition import Order, lanes_of_rank
+from hpctrain.data.order.lane_windows import LaneWindows, RowStream
+from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
 
 ORDERS = st.builds(
@@ -27,38 +27,42 @@ CUTS = st.lists(st.integers(1, 150), min_size=1, max_size=4)
 
 @settings(deadline=None)
 @given(order=ORDERS, epoch=st.integers(0, 3), cuts=CUTS, data=st.data())
-def test_the_slots_hold_what_the_positions_ask_for(
+def test_rows_arrive_before_they_are_served(
     order: Order, epoch: int, cuts: list[int], data: st.DataObject
 ) -> None:
     world_size = data.draw(st.integers(1, order.lanes))
     rank = data.draw(st.integers(0, world_size - 1))
     start = data.draw(st.integers(0, order.samples - 1))
+    stop = data.draw(st.integers(start + 1, order.samples))
     plan = Epoch(order, epoch)
-    windows = LaneWindows(plan, rank, world_size)
-    slots = np.full(
-        (count_slots(len(lanes_of_rank(rank, world_size, order.lanes))), order.longest_window_rows),
-        -1,
-    )
-    positions = order.positions(start, order.samples, rank, world_size)
+    expected = plan.rows(order.positions(start, stop, rank, world_size))
+    windows = LaneWindows(plan, rank, world_size, start, stop)
+    arrived = np.full(len(expected), -1)
     lengths = itertools.cycle(cuts)
-    while len(positions):
-        ahead = positions[: next(lengths)]
-        runs, count = windows.advance(ahead)
-        assert count > 0
-        if runs is not None:
-            for row, rows, place, slot in zip(*(each.tolist() for each in runs), strict=True):
-                slots[slot, place : place + rows] = np.arange(row, row + rows)
-        found, places = windows.find(ahead[:count])
-        assert (slots[found, places] == plan.rows(ahead[:count])).all()
-        positions = positions[count:]
+    position = start
+    while position < stop:
+        position = min(stop, position + next(lengths))
+        rows, counts, places = windows.until(position)
+        first = 0
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            own = places[first : first + count]
+            assert (arrived[own[own >= 0]] == -1).all()
+            arrived[own[own >= 0]] = (row + np.arange(count))[own >= 0]
+            first += count
+        assert first == len(places)
+        served = len(order.positions(start, position, rank, world_size))
+        assert (arrived[:served] == expected[:served]).all()
+        ahead = order.positions(start, stop, rank, world_size)[np.flatnonzero(arrived >= 0)]
+        assert ahead.max(initial=0) < position + order.lanes * order.longest_window_rows
+    assert (arrived == expected).all()
 
 
 @settings(deadline=None)
 @given(order=ORDERS, cuts=CUTS)
 def test_rows_are_those_of_the_epoch(order: Order, cuts: list[int]) -> None:
     plan = Epoch(order, 0)
-    windows = LaneWindows(plan, 0, 1)
+    stream = RowStream(LaneWindows(plan, 0, 1, 0, order.samples))
     positions, lengths = np.arange(order.samples, dtype=np.int64), itertools.cycle(cuts)
     while len(positions):
         part, positions = np.split(positions, [next(lengths)])
-        assert (windows.rows_at(part) == plan.rows(part)).all()
+        assert (stream.next(part) == plan.rows(part)).all()

@@ -22,6 +22,7 @@ from hpctrain.data.finding.view import View
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.reading import axis_access
+from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 
@@ -70,7 +71,10 @@ def section(folder: Path, fields: dict[str, Any], **samples: Any) -> DataSection
 
 
 def read_all(dataset: Dataset, runs: list[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
-    """Read runs of (first sample, count), one after the other; all of them where none are given."""
+    """Read runs of (first sample, count), one after the other; all of them where none are given.
+
+    They are read in both ways that there are, of which one puts every sample to its own place.
+    """
     rows, counts = np.array(runs or [(0, dataset.samples)]).T
     reader = open_rows(dataset, retries=0)
     values = {}
@@ -78,6 +82,11 @@ def read_all(dataset: Dataset, runs: list[tuple[int, int]] | None = None) -> dic
         out = np.full((counts.sum(), field.row_bytes), 0xAA, np.uint8)
         reader.read_runs(name, rows, counts, out, np.cumsum(counts) - counts)
         values[name] = out.view(field.dtype.newbyteorder("=")).reshape(-1, *field.shape)
+        places = np.random.default_rng(0).permutation(len(out))
+        scattered = np.full_like(out, 0xAA)
+        into = Destinations([scattered[:3], scattered[3:]], np.array([0, 3]))
+        reader.scatter_runs(name, rows, counts, into, places)
+        assert (scattered[places] == out).all()
     reader.close()
     return values
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpctrain.data.dataset import Field
-from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.pieces import Bytes
 
 logger = logging.getLogger(__name__)
 
+ALIGNMENT_BYTES = 64
+"""Of memory that tensors are made of, as torch's own is."""
 GROUP_BYTES = 16 * 2**20
 MOST_GROUP_BATCHES = 64
 """Small batches are read, and copied to the device, several at a time up to these limits."""
@@ -29,48 +34,73 @@ class MemoryPlan:
         windows_fit: whether the windows of all lanes stay resident.
         group_batches: batches that are read in one go.
         depth: groups that wait for the consumer.
+        groups_ahead: groups that windows reach into after the one that needs them.
         total: bytes of all of it.
     """
 
     windows_fit: bool
     group_batches: int
     depth: int
+    groups_ahead: int
     total: int
 
     @classmethod
-    def make(cls, windows: int, share: int, buffer_mb: float, *, staging: int = 0) -> MemoryPlan:
-        """Spend `buffer_mb` MB on windows first, then on shares of batches.
+    def make(
+        cls,
+        share: int,
+        buffer_mb: float,
+        *,
+        ahead: int = 0,
+        ahead_share: int = 0,
+        staging: int = 0,
+    ) -> MemoryPlan:
+        """Spend `buffer_mb` MB on what windows fill ahead, then on shares of batches.
 
         Args:
-            windows: bytes of the windows of all lanes.
             share: bytes of this rank's part of a batch.
             buffer_mb: of it all.
+            ahead: batches that windows reach into after the one that needs them.
+            ahead_share: bytes of this rank's part of such a batch.
             staging: bytes that each batch of a group takes besides, before it is one.
         """
         budget = int(buffer_mb * 1e6)
         least = share * (GROUPS_IN_USE + 1) + staging
+        windows = ahead * ahead_share
         fit = windows + least <= budget
-        if windows and not fit:
+        if not fit and windows:
             logger.warning(
                 "data.buffer_mb = %g holds no window of every lane (%.0f MB needed): rows are "
                 "read one by one, in the same order but slower",
                 buffer_mb,
                 (windows + least) / 1e6,
             )
+            ahead = 0
         if least > budget:
             logger.warning(
                 "data.buffer_mb = %g is less than the batches in flight take: %.0f MB",
                 buffer_mb,
                 least / 1e6,
             )
-        windows = windows if fit else 0
-        left = max(least, budget - windows)
+
+        def spent(batches: int, depth: int) -> int:
+            filled_ahead = -(-ahead // batches) * batches * ahead_share
+            return filled_ahead + batches * (share * (depth + GROUPS_IN_USE) + staging)
+
         wanted = max(1, min(MOST_GROUP_BATCHES, GROUP_BYTES // share))
-        group_batches = min(wanted, left // least)
-        shares = (left - staging * group_batches) // share
-        depth = min(MOST_GROUPS_AHEAD, shares // group_batches - GROUPS_IN_USE)
-        total = windows + group_batches * (share * (depth + GROUPS_IN_USE) + staging)
-        return cls(fit, group_batches, depth, total)
+        fitting = (n for n in range(wanted, 1, -1) if spent(n, 1) <= budget)
+        group_batches = next(fitting, 1)
+        deeper = (n for n in range(MOST_GROUPS_AHEAD, 1, -1) if spent(group_batches, n) <= budget)
+        depth = next(deeper, 1)
+        groups_ahead = -(-ahead // group_batches)
+        return cls(fit, group_batches, depth, groups_ahead, spent(group_batches, depth))
+
+
+def new_bytes(size: int) -> Bytes:
+    """Return memory of the host, (size,) uint8."""
+    # What numpy gives begins at a multiple of 16 bytes.
+    memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[begin : begin + size]
 
 
 class BufferPool:
@@ -82,24 +112,53 @@ class BufferPool:
     """
 
     def __init__(
-        self, fields: Mapping[str, Field], rows: int, allocate: Callable[[int], Bytes]
+        self,
+        fields: Mapping[str, Field],
+        rows: int,
+        groups: int,
+        allocate: Callable[[int], Bytes],
     ) -> None:
-        """Keep buffers for up to `rows` rows of each field, made by `allocate(bytes)`."""
-        self._sizes = {name: max(1, rows * field.row_bytes) for name, field in fields.items()}
+        """Keep memory, made by `allocate(bytes)`, that is one piece for each field at first.
+
+        Args:
+            fields: that it is for.
+            rows: of each field that one group has, at most.
+            groups: for which there is room; where more are kept, each has memory of its own.
+            allocate: returns (bytes,) uint8 that begins at a multiple of ALIGNMENT_BYTES.
+        """
+        self._fields = fields
+        self._rows = rows
+        self._groups = groups
         self._free: dict[str, deque[Bytes]] = {name: deque() for name in fields}
+        self._begun: set[str] = set()
         self._allocate = allocate
 
-    def take(self, name: str, size: int) -> Bytes:
-        """Return `size` bytes of memory for a field.
+    def take(self, rows: int) -> dict[str, Bytes]:
+        """Return memory for so many rows of each field.
 
         Returns:
-            (size,) uint8: an array object of its own, so that its end can be watched.
+            By name, (rows, row_bytes) uint8 that begin at a multiple of ALIGNMENT_BYTES: array
+            objects of their own, so that their end can be watched.
         """
+        return {name: self._take(name, rows) for name in self._free}
+
+    def _take(self, name: str, rows: int) -> Bytes:
         free = self._free[name]
         try:
             whole = free.pop()
         except IndexError:
-            whole = self._allocate(self._sizes[name])
-        view = whole[:size]
+            free.extend(self._slab(name))
+            whole = free.pop()
+        view = whole[:rows]
         weakref.finalize(view, free.append, whole).atexit = False
         return view
+
+    def _slab(self, name: str) -> Iterator[Bytes]:
+        """Return new memory in pieces, each for a group."""
+        size = self._fields[name].row_bytes
+        aligned = ALIGNMENT_BYTES // math.gcd(size, ALIGNMENT_BYTES)
+        rows = max(1, -(-self._rows // aligned)) * aligned
+        groups = 1 if name in self._begun else self._groups
+        self._begun.add(name)
+        slab = self._allocate(groups * rows * size).reshape(groups * rows, size)
+        return (slab[i * rows : (i + 1) * rows] for i in range(groups))

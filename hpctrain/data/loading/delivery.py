@@ -13,19 +13,23 @@ import numpy as np
 import torch
 
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.buffers import (
+    ALIGNMENT_BYTES,
+    GROUPS_IN_USE,
+    BufferPool,
+    MemoryPlan,
+    new_bytes,
+)
 from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.handles import Locate
 from hpctrain.data.reading.helpers import Helpers
-from hpctrain.data.reading.reader import Group, HostGroup, Source, read_groups
+from hpctrain.data.reading.pieces import Bytes
+from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import open_rows, read_rows
 
 logger = logging.getLogger(__name__)
-
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ class Delivery:
         dataset: Dataset,
         rows: int,
         device: torch.device,
-        depth: int,
+        memory: MemoryPlan,
         *,
         read_retries: int,
         locate: Locate,
@@ -77,9 +81,11 @@ class Delivery:
         self._dtypes = {name: torch_dtype(field) for name, field in self._fields.items()}
         self._rows = rows
         self._device = device
-        self._depth = depth
+        self._memory = memory
         self._pinned = device.type == "cuda"
-        self._pool = BufferPool(self._fields, rows, _pinned if self._pinned else _pageable)
+        groups = memory.depth + GROUPS_IN_USE + (memory.groups_ahead if preparation is None else 0)
+        allocate = _pinned if self._pinned else new_bytes
+        self._pool = BufferPool(self._fields, rows, groups, allocate)
         self._running: Prefetch[HostGroup] | None = None
         self._waited = 0.0
         # Copies to the device that may be under way, and the host memory that they read.
@@ -100,12 +106,17 @@ class Delivery:
         """Yield the batches of the groups; of a global size of `total`, or each of its own."""
         self.stop()
         if self._preparation is None:
-            produce = functools.partial(read_groups, source, groups, self._fields, self._pool)
+            produce = functools.partial(source.read, groups, self._pool)
         else:
             produce = functools.partial(
-                self._preparation.read_groups, source, groups, self._rows, self._pool
+                self._preparation.read_groups,
+                source,
+                groups,
+                self._rows,
+                self._memory.groups_ahead,
+                self._pool,
             )
-        with Prefetch(produce, self._depth) as running:
+        with Prefetch(produce, self._memory.depth) as running:
             self._running = running
             try:
                 for host in running:
@@ -198,12 +209,7 @@ def _aligned(batch: torch.Tensor) -> torch.Tensor:
     would depend on where a job has begun to read, and a run that goes on would differ from one
     that never stopped in the last bits. Most rows have a length that leaves nothing to do.
     """
-    return batch if batch.data_ptr() % _ALIGNMENT_BYTES == 0 else batch.clone()
-
-
-def _pageable(size: int) -> Bytes:
-    array: Bytes = torch.empty(size, dtype=torch.uint8).numpy()  # numpy's own is not aligned
-    return array
+    return batch if batch.data_ptr() % ALIGNMENT_BYTES == 0 else batch.clone()
 
 
 def _pinned(size: int) -> Bytes:

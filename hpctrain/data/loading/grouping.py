@@ -13,7 +13,7 @@ def sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tup
     return (
         (dataset.bytes_per_sample, 0)
         if preparation is None
-        else (preparation.row_bytes, preparation.slot_bytes)
+        else (preparation.row_bytes, preparation.staging_bytes)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -14,19 +14,18 @@ from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.order.lane_windows import LaneWindows
-from hpctrain.data.order.partition import Order, lanes_of_rank, served_samples
+from hpctrain.data.order.lane_windows import LaneWindows, RowStream
+from hpctrain.data.order.partition import Order, served_samples
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.shuffle import Epoch, sample_keys
-from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.handles import Locate, where_it_is
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import (
+    BlockSource,
     Group,
     MemorySource,
     RowSource,
     Source,
-    WindowBuffers,
-    WindowSource,
 )
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.reading.steady import READ_RETRIES
@@ -121,23 +120,20 @@ class TrainLoader:
             each.smallest_share(global_batch_size, self.epoch_size, world_size)
             for each in (order, *self._begun.values())
         )
-        windows = max(
-            WindowBuffers.required_bytes(
-                self._dataset, each, len(lanes_of_rank(rank, world_size, each.lanes))
-            )
-            for each in (order, *self._begun.values())
+        ahead = max(
+            each.batches_ahead(global_batch_size) for each in (order, *self._begun.values())
         )
         share, staging = sample_bytes(self._dataset, preparation)
         self._memory = memory
         spent = MemoryPlan.make(
-            0 if memory is not None else windows,
             self.largest_share * share,
             buffer_mb,
+            ahead=0 if memory is not None else ahead,
+            ahead_share=self.largest_share * self._dataset.bytes_per_sample,
             staging=self.largest_share * staging,
         )
         self._windows_fit = spent.windows_fit
         self.buffer_bytes = spent.total
-        self._buffers: tuple[Order, WindowBuffers] | None = None
         self._group_batches = spent.group_batches
         rows = self.largest_share * spent.group_batches
         finishing = finishing or Finishing()
@@ -146,7 +142,7 @@ class TrainLoader:
             self._dataset,
             rows,
             device,
-            spent.depth,
+            spent,
             read_retries=read_retries,
             locate=locate,
             preparation=preparation,
@@ -180,7 +176,7 @@ class TrainLoader:
             DatasetError: while iterating, naming file, field and row that cannot be read.
         """
         order = self.order_of(epoch)
-        source = self._source(order, epoch)
+        source = self._source(order, epoch, start)
         return self._delivery.run(source, self._groups(order, epoch, start), epoch)
 
     def example(self) -> dict[str, torch.Tensor]:
@@ -224,12 +220,7 @@ class TrainLoader:
         self._delivery.close()
 
     def _groups(self, order: Order, epoch: int, start: int) -> Iterator[Group]:
-        rows_at = None
-        if self._needs_keys:
-            plan = Epoch(order, epoch)
-            # Windows of its own: the reader's move on in calls of another size.
-            windows = LaneWindows(plan, self._rank, self._world_size)
-            rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
+        rows_at = self._rows_at(order, epoch, start) if self._needs_keys else None
         for bounds in group_bounds(
             start, self.epoch_size, self._global_batch_size, self._group_batches
         ):
@@ -240,19 +231,23 @@ class TrainLoader:
                 rows = rows_at(positions)
                 yield Group(bounds, positions, rows, sample_keys(order.seed, epoch, rows))
 
-    def _source(self, order: Order, epoch: int) -> Source:
-        # The thread of an earlier epoch must not write to the windows any more.
+    def _source(self, order: Order, epoch: int, start: int) -> Source:
+        # The thread of an earlier epoch must not read any more.
         self._delivery.stop()
-        plan = Epoch(order, epoch)
-        access = self._delivery.access
-        windows = LaneWindows(plan, self._rank, self._world_size)
-        rows_at = plan.rows if order.block_rows == 1 else windows.rows_at
+        delivery = self._delivery
         if self._memory is not None:
-            return MemorySource(self._memory, rows_at, self._delivery.helpers)
+            rows_at = self._rows_at(order, epoch, start)
+            return MemorySource(self._memory, rows_at, delivery.helpers)
         if order.block_rows == 1 or not self._windows_fit:
-            return RowSource(access, rows_at)
-        if self._buffers is None or self._buffers[0] != order:
-            self._buffers = None  # let go of the old ones first
-            lanes = len(lanes_of_rank(self._rank, self._world_size, order.lanes))
-            self._buffers = (order, WindowBuffers(self._dataset, order, lanes))
-        return WindowSource(access, windows, self._buffers[1], self._delivery.helpers)
+            return RowSource(delivery.access, self._rows_at(order, epoch, start))
+        return BlockSource(delivery.access, self._windows(order, epoch, start))
+
+    def _rows_at(self, order: Order, epoch: int, start: int) -> Callable[[Int64s], Int64s]:
+        """Return what tells the rows at this rank's positions, asked in their order."""
+        if order.block_rows == 1:
+            return Epoch(order, epoch).rows
+        return RowStream(self._windows(order, epoch, start)).next
+
+    def _windows(self, order: Order, epoch: int, start: int) -> LaneWindows:
+        plan = Epoch(order, epoch)
+        return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)

@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 import numpy as np
 
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.buffers import BufferPool, new_bytes
 from hpctrain.data.loading.crew import Crew, Job, WorkerError
 from hpctrain.data.loading.samples import Arrays, SampleError, SampleRunner
 from hpctrain.data.loading.slots import Slot, SlotLayout
@@ -63,6 +63,7 @@ class SamplePreparation:
         self._dataset = dataset
         self._training = training
         self._slots: list[Slot] = []
+        self._inputs: BufferPool  # with the slots
         try:
             self.fields: Mapping[str, Field] = self._runner.describe(
                 read_rows(dataset, np.array([row])), row, needed, training=training
@@ -76,9 +77,10 @@ class SamplePreparation:
         return sum(field.row_bytes for field in self.fields.values())
 
     @property
-    def slot_bytes(self) -> int:
+    def staging_bytes(self) -> int:
         """Bytes that the preparation takes for each sample of a group."""
-        return SLOTS * (self._dataset.bytes_per_sample + self.row_bytes)
+        inputs = self._dataset.bytes_per_sample
+        return inputs + SLOTS * (inputs + self.row_bytes)
 
     def one(self, row: int) -> Arrays:
         """Return one sample, (1, *shape) a field, transformed by the calling thread."""
@@ -92,9 +94,16 @@ class SamplePreparation:
         return outputs
 
     def read_groups(
-        self, source: Source, groups: Iterable[Group], rows: int, pool: BufferPool
+        self, source: Source, groups: Iterable[Group], rows: int, ahead: int, pool: BufferPool
     ) -> Iterator[HostGroup]:
-        """Yield the samples of each group, of up to `rows`, transformed.
+        """Yield the samples of each group, transformed.
+
+        Args:
+            source: of the samples.
+            groups: of up to `rows` of them.
+            rows: the most samples of a group.
+            ahead: groups that the source fills in part before their turn.
+            pool: of memory for what comes out.
 
         Raises:
             TrainingError: naming sample, shard and row, if the transform fails.
@@ -102,19 +111,17 @@ class SamplePreparation:
         if not self._slots or self._slots[0].layout.rows < rows:
             layout = SlotLayout(rows, self._dataset.fields, self.fields)
             self._slots = [Slot(layout) for _ in range(SLOTS)]
+            self._inputs = BufferPool(self._dataset.fields, rows, ahead + 1, new_bytes)
         free = deque(self._slots)
         running: deque[tuple[Group, Slot, list[Future[None]]]] = deque()
         try:
-            for group in groups:
+            for group, fields in source.read(groups, self._inputs):
                 if not free:
                     yield self._finish(*running[0], pool)
                     free.append(running.popleft()[1])
                 slot = free.popleft()
-                size = len(group.positions)
-                if size:
-                    source.gather(
-                        group.positions, {n: raw[:size] for n, raw in slot.raw_inputs.items()}
-                    )
+                for name, values in fields.items():
+                    slot.raw_inputs[name][: len(values)] = values
                 running.append((group, slot, self._submit(group, slot)))
             while running:
                 yield self._finish(*running[0], pool)
@@ -155,11 +162,10 @@ class SamplePreparation:
                     f"{error}. It had {stop - start} samples of {self._dataset.source}; the first "
                     f"is {self._place(int(group.rows[start]))}"
                 ) from error
-        views = {}
-        for name, field in self.fields.items():
-            views[name] = pool.take(name, size * field.row_bytes)
-            np.copyto(views[name].reshape(size, field.row_bytes), slot.raw_outputs[name][:size])
-        return HostGroup(group, views)
+        fields = pool.take(size)
+        for name, rows in fields.items():
+            np.copyto(rows, slot.raw_outputs[name][:size])
+        return HostGroup(group, fields)
 
     def _failed(self, error: SampleError, row: int) -> TrainingError:
         return TrainingError(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.pieces import Bytes
 
 _ALIGNMENT = 64
 

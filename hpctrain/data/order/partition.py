@@ -124,6 +124,12 @@ class Order:
         """Rows of the longest window that there can be."""
         return min(self.window * self.block_rows, -(-self.samples // self.lanes))
 
+    def batches_ahead(self, global_batch_size: int) -> int:
+        """Return how many batches after one the windows reach into that it needs, at most."""
+        if self.block_rows == 1:
+            return 0
+        return -(-self.lanes * self.longest_window_rows // global_batch_size)
+
     def lane_samples(self, lanes: Int64s) -> Int64s:
         """Return the number of samples in each of these lanes, (count,) int64."""
         return (self.samples - lanes + self.lanes - 1) // self.lanes

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.order.permutation import Int64s, derive_key, permutation
+from hpctrain.data.order.ragged import within
 
 MOST_SPANS = 2**22
 """Spans that a selection may have: 64 MB on every rank."""
@@ -103,8 +104,7 @@ class Picks:
         last_runs = np.searchsorted(self.stops, samples + counts - 1, side="right")
         pieces = last_runs - first_runs + 1
         owners = np.repeat(np.arange(len(samples)), pieces)
-        within = np.arange(len(owners)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        runs = first_runs[owners] + within
+        runs = first_runs[owners] + within(pieces)
         begins = np.maximum(samples[owners], self.stops[runs] - self.counts[runs])
         ends = np.minimum((samples + counts)[owners], self.stops[runs])
         return self.rows(begins), ends - begins, places[owners] + begins - samples[owners]

@@ -13,19 +13,18 @@ import resource
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.chunk_reading import ChunkJob, ChunkReader, chunk_jobs
+from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.extents import ExtentReader, Extents
 from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
-from hpctrain.data.reading.helpers import Helpers
-from hpctrain.data.reading.pieces import Piece, Pieces
+from hpctrain.data.reading.helpers import Helpers, ThreadMemory
+from hpctrain.data.reading.outputs import InRuns, Output, Scattered
+from hpctrain.data.reading.pieces import Bytes, Piece, Pieces
 from hpctrain.data.storage import HDF5_FAILURES, INSTALL
 from hpctrain.errors import DatasetError
-
-Bytes = npt.NDArray[np.uint8]
 
 MOST_OPEN_FILES = 1024
 """Open files of one reader, or a quarter of what the system allows a process, if that is less;
@@ -61,6 +60,7 @@ class RowAccess:
         self._offsets = {name: _offsets(dataset, name) for name in dataset.fields}
         self._extents = ExtentReader(self.helpers)
         self._chunks = ChunkReader(self.helpers)
+        self._staging = ThreadMemory()
         self._told: set[str] = set()
         self._shards: Handles[OpenShard] = Handles(_open, OpenShard.close, locate, MOST_OPEN_FILES)
         self._files: Handles[h5py.File] = Handles(
@@ -75,27 +75,15 @@ class RowAccess:
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
     ) -> None:
-        """Read runs of consecutive rows of a field, in native byte order.
+        """Read runs of consecutive rows, as `RowReader.read_runs` does."""
+        self._read_all(name, rows, counts, places, InRuns(out))
 
-        Args:
-            name: of the field.
-            rows: (runs,) int64, the first row of each run, counted over all shards.
-            counts: (runs,) int64, rows.
-            out: (places, row_bytes) uint8, C-contiguous.
-            places: (runs,) int64, where in `out` each run goes.
-
-        Raises:
-            DatasetError: naming file, field and row, if the file is not there, not what it was
-                when the dataset was opened, or cannot be read.
-        """
-        pieces = self._pieces(rows, counts, places)
-        shards = np.unique(pieces.shards)
-        # No file is closed while a thread of the helpers may read it.
-        most = self._shards.most
-        for start in range(0, len(shards), most):
-            some = shards[start : start + most]
-            part = pieces if len(shards) <= most else pieces.only(np.isin(pieces.shards, some))
-            self._read(name, part, some, out)
+    def scatter_runs(
+        self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows, each to its place, as `RowReader.scatter_runs` does."""
+        firsts = np.cumsum(counts) - counts
+        self._read_all(name, rows, counts, firsts, Scattered(into, places, self._staging))
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
@@ -118,7 +106,25 @@ class RowAccess:
             counts[crossing] = fitting
             shards = np.append(shards, shards[crossing] + 1)
 
-    def _read(self, name: str, pieces: Pieces, shards: Int64s, out: Bytes) -> None:
+    def _read_all(
+        self, name: str, rows: Int64s, counts: Int64s, places: Int64s, output: Output
+    ) -> None:
+        """Read runs of rows, each from a place of the output on.
+
+        Raises:
+            DatasetError: naming file, field and row, if the file is not there, not what it was
+                when the dataset was opened, or cannot be read.
+        """
+        pieces = self._pieces(rows, counts, places)
+        shards = np.unique(pieces.shards)
+        # No file is closed while a thread of the helpers may read it.
+        most = self._shards.most
+        for start in range(0, len(shards), most):
+            some = shards[start : start + most]
+            part = pieces if len(shards) <= most else pieces.only(np.isin(pieces.shards, some))
+            self._read(name, part, some, output)
+
+    def _read(self, name: str, pieces: Pieces, shards: Int64s, output: Output) -> None:
         """Read rows of so few shards that all of them may be open."""
         field = self.dataset.fields[name]
         opened = {}
@@ -126,12 +132,15 @@ class RowAccess:
             # Who reads it row by row meets the failure again, and says where.
             opened[index] = self._try_open(self.dataset.shards[index])
         by_offset = self._offsets[name][pieces.shards] >= 0
-        left = [self._read_extents(field, pieces.only(by_offset), self._offsets[name], opened, out)]
+        left = [
+            self._read_extents(field, pieces.only(by_offset), self._offsets[name], opened, output)
+        ]
         if not by_offset.all():
-            left.append(self._read_chunks(name, pieces.only(~by_offset), opened, out))
+            left.append(self._read_chunks(name, pieces.only(~by_offset), opened, output))
         for part in left:
             for index, first, count, place in part.listed():
-                self._read_rows(name, index, first, out[place : place + count])
+                with output.rows(field, place, count) as rows:
+                    self._read_rows(name, index, first, rows)
 
     def _try_open(self, shard: Shard) -> OpenShard | None:
         try:
@@ -145,7 +154,7 @@ class RowAccess:
         pieces: Pieces,
         offsets: Int64s,
         opened: dict[int, OpenShard | None],
-        out: Bytes,
+        output: Output,
     ) -> Pieces:
         """Read rows that lie in the files as in memory, and return those that could not be."""
         descriptors = np.full(len(self._stops), -1, np.int64)
@@ -153,26 +162,24 @@ class RowAccess:
             if shard is not None:
                 descriptors[index] = shard.descriptor
         offsets = offsets[pieces.shards] + pieces.firsts * field.row_bytes
-        return self._read_bytes(field, pieces, descriptors[pieces.shards], offsets, out)
+        return self._read_bytes(field, pieces, descriptors[pieces.shards], offsets, output)
 
     def _read_bytes(
-        self, field: Field, pieces: Pieces, descriptors: Int64s, offsets: Int64s, out: Bytes
+        self, field: Field, pieces: Pieces, descriptors: Int64s, offsets: Int64s, output: Output
     ) -> Pieces:
         """Read rows from these offsets, and return those that could not be read."""
         if not len(pieces.shards):
             return pieces
-        begins = pieces.places * field.row_bytes
-        extents = Extents(descriptors, offsets, begins, begins + pieces.counts * field.row_bytes)
-        failed = self._extents.read(extents, memoryview(out.data).cast("B"))
-        if not field.dtype.isnative:
-            read = np.ones(len(pieces.shards), bool)
-            read[failed] = False
-            for place, count in zip(pieces.places[read], pieces.counts[read], strict=True):
-                out[place : place + count].view(field.dtype).byteswap(inplace=True)
-        return pieces.only(failed)
+        target = output.target(field, pieces)
+        sizes = pieces.counts * field.row_bytes
+        failed = self._extents.read(Extents(descriptors, offsets, sizes), target)
+        read = np.ones(len(sizes), bool)
+        read[failed] = False
+        output.settle(field, pieces.only(read))
+        return pieces.only(~read)
 
     def _read_chunks(
-        self, name: str, pieces: Pieces, opened: dict[int, OpenShard | None], out: Bytes
+        self, name: str, pieces: Pieces, opened: dict[int, OpenShard | None], output: Output
     ) -> Pieces:
         """Read rows of chunks without HDF5, and return those that only it can read."""
         field = self.dataset.fields[name]
@@ -200,10 +207,10 @@ class RowAccess:
                     ]
             elif found:
                 jobs += chunk_jobs(index, shard.descriptor, chunks, found)
-        left += self._chunks.read(jobs, out)
+        left += self._chunks.read(jobs, output)
         descriptors, offsets = np.array(places, np.int64).reshape(-1, 2).T
         read_plain = Pieces.of(plain)
-        left += self._read_bytes(field, read_plain, descriptors, offsets, out).listed()
+        left += self._read_bytes(field, read_plain, descriptors, offsets, output).listed()
         return Pieces.of(left)
 
     def _tell(self, name: str, shard: Shard, reason: str) -> None:

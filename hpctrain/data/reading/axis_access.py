@@ -11,8 +11,12 @@ import numpy as np
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.finding.view import Part
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, Bytes, most_open_files
+from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, most_open_files
+from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.handles import Handles, Locate, open_descriptor, open_hdf5, where_it_is
+from hpctrain.data.reading.helpers import ThreadMemory
+from hpctrain.data.reading.pieces import Bytes
+from hpctrain.data.reading.staged import scatter_by_runs
 from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
 
@@ -29,6 +33,7 @@ class AxisAccess:
         """Prepare; no file is opened yet. `locate` is as RowAccess takes it."""
         self.dataset = part.dataset
         self._axis = part.axis
+        self._staging = ThreadMemory()
         self._descriptors: Handles[int] = Handles(
             open_descriptor, os.close, locate, most_open_files()
         )
@@ -56,6 +61,12 @@ class AxisAccess:
                 size = min(count - done, shard.samples - first, most)
                 self._read(shard, name, field, first, out[place + done : place + done + size])
                 done += size
+
+    def scatter_runs(
+        self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows, each to its place, as `RowReader.scatter_runs` does."""
+        scatter_by_runs(self, self._staging, name, rows, counts, into, places)
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""

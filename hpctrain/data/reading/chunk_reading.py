@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import NamedTuple
-
-import numpy as np
 
 from hpctrain.data.reading.chunks import ChunkedField, ChunkRun, Part
 from hpctrain.data.reading.extents import announce
-from hpctrain.data.reading.filters import Bytes, UndecodableError
-from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.filters import UndecodableError
+from hpctrain.data.reading.helpers import Helpers, ThreadMemory
+from hpctrain.data.reading.outputs import Output
 from hpctrain.data.reading.pieces import Piece
 
 RUNS_AHEAD = 8
@@ -58,14 +56,14 @@ class ChunkReader:
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
-        self._local = threading.local()
+        self._memory = ThreadMemory()
 
-    def read(self, jobs: list[ChunkJob], out: Bytes) -> list[Piece]:
+    def read(self, jobs: list[ChunkJob], output: Output) -> list[Piece]:
         """Read and undo chunks.
 
         Args:
             jobs: what to read.
-            out: (places, row_bytes) uint8, where the rows go.
+            output: takes the rows.
 
         Returns:
             Rows where that failed, whatever the reason.
@@ -76,10 +74,10 @@ class ChunkReader:
             for ahead in jobs[number + RUNS_AHEAD : number + RUNS_AHEAD + 1]:
                 announce(ahead.descriptor, ahead.run.start, ahead.size)
             job = jobs[number]
-            raw = self._memory(job.size)
+            raw = self._memory.take(job.size)
             try:
                 if os.preadv(job.descriptor, [raw.data], job.run.start) == job.size:
-                    job.chunks.undo(job.run, raw, job.parts, out)
+                    job.chunks.undo(job.run, raw, job.parts, output)
                     return
             except (OSError, UndecodableError):
                 pass  # HDF5 meets it again, and says what and where
@@ -89,10 +87,3 @@ class ChunkReader:
             announce(job.descriptor, job.run.start, job.size)
         self._helpers.each(read, range(len(jobs)))
         return [piece for job in failed for piece in job.pieces()]
-
-    def _memory(self, size: int) -> Bytes:
-        """Return memory of the calling thread, used again for its next run."""
-        kept: Bytes | None = getattr(self._local, "memory", None)
-        if kept is None or len(kept) < size:
-            kept = self._local.memory = np.empty(size, np.uint8)
-        return kept[:size]

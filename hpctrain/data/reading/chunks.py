@@ -11,9 +11,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.filters import Bytes, Pipeline, UndecodableError
-from hpctrain.data.reading.pieces import Piece
+from hpctrain.data.reading.filters import Pipeline, UndecodableError
+from hpctrain.data.reading.outputs import Output
+from hpctrain.data.reading.pieces import Bytes, Piece
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
 
 MOST_CHUNKS = 2**18
@@ -71,6 +73,7 @@ class ChunkedField:
         self._shape: tuple[int, ...] = dataset.shape
         self._chunk: tuple[int, ...] = dataset.chunks
         self._dtype = dataset.dtype
+        self._field = Field(self._shape[1:], self._dtype)
         self.rows = self._chunk[0]
         self._grid = [-(-a // b) for a, b in zip(self._shape, self._chunk, strict=True)]
         self._row_chunks = math.prod(self._grid[1:])
@@ -147,19 +150,18 @@ class ChunkedField:
         """Return the bytes of a run in the file."""
         return int(self._table[run.chunks, 1].sum())
 
-    def undo(self, run: ChunkRun, raw: Bytes, parts: dict[int, list[Part]], out: Bytes) -> None:
+    def undo(self, run: ChunkRun, raw: Bytes, parts: dict[int, list[Part]], output: Output) -> None:
         """Decode the chunks of a run and copy their rows to their places.
 
         Args:
             run: which chunks.
             raw: (run_bytes,) uint8, as in the file.
             parts: by row of chunks.
-            out: (places, row_bytes) uint8.
+            output: takes the rows.
 
         Raises:
             UndecodableError: if the bytes are damaged.
         """
-        values = out.view(self._dtype.newbyteorder("=")).reshape(len(out), *self._shape[1:])
         begin = 0
         for chunk, (_, size, skipped) in zip(
             run.chunks, self._table[run.chunks].tolist(), strict=True
@@ -171,8 +173,7 @@ class ChunkedField:
             there, inside = self._box(inner)
             for part in parts[row]:
                 origin = (slice(part.first, part.first + part.rows), *inside)
-                target = (slice(part.place, part.place + part.rows), *there)
-                values[target] = cell[origin]
+                output.put(self._field, part.place, cell[origin], there)
 
     def _box(self, inner: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Return where in a row a chunk lies, and what of the chunk lies in the row."""

@@ -1,4 +1,4 @@
-"""Byte ranges of files into one buffer: neighbours merged, the next ones announced."""
+"""Byte ranges of files into memory: neighbours merged, the next ones announced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.ragged import within
 from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, parts
+from hpctrain.data.reading.targets import InPieces, Target
+from hpctrain.data.reading.vectors import MOST_VECTORS
 
 AHEAD = (2, 64)
 """At least and at most so many requests are announced to the system ahead of the one being read."""
@@ -19,9 +22,11 @@ AHEAD_BYTES = 8 * 2**20
 WARM_BYTES_PER_SECOND = 2e9
 """Faster than this per thread, the data come from the page cache: to announce them is in vain."""
 PIECE_BYTES = 4 * 2**20
-"""Longer requests are cut for several threads."""
-MOST_VECTORS = 512
-"""Buffers of one system call. Source: IOV_MAX of Linux is 1024."""
+"""Extents that are more than twice as long are cut for several threads."""
+MERGED_BYTES = 2 * 2**20
+"""Neighbours are merged up to about so much: no request is larger than is good for it."""
+MERGED_VECTORS = MOST_VECTORS // 2
+"""Neighbours go to so many pieces of memory, and those of the last of them, at most."""
 
 
 class Extents(NamedTuple):
@@ -30,14 +35,12 @@ class Extents(NamedTuple):
     Attributes:
         descriptors: of the open files.
         offsets: bytes from the start of the file.
-        begins: where in the output each goes.
-        ends: one past its last byte there.
+        sizes: bytes.
     """
 
     descriptors: Int64s
     offsets: Int64s
-    begins: Int64s
-    ends: Int64s
+    sizes: Int64s
 
 
 class ExtentReader:
@@ -47,21 +50,18 @@ class ExtentReader:
         self._helpers = helpers
         self._is_cold = True
 
-    def read(self, extents: Extents, target: memoryview) -> Int64s:
+    def read(self, extents: Extents, target: Target) -> Int64s:
         """Read all, in their order as far as one thread can tell.
 
         Returns:
             Indices of those that could not be read whole, whatever the reason.
         """
-        sizes = extents.ends - extents.begins
-        total = int(sizes.sum())
+        total = int(extents.sizes.sum())
         threads = self._helpers.size if total >= LEAST_SHARED_BYTES else 1
         owners = None
-        if threads > 1 and int(sizes.max()) > 2 * PIECE_BYTES:
-            extents, owners = _cut(extents)
-            groups = np.arange(len(owners) + 1)
-        else:
-            groups = _neighbours(extents)
+        if threads > 1 and isinstance(target, InPieces):
+            extents, owners, target = _cut(extents, target)
+        groups = _neighbours(extents, target.vectors)
         ahead = min(max(AHEAD_BYTES * len(groups) // max(total, 1), AHEAD[0]), AHEAD[1])
         failed: list[int] = []
         job = _Job(extents, groups, target, ahead if self._is_cold else 0, failed)
@@ -70,48 +70,41 @@ class ExtentReader:
         seconds = time.perf_counter() - begin
         if total >= LEAST_SHARED_BYTES:  # less takes its time for other reasons
             self._is_cold = total < WARM_BYTES_PER_SECOND * threads * seconds
-        bad = np.array(failed, np.int64)
-        return np.unique(bad if owners is None else owners[bad])
+        bad = np.array(sorted(failed), np.int64)
+        return bad if owners is None else np.unique(owners[bad])
 
 
 class _Job:
     """One call's requests; each is a group of neighbours."""
 
     def __init__(
-        self, extents: Extents, groups: Int64s, target: memoryview, ahead: int, failed: list[int]
+        self, extents: Extents, groups: Int64s, target: Target, ahead: int, failed: list[int]
     ) -> None:
-        firsts, lasts = groups[:-1], groups[1:] - 1
+        firsts = groups[:-1]
         self._groups: list[int] = groups.tolist()
         self._descriptors: list[int] = extents.descriptors[firsts].tolist()
         self._offsets: list[int] = extents.offsets[firsts].tolist()
-        stops = extents.offsets + extents.ends - extents.begins
-        self._sizes: list[int] = (stops[lasts] - extents.offsets[firsts]).tolist()
-        self._begins: list[int] = extents.begins.tolist()
-        self._ends: list[int] = extents.ends.tolist()
+        self._sizes: list[int] = np.add.reduceat(extents.sizes, firsts).tolist()
         self._target = target
         self._ahead = ahead
         self._failed = failed
 
     def read(self, part: slice) -> None:
-        preadv, target, ahead = os.preadv, self._target, self._ahead
-        begins, ends, groups = self._begins, self._ends, self._groups
+        groups, ahead = self._groups, self._ahead
         requests = zip(self._descriptors[part], self._offsets[part], self._sizes[part], strict=True)
         if ahead:
             self._announce(part.start, min(part.start + ahead, part.stop))
-        for i, (descriptor, offset, size) in enumerate(requests, part.start):
-            if ahead and i + ahead < part.stop:
-                self._announce(i + ahead, i + ahead + 1)
-            first, stop = groups[i], groups[i + 1]
-            if stop - first == 1:
-                into = [target[begins[first] : ends[first]]]
-            else:
-                into = [target[begins[k] : ends[k]] for k in range(first, stop)]
-            try:
-                if preadv(descriptor, into, offset) == size:
-                    continue
-            except OSError:
-                pass  # who reads it again meets it again, and says where
-            self._failed.extend(range(first, stop))
+        with self._target.open() as read:
+            for i, (descriptor, offset, size) in enumerate(requests, part.start):
+                if ahead and i + ahead < part.stop:
+                    self._announce(i + ahead, i + ahead + 1)
+                first, stop = groups[i], groups[i + 1]
+                try:
+                    if read(descriptor, offset, first, stop, size) == size:
+                        continue
+                except OSError:
+                    pass  # who reads it again meets it again, and says where
+                self._failed.extend(range(first, stop))
 
     def _announce(self, first: int, stop: int) -> None:
         for i in range(first, stop):
@@ -124,29 +117,31 @@ def announce(descriptor: int, offset: int, size: int) -> None:
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def _neighbours(extents: Extents) -> Int64s:
-    """Return where groups begin that lie one after the other in a file, and the end."""
-    count = len(extents.offsets)
-    begins = np.ones(count, bool)
-    stops = extents.offsets + extents.ends - extents.begins
-    begins[1:] = (extents.descriptors[1:] != extents.descriptors[:-1]) | (
-        extents.offsets[1:] != stops[:-1]
-    )
-    begins[::MOST_VECTORS] = True
-    return np.append(np.flatnonzero(begins), count)
+def _neighbours(extents: Extents, vectors: Int64s) -> Int64s:
+    """Return where groups begin that lie one after the other in a file, and the end.
+
+    Args:
+        extents: to be read.
+        vectors: (extents,) int64, pieces of memory that each goes to.
+    """
+    descriptors, offsets, sizes = extents
+    begins = np.ones(len(offsets), bool)
+    begins[1:] = (descriptors[1:] != descriptors[:-1]) | (offsets[1:] != (offsets + sizes)[:-1])
+    # Of each extent, what lies before it in its run of neighbours decides where the run is cut.
+    firsts = np.flatnonzero(begins)[np.cumsum(begins) - 1]
+    for amounts, most in ((sizes, MERGED_BYTES), (vectors, MERGED_VECTORS)):
+        before = np.cumsum(amounts) - amounts
+        part = (before - before[firsts]) // most
+        begins[1:] |= part[1:] != part[:-1]
+    return np.append(np.flatnonzero(begins), len(offsets))
 
 
-def _cut(extents: Extents) -> tuple[Extents, Int64s]:
-    """Return pieces of at most PIECE_BYTES, and which of the extents each is of."""
-    sizes = extents.ends - extents.begins
-    counts = -(-sizes // PIECE_BYTES)
-    owners = np.repeat(np.arange(len(sizes)), counts)
-    within = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = extents.begins[owners] + within * PIECE_BYTES
-    pieces = Extents(
-        extents.descriptors[owners],
-        extents.offsets[owners] + within * PIECE_BYTES,
-        begins,
-        np.minimum(extents.ends[owners], begins + PIECE_BYTES),
-    )
-    return pieces, owners
+def _cut(extents: Extents, target: InPieces) -> tuple[Extents, Int64s, InPieces]:
+    """Return extents of which none is long, which of those given each is of, and where they go."""
+    longest = np.where(extents.sizes > 2 * PIECE_BYTES, PIECE_BYTES, extents.sizes)
+    counts = -(-extents.sizes // longest)
+    owners = np.repeat(np.arange(len(counts)), counts)
+    done = within(counts) * longest[owners]
+    sizes = np.minimum(longest[owners], extents.sizes[owners] - done)
+    pieces = Extents(extents.descriptors[owners], extents.offsets[owners] + done, sizes)
+    return pieces, owners, target.cut(owners, done, sizes)

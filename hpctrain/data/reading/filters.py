@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.storage import Filter, load_plugins
 
-Bytes = npt.NDArray[np.uint8]
 Decode = Callable[[Bytes, int], Bytes]
 """From the bytes of a chunk, and how many there will be, to those before the filter."""
 
@@ -29,9 +28,13 @@ _LIBRARIES = {32001: "blosc", 32004: "lz4", 32008: "bshuf", 32015: "zstd", 32026
 _REVERSE = 0x0100
 """Source: H5Z_FLAG_REVERSE of H5Zpublic.h: undo the filter."""
 
-_malloc, _free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+# Calls so short that to let go of Python's lock for them, and to wait for it, takes longer.
+_short = ctypes.PyDLL(None)
+_malloc, _free, _copy = _short.malloc, _short.free, _short.memcpy
 _malloc.restype, _malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 _free.restype, _free.argtypes = None, [ctypes.c_void_p]
+_copy.restype = ctypes.c_void_p
+_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class UndecodableError(Exception):
@@ -83,7 +86,8 @@ def _decoder(each: Filter) -> Decode:
     if each.number in _LIBRARIES:
         function = _plugin(_LIBRARIES[each.number])
         if function is not None:
-            return functools.partial(_undo, function, each.values)
+            values = (ctypes.c_uint * max(1, len(each.values)))(*each.values)
+            return functools.partial(_undo, function, values, len(each.values))
     raise UndecodableError(f"filter {each.number} ({each}) is undone by HDF5 alone")
 
 
@@ -165,16 +169,19 @@ class _Memory:
         _free(self._address)
 
 
-def _undo(function: Callable[..., int], values: tuple[int, ...], raw: Bytes, _: int) -> Bytes:
+def _undo(
+    function: Callable[..., int],
+    values: ctypes.Array[ctypes.c_uint],
+    count: int,
+    raw: Bytes,
+    _: int,
+) -> Bytes:
     memory = ctypes.c_void_p(_malloc(len(raw) or 1))
     if memory.value is None:
         raise MemoryError
-    ctypes.memmove(memory, raw.ctypes.data, len(raw))
-    arguments = (ctypes.c_uint * max(1, len(values)))(*values)
+    _copy(memory, raw.ctypes.data, len(raw))
     room = ctypes.c_size_t(len(raw))
-    size = function(
-        _REVERSE, len(values), arguments, len(raw), ctypes.byref(room), ctypes.byref(memory)
-    )
+    size = function(_REVERSE, count, values, len(raw), ctypes.byref(room), ctypes.byref(memory))
     if size == 0 or memory.value is None:
         _free(memory)
         raise UndecodableError("the filter cannot undo it")

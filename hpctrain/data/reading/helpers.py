@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 MOST_THREADS = 4
 """Of one reader, where nothing else is asked for: memory, not the cores, is the limit by then."""
@@ -68,6 +72,20 @@ class Helpers:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+class ThreadMemory:
+    """Memory of each thread, used again for whatever it does next: fresh memory costs more."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """Return the calling thread's memory, (size,) uint8; what it holds stays if it fits."""
+        kept: npt.NDArray[np.uint8] | None = getattr(self._local, "memory", None)
+        if kept is None or len(kept) < size:
+            kept = self._local.memory = np.empty(size, np.uint8)
+        return kept[:size]
 
 
 def _work(do: Callable[[T], None], left: Iterator[T]) -> None:

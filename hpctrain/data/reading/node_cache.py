@@ -15,10 +15,10 @@ from contextlib import closing
 import numpy as np
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.node_memory import SHARED, host_memory, shared_memory
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.steady import READ_RETRIES
 from hpctrain.data.together import on_all_ranks

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from hpctrain.data.order.permutation import Int64s
+
+Bytes = npt.NDArray[np.uint8]
 
 Piece = tuple[int, int, int, int]
 """(shard, first row in it, rows, place in the output)"""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.buffers import BufferPool
-from hpctrain.data.order.lane_windows import LaneWindows, count_slots
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order.lane_windows import Arrivals, LaneWindows
 from hpctrain.data.order.permutation import Int64s, UInt64s
-from hpctrain.data.order.shuffle import Runs
-from hpctrain.data.reading.access import Bytes
+from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, parts
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.row_reader import RowReader
 
 
@@ -39,7 +38,7 @@ class HostGroup(NamedTuple):
 
     Attributes:
         group: what they are.
-        fields: by name, (samples * row_bytes,) uint8.
+        fields: by name, (samples, row_bytes) uint8.
     """
 
     group: Group
@@ -47,24 +46,11 @@ class HostGroup(NamedTuple):
 
 
 class Source(Protocol):
-    """Copies samples of one epoch, in their order."""
+    """Reads samples of one epoch."""
 
-    def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
-        """Copy the samples at these ascending positions to `out`, (count, row_bytes) a field."""
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        """Yield the samples of groups that follow each other, in memory of the pool."""
         ...
-
-
-def read_groups(
-    source: Source, groups: Iterable[Group], fields: Mapping[str, Field], pool: BufferPool
-) -> Iterator[HostGroup]:
-    """Yield the samples of each group."""
-    for group in groups:
-        size = len(group.positions)
-        views = {name: pool.take(name, size * field.row_bytes) for name, field in fields.items()}
-        rows = {name: views[name].reshape(size, field.row_bytes) for name, field in fields.items()}
-        if size:
-            source.gather(group.positions, rows)
-        yield HostGroup(group, views)
 
 
 def gather(origin: Bytes, rows: Int64s, out: Bytes, helpers: Helpers) -> None:
@@ -85,20 +71,24 @@ def gather(origin: Bytes, rows: Int64s, out: Bytes, helpers: Helpers) -> None:
 
 
 class RowSource:
-    """Reads every row on its own, straight to its place in the batch; nothing is resident."""
+    """Reads every row on its own, straight to its place in the batch."""
 
     def __init__(self, access: RowReader, rows_at: Callable[[Int64s], Int64s]) -> None:
-        """Read the rows of the dataset that `rows_at` finds for positions."""
+        """Read the rows of the dataset that `rows_at` finds for the positions of each group."""
         self._access = access
         self._rows_at = rows_at
 
-    def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
-        rows = self._rows_at(positions)
-        # Neighbours are read in one go: evaluation reads a whole batch so.
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        counts = np.diff(starts, append=len(rows))
-        for name, target in out.items():
-            self._access.read_runs(name, rows[starts], counts, target, starts)
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        for group in groups:
+            fields = pool.take(len(group.positions))
+            if len(group.positions):
+                rows = self._rows_at(group.positions)
+                # Neighbours are read in one go: evaluation reads a whole batch so.
+                starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+                counts = np.diff(starts, append=len(rows))
+                for name, out in fields.items():
+                    self._access.read_runs(name, rows[starts], counts, out, starts)
+            yield HostGroup(group, fields)
 
 
 class MemorySource:
@@ -112,67 +102,53 @@ class MemorySource:
         self._rows_at = rows_at
         self._helpers = helpers
 
-    def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
-        rows = self._rows_at(positions)
-        for name, target in out.items():
-            gather(self._fields[name], rows, target, self._helpers)
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        for group in groups:
+            fields = pool.take(len(group.positions))
+            rows = self._rows_at(group.positions)
+            for name, out in fields.items():
+                gather(self._fields[name], rows, out, self._helpers)
+            yield HostGroup(group, fields)
 
 
-class WindowBuffers:
-    """The memory of the windows of a rank's lanes, kept over epochs.
+class BlockSource:
+    """Reads whole blocks, each row straight to its place in this group or in one that follows.
 
-    Attributes:
-        window_rows: rows that each slot has room for.
-        fields: by name, (slots * window_rows, row_bytes) uint8.
+    What a group needs is read in one go. Memory is filled ahead of it by as much as the windows of
+    all lanes hold.
     """
 
-    def __init__(self, dataset: Dataset, order: Order, lanes: int) -> None:
-        self.window_rows = order.longest_window_rows
-        self.fields: dict[str, Bytes] = {
-            name: np.empty((count_slots(lanes) * self.window_rows, field.row_bytes), np.uint8)
-            for name, field in dataset.fields.items()
-        }
-
-    @staticmethod
-    def required_bytes(dataset: Dataset, order: Order, lanes: int) -> int:
-        """Return the bytes that windows of so many lanes take; 0 where a block is one row."""
-        if order.block_rows == 1:
-            return 0
-        index_bytes = 8
-        rows = count_slots(lanes) * order.longest_window_rows
-        return rows * (dataset.bytes_per_sample + index_bytes)
-
-
-class WindowSource:
-    """Reads whole blocks into the windows of lanes, and gathers batches from them.
-
-    What the lanes need next is read for the first batches that need it, all of it in one go.
-    """
-
-    def __init__(
-        self, access: RowReader, windows: LaneWindows, buffers: WindowBuffers, helpers: Helpers
-    ) -> None:
+    def __init__(self, access: RowReader, windows: LaneWindows) -> None:
+        """Read what the windows hold, from their first position on."""
         self._access = access
-        self._helpers = helpers
         self._windows = windows
-        self._buffers = buffers
 
-    def gather(self, positions: Int64s, out: Mapping[str, Bytes]) -> None:
-        done = 0
-        while done < len(positions):
-            runs, count = self._windows.advance(positions[done:])
-            if runs is not None:
-                self._read(runs)
-            slots, places = self._windows.find(positions[done : done + count])
-            places += slots * self._buffers.window_rows
-            for name, target in out.items():
-                into = target[done : done + count]
-                gather(self._buffers.fields[name], places, into, self._helpers)
-            done += count
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        begun: deque[HostGroup] = deque()
+        served = begun_to = 0
+        left = iter(groups)
 
-    def _read(self, runs: Runs) -> None:
-        in_file_order = np.argsort(runs.rows)
-        rows, counts = runs.rows[in_file_order], runs.counts[in_file_order]
-        places = (runs.owners * self._buffers.window_rows + runs.places)[in_file_order]
-        for name, buffer in self._buffers.fields.items():
-            self._access.read_runs(name, rows, counts, buffer, places)
+        def begin(group: Group) -> int:
+            begun.append(HostGroup(group, pool.take(len(group.positions))))
+            return len(group.positions)
+
+        for group in left:
+            begun_to += begin(group)
+            while begun:
+                arrivals = self._windows.until(begun[0].group.bounds[-1])
+                while begun_to <= arrivals.places.max(initial=-1):
+                    begun_to += begin(next(left))
+                self._scatter(arrivals, begun, served)
+                served += len(begun[0].group.positions)
+                yield begun.popleft()
+
+    def _scatter(self, arrivals: Arrivals, groups: Iterable[HostGroup], served: int) -> None:
+        """Read rows to their places in groups, the first of which begins after so many samples."""
+        if not len(arrivals.rows):
+            return
+        filled = [each for each in groups if len(each.group.positions)]
+        sizes = np.array([len(each.group.positions) for each in filled], np.int64)
+        starts = served + np.cumsum(sizes) - sizes
+        for name in filled[0].fields:
+            into = Destinations([each.fields[name] for each in filled], starts)
+            self._access.scatter_runs(name, arrivals.rows, arrivals.counts, into, arrivals.places)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.destinations import Destinations
 
 
 class RowReader(Protocol):
@@ -35,6 +36,23 @@ class RowReader(Protocol):
             counts: (runs,) int64, rows.
             out: (places, row_bytes) uint8, C-contiguous.
             places: (runs,) int64, where in `out` each run goes.
+
+        Raises:
+            DatasetError: naming file, field and row that cannot be read.
+        """
+        ...
+
+    def scatter_runs(
+        self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows of a field, each row to a place of its own.
+
+        Args:
+            name: of the field.
+            rows: (runs,) int64, the first row of each run, counted over all shards.
+            counts: (runs,) int64, rows.
+            into: where the rows go, in native byte order.
+            places: (rows of all runs,) int64, run after run; -1: the row is not wanted.
 
         Raises:
             DatasetError: naming file, field and row that cannot be read.

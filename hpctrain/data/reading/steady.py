@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.row_reader import RowReader
 from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
@@ -54,6 +56,20 @@ class SteadyAccess:
         self, name: str, rows: Int64s, counts: Int64s, out: npt.NDArray[Any], places: Int64s
     ) -> None:
         """Read runs of consecutive rows, as `RowReader.read_runs` does."""
+        self._try(rows, counts, lambda: self._reader.read_runs(name, rows, counts, out, places))
+
+    def scatter_runs(
+        self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
+    ) -> None:
+        """Read runs of consecutive rows, each to its place, as `RowReader.scatter_runs` does."""
+        self._try(rows, counts, lambda: self._reader.scatter_runs(name, rows, counts, into, places))
+
+    def close(self) -> None:
+        """Close all files. Reading on opens them again."""
+        self._reader.close()
+
+    def _try(self, rows: Int64s, counts: Int64s, read: Callable[[], None]) -> None:
+        """Read these runs of rows, again and again where that may help."""
         try:
             self._watch.note(rows, counts)
         except DatasetError:
@@ -62,7 +78,7 @@ class SteadyAccess:
         wait = FIRST_WAIT_SECONDS
         for left in range(self._retries, -1, -1):
             try:
-                self._reader.read_runs(name, rows, counts, out, places)
+                read()
                 return
             except DatasetError as error:
                 self.failed_reads += 1
@@ -74,10 +90,6 @@ class SteadyAccess:
             self._reader.close()
             time.sleep(wait)
             wait = min(4 * wait, LONGEST_WAIT_SECONDS)
-
-    def close(self) -> None:
-        """Close all files. Reading on opens them again."""
-        self._reader.close()
 
 
 class _Seen(NamedTuple):

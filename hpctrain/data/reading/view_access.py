@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from hpctrain.data.finding.view import Column, Part, View
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.access import Bytes
+from hpctrain.data.order.ragged import groups_of, within
+from hpctrain.data.reading.destinations import Destinations
+from hpctrain.data.reading.helpers import ThreadMemory
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.row_reader import SteadyReader
+from hpctrain.data.reading.staged import scatter_by_runs
 
 SCRATCH_BYTES = 32 * 2**20
 """Rows of overlapping windows that are read at once, and gathered from, about."""
@@ -24,6 +28,7 @@ class ViewAccess:
         self._view = view
         self._parts = [open_part(part) for part in view.parts]
         self._scratch: Bytes = np.empty(0, np.uint8)
+        self._staging = ThreadMemory()
 
     @property
     def files_opened(self) -> int:
@@ -57,6 +62,22 @@ class ViewAccess:
         else:
             self._read_overlapping(column, firsts, counts, target, places)
 
+    def scatter_runs(
+        self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
+    ) -> None:
+        """Read runs of consecutive samples, each to its place, as `RowReader.scatter_runs` does."""
+        column = self._view.columns[name]
+        stride, steps = self._view.picks.stride, column.num_rows
+        if stride != steps or (column.every != 1 and steps > 1):
+            scatter_by_runs(self, self._staging, name, rows, counts, into, places)
+            return
+        # Window after window, as they lie in the file.
+        firsts, pieces, begins = self._view.picks.locate(rows, counts, np.cumsum(counts) - counts)
+        places = places[np.repeat(begins, pieces) + within(pieces)]
+        self._parts[column.part].scatter_runs(
+            column.name, firsts + column.lead, pieces * steps, *into.in_parts(steps, places)
+        )
+
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
         for part in self._parts:
@@ -84,15 +105,14 @@ class ViewAccess:
             most_samples = (most_rows - length) // stride + 1
             firsts, counts, places = _shortened(firsts, counts, places, stride, most_samples)
         rows = (counts - 1) * stride + length
-        for group in _groups(rows, most_rows):
+        for group in groups_of(rows, most_rows):
             begins = np.cumsum(rows[group]) - rows[group]
             scratch = self._room(int(rows[group].sum()), row_bytes)
             self._parts[column.part].read_runs(
                 column.name, firsts[group], rows[group], scratch, begins
             )
             windows, to = _singly(begins, counts[group], places[group], stride)
-            within = np.arange(steps, dtype=np.int64) * column.every
-            wanted = (windows[:, None] + within).ravel()
+            wanted = (windows[:, None] + np.arange(steps) * column.every).ravel()
             if len(to) == to[-1] - to[0] + 1 and (np.diff(to) == 1).all():
                 part = target[int(to[0]) * steps : (int(to[-1]) + 1) * steps]
                 np.take(scratch, wanted, axis=0, out=part, mode="clip")
@@ -102,8 +122,8 @@ class ViewAccess:
 
 def _singly(firsts: Int64s, counts: Int64s, places: Int64s, stride: int) -> tuple[Int64s, Int64s]:
     """Return first row and place of every single sample of some runs."""
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(firsts, counts) + within * stride, np.repeat(places, counts) + within
+    inside = within(counts)
+    return np.repeat(firsts, counts) + inside * stride, np.repeat(places, counts) + inside
 
 
 def _shortened(
@@ -112,20 +132,9 @@ def _shortened(
     """Cut runs into such of at most `most` samples."""
     pieces = -(-counts // most)
     owners = np.repeat(np.arange(len(counts)), pieces)
-    done = (np.arange(len(owners)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
+    done = within(pieces) * most
     return (
         firsts[owners] + done * stride,
         np.minimum(most, counts[owners] - done),
         places[owners] + done,
     )
-
-
-def _groups(sizes: Int64s, most: int) -> Iterator[slice]:
-    """Yield runs of items of at most so much together, or a single one that is more."""
-    stops = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        before = int(stops[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(stops, before + most, side="right")))
-        yield slice(start, stop)
-        start = stop

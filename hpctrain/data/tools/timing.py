@@ -17,20 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.buffers import BufferPool, MemoryPlan
+from hpctrain.data.loading.buffers import GROUPS_IN_USE, BufferPool, MemoryPlan
 from hpctrain.data.loading.prefetch import Prefetch
-from hpctrain.data.order.lane_windows import LaneWindows
+from hpctrain.data.order.lane_windows import LaneWindows, RowStream
 from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
-from hpctrain.data.reading.access import Bytes
 from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import (
+    BlockSource,
     Group,
     RowSource,
     Source,
-    WindowBuffers,
-    WindowSource,
-    read_groups,
 )
 from hpctrain.data.reading.row_reader import RowReader
 from hpctrain.data.reading.rows import open_rows
@@ -184,17 +182,18 @@ def delivered_speed(
         DatasetError: if a file cannot be read.
     """
     order = Order.for_dataset(dataset, seed=0, global_batch_size=global_batch_size)
-    windows = WindowBuffers.required_bytes(dataset, order, order.lanes)
     share = global_batch_size * dataset.bytes_per_sample
-    memory = MemoryPlan.make(windows, share, buffer_mb)
+    ahead = order.batches_ahead(global_batch_size)
+    memory = MemoryPlan.make(share, buffer_mb, ahead=ahead, ahead_share=share)
     rows = global_batch_size * memory.group_batches
-    pool = BufferPool(dataset.fields, rows, _touched)
+    groups_in_memory = memory.groups_ahead + memory.depth + GROUPS_IN_USE
+    pool = BufferPool(dataset.fields, rows, groups_in_memory, _touched)
     done = 0
     helpers = Helpers(threads)
     with closing(open_rows(dataset, helpers=helpers)) as access:
-        source = _source(dataset, order, epoch, access, helpers, memory.windows_fit)
+        source = _source(order, epoch, access, windows_fit=memory.windows_fit)
         groups = _groups(order, rows)
-        produce = functools.partial(read_groups, source, groups, dataset.fields, pool)
+        produce = functools.partial(source.read, groups, pool)
         begin = time.perf_counter()
         with Prefetch(produce, memory.depth) as running:
             for host in running:
@@ -205,21 +204,14 @@ def delivered_speed(
         return done / elapsed, access.files_opened
 
 
-def _source(
-    dataset: Dataset,
-    order: Order,
-    epoch: int,
-    access: RowReader,
-    helpers: Helpers,
-    windows_fit: bool,
-) -> Source:
+def _source(order: Order, epoch: int, access: RowReader, *, windows_fit: bool) -> Source:
     plan = Epoch(order, epoch)
     if order.block_rows == 1:
         return RowSource(access, plan.rows)
-    windows = LaneWindows(plan, 0, 1)
+    windows = LaneWindows(plan, 0, 1, 0, order.samples)
     if not windows_fit:
-        return RowSource(access, windows.rows_at)
-    return WindowSource(access, windows, WindowBuffers(dataset, order, order.lanes), helpers)
+        return RowSource(access, RowStream(windows).next)
+    return BlockSource(access, windows)
 
 
 def _groups(order: Order, rows: int) -> Iterator[Group]:
