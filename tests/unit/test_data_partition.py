@@ -201,6 +201,8 @@ def test_default_lanes(batch: int, lanes: int) -> None:
         ((10**5, 56 * 2**20, 64, 4), 1),  # a row is larger than the budget of a window
         ((10**7, 12_296, 64, 4, 16), 32),  # whole chunks
         ((10**7, 12_296, 64, 4, 100), 42),  # a chunk is larger than a block
+        ((60_000, 784, 64, 4, 100), 100),  # a little larger: better whole
+        ((60_000, 784, 64, 4, 120), 58),  # too few blocks would be left
         ((3, 4, 64, 4), 1),
     ],
 )

@@ -135,6 +135,7 @@ class TrainLoader:
         self._windows_fit = spent.windows_fit
         self.buffer_bytes = spent.total
         self._group_batches = spent.group_batches
+        self._planned: tuple[int, Epoch] | None = None
         rows = self.largest_share * spent.group_batches
         finishing = finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
@@ -230,6 +231,8 @@ class TrainLoader:
             else:
                 rows = rows_at(positions)
                 yield Group(bounds, positions, rows, sample_keys(order.seed, epoch, rows))
+        # What comes next is planned while the consumer is busy with the last of this epoch.
+        self._plan(self.order_of(epoch + 1), epoch + 1)
 
     def _source(self, order: Order, epoch: int, start: int) -> Source:
         # The thread of an earlier epoch must not read any more.
@@ -245,9 +248,15 @@ class TrainLoader:
     def _rows_at(self, order: Order, epoch: int, start: int) -> Callable[[Int64s], Int64s]:
         """Return what tells the rows at this rank's positions, asked in their order."""
         if order.block_rows == 1:
-            return Epoch(order, epoch).rows
+            return self._plan(order, epoch).rows
         return RowStream(self._windows(order, epoch, start)).next
 
     def _windows(self, order: Order, epoch: int, start: int) -> LaneWindows:
-        plan = Epoch(order, epoch)
+        plan = self._plan(order, epoch)
         return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)
+
+    def _plan(self, order: Order, epoch: int) -> Epoch:
+        """Return the order of an epoch: the one that was asked for last costs nothing."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, Epoch(order, epoch)
+        return self._planned[1]

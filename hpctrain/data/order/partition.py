@@ -41,12 +41,16 @@ def default_block_rows(
     """Return how many consecutive rows to read at once.
 
     The windows of all lanes together stay within a constant budget, and a lane of a small dataset
-    still mixes several blocks; where neither binds, a block is a whole number of chunks.
+    still mixes several blocks; where neither binds, a block is a whole number of chunks. Half as
+    many blocks in a lane are still well mixed: better that than a chunk in several blocks, each of
+    which decompresses all of it.
     """
     affordable = WINDOWS_BYTES // (lanes * window * row_bytes)
     mixing = samples // (lanes * BLOCKS_PER_LANE)
     rows = max(1, min(affordable, mixing))
-    return rows - rows % chunk_rows if rows >= chunk_rows else rows
+    if rows >= chunk_rows:
+        return rows - rows % chunk_rows
+    return chunk_rows if chunk_rows <= min(affordable, 2 * mixing) else rows
 
 
 def resident_block_rows(samples: int) -> int:

@@ -157,12 +157,9 @@ class RowAccess:
         output: Output,
     ) -> Pieces:
         """Read rows that lie in the files as in memory, and return those that could not be."""
-        descriptors = np.full(len(self._stops), -1, np.int64)
-        for index, shard in opened.items():
-            if shard is not None:
-                descriptors[index] = shard.descriptor
         offsets = offsets[pieces.shards] + pieces.firsts * field.row_bytes
-        return self._read_bytes(field, pieces, descriptors[pieces.shards], offsets, output)
+        descriptors = self._descriptors(opened)[pieces.shards]
+        return self._read_bytes(field, pieces, descriptors, offsets, output)
 
     def _read_bytes(
         self, field: Field, pieces: Pieces, descriptors: Int64s, offsets: Int64s, output: Output
@@ -184,8 +181,8 @@ class RowAccess:
         """Read rows of chunks without HDF5, and return those that only it can read."""
         field = self.dataset.fields[name]
         left: list[Piece] = []
-        plain: list[Piece] = []
-        places: list[tuple[int, int]] = []
+        plain: list[Pieces] = []
+        offsets: list[Int64s] = []
         jobs: list[ChunkJob] = []
         for index, shard in opened.items():
             of_shard = pieces.only(pieces.shards == index)
@@ -195,23 +192,32 @@ class RowAccess:
                     self._tell(name, self.dataset.shards[index], shard.reasons[name])
                 left += of_shard.listed()
                 continue
+            if chunks.is_plain:
+                cut, starts = chunks.cut(of_shard)
+                left += cut.only(starts < 0).listed()
+                plain.append(cut.only(starts >= 0))
+                offsets.append(starts[starts >= 0])
+                continue
             found = chunks.parts(of_shard.firsts, of_shard.counts, of_shard.places)
             for row in [row for row in found if not chunks.is_written(row)]:
                 left += chunks.pieces(index, row, found.pop(row))
-            if chunks.is_plain:
-                for row, parts in found.items():
-                    plain += chunks.pieces(index, row, parts)
-                    places += [
-                        (shard.descriptor, chunks.start(row) + part.first * field.row_bytes)
-                        for part in parts
-                    ]
-            elif found:
+            if found:
                 jobs += chunk_jobs(index, shard.descriptor, chunks, found)
         left += self._chunks.read(jobs, output)
-        descriptors, offsets = np.array(places, np.int64).reshape(-1, 2).T
-        read_plain = Pieces.of(plain)
-        left += self._read_bytes(field, read_plain, descriptors, offsets, output).listed()
+        if plain:
+            pieces = Pieces(*(np.concatenate(each) for each in zip(*plain, strict=True)))
+            at = np.concatenate(offsets)
+            descriptors = self._descriptors(opened)[pieces.shards]
+            left += self._read_bytes(field, pieces, descriptors, at, output).listed()
         return Pieces.of(left)
+
+    def _descriptors(self, opened: dict[int, OpenShard | None]) -> Int64s:
+        """Return the descriptor of every shard, -1 for those that are not open."""
+        descriptors = np.full(len(self._stops), -1, np.int64)
+        for index, shard in opened.items():
+            if shard is not None:
+                descriptors[index] = shard.descriptor
+        return descriptors
 
     def _tell(self, name: str, shard: Shard, reason: str) -> None:
         if name not in self._told:

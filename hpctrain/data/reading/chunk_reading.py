@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import NamedTuple
 
 from hpctrain.data.reading.chunks import ChunkedField, ChunkRun, Part
-from hpctrain.data.reading.extents import announce
+from hpctrain.data.reading.extents import WARM_BYTES_PER_SECOND, announce
 from hpctrain.data.reading.filters import UndecodableError
-from hpctrain.data.reading.helpers import Helpers, ThreadMemory
+from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, ThreadMemory
 from hpctrain.data.reading.outputs import Output
 from hpctrain.data.reading.pieces import Piece
 
@@ -57,6 +58,7 @@ class ChunkReader:
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
         self._memory = ThreadMemory()
+        self._is_cold = True
 
     def read(self, jobs: list[ChunkJob], output: Output) -> list[Piece]:
         """Read and undo chunks.
@@ -69,21 +71,29 @@ class ChunkReader:
             Rows where that failed, whatever the reason.
         """
         failed: list[ChunkJob] = []
+        seconds: list[float] = []
+        ahead = jobs if self._is_cold else []
 
         def read(number: int) -> None:
-            for ahead in jobs[number + RUNS_AHEAD : number + RUNS_AHEAD + 1]:
-                announce(ahead.descriptor, ahead.run.start, ahead.size)
+            for later in ahead[number + RUNS_AHEAD : number + RUNS_AHEAD + 1]:
+                announce(later.descriptor, later.run.start, later.size)
             job = jobs[number]
             raw = self._memory.take(job.size)
+            begin = time.perf_counter()
             try:
-                if os.preadv(job.descriptor, [raw.data], job.run.start) == job.size:
+                size = os.preadv(job.descriptor, [raw.data], job.run.start)
+                seconds.append(time.perf_counter() - begin)
+                if size == job.size:
                     job.chunks.undo(job.run, raw, job.parts, output)
                     return
             except (OSError, UndecodableError):
                 pass  # HDF5 meets it again, and says what and where
             failed.append(job)
 
-        for job in jobs[1:RUNS_AHEAD]:
+        for job in ahead[1:RUNS_AHEAD]:
             announce(job.descriptor, job.run.start, job.size)
         self._helpers.each(read, range(len(jobs)))
+        total = sum(job.size for job in jobs)
+        if total >= LEAST_SHARED_BYTES:  # less takes its time for other reasons
+            self._is_cold = total < WARM_BYTES_PER_SECOND * sum(seconds)
         return [piece for job in failed for piece in job.pieces()]

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.ragged import within
 from hpctrain.data.reading.filters import Pipeline, UndecodableError
 from hpctrain.data.reading.outputs import Output
-from hpctrain.data.reading.pieces import Bytes, Piece
+from hpctrain.data.reading.pieces import Bytes, Piece, Pieces
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
 
 MOST_CHUNKS = 2**18
@@ -115,13 +116,29 @@ class ChunkedField:
         """Return parts of a row of chunks as rows of the shard."""
         return [(shard, row * self.rows + part.first, part.rows, part.place) for part in parts]
 
+    def cut(self, pieces: Pieces) -> tuple[Pieces, Int64s]:
+        """Cut runs of rows where chunks end, and find them in the file: for plain chunks.
+
+        Returns:
+            The pieces, and where each begins, (pieces,) int64: bytes from the start of the file,
+            or -1 if its chunk was never written.
+        """
+        first_chunks = pieces.firsts // self.rows
+        counts = (pieces.firsts + pieces.counts - 1) // self.rows - first_chunks + 1
+        owners = np.repeat(np.arange(len(counts)), counts)
+        chunks = first_chunks[owners] + within(counts)
+        firsts = np.maximum(pieces.firsts[owners], chunks * self.rows)
+        stops = (pieces.firsts + pieces.counts)[owners]
+        rows = np.minimum(stops, (chunks + 1) * self.rows) - firsts
+        places = pieces.places[owners] + firsts - pieces.firsts[owners]
+        starts = self._table[chunks, 0]
+        row_bytes = self._bytes // self.rows
+        at = np.where(starts < 0, -1, starts + (firsts - chunks * self.rows) * row_bytes)
+        return Pieces(pieces.shards[owners], firsts, rows, places), at
+
     def is_written(self, row: int) -> bool:
         """Tell whether all chunks of a row of chunks are in the file."""
         return bool((self._of_row(row)[:, 0] >= 0).all())
-
-    def start(self, row: int) -> int:
-        """Return where the first chunk of a row of chunks is, bytes from the start of the file."""
-        return int(self._table[row * self._row_chunks, 0])
 
     def runs(self, rows: Sequence[int]) -> Iterator[ChunkRun]:
         """Yield the chunks of these rows of chunks as they lie in the file."""
