@@ -41,6 +41,8 @@ class Update:
         self._reduce_norm = reduce_norm
         self._scaler = scaler
         self.syncs = not refuses_on_device(optimizer)
+        # Where nobody waits to look at a flag, that costs less than a kernel that reads it.
+        self._looks = self.syncs or not runs_ahead(device)
         parameters = [item for group in optimizer.param_groups for item in group["params"]]
         dtypes = {parameter.dtype for parameter in parameters}
         # A norm of many numbers needs more than the 8 bits of a bfloat16.
@@ -84,7 +86,7 @@ class Update:
             torch._foreach_clamp_max_(gradients, self._clip_value)
 
         set_learning_rate(self.optimizer, lr)
-        if not self.syncs:
+        if not self._looks:
             # Fused kernels read this flag and leave parameters and their own state alone.
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -100,3 +102,8 @@ class Update:
     def _constant(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a tensor: a Python number is made one in every operation, slowly."""
         return torch.tensor(value, dtype=self._norm_dtype, device=device)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Tell whether the host goes on while the device computes, and waits where it reads of it."""
+    return device.type != "cpu"
