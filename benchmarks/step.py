@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80)
     asked = parser.parse_args()
     with hpctrain.connect() as world, tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)
         fields = {"x": torch.randn(SAMPLES, 64), "y": torch.randint(10, (SAMPLES,))}
         job = Job(world, fields, Path(folder))
         loops: dict[str, Loop] = {
@@ -87,6 +86,7 @@ def main() -> None:
         }
         if importlib.util.find_spec("lightning"):
             loops |= peers(world, fields, Path(folder))
+        torch.set_num_threads(1)  # last: Accelerate sets it, too
         table = measure(loops, asked.rounds)
         job.stop.flush()
         if world.topology.is_rank_zero:
