@@ -7,8 +7,10 @@
 
 All contenders of one kind of data are prepared first and then take turns of some seconds; the
 table gives medians over rounds. "of raw" is over `preadv` of the same files from end to end in
-windows of 4 MiB by as many processes, in the same rounds. What the operating system keeps of the
-files in memory is not touched (they were just written, so it keeps them) but with `--cold`.
+windows of 4 MiB by as many processes, in the same rounds. A window stays in the processor's cache;
+"raw, to memory" uses 128 MB in turn, as what is kept for training cannot stay there. What the
+operating system keeps of the files in memory is not touched (they were just written, so it keeps
+them) but with `--cold`.
 """
 
 from __future__ import annotations
@@ -179,9 +181,12 @@ def blocks(
         of_ranks = f"{ranks} rank{'s'[: ranks - 1]}"
         task = {"batch": KINDS[kind].batch, "option": ""}
         path = folder / f"{kind}-{next(iter(datasets))}"
-        yield Contender(
-            f"raw, {of_ranks}", processes[:ranks], {**task, "name": "raw", "folder": str(path)}
-        )
+        for label, num_bytes in (("raw", 4 * 2**20), ("raw, to memory", 128 * 2**20)):
+            yield Contender(
+                f"{label}, {of_ranks}",
+                processes[:ranks],
+                {**task, "name": "raw", "folder": str(path), "option": str(num_bytes)},
+            )
         for layout in datasets:
             for threads in sorted({reading_threads(ranks)} | ({1} if ranks == 1 else set())):
                 yield Contender(
@@ -196,6 +201,18 @@ def blocks(
                 )
         first = next(iter(datasets))
         if ranks == 1:
+            for layout in (each for each in datasets if STORAGES[each].filter != "none"):
+                for threads in (1, 2):
+                    yield Contender(
+                        f"chunks of {layout} alone, {threads} thread{'s'[: threads - 1]}",
+                        processes[:1],
+                        {
+                            **task,
+                            "name": "chunks",
+                            "folder": str(folder / f"{kind}-{layout}"),
+                            "option": str(threads),
+                        },
+                    )
             for name in ("memory", "take"):
                 yield Contender(
                     {"memory": 'cache = "memory", 1 rank', "take": "np.take, 1 rank"}[name],
@@ -267,7 +284,11 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 def report(kind: str, contenders: Sequence[Contender]) -> None:
-    raw = {"2 ranks" in c.label: c.speeds for c in contenders if c.label.startswith("raw")}
+    raw = {
+        "2 ranks" in c.label: c.speeds
+        for c in contenders
+        if c.label in ("raw, 1 rank", "raw, 2 ranks")
+    }
     print(f"\n{kind:44} {'MB/s':>8} {'of raw':>7} {'CPU s/GB':>9}")
     for contender in contenders:
         base = raw["2 ranks" in contender.label]

@@ -6,6 +6,7 @@ Every line on stdin is a JSON object {"name", "folder", "batch", "rank", "ranks"
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 WINDOW_BYTES = 4 * 2**20
@@ -23,8 +25,14 @@ Passes = Callable[[], Iterator[int]]
 
 
 def raw(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
-    """Read the files from end to end into one buffer, in turns among ranks."""
-    window = memoryview(bytearray(WINDOW_BYTES))
+    """Read the files from end to end, in turns among ranks; the option: bytes to read them to.
+
+    A window that is used again stays in the cache. What is to be kept has to go to memory.
+    """
+    memory = memoryview(np.ones(int(option), np.uint8))  # type: ignore[arg-type]
+    into = itertools.cycle(
+        memory[begin : begin + WINDOW_BYTES] for begin in range(0, len(memory), WINDOW_BYTES)
+    )
     descriptors = [os.open(path, os.O_RDONLY) for path in sorted(folder.glob("*.h5"))]
 
     windows = [
@@ -35,7 +43,7 @@ def raw(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
 
     def read() -> Iterator[int]:
         for descriptor, place in windows[rank::ranks]:
-            yield os.preadv(descriptor, [window], place)
+            yield os.preadv(descriptor, [next(into)], place)
 
     return read
 
@@ -43,6 +51,29 @@ def raw(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
 def hpctrain(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
     """Iterate over the loader of training; the option: threads."""
     return training(folder, batch, rank, ranks, int(option), in_memory=False)
+
+
+def chunks(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+    """Undo all chunks in their order, whole files at a time; the option: threads."""
+    from hpctrain.data import open_dataset
+    from hpctrain.data.reading.helpers import Helpers
+    from hpctrain.data.reading.rows import open_rows
+
+    dataset = open_dataset(str(folder))
+    access = open_rows(dataset, helpers=Helpers(int(option)))
+    field = dataset.fields["x"]
+    most = max(shard.samples for shard in dataset.shards)
+    out = np.ones((most, field.row_bytes), np.uint8)
+
+    def read() -> Iterator[int]:
+        first = 0
+        for shard in dataset.shards:
+            runs = np.array([[first], [shard.samples], [0]])
+            access.read_runs("x", runs[0], runs[1], out, runs[2])
+            yield shard.samples * field.row_bytes
+            first += shard.samples
+
+    return read
 
 
 def memory(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
@@ -106,8 +137,6 @@ def held(dataset: Any) -> Any:
 
 def take(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
     """Gather random rows from memory, the least that any shuffled batch costs."""
-    import numpy as np
-
     from hpctrain.data import open_dataset
 
     values = held(open_dataset(str(folder)).select(["x"]))["x"]
@@ -126,7 +155,6 @@ def take(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes
 def h5py_rows(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
     """Read row by row through h5py in a torch Dataset, as most people begin."""
     import h5py
-    import numpy as np
     from torch.utils.data import DataLoader, Dataset
 
     class Rows(Dataset):  # type: ignore[type-arg]
@@ -175,6 +203,7 @@ def streaming(folder: Path, batch: int, rank: int, ranks: int, option: str) -> P
 CONTENDERS = {
     "raw": raw,
     "hpctrain": hpctrain,
+    "chunks": chunks,
     "memory": memory,
     "take": take,
     "h5py": h5py_rows,

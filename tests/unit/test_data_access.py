@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from pathlib import Path
 
 import h5py
@@ -89,6 +90,17 @@ def test_open_files_are_bounded(
     assert open_descriptors() <= before + 2
     reader.close()
     assert open_descriptors() == before
+
+
+def test_the_system_bounds_open_files_too(tmp_path: Path) -> None:
+    write(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+    try:
+        assert access.most_open_files() == 100
+        assert RowAccess(open_dataset(str(tmp_path)))._shards.most == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_dropped_reader_closes_its_files(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpctrain.data.order import lane_windows
 from hpctrain.data.order.lane_windows import LaneWindows, RowStream
 from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
@@ -25,7 +27,12 @@ ORDERS = st.builds(
 CUTS = st.lists(st.integers(1, 150), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_windows, "MOST_ROWS", 60)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=ORDERS, epoch=st.integers(0, 3), cuts=CUTS, data=st.data())
 def test_rows_arrive_before_they_are_served(
     order: Order, epoch: int, cuts: list[int], data: st.DataObject
@@ -42,14 +49,14 @@ def test_rows_arrive_before_they_are_served(
     position = start
     while position < stop:
         position = min(stop, position + next(lengths))
-        rows, counts, places = windows.until(position)
-        first = 0
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            own = places[first : first + count]
-            assert (arrived[own[own >= 0]] == -1).all()
-            arrived[own[own >= 0]] = (row + np.arange(count))[own >= 0]
-            first += count
-        assert first == len(places)
+        for rows, counts, places in windows.until(position):
+            first = 0
+            for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+                own = places[first : first + count]
+                assert (arrived[own[own >= 0]] == -1).all()
+                arrived[own[own >= 0]] = (row + np.arange(count))[own >= 0]
+                first += count
+            assert first == len(places) <= max(60, order.longest_window_rows)
         served = len(order.positions(start, position, rank, world_size))
         assert (arrived[:served] == expected[:served]).all()
         ahead = order.positions(start, stop, rank, world_size)[np.flatnonzero(arrived >= 0)]
@@ -57,7 +64,7 @@ def test_rows_arrive_before_they_are_served(
     assert (arrived == expected).all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=ORDERS, cuts=CUTS)
 def test_rows_are_those_of_the_epoch(order: Order, cuts: list[int]) -> None:
     plan = Epoch(order, 0)

@@ -415,7 +415,7 @@ def test_errors_of_the_thread_reach_the_consumer(tmp_path: Path) -> None:
 
 
 def test_an_epoch_left_in_the_middle_ends_its_thread(dataset: Dataset) -> None:
-    loader = make(dataset, ORDERS[1], buffer_mb=0.05)
+    loader = make(dataset, ORDERS[1], buffer_mb=0.02)
     first = loader.epoch(0)
     next(first)
     # Another epoch ends the one before.

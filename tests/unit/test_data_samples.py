@@ -353,8 +353,8 @@ def test_a_worker_ends_with_its_rank_also_in_the_midst_of_a_sample() -> None:
 
 @pytest.mark.parametrize("buffer_mb", [0.01, 1.0, 64.0, 512.0])
 def test_memory_of_the_stage_is_part_of_the_plan(buffer_mb: float) -> None:
-    plain = MemoryPlan.make(10_000, buffer_mb)
-    plan = MemoryPlan.make(10_000, buffer_mb, staging=30_000)
+    plain = MemoryPlan.make(10_000, buffer_mb, batches=10_000)
+    plan = MemoryPlan.make(10_000, buffer_mb, batches=10_000, staging=30_000)
     assert plan.depth >= 1
     assert plan.group_batches <= plain.group_batches
     assert plan.total <= max(buffer_mb * 1e6, 70_000)

@@ -113,7 +113,7 @@ def test_pieces_along_an_axis_are_read_without_hdf5(
     folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contents, "LEAST_PIECE_BYTES", 16)
-    monkeypatch.setattr(axis_access, "MOST_PIECES", 3)
+    monkeypatch.setattr(axis_access, "MOST_VECTORS", 3)
     path = folder / f"pieces{dtype[0] == '<'}.h5"
     with h5py.File(path, "w") as file:
         file["x"] = np.moveaxis(MAPS, 0, 1).astype(dtype)

@@ -21,6 +21,8 @@ ALIGNMENT_BYTES = 64
 GROUP_BYTES = 16 * 2**20
 MOST_GROUP_BATCHES = 64
 """Small batches are read, and copied to the device, several at a time up to these limits."""
+MOST_PADDED = 1.05
+"""Groups follow each other in memory where that makes them at most so many times as long."""
 MOST_GROUPS_AHEAD = 4
 GROUPS_IN_USE = 3
 """Groups in memory besides those that wait: one filled, one handed over, one consumed."""
@@ -31,16 +33,18 @@ class MemoryPlan:
     """How the host memory of reading ahead is spent.
 
     Attributes:
-        windows_fit: whether the windows of all lanes stay resident.
+        windows_fit: whether there is memory for what the windows of all lanes fill ahead.
         group_batches: batches that are read in one go.
         depth: groups that wait for the consumer.
-        groups_ahead: groups that windows reach into after the one that needs them.
+        groups_ready: groups in memory that are whole, or the next to be.
+        groups_ahead: groups after those that windows reach into.
         total: bytes of all of it.
     """
 
     windows_fit: bool
     group_batches: int
     depth: int
+    groups_ready: int
     groups_ahead: int
     total: int
 
@@ -50,6 +54,7 @@ class MemoryPlan:
         share: int,
         buffer_mb: float,
         *,
+        batches: int,
         ahead: int = 0,
         ahead_share: int = 0,
         staging: int = 0,
@@ -59,6 +64,7 @@ class MemoryPlan:
         Args:
             share: bytes of this rank's part of a batch.
             buffer_mb: of it all.
+            batches: of an epoch.
             ahead: batches that windows reach into after the one that needs them.
             ahead_share: bytes of this rank's part of such a batch.
             staging: bytes that each batch of a group takes besides, before it is one.
@@ -82,17 +88,18 @@ class MemoryPlan:
                 least / 1e6,
             )
 
-        def spent(batches: int, depth: int) -> int:
-            filled_ahead = -(-ahead // batches) * batches * ahead_share
-            return filled_ahead + batches * (share * (depth + GROUPS_IN_USE) + staging)
+        def plan(size: int, depth: int) -> MemoryPlan:
+            groups = -(-batches // size)
+            ready = min(depth + GROUPS_IN_USE, groups + 1)
+            filled = min(-(-ahead // size), groups - 1)
+            total = size * (ready * share + filled * ahead_share + staging)
+            return cls(fit, size, depth, ready, filled, total)
 
-        wanted = max(1, min(MOST_GROUP_BATCHES, GROUP_BYTES // share))
-        fitting = (n for n in range(wanted, 1, -1) if spent(n, 1) <= budget)
-        group_batches = next(fitting, 1)
-        deeper = (n for n in range(MOST_GROUPS_AHEAD, 1, -1) if spent(group_batches, n) <= budget)
-        depth = next(deeper, 1)
-        groups_ahead = -(-ahead // group_batches)
-        return cls(fit, group_batches, depth, groups_ahead, spent(group_batches, depth))
+        wanted = max(1, min(MOST_GROUP_BATCHES, GROUP_BYTES // share, batches))
+        sizes = (n for n in range(wanted, 1, -1) if plan(n, 1).total <= budget)
+        size = next(sizes, 1)
+        depths = (n for n in range(MOST_GROUPS_AHEAD, 1, -1) if plan(size, n).total <= budget)
+        return plan(size, next(depths, 1))
 
 
 def new_bytes(size: int) -> Bytes:
@@ -127,7 +134,7 @@ class BufferPool:
             allocate: returns (bytes,) uint8 that begins at a multiple of ALIGNMENT_BYTES.
         """
         self._fields = fields
-        self._rows = rows
+        self._rows = max(1, rows)
         self._groups = groups
         self._free: dict[str, deque[Bytes]] = {name: deque() for name in fields}
         self._begun: set[str] = set()
@@ -157,8 +164,11 @@ class BufferPool:
         """Return new memory in pieces, each for a group."""
         size = self._fields[name].row_bytes
         aligned = ALIGNMENT_BYTES // math.gcd(size, ALIGNMENT_BYTES)
-        rows = max(1, -(-self._rows // aligned)) * aligned
-        groups = 1 if name in self._begun else self._groups
+        rows = -(-self._rows // aligned) * aligned
+        # Rows added for the sake of alignment are few, or each group has memory of its own.
+        one_by_one = name in self._begun or rows > self._rows * MOST_PADDED
+        groups = 1 if one_by_one else self._groups
+        rows = self._rows if one_by_one else rows
         self._begun.add(name)
         slab = self._allocate(groups * rows * size).reshape(groups * rows, size)
         return (slab[i * rows : (i + 1) * rows] for i in range(groups))

@@ -15,7 +15,6 @@ import torch
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.buffers import (
     ALIGNMENT_BYTES,
-    GROUPS_IN_USE,
     BufferPool,
     MemoryPlan,
     new_bytes,
@@ -28,6 +27,9 @@ from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import open_rows, read_rows
+
+MOST_COPIES = 3
+"""Groups on their way to the device."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class Delivery:
         self._device = device
         self._memory = memory
         self._pinned = device.type == "cuda"
-        groups = memory.depth + GROUPS_IN_USE + (memory.groups_ahead if preparation is None else 0)
+        groups = memory.groups_ready + (memory.groups_ahead if preparation is None else 0)
         allocate = _pinned if self._pinned else new_bytes
         self._pool = BufferPool(self._fields, rows, groups, allocate)
         self._running: Prefetch[HostGroup] | None = None
@@ -179,8 +181,9 @@ class Delivery:
         tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
         if not self._pinned:
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-        while self._copies and self._copies[0][0].query():
-            self._copies.popleft()
+        while self._copies and (len(self._copies) >= MOST_COPIES or self._copies[0][0].query()):
+            # Without a bound a host that runs ahead of its device would take ever more memory.
+            self._copies.popleft()[0].synchronize()
         copies = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))

@@ -70,7 +70,9 @@ class EvaluationLoader:
         self._stop = (rank + 1) * dataset.samples // world_size
         self._batch_size = batch_size
         share, staging = sample_bytes(self._dataset, preparation)
-        memory = MemoryPlan.make(batch_size * share, buffer_mb, staging=batch_size * staging)
+        memory = MemoryPlan.make(
+            batch_size * share, buffer_mb, batches=len(self), staging=batch_size * staging
+        )
         self._group_batches = memory.group_batches
         self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches

@@ -128,6 +128,7 @@ class TrainLoader:
         spent = MemoryPlan.make(
             self.largest_share * share,
             buffer_mb,
+            batches=-(-self.epoch_size // global_batch_size),
             ahead=0 if memory is not None else ahead,
             ahead_share=self.largest_share * self._dataset.bytes_per_sample,
             staging=self.largest_share * staging,
@@ -136,7 +137,10 @@ class TrainLoader:
         self.buffer_bytes = spent.total
         self._group_batches = spent.group_batches
         self._planned: tuple[int, Epoch] | None = None
-        rows = self.largest_share * spent.group_batches
+        rows = max(
+            each.largest_share(global_batch_size * spent.group_batches, world_size)
+            for each in (order, *self._begun.values())
+        )
         finishing = finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
         self._delivery = Delivery(

@@ -122,6 +122,8 @@ class SamplePreparation:
                 slot = free.popleft()
                 for name, values in fields.items():
                     slot.raw_inputs[name][: len(values)] = values
+                # Its memory is for the next group that is read, before this loop is back.
+                del fields, values
                 running.append((group, slot, self._submit(group, slot)))
             while running:
                 yield self._finish(*running[0], pool)

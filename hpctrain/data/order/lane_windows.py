@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,9 @@ from hpctrain.data.order.partition import lanes_of_rank
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.ragged import within
 from hpctrain.data.order.shuffle import Epoch, Runs, Windows
+
+MOST_ROWS = 2**16
+"""Rows whose places are computed in one go: some 100 bytes each."""
 
 
 class Arrivals(NamedTuple):
@@ -45,19 +49,18 @@ class LaneWindows:
         # Of each lane, the first of its rows that no window has brought yet.
         self._next = self._lane_rows_below(start)
 
-    def until(self, position: int) -> Arrivals:
+    def until(self, position: int) -> Iterator[Arrivals]:
         """Take the windows that the positions below this one need, and no call before took.
 
-        Returns:
-            What they hold, by the rows of the dataset but for windows that follow each other.
+        Yields:
+            What some of them hold, by the rows of the dataset; at most about MOST_ROWS rows.
         """
         needed = self._lane_rows_below(position)
-        found = [Arrivals(*(np.empty(0, np.int64),) * 3)]
-        while len(due := np.flatnonzero(self._next < needed)):
+        most = max(1, MOST_ROWS // self._epoch.order.longest_window_rows)
+        while len(due := np.flatnonzero(self._next < needed)[:most]):
             windows, runs = self._epoch.windows(self._lanes[due], self._next[due])
             self._next[due] = windows.stops
-            found.append(self._arrivals(due, windows, runs))
-        return Arrivals(*(np.concatenate(each) for each in zip(*found, strict=True)))
+            yield self._arrivals(due, windows, runs)
 
     def _arrivals(self, due: Int64s, windows: Windows, runs: Runs) -> Arrivals:
         in_file_order = np.argsort(runs.rows)
@@ -93,13 +96,14 @@ class RowStream:
         """
         if not len(positions):
             return np.empty(0, np.int64)
-        arrivals = self._windows.until(int(positions[-1]) + 1)
-        places = arrivals.places - self._served
-        wanted = arrivals.places >= 0
-        rows = np.repeat(arrivals.rows, arrivals.counts) + within(arrivals.counts)
-        ahead = np.empty(max(len(self._ahead), int(places.max(initial=-1)) + 1), np.int64)
-        ahead[: len(self._ahead)] = self._ahead
-        ahead[places[wanted]] = rows[wanted]
+        for arrivals in self._windows.until(int(positions[-1]) + 1):
+            wanted = arrivals.places >= 0
+            rows = np.repeat(arrivals.rows, arrivals.counts) + within(arrivals.counts)
+            places = arrivals.places - self._served
+            missing = int(places.max()) + 1 - len(self._ahead)
+            if missing > 0:
+                self._ahead = np.append(self._ahead, np.empty(missing, np.int64))
+            self._ahead[places[wanted]] = rows[wanted]
         self._served += len(positions)
-        self._ahead = ahead[len(positions) :]
-        return ahead[: len(positions)]
+        found, self._ahead = np.split(self._ahead, [len(positions)])
+        return found

@@ -20,7 +20,7 @@ from hpctrain.errors import ConfigError
 FEWEST_LANES = 64
 MOST_LANES = 4096
 WINDOWS_BYTES = 128 * 2**20
-"""Bytes of the windows of all lanes together: large enough for large reads, yet resident."""
+"""Bytes of the windows of all lanes together: large enough for large reads, yet held in memory."""
 MOST_RESIDENT_BLOCKS = 2**19
 """Blocks of a dataset that is in memory: their permutation takes 4 MB."""
 BLOCKS_PER_LANE = 16

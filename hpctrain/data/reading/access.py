@@ -62,7 +62,9 @@ class RowAccess:
         self._chunks = ChunkReader(self.helpers)
         self._staging = ThreadMemory()
         self._told: set[str] = set()
-        self._shards: Handles[OpenShard] = Handles(_open, OpenShard.close, locate, MOST_OPEN_FILES)
+        self._shards: Handles[OpenShard] = Handles(
+            _open, OpenShard.close, locate, most_open_files()
+        )
         self._files: Handles[h5py.File] = Handles(
             open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
         )

@@ -17,11 +17,10 @@ from hpctrain.data.reading.handles import Handles, Locate, open_descriptor, open
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.staged import scatter_by_runs
+from hpctrain.data.reading.vectors import MOST_VECTORS
 from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
 
-MOST_PIECES = 512
-"""Pieces of one system call. Source: IOV_MAX of Linux is 1024."""
 READ_BYTES = 32 * 2**20
 """Values that are read at once before they are put in the order of the rows."""
 
@@ -93,8 +92,8 @@ class AxisAccess:
         size = field.row_bytes // pieces
         target = memoryview(out.data).cast("B")
         for piece in range(pieces):
-            for begin in range(0, len(out), MOST_PIECES):
-                rows = range(begin, min(begin + MOST_PIECES, len(out)))
+            for begin in range(0, len(out), MOST_VECTORS):
+                rows = range(begin, min(begin + MOST_VECTORS, len(out)))
                 places = [(row * pieces + piece) * size for row in rows]
                 into = [target[place : place + size] for place in places]
                 offset = base + (piece * shard.samples + first + begin) * size

@@ -53,7 +53,7 @@ def chunk_jobs(
 
 
 class ChunkReader:
-    """Does such jobs. For one thread at a time; the helpers helps it."""
+    """Does such jobs. For one thread at a time; the helpers take part."""
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers

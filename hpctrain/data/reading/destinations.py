@@ -38,7 +38,8 @@ class Destinations:
         for buffer in buffers:
             whole = buffer if buffer.base is None else buffer.base
             first, shift = divmod(buffer.ctypes.data - whole.ctypes.data, self._row_bytes)
-            found.setdefault((id(whole), shift), _rows_from(whole, shift, self._row_bytes))
+            if (id(whole), shift) not in found:
+                found[id(whole), shift] = _rows_from(whole, shift, self._row_bytes)
             firsts.append((list(found).index((id(whole), shift)), first))
         self._slabs = list(found.values())
         self._addresses = np.array([slab.ctypes.data for slab in self._slabs])

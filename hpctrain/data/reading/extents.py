@@ -44,7 +44,7 @@ class Extents(NamedTuple):
 
 
 class ExtentReader:
-    """Reads byte ranges. For one thread at a time; the helpers helps it."""
+    """Reads byte ranges. For one thread at a time; the helpers take part."""
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers

@@ -33,6 +33,8 @@ _short = ctypes.PyDLL(None)
 _malloc, _free, _copy = _short.malloc, _short.free, _short.memcpy
 _malloc.restype, _malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 _free.restype, _free.argtypes = None, [ctypes.c_void_p]
+LEAST_LONG_COPY = 2**18
+"""Bytes from which on a copy takes longer than to let go of Python's lock for it."""
 _copy.restype = ctypes.c_void_p
 _copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -179,7 +181,8 @@ def _undo(
     memory = ctypes.c_void_p(_malloc(len(raw) or 1))
     if memory.value is None:
         raise MemoryError
-    _copy(memory, raw.ctypes.data, len(raw))
+    copy = _copy if len(raw) < LEAST_LONG_COPY else ctypes.memmove
+    copy(memory, raw.ctypes.data, len(raw))
     room = ctypes.c_size_t(len(raw))
     size = function(_REVERSE, count, values, len(raw), ctypes.byref(room), ctypes.byref(memory))
     if size == 0 or memory.value is None:

@@ -70,6 +70,11 @@ def gather(origin: Bytes, rows: Int64s, out: Bytes, helpers: Helpers) -> None:
     helpers.each(copy, parts(len(rows), helpers.size if out.nbytes >= LEAST_SHARED_BYTES else 1))
 
 
+def _rows_of(group: Group, rows_at: Callable[[Int64s], Int64s]) -> Int64s:
+    """Return the rows of a group, which may be known."""
+    return rows_at(group.positions) if group.rows is None else group.rows
+
+
 class RowSource:
     """Reads every row on its own, straight to its place in the batch."""
 
@@ -82,7 +87,7 @@ class RowSource:
         for group in groups:
             fields = pool.take(len(group.positions))
             if len(group.positions):
-                rows = self._rows_at(group.positions)
+                rows = _rows_of(group, self._rows_at)
                 # Neighbours are read in one go: evaluation reads a whole batch so.
                 starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
                 counts = np.diff(starts, append=len(rows))
@@ -105,7 +110,7 @@ class MemorySource:
     def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
         for group in groups:
             fields = pool.take(len(group.positions))
-            rows = self._rows_at(group.positions)
+            rows = _rows_of(group, self._rows_at)
             for name, out in fields.items():
                 gather(self._fields[name], rows, out, self._helpers)
             yield HostGroup(group, fields)
@@ -135,17 +140,15 @@ class BlockSource:
         for group in left:
             begun_to += begin(group)
             while begun:
-                arrivals = self._windows.until(begun[0].group.bounds[-1])
-                while begun_to <= arrivals.places.max(initial=-1):
-                    begun_to += begin(next(left))
-                self._scatter(arrivals, begun, served)
+                for arrivals in self._windows.until(begun[0].group.bounds[-1]):
+                    while begun_to <= int(arrivals.places.max()):
+                        begun_to += begin(next(left))
+                    self._scatter(arrivals, begun, served)
                 served += len(begun[0].group.positions)
                 yield begun.popleft()
 
     def _scatter(self, arrivals: Arrivals, groups: Iterable[HostGroup], served: int) -> None:
         """Read rows to their places in groups, the first of which begins after so many samples."""
-        if not len(arrivals.rows):
-            return
         filled = [each for each in groups if len(each.group.positions)]
         sizes = np.array([len(each.group.positions) for each in filled], np.int64)
         starts = served + np.cumsum(sizes) - sizes

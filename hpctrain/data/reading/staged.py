@@ -12,9 +12,7 @@ from hpctrain.data.order.ragged import groups_of
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
-
-STAGED_BYTES = 8 * 2**20
-"""So many bytes are read, and then copied, about."""
+from hpctrain.data.reading.targets import STAGED_BYTES
 
 
 class RunReader(Protocol):

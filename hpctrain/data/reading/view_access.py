@@ -14,6 +14,7 @@ from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.row_reader import SteadyReader
 from hpctrain.data.reading.staged import scatter_by_runs
+from hpctrain.data.reading.targets import LEAST_DIRECT_BYTES
 
 SCRATCH_BYTES = 32 * 2**20
 """Rows of overlapping windows that are read at once, and gathered from, about."""
@@ -68,13 +69,16 @@ class ViewAccess:
         """Read runs of consecutive samples, each to its place, as `RowReader.scatter_runs` does."""
         column = self._view.columns[name]
         stride, steps = self._view.picks.stride, column.num_rows
-        if stride != steps or (column.every != 1 and steps > 1):
+        reader = self._parts[column.part]
+        row_bytes = reader.dataset.fields[column.name].row_bytes
+        follows = stride == steps and (column.every == 1 or steps == 1)
+        if not follows or (steps > 1 and row_bytes < LEAST_DIRECT_BYTES):
             scatter_by_runs(self, self._staging, name, rows, counts, into, places)
             return
         # Window after window, as they lie in the file.
         firsts, pieces, begins = self._view.picks.locate(rows, counts, np.cumsum(counts) - counts)
         places = places[np.repeat(begins, pieces) + within(pieces)]
-        self._parts[column.part].scatter_runs(
+        reader.scatter_runs(
             column.name, firsts + column.lead, pieces * steps, *into.in_parts(steps, places)
         )
 

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
-
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.buffers import GROUPS_IN_USE, BufferPool, MemoryPlan
+from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.order.lane_windows import LaneWindows, RowStream
 from hpctrain.data.order.partition import Order
@@ -184,16 +182,17 @@ def delivered_speed(
     order = Order.for_dataset(dataset, seed=0, global_batch_size=global_batch_size)
     share = global_batch_size * dataset.bytes_per_sample
     ahead = order.batches_ahead(global_batch_size)
-    memory = MemoryPlan.make(share, buffer_mb, ahead=ahead, ahead_share=share)
+    batches = -(-order.samples // global_batch_size)
+    memory = MemoryPlan.make(share, buffer_mb, batches=batches, ahead=ahead, ahead_share=share)
     rows = global_batch_size * memory.group_batches
-    groups_in_memory = memory.groups_ahead + memory.depth + GROUPS_IN_USE
-    pool = BufferPool(dataset.fields, rows, groups_in_memory, _touched)
+    pool = BufferPool(dataset.fields, rows, memory.groups_ready + memory.groups_ahead, _touched)
     done = 0
     helpers = Helpers(threads)
     with closing(open_rows(dataset, helpers=helpers)) as access:
         source = _source(order, epoch, access, windows_fit=memory.windows_fit)
         groups = _groups(order, rows)
         produce = functools.partial(source.read, groups, pool)
+        pool.take(0)
         begin = time.perf_counter()
         with Prefetch(produce, memory.depth) as running:
             for host in running:
@@ -222,7 +221,9 @@ def _groups(order: Order, rows: int) -> Iterator[Group]:
 
 def _touched(size: int) -> Bytes:
     """Return memory whose pages are there: a training run has paid for them long before."""
-    return np.ones(size, np.uint8)
+    memory = new_bytes(size)
+    memory.fill(0)
+    return memory
 
 
 def _open(path: str) -> int:
