@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT_BYTES = 64
 """Of memory that tensors are made of, as torch's own is."""
 GROUP_BYTES = 16 * 2**20
-MOST_GROUP_BATCHES = 64
+MOST_GROUP_BATCHES = 1024
 """Small batches are read, and copied to the device, several at a time up to these limits."""
 MOST_PADDED = 1.05
 """Groups follow each other in memory where that makes them at most so many times as long."""
