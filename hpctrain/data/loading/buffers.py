@@ -21,6 +21,9 @@ ALIGNMENT_BYTES = 64
 GROUP_BYTES = 16 * 2**20
 MOST_GROUP_BATCHES = 1024
 """Small batches are read, and copied to the device, several at a time up to these limits."""
+GROUPS_OF_EPOCH = 8
+FEW_BATCHES = 64
+"""A longer epoch is read in at least so many groups: when a file breaks, some batches are left."""
 MOST_PADDED = 1.05
 """Groups follow each other in memory where that makes them at most so many times as long."""
 MOST_GROUPS_AHEAD = 4
@@ -95,7 +98,8 @@ class MemoryPlan:
             total = size * (ready * share + filled * ahead_share + staging)
             return cls(fit, size, depth, ready, filled, total)
 
-        wanted = max(1, min(MOST_GROUP_BATCHES, GROUP_BYTES // share, batches))
+        most = min(MOST_GROUP_BATCHES, max(FEW_BATCHES, batches // GROUPS_OF_EPOCH), batches)
+        wanted = max(1, min(most, GROUP_BYTES // share))
         sizes = (n for n in range(wanted, 1, -1) if plan(n, 1).total <= budget)
         size = next(sizes, 1)
         depths = (n for n in range(MOST_GROUPS_AHEAD, 1, -1) if plan(size, n).total <= budget)

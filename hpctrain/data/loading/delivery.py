@@ -28,7 +28,7 @@ from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import open_rows, read_rows
 
-MOST_COPIES = 3
+MOST_COPIES = 2
 """Groups on their way to the device."""
 
 logger = logging.getLogger(__name__)

@@ -80,7 +80,7 @@ class TrainLoader:
             world_size: number of ranks.
             device: where the batches are wanted.
             buffer_mb: host memory for reading ahead, MB.
-            threads: that read, decompress and gather, side by side.
+            threads: that read and decompress, side by side.
             begun: epochs that began in another order than `order`, and end in it.
             memory: all samples by field, as `hold_on_node` returns them; None: read the files.
             locate: as RowAccess takes it.
