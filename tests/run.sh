@@ -40,6 +40,6 @@ wait
 # More jobs than cores: threads that wait for each other sleep, and leave the core to those at work.
 export OMP_WAIT_POLICY=passive
 # By files, so that what a file sets up is set up once. Jobs wait a good part of their time, for
-# schedulers and for limits to pass: five files at a time fill two cores. In the order of their
+# schedulers and for limits to pass: four files at a time fill two cores. In the order of their
 # names, which puts the quick ones last: no long file is left to one worker alone.
-exec python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
