@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,3 +69,13 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; remove it to go on") from error
+
+
+def newest_saved(folder: Path) -> tuple[str | None, int]:
+    """Return name and step of the newest checkpoint, by a run folder's `latest`; None and 0."""
+    try:
+        name = (folder / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None, 0
+    match = re.fullmatch(r"step-(\d+)", name)
+    return name or None, int(match[1]) if match else 0

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpctrain.batch.outcome import NAME, Outcome, read_outcome
+from hpctrain.batch.outcome import NAME, Outcome, newest_saved, read_outcome
 from hpctrain.batch.reasons import STOP_FILE_NAME
 from hpctrain.batch.schedulers import job_identity
 from hpctrain.errors import ConfigError, ExitCode
@@ -72,9 +71,9 @@ def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None 
     outcome = read_outcome(folder)
     if outcome is None:
         raise ConfigError(f"{folder} holds no run: there is no {NAME} in it")
-    checkpoint = _newest(folder)
+    checkpoint, saved = newest_saved(folder)
     # A killed job has saved more than it could say.
-    step = max(outcome.step, _step(checkpoint))
+    step = max(outcome.step, saved)
     state, exit_code, explanation = judge(
         outcome,
         gained=step - outcome.first_step,
@@ -147,15 +146,3 @@ def to_text(folder: Path, status: Status) -> str:
 def to_json(status: Status) -> str:
     """Return a status for programs."""
     return json.dumps(asdict(status), indent=1) + "\n"
-
-
-def _newest(folder: Path) -> str | None:
-    try:
-        return (folder / "latest").read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
-
-
-def _step(checkpoint: str | None) -> int:
-    match = re.fullmatch(r"step-(\d+)", checkpoint or "")
-    return int(match[1]) if match else 0

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
+from hpctrain.batch.outcome import Outcome, newest_saved, read_outcome, write_outcome
 from hpctrain.batch.schedulers import job_identity
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ExitCode
@@ -43,8 +43,9 @@ class RunFolder:
         self._lease.__enter__()
         last = read_outcome(self.path)
         if last is not None:
-            self.tries, self.step = last.tries + 1, last.step
-            self.save_seconds, self._first_step = last.save_seconds, last.step
+            self.tries, self.save_seconds = last.tries + 1, last.save_seconds
+            # A killed job has saved more than it could say; that is not this one's gain.
+            self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
         # Until the job says otherwise: a killed one says nothing more.
         self.end(None, "running")
         return self
