@@ -9,6 +9,7 @@ from hpctrain.data.order.permutation import (
     derive_key,
     derive_keys,
     hash_items,
+    order_of,
     permutation,
     permutations,
 )
@@ -60,6 +61,17 @@ def test_many_permutations_at_once_are_those_of_one_at_a_time() -> None:
     rows = permutations(keys, counts)
     for row, key, count in zip(rows, keys.tolist(), counts.tolist(), strict=True):
         assert row[:count].tolist() == permutation(key, count).tolist()
+
+
+@pytest.mark.parametrize("count", [2, 31, 32, 33, 64, 1000])
+@pytest.mark.parametrize("different", [3, 2**20, 2**64 - 1])
+def test_sorting_is_that_of_the_whole_hash(count: int, different: int) -> None:
+    """Also where hashes differ in their lowest bits only, or not at all."""
+    draw = np.random.default_rng(count)
+    for shift in (0, 40):
+        hashes = draw.integers(0, different, (5, count), np.uint64) << np.uint64(shift)
+        expected = np.argsort(hashes, axis=1, kind="stable")
+        assert (order_of(hashes) == expected).all()
 
 
 def test_permutations_look_random() -> None:
