@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 
 from hpctrain.data import open_dataset
-from hpctrain.data.reading import access, handles
+from hpctrain.data.reading import access, filters, handles
 from hpctrain.data.reading.access import RowAccess
+from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.filters import Filter, Pipeline, UndecodableError
-from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading.helpers import Helpers, ThreadMemory
 from hpctrain.errors import DatasetError
 
 SHARDS = ((0, 37), (37, 40), (40, 101))
@@ -87,7 +89,24 @@ def test_every_filter(tmp_path: Path, options: dict[str, Any], threads: int) -> 
 
 
 @pytest.mark.usefixtures("no_hdf5_reads")
-@pytest.mark.parametrize("dtype", ["u1", "bool", "f2", ">i2", "<f8", ">f4", ">c16"])
+@pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
+def test_gzip_by_either_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setattr(filters, "_zlib", pytest.importorskip(library))
+    write(tmp_path, compression="gzip")
+    reader = RowAccess(open_dataset(str(tmp_path)))
+    assert (read(reader, [(0, 101)]) == values_of("i4")).all()
+    reader.close()
+    whole = np.frombuffer(zlib.compress(b"abc" * 1000), np.uint8)
+    pipeline = Pipeline([Filter(1, (), "gzip")], 3000)
+    for damaged in (whole[:-3], whole[:-1], np.roll(whole, 1), whole[:0]):
+        with pytest.raises(UndecodableError):
+            pipeline.decode(damaged, [len(damaged)], [0], ThreadMemory())
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+@pytest.mark.parametrize("dtype", ["u1", "bool", "f2", ">i2", "i4", "<f8", ">f4", ">c16"])
 @pytest.mark.parametrize("chunks", [(8, *SHAPE), (3, 4, 2), (1, 6, 3), (200, 7, 9)])
 @pytest.mark.parametrize("options", [{}, {"compression": "gzip", "shuffle": True}], ids=str)
 def test_every_shape_of_chunks_and_number(
@@ -207,9 +226,9 @@ def test_one_open_and_one_undoing_for_each(tmp_path: Path, monkeypatch: pytest.M
     undone: list[int] = []
     open_, decode = handles.open_hdf5, Pipeline.decode
 
-    def counted(self: Pipeline, raw: Any, skipped: int) -> Any:
-        undone.append(len(raw))
-        return decode(self, raw, skipped)
+    def counted(self: Pipeline, raw: Any, sizes: list[int], skipped: list[int], memory: Any) -> Any:
+        undone.extend(sizes)
+        return decode(self, raw, sizes, skipped, memory)
 
     monkeypatch.setattr(handles, "open_hdf5", lambda *a: opened.append(a) or open_(*a))
     monkeypatch.setattr(Pipeline, "decode", counted)
@@ -219,6 +238,61 @@ def test_one_open_and_one_undoing_for_each(tmp_path: Path, monkeypatch: pytest.M
     assert len(opened) == len(SHARDS)
     assert len(undone) == sum(-(-(stop - start) // 8) for start, stop in SHARDS)
     reader.close()
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+@pytest.mark.parametrize("chunks", [(8, *SHAPE), (8, 3, 5)], ids=["whole rows", "parts of rows"])
+@pytest.mark.parametrize("name", ["none", "gzip", "shuffle+zstd"])
+def test_chunks_in_any_order_in_the_file(
+    tmp_path: Path, name: str, chunks: tuple[int, ...]
+) -> None:
+    values = values_of("i4")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset("x", values.shape, "i4", chunks=chunks, **FILTERS[name])
+        for first in (16, 24, 96, 0, 8, 88, 32, 80, 40, 48, 72, 56, 64):
+            data[first : first + 8] = values[first : first + 8]
+    reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(2))
+    expected = np.concatenate([values[row : row + count] for row, count in RUNS])
+    assert (read(reader, RUNS) == expected).all()
+    reader.close()
+
+
+@pytest.mark.usefixtures("no_hdf5_reads")
+@pytest.mark.parametrize("name", ["zstd", "shuffle+zstd"])
+def test_neighbours_of_zstd_are_undone_in_one_go_or_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write(tmp_path, **FILTERS[name])
+    undone: list[int] = []
+    frames = filters._zstd_frames()
+    assert frames is not None
+
+    def counted(raw: Any, out: Any) -> None:
+        undone.append(len(out))
+        frames(raw, out)
+
+    for found, calls in ((counted, [5, 1, 8]), (None, [])):
+        monkeypatch.setattr(filters, "_zstd_frames", lambda found=found: found)
+        reader = RowAccess(open_dataset(str(tmp_path)))
+        assert (read(reader, [(0, 101)]) == values_of("i4")).all()
+        reader.close()
+        assert undone == calls
+        undone.clear()
+
+
+def test_few_bytes_that_become_many_are_undone_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a thread undoes at once is counted in undone bytes: zeros take no room in a file."""
+    write(tmp_path, compression="gzip")
+    with h5py.File(tmp_path / "040.h5") as file:
+        field = ChunkedField(file["x"])
+    chunk_bytes = 8 * 6 * 5 * 4
+    monkeypatch.setattr("hpctrain.data.reading.chunks.UNDONE_BYTES", 3 * chunk_bytes)
+    groups = field.groups(np.array([0, 9, 10, 33, 60]))
+    assert [group.chunks.tolist() for group in groups] == [[0, 1, 4], [7]]
+    assert [len(group.extents) for group in groups] == [2, 1]
+    assert [field.rows_of(group) for group in groups] == [(0, 40), (56, 64)]
 
 
 def test_unknown_filters_are_refused() -> None:

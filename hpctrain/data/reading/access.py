@@ -22,7 +22,7 @@ from hpctrain.data.reading.extents import ExtentReader, Extents
 from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
 from hpctrain.data.reading.helpers import Helpers, ThreadMemory
 from hpctrain.data.reading.outputs import InRuns, Output, Scattered
-from hpctrain.data.reading.pieces import Bytes, Piece, Pieces
+from hpctrain.data.reading.pieces import Bytes, Pieces
 from hpctrain.data.storage import HDF5_FAILURES, INSTALL
 from hpctrain.errors import DatasetError
 
@@ -182,36 +182,37 @@ class RowAccess:
     ) -> Pieces:
         """Read rows of chunks without HDF5, and return those that only it can read."""
         field = self.dataset.fields[name]
-        left: list[Piece] = []
+        pieces = pieces.only(np.argsort(pieces.shards, kind="stable"))
+        left = [pieces.only(slice(0))]
         plain: list[Pieces] = []
         offsets: list[Int64s] = []
         jobs: list[ChunkJob] = []
-        for index, shard in opened.items():
-            of_shard = pieces.only(pieces.shards == index)
+        for index in np.unique(pieces.shards).tolist():
+            of_shard = pieces.only(slice(*np.searchsorted(pieces.shards, (index, index + 1))))
+            shard = opened[index]
             chunks = None if shard is None else shard.chunked.get(name)
             if shard is None or chunks is None:
                 if shard is not None and name in shard.reasons:
                     self._tell(name, self.dataset.shards[index], shard.reasons[name])
-                left += of_shard.listed()
-                continue
-            if chunks.is_plain:
+                left.append(of_shard)
+            elif chunks.is_plain:
                 cut, starts = chunks.cut(of_shard)
-                left += cut.only(starts < 0).listed()
+                left.append(cut.only(starts < 0))
                 plain.append(cut.only(starts >= 0))
                 offsets.append(starts[starts >= 0])
-                continue
-            found = chunks.parts(of_shard.firsts, of_shard.counts, of_shard.places)
-            for row in [row for row in found if not chunks.is_written(row)]:
-                left += chunks.pieces(index, row, found.pop(row))
-            if found:
-                jobs += chunk_jobs(index, shard.descriptor, chunks, found)
+            else:
+                singly = of_shard.singly()
+                written = chunks.is_written(singly.firsts)
+                left.append(singly.only(~written))
+                rows, places = singly.firsts[written], singly.places[written]
+                jobs += chunk_jobs(index, shard.descriptor, chunks, rows, places)
         left += self._chunks.read(jobs, output)
         if plain:
-            pieces = Pieces(*(np.concatenate(each) for each in zip(*plain, strict=True)))
+            pieces = Pieces.joined(plain)
             at = np.concatenate(offsets)
             descriptors = self._descriptors(opened)[pieces.shards]
-            left += self._read_bytes(field, pieces, descriptors, at, output).listed()
-        return Pieces.of(left)
+            left.append(self._read_bytes(field, pieces, descriptors, at, output))
+        return Pieces.joined(left).merged()
 
     def _descriptors(self, opened: dict[int, OpenShard | None]) -> Int64s:
         """Return the descriptor of every shard, -1 for those that are not open."""

@@ -1,4 +1,4 @@
-"""Compressed chunks: read in runs, undone by several threads."""
+"""Compressed chunks: read in groups, undone by several threads."""
 
 from __future__ import annotations
 
@@ -6,49 +6,61 @@ import os
 import time
 from typing import NamedTuple
 
-from hpctrain.data.reading.chunks import ChunkedField, ChunkRun, Part
-from hpctrain.data.reading.extents import WARM_BYTES_PER_SECOND, announce
-from hpctrain.data.reading.filters import UndecodableError
-from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, ThreadMemory
-from hpctrain.data.reading.outputs import Output
-from hpctrain.data.reading.pieces import Piece
+import numpy as np
 
-RUNS_AHEAD = 8
-"""Runs of chunks that are announced to the system ahead of the one being read."""
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.announcing import Coldness, announce
+from hpctrain.data.reading.chunks import ChunkedField, ChunkGroup
+from hpctrain.data.reading.filters import UndecodableError
+from hpctrain.data.reading.helpers import Helpers, ThreadMemory
+from hpctrain.data.reading.outputs import Output
+from hpctrain.data.reading.pieces import Bytes, Pieces
+
+GROUPS_AHEAD = 4
+"""Groups of chunks that are announced to the system ahead of the one being read."""
 
 
 class ChunkJob(NamedTuple):
-    """A run of chunks to read and to undo.
+    """A group of chunks to read and to undo.
 
     Attributes:
         shard: index.
         descriptor: of the open file.
         chunks: of the field in the shard.
-        run: which of them.
-        parts: all rows that the shard is asked for, by row of chunks.
-        size: bytes of the run in the file.
+        group: which of them.
+        rows: (count,) int64, of the shard, ascending: those wanted that need one of these chunks.
+        places: (count,) int64, where in the output each goes.
     """
 
     shard: int
     descriptor: int
     chunks: ChunkedField
-    run: ChunkRun
-    parts: dict[int, list[Part]]
-    size: int
+    group: ChunkGroup
+    rows: Int64s
+    places: Int64s
 
-    def pieces(self) -> list[Piece]:
-        """Return the rows that need one of these chunks."""
-        rows = self.chunks.rows_of(self.run)
-        return [p for row in rows for p in self.chunks.pieces(self.shard, row, self.parts[row])]
+    def pieces(self) -> Pieces:
+        """Return the rows as pieces."""
+        counts = np.ones_like(self.rows)
+        return Pieces(np.full_like(self.rows, self.shard), self.rows, counts, self.places)
+
+    def announce(self) -> None:
+        """Tell the system that the chunks are wanted soon."""
+        for start, size in self.group.extents:
+            announce(self.descriptor, start, size)
 
 
 def chunk_jobs(
-    shard: int, descriptor: int, chunks: ChunkedField, parts: dict[int, list[Part]]
+    shard: int, descriptor: int, chunks: ChunkedField, rows: Int64s, places: Int64s
 ) -> list[ChunkJob]:
     """Return what is to be done for rows of one shard: each chunk is undone once."""
+    in_order = np.argsort(rows, kind="stable")
+    rows, places = rows[in_order], places[in_order]
+    groups = chunks.groups(rows)
+    bounds = np.searchsorted(rows, [chunks.rows_of(group) for group in groups]).tolist()
     return [
-        ChunkJob(shard, descriptor, chunks, run, parts, chunks.run_bytes(run))
-        for run in chunks.runs(list(parts))
+        ChunkJob(shard, descriptor, chunks, group, rows[first:stop], places[first:stop])
+        for group, (first, stop) in zip(groups, bounds, strict=True)
     ]
 
 
@@ -57,10 +69,11 @@ class ChunkReader:
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
-        self._memory = ThreadMemory()
-        self._is_cold = True
+        self._raw = ThreadMemory()
+        self._undone = ThreadMemory()
+        self._coldness = Coldness()
 
-    def read(self, jobs: list[ChunkJob], output: Output) -> list[Piece]:
+    def read(self, jobs: list[ChunkJob], output: Output) -> list[Pieces]:
         """Read and undo chunks.
 
         Args:
@@ -72,28 +85,37 @@ class ChunkReader:
         """
         failed: list[ChunkJob] = []
         seconds: list[float] = []
-        ahead = jobs if self._is_cold else []
+        ahead = jobs if self._coldness.is_cold else []
 
         def read(number: int) -> None:
-            for later in ahead[number + RUNS_AHEAD : number + RUNS_AHEAD + 1]:
-                announce(later.descriptor, later.run.start, later.size)
+            for later in ahead[number + GROUPS_AHEAD : number + GROUPS_AHEAD + 1]:
+                later.announce()
             job = jobs[number]
-            raw = self._memory.take(job.size)
             begin = time.perf_counter()
             try:
-                size = os.preadv(job.descriptor, [raw.data], job.run.start)
+                raw = self._read(job)
                 seconds.append(time.perf_counter() - begin)
-                if size == job.size:
-                    job.chunks.undo(job.run, raw, job.parts, output)
-                    return
-            except (OSError, UndecodableError):
-                pass  # HDF5 meets it again, and says what and where
-            failed.append(job)
+                job.chunks.undo(job.group, raw, job.rows, job.places, output, self._undone)
+            except (OSError, UndecodableError):  # HDF5 meets it again, and says what and where
+                failed.append(job)
 
-        for job in ahead[1:RUNS_AHEAD]:
-            announce(job.descriptor, job.run.start, job.size)
+        for job in ahead[1:GROUPS_AHEAD]:
+            job.announce()
         self._helpers.each(read, range(len(jobs)))
-        total = sum(job.size for job in jobs)
-        if total >= LEAST_SHARED_BYTES:  # less takes its time for other reasons
-            self._is_cold = total < WARM_BYTES_PER_SECOND * sum(seconds)
-        return [piece for job in failed for piece in job.pieces()]
+        self._coldness.judge(sum(sum(job.group.sizes) for job in jobs), sum(seconds))
+        return [job.pieces() for job in failed]
+
+    def _read(self, job: ChunkJob) -> Bytes:
+        """Return the chunks of a job one after the other, in memory of the calling thread.
+
+        Raises:
+            OSError: if they cannot be read.
+            UndecodableError: if the file ends before they do.
+        """
+        raw = self._raw.take(sum(job.group.sizes))
+        done = 0
+        for start, size in job.group.extents:
+            if os.preadv(job.descriptor, [raw[done : done + size].data], start) != size:
+                raise UndecodableError("the file ends within a chunk")
+            done += size
+        return raw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,49 +12,40 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.ragged import within
+from hpctrain.data.order.ragged import as_slice, within
 from hpctrain.data.reading.filters import Pipeline, UndecodableError
+from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.outputs import Output
-from hpctrain.data.reading.pieces import Bytes, Piece, Pieces
+from hpctrain.data.reading.pieces import Bytes, Pieces
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
 
 MOST_CHUNKS = 2**18
 """Of one field in one shard: to list more takes longer, and more memory, than it saves."""
-RUN_BYTES = 2**20
-"""Neighbouring chunks are read in one go, but no more than this for one thread to undo."""
+UNDONE_BYTES = 2**20
+"""Chunks are undone together up to about so many bytes, which are still in the cache when their
+rows are copied."""
 
 
-class Part(NamedTuple):
-    """Consecutive rows within one row of chunks, and where they go.
-
-    Attributes:
-        first: the first of them in the chunks.
-        rows: how many.
-        place: of the first in the output.
-    """
-
-    first: int
-    rows: int
-    place: int
-
-
-class ChunkRun(NamedTuple):
-    """Chunks that lie one after the other in a file, to be read in one go.
+class ChunkGroup(NamedTuple):
+    """Chunks of one shard that are read and undone together.
 
     Attributes:
-        start: bytes from the start of the file.
-        chunks: number of each in the grid.
+        chunks: (chunks,) int64, the number of each in the grid, ascending.
+        sizes: bytes of each in the file.
+        skipped: of each, the mask of the filters that it did not go through.
+        extents: bytes from the start of the file, and how many: neighbours in one.
     """
 
-    start: int
-    chunks: list[int]
+    chunks: Int64s
+    sizes: list[int]
+    skipped: list[int]
+    extents: list[tuple[int, int]]
 
 
 class ChunkedField:
     """The chunks of one field in one shard.
 
     Attributes:
-        rows: that each chunk has room for.
         pipeline: undoes the filters.
     """
 
@@ -75,7 +65,7 @@ class ChunkedField:
         self._chunk: tuple[int, ...] = dataset.chunks
         self._dtype = dataset.dtype
         self._field = Field(self._shape[1:], self._dtype)
-        self.rows = self._chunk[0]
+        self._rows = self._chunk[0]
         self._grid = [-(-a // b) for a, b in zip(self._shape, self._chunk, strict=True)]
         self._row_chunks = math.prod(self._grid[1:])
         if math.prod(self._grid) > MOST_CHUNKS:
@@ -85,6 +75,8 @@ class ChunkedField:
         # Chunks that were never written have no place: -1.
         self._table = np.full((math.prod(self._grid), 3), -1, np.int64)
         self._fill(dataset)
+        starts: Int64s = self._table[:, 0].reshape(-1, self._row_chunks)
+        self._is_written = starts.min(axis=1) >= 0
 
     @property
     def is_plain(self) -> bool:
@@ -93,29 +85,6 @@ class ChunkedField:
             self.pipeline.is_plain and self._row_chunks == 1 and self._chunk[1:] == self._shape[1:]
         )
 
-    def parts(self, firsts: Int64s, counts: Int64s, places: Int64s) -> dict[int, list[Part]]:
-        """Return what of runs of rows each row of chunks holds.
-
-        Args:
-            firsts: (runs,) int64, rows of the shard.
-            counts: (runs,) int64, rows.
-            places: (runs,) int64, where each goes.
-        """
-        found: dict[int, list[Part]] = {}
-        runs = zip(firsts.tolist(), counts.tolist(), places.tolist(), strict=True)
-        for first, count, place in runs:
-            done = 0
-            while done < count:
-                index, inside = divmod(first + done, self.rows)
-                some = min(count - done, self.rows - inside)
-                found.setdefault(index, []).append(Part(inside, some, place + done))
-                done += some
-        return found
-
-    def pieces(self, shard: int, row: int, parts: list[Part]) -> list[Piece]:
-        """Return parts of a row of chunks as rows of the shard."""
-        return [(shard, row * self.rows + part.first, part.rows, part.place) for part in parts]
-
     def cut(self, pieces: Pieces) -> tuple[Pieces, Int64s]:
         """Cut runs of rows where chunks end, and find them in the file: for plain chunks.
 
@@ -123,74 +92,100 @@ class ChunkedField:
             The pieces, and where each begins, (pieces,) int64: bytes from the start of the file,
             or -1 if its chunk was never written.
         """
-        first_chunks = pieces.firsts // self.rows
-        counts = (pieces.firsts + pieces.counts - 1) // self.rows - first_chunks + 1
+        first_chunks = pieces.firsts // self._rows
+        counts = (pieces.firsts + pieces.counts - 1) // self._rows - first_chunks + 1
         owners = np.repeat(np.arange(len(counts)), counts)
         chunks = first_chunks[owners] + within(counts)
-        firsts = np.maximum(pieces.firsts[owners], chunks * self.rows)
+        firsts = np.maximum(pieces.firsts[owners], chunks * self._rows)
         stops = (pieces.firsts + pieces.counts)[owners]
-        rows = np.minimum(stops, (chunks + 1) * self.rows) - firsts
+        rows = np.minimum(stops, (chunks + 1) * self._rows) - firsts
         places = pieces.places[owners] + firsts - pieces.firsts[owners]
         starts = self._table[chunks, 0]
-        row_bytes = self._bytes // self.rows
-        at = np.where(starts < 0, -1, starts + (firsts - chunks * self.rows) * row_bytes)
+        row_bytes = self._bytes // self._rows
+        at = np.where(starts < 0, -1, starts + (firsts - chunks * self._rows) * row_bytes)
         return Pieces(pieces.shards[owners], firsts, rows, places), at
 
-    def is_written(self, row: int) -> bool:
-        """Tell whether all chunks of a row of chunks are in the file."""
-        return bool((self._of_row(row)[:, 0] >= 0).all())
+    def is_written(self, rows: Int64s) -> npt.NDArray[np.bool_]:
+        """Tell of rows of the shard whether all chunks that hold them are in the file."""
+        written: npt.NDArray[np.bool_] = self._is_written[rows // self._rows]
+        return written
 
-    def runs(self, rows: Sequence[int]) -> Iterator[ChunkRun]:
-        """Yield the chunks of these rows of chunks as they lie in the file."""
-        first = np.array(rows, np.int64) * self._row_chunks
-        chunks = (first[:, None] + np.arange(self._row_chunks)).ravel()
-        chunks = chunks[np.argsort(self._table[chunks, 0], kind="stable")]
-        run: ChunkRun | None = None
-        stop = -1
-        for chunk, (start, size, _) in zip(
-            chunks.tolist(), self._table[chunks].tolist(), strict=True
-        ):
-            if run is None or start != stop or start + size - run.start > RUN_BYTES:
-                if run is not None:
-                    yield run
-                run = ChunkRun(start, [])
-            run.chunks.append(chunk)
-            stop = start + size
-        if run is not None:
-            yield run
+    def groups(self, rows: Int64s) -> list[ChunkGroup]:
+        """Return the chunks that hold these rows of the shard, (rows,) int64, ascending."""
+        rows_of_chunks = np.unique(rows // self._rows)
+        inner = np.arange(self._row_chunks)
+        chunks = (rows_of_chunks[:, None] * self._row_chunks + inner).ravel()
+        starts, sizes, skipped = self._table[chunks].T
+        most = max(1, UNDONE_BYTES // self._bytes)
+        begins = np.ones(len(chunks), bool)
+        begins[1:] = starts[1:] != (starts + sizes)[:-1]
+        begins[::most] = True
+        firsts = np.flatnonzero(begins)
+        totals = np.add.reduceat(sizes, firsts)
+        extents = list(zip(starts[firsts].tolist(), totals.tolist(), strict=True))
+        groups = range(0, len(chunks), most)
+        bounds = np.searchsorted(firsts, [*groups, len(chunks)]).tolist()
+        return [
+            ChunkGroup(
+                chunks[first : first + most],
+                sizes[first : first + most].tolist(),
+                skipped[first : first + most].tolist(),
+                extents[start:stop],
+            )
+            for first, start, stop in zip(groups, bounds[:-1], bounds[1:], strict=True)
+        ]
 
-    def rows_of(self, run: ChunkRun) -> list[int]:
-        """Return the rows of chunks that a run holds some of."""
-        return sorted({chunk // self._row_chunks for chunk in run.chunks})
+    def rows_of(self, group: ChunkGroup) -> tuple[int, int]:
+        """Return the first row of the shard that a group holds some of, and one past the last."""
+        first, last = (int(group.chunks[i]) // self._row_chunks for i in (0, -1))
+        return first * self._rows, (last + 1) * self._rows
 
-    def run_bytes(self, run: ChunkRun) -> int:
-        """Return the bytes of a run in the file."""
-        return int(self._table[run.chunks, 1].sum())
-
-    def undo(self, run: ChunkRun, raw: Bytes, parts: dict[int, list[Part]], output: Output) -> None:
-        """Decode the chunks of a run and copy their rows to their places.
+    def undo(
+        self,
+        group: ChunkGroup,
+        raw: Bytes,
+        rows: Int64s,
+        places: Int64s,
+        output: Output,
+        memory: ThreadMemory,
+    ) -> None:
+        """Decode the chunks of a group and copy rows to their places.
 
         Args:
-            run: which chunks.
-            raw: (run_bytes,) uint8, as in the file.
-            parts: by row of chunks.
+            group: which chunks.
+            raw: (sum of group.sizes,) uint8: one after the other, as in the file.
+            rows: (count,) int64, of the shard, ascending: those wanted that need these chunks.
+            places: (count,) int64, where each goes.
             output: takes the rows.
+            memory: to decode to.
 
         Raises:
             UndecodableError: if the bytes are damaged.
         """
-        begin = 0
-        for chunk, (_, size, skipped) in zip(
-            run.chunks, self._table[run.chunks].tolist(), strict=True
-        ):
-            content = self.pipeline.decode(raw[begin : begin + size], skipped)
-            begin += size
-            cell = content.view(self._dtype).reshape(self._chunk)
+        content = self.pipeline.decode(raw, group.sizes, group.skipped, memory)
+        cells = content.view(self._dtype).reshape(-1, *self._chunk[1:])
+        if self._row_chunks == 1:  # rows follow each other
+            picked = np.searchsorted(group.chunks, rows // self._rows) * self._rows
+            self._put(cells, 0, picked + rows % self._rows, places, output)
+            return
+        for i, chunk in enumerate(group.chunks.tolist()):
             row, inner = divmod(chunk, self._row_chunks)
-            there, inside = self._box(inner)
-            for part in parts[row]:
-                origin = (slice(part.first, part.first + part.rows), *inside)
-                output.put(self._field, part.place, cell[origin], there)
+            some = slice(*np.searchsorted(rows, (row * self._rows, (row + 1) * self._rows)))
+            picked = rows[some] + (i - row) * self._rows
+            self._put(cells, inner, picked, places[some], output)
+
+    def _put(
+        self,
+        cells: npt.NDArray[Any],
+        inner: int,
+        picked: Int64s,
+        places: Int64s,
+        output: Output,
+    ) -> None:
+        """Copy some rows of chunks that all hold the same part of a row."""
+        there, inside = self._box(inner)
+        origin = (as_slice(picked), *inside)
+        output.put(self._field, places, cells[origin], there)
 
     def _box(self, inner: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Return where in a row a chunk lies, and what of the chunk lies in the row."""
@@ -200,9 +195,6 @@ class ChunkedField:
             begin = index * self._chunk[axis]
             there.insert(0, slice(begin, min(begin + self._chunk[axis], self._shape[axis])))
         return tuple(there), tuple(slice(0, each.stop - each.start) for each in there)
-
-    def _of_row(self, row: int) -> Int64s:
-        return self._table[row * self._row_chunks : (row + 1) * self._row_chunks]
 
     def _fill(self, dataset: h5py.Dataset) -> None:
         found: list[Any] = []

@@ -14,6 +14,8 @@ from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.vectors import Vectors
 
 Box = tuple[slice, ...]
+LEAST_LONG_BYTES = 4096
+"""From this length on, numpy moves rows as fast as single items."""
 
 
 class Destinations:
@@ -123,5 +125,11 @@ def _rows_from(whole: Bytes, begin: int, row_bytes: int) -> Bytes:
 
 
 def _as_items(rows: Bytes) -> npt.NDArray[Any]:
-    """Return rows as single items, which numpy moves at the speed of memory."""
+    """Return short rows as single items, which numpy moves at the speed of memory.
+
+    Long rows are moved as fast as they are; and few items numpy moves without letting go of
+    Python's lock.
+    """
+    if rows.shape[1] >= LEAST_LONG_BYTES:
+        return rows
     return rows.view(np.dtype((np.void, rows.shape[1]))).reshape(len(rows))

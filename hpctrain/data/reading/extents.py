@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.ragged import within
+from hpctrain.data.order.ragged import run_starts, within
+from hpctrain.data.reading.announcing import Coldness, announce
 from hpctrain.data.reading.helpers import LEAST_SHARED_BYTES, Helpers, parts
 from hpctrain.data.reading.targets import InPieces, Target
 from hpctrain.data.reading.vectors import MOST_VECTORS
@@ -19,8 +18,6 @@ AHEAD = (2, 64)
 """At least and at most so many requests are announced to the system ahead of the one being read."""
 AHEAD_BYTES = 8 * 2**20
 """About so many bytes are announced: they fill the page cache, none of our memory."""
-WARM_BYTES_PER_SECOND = 2e9
-"""Faster than this per thread, the data come from the page cache: to announce them is in vain."""
 PIECE_BYTES = 4 * 2**20
 """Extents that are more than twice as long are cut for several threads."""
 MERGED_BYTES = 2 * 2**20
@@ -48,7 +45,7 @@ class ExtentReader:
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
-        self._is_cold = True
+        self._coldness = Coldness()
 
     def read(self, extents: Extents, target: Target) -> Int64s:
         """Read all, in their order as far as one thread can tell.
@@ -59,17 +56,16 @@ class ExtentReader:
         total = int(extents.sizes.sum())
         threads = self._helpers.size if total >= LEAST_SHARED_BYTES else 1
         owners = None
-        if threads > 1 and isinstance(target, InPieces):
+        is_long = threads > 1 and int(extents.sizes.max()) > 2 * PIECE_BYTES
+        if is_long and isinstance(target, InPieces):
             extents, owners, target = _cut(extents, target)
         groups = _neighbours(extents, target.vectors)
         ahead = min(max(AHEAD_BYTES * len(groups) // max(total, 1), AHEAD[0]), AHEAD[1])
         failed: list[int] = []
-        job = _Job(extents, groups, target, ahead if self._is_cold else 0, failed)
+        job = _Job(extents, groups, target, ahead if self._coldness.is_cold else 0, failed)
         begin = time.perf_counter()
         self._helpers.each(job.read, parts(len(groups) - 1, threads))
-        seconds = time.perf_counter() - begin
-        if total >= LEAST_SHARED_BYTES:  # less takes its time for other reasons
-            self._is_cold = total < WARM_BYTES_PER_SECOND * threads * seconds
+        self._coldness.judge(total, threads * (time.perf_counter() - begin))
         bad = np.array(sorted(failed), np.int64)
         return bad if owners is None else np.unique(owners[bad])
 
@@ -111,12 +107,6 @@ class _Job:
             announce(self._descriptors[i], self._offsets[i], self._sizes[i])
 
 
-def announce(descriptor: int, offset: int, size: int) -> None:
-    """Tell the system that these bytes are wanted soon, so that it reads them meanwhile."""
-    with suppress(OSError):  # advice: a file system may refuse it
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-
 def _neighbours(extents: Extents, vectors: Int64s) -> Int64s:
     """Return where groups begin that lie one after the other in a file, and the end.
 
@@ -127,12 +117,7 @@ def _neighbours(extents: Extents, vectors: Int64s) -> Int64s:
     descriptors, offsets, sizes = extents
     begins = np.ones(len(offsets), bool)
     begins[1:] = (descriptors[1:] != descriptors[:-1]) | (offsets[1:] != (offsets + sizes)[:-1])
-    # Of each extent, what lies before it in its run of neighbours decides where the run is cut.
-    firsts = np.flatnonzero(begins)[np.cumsum(begins) - 1]
-    for amounts, most in ((sizes, MERGED_BYTES), (vectors, MERGED_VECTORS)):
-        before = np.cumsum(amounts) - amounts
-        part = (before - before[firsts]) // most
-        begins[1:] |= part[1:] != part[:-1]
+    begins = run_starts(begins, sizes, MERGED_BYTES) | run_starts(begins, vectors, MERGED_VECTORS)
     return np.append(np.flatnonzero(begins), len(offsets))
 
 

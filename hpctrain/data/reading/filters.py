@@ -1,8 +1,10 @@
 """What HDF5's filters did to a chunk, undone outside HDF5 and the lock that it holds.
 
-gzip is zlib's own format; shuffle is undone by numpy. The filters of hdf5plugin are shared
+gzip is zlib's own format, which Intel's library reads faster where it is installed; shuffle is
+undone by numpy. The filters of hdf5plugin are shared
 libraries with one function each, which HDF5 calls and anybody may: ctypes does so without Python's
-lock, so that threads decompress side by side.
+lock, so that threads decompress side by side. Chunks of Zstd that lie side by side in the file are
+what Zstd itself undoes in one call.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import functools
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.storage import Filter, load_plugins
 
 Decode = Callable[[Bytes, int], Bytes]
 """From the bytes of a chunk, and how many there will be, to those before the filter."""
 
-DEFLATE, SHUFFLE = 1, 2
-_LIBRARIES = {32001: "blosc", 32004: "lz4", 32008: "bshuf", 32015: "zstd", 32026: "blosc2"}
+DEFLATE, SHUFFLE, ZSTD = 1, 2, 32015
+_LIBRARIES = {32001: "blosc", 32004: "lz4", 32008: "bshuf", ZSTD: "zstd", 32026: "blosc2"}
 """Filters of hdf5plugin that may run in several threads at once, by their registered numbers."""
 _REVERSE = 0x0100
 """Source: H5Z_FLAG_REVERSE of H5Zpublic.h: undo the filter."""
@@ -37,6 +42,11 @@ LEAST_LONG_COPY = 2**18
 """Bytes from which on a copy takes longer than to let go of Python's lock for it."""
 _copy.restype = ctypes.c_void_p
 _copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+_zlib: Any = zlib
+with suppress(ImportError):
+    _zlib = import_module("isal.isal_zlib")  # the same functions, up to twice as fast
 
 
 class UndecodableError(Exception):
@@ -55,22 +65,46 @@ class Pipeline:
         self._chunk_bytes = chunk_bytes
         # In the order of undoing; each with its bit in the mask of filters that a chunk skipped.
         self._steps = [(1 << i, _decoder(each)) for i, each in enumerate(filters)][::-1]
+        # What undoes neighbouring chunks in one go, if anything does.
+        shuffled = [each.number for each in filters] == [SHUFFLE, ZSTD]
+        self._item_bytes = filters[0].values[0] if shuffled else 1
+        is_zstd = shuffled or [each.number for each in filters] == [ZSTD]
+        self._frames = _zstd_frames() if is_zstd else None
 
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing to undo."""
         return not self._steps
 
-    def decode(self, raw: Bytes, skipped: int) -> Bytes:
-        """Return the values of a chunk.
+    def decode(
+        self, raw: Bytes, sizes: Sequence[int], skipped: Sequence[int], memory: ThreadMemory
+    ) -> Bytes:
+        """Return the values of chunks, (chunks, chunk_bytes) uint8, for as long as `memory` is.
 
         Args:
-            raw: as in the file.
-            skipped: mask of the filters that this chunk did not go through.
+            raw: the chunks one after the other, as in the file.
+            sizes: bytes of each.
+            skipped: of each, the mask of the filters that it did not go through.
+            memory: to decode to.
 
         Raises:
             UndecodableError: if the bytes are damaged.
         """
+        chunks = len(sizes)
+        if self._frames is not None and not any(skipped):
+            room = memory.take(2 * chunks * self._chunk_bytes).reshape(2 * chunks, -1)
+            self._frames(raw, room[:chunks])
+            return _unshuffle(self._item_bytes, room[:chunks], room[chunks:])
+        if chunks == 1:
+            return self._decode_one(raw, skipped[0])[None]
+        out: Bytes = memory.take(chunks * self._chunk_bytes).reshape(chunks, -1)
+        end = 0
+        for i, size in enumerate(sizes):
+            end += size
+            out[i] = self._decode_one(raw[end - size : end], skipped[i])
+        return out
+
+    def _decode_one(self, raw: Bytes, skipped: int) -> Bytes:
         content = raw
         for bit, decode in self._steps:
             if not skipped & bit:
@@ -84,7 +118,7 @@ def _decoder(each: Filter) -> Decode:
     if each.number == DEFLATE:
         return _inflate
     if each.number == SHUFFLE and each.values:
-        return functools.partial(_unshuffle, each.values[0])
+        return functools.partial(_unshuffle_one, each.values[0])
     if each.number in _LIBRARIES:
         function = _plugin(_LIBRARIES[each.number])
         if function is not None:
@@ -95,21 +129,60 @@ def _decoder(each: Filter) -> Decode:
 
 def _inflate(raw: Bytes, size: int) -> Bytes:
     try:
-        return np.frombuffer(zlib.decompress(raw.data, bufsize=size), np.uint8)
-    except zlib.error as error:
+        return np.frombuffer(_zlib.decompress(raw.data, bufsize=size), np.uint8)
+    except _zlib.error as error:
         raise UndecodableError(str(error)) from error
 
 
-def _unshuffle(item_bytes: int, raw: Bytes, _: int) -> Bytes:
-    """Put the bytes of every value side by side again; what is left over was not touched."""
-    if item_bytes < 2:
-        return raw
-    values = len(raw) // item_bytes
-    content = np.empty_like(raw)
-    content[values * item_bytes :] = raw[values * item_bytes :]
-    for i in range(item_bytes):
-        content[i : values * item_bytes : item_bytes] = raw[i * values : (i + 1) * values]
+def _unshuffle_one(item_bytes: int, raw: Bytes, _: int) -> Bytes:
+    content: Bytes = _unshuffle(item_bytes, raw[None], np.empty((1, len(raw)), np.uint8))[0]
     return content
+
+
+def _unshuffle(item_bytes: int, chunks: Bytes, out: Bytes) -> Bytes:
+    """Put the bytes of every value side by side again; what is left over was not touched.
+
+    Args:
+        item_bytes: of a value.
+        chunks: (chunks, bytes) uint8.
+        out: of the same shape: what is returned, where there is anything to do.
+    """
+    if item_bytes < 2:
+        return chunks
+    values = chunks.shape[1] // item_bytes
+    done = values * item_bytes
+    parts = [chunks[:, i * values : (i + 1) * values] for i in range(item_bytes)]
+    if item_bytes in (2, 4) and done == chunks.shape[1]:
+        # Shifts of whole values: up to three times as fast as copies of single bytes.
+        whole = out.view(f"<u{item_bytes}")
+        whole[...] = parts[-1]
+        for part in reversed(parts[:-1]):
+            np.left_shift(whole, 8, out=whole)
+            np.bitwise_or(whole, part, out=whole)
+        return out
+    out[:, done:] = chunks[:, done:]
+    for i, part in enumerate(parts):
+        out[:, i:done:item_bytes] = part
+    return out
+
+
+@functools.cache
+def _zstd_frames() -> Callable[[Bytes, Bytes], None] | None:
+    """Return what decodes frames that follow each other; None if hdf5plugin has no such thing."""
+    library = _library("zstd")
+    if library is None or not hasattr(library, "ZSTD_decompress"):
+        return None
+    # Source: zstd.h, ZSTD_decompress(dst, dstCapacity, src, compressedSize): "compressedSize:
+    # must be the exact size of some number of compressed and/or skippable frames".
+    function = library.ZSTD_decompress
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t] * 2
+
+    def decode(raw: Bytes, out: Bytes) -> None:
+        if function(out.ctypes.data, out.nbytes, raw.ctypes.data, raw.nbytes) != out.nbytes:
+            raise UndecodableError("not what Zstd has written")
+
+    return decode
 
 
 class _FilterClass(ctypes.Structure):
@@ -141,17 +214,24 @@ _FilterFunction = ctypes.CFUNCTYPE(
 @functools.cache
 def _plugin(name: str) -> Callable[..., int] | None:
     """Return the function of a filter of hdf5plugin; None where it is not installed."""
+    library = _library(name)
+    if library is None or not hasattr(library, "H5PLget_plugin_info"):
+        return None
+    ask = library.H5PLget_plugin_info
+    ask.restype = ctypes.POINTER(_FilterClass)
+    about = ask().contents
+    return _FilterFunction(about.function) if about.version == 1 and about.decodes else None
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    """Return the library of a filter of hdf5plugin; None where it is not installed."""
     plugins = load_plugins()
     if plugins is None:
         return None
     # Importing the package has loaded and prepared these libraries: this finds them in memory.
     for path in Path(plugins.PLUGIN_PATH).glob(f"libh5{name}.*"):
-        with suppress(OSError, AttributeError):
-            ask = ctypes.CDLL(str(path)).H5PLget_plugin_info
-            ask.restype = ctypes.POINTER(_FilterClass)
-            about = ask().contents
-            if about.version == 1 and about.decodes:
-                return _FilterFunction(about.function)
+        with suppress(OSError):
+            return ctypes.CDLL(str(path))
     return None
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.ragged import within
+from hpctrain.data.order.ragged import as_slice, within
 from hpctrain.data.reading.destinations import Box, Destinations
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes, Pieces
@@ -30,12 +30,12 @@ class Output(Protocol):
         """Make values of this machine of pieces whose bytes are there."""
         ...
 
-    def put(self, field: Field, place: int, values: npt.NDArray[Any], box: Box) -> None:
-        """Copy values to consecutive rows from a place on.
+    def put(self, field: Field, places: Int64s, values: npt.NDArray[Any], box: Box) -> None:
+        """Copy values of rows to their places.
 
         Args:
             field: that they are of.
-            place: of the first row.
+            places: (rows,) int64, at least one.
             values: (rows, *shape of the box), in any byte order.
             box: the part of each row that they are.
         """
@@ -61,11 +61,11 @@ class InRuns:
             for place, count in zip(pieces.places.tolist(), pieces.counts.tolist(), strict=True):
                 self._out[place : place + count].view(field.dtype).byteswap(inplace=True)
 
-    def put(self, field: Field, place: int, values: npt.NDArray[Any], box: Box) -> None:
-        rows = self._out[place : place + len(values)]
-        typed = rows.view(field.dtype.newbyteorder("=")).reshape(len(rows), *field.shape)
-        part = (slice(None), *box)
-        typed[part] = values
+    def put(self, field: Field, places: Int64s, values: npt.NDArray[Any], box: Box) -> None:
+        native = field.dtype.newbyteorder("=")
+        rows = self._out.view(native).reshape(len(self._out), *field.shape)
+        part = (as_slice(places), *box)
+        rows[part] = values
 
     def rows(self, field: Field, place: int, count: int) -> AbstractContextManager[Bytes]:
         return nullcontext(self._out[place : place + count])
@@ -92,11 +92,11 @@ class Scattered:
     def settle(self, field: Field, pieces: Pieces) -> None:
         """Do nothing: what is staged is made native as it is copied."""
 
-    def put(self, field: Field, place: int, values: npt.NDArray[Any], box: Box) -> None:
-        self._into.put(field, self._rows[place : place + len(values)], values, box)
+    def put(self, field: Field, places: Int64s, values: npt.NDArray[Any], box: Box) -> None:
+        self._into.put(field, self._rows[places], values, box)
 
     @contextmanager
     def rows(self, field: Field, place: int, count: int) -> Iterator[Bytes]:
-        rows = np.empty((count, field.row_bytes), np.uint8)
+        rows = self._staging.take(count * field.row_bytes).reshape(count, field.row_bytes)
         yield rows
         self._into.put_rows(self._rows[place : place + count], rows)

@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.order.ragged import within
 
 Bytes = npt.NDArray[np.uint8]
-
-Piece = tuple[int, int, int, int]
-"""(shard, first row in it, rows, place in the output)"""
 
 
 class Pieces(NamedTuple):
@@ -32,14 +30,30 @@ class Pieces(NamedTuple):
     places: Int64s
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece]) -> Pieces:
-        """Return the same as arrays."""
-        return cls(*np.array(pieces, np.int64).reshape(-1, 4).T)
+    def joined(cls, parts: Sequence[Pieces]) -> Pieces:
+        """Return all pieces of these, at least one of them."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def only(self, which: Any) -> Pieces:
         """Return some of them, by index or mask."""
         return Pieces(*(each[which] for each in self))
 
-    def listed(self) -> list[Piece]:
-        """Return them one by one."""
+    def singly(self) -> Pieces:
+        """Return every row as a piece of its own."""
+        inside = within(self.counts)
+        shards, firsts, counts, places = (np.repeat(each, self.counts) for each in self)
+        return Pieces(shards, firsts + inside, np.ones_like(counts), places + inside)
+
+    def merged(self) -> Pieces:
+        """Return the same rows in fewer pieces, where some follow each other."""
+        shards, firsts, counts, places = self
+        begins = np.ones(len(shards), bool)
+        begins[1:] = (np.diff(shards) != 0) | (np.diff(firsts) != counts[:-1])
+        begins[1:] |= np.diff(places) != counts[:-1]
+        starts = np.flatnonzero(begins)
+        totals = np.add.reduceat(counts, starts) if len(starts) else counts
+        return Pieces(shards[starts], firsts[starts], totals, places[starts])
+
+    def listed(self) -> list[tuple[int, int, int, int]]:
+        """Return shard, first row, rows and place of each."""
         return list(zip(*(each.tolist() for each in self), strict=True))
