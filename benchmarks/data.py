@@ -213,12 +213,14 @@ def blocks(
                             "option": str(threads),
                         },
                     )
-            for name in ("memory", "take"):
+            in_memory = {**task, "folder": str(folder / f"{kind}-{first}")}
+            for threads in (1, 2):
                 yield Contender(
-                    {"memory": 'cache = "memory", 1 rank', "take": "np.take, 1 rank"}[name],
+                    f'cache = "memory", 1 rank, {threads} thread{"s"[: threads - 1]}',
                     processes[:1],
-                    {**task, "name": name, "folder": str(folder / f"{kind}-{first}")},
+                    {**in_memory, "name": "memory", "option": str(threads)},
                 )
+            yield Contender("np.take, 1 rank", processes[:1], {**in_memory, "name": "take"})
 
 
 def rows(

@@ -19,6 +19,10 @@ import numpy as np
 import psutil
 
 WINDOW_BYTES = 4 * 2**20
+UNCOUNTED = 0.25
+"""Part of a turn that comes before it: what was read ahead since the last one is taken then."""
+LOOK_SECONDS, MOST_LOOKS = 0.05, 40
+"""Between two looks whether a reader is still at work, and how often."""
 
 Passes = Callable[[], Iterator[int]]
 """Starts one pass over the data, which yields the bytes of every batch."""
@@ -54,7 +58,7 @@ def hpctrain(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Pa
 
 
 def chunks(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
-    """Undo all chunks in their order, whole files at a time; the option: threads."""
+    """Undo all chunks in their order, in one call; the option: threads."""
     from hpctrain.data import open_dataset
     from hpctrain.data.reading.helpers import Helpers
     from hpctrain.data.reading.rows import open_rows
@@ -62,23 +66,18 @@ def chunks(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Pass
     dataset = open_dataset(str(folder))
     access = open_rows(dataset, helpers=Helpers(int(option)))
     field = dataset.fields["x"]
-    most = max(shard.samples for shard in dataset.shards)
-    out = np.ones((most, field.row_bytes), np.uint8)
+    out = np.ones((dataset.samples, field.row_bytes), np.uint8)
 
     def read() -> Iterator[int]:
-        first = 0
-        for shard in dataset.shards:
-            runs = np.array([[first], [shard.samples], [0]])
-            access.read_runs("x", runs[0], runs[1], out, runs[2])
-            yield shard.samples * field.row_bytes
-            first += shard.samples
+        access.read_runs("x", np.array([0]), np.array([len(out)]), out, np.array([0]))
+        yield out.nbytes
 
     return read
 
 
 def memory(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
-    """Iterate over the loader of training with data.cache = "memory"."""
-    return training(folder, batch, rank, ranks, 1, in_memory=True)
+    """Iterate over the loader of training with data.cache = "memory"; the option: threads."""
+    return training(folder, batch, rank, ranks, int(option), in_memory=True)
 
 
 def training(
@@ -135,7 +134,7 @@ def held(dataset: Any) -> Any:
     return hold_on_node(dataset, alone, SingleCommunicator())
 
 
-def take(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
+def gather(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
     """Gather random rows from memory, the least that any shuffled batch costs."""
     from hpctrain.data import open_dataset
 
@@ -205,7 +204,7 @@ CONTENDERS = {
     "hpctrain": hpctrain,
     "chunks": chunks,
     "memory": memory,
-    "take": take,
+    "take": gather,
     "h5py": h5py_rows,
     "webdataset": webdataset,
     "litdata": litdata,
@@ -234,12 +233,30 @@ def main() -> None:
             begin = CONTENDERS[told.pop("name")]
             begun[key] = endless(begin(Path(told.pop("folder")), **told))
         read = begun[key]
-        done, before, start = 0, cpu_seconds(), time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            done += next(read)
+        take(read, seconds * UNCOUNTED)
+        before, start = cpu_seconds(), time.perf_counter()
+        done = take(read, seconds)
         elapsed = time.perf_counter() - start
         facts = {"bytes": done, "seconds": elapsed, "cpu": cpu_seconds() - before}
+        settle()
         print(json.dumps(facts), flush=True)
+
+
+def take(read: Iterator[int], seconds: float) -> int:
+    """Return the bytes of so many seconds."""
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        done += next(read)
+    return done
+
+
+def settle() -> None:
+    """Wait until nothing reads ahead any more: the next turn is another's."""
+    for _ in range(MOST_LOOKS):
+        before = cpu_seconds()
+        time.sleep(LOOK_SECONDS)
+        if cpu_seconds() - before < LOOK_SECONDS / 4:
+            return
 
 
 def endless(passes: Passes) -> Iterator[int]:
