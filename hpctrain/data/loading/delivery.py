@@ -13,12 +13,7 @@ import numpy as np
 import torch
 
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.buffers import (
-    ALIGNMENT_BYTES,
-    BufferPool,
-    MemoryPlan,
-    new_bytes,
-)
+from hpctrain.data.loading.buffers import ALIGNMENT_BYTES, BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation

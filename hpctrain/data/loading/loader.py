@@ -20,13 +20,7 @@ from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.shuffle import Epoch, sample_keys
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import (
-    BlockSource,
-    Group,
-    MemorySource,
-    RowSource,
-    Source,
-)
+from hpctrain.data.reading.reader import BlockSource, Group, MemorySource, RowSource, Source
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.reading.steady import READ_RETRIES
 from hpctrain.errors import ConfigError, DatasetError

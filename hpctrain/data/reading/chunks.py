@@ -21,7 +21,7 @@ from hpctrain.data.storage import filters_of, is_stored_as_in_memory
 
 MOST_CHUNKS = 2**18
 """Of one field in one shard: to list more takes longer, and more memory, than it saves."""
-UNDONE_BYTES = 2**20
+UNDONE_BYTES = 2 * 2**20
 """Chunks are undone together up to about so many bytes, which are still in the cache when their
 rows are copied."""
 

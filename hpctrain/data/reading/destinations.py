@@ -35,15 +35,16 @@ class Destinations:
         self._buffers = buffers
         self._starts = starts
         self._row_bytes = buffers[0].shape[1]
-        found: dict[tuple[int, int], Bytes] = {}
+        self._slabs: list[Bytes] = []
+        found: dict[tuple[int, int], int] = {}
         firsts = []
         for buffer in buffers:
             whole = buffer if buffer.base is None else buffer.base
             first, shift = divmod(buffer.ctypes.data - whole.ctypes.data, self._row_bytes)
-            if (id(whole), shift) not in found:
-                found[id(whole), shift] = _rows_from(whole, shift, self._row_bytes)
-            firsts.append((list(found).index((id(whole), shift)), first))
-        self._slabs = list(found.values())
+            slab = found.setdefault((id(whole), shift), len(found))
+            if slab == len(self._slabs):
+                self._slabs.append(_rows_from(whole, shift, self._row_bytes))
+            firsts.append((slab, first))
         self._addresses = np.array([slab.ctypes.data for slab in self._slabs])
         sizes = np.array([len(slab) for slab in self._slabs], np.int64)
         self._slab_starts = np.cumsum(sizes) - sizes

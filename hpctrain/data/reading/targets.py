@@ -49,22 +49,23 @@ class InPieces:
         """Take the extents at these bytes of C-contiguous memory."""
         self.vectors = np.ones_like(begins)
         self._out = out
-        self._all_begins = begins
-        self._target = memoryview(out.data).cast("B")
-        self._begins: list[int] = begins.tolist()
-        self._ends: list[int] = (begins + sizes).tolist()
+        self._begins = begins
+        self._sizes = sizes
 
     def cut(self, owners: Int64s, done: Int64s, sizes: Int64s) -> InPieces:
         """Return where parts of the extents go: of which, after how many bytes of it, how many."""
-        return InPieces(self._out, self._all_begins[owners] + done, sizes)
+        return InPieces(self._out, self._begins[owners] + done, sizes)
 
     def open(self) -> AbstractContextManager[Read]:
-        return nullcontext(self._read)
+        target = memoryview(self._out.data).cast("B")
+        begins: list[int] = self._begins.tolist()
+        ends: list[int] = (self._begins + self._sizes).tolist()
 
-    def _read(self, descriptor: int, offset: int, first: int, stop: int, size: int) -> int:
-        target, begins, ends = self._target, self._begins, self._ends
-        into = [target[begins[i] : ends[i]] for i in range(first, stop)]
-        return os.preadv(descriptor, into, offset)
+        def read(descriptor: int, offset: int, first: int, stop: int, size: int) -> int:
+            into = [target[begins[i] : ends[i]] for i in range(first, stop)]
+            return os.preadv(descriptor, into, offset)
+
+        return nullcontext(read)
 
 
 class RowByRow:

@@ -22,12 +22,7 @@ from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import (
-    BlockSource,
-    Group,
-    RowSource,
-    Source,
-)
+from hpctrain.data.reading.reader import BlockSource, Group, RowSource, Source
 from hpctrain.data.reading.row_reader import RowReader
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.tools.progress import Progress, silent
@@ -192,7 +187,7 @@ def delivered_speed(
         source = _source(order, epoch, access, windows_fit=memory.windows_fit)
         groups = _groups(order, rows)
         produce = functools.partial(source.read, groups, pool)
-        pool.take(0)
+        pool.take(0)  # all memory is made, and touched, before the time begins
         begin = time.perf_counter()
         with Prefetch(produce, memory.depth) as running:
             for host in running:
