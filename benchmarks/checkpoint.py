@@ -7,7 +7,9 @@
 
 The state is that of a perceptron and AdamW, after a step. All take turns, in the folder --folder
 (default: runs), so that the machine's other work falls on all of them. A copy into memory that is
-kept is what a save cannot do without; `dd conv=fsync` of as many bytes is what the disk can do.
+kept is what others cannot do without; `dd conv=fsync` of as many bytes is what the disk can do.
+"waits" is the time until training may go on. What it costs in all is by how much save and the step
+after it are longer than such a step alone: hpctrain copies the optimizer's state during that.
 """
 
 from __future__ import annotations
@@ -43,18 +45,19 @@ from hpctrain.checkpoint.layout import newest_first
 from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import capture
 from hpctrain.training.step.train_step import TrainStep
 
-WIDTH = 1024
+WIDTH, BATCH = 1024, 64
 CONFIG = """
 run = {{name = "checkpoint"}}
 model = {{use = "mlp", in_features = {width}, out_features = {width}, hidden_features = {hidden}}}
 task = {{use = "regression", inputs = ["x"], target = "y"}}
-data = {{train = "none", global_batch_size = 2}}
+data = {{train = "none", global_batch_size = {batch}}}
 optimizer = {{use = "adamw", lr = 1e-3}}
 training = {{max_steps = 1}}
 """
@@ -84,14 +87,21 @@ def main() -> None:
 
 @dataclass(slots=True)
 class Measured:
-    """Seconds of one method: until training may go on, and until the disk has all."""
+    """Seconds of one method.
+
+    Attributes:
+        stalls: until training may go on.
+        costs: these, and what the save adds to the step after it.
+        totals: until the disk has all.
+    """
 
     stalls: list[float]
+    costs: list[float]
     totals: list[float]
 
 
 def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
-    step = trained(megabytes, world)
+    step, batch = trained(megabytes, world)
     tensors = {
         **step.model.state_dict(),
         **{
@@ -112,14 +122,17 @@ def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
     }
     if importlib.util.find_spec("lightning") and importlib.util.find_spec("accelerate"):
         methods |= {"Lightning": lightning(step), "Accelerate": accelerate(step)}
-    measured = {name: Measured([], []) for name in methods}
+    measured = {name: Measured([], [], []) for name in methods}
     for number in range(rounds + 1):  # the first round makes buffers and is told apart
         for name, method in methods.items():
             path = folder / f"{name.split()[0]}-{number}"
             os.sync()
+            alone = min(seconds_of(step, batch) for _ in range(3))
             begin = time.perf_counter()
             finish = method(path)
-            measured[name].stalls.append(time.perf_counter() - begin)
+            stall = time.perf_counter() - begin
+            measured[name].stalls.append(stall)
+            measured[name].costs.append(stall + seconds_of(step, batch) - alone)
             finish()
             measured[name].totals.append(time.perf_counter() - begin)
             ours.settle()
@@ -132,31 +145,47 @@ def compare(megabytes: int, rounds: int, folder: Path, world: World) -> None:
 def tell(measured: dict[str, Measured], num_bytes: int, rounds: int) -> None:
     copies, disk = measured["copy in memory, kept"].stalls, measured["dd conv=fsync"].totals
     print(f"\n{num_bytes / 1e6:,.0f} MB, {rounds} rounds; medians, and of ratios within a round")
-    print(f"{'':<22}{'waits':>9}{'copies':>8}{'first':>10}{'on disk':>10}{'MB/s':>7}{'of dd':>7}")
+    print(
+        f"{'':<22}{'waits':>9}{'copies':>8}{'first':>10}{'costs':>10}"
+        f"{'on disk':>10}{'MB/s':>7}{'of dd':>7}"
+    )
     for name, times in measured.items():
         stall, total = statistics.median(times.stalls[1:]), statistics.median(times.totals[1:])
         print(
             f"{name:<22}{stall * 1e3:>6.0f} ms{ratio(times.stalls, copies):>8.2f}"
-            f"{times.stalls[0] * 1e3:>7.0f} ms{total:>8.2f} s{num_bytes / total / 1e6:>7,.0f}"
+            f"{times.stalls[0] * 1e3:>7.0f} ms{statistics.median(times.costs[1:]) * 1e3:>7.0f} ms"
+            f"{total:>8.2f} s{num_bytes / total / 1e6:>7,.0f}"
             f"{ratio(disk, times.totals):>7.2f}",
             flush=True,
         )
-    against = ratio(measured["hpctrain"].stalls, measured["torch.save"].stalls)
-    print(f"hpctrain waits for {against:.3f} of what torch.save does")
+    ours, theirs = measured["hpctrain"], measured["torch.save"]
+    print(
+        f"hpctrain waits for {ratio(ours.stalls, theirs.stalls):.3f} of what torch.save does, and "
+        f"costs {ratio(ours.costs, theirs.costs):.3f} of it"
+    )
 
 
 def ratio(first: list[float], second: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(first[1:], second[1:], strict=True))
 
 
-def trained(megabytes: int, world: World) -> TrainStep:
-    """Return a model whose checkpoint is so large, after one step."""
+def seconds_of(step: TrainStep, batch: Batch) -> float:
+    begin = time.perf_counter()
+    step(batch, 1e-3)
+    return time.perf_counter() - begin
+
+
+def trained(megabytes: int, world: World) -> tuple[TrainStep, Batch]:
+    """Return a model whose checkpoint is so large, after one step, and a batch for it."""
     layers = max(1, round(megabytes * 1e6 / 12 / (WIDTH * WIDTH + WIDTH)) - 1)
-    fields = {"x": torch.randn(2, WIDTH), "y": torch.randn(2, WIDTH)}
+    fields = {"x": torch.randn(BATCH, WIDTH), "y": torch.randn(BATCH, WIDTH)}
     samples = Samples(fields, 1)
-    _, parts = build(CONFIG.format(width=WIDTH, hidden=[WIDTH] * layers), samples, world)
-    parts.step(next(samples.epoch(0, 0)), 1e-3)
-    return parts.step
+    _, parts = build(
+        CONFIG.format(width=WIDTH, batch=BATCH, hidden=[WIDTH] * layers), samples, world
+    )
+    batch = next(samples.epoch(0, 0))
+    parts.step(batch, 1e-3)
+    return parts.step, batch
 
 
 def nothing() -> None:

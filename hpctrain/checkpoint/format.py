@@ -61,7 +61,9 @@ class Snapshot:
     Attributes:
         step: the last one that is part of it.
         model: parameters and buffers by name. Tied tensors, which share memory, are stored once.
-        training: optimizer state and generators by name.
+        training: generators and what else there is, by name.
+        lent: more of `training`, such as optimizer state, that stays as it is for a while.
+        lend: takes a function; calls it, and lets it return, before anything changes what is lent.
         values: the rest of the training state; JSON.
         config_toml: the resolved config.
         metrics: of an evaluation at this very step.
@@ -75,6 +77,8 @@ class Snapshot:
     training: Mapping[str, Tensor]
     values: Mapping[str, Any]
     config_toml: str
+    lent: Mapping[str, Tensor] = field(default_factory=dict)
+    lend: Callable[[Callable[[], None]], None] = lambda wait: wait()
     metrics: Mapping[str, float] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     spread: Spread | None = None

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hpctrain.checkpoint.format import write_part
+from hpctrain.checkpoint.format import Snapshot, write_part
 from hpctrain.checkpoint.host import HostCopies
 from hpctrain.checkpoint.writing import Written
 from hpctrain.errors import CheckpointError
 
-_TRIES = 2
 _PAUSE_SECONDS = 1.0
 
 Outcome = dict[str, Written] | str
@@ -35,15 +34,26 @@ class PartWriter:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome = {}
 
-    def write(
-        self, folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor]
-    ) -> None:
-        """Copy tensors to the host and write them in the background; one part at a time."""
-        copies = self._host.copy("model", model), self._host.copy("training", training)
-        self._thread = threading.Thread(
-            target=self._write, args=(folder, *copies), name="hpctrain-checkpoint"
-        )
+    def write(self, folder: Path, snapshot: Snapshot) -> None:
+        """Copy tensors to the host, what is lent meanwhile, and write them in the background.
+
+        One part at a time.
+        """
+        model = self._host.copy("model", snapshot.model)
+        training = self._host.copy("training", snapshot.training)
+        lent = self._host.copy_later("lent", snapshot.lent)
+
+        def write() -> None:
+            try:
+                lent.make()
+                self._outcome = self._write(folder, model, training | lent.host)
+            except (OSError, CheckpointError) as error:
+                self._outcome = str(error)
+            self.done += 1
+
+        self._thread = threading.Thread(target=write, name="hpctrain-checkpoint")
         self._thread.start()
+        snapshot.lend(lent.wait)
 
     def finish(self) -> Outcome:
         """Wait for the part that is being written, and return what has come of it."""
@@ -54,13 +64,10 @@ class PartWriter:
 
     def _write(
         self, folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor]
-    ) -> None:
-        for attempt in range(1, _TRIES + 1):
-            try:
-                self._outcome = write_part(folder, model, training, self._rank)
-                break
-            except (OSError, CheckpointError) as error:
-                self._outcome = str(error)
-                if attempt < _TRIES:
-                    time.sleep(_PAUSE_SECONDS)
-        self.done += 1
+    ) -> dict[str, Written]:
+        """Write the part; once more if the file system fails."""
+        try:
+            return write_part(folder, model, training, self._rank)
+        except OSError:
+            time.sleep(_PAUSE_SECONDS)
+            return write_part(folder, model, training, self._rank)

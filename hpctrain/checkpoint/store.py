@@ -75,7 +75,7 @@ class CheckpointStore:
             raise CheckpointError(f"cannot use {self._checkpoints}: {error}") from error
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copy a snapshot to the host and write it in the background.
+        """Copy a snapshot to the host, what it lends meanwhile, and write it in the background.
 
         Waits for a save that is still running, and tells so.
 
@@ -87,18 +87,31 @@ class CheckpointStore:
         self.finish()
         tied = {**aliases(snapshot.model), **snapshot.tied}
         single = {name: item for name, item in snapshot.model.items() if name not in tied}
-        copied = replace(
-            snapshot,
-            model=self._host.copy("model", single),
-            training=self._host.copy("training", snapshot.training),
-        )
-        self._thread = threading.Thread(
-            target=self._write, args=(copied, tied, begin), name="hpctrain-checkpoint"
-        )
+        model = self._host.copy("model", single)
+        training = self._host.copy("training", snapshot.training)
+        lent = self._host.copy_later("lent", snapshot.lent)
+        copied = replace(snapshot, model=model, training=training | lent.host, lent={})
+
+        def write() -> None:
+            try:
+                lent.make()
+            except CheckpointError as error:
+                self._failure = error
+                return
+            self._write(copied, tied, begin)
+
+        self._thread = threading.Thread(target=write, name="hpctrain-checkpoint")
         # One that waits for other ranks must not outlive a job that they have left.
         self._thread.daemon = snapshot.spread is not None
         self._thread.start()
         self.stall_seconds += time.perf_counter() - begin
+
+        def wait() -> None:
+            begin = time.perf_counter()
+            lent.wait()
+            self.stall_seconds += time.perf_counter() - begin
+
+        snapshot.lend(wait)
 
     def tell_waiting(self) -> None:
         """Say that training waits for a save, if one is still being written."""

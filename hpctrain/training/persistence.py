@@ -134,6 +134,8 @@ def capture(
             for key, tensor in training.items()
             if (tensor.numel() if key in rows else is_rank_zero)
         }
+    # Only an update changes the optimizer's state; parameters and buffers are the model's own.
+    lent = {key: training.pop(key) for key in list(training) if key.startswith(OPTIMIZER)}
     for rank, (of_rank, _) in enumerate(generators if is_rank_zero else ()):
         for name, tensor in of_rank.items():
             training[f"{_GENERATORS}{rank}/{name}"] = tensor
@@ -141,6 +143,8 @@ def capture(
         step=place.step,
         model=model,
         training=training,
+        lent=lent,
+        lend=step.before_update,
         values={
             "place": place.to_json(),
             "data": dict(data),

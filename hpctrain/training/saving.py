@@ -89,7 +89,7 @@ class TogetherSaver:
         self._open = True
         with raise_together(self._world.communicator):
             if self._store is None:
-                self._writer.write(folder, snapshot.model, snapshot.training)
+                self._writer.write(folder, snapshot)
             else:
                 self._others = OthersParts()
                 self._store.save(replace(snapshot, others=self._others.wait))

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.checkpoint import format as checkpoint_format
+from hpctrain.checkpoint import host
 from hpctrain.checkpoint import store as checkpoint_store
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.reading import load, load_newest
@@ -103,6 +106,52 @@ def test_training_may_go_on_while_a_save_is_written(
         tensor.zero_()
     store.finish()
     assert torch.equal(load(tmp_path).model["weight"], tensors(1)["weight"])
+
+
+def test_what_is_lent_is_copied_until_somebody_wants_to_change_it(
+    make_store: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save returns before, and what waits for it returns only after."""
+    may_copy, waits = threading.Event(), []
+    copy = host._copy
+
+    def slow(buffer: Tensor, tensor: Tensor) -> None:
+        assert may_copy.wait(60)
+        copy(buffer, tensor)
+
+    monkeypatch.setattr(host, "_copy", slow)
+    store = make_store()
+    lent = {f"optimizer/{name}": tensor for name, tensor in tensors(7).items() if name != "tied"}
+    store.save(replace(snapshot(7), lent=lent, lend=waits.append))
+    changer = threading.Thread(target=waits[0])
+    changer.start()
+    changer.join(0.05)
+    assert changer.is_alive()
+    may_copy.set()
+    changer.join(60)
+    assert not changer.is_alive()
+    for tensor in lent.values():
+        tensor.zero_()
+    store.finish()
+    assert store.stall_seconds > 0.05
+    loaded = load(tmp_path).training
+    assert torch.equal(loaded["weight/exp_avg"], tensors(7)["weight"] * 2)
+    for name, tensor in tensors(7).items():
+        if name != "tied":
+            assert torch.equal(loaded[f"optimizer/{name}"], tensor), name
+
+
+def test_a_copy_that_fails_is_told(
+    make_store: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(host, "_copy", fail)
+    store = make_store()
+    store.save(replace(snapshot(1), lent=tensors(1)))
+    with pytest.raises(CheckpointError, match="cannot copy what is to be saved: the device is"):
+        store.finish()
 
 
 def test_buffers_are_kept_from_save_to_save(

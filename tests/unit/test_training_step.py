@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpctrain.checkpoint import host
+from hpctrain.checkpoint.reading import load
+from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.state import optimizer_to_tensors
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
@@ -21,10 +28,13 @@ from hpctrain.launch.world import World
 from hpctrain.models.mlp import MLP
 from hpctrain.topology import Topology
 from hpctrain.training.bad_steps import BadSteps
+from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
+from hpctrain.training.persistence import capture
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step.weights import OPTIMIZER
 from hpctrain.training.task import Classification, Regression
 
 CPU = torch.device("cpu")
@@ -478,3 +488,44 @@ def test_no_step_waits_for_the_device(
             step(batch(), lr=1e-3)
             step.average.update(number)
     assert bool(reads.found) == waits == step.syncs
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_save_holds_the_state_from_before_the_next_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, precision: Any
+) -> None:
+    """Also where training goes on at once, and the copies of what is lent take their time."""
+    copy = host._copy
+
+    def slow(buffer: Tensor, tensor: Tensor) -> None:
+        time.sleep(0.005)
+        copy(buffer, tensor)
+
+    monkeypatch.setattr(host, "_copy", slow)
+    step = make_step(MLP(6, 3, [8]), precision=precision, optimizer=optimizer)
+    store = CheckpointStore(
+        tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    )
+    for number in range(1, 4):
+        step(batch(), 0.02)
+        expected = {
+            OPTIMIZER + name: tensor.clone()
+            for name, tensor in optimizer_to_tensors(step.optimizer, step.model).items()
+        }
+        weights = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+        snapshot = capture(
+            WORLD, step, Place(step=number), data={}, extra={}, config_toml="", metrics=None
+        )
+        assert snapshot is not None
+        assert snapshot.lent.keys() == expected.keys()
+        store.save(snapshot)
+        step(batch(), 0.02)
+        store.finish()
+        loaded = load(tmp_path)
+        assert all(torch.equal(loaded.training[name], item) for name, item in expected.items())
+        assert all(torch.equal(loaded.model[name], item) for name, item in weights.items())
+    assert any(
+        not torch.equal(loaded.training[OPTIMIZER + name], item)
+        for name, item in optimizer_to_tensors(step.optimizer, step.model).items()
+    )

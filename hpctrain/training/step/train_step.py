@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,6 +152,10 @@ class TrainStep:
     def settle(self) -> None:
         """Have parameters where an update expects them, after passes without a backward one."""
         self._replica.settle()
+
+    def before_update(self, do: Callable[[], None]) -> None:
+        """Call something once, before the next time that the optimizer's state changes."""
+        self._update.call_before(do)
 
     def communication_seconds(self) -> float:
         """Return how long this rank has waited for gradients after its own were there."""

@@ -55,6 +55,11 @@ class Update:
         self._epsilon = self._constant(1e-6, device)
         self.grad_norm = self._constant(0.0, device)
         self.bad_steps = BadSteps(device)
+        self._before: Callable[[], None] | None = None
+
+    def call_before(self, do: Callable[[], None]) -> None:
+        """Call something once, before the next time that the optimizer's state changes."""
+        self._before = do
 
     def apply(self, gradients: list[Tensor], lr: float, factor: Tensor | None) -> None:
         """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
@@ -85,6 +90,9 @@ class Update:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
 
+        if self._before is not None:
+            self._before()
+            self._before = None
         set_learning_rate(self.optimizer, lr)
         if not self._looks:
             # Fused kernels read this flag and leave parameters and their own state alone.
