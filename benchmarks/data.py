@@ -305,7 +305,9 @@ def install(folder: Path) -> str:
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "outer.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
-    command = [str(python), "-m", "pip", "install", "--quiet", *PEERS.values()]
+    # With the torch that the tests install, which is without gigabytes for GPUs.
+    pins = ["--constraint", str(HERE.parent / "constraints.txt")]
+    command = [str(python), "-m", "pip", "install", "--quiet", *pins, *PEERS.values()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return str(python)
 

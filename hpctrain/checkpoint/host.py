@@ -22,7 +22,7 @@ class HostCopies:
         """Return copies of tensors on the host, in the place of those of the same group before."""
         host = self._buffers(group, tensors)
         for name, tensor in tensors.items():
-            host[name].copy_(tensor.detach(), non_blocking=True)
+            host[name].copy_(tensor.detach(), non_blocking=_is_on_cuda(tensor))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return host
@@ -39,7 +39,7 @@ class HostCopies:
             buffer = kept.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+                    tensor.shape, dtype=tensor.dtype, pin_memory=_is_on_cuda(tensor)
                 )
             host[name] = buffer
         self._kept[group] = host
@@ -49,8 +49,8 @@ class HostCopies:
 class LaterCopies:
     """Copies in the making, while the originals stay as they are.
 
-    A CUDA device makes them on a stream of its own, beside its work; of what is on the host, the
-    thread that calls `make` does. torch would wake as many threads as training computes with.
+    A CUDA device makes them on a stream of its own, beside its work; of all else the thread that
+    calls `make` does.
 
     Attributes:
         host: by name; whole when `make` has returned.
@@ -61,8 +61,8 @@ class LaterCopies:
         # Held until they are copied, whatever else lets go of them.
         self._originals = {name: tensor.detach() for name, tensor in tensors.items()}
         self._on_device: torch.cuda.Event | None = None
-        self._left_host = Event()
-        queued = [name for name, tensor in tensors.items() if tensor.device.type == "cuda"]
+        self._copied = Event()
+        queued = [name for name, tensor in tensors.items() if _is_on_cuda(tensor)]
         if queued:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -72,34 +72,39 @@ class LaterCopies:
                 self._on_device = stream.record_event()
 
     def make(self) -> None:
-        """Make the copies of what is on the host, and wait for those of the device.
+        """Make the copies, and wait for those of a CUDA device.
 
         Raises:
             CheckpointError: if torch cannot.
         """
         try:
             for name, tensor in self._originals.items():
-                if tensor.device.type != "cuda":
+                if not _is_on_cuda(tensor):
                     _copy(self.host[name], tensor)
-            self._left_host.set()
+            self._copied.set()
             if self._on_device is not None:
                 self._on_device.synchronize()
         except RuntimeError as error:
             raise CheckpointError(f"cannot copy what is to be saved: {error}") from error
         finally:
-            self._left_host.set()
+            self._copied.set()
             self._originals.clear()
 
     def wait(self) -> None:
         """Return as soon as the originals may change; what the device is told next waits itself."""
-        self._left_host.wait()
+        self._copied.wait()
         if self._on_device is not None:
             torch.cuda.current_stream().wait_event(self._on_device)
 
 
+def _is_on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 def _copy(buffer: Tensor, tensor: Tensor) -> None:
-    """Copy to contiguous memory of the host, by this thread alone where that is simple."""
-    if tensor.is_contiguous():
+    """Copy to contiguous memory of the host."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        # torch would wake as many threads as training computes with at this moment.
         ctypes.memmove(buffer.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.element_size())
     else:
         buffer.copy_(tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.chunk_reading import ChunkJob, ChunkReader, chunk_jobs
+from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.extents import ExtentReader, Extents
 from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
@@ -184,8 +186,7 @@ class RowAccess:
         field = self.dataset.fields[name]
         pieces = pieces.only(np.argsort(pieces.shards, kind="stable"))
         left = [pieces.only(slice(0))]
-        plain: list[Pieces] = []
-        offsets: list[Int64s] = []
+        plain: list[tuple[ChunkedField, Pieces]] = []
         jobs: list[ChunkJob] = []
         for index in np.unique(pieces.shards).tolist():
             of_shard = pieces.only(slice(*np.searchsorted(pieces.shards, (index, index + 1))))
@@ -196,10 +197,7 @@ class RowAccess:
                     self._tell(name, self.dataset.shards[index], shard.reasons[name])
                 left.append(of_shard)
             elif chunks.is_plain:
-                cut, starts = chunks.cut(of_shard)
-                left.append(cut.only(starts < 0))
-                plain.append(cut.only(starts >= 0))
-                offsets.append(starts[starts >= 0])
+                plain.append((chunks, of_shard))
             else:
                 singly = of_shard.singly()
                 written = chunks.is_written(singly.firsts)
@@ -208,10 +206,11 @@ class RowAccess:
                 jobs += chunk_jobs(index, shard.descriptor, chunks, rows, places)
         left += self._chunks.read(jobs, output)
         if plain:
-            pieces = Pieces.joined(plain)
-            at = np.concatenate(offsets)
+            pieces, offsets = _in_plain_chunks(plain)
+            left.append(pieces.only(offsets < 0))
+            pieces, offsets = pieces.only(offsets >= 0), offsets[offsets >= 0]
             descriptors = self._descriptors(opened)[pieces.shards]
-            left.append(self._read_bytes(field, pieces, descriptors, at, output))
+            left.append(self._read_bytes(field, pieces, descriptors, offsets, output))
         return Pieces.joined(left).merged()
 
     def _descriptors(self, opened: dict[int, OpenShard | None]) -> Int64s:
@@ -275,6 +274,26 @@ def most_open_files() -> int:
     """Return how many files a reader keeps open."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_OPEN_FILES if allowed < 0 else max(1, min(MOST_OPEN_FILES, allowed // 4))
+
+
+def _in_plain_chunks(plain: Sequence[tuple[ChunkedField, Pieces]]) -> tuple[Pieces, Int64s]:
+    """Cut pieces where chunks end, and find them in the files.
+
+    Args:
+        plain: of shards in ascending order, their plain chunks and what is wanted of them.
+
+    Returns:
+        The pieces, and where each begins, as `ChunkedField.offsets` does.
+    """
+    rows = np.repeat([chunks.rows for chunks, _ in plain], [len(part.shards) for _, part in plain])
+    cut = Pieces.joined([part for _, part in plain]).cut(rows)
+    bounds = np.searchsorted(cut.shards, [part.shards[0] for _, part in plain]).tolist()
+    ends = [*bounds[1:], len(cut.shards)]
+    offsets = [
+        chunks.offsets(cut.firsts[first:stop])
+        for (chunks, _), first, stop in zip(plain, bounds, ends, strict=True)
+    ]
+    return cut, np.concatenate(offsets)
 
 
 def _offsets(dataset: Dataset, name: str) -> Int64s:

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.ragged import as_slice, within
+from hpctrain.data.order.ragged import as_slice
 from hpctrain.data.reading.filters import Pipeline, UndecodableError
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.outputs import Output
-from hpctrain.data.reading.pieces import Bytes, Pieces
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
 
 MOST_CHUNKS = 2**18
@@ -46,6 +46,7 @@ class ChunkedField:
     """The chunks of one field in one shard.
 
     Attributes:
+        rows: that each chunk has room for.
         pipeline: undoes the filters.
     """
 
@@ -65,7 +66,7 @@ class ChunkedField:
         self._chunk: tuple[int, ...] = dataset.chunks
         self._dtype = dataset.dtype
         self._field = Field(self._shape[1:], self._dtype)
-        self._rows = self._chunk[0]
+        self.rows = self._chunk[0]
         self._grid = [-(-a // b) for a, b in zip(self._shape, self._chunk, strict=True)]
         self._row_chunks = math.prod(self._grid[1:])
         if math.prod(self._grid) > MOST_CHUNKS:
@@ -85,34 +86,27 @@ class ChunkedField:
             self.pipeline.is_plain and self._row_chunks == 1 and self._chunk[1:] == self._shape[1:]
         )
 
-    def cut(self, pieces: Pieces) -> tuple[Pieces, Int64s]:
-        """Cut runs of rows where chunks end, and find them in the file: for plain chunks.
+    def offsets(self, rows: Int64s) -> Int64s:
+        """Return where rows of plain chunks begin in the file.
+
+        Args:
+            rows: (count,) int64, of the shard.
 
         Returns:
-            The pieces, and where each begins, (pieces,) int64: bytes from the start of the file,
-            or -1 if its chunk was never written.
+            (count,) int64, bytes from the start of the file; -1 if the chunk was never written.
         """
-        first_chunks = pieces.firsts // self._rows
-        counts = (pieces.firsts + pieces.counts - 1) // self._rows - first_chunks + 1
-        owners = np.repeat(np.arange(len(counts)), counts)
-        chunks = first_chunks[owners] + within(counts)
-        firsts = np.maximum(pieces.firsts[owners], chunks * self._rows)
-        stops = (pieces.firsts + pieces.counts)[owners]
-        rows = np.minimum(stops, (chunks + 1) * self._rows) - firsts
-        places = pieces.places[owners] + firsts - pieces.firsts[owners]
+        chunks, inside = np.divmod(rows, self.rows)
         starts = self._table[chunks, 0]
-        row_bytes = self._bytes // self._rows
-        at = np.where(starts < 0, -1, starts + (firsts - chunks * self._rows) * row_bytes)
-        return Pieces(pieces.shards[owners], firsts, rows, places), at
+        return np.where(starts < 0, -1, starts + inside * (self._bytes // self.rows))
 
     def is_written(self, rows: Int64s) -> npt.NDArray[np.bool_]:
         """Tell of rows of the shard whether all chunks that hold them are in the file."""
-        written: npt.NDArray[np.bool_] = self._is_written[rows // self._rows]
+        written: npt.NDArray[np.bool_] = self._is_written[rows // self.rows]
         return written
 
     def groups(self, rows: Int64s) -> list[ChunkGroup]:
         """Return the chunks that hold these rows of the shard, (rows,) int64, ascending."""
-        rows_of_chunks = np.unique(rows // self._rows)
+        rows_of_chunks = np.unique(rows // self.rows)
         inner = np.arange(self._row_chunks)
         chunks = (rows_of_chunks[:, None] * self._row_chunks + inner).ravel()
         starts, sizes, skipped = self._table[chunks].T
@@ -138,7 +132,7 @@ class ChunkedField:
     def rows_of(self, group: ChunkGroup) -> tuple[int, int]:
         """Return the first row of the shard that a group holds some of, and one past the last."""
         first, last = (int(group.chunks[i]) // self._row_chunks for i in (0, -1))
-        return first * self._rows, (last + 1) * self._rows
+        return first * self.rows, (last + 1) * self.rows
 
     def undo(
         self,
@@ -165,13 +159,13 @@ class ChunkedField:
         content = self.pipeline.decode(raw, group.sizes, group.skipped, memory)
         cells = content.view(self._dtype).reshape(-1, *self._chunk[1:])
         if self._row_chunks == 1:  # rows follow each other
-            picked = np.searchsorted(group.chunks, rows // self._rows) * self._rows
-            self._put(cells, 0, picked + rows % self._rows, places, output)
+            picked = np.searchsorted(group.chunks, rows // self.rows) * self.rows
+            self._put(cells, 0, picked + rows % self.rows, places, output)
             return
         for i, chunk in enumerate(group.chunks.tolist()):
             row, inner = divmod(chunk, self._row_chunks)
-            some = slice(*np.searchsorted(rows, (row * self._rows, (row + 1) * self._rows)))
-            picked = rows[some] + (i - row) * self._rows
+            some = slice(*np.searchsorted(rows, (row * self.rows, (row + 1) * self.rows)))
+            picked = rows[some] + (i - row) * self.rows
             self._put(cells, inner, picked, places[some], output)
 
     def _put(

@@ -38,6 +38,8 @@ _short = ctypes.PyDLL(None)
 _malloc, _free, _copy = _short.malloc, _short.free, _short.memcpy
 _malloc.restype, _malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 _free.restype, _free.argtypes = None, [ctypes.c_void_p]
+VALUES_IN_CACHE = 2**18
+"""Values that are put together in one go, in several passes over them."""
 LEAST_LONG_COPY = 2**18
 """Bytes from which on a copy takes longer than to let go of Python's lock for it."""
 _copy.restype = ctypes.c_void_p
@@ -155,10 +157,12 @@ def _unshuffle(item_bytes: int, chunks: Bytes, out: Bytes) -> Bytes:
     if item_bytes in (2, 4) and done == chunks.shape[1]:
         # Shifts of whole values: up to three times as fast as copies of single bytes.
         whole = out.view(f"<u{item_bytes}")
-        whole[...] = parts[-1]
-        for part in reversed(parts[:-1]):
-            np.left_shift(whole, 8, out=whole)
-            np.bitwise_or(whole, part, out=whole)
+        for first in range(0, values, VALUES_IN_CACHE):
+            some = slice(first, first + VALUES_IN_CACHE)
+            whole[:, some] = parts[-1][:, some]
+            for part in reversed(parts[:-1]):
+                np.left_shift(whole[:, some], 8, out=whole[:, some])
+                np.bitwise_or(whole[:, some], part[:, some], out=whole[:, some])
         return out
     out[:, done:] = chunks[:, done:]
     for i, part in enumerate(parts):

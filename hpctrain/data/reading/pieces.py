@@ -38,6 +38,19 @@ class Pieces(NamedTuple):
         """Return some of them, by index or mask."""
         return Pieces(*(each[which] for each in self))
 
+    def cut(self, rows: Int64s) -> Pieces:
+        """Cut each where a multiple of so many rows of its shard begins: (pieces,) int64."""
+        _, firsts, counts, places = self
+        before = firsts // rows
+        parts = (firsts + counts - 1) // rows - before + 1
+        owners = np.repeat(np.arange(len(parts)), parts)
+        begins = (before[owners] + within(parts)) * rows[owners]
+        inside = np.maximum(begins - firsts[owners], 0)
+        stops = np.minimum(begins + rows[owners] - firsts[owners], counts[owners])
+        return Pieces(
+            self.shards[owners], firsts[owners] + inside, stops - inside, places[owners] + inside
+        )
+
     def singly(self) -> Pieces:
         """Return every row as a piece of its own."""
         inside = within(self.counts)
