@@ -30,6 +30,8 @@ Decode = Callable[[Bytes, int], Bytes]
 DEFLATE, SHUFFLE, ZSTD = 1, 2, 32015
 _LIBRARIES = {32001: "blosc", 32004: "lz4", 32008: "bshuf", ZSTD: "zstd", 32026: "blosc2"}
 """Filters of hdf5plugin that may run in several threads at once, by their registered numbers."""
+VALUES_IN_CACHE = 2**18
+"""Values that are put together in one go, in several passes over them."""
 _REVERSE = 0x0100
 """Source: H5Z_FLAG_REVERSE of H5Zpublic.h: undo the filter."""
 
@@ -38,8 +40,6 @@ _short = ctypes.PyDLL(None)
 _malloc, _free, _copy = _short.malloc, _short.free, _short.memcpy
 _malloc.restype, _malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 _free.restype, _free.argtypes = None, [ctypes.c_void_p]
-VALUES_IN_CACHE = 2**18
-"""Values that are put together in one go, in several passes over them."""
 LEAST_LONG_COPY = 2**18
 """Bytes from which on a copy takes longer than to let go of Python's lock for it."""
 _copy.restype = ctypes.c_void_p
@@ -94,7 +94,8 @@ class Pipeline:
         """
         chunks = len(sizes)
         if self._frames is not None and not any(skipped):
-            room = memory.take(2 * chunks * self._chunk_bytes).reshape(2 * chunks, -1)
+            rooms = chunks if self._item_bytes == 1 else 2 * chunks
+            room = memory.take(rooms * self._chunk_bytes).reshape(rooms, -1)
             self._frames(raw, room[:chunks])
             return _unshuffle(self._item_bytes, room[:chunks], room[chunks:])
         if chunks == 1:
