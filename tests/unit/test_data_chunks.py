@@ -66,6 +66,10 @@ def read(reader: RowAccess, runs: list[tuple[int, int]]) -> np.ndarray[Any, Any]
 RUNS = [(0, 101), (100, 1), (35, 7), (3, 2), (4, 20), (40, 61), (7, 1), (8, 1)]
 
 
+def of_runs(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate([values[row : row + count] for row, count in RUNS])
+
+
 @pytest.fixture
 def no_hdf5_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -82,8 +86,7 @@ def test_every_filter(tmp_path: Path, options: dict[str, Any], threads: int) -> 
     dataset = open_dataset(str(tmp_path))
     assert dataset.slow_fields() == {}
     reader = RowAccess(dataset, helpers=Helpers(threads))
-    expected = np.concatenate([values_of("i4")[row : row + count] for row, count in RUNS])
-    assert (read(reader, RUNS) == expected).all()
+    assert (read(reader, RUNS) == of_runs(values_of("i4"))).all()
     assert reader.files_opened == len(SHARDS)
     reader.close()
 
@@ -115,8 +118,7 @@ def test_every_shape_of_chunks_and_number(
     write(tmp_path, dtype, chunks, **options)
     reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(2))
     native = values_of(np.dtype(dtype).newbyteorder("=").str)
-    expected = np.concatenate([native[row : row + count] for row, count in RUNS])
-    assert (read(reader, RUNS) == expected).all()
+    assert (read(reader, RUNS) == of_runs(native)).all()
     reader.close()
 
 
@@ -252,8 +254,7 @@ def test_chunks_in_any_order_in_the_file(
         for first in (16, 24, 96, 0, 8, 88, 32, 80, 40, 48, 72, 56, 64):
             data[first : first + 8] = values[first : first + 8]
     reader = RowAccess(open_dataset(str(tmp_path)), helpers=Helpers(2))
-    expected = np.concatenate([values[row : row + count] for row, count in RUNS])
-    assert (read(reader, RUNS) == expected).all()
+    assert (read(reader, RUNS) == of_runs(values)).all()
     reader.close()
 
 

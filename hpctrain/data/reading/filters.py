@@ -68,10 +68,9 @@ class Pipeline:
         # In the order of undoing; each with its bit in the mask of filters that a chunk skipped.
         self._steps = [(1 << i, _decoder(each)) for i, each in enumerate(filters)][::-1]
         # What undoes neighbouring chunks in one go, if anything does.
-        shuffled = [each.number for each in filters] == [SHUFFLE, ZSTD]
-        self._item_bytes = filters[0].values[0] if shuffled else 1
-        is_zstd = shuffled or [each.number for each in filters] == [ZSTD]
-        self._frames = _zstd_frames() if is_zstd else None
+        numbers = [each.number for each in filters]
+        self._item_bytes = filters[0].values[0] if numbers == [SHUFFLE, ZSTD] else 1
+        self._frames = _zstd_frames() if numbers in ([ZSTD], [SHUFFLE, ZSTD]) else None
 
     @property
     def is_plain(self) -> bool:
