@@ -125,6 +125,15 @@ class DataSection:
     validation: Text | None = None
     """The same, for evaluation; none: no evaluation."""
 
+    file_order: Literal["natural", "name"] | None = None
+    """Order of files that are found: 2 before 10, or by name; none: "natural" in a new run."""
+
+    decode: Literal["cf", "none"] | None = None
+    """Read packed and missing values by the CF conventions, or as stored; none: "cf" in a new run.
+
+    Of these two, none means in a run that has begun: as it began, `hpctrain.config.semantics`.
+    """
+
     global_batch_size: Count
     """Samples of all ranks in one step."""
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpctrain.config.semantics import settle
 from hpctrain.data.files import filesystem_of
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import Checks
@@ -18,7 +19,9 @@ from hpctrain.training.datasets import Data, open_data
 def open_and_check(checks: Checks, world: World) -> Data | None:
     """Open the datasets as a run does. Collective: all ranks."""
     opened = checks.keep(
-        "dataset", judging.DATASET_FIX, lambda: open_data(checks.config, world, None)
+        "dataset",
+        judging.DATASET_FIX,
+        lambda: open_data(checks.config, world, settle(checks.config), None),
     )
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")

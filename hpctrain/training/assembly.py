@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.messages import did_you_mean, shown
+from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError
 from hpctrain.launch.agreement import raise_together
@@ -22,6 +23,7 @@ from hpctrain.training.horizon import Horizon
 from hpctrain.training.optimization.learning_rate import LearningRate
 from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
 from hpctrain.training.step.broadcast import broadcast_model
+from hpctrain.training.step.first_release import cast_as_begun
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.preparation import is_spread, prepare_model
 from hpctrain.training.step.sync_check import check_equal_shapes
@@ -36,13 +38,14 @@ Components = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What is trained, and how."""
+    """What is trained, and how; `notes` is what else the header should say of it."""
 
     model: nn.Module
     task: Task
     number_format: NumberFormat
     schedule: LearningRate
     step: TrainStep
+    notes: Sequence[str] = ()
 
 
 class Shapes(Protocol):
@@ -70,6 +73,7 @@ def build_parts(
     shapes: Shapes,
     horizon: Horizon,
     *,
+    semantics: Semantics = NEWEST,
     validates: bool,
 ) -> Parts:
     """Build model, task, optimizer and step, the same on all ranks, and prime them.
@@ -82,6 +86,7 @@ def build_parts(
         components: as resolved.
         shapes: of the training data: their loader.
         horizon: length of the run.
+        semantics: the rules of the run.
         validates: whether there are data to evaluate with.
 
     Raises:
@@ -99,6 +104,9 @@ def build_parts(
         model = _built("model", config, components, **config.model.arguments)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+        notes = []
+        if semantics.model_dtypes == "cast":
+            notes = cast_as_begun(model, number_format.parameters, training.precision)
         model = prepare_model(
             model, training, number_format, world.device, world.topology.world_size
         )
@@ -157,7 +165,14 @@ def build_parts(
     step.prime()
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
-    return Parts(model=model, task=task, number_format=number_format, schedule=schedule, step=step)
+    return Parts(
+        model=model,
+        task=task,
+        number_format=number_format,
+        schedule=schedule,
+        step=step,
+        notes=notes,
+    )
 
 
 def seed_generators(seed: int) -> None:

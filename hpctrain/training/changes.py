@@ -7,9 +7,11 @@ from typing import Any
 from hpctrain.checkpoint.tools import config_changes
 from hpctrain.config import Config, to_toml
 from hpctrain.config.messages import shown
+from hpctrain.config.semantics import CHOOSABLE, Semantics, older_rules, settle
 from hpctrain.config.source import parse
 from hpctrain.config.validation import validate
 from hpctrain.errors import ConfigError
+from hpctrain.training.persistence import Resumed
 
 # Of these a change says nothing about what is trained.
 _UNREMARKABLE = ("run.", "logging.", "launch.", "checkpoint.")
@@ -25,6 +27,26 @@ _FIXED = {
 _SHOWN = 12
 
 
+def rules_and_changes(config: Config, resumed: Resumed | None) -> tuple[Semantics, list[str]]:
+    """Return the rules of the run, and what is not as it was, a line for each.
+
+    Args:
+        config: of this job.
+        resumed: the checkpoint that the run goes on from; None: it begins.
+
+    Raises:
+        ConfigError: if what a run keeps for its life has changed.
+        CheckpointError: if the record of the rules cannot be read.
+    """
+    if resumed is None:
+        return settle(config), []
+    semantics = settle(config, resumed.values)
+    return semantics, [
+        *older_rules(semantics, config),
+        *told_changes(resumed.config_toml, config),
+    ]
+
+
 def told_changes(before: str, now: Config) -> list[str]:
     """Return what has changed, a line for each key.
 
@@ -38,7 +60,7 @@ def told_changes(before: str, now: Config) -> list[str]:
     changes = {
         key: values
         for key, values in config_changes(_with_defaults(before), to_toml(now)).items()
-        if not key.startswith(_UNREMARKABLE)
+        if not key.startswith(_UNREMARKABLE) and key not in CHOOSABLE  # `settle` looks at those
     }
     for key, why in _FIXED.items():
         if key in changes:

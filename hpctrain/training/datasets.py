@@ -9,6 +9,8 @@ from typing import Any
 
 from hpctrain.config import Config
 from hpctrain.config.normalizing import Normalization
+from hpctrain.config.semantics import RECORD as SEMANTICS
+from hpctrain.config.semantics import Semantics
 from hpctrain.data import Dataset, Order
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.opening import open_datasets
@@ -20,8 +22,13 @@ from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.state import from_state
 from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
-from hpctrain.training.batch_finishing import find_normalizations
 from hpctrain.training.horizon import Horizon, Place
+from hpctrain.training.normalizing import RECORD as NORMALIZATION
+from hpctrain.training.normalizing import (
+    find_normalizations,
+    normalizations_begun_with,
+    normalizations_to_record,
+)
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.staging import Staging
 from hpctrain.training.transforms import Transforms
@@ -32,10 +39,14 @@ class Data:
     """The datasets of a run, the same on all ranks, and how the training data are served.
 
     Attributes:
+        semantics: the rules by which the run understands its config.
+        normalizations: the numbers in use, by field.
         transforms: what becomes of samples between the files and the task.
         place: where the run goes on.
     """
 
+    semantics: Semantics
+    normalizations: Mapping[str, Normalization]
     train: Dataset
     validation: Dataset | None
     train_loader: TrainLoader
@@ -44,6 +55,13 @@ class Data:
     place: Place
     horizon: Horizon
     staging: Staging
+
+    def record(self, config: Config) -> dict[str, Any]:
+        """Return what a checkpoint says of how the data become numbers: rules and statistics."""
+        return {
+            SEMANTICS: self.semantics.to_json(),
+            NORMALIZATION: normalizations_to_record(config, self.normalizations),
+        }
 
     def stage(self, config: Config, world: World) -> None:
         """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
@@ -58,8 +76,14 @@ class Data:
         self.staging.close()
 
 
-def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
+def open_data(config: Config, world: World, semantics: Semantics, resumed: Resumed | None) -> Data:
     """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.
+
+    Args:
+        config: names the data.
+        world: the ranks.
+        semantics: the rules of the run.
+        resumed: the checkpoint that the run goes on from; None: it begins.
 
     Raises:
         DatasetError: on every rank, if the data are not what the config says, or not those that
@@ -69,7 +93,7 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
     """
     section, topology = config.data, world.topology
     fields = list(dict.fromkeys([*config.task.inputs, *filter(None, [config.task.target])]))
-    train, validation, normalizations = _open_datasets(config, world, fields)
+    train, validation, normalizations = _open_datasets(config, world, fields, semantics, resumed)
     if section.verify == "start":
         with raise_together(world.communicator):
             datasets = [train, *filter(None, [validation])]
@@ -122,6 +146,8 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
                 **in_common,
             )
     return Data(
+        semantics=semantics,
+        normalizations=normalizations,
         train=train,
         validation=validation,
         train_loader=train_loader,
@@ -134,14 +160,19 @@ def open_data(config: Config, world: World, resumed: Resumed | None) -> Data:
 
 
 def _open_datasets(
-    config: Config, world: World, fields: Sequence[str]
+    config: Config,
+    world: World,
+    fields: Sequence[str],
+    semantics: Semantics,
+    resumed: Resumed | None,
 ) -> tuple[Dataset, Dataset | None, dict[str, Normalization]]:
     """Look into the files on rank 0, for all ranks. Collective: all ranks."""
     opened: tuple[Dataset, Dataset | None, dict[str, Normalization]] | None = None
     with raise_together(world.communicator):
         if world.topology.is_rank_zero:
-            train, validation = open_datasets(config.data, fields)
-            opened = train, validation, find_normalizations(config, train)
+            train, validation = open_datasets(config.data, fields, semantics)
+            begun = {} if resumed is None else normalizations_begun_with(config, resumed.values)
+            opened = train, validation, find_normalizations(config, train, begun)
     opened = world.communicator.broadcast(opened)
     assert opened is not None
     return opened

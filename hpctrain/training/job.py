@@ -24,7 +24,7 @@ from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.assembly import Parts, build_parts
-from hpctrain.training.changes import told_changes
+from hpctrain.training.changes import rules_and_changes
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import Data, open_data
 from hpctrain.training.folder import RunFolder
@@ -104,8 +104,8 @@ def _train(
     with raise_together(world.communicator):
         components = resolve_components(config, command[0], command[1:])
     resumed = find_checkpoint(config, world, folder.path if folder else None)
-    changes = [] if resumed is None else told_changes(resumed.config_toml, config)
-    data = open_data(config, world, resumed)
+    semantics, changes = rules_and_changes(config, resumed)
+    data = open_data(config, world, semantics, resumed)
     place = data.place
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
@@ -125,6 +125,7 @@ def _train(
         components,
         data.train_loader,
         data.horizon,
+        semantics=semantics,
         validates=data.validation is not None,
     )
     with raise_together(world.communicator):

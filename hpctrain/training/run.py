@@ -245,6 +245,7 @@ class Run:
             "metrics": self.metrics,
             "best": None if best is None else [best.name, best.value, best.step],
             "evaluation_owed": self.evaluation_owed,
+            **self._data.record(self._config),
         }
 
     def _read(self, place: Place) -> Metrics:

@@ -61,7 +61,7 @@ def header_text(
             resume=None
             if resumed is None
             else f"step {place.step:,}, epoch {place.epoch + 1}: {resumed.path}",
-            notes=[*_notes(config, world, parts, data, resumed), *changes],
+            notes=[*_notes(config, world, parts, data, resumed), *parts.notes, *changes],
         )
     )
 

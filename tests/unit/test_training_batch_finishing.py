@@ -29,7 +29,8 @@ from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner
 from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
 from hpctrain.errors import ConfigError, DatasetError
-from hpctrain.training.batch_finishing import build_finishing, find_normalizations
+from hpctrain.training.batch_finishing import build_finishing
+from hpctrain.training.normalizing import find_normalizations
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (300, 2, 3, 3), np.uint8)
@@ -72,7 +73,7 @@ def config(**data: Any) -> Config:
 
 
 def finished(dataset: Dataset, config: Config) -> torch.Tensor:
-    normalizations = find_normalizations(config, dataset)
+    normalizations = find_normalizations(config, dataset, {})
     finishing = build_finishing(config, dataset.fields, ("image",), normalizations, CPU)
     fields = {"image": torch.from_numpy(IMAGES.copy()), "label": torch.arange(300)}
     return finishing.apply(fields, KEYS, training=True)["image"]
@@ -83,7 +84,7 @@ def test_normalised_by_the_statistics_of_the_training_data(
 ) -> None:
     for word in ("stats", "channel_stats"):
         with pytest.raises(DatasetError, match="there are no statistics"):
-            find_normalizations(config(normalize={"image": word}), dataset)
+            find_normalizations(config(normalize={"image": word}), dataset, {})
     write_stats(measure(dataset, jobs=1), Path(dataset.shards[0].path).parent / STATS_NAME)
     whole = finished(dataset, config(normalize={"image": "stats"}))
     assert torch.allclose(whole.mean(), torch.tensor(0.0), atol=1e-5)
@@ -100,11 +101,11 @@ def test_the_statistics_of_windows_are_those_of_the_rows(dataset: Dataset) -> No
     shown = {"picture": FieldTable(path="image", steps=2)}
     section = DataSection(train=dataset.source, global_batch_size=8, fields=shown)
     train, _ = open_datasets(section, ["picture", "label"])
-    found = find_normalizations(config(normalize={"picture": "stats"}), train)["picture"]
+    found = find_normalizations(config(normalize={"picture": "stats"}), train, {})["picture"]
     assert found.mean == pytest.approx((IMAGES.mean(),))
     assert found.std == pytest.approx((IMAGES.std(),))
     with pytest.raises(ConfigError, match="the first axis of a sample is no axis of the rows"):
-        find_normalizations(config(normalize={"picture": "channel_stats"}), train)
+        find_normalizations(config(normalize={"picture": "channel_stats"}), train, {})
 
 
 def test_a_transform_with_arguments(dataset: Dataset) -> None:

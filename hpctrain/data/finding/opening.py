@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Column, Part, View
@@ -34,12 +35,15 @@ MASK_ROWS = 2**22
 """Rows of a mask that are read at once."""
 
 
-def open_datasets(section: DataSection, fields: Sequence[str]) -> tuple[Dataset, Dataset | None]:
+def open_datasets(
+    section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
+) -> tuple[Dataset, Dataset | None]:
     """Find out what a run trains and evaluates with. Reads no sample, but the masks.
 
     Args:
         section: of the config.
         fields: that the task needs.
+        semantics: the rules of the run.
 
     Returns:
         The samples to train with, and those to evaluate with, None if there are none.
