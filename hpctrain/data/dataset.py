@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.errors import DatasetError
 
 SUPPORTED_DTYPES = frozenset(
@@ -83,6 +84,8 @@ class Shard:
         checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
         layouts: by field.
         sources: other files that values come from: of virtual datasets, and external storage.
+        codings: of the fields whose numbers do not all stand for themselves; None: nobody has
+            looked, `hpctrain.data.finding.attributes.with_codings` does.
     """
 
     path: str
@@ -91,10 +94,19 @@ class Shard:
     checksum: str | None
     layouts: Mapping[str, Layout]
     sources: tuple[str, ...] = ()
+    codings: Mapping[str, Coding] | None = None
 
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
+
+    def select(self, names: Sequence[str]) -> Shard:
+        """Return the same shard with these fields only."""
+        codings = self.codings
+        if codings is not None:
+            codings = {name: codings[name] for name in names if name in codings}
+        layouts = {name: self.layouts[name] for name in names}
+        return dataclasses.replace(self, layouts=layouts, codings=codings)
 
 
 @dataclass(frozen=True)
@@ -152,11 +164,39 @@ class Dataset:
         return Dataset(
             source=self.source,
             fields={name: self.fields[name] for name in names},
-            shards=tuple(
-                dataclasses.replace(s, layouts={name: s.layouts[name] for name in names})
-                for s in self.shards
-            ),
+            shards=tuple(shard.select(names) for shard in self.shards),
         )
+
+    def home(self, name: str) -> tuple[Dataset, str]:
+        """Return the dataset whose rows the values of a field are made of, and its name there."""
+        return self, name
+
+    def codings(self, name: str) -> tuple[Coding, ...]:
+        """Return how the numbers of a field stand for values, for each shard of its home."""
+        return tuple((shard.codings or {}).get(name, PLAIN) for shard in self.shards)
+
+    def as_stored(self, names: Iterable[str]) -> Dataset:
+        """Return the same dataset, but that every number of these fields stands for itself."""
+        stored = frozenset(names)
+        if not stored:
+            return self
+        shards = tuple(
+            dataclasses.replace(
+                shard,
+                codings={k: v for k, v in (shard.codings or {}).items() if k not in stored},
+            )
+            for shard in self.shards
+        )
+        return dataclasses.replace(self, shards=shards)
+
+    def shards_of(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return which shard of its home each row of a field is in.
+
+        Returns:
+            (samples,), or (samples, steps) where a sample of the field holds several rows.
+        """
+        del name  # all of a sample is in one shard
+        return np.searchsorted(self.shard_stops, samples, side="right")
 
     def places(self, samples: npt.NDArray[np.int64]) -> list[tuple[Shard, int]]:
         """Return the shard of each sample, and its row there; of a window its first row."""

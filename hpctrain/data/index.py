@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
 from hpctrain.data.files import file_checksum, replace_file
 from hpctrain.errors import DatasetError
@@ -48,6 +49,7 @@ def write_index(dataset: Dataset, folder: Path, origin: Mapping[str, Any] | None
                 "bytes": shard.size,
                 "xxh3": shard.checksum,
                 "layouts": {name: _layout_json(layout) for name, layout in shard.layouts.items()},
+                **_codings_json(shard.codings),
             }
             for shard in dataset.shards
         ],
@@ -120,6 +122,13 @@ def _layout_json(layout: Layout) -> dict[str, Any]:
     return {"chunk_rows": layout.chunk_rows, "reason": layout.reason}
 
 
+def _codings_json(codings: Mapping[str, Coding] | None) -> dict[str, Any]:
+    """Return the entry of a shard, none where nobody has looked at the attributes of its fields."""
+    if codings is None:
+        return {}
+    return {"codings": {name: coding.to_json() for name, coding in codings.items()}}
+
+
 class _Parser:
     """Builds a Dataset from JSON and says which key is wrong where it cannot."""
 
@@ -184,7 +193,20 @@ class _Parser:
                 name: self._layout(layouts[name], f"{place}layouts.{name}", field, samples, size)
                 for name, field in fields.items()
             },
+            codings=self._codings(value, place, fields) if "codings" in value else None,
         )
+
+    def _codings(
+        self, value: Mapping[str, Any], place: str, fields: Mapping[str, Field]
+    ) -> dict[str, Coding]:
+        place = f"{place}codings"
+        codings = self._typed(value["codings"], dict, place)
+        if not codings.keys() <= fields.keys():
+            raise self._wrong(place, f"is not about {', '.join(fields)}")
+        try:
+            return {name: coding_from(each) for name, each in codings.items()}
+        except (TypeError, ValueError) as error:
+            raise self._wrong(place, f"is not what a coding says: {error}") from error
 
     def _layout(self, value: object, place: str, field: Field, samples: int, size: int) -> Layout:
         layout = self._typed(value, dict, place)

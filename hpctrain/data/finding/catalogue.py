@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hpctrain.data.coding import coding_from
 from hpctrain.data.files import replace_file
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.errors import DatasetError
@@ -109,6 +110,7 @@ def _array(value: Mapping[str, Any]) -> Array:
         offset=None if offset is None else int(offset),
         reason=str(value["reason"]),
         sources=tuple(str(source) for source in value["sources"]),
+        coding=coding_from(value["coding"]) if "coding" in value else None,
     )
 
 
@@ -120,6 +122,7 @@ def _array_json(array: Array) -> dict[str, Any]:
         "offset": array.offset,
         "reason": array.reason,
         "sources": list(array.sources),
+        **({} if array.coding is None else {"coding": array.coding.to_json()}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hpctrain.data.coding import Coding, without_plain
 from hpctrain.data.dataset import Field, Layout, Shard, require_fields, require_supported
 from hpctrain.errors import DatasetError
 
@@ -27,6 +28,7 @@ class Array:
         offset: bytes from the start of the file, where all of it lies there as in memory.
         reason: why only HDF5 can read it, if there is no offset.
         sources: other files that its values come from.
+        coding: how its numbers stand for values; None: nobody has looked.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Array:
     offset: int | None
     reason: str
     sources: tuple[str, ...] = ()
+    coding: Coding | None = None
 
     def field(self, axis: int) -> Field:
         """Return what a sample is where this axis counts the samples."""
@@ -89,7 +92,16 @@ class Contents:
         samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
         layouts = {name: array.layout(axis) for name, array in arrays.items()}
         sources = sorted({source for array in arrays.values() for source in array.sources})
-        shard = Shard(self.path, samples, self.size, self.checksum, layouts, tuple(sources))
+        codings = {name: array.coding for name, array in arrays.items() if array.coding is not None}
+        shard = Shard(
+            path=self.path,
+            samples=samples,
+            size=self.size,
+            checksum=self.checksum,
+            layouts=layouts,
+            sources=tuple(sources),
+            codings=without_plain(codings) if len(codings) == len(arrays) else None,
+        )
         return shard, fields
 
     def _common_rows(self, rows: Mapping[str, int]) -> int:

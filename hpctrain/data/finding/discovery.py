@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.finding.attributes import coding_in, with_codings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.data.finding.elsewhere import is_in, other_files
@@ -44,10 +45,11 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 
     path = Path(pattern)
     require_finished(path)
     if is_catalogue(path):
-        return fitted(pattern, [file.shard(fields, axis) for file in read_catalogue(path)])
+        files = read_catalogue(path)
+        return with_codings(fitted(pattern, [file.shard(fields, axis) for file in files]))
     if (path / INDEX_NAME).exists() and not axis:
         dataset = read_index(path)
-        return dataset if fields is None else dataset.select(fields)
+        return with_codings(dataset if fields is None else dataset.select(fields))
     return join_files(pattern, find_files(pattern), fields, axis)
 
 
@@ -120,7 +122,15 @@ def _array(dataset: h5py.Dataset, path: str) -> Array:
         reason = _obstacle(dataset)
     offset = None if reason else dataset.id.get_offset()
     sources = tuple(other_files(dataset, path))
-    return Array(dataset.shape, dataset.dtype, dataset.chunks, offset, reason, sources)
+    return Array(
+        shape=dataset.shape,
+        dtype=dataset.dtype,
+        chunks=dataset.chunks,
+        offset=offset,
+        reason=reason,
+        sources=sources,
+        coding=coding_in(dataset),
+    )
 
 
 def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:

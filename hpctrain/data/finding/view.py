@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.picks import Picks
@@ -44,6 +45,7 @@ class Column:
         steps: rows of one sample, along a first axis of their own; None: one row, no such axis.
         lead: rows from the sample's own row to the first of them.
         every: rows from one of them to the next.
+        is_stored: whether numbers stand for themselves, whatever their files say.
     """
 
     part: int
@@ -51,6 +53,7 @@ class Column:
     steps: int | None = None
     lead: int = 0
     every: int = 1
+    is_stored: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -131,6 +134,34 @@ class View(Dataset):
             columns={name: self.columns[name] for name in names},
         )
 
+    def home(self, name: str) -> tuple[Dataset, str]:
+        """Return the dataset whose rows the values of a field are made of, and its name there."""
+        column = self.columns[name]
+        return self.parts[column.part].dataset, column.name
+
+    def codings(self, name: str) -> tuple[Coding, ...]:
+        """Return how the numbers of a field stand for values, for each shard of its home."""
+        dataset, inside = self.home(name)
+        found = dataset.codings(inside)
+        return (PLAIN,) * len(found) if self.columns[name].is_stored else found
+
+    def as_stored(self, names: Iterable[str]) -> View:
+        """Return the same view, but that every number of these fields stands for itself."""
+        stored = frozenset(names)
+        columns = {
+            name: dataclasses.replace(column, is_stored=True) if name in stored else column
+            for name, column in self.columns.items()
+        }
+        return dataclasses.replace(self, columns=columns)
+
+    def shards_of(self, name: str, samples: Int64s) -> Int64s:
+        """Return which shard of its home each row of a field is in, as `Dataset.shards_of`."""
+        column = self.columns[name]
+        rows = self.picks.rows(samples) + column.lead
+        if column.steps is not None:
+            rows = rows[:, None] + np.arange(column.steps) * column.every
+        return np.searchsorted(self.home(name)[0].shard_stops, rows, side="right")
+
     def places(self, samples: Int64s) -> list[tuple[Shard, int]]:
         """Return the shard of the first row of each sample, and that row there."""
         first = next(iter(self.columns.values()))
@@ -155,5 +186,6 @@ def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:
             known,
             layouts={**known.layouts, **shard.layouts},
             sources=tuple(sorted({*known.sources, *shard.sources})),
+            codings={**(known.codings or {}), **(shard.codings or {})},
         )
     return tuple(files.values())

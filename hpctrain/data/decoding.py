@@ -1,0 +1,183 @@
+"""From the numbers of a dataset's files to values: which fields, to which dtype. On the host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hpctrain.data.coding import Bools, Coding
+from hpctrain.data.dataset import Dataset, Field
+from hpctrain.errors import DatasetError
+
+Numbers = npt.NDArray[Any]
+Codes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldDecoding:
+    """How the numbers of a field become values.
+
+    Attributes:
+        dataset: that has the field, a view as well.
+        name: of the field.
+        viewed: dtype of the numbers once `_Unsigned` is followed, in this machine's byte order.
+        decoded: of the values: floats, or `viewed`.
+        codings: the different ones of its files.
+        of_shard: (shards of the field's home,) which of them each file has.
+    """
+
+    dataset: Dataset
+    name: str
+    viewed: np.dtype[Any]
+    decoded: np.dtype[Any]
+    codings: tuple[Coding, ...]
+    of_shard: Codes
+
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether integers stay what they are; what is missing among them is still marked."""
+        return self.decoded.kind in "iu"
+
+    @property
+    def field(self) -> Field:
+        """The field as it is once decoded."""
+        return Field(self.dataset.fields[self.name].shape, self.decoded)
+
+    def codes(self, samples: npt.NDArray[np.int64]) -> Codes | None:
+        """Return which of the codings the rows of samples have, None if there is but one.
+
+        Returns:
+            (samples,), or (samples, steps) where a sample holds several rows.
+        """
+        if len(self.codings) == 1:
+            return None
+        found: Codes = self.of_shard[self.dataset.shards_of(self.name, samples)]
+        return found
+
+    def decode(self, numbers: Numbers, codes: Codes | None = None) -> Numbers:
+        """Return the values of numbers.
+
+        Args:
+            numbers: (samples, *shape), as stored but in this machine's byte order.
+            codes: of the samples.
+        """
+        seen = numbers.view(self.viewed)
+        if self.keeps_numbers:
+            return seen
+        return self._by_coding(seen, codes, lambda c, n: c.decode(n, self.decoded), self.decoded)
+
+    def missing(self, numbers: Numbers, codes: Codes | None = None) -> Bools:
+        """Return which numbers stand for none by what their files say, NaN included if it is said.
+
+        Args:
+            numbers: as `decode` takes them.
+            codes: of the samples.
+        """
+        return self._by_coding(numbers.view(self.viewed), codes, _missing, np.dtype(np.bool_))
+
+    def _by_coding(
+        self,
+        seen: Numbers,
+        codes: Codes | None,
+        make: Callable[[Coding, Numbers], Numbers],
+        dtype: np.dtype[Any],
+    ) -> Numbers:
+        if codes is None:
+            return make(self.codings[0], seen)
+        made = np.empty(seen.shape, dtype)
+        for code in np.unique(codes):
+            own = codes == code
+            made[own] = make(self.codings[code], seen[own])
+        return made
+
+
+def decodings(
+    datasets: Sequence[Dataset], integers: Container[str] = ()
+) -> list[dict[str, FieldDecoding]]:
+    """Return, for each of the datasets of a run, the fields that are to be decoded.
+
+    A field gets the same kind of values in all of them, whichever of their files say something.
+
+    Args:
+        datasets: with the same fields.
+        integers: fields that stay integers where their numbers stand for themselves or for none.
+
+    Raises:
+        DatasetError: if the attributes of a file cannot be followed, or do not go together.
+    """
+    found: list[dict[str, FieldDecoding]] = [{} for _ in datasets]
+    for name in datasets[0].fields:
+        codings = [each for dataset in datasets for each in dataset.codings(name)]
+        if all(each.is_plain for each in codings):
+            continue
+        keeps = name in integers and not any(each.is_scaled for each in codings)
+        keeps = keeps or not any(each.makes_floats for each in codings)
+        for decoded, dataset in zip(found, datasets, strict=True):
+            decoded[name] = _decoding(dataset, name, keeps_integers=keeps)
+    return found
+
+
+def decoding_record(dataset: Dataset, name: str) -> str:
+    """Return a hash of how the files say that a field is decoded; "" if nothing is to be done.
+
+    Statistics and the state of a run keep it: the same numbers are other values under another one.
+    """
+    codings = dataset.codings(name)
+    if all(each.is_plain for each in codings):
+        return ""
+    facts = [{k: v for k, v in each.to_json().items() if k != "unused"} for each in codings]
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode()))
+
+
+def _decoding(dataset: Dataset, name: str, *, keeps_integers: bool) -> FieldDecoding:
+    home, inside = dataset.home(name)
+    codings = dataset.codings(name)
+    stored = dataset.fields[name].dtype.newbyteorder("=")
+    for shard, coding in zip(home.shards, codings, strict=True):
+        if coding.problem:
+            raise DatasetError(
+                f'{shard.path}: field "{inside}": {coding.problem}, so its numbers cannot be '
+                'decoded. Correct the attribute, or take what is stored: decode = "none" in [data] '
+                f"or [data.fields.{name}], --stored for tools"
+            )
+        if coding.view(stored) != codings[0].view(stored):
+            raise DatasetError(
+                f'{shard.path}: field "{inside}" is {coding.view(stored)} by its _Unsigned, but '
+                f"{codings[0].view(stored)} in {home.shards[0].path}: give a pattern of files that "
+                "fit together"
+            )
+    viewed = codings[0].view(stored)
+    different = tuple(dict.fromkeys(codings))
+    number = {coding: i for i, coding in enumerate(different)}
+    return FieldDecoding(
+        dataset=dataset,
+        name=name,
+        viewed=viewed,
+        decoded=_decoded(viewed, codings, keeps_integers=keeps_integers),
+        codings=different,
+        of_shard=np.array([number[coding] for coding in codings], np.int64),
+    )
+
+
+def _decoded(
+    viewed: np.dtype[Any], codings: Sequence[Coding], *, keeps_integers: bool
+) -> np.dtype[Any]:
+    is_packed = any(each.scale is not None or each.offset is not None for each in codings)
+    if viewed.kind == "f" and (viewed.itemsize == 8 or not is_packed):
+        return viewed
+    return viewed if viewed.kind in "iu" and keeps_integers else np.dtype(np.float32)
+
+
+def _missing(coding: Coding, numbers: Numbers) -> Bools:
+    found = coding.is_missing(numbers)
+    if found is None:
+        found = np.zeros(numbers.shape, np.bool_)
+    if coding.says_nan and numbers.dtype.kind == "f":
+        found |= np.isnan(numbers)
+    return found

@@ -1,0 +1,46 @@
+"""The attributes of HDF5 datasets that say how their numbers are to be read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import h5py
+
+from hpctrain.data.coding import Coding, without_plain
+from hpctrain.data.conventions import ATTRIBUTES, coding_of
+from hpctrain.data.dataset import Dataset, Shard
+from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.errors import DatasetError
+
+
+def coding_in(dataset: h5py.Dataset) -> Coding:
+    """Return how the numbers of an open HDF5 dataset stand for values."""
+    there = dataset.attrs
+    said: dict[str, Any] = {name: there[name] for name in ATTRIBUTES if name in there}
+    if said and "units" in there:
+        said["units"] = there["units"]
+    return coding_of(dataset.dtype, said)
+
+
+def with_codings(dataset: Dataset) -> Dataset:
+    """Return a dataset that knows the codings of all files; those that are unknown are looked at.
+
+    Raises:
+        DatasetError: if a file cannot be read.
+    """
+    if all(shard.codings is not None for shard in dataset.shards):
+        return dataset
+    shards = tuple(_looked_at(shard, list(dataset.fields)) for shard in dataset.shards)
+    return dataclasses.replace(dataset, shards=shards)
+
+
+def _looked_at(shard: Shard, names: list[str]) -> Shard:
+    if shard.codings is not None:
+        return shard
+    try:
+        with h5py.File(shard.path, "r", locking=False) as file:
+            codings = {name: coding_in(file[name]) for name in names}
+    except HDF5_FAILURES as error:
+        raise DatasetError(f"{shard.path}: HDF5 cannot read this file: {error}") from error
+    return dataclasses.replace(shard, codings=without_plain(codings))
