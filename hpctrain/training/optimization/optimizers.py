@@ -1,4 +1,4 @@
-"""Optimizers: built with fused kernels where they exist, so that bad updates can be refused."""
+"""Optimizers: built with fused kernels where these are right, so that bad updates are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.optim import SGD, Optimizer
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
+from hpctrain.training.optimization.fused import refuse_unknown_kernels, unknown_because
 from hpctrain.training.optimization.parameter_groups import LR_FACTOR, parameter_groups
 
-_FUSED_DEVICES = ("cpu", "cuda")
-# Who names one of these has chosen an implementation.
 _ELEMENTWISE = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
+# Who names one of these has chosen an implementation.
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -35,8 +35,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Return an optimizer of the trainable parameters.
 
-    Takes the fused kernels where the class has them and the user has not chosen: they are the
-    fastest, and they look at the flag of a non-finite gradient on the device.
+    Takes the fused kernels where they are known to be right and the user has not chosen: they are
+    the fastest, and they look at the flag of a non-finite gradient on the device.
 
     Args:
         target: a class of torch.optim, or one like them.
@@ -48,7 +48,8 @@ def build_optimizer(
 
     Raises:
         ConfigError: if there is nothing to train, a pattern fits nothing, or the class refuses its
-            arguments, is no torch optimizer, or is one that steps by itself.
+            arguments, is not a torch optimizer, is one that steps by itself, or is to use fused
+            kernels that are not known to be right.
     """
     chosen_groups = parameter_groups(model, groups, decay_norms_and_biases=decay_norms_and_biases)
     parameters = [item for group in chosen_groups for item in group["params"]]
@@ -75,6 +76,7 @@ def build_optimizer(
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} is no torch.optim.Optimizer"
         )
+    refuse_unknown_kernels(optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigError(
@@ -127,6 +129,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 def _fused_kernels_fit(
     target: Callable[..., Any], parameters: list[nn.Parameter], arguments: Mapping[str, Any]
 ) -> bool:
+    """Tell whether to ask for fused kernels, of which nobody has spoken."""
+    if not inspect.isclass(target) or not issubclass(target, Optimizer):
+        return False
     try:
         known = inspect.signature(target).parameters
     except (TypeError, ValueError):  # written in C without a signature
@@ -135,10 +140,8 @@ def _fused_kernels_fit(
     return (
         "fused" in known
         and not arguments.keys() & _IMPLEMENTATIONS
-        and not (target is SGD and arguments.get("dampening"))
-        and all(
-            item.is_floating_point() and item.device.type in _FUSED_DEVICES for item in parameters
-        )
+        and not (issubclass(target, SGD) and arguments.get("dampening"))
+        and unknown_because(target, parameters) is None
     )
 
 
