@@ -341,7 +341,7 @@ def test_codings_survive_index_and_catalogue(written: Path, tmp_path: Path) -> N
     assert expected["filled"] == (Coding(missing=(float(F4(1e20)),)),)
     write_catalogue(out := tmp_path / "all.json", [look_into(str(written), None)])
     listed = read_catalogue(out)[0]
-    make_index(str(written.parent), jobs=1)
+    make_index(str(written.parent), list(VARIABLES), jobs=1)
     try:
         indexed = open_dataset(str(written.parent))
         for name, codings in expected.items():
