@@ -11,10 +11,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 NODES = ("n1", "n2")
 CPUS = 4  # what each node claims to have, whatever this machine has
@@ -186,7 +188,7 @@ class Lab:
         *command: str,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        timeout: float = 90,
+        timeout: float = JOB_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command that talks to this Slurm, such as srun, to its end."""
         return subprocess.run(
@@ -237,16 +239,3 @@ def free_ports(count: int) -> list[int]:
         for item in sockets:
             item.bind(("", 0))
         return [item.getsockname()[1] for item in sockets]
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
-    """Return once a condition holds.
-
-    Raises:
-        TimeoutError: if it does not in time.
-    """
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"no {what} within {seconds:g} s")
-        time.sleep(0.05)

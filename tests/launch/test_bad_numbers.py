@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data import Writer
+
+pytestmark = pytest.mark.ranks(2)
 
 ROWS, BATCH = 256, 16
 BAD_ROWS = [40, 41, 200]
@@ -67,7 +70,7 @@ def train(site: Path, ranks: int, *overrides: str, code: int) -> str:
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == code, result.stdout + result.stderr

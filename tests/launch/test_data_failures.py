@@ -6,16 +6,19 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 from test_main_job import ROOT, command, hpctrain
 
 from hpctrain.data import Writer
 from hpctrain.data.digits import pack_digits
 from hpctrain.data.sources.indexed import Indexed
+
+pytestmark = pytest.mark.ranks(2)
 
 TRAIN = [
     *("run.toml", "run.directory=runs", "logging.every_steps=1", "logging.progress=none"),
@@ -55,11 +58,9 @@ def test_a_shard_breaks_under_the_run(site: Path) -> None:
     with subprocess.Popen(
         command(2, *TRAIN), cwd=site, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as job:
-        deadline = time.monotonic() + 100
-        while steps(site) < 50 and job.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(lambda: steps(site) >= 50 or job.poll() is not None)
         os.truncate(shard, 4096)
-        told, _ = job.communicate(timeout=100)
+        told, _ = job.communicate(timeout=JOB_SECONDS)
     assert job.returncode == 65, told
     assert f"{shard.name}: this file was truncated from" in told
     assert "Traceback" not in told

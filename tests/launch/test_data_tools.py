@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
+
+pytestmark = pytest.mark.ranks(3)
 
 MPI_BODIES = Path(__file__).parents[1] / "mpi"
 
@@ -26,7 +30,7 @@ def run(folder: Path, ranks: int, *arguments: str, code: int = 0) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == code, result.stdout + result.stderr
@@ -68,19 +72,16 @@ def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
     with subprocess.Popen(
         command(3, *pack, "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as job:
-        end = time.monotonic() + 60
-        while len(shards_of(tmp_path / "out")) < 20:
-            assert time.monotonic() < end
-            assert job.poll() is None
-            time.sleep(0.002)
+        wait_for(lambda: len(shards_of(tmp_path / "out")) >= 20 or job.poll() is not None)
+        assert job.poll() is None
         ranks = [
             process
             for process in psutil.Process(job.pid).children(recursive=True)
             if "hpctrain" in process.cmdline() and "mpirun" not in process.name()
         ]
         os.kill(ranks[1].pid, signal.SIGKILL)
-        job.communicate(timeout=60)
-        psutil.wait_procs(ranks, timeout=30)
+        job.communicate(timeout=JOB_SECONDS)
+        psutil.wait_procs(ranks, timeout=JOB_SECONDS)
     assert job.returncode != 0
     kept = shards_of(tmp_path / "out")
     assert 20 <= len(kept) < 500

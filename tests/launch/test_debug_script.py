@@ -6,16 +6,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.limits import LONG_JOB_SECONDS
+
+pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(600)  # it may have to install something first
 def test_the_debug_run(tmp_path: Path) -> None:
     def debug(*arguments: str) -> str:
         command = ["bash", "jobs/debug.sh", *arguments, f"run.directory={tmp_path}"]
         result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=LONG_JOB_SECONDS, check=False
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout + result.stderr

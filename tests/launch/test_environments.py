@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
+
+pytestmark = pytest.mark.ranks(3)
 
 ROOT = Path(__file__).parents[2]
 BODY = str(ROOT / "tests" / "mpi" / "communicator.py")
@@ -28,9 +31,9 @@ LAUNCHERS = {
 }
 
 
-def run(*command: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=JOB_SECONDS, check=False
     )
 
 
@@ -62,7 +65,7 @@ def test_the_innermost_launcher_makes_the_world(
     assert f"passed 2 {label}" in result.stdout
 
 
-def by_hand(*environments: Mapping[str, str], timeout: float = 60) -> list[tuple[int, str]]:
+def by_hand(*environments: Mapping[str, str]) -> list[tuple[int, str]]:
     """Start one process for each environment and return their exit codes and what they said."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
     processes = [
@@ -77,7 +80,7 @@ def by_hand(*environments: Mapping[str, str], timeout: float = 60) -> list[tuple
         for environment in environments
     ]
     try:
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
+        said = [process.communicate(timeout=JOB_SECONDS)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -149,7 +152,7 @@ def test_another_jobs_port_is_one_message() -> None:
             assert process.stdin is not None
             process.stdin.close()
             process.stdin = None
-        assert "passed 2" in first[0].communicate(timeout=60)[0]
+        assert "passed 2" in first[0].communicate(timeout=JOB_SECONDS)[0]
     finally:
         for process in first:
             process.kill()
@@ -171,7 +174,7 @@ def test_a_stale_claim_leaves_tools_alone() -> None:
             env=env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=JOB_SECONDS,
             check=False,
         )
         assert result.returncode != 69, result.stderr

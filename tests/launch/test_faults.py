@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.waiting import wait_for
 from test_main_job import digits, hpctrain, site, train
+
+pytestmark = pytest.mark.ranks(2)
 
 __all__ = ["digits", "site"]
 
@@ -44,11 +46,7 @@ def once_saved(run: Path, step: int, act: Callable[[], None]) -> Iterator[None]:
     """Do something as soon as a job has saved a step."""
 
     def wait() -> None:
-        end = time.monotonic() + 90
-        while not (run / "checkpoints" / f"step-{step:08d}").exists():
-            if time.monotonic() > end:
-                return
-            time.sleep(0.01)
+        wait_for((run / "checkpoints" / f"step-{step:08d}").exists)
         act()
 
     thread = threading.Thread(target=wait)

@@ -13,6 +13,8 @@ from test_main_job import ROOT, hpctrain, metrics
 from hpctrain.config import load
 from hpctrain.data.finding.opening import open_datasets
 
+pytestmark = pytest.mark.ranks(3)
+
 GRID = 16
 HOURS = 240
 YEARS = (2000, 2001, 2002)

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(4)
 
 ROOT = Path(__file__).parents[2]
 BODY = str(ROOT / "tests" / "mpi" / "communicator.py")
@@ -113,7 +116,7 @@ def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[i
     """Run a command as two ranks on each host, started from A."""
     with start_on_both(hosts, names, *command, cwd=cwd) as job:
         try:
-            output, _ = job.communicate(timeout=100)
+            output, _ = job.communicate(timeout=JOB_SECONDS)
         finally:
             job.kill()
     return job.returncode, output
@@ -177,7 +180,7 @@ def test_ipv6_only_under_mpirun(ipv6_only: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -200,7 +203,7 @@ def test_ipv6_only_by_hand(ipv6_only: Path) -> None:
         for rank, host in enumerate(HOSTS)
     ]
     try:
-        said = "".join(process.communicate(timeout=100)[0] for process in processes)
+        said = "".join(process.communicate(timeout=JOB_SECONDS)[0] for process in processes)
     finally:
         for process in processes:
             process.kill()
@@ -257,7 +260,7 @@ def test_a_host_that_is_cut_off_ends_the_job(hosts: Path) -> None:
             told = next(line for line in job.stdout if line.startswith("hpctrain: "))
             assert "node B with ranks 2 to 3 is gone" in told
             run("ip", "link", "set", cable, "up")  # for mpirun, which waits for its part on B
-            job.communicate(timeout=60)
+            job.communicate(timeout=JOB_SECONDS)
         finally:
             run("ip", "link", "set", cable, "up")
             job.kill()

@@ -13,6 +13,8 @@ from test_main_job import ROOT, hpctrain, metrics
 
 from hpctrain.data import Writer
 
+pytestmark = pytest.mark.ranks(2)
+
 TOKENS = 65
 TINY = [
     *("model.context=64", "model.depth=2", "model.width=32", "model.heads=2"),

@@ -9,14 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 23  # 1,438 digits in batches of 64
@@ -47,7 +50,7 @@ def command(ranks: int, *arguments: str) -> list[str]:
 
 
 def hpctrain(
-    site: Path, ranks: int, *arguments: str, code: int = 0, timeout: float = 150
+    site: Path, ranks: int, *arguments: str, code: int = 0, timeout: float = JOB_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
         command(ranks, *arguments),
@@ -79,14 +82,6 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in metrics(run, "train")]
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-@pytest.mark.timeout(300)
 def test_the_documented_run(site: Path) -> None:
     """What jobs/debug.sh starts: trains to 0.98, says what it does, leaves all files, once."""
     output = train(site, 2)
@@ -124,7 +119,6 @@ def test_the_documented_run(site: Path) -> None:
     assert "276" in status
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_the_same_losses_at_any_world_size(site: Path, precision: str) -> None:
     """3 and 16 divide neither batch nor lanes; one process runs without any launcher."""
@@ -167,7 +161,7 @@ class Job:
 
     def wait(self) -> tuple[int, str]:
         try:
-            output, _ = self.process.communicate(timeout=60)
+            output, _ = self.process.communicate(timeout=JOB_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
@@ -197,7 +191,6 @@ def reached(run: Path, step: int) -> bool:
     return path.exists() and bool(re.search(rf'"step": {step}\b', path.read_text("utf-8")))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Any, ranks: int) -> None:
     """Stopped anywhere and started again, the metrics are those of an uninterrupted run."""
@@ -220,7 +213,6 @@ def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Any, ranks: int) -> N
     assert metrics(stopped) == metrics(site / "runs" / "whole")
 
 
-@pytest.mark.timeout(300)
 def test_killed_and_resumed_at_another_world_size(site: Path, start: Any) -> None:
     """A killed rank ends the job; the next start goes on, with other ranks, on the same batches."""
     common = ["training.max_epochs=3", "logging.every_steps=1", "training.precision=64-true"]
@@ -377,7 +369,7 @@ def test_without_mpi_under_torchrun(site: Path) -> None:
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

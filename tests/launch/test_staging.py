@@ -10,7 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_batch import Job, digits, last_step, metrics, outcome, site, start, wait_for
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
+from test_batch import Job, digits, last_step, metrics, outcome, site, start
+
+pytestmark = pytest.mark.ranks(2)
 
 __all__ = ["digits", "site", "start"]  # fixtures
 
@@ -29,7 +33,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
-@pytest.mark.timeout(200)
 def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], disk: Path) -> None:
     """Killed once, stopped once, on a disk that has room for some of its shards only."""
     run = site / "runs" / "digits"
@@ -57,7 +60,8 @@ def test_a_staged_run_is_the_same_run(site: Path, start: Callable[..., Job], dis
     family = psutil.Process(job.process.pid).children(recursive=True)
     os.killpg(job.process.pid, signal.SIGKILL)
     job.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)  # a job that ends still holds its folder
+    # A job that ends still holds its folder.
+    _, alive = psutil.wait_procs(family, timeout=JOB_SECONDS)
     assert not alive
     assert copies() == left
 

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = {
@@ -51,7 +54,7 @@ def hpctrain(
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=JOB_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -90,9 +93,7 @@ def test_exit_codes_pass_through(mpi: str, tmp_path: Path) -> None:
 def test_ctrl_c_passes_through(site: Path) -> None:
     job = hpctrain("MPICH", site, "run.toml", "--np", "2", "training.max_epochs=1000")
     metrics = site / "runs" / "digits" / "metrics.jsonl"
-    limit = time.monotonic() + 60
-    while not metrics.exists() and time.monotonic() < limit:
-        time.sleep(0.05)
+    wait_for(lambda: metrics.exists() or job.poll() is not None)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal sends it: to all of them
     code, output = end(job)
     assert code == 75, output
@@ -122,7 +123,7 @@ def test_under_a_launcher_it_is_refused_once(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 64

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 BODIES = Path(__file__).parents[1] / "mpi"
 
@@ -17,7 +18,7 @@ def test_the_step(ranks: int) -> None:
         ["mpirun", "-np", str(ranks), sys.executable, str(BODIES / "step.py")],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_batch import Job, digits, last_step, metrics, outcome, site, start, status, wait_for
+from helpers.waiting import wait_for
+from test_batch import Job, digits, last_step, metrics, outcome, site, start, status
+
+pytestmark = pytest.mark.ranks(2)
 
 __all__ = ["digits", "site", "start"]  # fixtures
 
@@ -34,14 +37,15 @@ def slow_fsync(descriptor):
 os.preadv, os.fsync = slow_preadv, slow_fsync
 """
 
-# torch.compile at work, for long enough to be met at it.
+# torch.compile at work, until it is told to go on.
 COMPILED = """
 from hpctrain.models.convnet import ConvNet
 
 
 def backend(graph, inputs):
     Path("compiling").touch()
-    time.sleep(3)
+    while not Path("compiled").exists():
+        time.sleep(0.01)
     return graph.forward
 
 
@@ -51,7 +55,6 @@ class Compiled(ConvNet):
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_stop_while_waiting_for_data_and_while_saving(
     site: Path, start: Callable[..., Job]
 ) -> None:
@@ -94,7 +97,6 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     assert metrics(run) == metrics(site / "runs" / "whole")
 
 
-@pytest.mark.timeout(300)
 def test_a_stop_while_the_model_is_compiled(site: Path, start: Callable[..., Job]) -> None:
     """It is not lost, and no step is trained: the job ends when the compiler is done."""
     with (site / "tasks.py").open("a", encoding="utf-8") as file:
@@ -103,6 +105,7 @@ def test_a_stop_while_the_model_is_compiled(site: Path, start: Callable[..., Job
     job = start(2, "training.compile=true", "model.use=tasks:Compiled")
     wait_for((site / "compiling").exists)
     job.signal_rank(1, signal.SIGTERM)
+    (site / "compiled").touch()
     code, output = job.wait()
     assert code == 75, output
     assert outcome(run)["reason"] == "stopped by SIGTERM before the first step"

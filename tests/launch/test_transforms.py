@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.limits import JOB_SECONDS
 from launching import ROOT, mpirun_command, mpirun_environment
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(3)
 
 MODULE = """
 import os, signal, sys
@@ -72,7 +75,7 @@ def train(
         env=mpirun_environment(launcher) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == code, f"{result.stdout}\n{result.stderr}"

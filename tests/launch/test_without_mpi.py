@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data.digits import pack_digits
+
+pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +40,7 @@ def run(folder: Path, *command: str, env: dict[str, str] | None = None) -> tuple
         | (env or {}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     return result.returncode, result.stdout + result.stderr
@@ -108,7 +111,7 @@ def test_data_workers_of_an_own_loop_under_mpirun(context: str, tmp_path: Path) 
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
+
+pytestmark = pytest.mark.ranks(3)
 
 BODIES = Path(__file__).parents[1] / "mpi"
 
 
 def start(
-    *command: str, timeout: float = 90, env: dict[str, str] | None = None
+    *command: str, timeout: float = JOB_SECONDS, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,

@@ -11,6 +11,9 @@ import time
 import hpctrain
 from hpctrain.errors import DatasetError
 
+# Beyond every limit of the tests: others are to end the job.
+FOREVER_SECONDS = 3600
+
 
 def fail(how: str) -> None:
     if how == "exception":
@@ -33,7 +36,7 @@ def main() -> None:
         if world.topology.rank == failing:
             fail(how)
         # The others are where they can hear of it least: neither in MPI nor in a collective.
-        time.sleep(60)
+        time.sleep(FOREVER_SECONDS)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ from torch import distributed as dist
 import hpctrain
 from hpctrain.config.schema import LaunchSection
 
+# Beyond every limit of the tests: others are to end the job.
+FOREVER_SECONDS = 3600
+
 
 def stand_still(how: str) -> None:
     if how == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "asleep":
-        time.sleep(60)
+        time.sleep(FOREVER_SECONDS)
     if how == "gil":
-        re.match("(a+)+$", 30 * "a" + "b")  # for minutes, and without letting the GIL go
+        re.match("(a+)+$", 40 * "a" + "b")  # for hours, and without letting the GIL go
     if how == "deadlock":
         dist.barrier(group=dist.new_group([0]))
     if how == "killed":

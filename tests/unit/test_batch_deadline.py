@@ -249,11 +249,9 @@ def test_what_is_unknown_is_told_once(site: Site, script: str | None, words: str
 
 
 def test_a_command_that_hangs_has_a_limit(site: Site) -> None:
-    site.install("qstat", "exec /bin/sleep 60")
-    begin = time.monotonic()
+    site.install("qstat", "exec /bin/sleep 3600")
     text, problem = ask(("qstat",), {"PATH": str(site.folder)}, longest_seconds=0.3)
     assert (text, problem) == ("", "has not answered within 0.3 s")
-    assert time.monotonic() - begin < 30
 
 
 def test_the_users_word_comes_before_the_scheduler(site: Site) -> None:

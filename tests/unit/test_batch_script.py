@@ -7,10 +7,11 @@ import os
 import shutil
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.batch.script import parse_time
 from hpctrain.batch.sites import SITES, longest_hours
@@ -203,7 +204,7 @@ def test_chains_are_submitted(
 
 RANKS_ARE_DONE = {
     "mpirun": "exit 75",
-    "python": "touch asking; sleep 0.5; exit 75",
+    "python": "touch asking; until [[ -e answer ]]; do sleep 0.05; done; exit 75",
     "bsub": "touch submitted",
 }
 
@@ -220,9 +221,9 @@ def test_a_job_that_is_cancelled_at_its_very_end_does_not_come_back(
     monkeypatch.setenv("LSB_DJOB_NUMPROC", "2")
     monkeypatch.delenv("HPCTRAIN_CHECK", raising=False)
     with subprocess.Popen(["bash", "job.sh"]) as script:
-        while not (here / "asking").exists():
-            time.sleep(0.01)
+        wait_for((here / "asking").exists)
         if is_cancelled:
-            script.terminate()
-        assert script.wait(timeout=20) == 75
+            script.terminate()  # bash heeds it once the command that it waits for has ended
+        (here / "answer").touch()
+        assert script.wait(timeout=JOB_SECONDS) == 75
     assert (here / "submitted").exists() != is_cancelled

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.batch.deadline import Deadline
 from hpctrain.batch.reasons import DEADLINE, STOP_FILE, describe
@@ -70,7 +72,7 @@ class MemoryPending:
         with self.memory.condition:
             parts = self.memory.rounds[self.number]
             assert self.memory.condition.wait_for(
-                lambda: len(parts) == self.memory.world_size, timeout=20
+                lambda: len(parts) == self.memory.world_size, timeout=JOB_SECONDS
             )
         return tuple(max(column) for column in zip(*parts, strict=True))
 
@@ -90,7 +92,7 @@ def run_ranks(world_size: int, body: object) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=JOB_SECONDS)
         assert not thread.is_alive()
 
 
@@ -217,13 +219,6 @@ def test_the_reserve_covers_reaction_and_two_saves(
     assert least <= reserve_seconds(reaction, save) <= 1.5 * least + MARGIN_SECONDS
 
 
-def wait_until(condition: object) -> None:
-    end = time.monotonic() + 20
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_rank_zero_watches_the_file_and_the_time(tmp_path: Path) -> None:
     clock, reserve = Clock(), 20.0
     deadline = Deadline(max_seconds=100, environ={}, began=0, tell=pytest.fail, clock=clock)
@@ -236,6 +231,6 @@ def test_rank_zero_watches_the_file_and_the_time(tmp_path: Path) -> None:
         reserve = 5.0  # saves turned out quicker
         assert watch.reasons() == 0
         (tmp_path / "STOP").touch()
-        wait_until(lambda: watch.reasons() == STOP_FILE)
+        wait_for(lambda: watch.reasons() == STOP_FILE)
         (tmp_path / "STOP").unlink()
-        wait_until(lambda: watch.reasons() == 0)
+        wait_for(lambda: watch.reasons() == 0)

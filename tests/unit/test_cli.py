@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.cli import main
 from hpctrain.version import __version__
@@ -71,7 +72,7 @@ def test_a_usage_error_is_told_once_under_a_launcher() -> None:
         ["mpirun", "-np", "3", sys.executable, "-m", "hpctrain", "run.toml", "--bogus"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert result.returncode == 64

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers.limits import JOB_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,7 +18,7 @@ def test_damaged_shards_are_named_or_whole() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=JOB_SECONDS,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.data.loading.prefetch import Prefetch
 
@@ -40,10 +41,10 @@ def test_runs_no_further_ahead_than_asked() -> None:
     with Prefetch(produce, depth=2) as items:
         # Two wait, a third is made and finds no room.
         for _ in range(3):
-            assert step.acquire(timeout=10)
+            assert step.acquire(timeout=JOB_SECONDS)
         assert not step.acquire(timeout=0.05)
         assert next(items) == 0
-        assert step.acquire(timeout=10)
+        assert step.acquire(timeout=JOB_SECONDS)
         assert made == [0, 1, 2, 3]
 
 
@@ -92,4 +93,4 @@ def test_producer_is_closed_with_the_consumer() -> None:
 
     with Prefetch(produce, 1) as items:
         next(items)
-    assert closed.wait(timeout=10)
+    assert closed.wait(timeout=JOB_SECONDS)

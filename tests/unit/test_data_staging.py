@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from helpers.waiting import wait_for
 
 from hpctrain.data import Dataset, Writer, open_dataset
 from hpctrain.data.reading.access import RowAccess
@@ -54,13 +53,6 @@ def read(access: RowAccess) -> list[int]:
     every = np.arange(ROWS)
     access.read_runs("x", every, np.ones_like(every), out, every)
     return out.view(np.int64)[:, 0].tolist()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
 
 
 def copier(folder: StageFolder, copies: tuple[Copy, ...], **told: list[object]) -> Copier:
@@ -201,7 +193,7 @@ from hpctrain.data.staging.folder import StageFolder
 folder = StageFolder(sys.argv[1], sys.argv[2])
 folder.join()
 print("joined", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 

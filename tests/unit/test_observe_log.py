@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import log
@@ -185,7 +186,7 @@ def test_meaningless_warnings(options: list[str], expected: list[str]) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
     )
     assert result.stderr.splitlines() == expected
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.observe.terminal import Process, columns_watched
 
@@ -74,7 +75,7 @@ def ask(command: list[str], stderr: int, term: str = "xterm") -> str:
         env={**os.environ, "TERM": term},
         text=True,
         check=True,
-        timeout=60,
+        timeout=JOB_SECONDS,
     ).stdout.strip()
 
 

@@ -1,0 +1,48 @@
+"""How many ranks a test keeps busy, and room for them before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.rank_budget import room_for
+from hypothesis import settings
+
+# Examples take longer on a busy machine, which is no fault of theirs.
+settings.register_profile("hpctrain", deadline=None)
+settings.load_profile("hpctrain")
+
+
+def ranks_of(item: pytest.Item) -> int:
+    """Return the processes that a test keeps busy at once: 1 where it starts no job.
+
+    Among those that start jobs a parameter `ranks` says it, else the mark of test or module.
+
+    Raises:
+        pytest.UsageError: if a test among those that start jobs does not say it.
+    """
+    mark = item.get_closest_marker("ranks")
+    if Path(item.path).parent.name == "launch":
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and "ranks" in callspec.params:
+            return max(1, int(callspec.params["ranks"]))
+        if mark is None:
+            raise pytest.UsageError(
+                f"{item.nodeid} starts jobs: say how many ranks at once, by a parameter `ranks` "
+                "or pytest.mark.ranks(2) on it or its module"
+            )
+    return 1 if mark is None else int(mark.args[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have every test say how many ranks it starts, before the first of them runs."""
+    for item in items:
+        ranks_of(item)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test, its fixtures included, when there is room; its limit counts from then."""
+    with room_for(ranks_of(item)):
+        return (yield)

@@ -1,0 +1,1 @@
+"""What the tests share: limits, waiting, and the budget of ranks at once."""
