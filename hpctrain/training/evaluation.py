@@ -13,6 +13,7 @@ from torch import distributed as dist
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
+from hpctrain.training.step.call import Call, call_directly
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
 from hpctrain.training.task import Fields, Task
@@ -26,6 +27,7 @@ def evaluate(
     number_format: NumberFormat,
     *,
     rounds: int = 0,
+    call: Call | None = None,
     idle_row: Fields | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
@@ -42,6 +44,8 @@ def evaluate(
         world: the ranks.
         number_format: of parameters and arithmetic.
         rounds: the largest number of batches of any rank.
+        call: runs a method of the task on the model; None: directly. Under FSDP, where parameters
+            have to be gathered around it, collective: all ranks.
         idle_row: where the parameters are spread over the ranks, and a pass needs all of them: one
             row to run, and to forget, while others still have batches.
         stopping: asked after every batch, `rounds` times on every rank, so that it may
@@ -50,6 +54,7 @@ def evaluate(
     Raises:
         TrainingError: if the task gives other metrics than it declares.
     """
+    call = call or call_directly(model)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     with (
@@ -62,7 +67,7 @@ def evaluate(
             world.pulse.tick()
             fields = number_format.cast(batch.fields, task.inputs)
             with number_format.arithmetic():
-                parts = task.evaluate(model, fields)
+                parts = call(task.evaluate, fields)
             if parts.keys() != task.metrics.keys():
                 raise TrainingError(
                     f"{type(task).__name__}.evaluate gave the metrics {sorted(parts)}, but "
@@ -80,7 +85,7 @@ def evaluate(
         for _ in range(rounds):
             if idle_row is not None:
                 with number_format.arithmetic():
-                    task.evaluate(model, idle_row)
+                    call(task.evaluate, idle_row)
             if stopping():
                 return None
     mine = {name: (sums[name].item(), counts[name].item()) for name in sums}

@@ -151,6 +151,7 @@ class Run:
                 self._world,
                 self._parts.number_format,
                 rounds=loader.most_batches,
+                call=step.call,
                 idle_row=None if step.shards is None else step.idle_row,
                 stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,17 @@ def test_the_step(ranks: int) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "passed 13" in result.stdout
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_whatever_a_task_does_with_a_model(ranks: int) -> None:
+    result = subprocess.run(
+        ["mpirun", "-np", str(ranks), sys.executable, str(BODIES / "calls.py")],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "passed" in result.stdout

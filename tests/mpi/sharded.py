@@ -201,6 +201,7 @@ def check_evaluation(world: World) -> None:
                 world,
                 number_format,
                 rounds=-(-largest // batch_size),
+                call=step.call,
                 idle_row=step.idle_row,
             )
             step.settle()

@@ -93,7 +93,8 @@ def full(world: World, step: TrainStep) -> dict[str, Tensor]:
     parts = world.communicator.all_gather(
         {name: item.detach().clone() for name, item in step.held.named_parameters()}
     )
-    if step.shards is None:
-        parts = parts[:1]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = {
+        name: torch.cat([part[name] for part in parts]) if step.shards and item.ndim else item
+        for name, item in parts[0].items()
+    }
     return tensors | {name: item.clone() for name, item in step.model.named_buffers()}

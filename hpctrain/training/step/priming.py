@@ -59,7 +59,7 @@ def prime(
             # gradients to reduce, and it would take those of a pass that is only to accumulate.
             for _ in range(2):
                 with arithmetic:
-                    loss_sum, _ = task.loss(replica.module, fields)
+                    loss_sum, _ = replica.call(task.loss, fields)
                 replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
                 replica.clear_gradients()
             replica.time_communication(last)
@@ -87,7 +87,7 @@ def _first_pass(
     hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
     try:
         with arithmetic:
-            result = task.loss(replica.module, fields)
+            result = replica.call(task.loss, fields)
         loss_sum = _checked(result, task, fields)
         replica.backward(loss_sum, torch.zeros_like(loss_sum))
     finally:

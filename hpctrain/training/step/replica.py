@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hpctrain.errors import TrainingError
+from hpctrain.training.step.call import Call, Callee, call_directly
 
 _SHOWN = 8
 _COMPRESSIONS = {
@@ -26,8 +27,10 @@ class Replica:
 
     Attributes:
         model: the bare model.
-        module: to call in training; a forward and backward pass leaves the mean of all ranks'
-            gradients in the parameters.
+        call: runs a method of the task on it in training; with the backward pass that follows, the
+            mean of all ranks' gradients is in the parameters.
+        call_alone: the same without gradients, and without the other ranks.
+        spread: whether ranks hold parts of the parameters.
         parameters: those that are trained, in the order of the model.
     """
 
@@ -51,7 +54,8 @@ class Replica:
             static_graph: whether every pass uses the same parameters equally often.
         """
         self.model = model
-        self.module = model
+        self.call: Call = call_directly(model)
+        self.call_alone = self.call
         self.parameters = [item for item in model.parameters() if item.requires_grad]
         self._bucket_mb = bucket_mb
         self._compress_gradients = compress_gradients
@@ -60,6 +64,8 @@ class Replica:
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         if world_size > 1:
             self._wrap()
+
+    spread = False
 
     @property
     def distributed(self) -> bool:
@@ -93,7 +99,7 @@ class Replica:
         and say nothing. Source: pytorch/pytorch pull request 187732; seen in torch 2.13.
         """
         if self._static_graph and self._ddp is not None:
-            self._ddp, self.module = None, self.model  # its buckets go first
+            self._ddp, self.call = None, self.call_alone  # its buckets go first
             self._wrap(static_graph=True)
 
     def clear_gradients(self) -> None:
@@ -149,12 +155,12 @@ class Replica:
     def _wrap(self, *, static_graph: bool = False) -> None:
         # Without device_ids: inputs are on the device, DDP need not look for some to move.
         self._ddp = DistributedDataParallel(
-            self.model,
+            Callee(self.model),
             bucket_cap_mb=self._bucket_mb,
             gradient_as_bucket_view=True,
             static_graph=static_graph,
         )
-        self.module = self._ddp
+        self.call = self._ddp
         if self._compress_gradients != "none":
             self._ddp.register_comm_hook(None, _COMPRESSIONS[self._compress_gradients])
 

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
+from hpctrain.training.step.call import Call, Callee
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.replica import refuse_unused
 from hpctrain.training.step.sharding import find_units
@@ -34,8 +35,10 @@ class Shards:
     torch gathers: its kernels need to know nothing of the other ranks.
 
     Attributes:
-        model: the model, to call in training and evaluation alike.
-        module: the same.
+        model: the bare model.
+        call: runs a method of the task on it, in which it has all of its parameters that are in no
+            unit; a unit has its own while its forward pass runs. Collective: all ranks.
+        call_alone: the same, which here needs all ranks as well.
         parameters: this rank's rows of those that are trained, in the order of the model; empty
             where a tensor has fewer rows than there are ranks.
         shapes: of all whole parameters by name, the same on all ranks.
@@ -46,6 +49,7 @@ class Shards:
     """
 
     distributed = True
+    spread = True
     communication_seconds = 0.0  # it hides behind the arithmetic: what is left is part of that
 
     def __init__(
@@ -63,7 +67,11 @@ class Shards:
         Raises:
             ConfigError: if the model cannot be spread as the config says.
         """
-        self.model = self.module = model
+        self.model = model
+        # The root of what is gathered, so that any method of the model finds its parameters.
+        callee = Callee(model)
+        self.call: Call = callee
+        self.call_alone: Call = callee
         self.world_size, self.rank = world.topology.world_size, world.topology.rank
         self.offloaded = section.cpu_offload
         self._device = world.device
@@ -91,15 +99,16 @@ class Shards:
         pin = world.device.type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=pin) if self.offloaded else OffloadPolicy()
         # From the inside out, as torch wants it; the model itself takes what is left.
-        for unit in [*reversed(units), model]:
+        for unit in [*reversed(units), callee]:
             fully_shard(
                 unit,
                 mesh=mesh,
-                reshard_after_forward=section.reshard_after_forward and unit is not model,
+                reshard_after_forward=section.reshard_after_forward and unit is not callee,
                 mp_policy=_policy(unit, units, number_format),
                 offload_policy=offload,
             )
-        self._units = [item for item in model.modules() if isinstance(item, FSDPModule)]
+        self._units = [item for item in callee.modules() if isinstance(item, FSDPModule)]
+        self._root = self._units[0]
         self._spread = {
             name: item for name, item in model.named_parameters() if isinstance(item, DTensor)
         }
@@ -203,11 +212,6 @@ class Shards:
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count nothing, see `communication_seconds`."""
-
-    @property
-    def _root(self) -> FSDPModule:
-        assert isinstance(self.model, FSDPModule)
-        return self.model
 
 
 def _policy(

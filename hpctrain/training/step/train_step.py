@@ -18,11 +18,12 @@ from hpctrain.launch.world import World
 from hpctrain.training.bad_batches import BadBatch
 from hpctrain.training.bad_steps import RECENT_STEPS
 from hpctrain.training.step.averaging import WeightAverage
+from hpctrain.training.step.call import Call
+from hpctrain.training.step.passes import Passes
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.priming import prime
 from hpctrain.training.step.replica import Replica
 from hpctrain.training.step.shares import count_passes, cut
-from hpctrain.training.step.undisturbed import evaluating, with_statistics
 from hpctrain.training.step.update import Update
 from hpctrain.training.task import Fields, Task, check_task
 
@@ -95,9 +96,8 @@ class TrainStep:
         """
         check_task(task)
         self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
-        self._statistics = with_statistics(model)
         if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
-            _refuse_synchronised_statistics(self._statistics)
+            _refuse_synchronised_statistics(model)
         self.model = model
         self.optimizer = optimizer
         self.shards = shards
@@ -106,7 +106,6 @@ class TrainStep:
         self._communicator = world.communicator
         self._device = world.device
         self._pulse = world.pulse
-        self._format = number_format
         self._arithmetic = number_format.arithmetic()
         self._held = number_format.cast(
             {name: row.clone() for name, row in example.items()}, task.inputs
@@ -116,6 +115,15 @@ class TrainStep:
             model, self._world_size, world.device, bucket_mb, compress_gradients, static_graph
         )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
+        self._passes = Passes(
+            task,
+            self._replica,
+            number_format,
+            self.scaler,
+            self._held,
+            self._world_size,
+            world.device,
+        )
         self._update = Update(
             optimizer,
             clip_norm=clip_norm,
@@ -126,11 +134,6 @@ class TrainStep:
         )
         self.syncs = self._update.syncs
         self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
-        # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
-        self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
-        # Of the last step: what `read` reduces.
-        self._loss_sum: Tensor | None = None
-        self._weight: Tensor | int = 0
         # Epoch, start, size and this rank's loss of the newest batches; losses stay on the device.
         self._recent: deque[tuple[int, int, int, Tensor | None]] = deque(maxlen=RECENT_STEPS)
 
@@ -143,6 +146,11 @@ class TrainStep:
     def held(self) -> HasParameters:
         """What this rank holds of the parameters, and updates."""
         return self._replica
+
+    @property
+    def call(self) -> Call:
+        """Runs a method of the task on the model, without gradients, as an evaluation does."""
+        return self._replica.call_alone
 
     @property
     def idle_row(self) -> Fields:
@@ -183,20 +191,20 @@ class TrainStep:
         """Update the parameters by one global batch. Collective: all ranks."""
         self._pulse.tick()  # a batch has come
         self._replica.begin()
-        self._loss_sum, self._weight = None, 0
+        self._passes.begin()
         *before, last = cut(batch.size, self.grad_accum_steps)
         if before:
             with self._replica.local():
                 for first, stop in before:
-                    loss, seed = self._forward(batch, first, stop)
+                    loss, seed = self._passes.forward(batch, first, stop)
                     self._replica.backward(loss, seed)
-        loss, seed = self._forward(batch, *last)
+        loss, seed = self._passes.forward(batch, *last)
         counts_samples = self._task.counts_samples
         self._pulse.tick()  # what follows waits for the other ranks
-        factor = None if counts_samples else self._reduce_weight(batch.global_size)
+        factor = None if counts_samples else self._passes.reduce_weight(batch.global_size)
         self._replica.backward_and_reduce(loss, seed)
         self._update.apply(self._replica.gradients(), lr, factor)
-        self._recent.append((batch.epoch, batch.start, batch.global_size, self._loss_sum))
+        self._recent.append((batch.epoch, batch.start, batch.global_size, self._passes.loss_sum))
 
     def read(self) -> dict[str, float]:
         """Return the numbers of the last step, over all ranks. Collective: all ranks.
@@ -209,9 +217,9 @@ class TrainStep:
             in a row since the last call; skipped_steps: all of them.
         """
         numbers = torch.zeros(6, dtype=torch.float64, device=self._device)
-        if self._loss_sum is not None:
-            numbers[0].copy_(self._loss_sum)
-            numbers[1] = self._weight
+        if self._passes.loss_sum is not None:
+            numbers[0].copy_(self._passes.loss_sum)
+            numbers[1] = self._passes.weight
         if self._world_size > 1:
             dist.all_reduce(numbers)
         # These are the same on all ranks already.
@@ -252,61 +260,14 @@ class TrainStep:
             if bad
         ]
 
-    def _forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Run one pass over some of the rank's samples.
 
-        Returns:
-            The sum of the losses, and the gradient to begin the backward pass with.
-        """
-        if first == stop:
-            return self._forward_without_samples()
-        fields: Fields = batch.fields
-        if stop - first < batch.size:
-            fields = {name: tensor[first:stop] for name, tensor in fields.items()}
-        with self._arithmetic:
-            loss_sum, weight = self._task.loss(
-                self._replica.module, self._format.cast(fields, self._task.inputs)
-            )
-        detached = loss_sum.detach()
-        self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
-        self._weight = weight + self._weight
-        return loss_sum, self._seed(loss_sum.dtype, batch.global_size)
-
-    def _forward_without_samples(self) -> tuple[Tensor, Tensor]:
-        """Take part in the reduction of the gradients without a sample of one's own."""
-        with evaluating(self._statistics), self._arithmetic:
-            loss_sum, _ = self._task.loss(self._replica.module, self._held)
-        return loss_sum, torch.zeros_like(loss_sum)
-
-    def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:
-        """Return what the gradient of a sum of losses is multiplied with, ().
-
-        The mean over the global batch divides by its size, and DDP's mean over the ranks is undone.
-        """
-        seed = self._seeds.get((dtype, global_size))
-        if seed is None:
-            factor = self._world_size / global_size
-            seed = torch.tensor(factor, dtype=dtype, device=self._device)
-            self._seeds[dtype, global_size] = seed
-        return seed * self.scaler.scale if self.scaler.enabled else seed
-
-    def _reduce_weight(self, global_size: int) -> Tensor:
-        """Return what makes a mean over samples one over weights, (). Collective: all ranks."""
-        weight = torch.zeros((), dtype=torch.float64, device=self._device)
-        weight += self._weight
-        if self._world_size > 1:
-            dist.all_reduce(weight)
-        # Where nothing at all counts, the gradient is 0 and stays so.
-        return global_size / torch.where(weight == 0, 1.0, weight)
-
-
-def _refuse_synchronised_statistics(modules: list[nn.Module]) -> None:
+def _refuse_synchronised_statistics(model: nn.Module) -> None:
     """Refuse models whose ranks would wait in vain for one that has no samples.
 
     Raises:
         ConfigError: if a module is one.
     """
-    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ConfigError(
             "the model has SyncBatchNorm, which needs samples on every rank in every pass; in the "
             "last batch of an epoch a rank may have none. Use GroupNorm or BatchNorm, or a "

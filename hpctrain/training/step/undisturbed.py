@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -34,6 +34,26 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
+
+
+@contextmanager
+def copied_buffers(model: nn.Module) -> Iterator[None]:
+    """Have copies in place of a model's buffers in the body.
+
+    Its backward pass may come after that: what it needs of the copies is not touched any more.
+    """
+    before = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[Tensor, Tensor] = {}  # one that is in two modules stays one
+    for module, buffers in before:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(buffer, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextmanager

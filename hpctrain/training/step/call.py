@@ -1,0 +1,59 @@
+"""The one call through which a task reaches the model, so that it may use all of it.
+
+DistributedDataParallel and FSDP prepare gradients and parameters around the forward pass of the
+module that they wrap. They wrap a module whose forward pass is whatever a task does, so that a task
+gets the bare model at any world size: its methods, its attributes, its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Method = Callable[[nn.Module, Mapping[str, Tensor]], Any]
+"""A method of a task, such as `task.loss`: of the bare model and the fields of a pass."""
+
+Call = Callable[[Method, Mapping[str, Tensor]], Any]
+"""Calls a method of a task with the model and these fields."""
+
+
+class Callee(nn.Module):
+    """Wraps the model for those who watch forward passes; names and state are the model's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, method: Method, fields: Mapping[str, Tensor]) -> Any:
+        """Return what the method makes of the bare model and the fields."""
+        return method(self.module, fields)
+
+
+def call_directly(model: nn.Module) -> Call:
+    """Return the call that nobody watches."""
+    return lambda method, fields: method(model, fields)
+
+
+def reach_all(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Return a loss of 0 that every trained parameter has a part in, with a gradient of 0.
+
+    In place of `task.loss` for a rank without samples: no code of the user runs, and every gradient
+    that the others reduce is there.
+
+    Args:
+        model: whose parameters.
+        fields: not looked at.
+
+    Returns:
+        The loss, (), and the weight 0.
+    """
+    # A sum of complex numbers has no backward pass: their real view has one.
+    sums = [
+        (torch.view_as_real(item) if item.is_complex() else item).sum(dtype=torch.float32)
+        for item in model.parameters()
+        if item.requires_grad
+    ]
+    return 0.0 * torch.stack(sums).sum(), 0

@@ -1,0 +1,133 @@
+"""The forward passes of a step: each gives a sum of losses, and how its backward pass begins."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from hpctrain.data.loading.loader import Batch
+from hpctrain.training.step.call import reach_all
+from hpctrain.training.step.precision import LossScale, NumberFormat
+from hpctrain.training.step.replica import Replica
+from hpctrain.training.step.undisturbed import (
+    copied_buffers,
+    evaluating,
+    kept_generators,
+    with_statistics,
+)
+from hpctrain.training.task import Fields, Task
+
+if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
+    from hpctrain.training.step.shards import Shards
+
+
+class Passes:
+    """Runs the task on parts of a rank's share, and sums up what it returns.
+
+    Attributes:
+        loss_sum: of the passes since `begin`, detached, (); None where there were no samples.
+        weight: of the same.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        replica: Replica | Shards,
+        number_format: NumberFormat,
+        scaler: LossScale,
+        held: Fields,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        """Begin without a pass.
+
+        Args:
+            task: computes the loss.
+            replica: of the model.
+            number_format: of parameters and arithmetic.
+            scaler: of the loss.
+            held: one row of every field, cast, for passes without samples of parameters that are
+                spread over the ranks.
+            world_size: number of ranks.
+            device: of this rank.
+        """
+        self.loss_sum: Tensor | None = None
+        self.weight: Tensor | int = 0
+        self._task = task
+        self._replica = replica
+        self._format = number_format
+        self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()
+        self._scaler = scaler
+        self._held = held
+        self._world_size = world_size
+        self._device = device
+        self._statistics: list[nn.Module] = with_statistics(replica.model)
+        # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
+        self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def begin(self) -> None:
+        """Forget the passes of the step before."""
+        self.loss_sum, self.weight = None, 0
+
+    def forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Run one pass over some of the rank's samples. Under FSDP, collective: all ranks.
+
+        Returns:
+            The sum of the losses, and the gradient to begin the backward pass with.
+        """
+        if first == stop:
+            return self._forward_without_samples()
+        fields: Fields = batch.fields
+        if stop - first < batch.size:
+            fields = {name: tensor[first:stop] for name, tensor in fields.items()}
+        with self._arithmetic:
+            loss_sum, weight = self._replica.call(
+                self._task.loss, self._format.cast(fields, self._task.inputs)
+            )
+        detached = loss_sum.detach()
+        self.loss_sum = detached if self.loss_sum is None else self.loss_sum + detached
+        self.weight = weight + self.weight
+        return loss_sum, self._seed(loss_sum.dtype, batch.global_size)
+
+    def _forward_without_samples(self) -> tuple[Tensor, Tensor]:
+        """Take part in the reduction of the gradients without a sample of one's own.
+
+        Where every rank has all parameters, no code of the user runs. Where they are spread, the
+        others need this rank's in the order in which the model runs: it does so on a held row.
+        """
+        if not self._replica.spread:
+            loss_sum, _ = self._replica.call(reach_all, {})
+            return loss_sum, torch.zeros_like(loss_sum)
+        with (
+            kept_generators(self._device),
+            copied_buffers(self._replica.model),
+            evaluating(self._statistics),
+            self._arithmetic,
+        ):
+            loss_sum, _ = self._replica.call(self._task.loss, self._held)
+        return loss_sum, torch.zeros_like(loss_sum)
+
+    def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:
+        """Return what the gradient of a sum of losses is multiplied with, ().
+
+        The mean over the global batch divides by its size, and DDP's mean over the ranks is undone.
+        """
+        seed = self._seeds.get((dtype, global_size))
+        if seed is None:
+            factor = self._world_size / global_size
+            seed = torch.tensor(factor, dtype=dtype, device=self._device)
+            self._seeds[dtype, global_size] = seed
+        return seed * self._scaler.scale if self._scaler.enabled else seed
+
+    def reduce_weight(self, global_size: int) -> Tensor:
+        """Return what makes a mean over samples one over weights, (). Collective: all ranks."""
+        weight = torch.zeros((), dtype=torch.float64, device=self._device)
+        weight += self.weight
+        if self._world_size > 1:
+            dist.all_reduce(weight)
+        # Where nothing at all counts, the gradient is 0 and stays so.
+        return global_size / torch.where(weight == 0, 1.0, weight)
