@@ -28,12 +28,12 @@ from hpctrain.checkpoint.layout import (
     sync,
 )
 from hpctrain.checkpoint.parts import Spread, part_name
-from hpctrain.checkpoint.raw import RawTensor, write_raw
+from hpctrain.checkpoint.raw import RawTensor, paired_names, texts_of, write_raw
 from hpctrain.checkpoint.writing import Written, write_file
 from hpctrain.errors import CheckpointError
 from hpctrain.version import __version__
 
-# As safetensors calls them.
+# As safetensors calls them, see `RawTensor`.
 _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -50,7 +50,9 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float64: "F64",
+    torch.complex32: "C32",
     torch.complex64: "C64",
+    torch.complex128: "C128",
 }
 
 
@@ -185,4 +187,15 @@ def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
 def tensors_of(content: bytes) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the host."""
     tensors: dict[str, Tensor] = load(content)
-    return tensors
+    return joined_pairs(tensors, texts_of(content))
+
+
+def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Return tensors of a file with complex numbers where it has them as pairs.
+
+    Args:
+        tensors: of the file, or some of their rows.
+        texts: that the file has beside them.
+    """
+    paired = [name for name in paired_names(texts) if name in tensors]
+    return tensors | {name: torch.view_as_complex(tensors[name]) for name in paired}

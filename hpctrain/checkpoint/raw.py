@@ -29,7 +29,13 @@ _NUMPY = {
     "F16": "float16",
     "F32": "float32",
     "F64": "float64",
+    "C64": "complex64",
+    "C128": "complex128",
 }
+# Complex numbers that the format has no name for stand in it as pairs, along a last axis of 2.
+_PAIRS = {"C32": "F16", "C128": "F64"}
+PAIRED = "complex"
+"""Key of a file's own texts: the names of its tensors that are such pairs, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,8 @@ class RawTensor:
     """A tensor as it stands in a file.
 
     Attributes:
-        dtype: as safetensors calls it, such as "BF16".
+        dtype: as safetensors calls it, such as "BF16"; complex numbers of 32 and 128 bits, which
+            it has not, are "C32" and "C128".
         data: little-endian, row after row; a view is of bytes.
     """
 
@@ -66,10 +73,32 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
         found: list[tuple[str, Mapping[str, Any]]] = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise CheckpointError(f"{where} is no safetensors file: {error}") from error
-    return {
+    tensors = {
         name: RawTensor(facts["dtype"], tuple(facts["shape"]), bytes(facts["data"]))
         for name, facts in found
     }
+    complex_of = {pair: dtype for dtype, pair in _PAIRS.items()}
+    for name in paired_names(texts_of(content)):
+        pairs = tensors[name]
+        tensors[name] = RawTensor(complex_of[pairs.dtype], pairs.shape[:-1], pairs.data)
+    return tensors
+
+
+def paired_names(texts: Mapping[str, str] | None) -> list[str]:
+    """Return the names of tensors that are pairs of the parts of complex numbers.
+
+    Args:
+        texts: that a file has beside its tensors, see `PAIRED`.
+    """
+    names: list[str] = json.loads((texts or {}).get(PAIRED, "[]"))
+    return names
+
+
+def texts_of(content: bytes) -> Mapping[str, str]:
+    """Return the texts of a safetensors file beside its tensors."""
+    length = int.from_bytes(content[:8], "little")
+    texts: Mapping[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return texts
 
 
 def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, str]) -> Written:
@@ -91,15 +120,17 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
     Raises:
         OSError: if it cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": dict(facts)}
+    paired = sorted(name for name, tensor in tensors.items() if tensor.dtype in _PAIRS)
+    texts = {**facts, **({PAIRED: json.dumps(paired)} if paired else {})}
+    header: dict[str, Any] = {"__metadata__": texts}
     offset = 0
     # The widest elements first, so that each tensor begins at a multiple of its own.
     ordered = sorted(tensors.items(), key=lambda item: (-_element_bytes(item[1]), item[0]))
     for name, tensor in ordered:
         end = offset + len(tensor.data)
         header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
+            "dtype": _PAIRS.get(tensor.dtype, tensor.dtype),
+            "shape": [*tensor.shape, *([2] if tensor.dtype in _PAIRS else [])],
             "data_offsets": [offset, end],
         }
         offset = end
@@ -141,7 +172,8 @@ def difference(first: RawTensor, second: RawTensor) -> Difference | None:
         return Difference(differing=1, elements=1, largest=None, relative=None)
     bytes_of = [np.frombuffer(tensor.data, np.uint8) for tensor in (first, second)]
     unequal = int(np.count_nonzero(bytes_of[0] != bytes_of[1]))
-    before, after = ours.astype(np.float64), theirs.astype(np.float64)
+    wide = np.complex128 if np.iscomplexobj(ours) else np.float64
+    before, after = ours.astype(wide), theirs.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
         change = np.abs(after - before)
         norm = float(np.linalg.norm(before))

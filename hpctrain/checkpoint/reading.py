@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hpctrain.checkpoint.format import tensors_of
+from hpctrain.checkpoint.format import joined_pairs, tensors_of
 from hpctrain.checkpoint.layout import (
     CONFIG,
     MODEL,
@@ -87,7 +87,8 @@ class Rows:
                     try:
                         if rank not in opened:
                             opened[rank] = stack.enter_context(safe_open(part, framework="pt"))
-                        pieces[name].append(opened[rank].get_slice(name)[begin:end])
+                        found = {name: opened[rank].get_slice(name)[begin:end]}
+                        pieces[name].append(joined_pairs(found, opened[rank].metadata())[name])
                     except (OSError, SafetensorError) as error:
                         raise CheckpointError(f"{part} cannot be read: {error}") from error
         return {name: torch.cat(rows) for name, rows in pieces.items() if rows}

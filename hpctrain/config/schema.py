@@ -265,7 +265,10 @@ class TrainingSection:
     """Stop once so many samples have been seen."""
 
     precision: Precision = "32-true"
-    """Number format of parameters and arithmetic."""
+    """Number format of the arithmetic; "bf16-true" and "64-true" cast the model to it as well."""
+
+    keep_dtype: tuple[str, ...] = ()
+    """Modules that those do not cast, by name with * and ?, or class."""
 
     strategy: Literal["ddp", "fsdp", "zero1"] = "ddp"
     """Who holds the parameters: every rank all of them (ddp), or some rows of each (fsdp)."""

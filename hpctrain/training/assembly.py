@@ -110,6 +110,7 @@ def build_parts(
         model = prepare_model(
             model, training, number_format, world.device, world.topology.world_size
         )
+        number_format = number_format.for_model(model)
     shards: Shards | None = None
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix

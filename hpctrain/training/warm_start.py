@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hpctrain.checkpoint.format import joined_pairs
 from hpctrain.checkpoint.reading import load
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
@@ -62,8 +63,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load(path).model
     try:
         if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
+            with safe_open(path, framework="pt") as file:
+                return joined_pairs(load_file(path), file.metadata())
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

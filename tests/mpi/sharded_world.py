@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hpctrain.config.schema import TrainingSection
 from hpctrain.launch.world import World
 from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.preparation import checkpoint_activations
 from hpctrain.training.step.shards import Shards
@@ -66,7 +67,8 @@ def build(
     **further: Any,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, world.device)
-    model.to(number_format.parameters)
+    cast_model(model, number_format, None)
+    number_format = number_format.for_model(model)
     checkpoint_activations(model, section.activation_checkpointing)
     shards = None
     if sharded and world.topology.world_size > 1:

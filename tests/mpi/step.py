@@ -13,6 +13,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
@@ -168,7 +169,8 @@ def check_every_precision_trains(world: World) -> None:
     rank, size = world.topology.rank, world.topology.world_size
     for name in ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"):
         number_format = NumberFormat.of(name, world.device)  # type: ignore[arg-type]
-        model = make_model().to(number_format.parameters)
+        model = make_model().float()
+        cast_model(model, number_format, None)
         step = TrainStep(
             model,
             Classification(["x"], "y"),

@@ -12,6 +12,7 @@ from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.topology import Topology
 from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
@@ -93,7 +94,8 @@ def step_of(
     prime: bool = True,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, world.device)
-    model.to(number_format.parameters)
+    cast_model(model, number_format, None)
+    number_format = number_format.for_model(model)
     step = TrainStep(
         model,
         task if task is not None else Classification(["features"], "label"),

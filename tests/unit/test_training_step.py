@@ -31,6 +31,7 @@ from hpctrain.training.bad_steps import BadSteps
 from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
 from hpctrain.training.persistence import capture
+from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
@@ -78,7 +79,8 @@ def make_step(
     **options: Any,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, CPU)
-    model.to(number_format.parameters)
+    cast_model(model, number_format, None)
+    number_format = number_format.for_model(model)
     chosen: dict[str, Any] = {"clip_norm": None, "micro_batch_size": None, "largest_share": 8}
     return TrainStep(
         model,

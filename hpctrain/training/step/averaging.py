@@ -69,5 +69,12 @@ class WeightAverage:
             average.copy_(state[name] if name in state else parameter.detach())
 
 
+_WIDE = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype))

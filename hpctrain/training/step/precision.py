@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpctrain.config.schema import Precision
 
@@ -18,8 +18,9 @@ class NumberFormat:
     """One of the precision names, on one kind of device.
 
     Attributes:
-        parameters: dtype of parameters, and of floating-point inputs.
+        parameters: dtype of floating-point inputs, and of parameters where the model is cast.
         autocast: dtype of matrix products in mixed precision; None: as the parameters.
+        casts: whether the model is cast; else it keeps the dtypes that its maker gave it.
         scaled: whether gradients are scaled up so that they do not underflow in float16.
         channels_last: whether inputs of four dimensions have their channels last in memory.
     """
@@ -27,6 +28,7 @@ class NumberFormat:
     device_type: str
     parameters: torch.dtype
     autocast: torch.dtype | None = None
+    casts: bool = False
     scaled: bool = False
     channels_last: bool = False
 
@@ -38,8 +40,8 @@ class NumberFormat:
         kind = device.type
         formats = {
             "32-true": cls(kind, torch.float32),
-            "64-true": cls(kind, torch.float64),
-            "bf16-true": cls(kind, torch.bfloat16),
+            "64-true": cls(kind, torch.float64, casts=True),
+            "bf16-true": cls(kind, torch.bfloat16, casts=True),
             "bf16-mixed": cls(kind, torch.float32, torch.bfloat16),
             "16-mixed": cls(kind, torch.float32, torch.float16, scaled=True),
         }
@@ -51,15 +53,29 @@ class NumberFormat:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.autocast)
 
+    def for_model(self, model: nn.Module) -> NumberFormat:
+        """Return the format whose inputs have the dtype of a model that was made in one other."""
+        dtypes = {real_dtype(item.dtype) for item in model.parameters()} - {None}
+        (only, *others) = dtypes or {self.parameters}
+        return replace(self, parameters=self.parameters if others or only is None else only)
+
+    def fitting(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what a dtype is cast to in this format; integers and 8-bit floats are not."""
+        if real_dtype(dtype) is None:
+            return dtype
+        if not dtype.is_complex:
+            return self.parameters
+        return torch.complex128 if self.parameters == torch.float64 else torch.complex64
+
     def cast(self, fields: Mapping[str, Tensor], inputs: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the fields with floating-point inputs in the dtype of the parameters.
+        """Return the fields with floating-point and complex inputs in the format's dtypes.
 
         Targets stay: a loss is computed in at least float32.
         """
         wrong = {
-            name: tensor.to(self.parameters)
+            name: tensor.to(wanted)
             for name in inputs
-            if (tensor := fields[name]).dtype != self.parameters and tensor.is_floating_point()
+            if (wanted := self.fitting((tensor := fields[name]).dtype)) != tensor.dtype
         }
         cast = {**fields, **wrong} if wrong else fields
         if not self.channels_last:
@@ -72,6 +88,15 @@ class NumberFormat:
                 for name, image in images.items()
             },
         }
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the numbers that a tensor is made of; a complex one is made of two.
+
+    None for integers, and for floats of 8 bits and less, which are codes for something else.
+    """
+    real = dtype.to_real()
+    return real if real.is_floating_point and real.itemsize > 1 else None
 
 
 class LossScale:

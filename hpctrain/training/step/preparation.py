@@ -5,7 +5,6 @@ But for SyncBatchNorm, whose statistics are those of all ranks, and TF32, which 
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Sequence
 
@@ -13,10 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hpctrain.config.messages import did_you_mean
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
+from hpctrain.training.step.casting import cast_model
+from hpctrain.training.step.patterns import fitting_modules
 from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.replica import listed
 
 
 def prepare_model(
@@ -34,16 +35,18 @@ def prepare_model(
     Names of parameters and buffers stay as they are.
 
     Raises:
-        ConfigError: if a pattern of `training.activation_checkpointing` fits no module.
+        ConfigError: if a pattern of `training.keep_dtype` or `training.activation_checkpointing`
+            fits no module, or complex gradients are to be compressed.
     """
+    if world_size > 1 and section.compress_gradients != "none":
+        _refuse_complex_gradients(model, section.compress_gradients)
     if section.tf32 is not None and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = section.tf32
         torch.backends.cudnn.allow_tf32 = section.tf32
     if section.sync_batchnorm and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     spread = is_spread(section, world_size)
-    place = None if spread else device
-    model = model.to(device=place, dtype=number_format.parameters)
+    cast_model(model, number_format, None if spread else device, section.keep_dtype)
     if number_format.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     checkpoint_activations(model, section.activation_checkpointing)
@@ -57,26 +60,36 @@ def is_spread(section: TrainingSection, world_size: int) -> bool:
     return section.strategy == "fsdp" and world_size > 1
 
 
+def _refuse_complex_gradients(model: nn.Module, compression: str) -> None:
+    """Refuse to compress complex gradients: torch would drop their imaginary parts.
+
+    Raises:
+        ConfigError: if the model has some.
+    """
+    names = [
+        name for name, item in model.named_parameters() if item.requires_grad and item.is_complex()
+    ]
+    if names:
+        raise ConfigError(
+            f'training.compress_gradients = "{compression}": the parameters {listed(names)} are '
+            "complex, and torch would drop the imaginary parts of their gradients. Leave the key "
+            "out, or keep these parameters as pairs of real numbers"
+        )
+
+
 def checkpoint_activations(model: nn.Module, patterns: Sequence[str]) -> None:
     """Have modules compute their activations again in the backward pass, in place of keeping them.
 
     Args:
         model: whose modules.
-        patterns: of their names, with * and ? as in file names.
+        patterns: of their names, with * and ? as in file names, or names of their classes.
 
     Raises:
         ConfigError: if a pattern fits no module.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
-        found = [name for name in modules if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            hint = did_you_mean(pattern, modules, quote='"')
-            raise ConfigError(
-                f'training.activation_checkpointing = "{pattern}": fits no module of the model'
-                f"{hint} (names are such as {', '.join(list(modules)[:4])})"
-            )
-        for name in found:
+        for name in fitting_modules(modules, pattern, "training.activation_checkpointing"):
             module = modules[name]
             # A wrapper module would change the names of all parameters inside.
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

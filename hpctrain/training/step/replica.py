@@ -57,6 +57,7 @@ class Replica:
         self.call: Call = call_directly(model)
         self.call_alone = self.call
         self.parameters = [item for item in model.parameters() if item.requires_grad]
+        self._complex = [item for item in self.parameters if item.is_complex()]
         self._bucket_mb = bucket_mb
         self._compress_gradients = compress_gradients
         self._static_graph = static_graph
@@ -126,6 +127,9 @@ class Replica:
 
     def gradients(self) -> list[torch.Tensor]:
         """Return the gradients of all parameters that have one."""
+        for item in self._complex:
+            if item.grad is not None and item.grad.is_conj():
+                item.grad = item.grad.resolve_conj()  # optimizers take them for pairs of numbers
         return [item.grad for item in self.parameters if item.grad is not None]
 
     def reduce_norm(self, norm: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
 
-from hpctrain.config.messages import did_you_mean
 from hpctrain.errors import ConfigError
+from hpctrain.training.step.patterns import fitting_modules
 
 
 def find_units(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -41,21 +40,9 @@ def find_units(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _chosen(modules: dict[str, nn.Module], patterns: Sequence[str]) -> list[str]:
-    chosen = set()
-    for pattern in patterns:
-        found = [
-            name
-            for name, module in modules.items()
-            if fnmatch.fnmatchcase(name, pattern) or type(module).__name__ == pattern
-        ]
-        if not found:
-            known = [*modules, *{type(module).__name__ for module in modules.values()}]
-            raise ConfigError(
-                f'training.shard = "{pattern}": fits no module of the model and none of their '
-                f"classes{did_you_mean(pattern, known, quote=chr(34))} (names are such as "
-                f"{', '.join(list(modules)[:4])})"
-            )
-        chosen.update(found)
+    chosen = {
+        name for pattern in patterns for name in fitting_modules(modules, pattern, "training.shard")
+    }
     return [name for name in modules if name in chosen]
 
 

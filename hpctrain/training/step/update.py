@@ -44,7 +44,8 @@ class Update:
         # Where nobody waits to look at a flag, that costs less than a kernel that reads it.
         self._looks = self.syncs or not runs_ahead(device)
         parameters = [item for group in optimizer.param_groups for item in group["params"]]
-        dtypes = {parameter.dtype for parameter in parameters}
+        dtypes = {parameter.dtype.to_real() for parameter in parameters}
+        self._complex = any(parameter.is_complex() for parameter in parameters)
         # A norm of many numbers needs more than the 8 bits of a bfloat16.
         self._norm_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._cast = None if dtypes == {self._norm_dtype} else self._norm_dtype
@@ -70,6 +71,9 @@ class Update:
             lr: learning rate.
             factor: by which the gradients are too small, (); None: they are not.
         """
+        if self._complex:
+            # The norm is that of real and imaginary parts, and real factors multiply both.
+            gradients = [real_view(item) for item in gradients]
         if factor is not None:
             factor = factor.to(self._norm_dtype)
         if self._scaler.enabled:
@@ -110,6 +114,16 @@ class Update:
     def _constant(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a tensor: a Python number is made one in every operation, slowly."""
         return torch.tensor(value, dtype=self._norm_dtype, device=device)
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs of real ones in the same memory, and real ones as they are.
+
+    Of a conjugate that torch has not computed yet, the pairs of the original.
+    """
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def runs_ahead(device: torch.device) -> bool:
