@@ -1,15 +1,24 @@
-"""Who and where a process is, and the little it may ask of the others.
+"""Who and where a process is, the little it may ask of the others, and how all of them fail.
 
 Frozen facts and a protocol; `hpctrain.launch` finds the facts and implements the protocol over
 MPI, over a torch.distributed store, and for one process. Everything below it receives them as
 arguments.
+
+A failure of one rank is told to all of them by `raise_together`, `on_rank_zero` or `on_all_ranks`,
+so that one speaks and all leave in order, rather than by a rank that others wait for in vain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from hpctrain.errors import HpctrainError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +95,97 @@ class Communicator(Protocol):
         Collective: all ranks.
         """
         ...
+
+
+@contextmanager
+def raise_together(communicator: Communicator) -> Iterator[None]:
+    """Raise on every rank if the body raises an HpctrainError on any. Collective: all ranks.
+
+    The body must not communicate, or must fail in the same place on every rank.
+
+    Raises:
+        HpctrainError: of the class of the lowest failing rank, `everywhere`, naming the ranks
+            where only some have failed.
+    """
+    failure: HpctrainError | None = None
+    try:
+        yield
+    except HpctrainError as error:
+        if error.everywhere:
+            raise
+        failure = error
+    _raise_first(communicator.all_gather((socket.gethostname(), failure)), failure)
+
+
+def on_rank_zero(communicator: Communicator, make: Callable[[], T]) -> T:
+    """Return on every rank what `make()` returns on rank 0, the only one to call it.
+
+    Collective: all ranks.
+
+    Raises:
+        HpctrainError: on every rank, if it fails there.
+    """
+    outcome = _outcome(make) if communicator.rank == 0 else None
+    value, error = communicator.broadcast(outcome)
+    if error is not None:
+        error.everywhere = True
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def on_all_ranks(communicator: Communicator, make: Callable[[], T]) -> list[T]:
+    """Return on every rank what `make()` returned on each, in rank order.
+
+    Collective: all ranks. `make` itself must not communicate.
+
+    Raises:
+        HpctrainError: as `raise_together` does.
+    """
+    value, failure = _outcome(make)
+    outcomes = communicator.all_gather((socket.gethostname(), failure, value))
+    _raise_first([(host, error) for host, error, _ in outcomes], failure)
+    return [value for _, _, value in outcomes]
+
+
+def _outcome(make: Callable[[], T]) -> tuple[T | None, HpctrainError | None]:
+    try:
+        return make(), None
+    except HpctrainError as error:
+        return None, error
+
+
+def _raise_first(
+    outcomes: Sequence[tuple[str, HpctrainError | None]], own: HpctrainError | None
+) -> None:
+    """Raise the failure of the lowest rank, if any rank has one; equal on all of them.
+
+    Args:
+        outcomes: host and failure of every rank, in rank order.
+        own: failure of this rank, whose traceback stays with what is raised.
+    """
+    failed = [(rank, host, error) for rank, (host, error) in enumerate(outcomes) if error]
+    if not failed:
+        return
+    rank, host, first = failed[0]
+    message = str(first)
+    if len({str(error) for _, _, error in failed}) > 1 or len(failed) < len(outcomes):
+        others = f" (and {len(failed) - 1} more of {len(outcomes)})" if failed[1:] else ""
+        message = f"rank {rank} on {host}{others}: {message}"
+    raise type(first)(message, everywhere=True) from own
+
+
+@contextmanager
+def closing_together(communicator: Communicator, close: Callable[[], None]) -> Iterator[None]:
+    """Call `close` after the body where all ranks come to it: success, or a shared failure.
+
+    Collective: all ranks. After a failure of this rank alone nothing that waits may follow.
+    """
+    try:
+        yield
+    except HpctrainError as error:
+        if error.everywhere:
+            communicator.barrier()
+            close()
+        raise
+    communicator.barrier()
+    close()

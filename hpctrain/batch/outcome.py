@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import replace_file
 
 NAME = "exit.json"
 
@@ -44,14 +44,9 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     Raises:
         CheckpointError: if it cannot be written.
     """
-    temporary = folder / f".{NAME}.tmp"
     content = asdict(outcome) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / NAME)
+        replace_file(folder / NAME, json.dumps(content, indent=1).encode())
     except OSError as error:
         raise CheckpointError(f"cannot write {folder / NAME}: {error.strerror}") from error
 

@@ -25,12 +25,12 @@ from hpctrain.checkpoint.layout import (
     VERSION,
     VERSION_OF_ONE_WRITER,
     checksum_of_meta,
-    sync,
 )
 from hpctrain.checkpoint.parts import Spread, part_name
 from hpctrain.checkpoint.raw import RawTensor, paired_names, texts_of, write_raw
 from hpctrain.checkpoint.writing import Written, write_file
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import sync
 from hpctrain.version import __version__
 
 # As safetensors calls them, see `RawTensor`.

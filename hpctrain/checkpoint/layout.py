@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import checksum, file_checksum
 
 VERSION = 2
 VERSION_OF_ONE_WRITER = 1
@@ -31,7 +30,6 @@ MODEL, TRAINING = "model.safetensors", "training.safetensors"
 VALUES, CONFIG = "training.json", "config.toml"
 
 _REPLACED = ".replaced"
-_PIECE_BYTES = 4 * 2**20
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -85,13 +83,13 @@ def read_file(folder: Path, name: str, meta: Mapping[str, Any]) -> bytes:
         expected = meta["files"][name]
     except (OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    _compare(path, len(content), xxhash.xxh3_64_hexdigest(content), expected)
+    _compare(path, len(content), checksum(content), expected)
     return content
 
 
 def checksum_of_meta(meta: Mapping[str, Any]) -> str:
     """Return the checksum that meta.json has of its own content."""
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode()))
+    return checksum(json.dumps(meta, sort_keys=True).encode())
 
 
 def check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> int:
@@ -103,15 +101,12 @@ def check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> int:
     Raises:
         CheckpointError: if it is missing, cut or changed.
     """
-    path, digest, length = folder / name, xxhash.xxh3_64(), 0
+    path = folder / name
     try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-                length += len(piece)
+        length, digest = path.stat().st_size, file_checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    _compare(path, length, digest.hexdigest(), meta["files"][name])
+    _compare(path, length, digest, meta["files"][name])
     return length
 
 
@@ -122,15 +117,6 @@ def _compare(path: Path, length: int, digest: str, expected: Mapping[str, Any]) 
         )
     if digest != expected["xxh3_64"]:
         raise CheckpointError(f"{path} is damaged: its checksum is not that of what was written")
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder on disk before anything that follows."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def newest_first(checkpoints: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from hpctrain.errors import CheckpointError
+from hpctrain.utils import proc
 
 NAME = "lease.json"
 RENEW_SECONDS = 30.0
@@ -166,8 +167,8 @@ def _identity(environ: Mapping[str, str]) -> dict[str, Any]:
         "restart": int(restart) if restart.isdecimal() else 0,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-        "boot": _boot_id(),
+        "started": proc.start_time(os.getpid()),
+        "boot": proc.boot_id(),
         "nonce": secrets.token_hex(8),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -175,24 +176,9 @@ def _identity(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _alive(holder: Mapping[str, Any]) -> bool:
     """Tell whether the process of this host that took the lease still runs."""
-    started = _start_time(int(holder.get("pid", 0)))
+    started = proc.start_time(int(holder.get("pid", 0)))
     # A process id is used again; its start time is not.
     return started is not None and started == holder.get("started")
-
-
-def _start_time(pid: int) -> str | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def _who(holder: Mapping[str, Any] | None) -> str:

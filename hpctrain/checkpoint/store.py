@@ -21,11 +21,11 @@ from hpctrain.checkpoint.layout import (
     put_back,
     read_meta,
     set_aside,
-    sync,
     those_aside,
 )
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import replace_file, sync
 
 _TRIES = 2
 _PAUSE_SECONDS = 1.0
@@ -242,11 +242,7 @@ class CheckpointStore:
             raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
     def _point_to(self, name: str) -> None:
-        temporary = self._run_folder / ".latest.tmp"
-        temporary.write_text(name + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, self._run_folder / "latest")
-        sync(self._run_folder)
+        replace_file(self._run_folder / "latest", f"{name}\n".encode())
 
     def _read_back(self, path: Path) -> None:
         """Make sure that the disk has what was written, before anything older is deleted.

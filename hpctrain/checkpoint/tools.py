@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,8 @@ from hpctrain.checkpoint.layout import (
 from hpctrain.checkpoint.parts import read_raw
 from hpctrain.checkpoint.raw import RawTensor, difference, write_raw
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import replacement
+from hpctrain.utils.text import first_lines, plural
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +56,7 @@ def listed(run: Path) -> str:
         shown = [f"{name} {value:.6g}" for name, value in metrics.items()]
         shown += ["latest"] if path.name == latest else []
         lines.append("  ".join([f"  {path.name}", f"{size / 1e6:10,.1f} MB", saved, *shown]))
-    return "\n".join([f"{run}: {len(lines)} checkpoint{'s' * (len(lines) != 1)}", *lines])
+    return "\n".join([f"{run}: {plural(len(lines), 'checkpoint')}", *lines])
 
 
 def verified(path: Path) -> str:
@@ -138,12 +139,10 @@ def export(path: Path, target: Path, *, average: bool = False) -> str:
             raise CheckpointError(f"{source} has no averages: training.ema_decay was not set")
         tensors |= averages
     tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        write_raw(temporary, tensors, {"format": "pt", "step": str(meta["step"])})
-        os.replace(temporary, target)
+        with replacement(target) as temporary:
+            write_raw(temporary, tensors, {"format": "pt", "step": str(meta["step"])})
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {target}: {error}") from error
     size = sum(len(item.data) for item in tensors.values())
     return f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, of step {meta['step']:,}"
@@ -197,16 +196,15 @@ def _tensor_changes(file: str, before: Path, after: Path) -> list[str]:
     lines = [f"  {kind}  {name}: only in {before.name}" for name in ours if name not in theirs]
     lines += [f"  {kind}  {name}: only in {after.name}" for name in theirs if name not in ours]
     both = [name for name in ours if name in theirs]
-    found = 0
+    changed = []
     for name in both:
         line = _difference(ours[name], theirs[name])
-        found += line is not None
-        if line is not None and found <= _SHOWN:
-            lines.append(f"  {kind}  {name}: {line}")
-    if found > _SHOWN:
-        lines.append(f"  {kind}  and {found - _SHOWN} more")
+        if line is not None:
+            changed.append(f"{name}: {line}")
+    lines += first_lines(changed, _SHOWN, f"  {kind}  ")
     if lines:
-        lines.append(f"  {kind}  {len(both) - found} of {len(both)} tensors in both are equal")
+        equal = len(both) - len(changed)
+        lines.append(f"  {kind}  {equal} of {len(both)} tensors in both are equal")
     return lines
 
 

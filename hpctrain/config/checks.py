@@ -14,11 +14,12 @@ from pathlib import Path
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.components import BUILTINS, TRANSFORMS, unknown_name
 from hpctrain.config.locating import is_reference, problem_of
-from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, printable
+from hpctrain.config.messages import KeyPath, Mistake
 from hpctrain.config.normalizing import problems_of
 from hpctrain.config.schema import RunSection
 from hpctrain.config.selecting import check_fields, check_samples, has_validation
 from hpctrain.config.source import Source
+from hpctrain.utils.text import did_you_mean, printable
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 _RESUME = ("auto", "never")

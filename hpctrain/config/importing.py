@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.messages import did_you_mean, printable
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import did_you_mean, printable
 
 
 def imported(reference: str) -> Callable[..., Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import printable
 
 KeyPath = tuple[str, ...]
 
@@ -96,28 +97,6 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**_LONGEST:
         return "a very long number"
     return _cut(str(value))
-
-
-def printable(text: str) -> str:
-    """Escape what would garble a terminal or a log."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", quote: str = "") -> str:
-    """Return "; did you mean ...?" for a near miss, else nothing."""
-    close = nearest(word, known)
-    return "" if close is None else f"; did you mean {prefix}{quote}{close}{quote}?"
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of the known words was meant, if one is close."""
-    if len(word) > _LONGEST:  # no slip of the finger, and slow to compare
-        return None
-    import difflib
-
-    by_case = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(word.lower(), list(by_case), n=1)
-    return by_case[close[0]] if close else None
 
 
 def _cut(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.config.messages import did_you_mean
+from hpctrain.utils.text import did_you_mean
 
 STATISTICS = ("stats", "channel_stats")
 """Words for the numbers in `stats.json` of the training data: of a whole field, or a channel."""

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain.config.messages import Mistake, Verbatim, printable, shown
+from hpctrain.config.messages import Mistake, Verbatim, shown
 from hpctrain.config.source import DEEPEST, Source
+from hpctrain.utils.text import printable
 
 if sys.version_info >= (3, 11):
     import tomllib

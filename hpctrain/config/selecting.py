@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpctrain.config.messages import Mistake, did_you_mean
+from hpctrain.config.messages import Mistake
 from hpctrain.config.source import Source
+from hpctrain.utils.text import did_you_mean
 
 _SPLITTING = {"split_seed": 0, "split_by": "rows", "piece_rows": None}
 """Keys that say how to split, and their defaults, which a saved config writes out."""

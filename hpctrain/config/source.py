@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.config.lines import deepest_line, locate_keys
-from hpctrain.config.messages import (
-    NOT_GIVEN,
-    KeyPath,
-    Mistake,
-    config_error,
-    did_you_mean,
-    printable,
-)
+from hpctrain.config.messages import NOT_GIVEN, KeyPath, Mistake, config_error
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import did_you_mean, printable
 
 if sys.version_info >= (3, 11):
     import tomllib

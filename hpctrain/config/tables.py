@@ -6,7 +6,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from hpctrain.config.messages import KeyPath, did_you_mean
+from hpctrain.config.messages import KeyPath
+from hpctrain.utils.text import did_you_mean
 
 
 def inside(annotation: Any, where: KeyPath) -> tuple[KeyPath, Any]:

@@ -14,10 +14,11 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.config.expectations import choices, expectation
-from hpctrain.config.messages import KeyPath, Mistake, did_you_mean, nearest
+from hpctrain.config.messages import KeyPath, Mistake
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.source import Source, Table
 from hpctrain.config.tables import inside, unknown_inside
+from hpctrain.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

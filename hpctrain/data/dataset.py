@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ import xxhash
 
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.errors import DatasetError
+from hpctrain.utils.text import nearest
 
 SUPPORTED_DTYPES = frozenset(
     ["bool"]
@@ -227,8 +227,8 @@ def require_fields(wanted: Iterable[str], there: Iterable[str], place: str) -> N
     for name in wanted:
         if name in names:
             continue
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
+        near = nearest(name, names)
+        hint = f' Did you mean "{near}"?' if near else ""
         raise DatasetError(f'{place}: there is no field "{name}".{hint} It has: {", ".join(names)}')
 
 

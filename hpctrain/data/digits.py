@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.files import temporary_name
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.index import INDEX_NAME, damaged_shards
 from hpctrain.data.order.permutation import derive_key, permutation
 from hpctrain.data.writing import Writer
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import temporary_name
 
 SPLITS = ("train", "validation")
 VALIDATION_FRACTION = 0.2

@@ -12,8 +12,8 @@ import numpy as np
 
 from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
-from hpctrain.data.files import file_checksum, replace_file
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import file_checksum, replace_file
 
 INDEX_NAME = "index.json"
 UNFINISHED_NAME = "index.json.unfinished"

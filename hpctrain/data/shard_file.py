@@ -11,11 +11,11 @@ import h5py
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.files import file_checksum, publish_file, temporary_name
 from hpctrain.data.finding.discovery import inspect_file
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import file_checksum, publish, temporary_name
 
 SHARD_BYTES = 256 * 2**20
 """Values in one shard, about, where nothing else is asked for."""
@@ -55,7 +55,7 @@ def write_shard(
     try:
         write_hdf5(temporary, fields, attributes, storage)
         shard = inspect_shard(temporary, list(fields))
-        publish_file(temporary, path)
+        publish(temporary, path)
     except OSError as error:
         raise cannot_write(path.parent, error) from error
     finally:

@@ -21,9 +21,8 @@ from hpctrain.data.shard_file import (
     write_shard,
 )
 from hpctrain.data.storage import Storage
-from hpctrain.data.together import on_all_ranks, on_rank_zero
 from hpctrain.errors import DatasetError
-from hpctrain.topology import Communicator
+from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 
 
 class Writer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hpctrain.launch.launchers import Claim
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.proc import boot_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,7 @@ class Node:
     @classmethod
     def here(cls) -> Node:
         """Return the node of this process."""
-        try:
-            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        except OSError:  # not Linux
-            boot_id = ""
-        return cls(boot_id, socket.gethostname())
+        return cls(boot_id(), socket.gethostname())
 
 
 def discover(claim: Claim, communicator: Communicator, mpi: str | None) -> Topology:

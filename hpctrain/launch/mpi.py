@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.agreement import closing_together
 from hpctrain.launch.ancestry import ancestors
 from hpctrain.launch.containers import WITHOUT_SHARED_MEMORY, is_walled_off
 from hpctrain.launch.launchers import Claim
 from hpctrain.launch.pmi import check_process_manager
+from hpctrain.topology import closing_together
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
 # MPI_Init, before the rank has chosen its own.

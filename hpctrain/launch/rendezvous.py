@@ -21,6 +21,7 @@ import psutil
 
 from hpctrain.errors import LaunchError
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.text import first_lines, listed
 
 _CONTAINER_BRIDGES = (
     "docker",
@@ -266,9 +267,8 @@ def _probe_next(
 def _ring(gaps: Sequence[tuple[str, str, str]]) -> str:
     """Say which neighbours cannot reach each other."""
     lines = ["every node reaches rank 0's, but not every node reaches the next one:"]
-    lines += [f"  {host} does not reach {other} at {ip}" for host, other, ip in gaps[:8]]
-    if gaps[8:]:
-        lines.append(f"  and {len(gaps) - 8} more")
+    unreached = [f"{host} does not reach {other} at {ip}" for host, other, ip in gaps]
+    lines += first_lines(unreached, 8, "  ")
     return "\n".join([*lines, _ADVICE])
 
 
@@ -277,6 +277,5 @@ def _table(addresses: Sequence[Address], probes: Sequence[Probe], host: str) -> 
     lines = [f"no address of rank 0's node {host} is reached by every node:"]
     for address in addresses:
         missing = [probe.host for probe in probes if address.ip not in probe.sources]
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
-        lines.append(f"  {address.ip} ({address.interface}): not reached from {shown}")
+        lines.append(f"  {address.ip} ({address.interface}): not reached from {listed(missing, 8)}")
     return "\n".join([*lines, _ADVICE])

@@ -14,8 +14,8 @@ from typing import Any
 from torch import distributed as dist
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.agreement import closing_together
 from hpctrain.launch.launchers import Claim
+from hpctrain.topology import closing_together
 
 # As long as torch itself waits in a collective.
 _LONGEST_WAIT = timedelta(minutes=30)

@@ -21,7 +21,7 @@ from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
 from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.observe.native import quiet_native_libraries
-from hpctrain.topology import Communicator, Topology
+from hpctrain.topology import Communicator, Topology, closing_together
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,6 @@ def process_group(
         import torch
         from torch import distributed as dist
 
-        from hpctrain.launch.agreement import closing_together
         from hpctrain.launch.cores import set_threads
         from hpctrain.launch.device import choose_backend, choose_device
 

@@ -1,12 +1,10 @@
-"""Files that grow, and files that are replaced, so that a kill or a full disk leaves them whole."""
+"""Files that grow so that a kill or a full disk leaves them whole."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 
 class AppendedFile:
@@ -59,34 +57,3 @@ class AppendedFile:
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write, which takes the place of `path` once the body is through.
-
-    Raises:
-        OSError: if it cannot be written; `path` is then as it was.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; file systems that cannot sync a folder keep renames by themselves."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe import text
 from hpctrain.observe.records import Record
 from hpctrain.observe.sinks import (
     CsvTable,
@@ -25,6 +24,7 @@ from hpctrain.observe.sinks import (
     cut_back,
     read_records,
 )
+from hpctrain.utils import text
 
 JSONL_FILE = "metrics.jsonl"
 CSV_FILE = "metrics.csv"

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, TextIO
 
-from hpctrain.observe import text
 from hpctrain.observe.bar import Bar
 from hpctrain.observe.terminal import terminal_columns
+from hpctrain.utils import text
 
 Mode = Literal["auto", "bar", "lines", "none"]
 

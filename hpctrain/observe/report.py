@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpctrain.observe import text
+from hpctrain.utils import text
 
 _COLUMNS = 100
 _INDENT = "  "

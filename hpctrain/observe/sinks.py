@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpctrain.observe.appending import AppendedFile, replacing
+from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.records import Record, flat, from_line, to_line, to_row
+from hpctrain.utils.files import replacing
 
 
 class Sink(Protocol):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpctrain.utils import proc
+
 STDERR = 2
 
 LAUNCHERS = frozenset({"mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "prun"})
@@ -52,16 +54,7 @@ def terminal_columns() -> int | None:
 
 def _ancestors() -> Iterator[Process]:
     """Walk up from the parent, as far as /proc shows."""
-    pid = os.getppid()
-    while pid > 0:
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return
-        # "pid (name) state ppid ..."; the name may itself hold parentheses and blanks.
-        name_begin, name_end = text.index("(") + 1, text.rindex(")")
-        yield Process(pid, text[name_begin:name_end])
-        pid = int(text[name_end + 1 :].split()[1])
+    return (Process(pid, proc.name_of(pid)) for pid in proc.ancestors())
 
 
 def _columns_of(pid: int) -> int | None:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
-from hpctrain.observe import text
 from hpctrain.observe.bar import Bar
 from hpctrain.observe.progress import BAR_SECONDS
 from hpctrain.observe.terminal import terminal_columns
+from hpctrain.utils import text
 
 EVERY_SECONDS = 30.0
 """Time between two plain lines; a tool that is done before writes none."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpctrain.config.semantics import settle
-from hpctrain.data.files import filesystem_of
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import data as judging
 from hpctrain.preflight.probes.dataset import read_batches, try_lock, unseen_shards
 from hpctrain.preflight.probes.step import StepFacts
 from hpctrain.training.datasets import Data, open_data
+from hpctrain.utils.files import filesystem_of
 
 
 def open_and_check(checks: Checks, world: World) -> Data | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,12 +40,6 @@ def overall(findings: Iterable[Finding]) -> Literal["pass", "warn", "fail"]:
 def exit_code(findings: Iterable[Finding]) -> ExitCode:
     """Return what a job script branches on: 0, also with warnings, or 69."""
     return ExitCode.LAUNCH if overall(findings) == "fail" else ExitCode.DONE
-
-
-def listed(items: Sequence[str], most: int = 4) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = f" and {len(items) - most} more" if items[most:] else ""
-    return ", ".join(items[:most]) + more
 
 
 def ranges(numbers: Iterable[int]) -> str:

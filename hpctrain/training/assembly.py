@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
-from hpctrain.config.messages import did_you_mean, shown
+from hpctrain.config.messages import shown
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Horizon
 from hpctrain.training.optimization.learning_rate import LearningRate
 from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
@@ -29,6 +29,7 @@ from hpctrain.training.step.preparation import is_spread, prepare_model
 from hpctrain.training.step.sync_check import check_equal_shapes
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Task
+from hpctrain.utils.text import did_you_mean
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from hpctrain.training.step.shards import Shards

@@ -11,6 +11,7 @@ from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
+from hpctrain.utils.text import listed
 
 _SHOWN_RUNS = 8
 _SHOWN_RANKS = 3
@@ -94,9 +95,8 @@ def _listed(loader: TrainLoader, rows: Int64s) -> str:
     texts: list[str] = []
     shard = ""
     runs = loader.runs(np.sort(rows))
-    for name, first, last in runs[:_SHOWN_RUNS]:
+    for name, first, last in runs:
         run = str(first) if first == last else f"{first}-{last}"
         texts.append(run if name == shard else f"{name} row{'s' * (last > first)} {run}")
         shard = name
-    more = f" and {len(runs) - _SHOWN_RUNS} more" if runs[_SHOWN_RUNS:] else ""
-    return ", ".join(texts) + more
+    return listed(texts, _SHOWN_RUNS)

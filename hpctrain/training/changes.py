@@ -12,6 +12,7 @@ from hpctrain.config.source import parse
 from hpctrain.config.validation import validate
 from hpctrain.errors import ConfigError
 from hpctrain.training.persistence import Resumed
+from hpctrain.utils.text import first_lines
 
 # Of these a change says nothing about what is trained.
 _UNREMARKABLE = ("run.", "logging.", "launch.", "checkpoint.")
@@ -73,8 +74,7 @@ def told_changes(before: str, now: Config) -> list[str]:
         f"{key}: {_text(then)} when saved, {_text(here)} now"
         for key, (then, here) in changes.items()
     ]
-    more = [f"and {len(lines) - _SHOWN} more keys have changed"] if lines[_SHOWN:] else []
-    return lines[:_SHOWN] + more
+    return first_lines(lines, _SHOWN, noun="keys have changed")
 
 
 def _with_defaults(before: str) -> str:

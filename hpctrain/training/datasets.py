@@ -20,8 +20,8 @@ from hpctrain.data.order.partition import served_samples
 from hpctrain.data.reading.helpers import reading_threads
 from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.state import from_state
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Horizon, Place
 from hpctrain.training.normalizing import RECORD as NORMALIZATION
 from hpctrain.training.normalizing import (

@@ -17,12 +17,11 @@ from hpctrain.batch.stop import StopAgreement
 from hpctrain.batch.watch import Watch, reserve_seconds
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
-from hpctrain.topology import Communicator, Topology
+from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.assembly import Parts, build_parts
 from hpctrain.training.changes import rules_and_changes
 from hpctrain.training.components import resolve_components

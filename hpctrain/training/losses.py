@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.config.components import resolve
-from hpctrain.config.messages import did_you_mean
 from hpctrain.config.schema import ComponentSection
 from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.utils.text import did_you_mean
 
 SummedLoss = Callable[[Tensor, Tensor], Tensor]
 """(output, target), both (samples, ...), to the sum of the samples' losses, ()."""

@@ -21,12 +21,13 @@ from hpctrain.checkpoint.state import (
 )
 from hpctrain.checkpoint.tools import AVERAGE
 from hpctrain.errors import CheckpointError, TrainingError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Place
 from hpctrain.training.step.broadcast import broadcast_tensors
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import OPTIMIZER, own_state, parameter_of, put_weights
+from hpctrain.utils.text import listed
 
 _GENERATORS, _BAD_STEPS = "generators/", "bad_steps"
 
@@ -233,7 +234,7 @@ def _load_model(step: TrainStep, resumed: Resumed) -> None:
     changed = sorted(name for name in here.keys() & there.keys() if here[name] != there[name])
     if missing or surplus or changed:
         what = [
-            f"{label}: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+            f"{label}: {listed(names, 4)}"
             for label, names in (
                 ("not in it", missing),
                 ("in it only", surplus),

@@ -12,8 +12,8 @@ from hpctrain.checkpoint.layout import check_file, newest_first, step_of
 from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.persistence import Resumed, share
 from hpctrain.training.step.preparation import is_spread
 

@@ -15,9 +15,8 @@ from hpctrain.batch.stop import Boundary, StopAgreement
 from hpctrain.checkpoint.reading import Loaded, load_newest
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
-from hpctrain.observe.text import metric
+from hpctrain.topology import raise_together
 from hpctrain.training.assembly import Parts
 from hpctrain.training.bad_batches import explain
 from hpctrain.training.datasets import Data
@@ -31,6 +30,7 @@ from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
 from hpctrain.training.step.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
+from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
 

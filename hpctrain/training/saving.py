@@ -15,8 +15,8 @@ from hpctrain.checkpoint.part_writer import Outcome, PartWriter
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.checkpoint.writing import Written
 from hpctrain.errors import HpctrainError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 
 
 class OthersParts:

@@ -16,7 +16,7 @@ from hpctrain.data.staging.disks import Disk, candidates, choose, look_at
 from hpctrain.data.staging.folder import StageFolder, sweep
 from hpctrain.data.staging.plan import Copy, count_fitting, key_of, plan_copies, share_of
 from hpctrain.launch.world import World
-from hpctrain.observe.text import duration, plural, size
+from hpctrain.utils.text import duration, listed, plural, size
 
 logger = logging.getLogger("hpctrain")
 
@@ -110,8 +110,7 @@ class Staging:
         of_ranks = world.communicator.all_gather(self._problems)
         others = [problem for problems in of_ranks[1:] for problem in problems]
         if world.topology.is_rank_zero and others:
-            more = f" (and {len(others) - 3} more)" if others[3:] else ""
-            logger.warning("data.stage: %s%s", "; ".join(others[:3]), more)
+            logger.warning("data.stage: %s", listed(others, 3, separator="; "))
 
     def _note(self, host: str, problem: str) -> None:
         """Take down a problem; rank 0's log has it at once, what others log goes nowhere."""
@@ -175,7 +174,7 @@ def _tell(copies: Sequence[Copy], stages: Sequence[NodeStage], hosts: Sequence[s
         if stage.problem:
             short[stage.count, stage.problem].append(host)
     for (count, problem), where in short.items():
-        named = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if where[3:] else "")
+        named = listed(where, 3)
         logger.warning(
             "data.stage: room for %d of %s on %s: %s; the others are read where they are",
             count,

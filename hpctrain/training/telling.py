@@ -12,7 +12,6 @@ from hpctrain.config import Config
 from hpctrain.launch.world import World
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
-from hpctrain.observe.text import metric, plural
 from hpctrain.training.assembly import Parts
 from hpctrain.training.datasets import Data
 from hpctrain.training.horizon import Place
@@ -20,6 +19,7 @@ from hpctrain.training.persistence import Resumed
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.run import Run
+from hpctrain.utils.text import metric, plural
 
 
 def header_text(

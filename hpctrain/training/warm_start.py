@@ -16,11 +16,12 @@ from hpctrain.checkpoint.format import joined_pairs
 from hpctrain.checkpoint.reading import load
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.step.broadcast import broadcast_tensors
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import put_weights
+from hpctrain.utils.text import listed
 
 _SHOWN = 4
 # Under which a file may keep the weights: Lightning's word first.
@@ -117,7 +118,9 @@ def choose(
         "only in the model": [name for name in here if name not in renamed],
         "of another shape": [name for name in renamed if name in here and name not in fitting],
     }
-    told = "; ".join(f"{what}: {_some(which)}" for what, which in leftover.items() if which)
+    told = "; ".join(
+        f"{what}: {listed(which, _SHOWN)}" for what, which in leftover.items() if which
+    )
     if told and (strict or not fitting):
         hint = _hint(list(renamed), here)
         relax = ", or set initialize_strict = false" if strict and fitting else ""
@@ -145,8 +148,3 @@ def _hint(names: list[str], here: Mapping[str, Tensor]) -> str:
         if all(prefix + name in here for name in names):
             return f' = {{ "" = "{prefix}" }}'
     return ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -7,8 +7,8 @@ import time
 
 import hpctrain
 from hpctrain.errors import DatasetError, HpctrainError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 
 
 def check_messages(world: World) -> None:

@@ -23,8 +23,8 @@ from hpctrain.checkpoint.reading import load, load_newest
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.agreement import raise_together
 from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import capture, restore, share
 from hpctrain.training.resuming import reading

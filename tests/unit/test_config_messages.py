@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from hpctrain.config.messages import (
-    NOT_GIVEN,
-    Mistake,
-    config_error,
-    did_you_mean,
-    dotted,
-    printable,
-    shown,
-)
+from hpctrain.config.messages import NOT_GIVEN, Mistake, config_error, dotted, shown
+from hpctrain.utils.text import did_you_mean, printable
 
 
 def test_one_message_for_all_in_the_order_of_the_file() -> None:

@@ -58,6 +58,17 @@ def test_start_up_imports_nothing_heavy() -> None:
     assert_passes(sys.executable, "-c", code)
 
 
+def test_the_watchdog_needs_the_standard_library_alone() -> None:
+    """It starts without site-packages, in a few ms."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hpctrain.launch.watchdog.process;"
+        "names = {name.partition('.')[0] for name in sys.modules};"
+        "others = names - {*sys.stdlib_module_names, '__main__', 'hpctrain'};"
+        "sys.exit(f'imported: {sorted(others)}' if others else 0)"
+    )
+    assert_passes(sys.executable, "-I", "-S", "-c", code)
+
+
 def test_documented_version_is_the_packages() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     version = re.search(r"^## (\S+)", changelog, re.MULTILINE)

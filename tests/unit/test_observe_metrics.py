@@ -16,9 +16,10 @@ import pytest
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import appending, metrics, records, sinks
-from hpctrain.observe.appending import AppendedFile, replacing
+from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import from_line, to_line
+from hpctrain.utils.files import replacing
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hpctrain.data.dataset import Dataset, Field, Layout, Shard
 from hpctrain.errors import CheckpointError, DatasetError
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.preflight.asking import Answer, CheckError, ask
-from hpctrain.preflight.finding import Finding, Status, exit_code, listed, overall, ranges
+from hpctrain.preflight.finding import Finding, Status, exit_code, overall, ranges
 from hpctrain.preflight.probes.dataset import unseen_shards
 from hpctrain.preflight.probes.folder import (
     filesystem_of,
@@ -96,7 +96,6 @@ def test_json() -> None:
 
 
 def test_small_words() -> None:
-    assert listed(["a", "b", "c"], 2) == "a, b and 1 more"
     assert ranges([]) == ""
     assert ranges([64, 0, 1, 2]) == "0-2,64"
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hpctrain.data.coding import coding_from
-from hpctrain.data.files import replace_file
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import replace_file
 
 CATALOGUE_VERSION = 1
 CATALOGUE_SUFFIX = ".json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.files import file_checksum
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import file_checksum
 
 
 def verify_share(datasets: Sequence[Dataset], rank: int, world_size: int) -> None:

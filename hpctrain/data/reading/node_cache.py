@@ -21,9 +21,8 @@ from hpctrain.data.reading.node_memory import SHARED, host_memory, shared_memory
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.steady import READ_RETRIES
-from hpctrain.data.together import on_all_ranks
 from hpctrain.errors import ConfigError
-from hpctrain.topology import Communicator, Topology
+from hpctrain.topology import Communicator, Topology, on_all_ranks
 
 SPARE = 1 / 16
 """Of the free memory, left to the training itself at the least."""

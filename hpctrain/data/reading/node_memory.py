@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from hpctrain.utils.proc import cgroup
+
 SHARED = Path("/dev/shm")
 
 
@@ -24,7 +26,7 @@ def host_memory() -> tuple[int, int]:
             "total_inactive_file",
         ),
     ):
-        group = Path(root, *cgroup(controller).parts[1:])
+        group = cgroup(root, controller)
         # A scheduler sets the limit of the job, above the group of its step.
         for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
@@ -50,16 +52,3 @@ def shared_memory() -> int:
     except OSError:
         return 0
     return found.f_bavail * found.f_frsize
-
-
-def cgroup(controller: str) -> Path:
-    """Return this process's control group: of a version 1 controller, or "" for version 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(",") and (controller or not controllers):
-            return Path(path)
-    return Path("/")

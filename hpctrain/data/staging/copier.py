@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 import weakref
@@ -15,6 +14,7 @@ import xxhash
 from hpctrain.data.staging.folder import StageFolder
 from hpctrain.data.staging.plan import Copy
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import temporary_name
 
 PIECE_BYTES = 4 * 2**20
 _LOOK_SECONDS = (0.2, 10.0)
@@ -120,7 +120,7 @@ def copy_whole(copy: Copy, folder: Path, stopped: Callable[[], bool]) -> bool:
         OSError: if it cannot be read or written.
     """
     target = folder / copy.name
-    temporary = folder / f".{copy.name}.{secrets.token_hex(4)}"
+    temporary = temporary_name(target)
     digest, size = xxhash.xxh3_64(), 0
     buffer = memoryview(bytearray(PIECE_BYTES))
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.data.files import filesystem_of
+from hpctrain.utils.files import filesystem_of
 
 VARIABLES = ("SLURM_TMPDIR", "PBS_JOBFS", "LOCAL_SCRATCH", "TMPDIR")
 """Directories that sites make for a job, in the order in which they are tried.

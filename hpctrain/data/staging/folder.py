@@ -13,8 +13,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from hpctrain.data.files import file_checksum
 from hpctrain.data.staging.plan import Copy
+from hpctrain.utils.files import file_checksum
 
 LEFT = ".left-"
 """Before the name of a file that a dead job has left, until its checksum has been looked at."""

@@ -11,13 +11,12 @@ from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.together import on_rank_zero
 from hpctrain.data.tools import packing
 from hpctrain.data.tools.planning import Packing
 from hpctrain.data.tools.progress import Progress
-from hpctrain.data.tools.text import plural
 from hpctrain.errors import DatasetError, UsageError
-from hpctrain.topology import Communicator
+from hpctrain.topology import Communicator, on_rank_zero
+from hpctrain.utils.text import first_lines, plural
 
 DIGITS = ["digits"]
 MOST_PROBLEMS = 20
@@ -135,9 +134,7 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
 
 
 def _problems(source: str, problems: Sequence[str]) -> str:
-    told = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
-    if len(problems) > MOST_PROBLEMS:
-        told.append(f"  and {len(problems) - MOST_PROBLEMS} more")
+    told = first_lines(problems, MOST_PROBLEMS, "  ")
     return "\n".join([f"{source}: {plural(len(problems), 'problem')}", *told])
 
 

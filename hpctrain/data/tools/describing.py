@@ -10,7 +10,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.sources.indexed import read_attributes
 from hpctrain.data.tools.statistics import STATS_NAME
-from hpctrain.data.tools.text import plural, table
+from hpctrain.utils.text import plural, table
 
 _MARKS = {"index": "indexed", "checksums": "checksums", "statistics": "statistics"}
 

@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.files import file_checksum
 from hpctrain.data.finding.catalogue import CATALOGUE_SUFFIX, write_catalogue
 from hpctrain.data.finding.contents import Contents
 from hpctrain.data.finding.discovery import find_files, join_files, look_into, require_finished
@@ -17,6 +16,7 @@ from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError, UsageError
+from hpctrain.utils.files import file_checksum
 
 
 def make_index(

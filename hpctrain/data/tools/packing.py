@@ -22,12 +22,11 @@ from hpctrain.data.shard_file import (
 )
 from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.together import on_all_ranks, on_rank_zero
 from hpctrain.data.tools.planning import Output, Packing, Plan, prepare
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.data.tools.splitting import Selection, select
 from hpctrain.errors import DatasetError, HpctrainError
-from hpctrain.topology import Communicator
+from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 
 
 class Written(NamedTuple):

@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
-from hpctrain.data.files import replace_file
 from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.blocks import blocks_of, one_shard
 from hpctrain.data.tools.moments import FACTS, Moments
 from hpctrain.data.tools.progress import Progress, silent
-from hpctrain.data.tools.text import table
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import replace_file
+from hpctrain.utils.text import table
 
 STATS_NAME = "stats.json"
 STATS_VERSION = 1

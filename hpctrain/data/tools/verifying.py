@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
-from hpctrain.data.files import file_checksum
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
@@ -20,6 +19,7 @@ from hpctrain.data.parallel import each, processors
 from hpctrain.data.tools.blocks import blocks_of, one_shard
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import file_checksum
 
 Limits = Mapping[str, tuple[float, float]]
 

@@ -15,13 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.agreement import closing_together, raise_together
 from hpctrain.launch.rendezvous import Meeting, listen
 from hpctrain.launch.watchdog.judge import Group
 from hpctrain.launch.watchdog.member import Member, join
 from hpctrain.launch.watchdog.process import Orders
 from hpctrain.launch.watchdog.pulse import Pulse
-from hpctrain.topology import Communicator, Topology
+from hpctrain.topology import Communicator, Topology, closing_together, raise_together
 
 _SOURCE = Path(__file__).parents[3]
 # Isolated and without site-packages: it starts in a few ms, and nothing of the user's runs in it.

@@ -7,7 +7,8 @@ import os
 import signal
 import struct
 from contextlib import suppress
-from pathlib import Path
+
+from hpctrain.utils.proc import EXIT_CODE, FLAGS, STATE, cgroup, stat_fields
 
 _EXITING = 0x4  # PF_EXITING of the kernel's sched.h
 
@@ -16,20 +17,17 @@ _PIDFD_INFO_BYTES = 64
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO_BYTES << 16 | 0xFF << 8 | 11
 
-# Positions after the command's closing bracket. Source: man 5 proc_pid_stat.
-_STATE, _FLAGS, _EXIT_CODE = 0, 6, 49
-
 
 def state(pid: int) -> str:
     """Return the state letter of a process (R, S, D, T, Z), "" if there is none."""
-    fields = _stat(pid)
-    return fields[_STATE] if fields else ""
+    fields = stat_fields(pid)
+    return fields[STATE] if fields else ""
 
 
 def is_ending(pid: int) -> bool:
     """Tell whether a process is gone or on its way out."""
-    fields = _stat(pid)
-    return not fields or fields[_STATE] in "ZX" or bool(int(fields[_FLAGS]) & _EXITING)
+    fields = stat_fields(pid)
+    return not fields or fields[STATE] in "ZX" or bool(int(fields[FLAGS]) & _EXITING)
 
 
 def wait_status(pid: int, pidfd: int | None = None) -> int | None:
@@ -38,9 +36,9 @@ def wait_status(pid: int, pidfd: int | None = None) -> int | None:
     /proc knows it until the parent has asked, which is soon; newer kernels keep it for those who
     hold a pidfd.
     """
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     if fields:
-        return int(fields[_EXIT_CODE])
+        return int(fields[EXIT_CODE])
     if pidfd is None:
         return None
     information = bytearray(struct.pack("=Q", _PIDFD_INFO_EXIT).ljust(_PIDFD_INFO_BYTES, b"\0"))
@@ -63,16 +61,14 @@ def signal_name(number: int) -> str:
 
 def num_oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed for memory."""
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-            _, controllers, group = line.split(":", 2)
-            root, name = Path("/sys/fs/cgroup"), "memory.events"
-            if controllers:
-                root, name = root / "memory", "memory.oom_control"
-            if controllers in ("", "memory"):
-                events = (root / group.lstrip("/") / name).read_text(encoding="ascii")
-                counts = dict(line.split() for line in events.splitlines())
-                return int(counts.get("oom_kill", 0))
+    for root, controller, name in (
+        ("/sys/fs/cgroup/memory", "memory", "memory.oom_control"),
+        ("/sys/fs/cgroup", "", "memory.events"),
+    ):
+        with suppress(OSError, ValueError, KeyError):
+            events = (cgroup(root, controller) / name).read_text(encoding="ascii")
+            counts = dict(line.split() for line in events.splitlines())
+            return int(counts["oom_kill"])
     return 0
 
 
@@ -82,12 +78,3 @@ def open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
-
-
-def _stat(pid: int) -> list[str]:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    # The command may hold spaces and brackets itself.
-    return text.rpartition(")")[2].split()

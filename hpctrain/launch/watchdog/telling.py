@@ -13,6 +13,7 @@ from hpctrain.launch.watchdog.judge import (
     Verdict,
     laggards,
 )
+from hpctrain.utils.text import first_lines
 
 _SHOWN = 8
 _SHOWN_STACKS = 2
@@ -54,9 +55,7 @@ def _stall(stall: Stall, stacks_folder: str | None) -> str:
     behind = laggards(stall.stands)
     lines = [f"hpctrain: no rank has got on for {stall.seconds:g} s; the job ends."]
     most = max((stand.progress for stand in stall.stands), default=0)
-    lines += [f"  {_why(stand, stand.progress < most)}" for stand in behind[:_SHOWN]]
-    if len(behind) > _SHOWN:
-        lines.append(f"  and {len(behind) - _SHOWN} more")
+    lines += first_lines([_why(stand, stand.progress < most) for stand in behind], _SHOWN, "  ")
     if not behind:
         lines.append("  Do the ranks call collectives in different orders?")
     shown = {stand.stack: stand for stand in reversed(behind or stall.stands) if stand.stack}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpctrain.observe.text import number, percent, plural, size
 from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.step import StepFacts
+from hpctrain.utils.text import number, percent, plural, size
 
 _LEAST_FREE = 0.1
 """Of the memory: what batches, evaluation and fragmentation may still take."""

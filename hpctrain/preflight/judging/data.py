@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.observe.text import number, plural, size
-from hpctrain.preflight.finding import Finding, listed
+from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.dataset import Reading
+from hpctrain.utils.text import listed, number, plural, size
 
 DATASET_FIX = "correct data.train, data.validation or the task's fields, or write the dataset anew"
 READING_FIX = "bring the file back, or write the dataset anew"

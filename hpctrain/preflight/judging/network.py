@@ -6,10 +6,10 @@ import ipaddress
 import statistics
 from collections.abc import Sequence
 
-from hpctrain.observe.text import number, plural, size
-from hpctrain.preflight.finding import Finding, listed
+from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.network import Lookup, Reduction
 from hpctrain.preflight.probes.process import RankFacts
+from hpctrain.utils.text import listed, number, plural, size
 
 _SLOW_LOOKUP_SECONDS = 2.0
 _LATENCY_SECONDS = {"nccl": 0.002}

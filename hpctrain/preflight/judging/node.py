@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from hpctrain.observe.text import plural, size
 from hpctrain.preflight.finding import Finding, ranges
 from hpctrain.preflight.probes.process import RankFacts
+from hpctrain.utils.text import plural, size
 
 Ranks = Sequence[RankFacts]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hpctrain.observe.text import duration, number, plural, size
-from hpctrain.preflight.finding import Finding, listed
+from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.folder import FolderFacts
+from hpctrain.utils.text import duration, listed, number, plural, size
 
 FOLDER_FIX = (
     "set run.directory to a folder on a shared file system that you can write to (quota included)"

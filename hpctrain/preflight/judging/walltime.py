@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hpctrain.observe.text import duration
 from hpctrain.preflight.finding import Finding
+from hpctrain.utils.text import duration
 
 _LITTLE_SECONDS = 300.0
 

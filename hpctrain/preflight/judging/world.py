@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hpctrain.observe.text import plural
-from hpctrain.preflight.finding import Finding, listed
+from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.judging.node import Ranks, by_node
 from hpctrain.topology import Topology
+from hpctrain.utils.text import listed, plural
 
 _SAME_OR_BROKEN = ("hpctrain", "python", "torch", "MPI", "NCCL", "CUDA", "ROCm")
 

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.checkpoint.layout import sync
-from hpctrain.data.files import filesystem_of
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import filesystem_of, sync
 
 _CHUNK_BYTES = 4 * 2**20
 _MOST_BYTES = 64 * 2**20

@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import torch
 
-from hpctrain.data.reading.node_memory import cgroup
 from hpctrain.launch.mpi import HOST_ONLY
 from hpctrain.launch.world import World
+from hpctrain.utils.proc import cgroup
 from hpctrain.version import __version__
 
 _NODES = Path("/sys/devices/system/node")
@@ -140,8 +140,8 @@ def affinity() -> tuple[int, ...]:
 def node_cores() -> int:
     """Return how many cores the job may use on this node: those of its cpuset, or all."""
     for path in (
-        Path("/sys/fs/cgroup", *cgroup("").parts[1:], "cpuset.cpus.effective"),
-        Path("/sys/fs/cgroup/cpuset", *cgroup("cpuset").parts[1:], "cpuset.effective_cpus"),
+        cgroup("/sys/fs/cgroup", "") / "cpuset.cpus.effective",
+        cgroup("/sys/fs/cgroup/cpuset", "cpuset") / "cpuset.effective_cpus",
     ):
         try:
             if cores := parse_ranges(path.read_text(encoding="ascii")):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.checkpoint.state import HasParameters
-from hpctrain.config.messages import did_you_mean
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import did_you_mean
 
 LR_FACTOR = "lr_factor"
 """Key of an optimizer's groups: their learning rate as a factor of the run's."""

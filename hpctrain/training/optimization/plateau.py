@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from hpctrain.config.messages import did_you_mean
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import did_you_mean
 
 
 class Plateau:

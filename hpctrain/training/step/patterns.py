@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from hpctrain.config.messages import did_you_mean
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import did_you_mean
 
 _SHOWN = 4
 

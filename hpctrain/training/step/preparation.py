@@ -17,7 +17,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.patterns import fitting_modules
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.replica import listed
+from hpctrain.utils.text import listed
 
 
 def prepare_model(

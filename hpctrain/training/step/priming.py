@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
-from hpctrain.launch.agreement import raise_together
-from hpctrain.topology import Communicator
-from hpctrain.training.step.replica import Replica, listed
+from hpctrain.topology import Communicator, raise_together
+from hpctrain.training.step.replica import Replica
 from hpctrain.training.step.undisturbed import kept_buffers, kept_generators
 from hpctrain.training.task import Fields, Task
+from hpctrain.utils.text import listed
 
 if TYPE_CHECKING:
     from hpctrain.training.step.shards import Shards
@@ -134,11 +134,11 @@ def _check_gradients(layouts: Mapping[str, torch.layout | None]) -> None:
     if unused:
         raise TrainingError(
             f"{len(unused)} of {len(layouts)} parameters have no part in the loss: "
-            f"{listed(unused)}. Use them, remove them, or set requires_grad = False"
+            f"{listed(unused, 8)}. Use them, remove them, or set requires_grad = False"
         )
     sparse = [name for name, layout in layouts.items() if layout != torch.strided]
     if sparse:
         raise TrainingError(
-            f"the gradients of {listed(sparse)} are sparse, which neither clipping nor fused "
+            f"the gradients of {listed(sparse, 8)} are sparse, which neither clipping nor fused "
             "optimizers take. Build their modules with sparse=False"
         )

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpctrain.errors import TrainingError
 from hpctrain.training.step.call import Call, Callee, call_directly
+from hpctrain.utils.text import listed
 
-_SHOWN = 8
 _COMPRESSIONS = {
     "bf16": default_hooks.bf16_compress_hook,
     "fp16": default_hooks.fp16_compress_hook,
@@ -180,16 +180,10 @@ def refuse_unused(model: nn.Module) -> None:
     ]
     if unused:
         raise TrainingError(
-            f"{listed(unused)} had no part in the loss of this step, and in the first one had: on "
-            "several ranks every parameter needs a part in every step. Where a branch of the model "
-            "is left out, add 0 times its parameters to the output"
+            f"{listed(unused, 8)} had no part in the loss of this step, and in the first one had: "
+            "on several ranks every parameter needs a part in every step. Where a branch of the "
+            "model is left out, add 0 times its parameters to the output"
         )
-
-
-def listed(names: list[str]) -> str:
-    """Return names for a message, the first few of many."""
-    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 class _HostClock:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
+from hpctrain.utils.text import listed
 
 _SHOWN = 4
 # Integers of the size of an element: sums of their bits are exact in any order.
@@ -69,7 +70,7 @@ def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
         for index, name in enumerate(names)
         if any(everyone[rank][index] != right[index] for rank in wrong)
     ]
-    shown = ", ".join(differing[:_SHOWN]) + (", ..." if differing[_SHOWN:] else "")
+    shown = listed(differing, _SHOWN)
     raise TrainingError(
         f"step {step}: parameters differ between ranks: {shown} ({len(differing)} of "
         f"{len(names)}) on rank {', '.join(map(str, wrong))} of {len(everyone)} is not what the "

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hpctrain.observe import text
+from hpctrain.utils import text
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,12 @@ def test_plural() -> None:
     assert text.plural(1, "rank") == "1 rank"
     assert text.plural(0, "rank") == "0 ranks"
     assert text.plural(2048, "pass", "passes") == "2,048 passes"
+
+
+def test_lists_are_cut() -> None:
+    names = [str(i) for i in range(2000)]
+    assert text.listed(names[:4]) == "0, 1, 2, 3"
+    assert text.listed(names, 2, separator="; ") == "0; 1 and 1,998 more"
+    assert text.first_lines(names[:2], 2, "  ") == ["  0", "  1"]
+    assert text.first_lines(names[:4], 2, "  ", "files") == ["  0", "  1", "  and 2 more files"]
+    assert text.first_lines([], 2) == []

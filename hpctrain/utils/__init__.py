@@ -1,0 +1,1 @@
+"""What every floor needs: files written whole, what the kernel knows of processes, text."""

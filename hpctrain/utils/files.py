@@ -1,0 +1,152 @@
+"""Files: written whole or not at all, their checksums, and what file system they are on.
+
+The watchdog uses it too: what is not of the standard library is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_LONGEST_NAME_BYTES = 255
+"""Source: NAME_MAX of Linux and of every file system in use on clusters."""
+_PIECE_BYTES = 4 * 2**20
+
+# What file systems answer that sync no folders; they keep renames by themselves.
+_FOLDERS_ARE_NOT_SYNCED = (
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EACCES,
+    errno.EISDIR,
+)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return where to write a file before it has its name; hidden, in the same folder.
+
+    No two writers get the same one, on whatever host, and no two calls: of several that replace
+    a file at once, each writes its own, and the last to be renamed stays. Host, process and
+    thread are in it for whoever finds one that a killed writer has left.
+    """
+    writer = f".{_short_host()}-{os.getpid()}-{threading.get_native_id()}-{secrets.token_hex(4)}"
+    stem = path.name.encode()[: _LONGEST_NAME_BYTES - len(writer) - len("..tmp")]
+    return path.with_name(f".{stem.decode(errors='ignore')}{writer}.tmp")
+
+
+def _short_host() -> str:
+    """Return the host's own name without its domain, as far as a file's name may hold it."""
+    return "".join(c if c.isalnum() else "-" for c in socket.gethostname().partition(".")[0])[:32]
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `path` after the body.
+
+    After a crash, of the process or the machine, `path` is there whole, new or as it was before.
+
+    Raises:
+        OSError: if it cannot be written; `path` is then as it was.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the place of `path` after the body.
+
+    Raises:
+        OSError: if it cannot be written; `path` is then as it was.
+    """
+    with replacement(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash it is there whole, or as it was before.
+
+    Raises:
+        OSError: if it cannot be written; `path` is then as it was.
+    """
+    with replacing(path) as file:
+        file.write(content)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file its name once its content is on disk.
+
+    Raises:
+        OSError: if that fails; `path` is then as it was, or the new one.
+    """
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on disk before anything that follows.
+
+    Raises:
+        OSError: if they did not get there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _FOLDERS_ARE_NOT_SYNCED or not path.is_dir():
+            raise
+
+
+def file_checksum(path: str | Path) -> str:
+    """Return the xxh3-64 of a file, 16 hexadecimal digits.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    with Path(path).open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return str(digest.hexdigest())
+
+
+def checksum(content: bytes) -> str:
+    """Return the xxh3-64 of bytes, 16 hexadecimal digits."""
+    import xxhash
+
+    return str(xxhash.xxh3_64_hexdigest(content))
+
+
+def filesystem_of(path: Path) -> str:
+    """Return the type of the file system that holds a path, "unknown" where nobody tells."""
+    import psutil
+
+    whole = path.resolve()
+    mounts = [
+        (len(Path(mount.mountpoint).parts), mount.fstype)
+        for mount in psutil.disk_partitions(all=True)
+        if whole.is_relative_to(mount.mountpoint)
+    ]
+    # Of two on one place, the later covers the earlier.
+    return max(reversed(mounts), key=lambda mount: mount[0], default=(0, "unknown"))[1]

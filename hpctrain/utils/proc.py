@@ -1,0 +1,90 @@
+"""What the kernel tells of processes in /proc. Standard library only: the watchdog uses it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+
+# Positions in `stat_fields`. Source: man 5 proc_pid_stat, less the two that stand before them.
+STATE, PARENT, FLAGS, START_TIME, EXIT_CODE = 0, 1, 6, 19, 49
+
+
+def stat_fields(pid: int, proc: Path = PROC) -> list[str]:
+    """Return the fields of a process's `stat` from its state on; empty if there is none to see.
+
+    So it is where the process is gone or of another user under hidepid, and outside Linux.
+    """
+    # "pid (name) state parent ...": the name may hold spaces, brackets and line feeds itself.
+    return _stat(pid, proc).rpartition(")")[2].split()
+
+
+def name_of(pid: int, proc: Path = PROC) -> str:
+    """Return the name of a process as the kernel has it, at most 15 characters; "" if unseen."""
+    return _stat(pid, proc).partition("(")[2].rpartition(")")[0]
+
+
+def parent_of(pid: int, proc: Path = PROC) -> int:
+    """Return the process that started another; 0 if there is none, or none to see."""
+    fields = stat_fields(pid, proc)
+    return int(fields[PARENT]) if fields else 0
+
+
+def ancestors(pid: int | None = None, proc: Path = PROC) -> Iterator[int]:
+    """Yield the processes above one (this one), the nearest first, as far as can be seen."""
+    above = parent_of(os.getpid() if pid is None else pid, proc)
+    while above > 0:
+        yield above
+        above = parent_of(above, proc)
+
+
+def start_time(pid: int) -> str | None:
+    """Return when a process began, in clock ticks since the boot; None if there is none.
+
+    A process id is used again; together with its start it is not.
+    """
+    fields = stat_fields(pid)
+    return fields[START_TIME] if fields else None
+
+
+def boot_id() -> str:
+    """Return what names this boot of this machine, in all of its containers; "" if unknown."""
+    try:
+        return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        return ""
+
+
+def pid_namespace() -> str:
+    """Return what names the space in which this process's ids mean something; "" if unknown."""
+    try:
+        return str((PROC / "self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def cgroup(root: str, controller: str) -> Path:
+    """Return the folder of this process's control group.
+
+    Args:
+        root: where the groups are mounted.
+        controller: of version 1, or "" for version 2.
+    """
+    try:
+        lines = (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(",") and (controller or not controllers):
+            return Path(root, path.lstrip("/"))
+    return Path(root)
+
+
+def _stat(pid: int, proc: Path) -> str:
+    try:
+        return (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
