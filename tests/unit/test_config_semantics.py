@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 
-from hpctrain.config import Config
+from hpctrain.config import Config, to_toml
 from hpctrain.config.schema import (
     CheckpointSection,
     ComponentSection,
@@ -26,6 +28,8 @@ from hpctrain.config.semantics import (
     older_rules,
     settle,
 )
+from hpctrain.config.source import parse
+from hpctrain.config.validation import validate
 from hpctrain.errors import CheckpointError, ConfigError
 
 
@@ -106,3 +110,34 @@ def test_what_a_new_run_would_do_otherwise_is_told() -> None:
 def test_a_record_that_cannot_be_followed_is_refused(word: str, record: Any) -> None:
     with pytest.raises(CheckpointError, match=word):
         settle(config(), {RECORD: record})
+
+
+RELEASES = sorted(
+    path.parent for path in (Path(__file__).parents[1] / "data").glob("*/data") if path.is_dir()
+)
+AS_BEFORE = {
+    "training.keep_dtype": "no module is left out of a cast, as before",
+    "training.unused_parameters": "over several ranks it is an error, as before",
+}
+"""Keys that came after 0.1.0, and why their default changes no run that has begun."""
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_a_config_that_leaves_keys_out_means_what_it_meant(release: Path) -> None:
+    """A default is still that of the release; another one takes a rule, and None as default."""
+    given = (release / "ddp.toml").read_text(encoding="utf-8")
+    then = tomllib.loads((release / "ddp" / "config.toml").read_text(encoding="utf-8"))
+    config, mistakes = validate(parse(given, "ddp.toml"))
+    assert config is not None, mistakes
+    now = tomllib.loads(to_toml(config))
+    changed = {
+        f"{section}.{key}": (value, now[section].get(key))
+        for section, keys in then.items()
+        for key, value in keys.items()
+        if now[section].get(key) != value and key not in tomllib.loads(given).get(section, {})
+    }
+    assert changed == {}
+    new = {
+        f"{section}.{key}" for section, keys in now.items() for key in keys.keys() - then[section]
+    }
+    assert new <= AS_BEFORE.keys(), "say what these do to a run that has begun, or make them rules"
