@@ -178,12 +178,13 @@ def _raise_first(
 def closing_together(communicator: Communicator, close: Callable[[], None]) -> Iterator[None]:
     """Call `close` after the body where all ranks come to it: success, or a shared failure.
 
-    Collective: all ranks. After a failure of this rank alone nothing that waits may follow.
+    Collective: all ranks. After a failure of this rank alone nothing that waits may follow; one
+    process has nobody to wait for.
     """
     try:
         yield
-    except HpctrainError as error:
-        if error.everywhere:
+    except BaseException as error:
+        if communicator.world_size == 1 or getattr(error, "everywhere", False):
             communicator.barrier()
             close()
         raise

@@ -51,6 +51,11 @@ class Guard:
         if self._member is not None:
             self._member.wait_until_watched()
 
+    def leaving(self) -> None:
+        """Say that this rank's part is done: the others are to come to their end as well."""
+        if self._member is not None:
+            self._member.leaving()
+
     def report_to(self, folder: Path) -> None:
         """Take note of the run folder, where reports go."""
         self._folder = folder
@@ -110,12 +115,20 @@ class Guard:
 
 
 @contextmanager
-def guard(topology: Topology) -> Iterator[Guard]:
+def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
     """End the whole job if the body fails on this rank alone.
 
     A failure that all ranks share (`HpctrainError.everywhere`) passes through, and so does every
     HpctrainError of a single process: they leave by the normal path.
+
+    Args:
+        topology: of this rank.
+        is_callers: the process belongs to somebody else, such as a notebook or pytest: where it is
+            the whole world, every failure of it is for its owner to catch.
     """
+    if is_callers and topology.world_size == 1:
+        yield Guard(topology)
+        return
     keeper = Guard(topology)
     previous = threading.excepthook
 

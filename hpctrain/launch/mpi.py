@@ -33,10 +33,12 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     """Initialise MPI and give the communicator of the world that the launcher claims.
 
     Collective: all ranks. MPI is finalized only where the body succeeds: after a failure the
-    others may be anywhere, and MPI_Finalize would wait for them.
+    others may be anywhere, and MPI_Finalize would wait for them. Where somebody else has
+    initialised MPI in this process, it is joined, and theirs to finalize.
 
     Raises:
-        LaunchError: if the bound library cannot join the launcher's world, or sees another one.
+        LaunchError: if the bound library cannot join the launcher's world, or sees another one, or
+            has been finalized in this process.
     """
     assert claim.launcher is not None
     for variable, value in HOST_ONLY.items():
@@ -59,11 +61,19 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     _check_library(claim, library)
     check_process_manager(claim.launcher, os.environ, version)
     # Funneled: the launch layer calls MPI from the main thread only.
-    with _bounded():
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    if MPI.Is_finalized():
+        raise LaunchError(
+            f"{library} has been finalized in this process, and cannot be started again: MPI runs "
+            "once a process. Call hpctrain.connect() once, and before anything that finalizes MPI.",
+            everywhere=True,
+        )
+    is_ours = not MPI.Is_initialized()
+    if is_ours:
+        with _bounded():
+            MPI.Init_thread(MPI.THREAD_FUNNELED)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     communicator = MPICommunicator(MPI.COMM_WORLD.Dup(), library)
-    with closing_together(communicator, MPI.Finalize):
+    with closing_together(communicator, MPI.Finalize if is_ours else communicator.free):
         yield communicator
 
 
@@ -179,6 +189,11 @@ class MPICommunicator:
         self.library = library
         self.rank: int = communicator.Get_rank()
         self.world_size: int = communicator.Get_size()
+
+    def free(self) -> None:
+        """Give the communicators back to MPI, which goes on without. Collective: all ranks."""
+        self._reductions.Free()
+        self._messages.Free()
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import distributed as dist
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.generation import Process, agree, may_restart
 from hpctrain.launch.launchers import Claim
 from hpctrain.topology import closing_together
 
@@ -28,7 +29,7 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
     """Meet at MASTER_ADDR:MASTER_PORT and give the communicator. Collective: all ranks.
 
     Raises:
-        LaunchError: if the address is no host, or nobody answers there.
+        LaunchError: if the address is not a host, nobody answers there, or another world does.
     """
     assert claim.launcher is not None
     assert claim.rank is not None
@@ -47,9 +48,19 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
             f"{str(error).splitlines()[0]}"
             + (" Choose another MASTER_PORT." if "EADDRINUSE" in str(error) else "")
         ) from error
-    _register(store, rank, world_size, f"{address}:{port}")
-    communicator = StoreCommunicator(store, rank, world_size)
-    with closing_together(communicator, lambda: _leave(store, rank, world_size)):
+    generation = agree(
+        store,
+        Process(
+            rank=rank,
+            world_size=world_size,
+            place=f"{address}:{port}",
+            may_restart=may_restart(os.environ),
+        ),
+    )
+    store.set_timeout(_LONGEST_WAIT)
+    own = dist.PrefixStore(f"hpctrain/{generation}", store)
+    communicator = StoreCommunicator(own, rank, world_size)
+    with closing_together(communicator, lambda: _leave(own, rank, world_size)):
         yield communicator
 
 
@@ -75,32 +86,16 @@ def _resolve(address: str) -> None:
         return
 
 
-def _register(store: dist.Store, rank: int, world_size: int, place: str) -> None:
-    """Take this rank's place: another job's world, or a rank that is there twice, ends here.
-
-    Raises:
-        LaunchError: if the place is taken, or the others mean a world of another size.
-    """
-    size = store.compare_set("hpctrain/world_size", "", str(world_size)).decode()
-    if size != str(world_size) or store.add(f"hpctrain/rank/{rank}", 1) != 1:
-        wrong = f"its WORLD_SIZE is {size}" if size != str(world_size) else f"rank {rank} is there"
-        raise LaunchError(
-            f"rank {rank} of {world_size} met another world at MASTER_ADDR:MASTER_PORT = {place}: "
-            f"{wrong}. Another job uses this port, or RANK and WORLD_SIZE do not fit together.",
-            everywhere=True,
-        )
-
-
 def _leave(store: dist.Store, rank: int, world_size: int) -> None:
     """Take leave of the store that rank 0 may hold: it goes last. Collective: all ranks.
 
     After a barrier alone the others may still be tidying up in the store.
     """
     if rank != 0:
-        store.add("hpctrain/gone", 1)
+        store.add("gone", 1)
         return
     end = time.monotonic() + _LEAVE_SECONDS
-    while store.add("hpctrain/gone", 0) < world_size - 1 and time.monotonic() < end:
+    while store.add("gone", 0) < world_size - 1 and time.monotonic() < end:
         time.sleep(0.005)
 
 
@@ -113,12 +108,10 @@ class StoreCommunicator:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        self.store = store
         self.rank = rank
         self.world_size = world_size
-        store.set_timeout(_LONGEST_WAIT)
-        self._messages = dist.PrefixStore("hpctrain/messages", store)
-        self._reductions = dist.PrefixStore("hpctrain/maxima", store)
+        self._messages = dist.PrefixStore("messages", store)
+        self._reductions = dist.PrefixStore("maxima", store)
         self._message_round = 0
         self._reduction_round = 0
 

@@ -169,14 +169,16 @@ def process_group(
             backend=backend,
             pulse=keeper.pulse,
         )
+        keeper.leaving()
 
 
 @contextmanager
 def connect(section: LaunchSection | None = None) -> Iterator[World]:
     """Make the world of this job and give it, ready for a training loop of your own.
 
-    Collective: all ranks. On leaving, the process group is destroyed and MPI finalized; an
-    exception of one rank ends the whole job, with its traceback.
+    Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
+    was not up before. An exception of one rank ends the whole job, with its traceback; in a world
+    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does.
 
     Example:
         >>> with hpctrain.connect() as world:
@@ -186,13 +188,21 @@ def connect(section: LaunchSection | None = None) -> Iterator[World]:
         LaunchError: if the processes cannot form one world.
     """
     section = section or LaunchSection()
+    success: SystemExit | None = None
     with (
         control_plane() as (topology, communicator),
-        guard(topology) as keeper,
+        guard(topology, is_callers=True) as keeper,
         gathering(topology, communicator, section, keeper) as meeting,
         process_group(topology, communicator, section, meeting, keeper) as world,
     ):
-        yield world
+        try:
+            yield world
+        except SystemExit as asked:
+            if asked.code not in (0, None):
+                raise
+            success = asked
+    if success is not None:
+        raise success
 
 
 def _store(

@@ -109,6 +109,27 @@ class TestJudge:
         verdict = Stall(limit, (stand(0), stand(1), stand(2), stand(3, progress=4)))
         assert actions == [Tell(verdict), End(70)]
 
+    def test_a_rank_that_leaves_is_followed_by_the_others_or_named(self, judge: Judge) -> None:
+        """Also where no rank has ever given a sign of life."""
+        judge.leaving(1, 5.0)
+        judge.leaving(2, 20.0)
+        assert judge.look(64.9) == []
+        assert judge.look(65.0) == [AskStacks()]
+        judge.stands([stand(0), stand(1)])
+        actions = judge.stands([stand(2), stand(3)])
+        verdict = Stall(60, tuple(stand(rank) for rank in range(4)), left=(1, 2))
+        assert actions == [Tell(verdict), End(70)]
+        assert "ranks 1 to 2 exited connect() while ranks 0, 3 are still running" in story(verdict)
+
+    def test_a_rank_that_leaves_early_waits_for_those_that_get_on(self, judge: Judge) -> None:
+        judge.leaving(1, 5.0)
+        judge.moved(0, False, 50.0)
+        assert judge.look(109.9) == []
+        for rank in (0, 2, 3):
+            judge.leaving(rank, 105.0)
+        judge.moved(0, True, 106.0)
+        assert judge.look(200.0) == []  # all are on their way out, for which the longer limit holds
+
     def test_nodes_that_do_not_answer_are_not_waited_for(self, judge: Judge) -> None:
         judge.moved(0, False, 0.0)
         judge.look(60)

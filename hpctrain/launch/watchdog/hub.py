@@ -149,6 +149,8 @@ class Hub:
         elif "failing" in message:
             code, may_be_echo = message["failing"], message["may_be_echo"]
             self._do(self._judge.failing(message["rank"], code, may_be_echo, now))
+        elif "leaving" in message:
+            self._judge.leaving(message["rank"], now)
         elif "stands" in message:
             self._do(self._judge.stands([Stand(**stand) for stand in message["stands"]]))
         elif "folder" in message:

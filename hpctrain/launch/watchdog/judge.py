@@ -86,10 +86,15 @@ class Stand:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """All ranks alive, and none gets on."""
+    """All ranks alive, and none gets on.
+
+    Attributes:
+        left: ranks that have left the job's body, and wait for the others to do so.
+    """
 
     seconds: float
     stands: tuple[Stand, ...]
+    left: tuple[int, ...] = ()
     code: int = ExitCode.BUG
 
 
@@ -137,6 +142,7 @@ class Judge:
         first_step_timeout_seconds: float,
     ) -> None:
         self._groups = groups
+        self._world_size = sum(len(group.ranks) for group in groups.values())
         self._hang_timeout_seconds = hang_timeout_seconds
         self._first_step_timeout_seconds = first_step_timeout_seconds
         self._settled = False
@@ -145,6 +151,8 @@ class Judge:
         self._lost: tuple[int, float] | None = None
         self._moved_at: float | None = None  # None: no rank has ever ticked
         self._unhurried: dict[int, bool] = {}
+        self._leaving: set[int] = set()
+        self._left_at: float | None = None  # the first of them
         self._asked_at: float | None = None
         self._stands: dict[int, Stand] = {}
 
@@ -175,10 +183,16 @@ class Judge:
         self._moved_at = now
         self._unhurried[leader] = unhurried
 
+    def leaving(self, rank: int, now: float) -> None:
+        """Take note of a rank that has left the job's body: the others are to follow."""
+        self._leaving.add(rank)
+        if self._left_at is None:
+            self._left_at = now
+
     def stands(self, stands: Sequence[Stand]) -> Sequence[Action]:
         """Take note of where ranks stand; the verdict follows once all have said it."""
         self._stands.update((stand.rank, stand) for stand in stands)
-        if len(self._stands) == sum(len(group.ranks) for group in self._groups.values()):
+        if len(self._stands) == self._world_size:
             return self._stall()
         return []
 
@@ -202,17 +216,22 @@ class Judge:
         waiting = self._echoes or self._lost or self._asked_at is not None
         if waiting and not self._settled:
             return 0.1
-        if self._moved_at is None:
-            return 1.0
-        return min(1.0, max(0.05, self._moved_at + self._limit() - now))
+        since, limit = self._standing_still()
+        return 1.0 if since is None else min(1.0, max(0.05, since + limit - now))
 
-    def _limit(self) -> float:
+    def _standing_still(self) -> tuple[float | None, float]:
+        """Return since when nobody has got on, None if nobody ever said so, and the limit."""
+        if self._left_at is not None and len(self._leaving) < self._world_size:
+            # A loop that gives no signs of life, too, has to end once a rank has left it.
+            return max(self._left_at, self._moved_at or self._left_at), self._hang_timeout_seconds
+        limit = self._hang_timeout_seconds
         if any(self._unhurried.values()):
-            return max(self._first_step_timeout_seconds, self._hang_timeout_seconds)
-        return self._hang_timeout_seconds
+            limit = max(self._first_step_timeout_seconds, limit)
+        return self._moved_at, limit
 
     def _look_for_stall(self, now: float) -> Sequence[Action]:
-        if self._moved_at is None or now - self._moved_at < self._limit():
+        since, limit = self._standing_still()
+        if since is None or now - since < limit:
             self._asked_at = None
             return []
         if self._asked_at is None:
@@ -225,7 +244,9 @@ class Judge:
         if self._settled or self._asked_at is None:
             return []
         stands = tuple(self._stands[rank] for rank in sorted(self._stands))
-        return self._condemn(Stall(self._limit(), stands))
+        _, limit = self._standing_still()
+        left = tuple(sorted(self._leaving)) if len(self._leaving) < self._world_size else ()
+        return self._condemn(Stall(limit, stands, left))
 
     def _give_floor(self, rank: int, code: int, now: float) -> Sequence[Action]:
         self._settled = True

@@ -168,7 +168,7 @@ class LocalRanks:
                 rank.left = True
             elif "about" in message:
                 rank.about = message["about"]
-            elif "failing" in message:
+            elif "failing" in message or "leaving" in message:
                 self._send({**message, "rank": rank.rank})
             else:
                 self._send(message)

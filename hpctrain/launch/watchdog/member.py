@@ -65,6 +65,10 @@ class Member:
         self._answered.wait(_ANSWER_SECONDS)
         return self._may_speak
 
+    def leaving(self) -> None:
+        """Say that this rank has done its part, and waits for the others."""
+        self._channel.send({"leaving": True})
+
     def leave(self) -> None:
         """Say that this rank ends in good order."""
         self._channel.send({"bye": True})

@@ -54,9 +54,15 @@ def _node_lost(lost: NodeLost) -> str:
 def _stall(stall: Stall, stacks_folder: str | None) -> str:
     behind = laggards(stall.stands)
     lines = [f"hpctrain: no rank has got on for {stall.seconds:g} s; the job ends."]
+    if stall.left:
+        behind = [stand for stand in stall.stands if stand.rank not in stall.left]
+        running = _ranks([stand.rank for stand in behind])
+        verb = "is" if len(behind) == 1 else "are"
+        first = f"hpctrain: {_ranks(stall.left)} exited connect() while {running} {verb} still"
+        lines = [f"{first} running: no progress for {stall.seconds:g} s (hang timeout)."]
     most = max((stand.progress for stand in stall.stands), default=0)
     lines += first_lines([_why(stand, stand.progress < most) for stand in behind], _SHOWN, "  ")
-    if not behind:
+    if not behind and not stall.left:
         lines.append("  Do the ranks call collectives in different orders?")
     shown = {stand.stack: stand for stand in reversed(behind or stall.stands) if stand.stack}
     for stand in list(shown.values())[::-1][:_SHOWN_STACKS]:

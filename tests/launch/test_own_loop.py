@@ -1,0 +1,131 @@
+"""`hpctrain.connect()` in programs that do not know of it: ways to leave, and to come back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.limits import JOB_SECONDS
+
+pytestmark = pytest.mark.ranks(2)
+
+# MPI runs once a process.
+ALONE = """
+import os
+import sys
+
+import hpctrain
+
+under_mpi = "PMI_RANK" in os.environ
+for attempt in range(1 if under_mpi else 2):
+    try:
+        with hpctrain.connect() as world:
+            raise ValueError("batch too large, try a smaller one")
+    except ValueError as error:
+        print("caught", error)
+if not under_mpi:
+    with hpctrain.connect() as world:
+        sys.exit()
+"""
+
+MPI_FIRST = """
+from mpi4py import MPI
+
+import sys
+import hpctrain
+
+for attempt in range(2):
+    with hpctrain.connect() as world:
+        sizes = world.communicator.all_gather(world.topology.world_size)
+print("after", MPI.COMM_WORLD.allreduce(1), sizes, flush=True)
+with hpctrain.connect() as world:
+    sys.exit(0)
+"""
+
+EARLY = """
+import torch
+from torch import distributed
+
+import hpctrain
+from hpctrain.config.schema import LaunchSection
+
+
+def main():
+    with hpctrain.connect(LaunchSection(hang_timeout_seconds=4.0)) as world:
+        if world.topology.rank != 0:
+            return
+        distributed.all_reduce(torch.ones(1))
+
+
+main()
+"""
+
+RESTARTED = """
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import hpctrain
+
+with hpctrain.connect() as world:
+    if world.topology.rank == 1 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = torch.ones(1)
+    distributed.all_reduce(total)
+    print("rank", world.topology.rank, "sum", int(total), flush=True)
+"""
+
+MPIRUN = ("mpirun", "-np", "2", sys.executable)
+
+
+def run(folder: Path, text: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+    (folder / "loop.py").write_text(text, encoding="utf-8")
+    return subprocess.run(
+        [*launcher, "loop.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("launcher", [(), ("mpirun", "-np", "1")])
+def test_a_failure_of_one_process_is_its_callers(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    """A notebook's kernel, pytest and a loop that tries again survive it; sys.exit() is success."""
+    ended = run(tmp_path, ALONE, *launcher, sys.executable)
+    assert ended.returncode == 0, ended.stderr
+    attempts = 1 if launcher else 2
+    assert ended.stdout.splitlines() == ["caught batch too large, try a smaller one"] * attempts
+    assert ended.stderr == ""
+
+
+def test_mpi_that_is_up_is_joined_and_left_as_it_was(tmp_path: Path) -> None:
+    ended = run(tmp_path, MPI_FIRST, *MPIRUN)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["after 2 [2, 2]"] * 2
+
+
+def test_a_rank_that_leaves_the_others_behind_is_named(tmp_path: Path) -> None:
+    """Without a single sign of life from the loop, and within the hang timeout."""
+    ended = run(tmp_path, EARLY, *MPIRUN)
+    assert ended.returncode == 70, ended.stderr
+    assert "rank 1 exited connect() while rank 0 is still running" in ended.stderr
+    assert "no progress for 4 s (hang timeout)" in ended.stderr
+    assert "all_reduce" in ended.stderr  # the stack of the one that runs
+
+
+def test_restarts_of_torchrun_form_a_world_each(tmp_path: Path) -> None:
+    """One store, the agent's, outlives them all."""
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    ended = run(tmp_path, RESTARTED, sys.executable, *agent, "--max-restarts", "2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert sorted(ended.stdout.splitlines()) == ["rank 0 sum 2", "rank 1 sum 2"]
+    assert "rank 1@" in ended.stderr  # the watchdog's word on the first
+    assert "met another world" not in ended.stderr
