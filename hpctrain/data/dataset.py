@@ -27,7 +27,12 @@ SUPPORTED_DTYPES = frozenset(
 """Names of the dtypes that a field may have, in either byte order."""
 
 
-DIRECT_FILTERS = frozenset(["shuffle", "deflate", "zstd", "lz4", "bitshuffle", "blosc", "blosc2"])
+DIRECT_FILTERS = frozenset(
+    [
+        *("shuffle", "deflate", "fletcher32", "szip", "nbit", "scaleoffset", "bzip2", "lzf"),
+        *("zstd", "lz4", "bitshuffle", "blosc", "blosc2"),
+    ]
+)
 """What `hpctrain.data.reading.filters` undoes without HDF5, as it is called in `Layout.reason`."""
 
 

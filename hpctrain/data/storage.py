@@ -35,7 +35,21 @@ FILTERS: Mapping[str, range] = {
 """Filters by name, and the levels that each knows."""
 BUILT_IN = frozenset({"none", "gzip", "lzf"})
 """Filters that come with h5py; the others come with hdf5plugin."""
-_REGISTERED = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
+_REGISTERED = {
+    1: "deflate",
+    2: "shuffle",
+    3: "fletcher32",
+    4: "szip",
+    5: "nbit",
+    6: "scaleoffset",
+    307: "bzip2",
+    32000: "lzf",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32015: "zstd",
+    32026: "blosc2",
+}
 """Source: the HDF Group's list of registered filter plugins; files call them by many names."""
 INSTALL = "pip install 'hpctrain[filters]'"
 HDF5_FAILURES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 
 from hpctrain.data import open_dataset
-from hpctrain.data.reading import access, filters, handles
+from hpctrain.data.reading import access, decoders, filters, handles, inflating
 from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.reading.chunks import ChunkedField
-from hpctrain.data.reading.filters import Filter, Pipeline, UndecodableError
+from hpctrain.data.reading.damage import UndecodableError
+from hpctrain.data.reading.filters import Filter, Pipeline
 from hpctrain.data.reading.helpers import Helpers, ThreadMemory
+from hpctrain.data.reading.zstd import zstd_frames
 from hpctrain.errors import DatasetError
 
 SHARDS = ((0, 37), (37, 40), (40, 101))
@@ -34,11 +37,16 @@ FILTERS: dict[str, dict[str, Any]] = {
     "bitshuffle-zstd": {"compression": hdf5plugin.Bitshuffle(cname="zstd")},
     "blosc": {"compression": hdf5plugin.Blosc(cname="lz4")},
     "blosc2": {"compression": hdf5plugin.Blosc2(cname="zstd", clevel=5)},
+    "lzf": {"compression": "lzf"},
+    "fletcher32": {"fletcher32": True},
+    "shuffle+gzip+fletcher32": {"compression": "gzip", "shuffle": True, "fletcher32": True},
+    "scale-offset": {"scaleoffset": 0},
+    "scale-offset+shuffle+lzf": {"scaleoffset": 0, "shuffle": True, "compression": "lzf"},
+    "szip": {"compression": "szip"},
+    "bzip2": {"compression": hdf5plugin.BZip2()},
 }
 SLOW: dict[str, tuple[dict[str, Any], str]] = {
-    "lzf": ({"compression": "lzf"}, "chunked, lzf in 000.h5"),
-    "fletcher32": ({"fletcher32": True}, "chunked, fletcher32 in 000.h5"),
-    "scale-offset": ({"scaleoffset": 0}, "chunked, scaleoffset in 000.h5"),
+    "sz3": ({"compression": hdf5plugin.SZ3(absolute=0.1)}, "chunked, .*SZ3.* in 000.h5"),
 }
 
 
@@ -92,11 +100,13 @@ def test_every_filter(tmp_path: Path, options: dict[str, Any], threads: int) -> 
 
 
 @pytest.mark.usefixtures("no_hdf5_reads")
-@pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
+@pytest.mark.parametrize("library", ["zlib", "isal"])
 def test_gzip_by_either_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    monkeypatch.setattr(filters, "_zlib", pytest.importorskip(library))
+    pytest.importorskip(library)
+    inflate = inflating.inflate if library == "zlib" else inflating.inflate_by_isal
+    monkeypatch.setattr(decoders, "best_inflater", lambda: inflate)
     write(tmp_path, compression="gzip")
     reader = RowAccess(open_dataset(str(tmp_path)))
     assert (read(reader, [(0, 101)]) == values_of("i4")).all()
@@ -126,7 +136,7 @@ def test_every_shape_of_chunks_and_number(
 def test_what_only_hdf5_reads(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     write(tmp_path, **options)
     dataset = open_dataset(str(tmp_path))
-    assert dataset.slow_fields() == {"x": reason}
+    assert re.fullmatch(reason, dataset.slow_fields()["x"])
     reader = RowAccess(dataset)
     assert (read(reader, [(30, 50)]) == values_of("i4")[30:80]).all()
     reader.close()
@@ -265,15 +275,12 @@ def test_neighbours_of_zstd_are_undone_in_one_go_or_one_by_one(
 ) -> None:
     write(tmp_path, **FILTERS[name])
     undone: list[int] = []
-    frames = filters._zstd_frames()
+    frames = zstd_frames()
     assert frames is not None
-
-    def counted(raw: Any, out: Any) -> None:
-        undone.append(len(out))
-        frames(raw, out)
-
-    for found, calls in ((counted, [5, 1, 8]), (None, [])):
-        monkeypatch.setattr(filters, "_zstd_frames", lambda found=found: found)
+    decode = frames.decode
+    monkeypatch.setattr(frames, "decode", lambda *a: undone.append(len(a[1])) or decode(*a))
+    for found, calls in ((frames, [5, 1, 8]), (None, [960] * 14)):
+        monkeypatch.setattr(filters, "zstd_frames", lambda found=found: found)
         reader = RowAccess(open_dataset(str(tmp_path)))
         assert (read(reader, [(0, 101)]) == values_of("i4")).all()
         reader.close()
@@ -297,8 +304,8 @@ def test_few_bytes_that_become_many_are_undone_in_parts(
 
 
 def test_unknown_filters_are_refused() -> None:
-    with pytest.raises(UndecodableError, match=r"filter 32000 \(lzf\) is undone by HDF5 alone"):
-        Pipeline([Filter(32000, (), "lzf")], 100)
+    with pytest.raises(UndecodableError, match=r"filter 32013 \(zfp\) is undone by HDF5 alone"):
+        Pipeline([Filter(32013, (), "zfp")], 100)
 
 
 def test_no_threads_are_left(tmp_path: Path) -> None:

@@ -10,14 +10,20 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Sequence
 
 import h5py
 import numpy as np
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.chunk_reading import ChunkJob, ChunkReader, chunk_jobs
+from hpctrain.data.reading.chunk_reading import (
+    ChunkJob,
+    ChunkReader,
+    DamagedRowsError,
+    checking_jobs,
+    chunk_jobs,
+    in_plain_chunks,
+)
 from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.extents import ExtentReader, Extents
@@ -204,14 +210,26 @@ class RowAccess:
                 left.append(singly.only(~written))
                 rows, places = singly.firsts[written], singly.places[written]
                 jobs += chunk_jobs(index, shard.descriptor, chunks, rows, places)
-        left += self._chunks.read(jobs, output)
+                jobs += checking_jobs(index, shard.descriptor, chunks, singly.firsts[~written])
+        left += self._read_jobs(name, jobs, output)
         if plain:
-            pieces, offsets = _in_plain_chunks(plain)
+            pieces, offsets = in_plain_chunks(plain)
             left.append(pieces.only(offsets < 0))
             pieces, offsets = pieces.only(offsets >= 0), offsets[offsets >= 0]
             descriptors = self._descriptors(opened)[pieces.shards]
             left.append(self._read_bytes(field, pieces, descriptors, offsets, output))
         return Pieces.joined(left).merged()
+
+    def _read_jobs(self, name: str, jobs: list[ChunkJob], output: Output) -> list[Pieces]:
+        """Read and undo chunks, and return the rows that only HDF5 can read."""
+        try:
+            return self._chunks.read(jobs, output)
+        except DamagedRowsError as error:
+            path = self._locate(self.dataset.shards[error.shard].path)
+            raise DatasetError(
+                f'{path}: field "{name}", row {error.first}: the chunk of the rows up to '
+                f"{error.last} is damaged: {error}. Bring the file back, or write it anew"
+            ) from error
 
     def _descriptors(self, opened: dict[int, OpenShard | None]) -> Int64s:
         """Return the descriptor of every shard, -1 for those that are not open."""
@@ -274,26 +292,6 @@ def most_open_files() -> int:
     """Return how many files a reader keeps open."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_OPEN_FILES if allowed < 0 else max(1, min(MOST_OPEN_FILES, allowed // 4))
-
-
-def _in_plain_chunks(plain: Sequence[tuple[ChunkedField, Pieces]]) -> tuple[Pieces, Int64s]:
-    """Cut pieces where chunks end, and find them in the files.
-
-    Args:
-        plain: of shards in ascending order, their plain chunks and what is wanted of them.
-
-    Returns:
-        The pieces, and where each begins, as `ChunkedField.offsets` does.
-    """
-    rows = np.repeat([chunks.rows for chunks, _ in plain], [len(part.shards) for _, part in plain])
-    cut = Pieces.joined([part for _, part in plain]).cut(rows)
-    bounds = np.searchsorted(cut.shards, [part.shards[0] for _, part in plain]).tolist()
-    ends = [*bounds[1:], len(cut.shards)]
-    offsets = [
-        chunks.offsets(cut.firsts[first:stop])
-        for (chunks, _), first, stop in zip(plain, bounds, ends, strict=True)
-    ]
-    return cut, np.concatenate(offsets)
 
 
 def _offsets(dataset: Dataset, name: str) -> Int64s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.announcing import Coldness, announce
 from hpctrain.data.reading.chunks import ChunkedField, ChunkGroup
-from hpctrain.data.reading.filters import UndecodableError
+from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.helpers import Helpers, ThreadMemory
 from hpctrain.data.reading.outputs import Output
 from hpctrain.data.reading.pieces import Bytes, Pieces
@@ -64,6 +65,56 @@ def chunk_jobs(
     ]
 
 
+def checking_jobs(
+    shard: int, descriptor: int, chunks: ChunkedField, rows: Int64s
+) -> list[ChunkJob]:
+    """Return jobs that put no rows: whether the chunks are sound is to be known before HDF5 reads.
+
+    Args:
+        shard: index.
+        descriptor: of the open file.
+        chunks: of the field in the shard.
+        rows: (count,) int64, of the shard, that HDF5 will be asked for.
+    """
+    none = rows[:0]
+    groups = chunks.groups(rows) if len(rows) else []
+    return [ChunkJob(shard, descriptor, chunks, group, none, none) for group in groups]
+
+
+def in_plain_chunks(plain: Sequence[tuple[ChunkedField, Pieces]]) -> tuple[Pieces, Int64s]:
+    """Cut pieces where chunks end, and find them in the files.
+
+    Args:
+        plain: of shards in ascending order, their plain chunks and what is wanted of them.
+
+    Returns:
+        The pieces, and where each begins, as `ChunkedField.offsets` does.
+    """
+    rows = np.repeat([chunks.rows for chunks, _ in plain], [len(part.shards) for _, part in plain])
+    cut = Pieces.joined([part for _, part in plain]).cut(rows)
+    bounds = np.searchsorted(cut.shards, [part.shards[0] for _, part in plain]).tolist()
+    ends = [*bounds[1:], len(cut.shards)]
+    offsets = [
+        chunks.offsets(cut.firsts[first:stop])
+        for (chunks, _), first, stop in zip(plain, bounds, ends, strict=True)
+    ]
+    return cut, np.concatenate(offsets)
+
+
+class DamagedRowsError(Exception):
+    """Rows whose chunk HDF5 must not be asked for.
+
+    Attributes:
+        shard: index.
+        first, last: rows of the shard that the chunk has room for.
+    """
+
+    def __init__(self, job: ChunkJob, error: DamagedChunkError) -> None:
+        super().__init__(str(error))
+        self.shard = job.shard
+        self.first, self.last = job.chunks.rows_of_chunk(int(job.group.chunks[error.number]))
+
+
 class ChunkReader:
     """Does such jobs. For one thread at a time; the helpers take part."""
 
@@ -81,9 +132,13 @@ class ChunkReader:
             output: takes the rows.
 
         Returns:
-            Rows where that failed, whatever the reason.
+            Rows where that failed: HDF5 is to say what is wrong with them.
+
+        Raises:
+            DamagedRowsError: if HDF5 would take memory out of proportion to say so.
         """
         failed: list[ChunkJob] = []
+        damaged: list[DamagedRowsError] = []
         seconds: list[float] = []
         ahead = jobs if self._coldness.is_cold else []
 
@@ -96,6 +151,8 @@ class ChunkReader:
                 raw = self._read(job)
                 seconds.append(time.perf_counter() - begin)
                 job.chunks.undo(job.group, raw, job.rows, job.places, output, self._undone)
+            except DamagedChunkError as error:
+                damaged.append(DamagedRowsError(job, error))
             except (OSError, UndecodableError):  # HDF5 meets it again, and says what and where
                 failed.append(job)
 
@@ -103,15 +160,19 @@ class ChunkReader:
             job.announce()
         self._helpers.each(read, range(len(jobs)))
         self._coldness.judge(sum(sum(job.group.sizes) for job in jobs), sum(seconds))
+        if damaged:
+            raise min(damaged, key=lambda error: (error.shard, error.first))
         return [job.pieces() for job in failed]
 
     def _read(self, job: ChunkJob) -> Bytes:
         """Return the chunks of a job one after the other, in memory of the calling thread.
 
         Raises:
+            DamagedChunkError: if one is larger than it can be.
             OSError: if they cannot be read.
             UndecodableError: if the file ends before they do.
         """
+        job.chunks.require_sizes(job.group)
         raw = self._raw.take(sum(job.group.sizes))
         done = 0
         for start, size in job.group.extents:

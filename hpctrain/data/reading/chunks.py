@@ -13,8 +13,10 @@ import numpy.typing as npt
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.ragged import as_slice
-from hpctrain.data.reading.filters import Pipeline, UndecodableError
+from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
+from hpctrain.data.reading.filters import Pipeline
 from hpctrain.data.reading.helpers import ThreadMemory
+from hpctrain.data.reading.libraries import leaves_partial_chunks_unfiltered
 from hpctrain.data.reading.outputs import Output
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
@@ -24,6 +26,8 @@ MOST_CHUNKS = 2**18
 UNDONE_BYTES = 2 * 2**20
 """Chunks are undone together up to about so many bytes, which are still in the cache when their
 rows are copied."""
+NO_FILTER = 2**32 - 1
+"""The mask of a chunk that went through none of its filters."""
 
 
 class ChunkGroup(NamedTuple):
@@ -105,10 +109,13 @@ class ChunkedField:
         return written
 
     def groups(self, rows: Int64s) -> list[ChunkGroup]:
-        """Return the chunks that hold these rows of the shard, (rows,) int64, ascending."""
+        """Return the chunks in the file that hold rows of the shard, (rows,) int64, ascending."""
         rows_of_chunks = np.unique(rows // self.rows)
         inner = np.arange(self._row_chunks)
         chunks = (rows_of_chunks[:, None] * self._row_chunks + inner).ravel()
+        chunks = chunks[self._table[chunks, 0] >= 0]
+        if not len(chunks):
+            return []
         starts, sizes, skipped = self._table[chunks].T
         most = max(1, UNDONE_BYTES // self._bytes)
         begins = np.ones(len(chunks), bool)
@@ -134,6 +141,11 @@ class ChunkedField:
         first, last = (int(group.chunks[i]) // self._row_chunks for i in (0, -1))
         return first * self.rows, (last + 1) * self.rows
 
+    def rows_of_chunk(self, chunk: int) -> tuple[int, int]:
+        """Return the first and the last row of the shard that a chunk holds some of."""
+        first = chunk // self._row_chunks * self.rows
+        return first, min(first + self.rows, self._shape[0]) - 1
+
     def undo(
         self,
         group: ChunkGroup,
@@ -154,9 +166,12 @@ class ChunkedField:
             memory: to decode to.
 
         Raises:
-            UndecodableError: if the bytes are damaged.
+            DamagedChunkError: if a chunk is not as large as its shape and dtype are.
+            UndecodableError: if the bytes are damaged otherwise.
         """
         content = self.pipeline.decode(raw, group.sizes, group.skipped, memory)
+        if not len(rows):
+            return
         cells = content.view(self._dtype).reshape(-1, *self._chunk[1:])
         if self._row_chunks == 1:  # rows follow each other
             picked = np.searchsorted(group.chunks, rows // self.rows) * self.rows
@@ -190,12 +205,24 @@ class ChunkedField:
             there.insert(0, slice(begin, min(begin + self._chunk[axis], self._shape[axis])))
         return tuple(there), tuple(slice(0, each.stop - each.start) for each in there)
 
+    def require_sizes(self, group: ChunkGroup) -> None:
+        """Check that no chunk of a group takes more of the file than it can.
+
+        Raises:
+            DamagedChunkError: if one does.
+        """
+        for number, size in enumerate(group.sizes):
+            if size > self.pipeline.most_stored:
+                error = DamagedChunkError(f"it is {size:,} bytes, and would become {self._bytes:,}")
+                error.number = number
+                raise error
+
     def _fill(self, dataset: h5py.Dataset) -> None:
         found: list[Any] = []
         dataset.id.chunk_iter(found.append)
         if not found:
             return
-        places = np.array([each.chunk_offset for each in found]) // self._chunk
+        places = np.array([each.chunk_offset for each in found], np.int64) // self._chunk
         try:
             numbers: npt.NDArray[Any] = np.ravel_multi_index(tuple(places.T), self._grid)
         except ValueError as error:
@@ -203,4 +230,33 @@ class ChunkedField:
         size = Path(dataset.file.filename).stat().st_size
         if any(each.byte_offset + each.size > size for each in found):
             raise UndecodableError("a chunk lies past the end of the file")
-        self._table[numbers] = [(each.byte_offset, each.size, each.filter_mask) for each in found]
+        facts = np.array(
+            [(each.byte_offset, each.size, each.filter_mask) for each in found], np.int64
+        )
+        self._table[numbers] = self._settled(dataset, places, facts)
+
+    def _settled(
+        self, dataset: h5py.Dataset, places: Int64s, facts: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Correct what HDF5 says of chunks by what it does not say.
+
+        Args:
+            dataset: whose chunks they are.
+            places: (chunks, axes) int64, in the grid.
+            facts: (chunks, 3) int64: offset, size, mask of the filters that it skipped.
+
+        Returns:
+            The same, the offset of those that HDF5 is to read -1.
+        """
+        is_whole = facts[:, 1] == self._bytes
+        if self.pipeline.is_plain:
+            facts[~is_whole, 0] = -1
+            return facts
+        unfiltered = leaves_partial_chunks_unfiltered(dataset.id.get_create_plist())
+        is_partial = ((places + 1) * self._chunk > self._shape).any(axis=1)
+        if unfiltered:
+            facts[is_partial, 2] = NO_FILTER
+        elif unfiltered is None:
+            # Such a chunk has the size of its values. Few that went through filters do.
+            facts[is_partial & is_whole, 0] = -1
+        return facts

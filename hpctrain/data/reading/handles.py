@@ -13,7 +13,7 @@ import h5py
 
 from hpctrain.data.dataset import Shard
 from hpctrain.data.reading.chunks import ChunkedField
-from hpctrain.data.reading.filters import UndecodableError
+from hpctrain.data.reading.damage import UndecodableError
 from hpctrain.data.storage import load_plugins
 from hpctrain.errors import DatasetError
 
