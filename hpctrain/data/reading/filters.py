@@ -107,6 +107,7 @@ class Pipeline:
                 return content[None]
             if content.ctypes.data != out[i].ctypes.data:
                 out[i] = content
+            del content  # a filter's own memory is the next chunk's, still in the cache
         return out
 
     def _decode_frames(

@@ -6,6 +6,7 @@ is read here first.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,10 @@ FRAME_MAGIC = b"b2frame\0"
 """Source: README_CFRAME_FORMAT.rst of c-blosc2, which has the places below too."""
 _SIZE_AND_BLOCK = struct.Struct(">QI")
 _BLOSC = struct.Struct("<3I")
-_FRAME = struct.Struct(">11xi15xq10xixixi")
-"""Bytes of the header, of the values, of one value, of a block, of a chunk."""
+_FRAME_SIZE = struct.Struct(">xq")
+_FRAME = struct.Struct(">xixixi")
+"""Bytes of one value, of a block, of a chunk, after what was compressed."""
+_REST_BEGINS = 47
 
 
 def lz4_bytes(header: bytes, _: int, __: Sequence[int]) -> int:
@@ -63,26 +66,32 @@ def blosc2_bytes(header: bytes, stored: int, _: Sequence[int]) -> int:
 
     The frame then holds whole blocks, more than the chunk itself.
     """
-    if header[2:10] != FRAME_MAGIC:
+    size = int.from_bytes(header[11:15], "big")
+    # All but the sizes of the compressed bytes, which is the same in all chunks of a dataset.
+    declared, padded = _frame_bytes(header[:15], header[29:38], header[47:size])
+    if stored > size + 32 and int.from_bytes(header[size + 4 : size + 8], "little") > padded:
+        raise ValueError("a chunk larger than its frame")
+    return declared
+
+
+@functools.lru_cache(maxsize=64)
+def _frame_bytes(magic: bytes, size_field: bytes, rest: bytes) -> tuple[int, int]:
+    """Return how many bytes a frame becomes, and how many it has with what fills its blocks."""
+    if magic[2:10] != FRAME_MAGIC:
         raise ValueError("no frame of Blosc2")
-    header_bytes, size, item, block, chunk = _unpack(_FRAME, header, 0)
-    found = header.find(b"\xa4b2nd\xd2", 0, max(header_bytes, 0))
+    (size,) = _unpack(_FRAME_SIZE, size_field, 0)
+    item, block, chunk = _unpack(_FRAME, rest, 0)
+    found = rest.find(b"\xa4b2nd\xd2")
     padded = declared = size
     if found >= 0:
-        place = int.from_bytes(header[found + 6 : found + 10], "big")
-        shape, blocks = _b2nd_shape(header, place + 5)
+        place = int.from_bytes(rest[found + 6 : found + 10], "big") - _REST_BEGINS
+        shape, blocks = _b2nd_shape(rest, place + 5)
         declared = math.prod(shape) * item
-        padded = (
-            math.prod(-(-one // part) * part for one, part in zip(shape, blocks, strict=True))
-            * item
-        )
+        padded = math.prod(-(-one // part) * part for one, part in zip(shape, blocks, strict=True))
+        padded *= item
     if item < 1 or size != padded or chunk != padded or not 0 <= block <= padded:
         raise ValueError(f"a frame of {size} bytes in chunks of {chunk} and blocks of {block}")
-    if stored > header_bytes + 32:
-        inner = int.from_bytes(header[header_bytes + 4 : header_bytes + 8], "little")
-        if inner > padded:
-            raise ValueError(f"a chunk of {inner} bytes in a frame of {size}")
-    return declared
+    return declared, padded
 
 
 def _b2nd_shape(header: bytes, place: int) -> tuple[Sequence[int], Sequence[int]]:
