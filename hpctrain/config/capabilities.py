@@ -21,6 +21,7 @@ class _Hole:
     channels_last: bool | None = None
     buckets: bool | None = None
     static_graph: bool | None = None
+    unused_parameters: str | None = None
     checks_sync: bool | None = None
     shards: bool | None = None
     cpu_offload: bool | None = None
@@ -97,6 +98,20 @@ _HOLES = (
         because="it tells DDP what to expect, and fsdp has no DDP",
     ),
     _Hole(
+        static_graph=True,
+        unused_parameters="allow",
+        key="training.static_graph",
+        because='it says that every pass uses the same parameters, and unused_parameters = "allow" '
+        "that some do not",
+    ),
+    _Hole(
+        strategy="fsdp",
+        unused_parameters="allow",
+        before_torch=(2, 13),
+        key="training.unused_parameters",
+        because="fsdp reduces gradients that only some ranks have from torch 2.13 on",
+    ),
+    _Hole(
         strategy="fsdp",
         channels_last=True,
         key="training.channels_last",
@@ -169,6 +184,7 @@ def unsupported(
     channels_last: bool | None = None,
     buckets: bool | None = None,
     static_graph: bool | None = None,
+    unused_parameters: str | None = None,
     checks_sync: bool | None = None,
     shards: bool | None = None,
     cpu_offload: bool | None = None,
@@ -187,6 +203,7 @@ def unsupported(
         channels_last: as in the config.
         buckets: whether bucket_mb is set.
         static_graph: as in the config.
+        unused_parameters: the same.
         checks_sync: whether check_sync_every is not 0.
         shards: whether shard names units.
         cpu_offload: as in the config.
@@ -206,6 +223,7 @@ def unsupported(
         "channels_last": channels_last,
         "buckets": buckets,
         "static_graph": static_graph,
+        "unused_parameters": unused_parameters,
         "checks_sync": checks_sync,
         "shards": shards,
         "cpu_offload": cpu_offload,

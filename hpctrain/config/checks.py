@@ -213,6 +213,7 @@ def check_capabilities(source: Source) -> list[Mistake]:
         channels_last=source.get("training", "channels_last"),
         buckets=source.get("training", "bucket_mb") is not None,
         static_graph=source.get("training", "static_graph"),
+        unused_parameters=source.get("training", "unused_parameters"),
         checks_sync=bool(source.get("training", "check_sync_every")),
         shards=bool(source.get("training", "shard")),
         cpu_offload=source.get("training", "cpu_offload"),

@@ -335,6 +335,9 @@ class TrainingSection:
     static_graph: bool = False
     """For ddp: every pass uses the same parameters equally often, so DDP looks once only."""
 
+    unused_parameters: Literal["error", "allow"] = "error"
+    """Over ranks: parameters without a part in a step are an error, or looked for in every step."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:

@@ -162,6 +162,7 @@ def build_parts(
         bucket_mb=config.training.bucket_mb,
         compress_gradients=config.training.compress_gradients,
         static_graph=config.training.static_graph,
+        unused_parameters=config.training.unused_parameters,
         shards=shards,
     )
     step.prime()

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 import hpctrain
 from hpctrain.data.loading.loader import Batch
+from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.shards import Shards
+from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
 
-COUNTS = (13, 12, 1, 7, 2)
+LARGEST = 13
+COUNTS = (LARGEST, 12, 1, 7, 2)
 """Samples of global batches: shares are unequal, and a batch of one leaves most ranks none."""
 
 CASES: Sequence[tuple[Callable[[], nn.Module], Callable[[], Any]]] = [
@@ -64,7 +67,7 @@ def make_step(
         number_format=number_format,
         clip_norm=None,
         micro_batch_size=micro,
-        largest_share=-(-13 // world.topology.world_size),
+        largest_share=LARGEST // world.topology.world_size + 1,
         example=models.fields_of(1, 99),
         shards=shards,
         **options,
@@ -132,7 +135,7 @@ def check_no_code_of_a_user_runs_without_samples(world: World) -> None:
             return super().forward(x)
 
     size = world.topology.world_size
-    for strategy in ("ddp", "fsdp"):
+    for strategy in ("ddp", "fsdp") if size > 1 else ():
         model = Counting().double()
         step = make_step(world, model, models.PerSample(), strategy=strategy, micro=2)
         before = int(model.calls)
@@ -144,7 +147,143 @@ def check_no_code_of_a_user_runs_without_samples(world: World) -> None:
             assert int(model.calls) == before, strategy
 
 
-CHECKS = [check_a_task_has_the_bare_model, check_no_code_of_a_user_runs_without_samples]
+class Routed(models.PerSample):
+    """Has the model leave out what a plan says: by step, rank and pass."""
+
+    def __init__(self, plan: Callable[[int, int], tuple[set[int], bool]]) -> None:
+        self._plan = plan
+        self.step = self.calls = 0
+
+    def losses(self, model: models.Dropped, fields: Any) -> Tensor:
+        model.skipped, model.uses_auxiliary = self._plan(self.step, self.calls)  # type: ignore[assignment]
+        self.calls += 1
+        return super().losses(model, fields)
+
+
+def check_parts_left_out(world: World) -> None:
+    """What no rank uses is not updated, what some use has zeros of the others."""
+    rank, size = world.topology.rank, world.topology.world_size
+
+    def plan_of(rank: int) -> Callable[[int, int], tuple[set[int], bool]]:
+        def plan(step: int, call: int) -> tuple[set[int], bool]:
+            plans: list[tuple[set[int], bool]] = [
+                (set(), True),
+                ({1}, step % 2 == 0),  # on no rank
+                ({rank % 3}, True),  # on some ranks
+                ({0, 2} if call else {1}, bool(call)),  # in some passes
+            ]
+            return plans[step % len(plans)]
+
+        return plan
+
+    counts = (13, 12, 13, 9, 1, 12)
+    # By hand: each rank's share with what it leaves out, cut into passes as it cuts them.
+    for micro in (None, 2):
+        model: Any = built(models.Dropped)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        losses = []
+        for number, count in enumerate(counts):
+            fields = models.fields_of(count, number)
+            total = torch.zeros((), dtype=torch.float64)
+            for other in range(size):
+                mine = {name: item[other::size] for name, item in fields.items()}
+                passes = count_passes(LARGEST // size + 1, micro)
+                cuts = cut(len(mine["x"]), passes)
+                for call, (first, stop) in enumerate(item for item in cuts if item[0] < item[1]):
+                    model.skipped, model.uses_auxiliary = plan_of(other)(number, call)
+                    part = {name: item[first:stop] for name, item in mine.items()}
+                    total = total + models.PerSample().loss(model, part)[0]
+            optimizer.zero_grad()
+            (total / count).backward()
+            optimizer.step()
+            losses.append((total / count).item())
+        ours: Any = built(models.Dropped)
+        task = Routed(plan_of(rank))
+        step = make_step(world, ours, task, strategy="ddp", micro=micro, unused_parameters="allow")
+        for number, (count, loss) in enumerate(zip(counts, losses, strict=True)):
+            task.step, task.calls = number, 0
+            step(share(world, models.fields_of(count, number)), 0.01)
+            assert abs(step.read()["loss"] - loss) < 1e-12, (micro, number)
+        expected = model.state_dict()
+        for name, item in ours.state_dict().items():
+            torch.testing.assert_close(item, expected[name], rtol=0, atol=1e-12)
+
+
+def check_experts(world: World) -> None:
+    """Of those that no sample was sent to, nothing is known to the optimizer."""
+    for counts in ((13, 12, 1, 2, 7), (1, 1, 1)):
+        losses, parameters = by_hand(models.MoE, models.PerSample(), counts)
+        for micro in (None, 3):
+            model = built(models.MoE)
+            step = make_step(
+                world,
+                model,
+                models.PerSample(),
+                strategy="ddp",
+                micro=micro,
+                unused_parameters="allow",
+            )
+            for seed, (count, loss) in enumerate(zip(counts, losses, strict=True)):
+                step(share(world, models.fields_of(count, seed)), 0.01)
+                assert abs(step.read()["loss"] - loss) < 1e-12, (counts, micro, seed)
+            for name, item in model.named_parameters():
+                torch.testing.assert_close(item, parameters[name], rtol=0, atol=1e-12)
+
+
+def check_a_loss_without_parameters(world: World) -> None:
+    """A batch without targets has a loss that is a plain number; nothing is updated by it."""
+
+    class NoTargets(models.PerSample):
+        empty = False
+
+        def losses(self, model: Any, fields: Any) -> Tensor:
+            return torch.zeros(len(fields["x"])) if self.empty else super().losses(model, fields)
+
+    for policy in ("error", "allow"):
+        model, task = built(models.Dropped), NoTargets()
+        step = make_step(world, model, task, strategy="ddp", micro=4, unused_parameters=policy)
+        before = {name: item.clone() for name, item in model.state_dict().items()}
+        task.empty = True
+        step(share(world, models.fields_of(12, 0)), 0.01)
+        assert step.read()["loss"] == 0
+        if world.topology.world_size == 1 or policy == "allow":
+            for name, item in model.state_dict().items():
+                assert torch.equal(item, before[name]), (policy, name)
+        task.empty = False
+        step(share(world, models.fields_of(12, 0)), 0.01)
+        assert step.read()["bad_steps"] == 0
+
+
+def check_parts_left_out_are_an_error(world: World) -> None:
+    """On several ranks, unless allowed: by name, on the rank where it happens."""
+    if world.topology.world_size == 1:
+        return
+    for plan, micro, name in (
+        (lambda step, call: ({1} if step else set(), True), None, "layers.1.linear.weight"),
+        (lambda step, call: (set(), not (step and call)), 2, "auxiliary.weight"),
+    ):
+        task = Routed(plan)
+        step = make_step(world, built(models.Dropped), task, strategy="ddp", micro=micro)
+        step(share(world, models.fields_of(12, 0)), 0.01)
+        task.step, task.calls = 1, 0
+        try:
+            step(share(world, models.fields_of(12, 0)), 0.01)
+        except TrainingError as error:
+            assert f"{name}, " in str(error), error
+            assert "had no part in the loss of this step, and in the first one had" in str(error)
+            assert 'training.unused_parameters = "allow"' in str(error)
+        else:
+            raise AssertionError("nothing was said")
+
+
+CHECKS = [
+    check_a_task_has_the_bare_model,
+    check_no_code_of_a_user_runs_without_samples,
+    check_parts_left_out,
+    check_experts,
+    check_a_loss_without_parameters,
+    check_parts_left_out_are_an_error,
+]
 
 
 def main() -> None:

@@ -140,15 +140,19 @@ def check_ranks_agree(world: World) -> None:
     assert all(other == everywhere[0] for other in everywhere)
 
 
-def check_unused_parameters_are_named(world: World) -> None:
+def check_forgotten_parameters_are_named(world: World) -> None:
     model = make_model()
-    model.register_parameter("forgotten", nn.Parameter(torch.zeros(3, dtype=torch.float64)))
+    model.register_parameter("forgotten", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    step = make_step(world, model)
+    rank, size = world.topology.rank, world.topology.world_size
     try:
-        make_step(world, model)
+        step(share(global_batch(8, 0), rank, size), 0.01)
     except TrainingError as error:
-        assert "forgotten" in str(error)
+        assert size > 1
+        assert "forgotten had no part in the loss of this step, nor" in str(error)
     else:
-        raise AssertionError("nothing was said")
+        assert size == 1
+        assert torch.equal(model.forgotten, torch.ones(3))
 
 
 def check_priming_leaves_no_trace(world: World) -> None:
@@ -195,7 +199,7 @@ CHECKS = [
     check_a_step_is_that_of_the_global_batch,
     check_a_bad_gradient_is_never_applied,
     check_ranks_agree,
-    check_unused_parameters_are_named,
+    check_forgotten_parameters_are_named,
     check_priming_leaves_no_trace,
     check_every_precision_trains,
 ]

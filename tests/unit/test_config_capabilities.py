@@ -91,6 +91,7 @@ def test_what_goes_with_a_strategy() -> None:
         ({"strategy": "fsdp", "buckets": True}, "training.bucket_mb"),
         ({"strategy": "fsdp", "static_graph": True}, "training.static_graph"),
         ({"strategy": "ddp", "static_graph": True}, None),
+        ({"static_graph": True, "unused_parameters": "allow"}, "training.static_graph"),
         ({"strategy": "fsdp", "channels_last": True}, "training.channels_last"),
         ({"strategy": "fsdp", "checks_sync": True}, "training.check_sync_every"),
     ]

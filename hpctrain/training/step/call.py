@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Method = Callable[[nn.Module, Mapping[str, Tensor]], Any]
@@ -35,25 +34,3 @@ class Callee(nn.Module):
 def call_directly(model: nn.Module) -> Call:
     """Return the call that nobody watches."""
     return lambda method, fields: method(model, fields)
-
-
-def reach_all(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Return a loss of 0 that every trained parameter has a part in, with a gradient of 0.
-
-    In place of `task.loss` for a rank without samples: no code of the user runs, and every gradient
-    that the others reduce is there.
-
-    Args:
-        model: whose parameters.
-        fields: not looked at.
-
-    Returns:
-        The loss, (), and the weight 0.
-    """
-    # A sum of complex numbers has no backward pass: their real view has one.
-    sums = [
-        (torch.view_as_real(item) if item.is_complex() else item).sum(dtype=torch.float32)
-        for item in model.parameters()
-        if item.requires_grad
-    ]
-    return 0.0 * torch.stack(sums).sum(), 0

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.training.step.call import reach_all
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.replica import Replica
 from hpctrain.training.step.undisturbed import (
@@ -19,6 +18,7 @@ from hpctrain.training.step.undisturbed import (
     kept_generators,
     with_statistics,
 )
+from hpctrain.training.step.unused import differentiable, reach_all
 from hpctrain.training.task import Fields, Task
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -58,6 +58,7 @@ class Passes:
         self.loss_sum: Tensor | None = None
         self.weight: Tensor | int = 0
         self._task = task
+        self._loss = differentiable(task.loss)
         self._replica = replica
         self._format = number_format
         self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()
@@ -86,7 +87,7 @@ class Passes:
             fields = {name: tensor[first:stop] for name, tensor in fields.items()}
         with self._arithmetic:
             loss_sum, weight = self._replica.call(
-                self._task.loss, self._format.cast(fields, self._task.inputs)
+                self._loss, self._format.cast(fields, self._task.inputs)
             )
         detached = loss_sum.detach()
         self.loss_sum = detached if self.loss_sum is None else self.loss_sum + detached
@@ -108,7 +109,7 @@ class Passes:
             evaluating(self._statistics),
             self._arithmetic,
         ):
-            loss_sum, _ = self._replica.call(self._task.loss, self._held)
+            loss_sum, _ = self._replica.call(self._loss, self._held)
         return loss_sum, torch.zeros_like(loss_sum)
 
     def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:

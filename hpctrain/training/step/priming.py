@@ -45,7 +45,7 @@ def prime(
         communicator: of all ranks.
 
     Raises:
-        TrainingError: on every rank, if the task breaks its contract, or a parameter has no part
+        TrainingError: on every rank, if the task breaks its contract, or no parameter has a part
             in the loss. What the model itself raises comes out as it is, with its traceback.
     """
     with kept_generators(device), kept_buffers(replica.model):
@@ -57,9 +57,11 @@ def prime(
             replica.settle_graph()
             # The second backward pass as well: a forward pass alone would leave DDP waiting for
             # gradients to reduce, and it would take those of a pass that is only to accumulate.
+            # Every parameter is reached, though the held row may leave out a branch of the model.
+            loss = replica.reaching(task.loss)
             for _ in range(2):
                 with arithmetic:
-                    loss_sum, _ = replica.call(task.loss, fields)
+                    loss_sum, _ = replica.call(loss, fields)
                 replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
                 replica.clear_gradients()
             replica.time_communication(last)
@@ -72,7 +74,7 @@ def _first_pass(
     fields: Fields,
     arithmetic: AbstractContextManager[object],
 ) -> nn.Parameter:
-    """Check the contract of the task, and that every parameter gets a gradient.
+    """Check the contract of the task, and which parameters get a gradient.
 
     Returns:
         The parameter whose gradient came last.
@@ -93,7 +95,10 @@ def _first_pass(
     finally:
         for hook in hooks:
             hook.remove()
-    _check_gradients({name: layouts.get(item) for name, item in watched})
+    _check_gradients({name: layouts[item] for name, item in watched if item in layouts})
+    replica.unused.at_start = frozenset(name for name, item in watched if item not in layouts)
+    if not layouts:
+        raise TrainingError(_no_part(type(task).__name__))
     last = list(layouts)[-1]
     assert isinstance(last, nn.Parameter)
     return last
@@ -115,10 +120,7 @@ def _checked(result: object, task: Task, fields: Fields) -> Tensor:
         )
         raise TrainingError(f"{name}.loss returned {what} as sum of losses: expected one number")
     if not loss_sum.requires_grad:
-        raise TrainingError(
-            f"no parameter has a part in the loss that {name} returned: something between them is "
-            "detached, or computed without gradients"
-        )
+        raise TrainingError(_no_part(name))
     samples = len(next(iter(fields.values())))
     if task.counts_samples and (isinstance(weight, Tensor) or weight != samples):
         raise TrainingError(
@@ -128,14 +130,15 @@ def _checked(result: object, task: Task, fields: Fields) -> Tensor:
     return loss_sum
 
 
-def _check_gradients(layouts: Mapping[str, torch.layout | None]) -> None:
-    """Refuse parameters without a gradient, or with one that is not dense."""
-    unused = [name for name, layout in layouts.items() if layout is None]
-    if unused:
-        raise TrainingError(
-            f"{len(unused)} of {len(layouts)} parameters have no part in the loss: "
-            f"{listed(unused, 8)}. Use them, remove them, or set requires_grad = False"
-        )
+def _no_part(task: str) -> str:
+    return (
+        f"no parameter has a part in the loss that {task} returned: something between them is "
+        "detached, or computed without gradients"
+    )
+
+
+def _check_gradients(layouts: Mapping[str, torch.layout]) -> None:
+    """Refuse gradients that are not dense."""
     sparse = [name for name, layout in layouts.items() if layout != torch.strided]
     if sparse:
         raise TrainingError(

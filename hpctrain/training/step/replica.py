@@ -12,9 +12,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from hpctrain.errors import TrainingError
-from hpctrain.training.step.call import Call, Callee, call_directly
-from hpctrain.utils.text import listed
+from hpctrain.training.step.call import Call, Callee, Method, call_directly
+from hpctrain.training.step.unused import UnusedParameters, reaching_all, unreduced
 
 _COMPRESSIONS = {
     "bf16": default_hooks.bf16_compress_hook,
@@ -32,6 +31,7 @@ class Replica:
         call_alone: the same without gradients, and without the other ranks.
         spread: whether ranks hold parts of the parameters.
         parameters: those that are trained, in the order of the model.
+        unused: what happens to those without a part in a step.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Replica:
         bucket_mb: float | None,
         compress_gradients: str = "none",
         static_graph: bool = False,
+        unused_parameters: str = "error",
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -52,12 +53,15 @@ class Replica:
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             compress_gradients: "bf16" or "fp16": the format they are reduced in; "none": their own.
             static_graph: whether every pass uses the same parameters equally often.
+            unused_parameters: "error" or "allow": whether some may have no part in a step.
         """
         self.model = model
         self.call: Call = call_directly(model)
         self.call_alone = self.call
         self.parameters = [item for item in model.parameters() if item.requires_grad]
         self._complex = [item for item in self.parameters if item.is_complex()]
+        self._names = [name for name, item in model.named_parameters() if item.requires_grad]
+        self.unused = UnusedParameters(unused_parameters, world_size)
         self._bucket_mb = bucket_mb
         self._compress_gradients = compress_gradients
         self._static_graph = static_graph
@@ -116,25 +120,42 @@ class Replica:
         """Run backward from `loss` and average the gradients. Collective: all ranks.
 
         Raises:
-            TrainingError: if a parameter has no gradient: DDP would have averaged none of its
-                bucket, and complain in the next step only.
+            TrainingError: on this rank, if DDP still waits for a gradient of it: it has averaged
+                none of that bucket.
         """
         torch.autograd.backward(loss, seed)
         if self._ddp is not None:
             self._clock.stop()
-            if any(item.grad is None for item in self.parameters):
-                refuse_unused(self.model)
+            if missing := unreduced(self._ddp._check_reducer_finalized, self._names):
+                self.unused.met(missing, len(self._names))
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of all parameters that have one."""
+        """Return the gradients of all parameters that have one.
+
+        Raises:
+            TrainingError: if one has none, and that is not allowed.
+        """
         for item in self._complex:
             if item.grad is not None and item.grad.is_conj():
                 item.grad = item.grad.resolve_conj()  # optimizers take them for pairs of numbers
-        return [item.grad for item in self.parameters if item.grad is not None]
+        found = [item.grad for item in self.parameters if item.grad is not None]
+        if len(found) < len(self.parameters):
+            each = zip(self._names, self.parameters, strict=True)
+            self.unused.met([name for name, item in each if item.grad is None], len(self._names))
+        return found
 
     def reduce_norm(self, norm: torch.Tensor) -> torch.Tensor:
         """Return the norm of the whole gradient, which every rank has already."""
         return norm
+
+    def reaching(self, method: Method) -> Method:
+        """Return a loss from which DDP's first passes come to every parameter, used or not.
+
+        Else they would leave it waiting, where it does not look for those that are not used. A
+        static graph has to be seen as it is.
+        """
+        plain = self._static_graph or self.unused.allowed
+        return method if plain else reaching_all(method)
 
     def settle(self) -> None:
         """Do nothing: a pass leaves nothing behind that the next one could stumble over."""
@@ -163,27 +184,11 @@ class Replica:
             bucket_cap_mb=self._bucket_mb,
             gradient_as_bucket_view=True,
             static_graph=static_graph,
+            find_unused_parameters=self.unused.allowed,
         )
         self.call = self._ddp
         if self._compress_gradients != "none":
             self._ddp.register_comm_hook(None, _COMPRESSIONS[self._compress_gradients])
-
-
-def refuse_unused(model: nn.Module) -> None:
-    """Refuse a step in which parameters had no part, by their names.
-
-    Raises:
-        TrainingError: if there are any.
-    """
-    unused = [
-        name for name, item in model.named_parameters() if item.requires_grad and item.grad is None
-    ]
-    if unused:
-        raise TrainingError(
-            f"{listed(unused, 8)} had no part in the loss of this step, and in the first one had: "
-            "on several ranks every parameter needs a part in every step. Where a branch of the "
-            "model is left out, add 0 times its parameters to the output"
-        )
 
 
 class _HostClock:

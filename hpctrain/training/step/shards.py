@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
-from hpctrain.training.step.call import Call, Callee
+from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.replica import refuse_unused
 from hpctrain.training.step.sharding import find_units
+from hpctrain.training.step.unused import UnusedParameters
 
 
 class Shards:
@@ -41,6 +41,7 @@ class Shards:
         call_alone: the same, which here needs all ranks as well.
         parameters: this rank's rows of those that are trained, in the order of the model; empty
             where a tensor has fewer rows than there are ranks.
+        unused: what happens to those without a part in a step.
         shapes: of all whole parameters by name, the same on all ranks.
         world_size: the ranks that hold the rows.
         rank: this one.
@@ -73,6 +74,7 @@ class Shards:
         self.call: Call = callee
         self.call_alone: Call = callee
         self.world_size, self.rank = world.topology.world_size, world.topology.rank
+        self.unused = UnusedParameters(section.unused_parameters, self.world_size)
         self.offloaded = section.cpu_offload
         self._device = world.device
         self.shapes = {name: tuple(item.shape) for name, item in model.named_parameters()}
@@ -157,17 +159,15 @@ class Shards:
         torch.autograd.backward(loss, seed)
 
     def backward_and_reduce(self, loss: Tensor, seed: Tensor) -> None:
-        """Run backward from `loss` and average the gradients. Collective: all ranks.
-
-        Raises:
-            TrainingError: if a parameter has no gradient.
-        """
+        """Run backward from `loss` and average the gradients. Collective: all ranks."""
         torch.autograd.backward(loss, seed)
-        if any(item.grad is None for item in self._spread.values() if item.requires_grad):
-            refuse_unused(self.model)
 
     def gradients(self) -> list[Tensor]:
-        """Return this rank's rows of all gradients, where the optimizer finds them."""
+        """Return this rank's rows of all gradients, where the optimizer finds them.
+
+        Raises:
+            TrainingError: if a parameter has none, and that is not allowed.
+        """
         found = []
         for name, spread in self._spread.items():
             if spread.requires_grad:
@@ -175,6 +175,10 @@ class Shards:
                 if isinstance(gradient, DTensor):
                     local = self._rows[name].grad = gradient.to_local()
                     found.append(local)
+        if len(found) < len(self.parameters):
+            trained = {name: item for name, item in self._spread.items() if item.requires_grad}
+            missing = [name for name, item in trained.items() if item.grad is None]
+            self.unused.met(missing, len(trained))
         return found
 
     def reduce_norm(self, norm: Tensor) -> Tensor:
@@ -183,6 +187,10 @@ class Shards:
         square = norm.double().square().to(self._device)
         dist.all_reduce(square)
         return square.sqrt().to(norm.device, norm.dtype)
+
+    def reaching(self, method: Method) -> Method:
+        """Return the method as it is: FSDP waits for no gradient."""
+        return method
 
     def settle(self) -> None:
         """Let go of gathered parameters; to be called after passes without a backward one."""

@@ -67,6 +67,7 @@ class TrainStep:
         ema_decay: float | None = None,
         compress_gradients: str = "none",
         static_graph: bool = False,
+        unused_parameters: str = "error",
         shards: Shards | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
@@ -86,6 +87,8 @@ class TrainStep:
             clip_value: every element of the gradient is clipped to this, after its norm.
             compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
             static_graph: whether every pass uses the same parameters equally often.
+            unused_parameters: "error" or "allow": whether, over ranks, some may have no part in a
+                step.
             ema_decay: of a moving average of the parameters; None: there is none.
             shards: the model where its parameters are spread over the ranks, and the optimizer's
                 are those of `shards`; None: every rank has all of them.
@@ -112,7 +115,13 @@ class TrainStep:
         )
         self._rows = max(1, -(-largest_share // self.grad_accum_steps))
         self._replica: Replica | Shards = shards or Replica(
-            model, self._world_size, world.device, bucket_mb, compress_gradients, static_graph
+            model,
+            self._world_size,
+            world.device,
+            bucket_mb,
+            compress_gradients,
+            static_graph,
+            unused_parameters,
         )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._passes = Passes(
@@ -175,7 +184,7 @@ class TrainStep:
         Collective: all ranks.
 
         Raises:
-            TrainingError: if model, task and data do not fit, or a parameter has no gradient.
+            TrainingError: if model, task and data do not fit.
         """
         fields = {name: torch.cat([row] * self._rows) for name, row in self._held.items()}
         prime(

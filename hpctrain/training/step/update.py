@@ -88,9 +88,9 @@ class Update:
             # As torch's clip_grad_norm_ has it.
             clip = torch.minimum(self._clip_norm / (norm + self._epsilon), self._one)
             factor = clip if factor is None else clip * factor
-        if factor is not None:
+        if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
-        if self._clip_value is not None:
+        if self._clip_value is not None and gradients:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
 
@@ -108,6 +108,8 @@ class Update:
             self._scaler.update(bad)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:  # no parameter had a part in this step
+            return self._reduce_norm(self._zero)
         norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
         return self._reduce_norm(torch.linalg.vector_norm(torch.stack(norms)))
 
