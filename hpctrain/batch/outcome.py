@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.json_files import SMALL, parse_json, read_name, read_whole
 
 NAME = "exit.json"
+
+_FITTING: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
+    # The system cuts an exit code to a byte: 256 would be none.
+    "int | None": ((int, type(None)), lambda code: code is None or 0 <= code < 256),
+    "int": ((int,), lambda count: 0 <= count < 2**63),
+    "float": ((int, float), lambda seconds: 0 <= seconds < math.inf),
+    "str": ((str,), lambda _: True),
+    "str | None": ((str, type(None)), lambda _: True),
+}
+"""By annotation: what JSON gives for it, and which of these values make sense."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +73,49 @@ def read_outcome(folder: Path) -> Outcome | None:
     """
     path = folder / NAME
     try:
-        return Outcome(**json.loads(path.read_bytes()))
+        return _outcome(parse_json(read_whole(path, SMALL)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; remove it to go on") from error
 
 
+def _outcome(document: object) -> Outcome:
+    """Return what a parsed exit.json says.
+
+    By hand, for the watchdog has no packages to check it with.
+
+    Raises:
+        ValueError: if something in it is of another type, naming the key.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"it is {type(document).__name__}, not an object")
+    values = {}
+    for field in fields(Outcome):
+        kind, fits = _FITTING[str(field.type)]
+        if field.name in document:
+            value = values[field.name] = document[field.name]
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{field.name} is {value!r:.60}, expected {field.type}")
+        elif field.default is MISSING:
+            raise ValueError(f"{field.name} is missing")
+    return Outcome(**values)
+
+
 def newest_saved(folder: Path) -> tuple[str | None, int]:
-    """Return name and step of the newest checkpoint, by a run folder's `latest`; None and 0."""
+    """Return name and step of the newest checkpoint, by a run folder's `latest`; None and 0.
+
+    Raises:
+        CheckpointError: if `latest` is damaged.
+    """
+    path = folder / "latest"
     try:
-        name = (folder / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
+        name = read_name(path)
+    except FileNotFoundError:
         return None, 0
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; remove it, the next save writes it anew"
+        ) from error
     match = re.fullmatch(r"step-(\d+)", name)
-    return name or None, int(match[1]) if match else 0
+    return name, int(match[1]) if match else 0

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import time
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from hpctrain.errors import ConfigError
 
@@ -54,14 +56,19 @@ def from_qstat(text: str, now: float) -> Answer:
         # OpenPBS 19 writes numbers such as 007 and control characters into values of -v.
         job = next(iter(json.loads(text, strict=False)["Jobs"].values()))
         limit = _seconds(_CLOCK.fullmatch(job["Resource_List"]["walltime"]))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
         return _from_damaged_qstat(text)
     if limit is None:
         return None
-    used = _seconds(_CLOCK.fullmatch(str(job.get("resources_used", {}).get("walltime", ""))))
+    used = _seconds(_CLOCK.fullmatch(str(_walltime_used(job))))
     since = _since(str(job.get("stime", "")), now)
     known = [value for value in (used, since) if value is not None]
     return limit - max(known) if known else None
+
+
+def _walltime_used(job: Mapping[str, Any]) -> object:
+    used = job.get("resources_used")
+    return used.get("walltime") if isinstance(used, dict) else None
 
 
 def _from_damaged_qstat(text: str) -> Answer:

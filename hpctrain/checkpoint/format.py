@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -184,10 +185,17 @@ def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
     return raw
 
 
-def tensors_of(content: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the host."""
-    tensors: dict[str, Tensor] = load(content)
-    return joined_pairs(tensors, texts_of(content))
+def tensors_of(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the host.
+
+    Raises:
+        CheckpointError: if it is none; `path` is for the message.
+    """
+    try:
+        tensors: dict[str, Tensor] = load(content)
+        return joined_pairs(tensors, texts_of(content))
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
 def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) -> dict[str, Tensor]:

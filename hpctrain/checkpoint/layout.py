@@ -15,22 +15,40 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpctrain.checkpoint.schema import Meta, MetaHead
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import checksum, file_checksum
+from hpctrain.utils.json_files import (
+    LARGE,
+    parse_checked,
+    parse_json,
+    read_name,
+    read_whole,
+    require_file,
+)
 
 VERSION = 2
 VERSION_OF_ONE_WRITER = 1
 """What older readers understand; the later one has parts, see `hpctrain.checkpoint.parts`."""
 FORMAT = "hpctrain checkpoint"
-META = "meta.json"
+META, LATEST = "meta.json", "latest"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
 VALUES, CONFIG = "training.json", "config.toml"
 
 _REPLACED = ".replaced"
 _FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but that cannot be read here and now.
+
+    The permission is missing, the disk or the network fails, or it is of a newer hpctrain. Unlike
+    one that is damaged it is not to be passed over: it would be lost to a run that begins anew.
+    """
 
 
 def folder_name(step: int) -> str:
@@ -48,26 +66,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Return meta.json.
 
     Raises:
-        CheckpointError: if it is missing, damaged or of a newer version.
+        CheckpointError: if it is missing, damaged, or cannot be read for now.
     """
+    path = folder / META
     try:
-        meta: dict[str, Any] = json.loads((folder / META).read_bytes())
-        version = meta["version"]
-        if meta["format"] != FORMAT:
-            raise ValueError("not the meta.json of a checkpoint")
+        content = read_whole(path, LARGE)
+        head = parse_checked(content, MetaHead)
+        if head.format != FORMAT:
+            raise ValueError("it is not the meta.json of a checkpoint")
+        if head.version > VERSION:
+            raise UnreadableError(
+                f"{folder} has format version {head.version}, and this hpctrain reads up to "
+                f"{VERSION}: update hpctrain"
+            )
+        parse_checked(content, Meta)
+        meta: dict[str, Any] = parse_json(content)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / META} is damaged: {error}") from error
-    if version > VERSION:
-        raise CheckpointError(
-            f"{folder} has format version {version}, and this hpctrain reads up to {VERSION}: "
-            "update hpctrain"
-        )
-    if meta.pop("xxh3_64", None) != checksum_of_meta(meta):
-        raise CheckpointError(
-            f"{folder / META} is damaged: its checksum is not that of its content"
-        )
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if meta.pop("xxh3_64") != checksum_of_meta(meta):
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
     return meta
 
 
@@ -78,11 +99,9 @@ def read_file(folder: Path, name: str, meta: Mapping[str, Any]) -> bytes:
         CheckpointError: if it is missing, cut or changed.
     """
     path = folder / name
-    try:
-        content = path.read_bytes()
-        expected = meta["files"][name]
-    except (OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    expected = _expected(folder, name, meta)
+    with _reading(path):
+        content = read_whole(path, expected["bytes"])
     _compare(path, len(content), checksum(content), expected)
     return content
 
@@ -102,12 +121,33 @@ def check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> int:
         CheckpointError: if it is missing, cut or changed.
     """
     path = folder / name
-    try:
-        length, digest = path.stat().st_size, file_checksum(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    _compare(path, length, digest, meta["files"][name])
+    expected = _expected(folder, name, meta)
+    with _reading(path):
+        length = require_file(path, expected["bytes"])
+        digest = file_checksum(path)
+    _compare(path, length, digest, expected)
     return length
+
+
+def _expected(folder: Path, name: str, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what meta.json says of a file."""
+    try:
+        return meta["files"][name]  # type: ignore[no-any-return]
+    except KeyError as error:
+        raise CheckpointError(f"{folder / META} is damaged: it has no file {name}") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell what the system does not let read from what is not there (any more)."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _compare(path: Path, length: int, digest: str, expected: Mapping[str, Any]) -> None:
@@ -120,12 +160,19 @@ def _compare(path: Path, length: int, digest: str, expected: Mapping[str, Any]) 
 
 
 def newest_first(checkpoints: Path) -> Iterator[Path]:
-    """Yield the folders of checkpoints, whole or not, the newest first."""
-    if not checkpoints.is_dir():
+    """Yield the folders of checkpoints, whole or not, the newest first.
+
+    Raises:
+        CheckpointError: if they cannot be listed; none, where there is no such folder.
+    """
+    try:
+        found = list(checkpoints.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return
-    steps = {path: step_of(path.name) for path in checkpoints.iterdir()}
-    found = [(step, path) for path, step in steps.items() if step is not None]
-    for _, path in sorted(found, reverse=True):
+    except OSError as error:
+        raise UnreadableError(f"{checkpoints} cannot be listed: {error.strerror}") from error
+    steps = [(step, path) for path in found if (step := step_of(path.name)) is not None]
+    for _, path in sorted(steps, reverse=True):
         yield path
 
 
@@ -158,11 +205,15 @@ def resolved(path: Path) -> Path:
 
 def _named_latest(run: Path) -> Path:
     """Return the checkpoint that a run folder's `latest` names."""
+    path = run / LATEST
     try:
-        name = (run / "latest").read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise CheckpointError(f"{run} has no checkpoint: {error}") from error
-    return run / "checkpoints" / name
+        return run / "checkpoints" / read_name(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{run} has no checkpoint yet: there is no {path}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; name a checkpoint in {run / 'checkpoints'} itself"
+        ) from error
 
 
 def is_whole(path: Path) -> bool:

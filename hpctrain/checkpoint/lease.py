@@ -1,11 +1,12 @@
 """One job at a time in a run folder: a lease that is renewed, and lost where its owner is gone.
 
-A file made with O_EXCL holds on every shared file system; flock may be absent on Lustre, or hold on
-one node only.
+A file that is created whole, by a link or by O_EXCL, holds on every shared file system; flock may
+be absent on Lustre, or hold on one node only.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -14,16 +15,23 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated
+
+from annotated_types import Ge, Predicate
 
 from hpctrain.errors import CheckpointError
 from hpctrain.utils import proc
+from hpctrain.utils.files import create_file, replace_file, temporary_name
+from hpctrain.utils.json_files import read_checked
+from hpctrain.utils.text import printable
 
 NAME = "lease.json"
 RENEW_SECONDS = 30.0
 _STALE_AFTER = 3 * RENEW_SECONDS
+_READS = 5
 
 # By scheduler: the job's id, and how often it was started again.
 _JOB_VARIABLES = (
@@ -31,6 +39,35 @@ _JOB_VARIABLES = (
     ("LSB_JOBID", ""),
     ("PBS_JOBID", ""),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lease, as its file says.
+
+    Attributes:
+        job: id of the scheduler's job, None outside of any.
+        restart: how often the scheduler has started it again.
+        started: when the process began, see `proc.start_time`.
+        boot: of the machine.
+        namespace: in which the process id holds; empty if it is not known.
+        nonce: of this lease alone.
+        since: for people.
+    """
+
+    job: str | None = None
+    restart: Annotated[int, Ge(0)] = 0
+    host: str = ""
+    pid: Annotated[int, Ge(0)] = 0
+    started: str | None = None
+    boot: str = ""
+    namespace: str = ""
+    nonce: Annotated[str, Predicate(str.isalnum)]
+    since: str = ""
+
+
+_UNKNOWN = Holder(nonce="unknown")
+"""Holds a lease whose file is damaged; only its age tells of it."""
 
 
 class Lease:
@@ -45,6 +82,9 @@ class Lease:
         self._path = folder / NAME
         self._folder = folder
         self._owner = _identity(environ)
+        self._content = json.dumps(asdict(self._owner)).encode()
+        self._claims: list[Path] = []
+        self._damage = ""
         self._released = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="hpctrain-lease", daemon=True)
 
@@ -59,6 +99,10 @@ class Lease:
                 self._take_over()
         except OSError as error:
             raise CheckpointError(f"cannot write to {self._folder}: {error.strerror}") from error
+        finally:
+            for claim in self._claims:
+                with suppress(OSError):
+                    claim.unlink()
         self._renewer.start()
         return self
 
@@ -80,75 +124,84 @@ class Lease:
         Raises:
             CheckpointError: if another job has taken it over.
         """
-        holder = self._read()
-        if holder is None or holder.get("nonce") != self._owner["nonce"]:
+        try:
+            holder = self._read()
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
+        if holder is None or holder.nonce != self._owner.nonce:
             raise CheckpointError(
                 f"another job has taken over {self._folder}{_who(holder)}: this one stops writing"
             )
 
     def _create(self) -> bool:
-        try:
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self._owner, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            # On a full disk an empty lease would keep every job out until it is old.
-            self._path.unlink(missing_ok=True)
-            raise
-        return True
+        return create_file(self._path, self._content)
 
     def _take_over(self) -> None:
         holder = self._read()
         age = self._age()
         if holder is not None and not self._is_stale(holder, age):
             raise CheckpointError(
-                f"another job trains in {self._folder}{_who(holder)}, sign of life "
-                f"{age:.0f} s ago. Wait for it, end it, or choose another run.name"
+                f"another job trains in {self._folder}{_who(holder)}, last heartbeat {age:.0f} s "
+                f"ago. Wait for it, end it, or choose another run.name{self._damage}"
             )
-        # Renamed, not deleted: of several that try, one finds the file.
-        aside = self._path.with_name(f".{NAME}.{self._owner['nonce']}")
-        with suppress(FileNotFoundError):
-            os.replace(self._path, aside)
-        aside.unlink(missing_ok=True)
-        if not self._create():
-            raise CheckpointError(f"another job was faster to take {self._folder}")
+        if holder is None:
+            if self._create():
+                return
+        elif self._claim(holder):
+            # Nobody else replaces this holder; and it is gone, or will notice before it writes.
+            replace_file(self._path, self._content)
+            return
+        raise CheckpointError(f"another job acquired the lease on {self._folder} at the same time")
 
-    def _is_stale(self, holder: Mapping[str, Any], age: float) -> bool:
+    def _claim(self, holder: Holder) -> bool:
+        """Win the right to replace a holder: of several jobs that judge it gone, one does."""
+        for number in itertools.count():
+            claim = self._path.with_name(f".{NAME}.{holder.nonce}.{number}")
+            if create_file(claim, self._content):
+                self._claims.append(claim)
+                break
+            # Whoever claimed it before may have been killed on the way.
+            if self._age(claim) <= _STALE_AFTER:
+                return False
+        now = self._read()
+        return now is not None and now.nonce == holder.nonce
+
+    def _is_stale(self, holder: Holder, age: float) -> bool:
         if age > _STALE_AFTER:
             return True
-        if holder.get("host") == self._owner["host"] and holder.get("boot") == self._owner["boot"]:
-            return not _alive(holder)
+        own = self._owner
+        # Within one boot and one PID namespace, a process id means the same to both.
+        spaces = {own.namespace, holder.namespace or own.namespace}
+        if (holder.host, holder.boot) == (own.host, own.boot) and len(spaces) == 1:
+            # A process id is used again; its start time is not.
+            started = proc.start_time(holder.pid)
+            return started is None or started != holder.started
         # A scheduler starts a job again only when its former processes are gone.
-        same_job = holder.get("job") is not None and holder.get("job") == self._owner["job"]
-        return same_job and int(holder.get("restart", 0)) < int(self._owner["restart"])
+        return holder.job is not None and holder.job == own.job and holder.restart < own.restart
 
-    def _age(self) -> float:
-        """Return the seconds since the last sign of life, by the clock of the file system."""
-        probe = self._path.with_name(f".{NAME}.{self._owner['nonce']}.clock")
+    def _age(self, path: Path | None = None) -> float:
+        """Return the seconds since the last heartbeat, by the clock of the file system."""
+        probe = temporary_name(self._path)
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         try:
-            return now - self._path.stat().st_mtime
+            return now - (path or self._path).stat().st_mtime
         except FileNotFoundError:
             return float("inf")
 
-    def _read(self) -> dict[str, Any] | None:
-        for _ in range(5):
+    def _read(self) -> Holder | None:
+        """Return who holds the lease, None if nobody does."""
+        for attempt in range(_READS):
             try:
-                content: dict[str, Any] = json.loads(self._path.read_bytes())
+                return read_checked(self._path, Holder)
             except FileNotFoundError:
                 return None
-            except ValueError:  # made, but not written yet
-                time.sleep(0.1)
-            else:
-                return content
-        return {}
+            except ValueError as error:  # made, but not written yet; or damaged
+                self._damage = f" ({self._path} is damaged: {error})"
+                if attempt < _READS - 1:
+                    time.sleep(0.1)
+        return _UNKNOWN
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
@@ -156,35 +209,28 @@ class Lease:
                 os.utime(self._path)
 
 
-def _identity(environ: Mapping[str, str]) -> dict[str, Any]:
+def _identity(environ: Mapping[str, str]) -> Holder:
     job, restart = None, "0"
     for job_variable, restart_variable in _JOB_VARIABLES:
         if job_variable in environ:
             job, restart = environ[job_variable], environ.get(restart_variable, "0")
             break
-    return {
-        "job": job,
-        "restart": int(restart) if restart.isdecimal() else 0,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": proc.start_time(os.getpid()),
-        "boot": proc.boot_id(),
-        "nonce": secrets.token_hex(8),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _alive(holder: Mapping[str, Any]) -> bool:
-    """Tell whether the process of this host that took the lease still runs."""
-    started = proc.start_time(int(holder.get("pid", 0)))
-    # A process id is used again; its start time is not.
-    return started is not None and started == holder.get("started")
-
-
-def _who(holder: Mapping[str, Any] | None) -> str:
-    if not holder:
-        return ""
-    job = f"job {holder['job']}, " if holder.get("job") else ""
-    return (
-        f" ({job}process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')})"
+    return Holder(
+        job=job,
+        restart=int(restart) if restart.isdecimal() else 0,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=proc.start_time(os.getpid()),
+        boot=proc.boot_id(),
+        namespace=proc.pid_namespace(),
+        nonce=secrets.token_hex(8),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
+
+
+def _who(holder: Holder | None) -> str:
+    if holder is None or holder is _UNKNOWN:
+        return ""
+    job = f"job {holder.job}, " if holder.job else ""
+    text = f" ({job}process {holder.pid} on {holder.host} since {holder.since})"
+    return printable(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hpctrain.checkpoint.layout import (
 )
 from hpctrain.checkpoint.parts import Spread, join, part_name
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.json_files import parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def load(path: Path) -> Loaded:
 
     def tensors(file: str) -> dict[str, Tensor]:
         def read(name: str) -> dict[str, Tensor]:
-            return tensors_of(read_file(path, name, meta))
+            return tensors_of(read_file(path, name, meta), path / name)
 
         if spread is None:
             return read(file)
@@ -114,14 +114,16 @@ def load(path: Path) -> Loaded:
 
     model = tensors(MODEL)
     for name, first in meta["aliases"].items():
+        if first not in model:
+            raise CheckpointError(f"{path} is damaged: {name} is another name of {first}: no such")
         model[name] = model[first]
     return Loaded(
         path=path,
         step=meta["step"],
         model=model,
         training=tensors(TRAINING),
-        values=json.loads(read_file(path, VALUES, meta)),
-        config_toml=read_file(path, CONFIG, meta).decode("utf-8"),
+        values=_values(path, meta),
+        config_toml=_config(path, meta),
     )
 
 
@@ -143,7 +145,8 @@ def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None])
     compare(path, meta)
 
     def tensors(file: str) -> dict[str, Tensor]:
-        part = tensors_of(read_file(path, part_name(file, 0), meta))
+        name = part_name(file, 0)
+        part = tensors_of(read_file(path, name, meta), path / name)
         return {name: item for name, item in part.items() if name not in spread.shapes[file]}
 
     model = tensors(MODEL)
@@ -153,10 +156,28 @@ def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None])
         step=meta["step"],
         model=model,
         training=tensors(TRAINING),
-        values=json.loads(read_file(path, VALUES, meta)),
-        config_toml=read_file(path, CONFIG, meta).decode("utf-8"),
+        values=_values(path, meta),
+        config_toml=_config(path, meta),
         rows=Rows(path=path, spread=spread, aliases=meta["aliases"]),
     )
+
+
+def _values(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    content = read_file(path, VALUES, meta)
+    try:
+        values = parse_json(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"it is {type(values).__name__}, not an object")
+    except ValueError as error:
+        raise CheckpointError(f"{path / VALUES} is damaged: {error}") from error
+    return values
+
+
+def _config(path: Path, meta: Mapping[str, Any]) -> str:
+    try:
+        return read_file(path, CONFIG, meta).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path / CONFIG} is damaged: {error}") from error
 
 
 def load_newest(

@@ -14,6 +14,7 @@ from pathlib import Path
 from hpctrain.checkpoint.format import Snapshot, aliases, write_files
 from hpctrain.checkpoint.host import HostCopies
 from hpctrain.checkpoint.layout import (
+    LATEST,
     check_file,
     folder_name,
     is_whole,
@@ -242,7 +243,7 @@ class CheckpointStore:
             raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
 
     def _point_to(self, name: str) -> None:
-        replace_file(self._run_folder / "latest", f"{name}\n".encode())
+        replace_file(self._run_folder / LATEST, f"{name}\n".encode())
 
     def _read_back(self, path: Path) -> None:
         """Make sure that the disk has what was written, before anything older is deleted.

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.utils.json_files import checked
+from hpctrain.utils.text import listed
+
 Number = int | float
 Bools = npt.NDArray[np.bool_]
 
@@ -137,17 +140,21 @@ def coding_from(document: Mapping[str, Any]) -> Coding:
 
     Raises:
         ValueError: if it is something else.
-        TypeError: the same.
     """
+    if unknown := sorted(set(document) - {each.name for each in dataclasses.fields(Coding)}):
+        raise ValueError(f"unknown: {listed(unknown)}")
+    if empty := sorted(key for key, value in document.items() if value is None):
+        raise ValueError(f"without a value: {listed(empty)}")
     kept = dict(document)
     for key in ("least", "largest", "scale", "offset"):
         if key in kept:
             kept[key] = _number(kept[key])
-    if "missing" in kept:
-        kept["missing"] = tuple(_number(each) for each in kept["missing"])
-    if "unused" in kept:
-        kept["unused"] = tuple(str(each) for each in kept["unused"])
-    return Coding(**kept)
+    if isinstance(kept.get("missing"), list):
+        kept["missing"] = [_number(each) for each in kept["missing"]]
+    coding = checked(kept, Coding)
+    # One NaN is not equal to another, but the same object is, in the comparison of codings.
+    missing = tuple(math.nan if math.isnan(each) else each for each in coding.missing)
+    return dataclasses.replace(coding, missing=missing)
 
 
 def _json(value: Any) -> Any:
@@ -157,10 +164,5 @@ def _json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: Any) -> Number:
-    if isinstance(value, str):
-        number = float(value)
-        return math.nan if math.isnan(number) else number
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return value
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +27,7 @@ SUPPORTED_DTYPES = frozenset(
     + [f"complex{bits}" for bits in (64, 128)]
 )
 """Names of the dtypes that a field may have, in either byte order."""
+_DTYPE = re.compile(r"[<>|=]?[A-Za-z]\d*(\[\w+\])?")
 
 
 DIRECT_FILTERS = frozenset(
@@ -235,6 +238,18 @@ def require_fields(wanted: Iterable[str], there: Iterable[str], place: str) -> N
         near = nearest(name, names)
         hint = f' Did you mean "{near}"?' if near else ""
         raise DatasetError(f'{place}: there is no field "{name}".{hint} It has: {", ".join(names)}')
+
+
+def parse_dtype(text: str) -> np.dtype[Any]:
+    """Return the dtype that its own `str` names, such as "<f4".
+
+    Raises:
+        ValueError: if it names none.
+    """
+    if _DTYPE.fullmatch(text):
+        with suppress(TypeError, ValueError, OverflowError):
+            return np.dtype(text)
+    raise ValueError(f"{text!r:.60} is not a dtype of numpy")
 
 
 def require_supported(name: str, field: Field, place: str) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from hpctrain.data.coding import Coding, coding_from
-from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
+from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum, replace_file
+from hpctrain.utils.json_files import LARGE, parse_json, read_whole
 
 INDEX_NAME = "index.json"
 UNFINISHED_NAME = "index.json.unfinished"
@@ -94,12 +93,11 @@ def read_origin(folder: Path) -> object:
 
 def _load(path: Path) -> object:
     try:
-        document: object = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_whole(path, LARGE))
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: this is not JSON: {error}. {_REMAKE}") from error
-    return document
+    except ValueError as error:
+        raise DatasetError(f"{path}: this is no index: {error}. {_REMAKE}") from error
 
 
 def damaged_shards(dataset: Dataset) -> list[str]:
@@ -163,9 +161,9 @@ class _Parser:
         sizes = self._get(value, "shape", list, place)
         shape = tuple(self._count(size, f"{place}shape") for size in sizes)
         try:
-            dtype: np.dtype[Any] = np.dtype(self._get(value, "dtype", str, place))
-        except (TypeError, ValueError, SyntaxError) as error:
-            raise self._wrong(f"{place}dtype", "is not a dtype of numpy") from error
+            dtype = parse_dtype(self._get(value, "dtype", str, place))
+        except ValueError as error:
+            raise self._wrong(f"{place}dtype", f"is wrong: {error}") from error
         field = Field(shape, dtype)
         require_supported(name, field, str(self._path))
         return field
@@ -204,8 +202,11 @@ class _Parser:
         if not codings.keys() <= fields.keys():
             raise self._wrong(place, f"is not about {', '.join(fields)}")
         try:
-            return {name: coding_from(each) for name, each in codings.items()}
-        except (TypeError, ValueError) as error:
+            return {
+                name: coding_from(self._typed(each, dict, f"{place}.{name}"))
+                for name, each in codings.items()
+            }
+        except ValueError as error:
             raise self._wrong(place, f"is not what a coding says: {error}") from error
 
     def _layout(self, value: object, place: str, field: Field, samples: int, size: int) -> Layout:

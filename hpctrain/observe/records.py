@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hpctrain.utils.json_files import parse_json
+
 Record = Mapping[str, Any]
 """A JSON object with at least "kind" and "step"; values are JSON, or floats that are not finite."""
 
@@ -30,16 +32,16 @@ def to_line(record: Record) -> bytes:
 
 
 def from_line(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a whole line with a step in it; None if it is torn or damaged."""
+    """Return the JSON object of a whole line with kind and step; None if it is torn or damaged."""
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return None
-    return record
+    return record if type(record.get("step")) is int else None
 
 
 def flat(record: Record) -> dict[str, Any]:

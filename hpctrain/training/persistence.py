@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class Resumed:
 
     @property
     def place(self) -> Place:
-        return Place(**self.values["place"])
+        place = self.values["place"]
+        return Place(**{field.name: place[field.name] for field in fields(Place)})
 
 
 def share(world: World, loaded: Loaded | None) -> Resumed | None:

@@ -15,6 +15,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.training.persistence import Resumed, share
+from hpctrain.training.saved_values import check_values
 from hpctrain.training.step.preparation import is_spread
 
 logger = logging.getLogger("hpctrain")
@@ -66,10 +67,10 @@ def reading(world: World, *, together: bool) -> Iterator[Callable[[Path], Loaded
             raise CheckpointError(found[0])
 
     if not together:
-        yield load
+        yield lambda path: check_values(load(path))
     elif world.topology.is_rank_zero:
         try:
-            yield lambda path: load_outline(path, compare)
+            yield lambda path: check_values(load_outline(path, compare))
         finally:
             communicator.broadcast(None)
     else:

@@ -29,6 +29,8 @@ _FOLDERS_ARE_NOT_SYNCED = (
     errno.EISDIR,
 )
 
+_LINKS_ARE_NOT_MADE = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+
 
 def temporary_name(path: Path) -> Path:
     """Return where to write a file before it has its name; hidden, in the same folder.
@@ -85,6 +87,50 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(content)
+
+
+def create_file(path: Path, content: bytes) -> bool:
+    """Write a file whole, unless its name is taken; of several that try, one does.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: if it cannot be written; then it is not there.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Over NFS the answer to a link that was made may be lost, and the second try fails.
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in _LINKS_ARE_NOT_MADE:
+                raise
+            return _create_exclusively(path, content)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_exclusively(path: Path, content: bytes) -> bool:
+    """Write a file, for a moment not whole, where a file system has no links."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)  # an empty file would keep everybody out
+        raise
+    return True
 
 
 def publish(temporary: Path, path: Path) -> None:

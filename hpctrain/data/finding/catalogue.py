@@ -7,20 +7,66 @@ room for it, and `data.train = "era5.json"` stands for the files that it lists.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+from annotated_types import Ge, Lt, MinLen
 
 from hpctrain.data.coding import coding_from
+from hpctrain.data.dataset import parse_dtype
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.json_files import LARGE, parse_checked, read_whole
 
 CATALOGUE_VERSION = 1
 CATALOGUE_SUFFIX = ".json"
 _KIND = "hpctrain catalogue"
+
+
+Count = Annotated[int, Ge(0), Lt(2**63)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """What a catalogue of any version has."""
+
+    kind: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Array:
+    """`Array`, as JSON has it."""
+
+    shape: list[Count]
+    dtype: str
+    chunks: list[Annotated[int, Ge(1), Lt(2**63)]] | None
+    offset: Count | None
+    reason: str
+    sources: list[str]
+    coding: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """`Contents`, as JSON has it."""
+
+    file: str
+    bytes: Count
+    modified_ns: int
+    xxh3: str | None
+    arrays: dict[str, _Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Catalogue:
+    """The files of a catalogue."""
+
+    files: Annotated[list[_File], MinLen(1)]
 
 
 def is_catalogue(path: Path) -> bool:
@@ -55,63 +101,63 @@ def read_catalogue(path: Path) -> list[Contents]:
             written to since.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["kind"] != _KIND:
+        content = read_whole(path, LARGE)
+        head = parse_checked(content, _Head)
+        if head.kind != _KIND:
             raise ValueError("it is no catalogue")
-        version = int(document["version"])
-        files = [] if version > CATALOGUE_VERSION else _parsed(document, path.parent)
+        if head.version > CATALOGUE_VERSION:
+            raise DatasetError(
+                f"{path}: version {head.version} was written by a newer hpctrain; this one reads "
+                f"up to {CATALOGUE_VERSION}: update hpctrain"
+            )
+        files = _contents(parse_checked(content, _Catalogue), path.parent)
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+    except ValueError as error:
         raise DatasetError(
-            f"{path}: this is not what `python -m hpctrain data index --out` writes "
-            f"({type(error).__name__}: {error}): make it anew"
+            f"{path}: this is not what `python -m hpctrain data index --out` writes ({error}): "
+            "make it anew"
         ) from error
-    if version > CATALOGUE_VERSION:
-        raise DatasetError(
-            f"{path}: version {version} was written by a newer hpctrain; this one reads up to "
-            f"{CATALOGUE_VERSION}: update hpctrain"
-        )
     for each in files:
         _require_unchanged(each, path)
     return files
 
 
-def _parsed(document: Mapping[str, Any], folder: Path) -> list[Contents]:
-    files = [
+def _contents(catalogue: _Catalogue, folder: Path) -> list[Contents]:
+    """Return what a catalogue says of its files.
+
+    Raises:
+        ValueError: if that cannot be.
+    """
+    return [
         Contents(
-            path=str(folder / file["file"]),
-            size=int(file["bytes"]),
-            modified_ns=int(file["modified_ns"]),
-            checksum=None if file["xxh3"] is None else str(file["xxh3"]),
-            arrays={name: _array(array) for name, array in file["arrays"].items()},
+            path=str(folder / file.file),
+            size=file.bytes,
+            modified_ns=file.modified_ns,
+            checksum=file.xxh3,
+            arrays={name: _array(array, file.bytes) for name, array in file.arrays.items()},
         )
-        for file in document["files"]
+        for file in catalogue.files
     ]
-    if not files:
-        raise ValueError("it lists no file")
-    for each in files:
-        for array in each.arrays.values():
-            if not all(0 <= size < 2**63 for size in (*array.shape, *(array.chunks or ()))):
-                raise ValueError(f"a size of {array.shape}")
-            if array.offset is not None:
-                end = array.offset + array.dtype.itemsize * int(np.prod(array.shape, dtype=object))
-                if array.offset < 0 or end > each.size:
-                    raise ValueError(f"values up to byte {end} of {each.size}")
-    return files
 
 
-def _array(value: Mapping[str, Any]) -> Array:
-    chunks, offset = value["chunks"], value["offset"]
-    return Array(
-        shape=tuple(int(size) for size in value["shape"]),
-        dtype=np.dtype(str(value["dtype"])),
-        chunks=None if chunks is None else tuple(int(size) for size in chunks),
-        offset=None if offset is None else int(offset),
-        reason=str(value["reason"]),
-        sources=tuple(str(source) for source in value["sources"]),
-        coding=coding_from(value["coding"]) if "coding" in value else None,
+def _array(facts: _Array, file_bytes: int) -> Array:
+    array = Array(
+        shape=tuple(facts.shape),
+        dtype=parse_dtype(facts.dtype),
+        chunks=None if facts.chunks is None else tuple(facts.chunks),
+        offset=facts.offset,
+        reason=facts.reason,
+        sources=tuple(facts.sources),
+        coding=None if facts.coding is None else coding_from(facts.coding),
     )
+    if array.chunks is not None and len(array.chunks) != len(array.shape):
+        raise ValueError(f"chunks {array.chunks} of shape {array.shape}")
+    if array.offset is not None:
+        end = array.offset + array.dtype.itemsize * math.prod(array.shape)
+        if end > file_bytes:
+            raise ValueError(f"values up to byte {end} of {file_bytes}")
+    return array
 
 
 def _array_json(array: Array) -> dict[str, Any]:

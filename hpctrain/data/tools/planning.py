@@ -16,6 +16,7 @@ from hpctrain.data.tools.splitting import split_sizes
 from hpctrain.data.writing import require_vacant
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.text import plural
 
 
@@ -141,7 +142,7 @@ def _claim(folder: Path, origin: Mapping[str, Any]) -> bool:
 
 def _begun(marker: Path) -> object:
     try:
-        return json.loads(marker.read_text(encoding="utf-8"))
+        return parse_json(read_whole(marker, SMALL))
     except ValueError:
         return None
 

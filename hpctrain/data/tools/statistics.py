@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.parallel import each, processors
@@ -24,6 +27,7 @@ from hpctrain.data.tools.moments import FACTS, Moments
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole
 from hpctrain.utils.text import table
 
 STATS_NAME = "stats.json"
@@ -33,6 +37,35 @@ MOST_CHANNELS = 4096
 
 TOLD_CHANNELS = 8
 PART_VALUES = 2**16
+
+
+_Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
+_Deviation = Annotated[float, Ge(0), Lt(math.inf)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Channels:
+    """Facts of each channel, as JSON has them."""
+
+    mean: Annotated[list[_Finite], MinLen(1)]
+    std: Annotated[list[_Deviation], MinLen(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """Facts of a field, as far as training goes by them."""
+
+    mean: _Finite
+    std: _Deviation
+    channels: _Channels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stats:
+    """`stats.json`."""
+
+    fingerprint: str
+    fields: dict[str, _Facts]
 
 
 class _Task(NamedTuple):
@@ -127,20 +160,27 @@ def read_stats(path: Path, dataset: Dataset, fields: Sequence[str]) -> dict[str,
     """
     remake = f"Make them: python -m hpctrain data stats {dataset.source}"
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, found = stats["fingerprint"], stats["fields"]
-        wanted = {name: found[name] for name in fields}
+        content = read_whole(path, LARGE)
+        stats = parse_checked(content, _Stats)
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: there are no statistics. {remake}") from error
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
-    except KeyError as error:
-        raise DatasetError(f"{path}: {error} is not in these statistics. {remake}") from error
-    if fingerprint != dataset.fingerprint:
+    if stats.fingerprint != dataset.fingerprint:
         raise DatasetError(f"{path}: these are the statistics of another dataset. {remake}")
-    return wanted
+    for name in fields:
+        if name not in stats.fields:
+            raise DatasetError(f"{path}: {name!r} is not in these statistics. {remake}")
+        channels = stats.fields[name].channels
+        if len(channels.mean) != len(channels.std):
+            raise DatasetError(
+                f"{path}: {name!r} has {len(channels.mean)} means and {len(channels.std)} "
+                f"deviations of channels. {remake}"
+            )
+    found = parse_json(content)["fields"]
+    return {name: found[name] for name in fields}
 
 
 def _by_channel(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

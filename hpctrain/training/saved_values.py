@@ -1,0 +1,76 @@
+"""What training.json has to hold, as types: a checksum says no more than that it was written so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+
+from hpctrain.checkpoint.layout import VALUES
+from hpctrain.checkpoint.reading import Loaded
+from hpctrain.checkpoint.schema import Count
+from hpctrain.errors import CheckpointError
+from hpctrain.utils.json_files import checked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where the run stood."""
+
+    step: Count
+    epoch: Count
+    position: Count
+    samples_seen: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Generators:
+    """What is not tensors of the random generators of a rank."""
+
+    numpy: tuple[str, int, int, float]
+    python: tuple[int, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Values:
+    """training.json; keys that are not named here belong to whoever reads them.
+
+    Attributes:
+        data: the place in the data, which `hpctrain.data.state` checks.
+        best: metric, value and step of the best evaluation so far.
+        schedule: state of a schedule that has one.
+    """
+
+    place: _Place
+    data: dict[str, Any]
+    world_size: Annotated[int, Ge(1), Lt(2**31)]
+    device: str
+    threads: Count
+    scaler: dict[str, float]
+    generators: list[_Generators]
+    total_steps: Count
+    lr: float
+    metrics: dict[str, float]
+    best: tuple[str, float | None, Count] | None
+    schedule: dict[str, str | float | None] | None = None
+    evaluation_owed: bool = False
+
+
+def check_values(loaded: Loaded) -> Loaded:
+    """Return a checkpoint whose training.json makes sense.
+
+    Raises:
+        CheckpointError: if it does not; it names the first place.
+    """
+    path = loaded.path / VALUES
+    try:
+        values = checked(loaded.values, _Values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if len(values.generators) != values.world_size:
+        raise CheckpointError(
+            f"{path} is damaged: generators of {len(values.generators)} ranks, and world_size is "
+            f"{values.world_size}"
+        )
+    return loaded
