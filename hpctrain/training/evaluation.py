@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
+from hpctrain.topology import on_rank_zero
+from hpctrain.training.gathering import gather_at_rank_zero
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals, combine
 from hpctrain.training.step.call import Call, call_directly
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
@@ -52,56 +54,45 @@ def evaluate(
             communicate; True on all ranks in the same round.
 
     Raises:
-        TrainingError: if the task gives other metrics than it declares.
+        TrainingError: if the task breaks its contract, or gives other metrics than it declares.
     """
     call = call or call_directly(model)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    with (
-        torch.no_grad(),
-        kept_generators(world.device),
-        _buffers_of_rank_zero(model, world),
-        evaluating(model.modules()),
-    ):
-        for batch in batches:
-            world.pulse.tick()
-            fields = number_format.cast(batch.fields, task.inputs)
-            with number_format.arithmetic():
-                parts = call(task.evaluate, fields)
-            if parts.keys() != task.metrics.keys():
-                raise TrainingError(
-                    f"{type(task).__name__}.evaluate gave the metrics {sorted(parts)}, but "
-                    f"declares {sorted(task.metrics)}"
-                )
-            for name, (value, count) in parts.items():
-                sums[name] = sums.get(name, 0) + value.double()
-                counts[name] = counts.get(name, 0) + torch.as_tensor(count).to(
-                    value.device, _count_dtype(count)
-                )
-            rounds -= 1
-            if stopping():
-                return None
-        # The others may have another batch, and come to another boundary.
-        for _ in range(rounds):
-            if idle_row is not None:
+    objects = MetricObjects(task, world.device)
+    totals = Totals(task, objects)
+    try:
+        with (
+            torch.no_grad(),
+            kept_generators(world.device),
+            _buffers_of_rank_zero(model, world),
+            evaluating(model.modules()),
+            objects.local(),
+        ):
+            objects.reset()
+            for batch in batches:
+                world.pulse.tick()
+                fields = number_format.cast(batch.fields, task.inputs)
                 with number_format.arithmetic():
-                    call(task.evaluate, idle_row)
-            if stopping():
-                return None
-    mine = {name: (sums[name].item(), counts[name].item()) for name in sums}
-    everyone = world.communicator.all_gather(mine)
-    return {name: _quotient([parts[name] for parts in everyone if parts]) for name in task.metrics}
+                    totals.add(call(task.evaluate, fields))
+                rounds -= 1
+                if stopping():
+                    return None
+            # The others may have another batch, and come to another boundary.
+            for _ in range(rounds):
+                if idle_row is not None:
+                    with objects.untouched(), number_format.arithmetic():
+                        call(task.evaluate, idle_row)
+                if stopping():
+                    return None
+            return _combined(totals.part(), task, objects, world)
+    finally:
+        objects.reset()
 
 
-def _quotient(parts: list[tuple[float, float]]) -> float:
-    # fsum is exact, so that neither number nor order of the ranks matters.
-    count = math.fsum(count for _, count in parts)
-    return math.fsum(value for value, _ in parts) / count if count else math.nan
-
-
-def _count_dtype(count: Tensor | float) -> torch.dtype:
-    floating = isinstance(count, float) or (isinstance(count, Tensor) and count.is_floating_point())
-    return torch.float64 if floating else torch.int64
+def _combined(part: Part, task: Task, objects: MetricObjects, world: World) -> dict[str, float]:
+    """Return the metrics of all parts, the same on every rank. Collective: all ranks."""
+    parts = gather_at_rank_zero(part, world)
+    # Not computed by each: in its last bit a number could depend on the host.
+    return on_rank_zero(world.communicator, lambda: combine(parts or (), task, objects))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
-from hpctrain.training.assembly import Parts, build_parts
+from hpctrain.training.assembly import Components, Parts, build_parts
 from hpctrain.training.changes import rules_and_changes
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import Data, open_data
@@ -33,6 +33,7 @@ from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
 from hpctrain.training.read_trouble import ReadTrouble
+from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.resuming import find_checkpoint
 from hpctrain.training.run import BestMetric, Run
 from hpctrain.training.telling import complete_text, header_text, summary_text
@@ -118,15 +119,7 @@ def _train(
     if reasons := stop.settle():
         return _stopped_early(reasons, data)
     data.stage(config, world)
-    parts = build_parts(
-        config,
-        world,
-        components,
-        data.train_loader,
-        data.horizon,
-        semantics=semantics,
-        validates=data.validation is not None,
-    )
+    parts = _build(config, world, components, data)
     with raise_together(world.communicator):
         if resumed is not None:
             restore(world, parts.step, resumed)
@@ -196,6 +189,27 @@ def _train(
     if complete:
         return ExitCode.DONE, "complete"
     return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+def _build(config: Config, world: World, components: Components, data: Data) -> Parts:
+    """Build what is trained, and try an evaluation of a few rows. Collective: all ranks."""
+    parts = build_parts(
+        config,
+        world,
+        components,
+        data.train_loader,
+        data.horizon,
+        semantics=data.semantics,
+        validates=data.validation is not None,
+    )
+    loader, section = data.validation_loader, config.training
+    if loader is not None and (section.evaluate_every_epochs or section.evaluate_every_steps):
+        with raise_together(world.communicator):
+            rows = loader.example(MOST_ROWS)
+        step = parts.step
+        rehearse(parts.model, parts.task, rows, world, parts.number_format, call=step.call)
+        step.settle()
+    return parts
 
 
 def _stop_agreement(

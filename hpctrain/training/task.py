@@ -51,10 +51,20 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """Return, for each of `metrics`, a sum over these samples and what to divide by.
+    def evaluate(self, model: nn.Module, fields: Fields) -> Mapping[str, Any]:
+        """Return what the metrics of a dataset are made of, for these samples.
 
-        The metric of a dataset is the quotient of both, summed over all batches of all ranks.
+        By name either of:
+
+        - `(sum, weight)`, numbers: the metric is the quotient of both, summed over all batches of
+          all ranks;
+        - a tensor of any shape that is the same for every batch: `finish` gets the sum;
+        - `hpctrain.training.metrics.Gather(rows)`: `finish` gets the rows of the whole dataset;
+        - a torchmetrics object that is an attribute of the task, and was updated here.
+
+        A task with tensors or rows has a method `finish(sums)`, which is given these by name, on
+        the host, and returns further metrics as numbers. All of `metrics` have to come out, and no
+        others; an object that computes a dict gives those names.
         """
         ...
 

@@ -207,10 +207,15 @@ CHECKS = [
 
 def main() -> None:
     with hpctrain.connect() as world:
-        for check in (*CHECKS, *step_exactness.CHECKS):
+        checks = [*CHECKS, *step_exactness.CHECKS]
+        if world.topology.world_size in {2, 3}:  # one rank is compared with; a fourth adds nothing
+            from metrics_exact import CHECKS as OF_METRICS
+
+            checks += OF_METRICS
+        for check in checks:
             check(world)
         if world.topology.is_rank_zero:
-            print("passed", len(CHECKS) + len(step_exactness.CHECKS), flush=True)
+            print("passed", len(checks), flush=True)
 
 
 if __name__ == "__main__":

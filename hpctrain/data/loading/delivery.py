@@ -17,6 +17,7 @@ from hpctrain.data.loading.buffers import ALIGNMENT_BYTES, BufferPool, MemoryPla
 from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.handles import Locate
 from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.pieces import Bytes
@@ -144,6 +145,18 @@ class Delivery:
         values = read_rows(self.access.dataset, at) if preparation is None else preparation.one(row)
         tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
         return self._finish(tensors, self._keys(group), slice(0, 1))
+
+    def some(self, rows: Int64s) -> dict[str, torch.Tensor]:
+        """Return some rows of the dataset, in ascending order, read by the calling thread."""
+        if self._preparation is not None:  # which transforms them one by one
+            each = [self.one(int(row)) for row in rows]
+            return {name: torch.cat([fields[name] for fields in each]) for name in each[0]}
+        group = Group([0, len(rows)], rows, rows, rows.astype(np.uint64))
+        tensors = {
+            name: torch.from_numpy(values).to(self._device)
+            for name, values in read_rows(self.access.dataset, rows).items()
+        }
+        return self._finish(tensors, self._keys(group), slice(0, len(rows)))
 
     def stop(self) -> None:
         """End the thread, if one runs."""

@@ -105,6 +105,17 @@ class EvaluationLoader:
         source = RowSource(self._delivery.access, lambda rows: rows)
         return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
 
+    def example(self, most: int) -> dict[str, torch.Tensor]:
+        """Return some real rows, as batches hold them: at most `most`, as many on every rank.
+
+        Spread over this rank's share, since neighbours are often alike.
+        """
+        samples = self._dataset.samples
+        count = min(most, self._batch_size, samples)
+        apart = max(1, (self._stop - self._first) // count)
+        rows = (self._first + apart * np.arange(count, dtype=np.int64)) % samples
+        return self._delivery.some(np.sort(rows))
+
     @property
     def wait_seconds(self) -> float:
         """How long the consumer has waited for batches so far."""

@@ -1,0 +1,91 @@
+"""Large objects of all ranks, brought to rank 0 piece by piece."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hpctrain.launch.world import World
+
+T = TypeVar("T")
+
+_SMALL_BYTES = 64 * 1024
+"""At most so much of a rank goes over the control plane."""
+_BUFFER_BYTES = 256 * 1024 * 1024
+"""What rank 0 receives at a time, of all ranks together."""
+
+
+def gather_at_rank_zero(value: T, world: World) -> list[T] | None:
+    """Return every rank's value on rank 0, in rank order, else None. Collective: all ranks.
+
+    Small values go over the control plane, large ones the way of gradients.
+
+    Args:
+        value: that pickles; tensors in it on the host.
+        world: the ranks.
+    """
+    if world.topology.world_size == 1:
+        return [value]
+    payload = b"" if world.topology.is_rank_zero else _pickled(value)
+    small = payload if len(payload) <= _SMALL_BYTES else None
+    messages: list[tuple[int, bytes | None]] = world.communicator.all_gather((len(payload), small))
+    sizes = [0 if message is not None else size for size, message in messages]
+    large = _gather_bytes(payload if small is None else b"", sizes, world)
+    if large is None:
+        return None
+    payloads = [
+        large[rank] if message is None else message for rank, (_, message) in enumerate(messages)
+    ]
+    return [value, *(pickle.loads(item) for item in payloads[1:])]
+
+
+def _gather_bytes(payload: bytes, sizes: Sequence[int], world: World) -> list[bytearray] | None:
+    """Return every rank's bytes on rank 0, else None. Collective: all ranks.
+
+    Args:
+        payload: of this rank.
+        sizes: of the payloads of all ranks.
+        world: the ranks.
+    """
+    is_rank_zero, world_size = world.topology.is_rank_zero, world.topology.world_size
+    # All ranks send equally many bytes: gather knows no others.
+    length = min(max(sizes), _BUFFER_BYTES // world_size)
+    received = [bytearray() for _ in sizes]
+    for start in range(0, max(sizes), max(1, length)):
+        piece = torch.zeros(length, dtype=torch.uint8)
+        mine = bytearray(payload[start : start + length])
+        if mine:
+            piece[: len(mine)] = torch.frombuffer(mine, dtype=torch.uint8)
+        piece = piece.to(world.device)
+        pieces = [torch.empty_like(piece) for _ in sizes] if is_rank_zero else None
+        dist.gather(piece, pieces, dst=0)
+        for rank, item in enumerate(pieces or ()):
+            count = max(0, min(length, sizes[rank] - start))
+            received[rank] += item[:count].cpu().numpy().tobytes()
+    return received if is_rank_zero else None
+
+
+def _pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor as its own bytes; torch takes all of the memory that it is a view of."""
+
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        data = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        return _tensor, (data, value.dtype, tuple(value.shape))
+
+
+def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(data).view(dtype).view(shape)

@@ -1,0 +1,268 @@
+"""The dry run of an evaluation: its mistakes come up before the first step, not after an epoch.
+
+Some rows are evaluated whole and in two parts of unequal size. Where a metric is a quotient of
+sums, both ways lead to the same number; a metric of batches, such as their mean F1, depends on how
+the data are cut, and so on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from hpctrain.errors import TrainingError
+from hpctrain.launch.world import World
+from hpctrain.topology import raise_together
+from hpctrain.training.assembly import seed_generators
+from hpctrain.training.metric_differences import Difference, differing, remembered
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals, combine
+from hpctrain.training.replay import Replay
+from hpctrain.training.step.call import Call, call_directly
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
+from hpctrain.training.task import Fields, Task
+
+logger = logging.getLogger("hpctrain")
+
+MOST_ROWS = 16
+"""Of a rank: enough that a metric of batches is unlikely to come out the same by chance."""
+
+_SCATTERED = 8
+"""So many times the outputs are scattered: a metric of few rows may be the same by chance."""
+_LOOSE_TOLERANCE = 1e-2
+"""The same where a row's outputs may differ a little with the batch it comes in."""
+_FLOOR = 1e-6
+"""Of the largest output: where a sum cancels out, so many of its digits are left."""
+
+
+def rehearse(
+    model: nn.Module,
+    task: Task,
+    rows: Fields,
+    world: World,
+    number_format: NumberFormat,
+    *,
+    call: Call | None = None,
+) -> None:
+    """Evaluate some rows, and leave no trace. Collective: all ranks.
+
+    Args:
+        model: the bare model.
+        task: computes the metrics.
+        rows: real ones, as many on every rank.
+        world: the ranks.
+        number_format: of parameters and arithmetic.
+        call: as `evaluate` takes it.
+
+    Raises:
+        TrainingError: on every rank, if the task breaks its contract, or gives a metric that
+            depends on how the data are cut into batches. What model or task raise themselves comes
+            out as it is.
+    """
+    rehearsal = _Rehearsal(model, task, rows, world, number_format, call or call_directly(model))
+    together = world.communicator
+    with (
+        torch.no_grad(),
+        kept_generators(world.device),
+        kept_buffers(model),
+        evaluating(model.modules()),
+        rehearsal.objects.untouched(),
+        rehearsal.objects.local(),
+    ):
+        with raise_together(together):
+            rehearsal.run()
+        if rehearsal.count == 1:
+            return  # every batch is of one row: there is no other cut
+        with raise_together(together):
+            rehearsal.cut()
+        # What follows may call the model, and so wait for the others.
+        exact = all(together.all_gather(rehearsal.exact))
+        with raise_together(together):
+            rehearsal.judge(exact=exact)
+
+
+class _Rehearsal:
+    """Evaluations of the same rows: whole, again, and in two parts of unequal size.
+
+    Attributes:
+        objects: the torchmetrics objects of the task.
+        count: of the rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        rows: Fields,
+        world: World,
+        number_format: NumberFormat,
+        call: Call,
+    ) -> None:
+        self.objects = MetricObjects(task, world.device)
+        self.count = len(next(iter(rows.values())))
+        self._task = task
+        self._model = model
+        self._call = call
+        self._rows = number_format.cast(rows, task.inputs)
+        self._format = number_format
+        self._device = world.device
+        self._replay = Replay(model, self.count)
+        self._first = max(1, self.count // 3)
+        self._whole = Part()
+        self._parts: list[Part] = []
+        self._replayed = Part()
+        # Metrics that differ when numbers are drawn anew, by the model too, and by the task alone.
+        self._random: set[str] = set()
+        self._drawn: set[str] = set()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a row had the same outputs of the model in every batch."""
+        return self._replay.exact
+
+    def run(self) -> None:
+        """Evaluate the rows at once, and record what the model gives for them.
+
+        Raises:
+            TrainingError: if the task breaks its contract.
+        """
+        with self._replay.recording():
+            self._whole = self._part(0, self.count)
+        self._compute()
+
+    def cut(self) -> None:
+        """Evaluate the rows some times more, and in parts.
+
+        Raises:
+            TrainingError: if another time comes out other than one before.
+        """
+        with self._replay.computing():
+            redrawn = self._part(0, self.count, seed=1)
+        self._random = set(differing(self._whole, [redrawn], _LOOSE_TOLERANCE))
+        with self._replay.of_all():
+            self._replayed, again = self._part(0, self.count), self._part(0, self.count)
+            self._drawn = set(differing(self._replayed, [self._part(0, self.count, seed=1)]))
+        if kept := remembered(self._replayed, again):
+            raise TrainingError(_keeps(kept, self._task))
+        for start, stop in ((0, self._first), (self._first, self.count)):
+            with self._replay.of_rows(start, stop):
+                self._parts.append(self._part(start, stop))
+
+    def judge(self, *, exact: bool) -> None:
+        """Compare the parts with the whole.
+
+        Args:
+            exact: see `exact`, on all ranks.
+
+        Raises:
+            TrainingError: naming the metrics that the cut has changed.
+        """
+        if exact:
+            floor = _FLOOR * self._replay.largest
+            found = differing(self._replayed, self._parts, floor=floor)
+            found |= self._differing_when_scattered()
+        elif self._is_narrow():
+            return  # in few bits a row's outputs depend too much on the size of its batch
+        else:
+            found = differing(self._whole, self._parts, _LOOSE_TOLERANCE)
+        excused = self._drawn if exact else self._random
+        if getattr(self._task, "batch_dependent_loss", False):
+            excused |= {"loss"}
+        cut = {name: values for name, values in found.items() if name not in excused}
+        if cut:
+            sizes = self._first, self.count - self._first
+            raise TrainingError(_depends_on_cut(cut, self._task, sizes, exact=exact))
+
+    def _compute(self) -> None:
+        """Compute the metrics of the rows, which may be too few for some."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                combine([self._whole], self._task, self.objects)
+        except (ValueError, ArithmeticError) as error:
+            logger.warning(
+                "the metrics of %d rows of the validation data cannot be computed: %s: %s. It is "
+                "tried again with all of them",
+                self.count,
+                type(error).__name__,
+                error,
+            )
+
+    def _is_narrow(self) -> bool:
+        """Tell whether the model computes in fewer bits than float32 has."""
+        narrow = any(item.element_size() < 4 for item in self._model.parameters())
+        return narrow or self._format.autocast is not None
+
+    def _differing_when_scattered(self) -> dict[str, Difference]:
+        """Compare with outputs that differ from row to row, as those of an untrained model may not.
+
+        They may be none that a model gives: what comes of them counts only where it is a number.
+        """
+        found: dict[str, Difference] = {}
+        floor = _FLOOR * self._replay.largest_scattered
+        for seed in range(_SCATTERED):
+            bounds = (0, self.count), (0, self._first), (self._first, self.count)
+            try:
+                whole, *parts = [self._scattered(start, stop, seed) for start, stop in bounds]
+            except Exception:  # noqa: BLE001 - whatever a task makes of, say, a probability above 1
+                return found
+            found |= differing(whole, parts, floor=floor)
+        return found
+
+    def _scattered(self, start: int, stop: int, seed: int) -> Part:
+        # Called directly: where it fails on one rank only, no other may wait for that.
+        with self._replay.scattered(start, stop, seed):
+            return self._part(start, stop, call=call_directly(self._model))
+
+    def _part(self, start: int, stop: int, seed: int = 0, call: Call | None = None) -> Part:
+        """Evaluate some of the rows with generators that begin at `seed`."""
+        rows, call = self._rows, call or self._call
+        if stop - start < self.count:
+            rows = {name: tensor[start:stop] for name, tensor in rows.items()}
+        self.objects.reset()
+        totals = Totals(self._task, self.objects)
+        with self._format.arithmetic(), kept_generators(self._device):
+            seed_generators(seed)
+            totals.add(call(self._task.evaluate, rows))
+        return totals.part()
+
+
+_COUPLING_MODEL = (
+    "Or else what the model computes for a sample depends on the rest of its batch, as with batch "
+    "norms that have no running statistics"
+)
+
+
+def _keeps(found: Mapping[str, Difference], task: Task) -> str:
+    name, (first, second) = next(iter(found.items()))
+    return (
+        f'{type(task).__name__}.evaluate gave for "{name}" {first:.6g}, and {second:.6g} for the '
+        "same rows again: it keeps what it has seen. Return sums of this batch alone; they are "
+        "added up over batches and ranks, and finish(sums) makes a metric of them"
+    )
+
+
+def _depends_on_cut(
+    found: Mapping[str, Difference], task: Task, sizes: tuple[int, int], *, exact: bool
+) -> str:
+    name, (whole, parts) = next(iter(found.items()))
+    others = [f'"{each}"' for each in list(found)[1:]]
+    also = f" (so does {', '.join(others)})" if others else ""
+    coupling = (
+        ". A loss that couples the samples of a batch is declared by batch_dependent_loss = True"
+        if "loss" in found
+        else ""
+    )
+    return (
+        f'{type(task).__name__}.evaluate: the metric "{name}" depends on how the data are cut into '
+        f"batches, and so on the number of ranks{also}: {sum(sizes)} rows at once give "
+        f"{whole:.6g}, the same rows as {sizes[0]} and {sizes[1]} give {parts:.6g}. Return what it "
+        "is computed from, summed over the samples of the batch, and compute it in finish(sums) of "
+        "the task; or predictions, as hpctrain.training.metrics.Gather(rows); or a torchmetrics "
+        f"object{coupling}" + ("" if exact else f". {_COUPLING_MODEL}")
+    )
