@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import h5py
 
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.file_order import FileOrder, in_order, order_key
 from hpctrain.data.finding.attributes import coding_in, with_codings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
@@ -29,14 +31,20 @@ from hpctrain.data.storage import (
 from hpctrain.errors import DatasetError
 
 
-def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 0) -> Dataset:
+def open_dataset(
+    pattern: str,
+    fields: Sequence[str] | None = None,
+    axis: int = 0,
+    order: FileOrder = "natural",
+) -> Dataset:
     """Find out what a dataset holds. Reads no sample.
 
     Args:
         pattern: a folder written by hpctrain, a folder of HDF5 files, one such file, a glob, or a
-            catalogue of files. Files are taken in the order of their names.
+            catalogue of files.
         fields: paths of the HDF5 datasets that are wanted; None: all that there are.
         axis: of these HDF5 datasets, which counts the samples.
+        order: in which the files follow each other, whatever an index or a catalogue says.
 
     Raises:
         DatasetError: if there are no files, a field is not in them or cannot become a tensor, or
@@ -45,12 +53,18 @@ def open_dataset(pattern: str, fields: Sequence[str] | None = None, axis: int = 
     path = Path(pattern)
     require_finished(path)
     if is_catalogue(path):
-        files = read_catalogue(path)
+        files = sorted(read_catalogue(path), key=lambda file: order_key(order)(file.path))
         return with_codings(fitted(pattern, [file.shard(fields, axis) for file in files]))
     if (path / INDEX_NAME).exists() and not axis:
-        dataset = read_index(path)
+        dataset = _reordered(read_index(path), order)
         return with_codings(dataset if fields is None else dataset.select(fields))
-    return join_files(pattern, find_files(pattern), fields, axis)
+    return join_files(pattern, find_files(pattern, order), fields, axis)
+
+
+def _reordered(dataset: Dataset, order: FileOrder) -> Dataset:
+    """Return a dataset with its shards in this order."""
+    shards = sorted(dataset.shards, key=lambda shard: order_key(order)(shard.path))
+    return dataclasses.replace(dataset, shards=tuple(shards))
 
 
 def require_finished(folder: Path) -> None:
@@ -146,24 +160,27 @@ def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
     return there
 
 
-def find_files(pattern: str) -> list[str]:
-    """Return the HDF5 files of a folder, one file, or those that fit a glob, by name.
+def find_files(pattern: str, order: FileOrder = "natural") -> list[str]:
+    """Return the HDF5 files of a folder, one file, or those that fit a glob, in their order.
 
     Raises:
         DatasetError: if there are none.
     """
     path = Path(pattern)
     if path.is_dir():
-        names = sorted(str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
+        shards = (str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
+        names = in_order(shards, order)
         if not names:
             raise DatasetError(
                 f"{path}: there are no HDF5 files in this folder (*{', *'.join(HDF5_SUFFIXES)})"
             )
         return names
-    paths = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+    if path.exists():
+        return [pattern]
+    paths = glob.glob(pattern, recursive=True)  # noqa: PTH207 - absolute ones too
     if not paths:
         raise DatasetError(f"{pattern}: no file has such a name")
-    return paths
+    return in_order(paths, order)
 
 
 def join_files(

@@ -11,6 +11,7 @@ import numpy as np
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.file_order import FileOrder
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Column, Part, View
 from hpctrain.data.order.permutation import Int64s
@@ -52,22 +53,25 @@ def open_datasets(
         DatasetError: if files or fields are not there or do not fit together, or no sample is left.
     """
     of_same_files = section.samples.validation or section.samples.validation_fraction
-    train = _open(section, fields, "train")
+    order = semantics.file_order
+    train = _open(section, fields, "train", order)
     if section.validation is None and not of_same_files:
         return train, None
-    return train, _open(section, fields, "validation")
+    return train, _open(section, fields, "validation", order)
 
 
-def _open(section: DataSection, fields: Sequence[str], purpose: Purpose) -> Dataset:
+def _open(
+    section: DataSection, fields: Sequence[str], purpose: Purpose, order: FileOrder
+) -> Dataset:
     tables = {name: section.fields.get(name, FieldTable()) for name in fields}
     files: Purpose = "train" if section.validation is None else purpose
     source = section.train if files == "train" else str(section.validation)
     if section.samples == SamplesTable() and not section.fields.keys() & tables.keys():
-        return open_dataset(source, fields)
-    parts, columns = _join(tables, files, source)
+        return open_dataset(source, fields, order=order)
+    parts, columns = _join(tables, files, source, order)
     _require_equal_rows(parts)
     reach = max(column.reach for column in columns.values())
-    spans = _spans(section.samples, purpose, source, parts, reach)
+    spans = _spans(section.samples, purpose, source, parts, reach, order)
     stride = section.samples.stride
     if max(reach, stride) > 1 and not section.samples.across_files:
         spans = cut(spans, _borders(parts))
@@ -89,7 +93,7 @@ def _open(section: DataSection, fields: Sequence[str], purpose: Purpose) -> Data
 
 
 def _join(
-    tables: Mapping[str, FieldTable], files: Purpose, source: str
+    tables: Mapping[str, FieldTable], files: Purpose, source: str, order: FileOrder
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
     places = {
@@ -100,7 +104,7 @@ def _join(
     parts = []
     for pattern, axis in homes:
         paths = dict.fromkeys(path for *home, path in places.values() if home == [pattern, axis])
-        parts.append(Part(open_dataset(pattern, list(paths), axis), axis))
+        parts.append(Part(open_dataset(pattern, list(paths), axis, order), axis))
     columns = {
         name: Column(
             part=homes.index((pattern, axis)),
@@ -139,7 +143,12 @@ def _borders(parts: Sequence[Part]) -> Int64s:
 
 
 def _spans(
-    samples: SamplesTable, purpose: Purpose, source: str, parts: Sequence[Part], reach: int
+    samples: SamplesTable,
+    purpose: Purpose,
+    source: str,
+    parts: Sequence[Part],
+    reach: int,
+    order: FileOrder,
 ) -> Spans:
     """Return the rows that may be in samples, by mask or range and by split."""
     rows = parts[0].dataset.samples
@@ -147,7 +156,7 @@ def _spans(
     if samples.validation_fraction is not None:
         own = samples.train  # it chooses what is split
     if isinstance(own, str):
-        spans = _masked(own, source, rows)
+        spans = _masked(own, source, rows, order)
     elif own is not None:
         spans = Spans.of(*own)
         if own[1] > rows:
@@ -175,10 +184,10 @@ def _spans(
     return common(spans, first if purpose == "train" else second)
 
 
-def _masked(path: str, source: str, rows: int) -> Spans:
+def _masked(path: str, source: str, rows: int, order: FileOrder) -> Spans:
     """Return the rows where a boolean HDF5 dataset is true."""
     name = path.strip("/")
-    dataset = open_dataset(source, [name])
+    dataset = open_dataset(source, [name], order=order)
     field = dataset.fields[name]
     if field.shape or field.dtype.kind not in "bui":
         raise DatasetError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.data.dataset import require_fields
+from hpctrain.data.file_order import in_order
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.arrays import holds_arrays, list_arrays
 from hpctrain.data.sources.images import Pictures, pictures_in
@@ -135,12 +136,14 @@ def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
 def _find(pattern: str) -> list[str]:
     path = Path(pattern)
     if path.is_dir():
-        found = [str(each) for each in sorted(path.iterdir()) if not each.name.startswith(".")]
-        found = [each for each in found if Path(each).is_file()]
+        there = (each for each in path.iterdir() if not each.name.startswith("."))
+        found = in_order(str(each) for each in there if each.is_file())
         if not found:
             raise DatasetError(f"{path}: there are no files in this folder")
         return found
-    found = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
+    if path.exists():
+        return [pattern]
+    found = in_order(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute ones too
     if not found:
         raise DatasetError(f"{pattern}: no file has such a name")
     return found

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
+from hpctrain.data.file_order import in_order
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
 from hpctrain.data.sources.source import Arrays, identity_of, native, reading
@@ -108,7 +109,9 @@ class Table:
         )
         paths = sorted({path for _, path, _, _ in what})
         names = sorted({(name, key, axis) for name, _, key, axis in what})
-        return f"{identity_of(paths)} {names}"
+        # What 0.1.0 began to pack by the letters of names is not gone on with in another order.
+        order = "" if in_order(paths) == paths else " 2 before 10"
+        return f"{identity_of(paths)} {names}{order}"
 
     def read(self, rows: Int64s) -> Arrays:
         """Return samples, as `Source.read` does."""
