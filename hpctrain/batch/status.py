@@ -38,6 +38,7 @@ class Status:
         code: exit code of the last job; None while one runs, and for ever if it was killed.
         step: the newest one that is saved.
         gained: steps that the last job has added to what was saved.
+        skipped_steps: steps of the run that were not applied.
         checkpoint: name of the newest one.
     """
 
@@ -49,6 +50,7 @@ class Status:
     step: int
     gained: int
     tries: int
+    skipped_steps: int
     checkpoint: str | None
     job: str | None
     since: str
@@ -90,6 +92,7 @@ def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None 
         step=step,
         gained=step - outcome.first_step,
         tries=outcome.tries,
+        skipped_steps=outcome.skipped_steps,
         checkpoint=checkpoint,
         job=outcome.job,
         since=outcome.time,
@@ -136,6 +139,7 @@ def to_text(folder: Path, status: Status) -> str:
         ("state", f"{status.explanation} ({status.reason})"),
         ("exit code", "none yet" if status.code is None else str(status.code)),
         ("step", f"{status.step}, {status.gained} of them gained by the last job"),
+        *([("not applied", f"{status.skipped_steps} steps")] if status.skipped_steps else []),
         ("tries", str(status.tries)),
         ("checkpoint", status.checkpoint or "none"),
         ("since", status.since),

@@ -87,6 +87,7 @@ class SummaryFacts:
         step: where it stands.
         total_steps: where it is complete.
         elapsed_seconds: of this job.
+        skipped_steps: steps of the run that were not applied.
         last: the newest metrics of the evaluation, or of training if there was none.
         best: None where no best is kept, or nothing was evaluated.
         samples_per_second: of all ranks together; None if no step was done.
@@ -101,6 +102,7 @@ class SummaryFacts:
     step: int
     total_steps: int
     elapsed_seconds: float
+    skipped_steps: int
     last: Mapping[str, float]
     best: Best | None
     samples_per_second: float | None
@@ -134,6 +136,9 @@ def summary(facts: SummaryFacts) -> str:
         f"{text.duration(facts.elapsed_seconds)} in this job"
     )
     rows: list[tuple[str, str | list[str]]] = []
+    if facts.skipped_steps:
+        skipped = text.plural(facts.skipped_steps, "step")
+        rows.append(("not applied", f"{skipped} of the run: their gradients were not finite"))
     if facts.last:
         rows.append(("last", _metrics(facts.last)))
     if facts.best is not None:

@@ -8,6 +8,9 @@ from torch import Tensor
 _SLOTS = 64
 RECENT_STEPS = 256
 """So many steps are remembered one by one."""
+BAD, FORGIVEN = 1.0, 0.5
+"""Flags of steps that were not applied: one whose gradient was not finite; and one that overflowed
+in float16, which a smaller loss scale may cure."""
 
 
 class BadSteps:
@@ -25,7 +28,7 @@ class BadSteps:
         self._before = torch.zeros(0, device=device)
 
     def next_flag(self) -> Tensor:
-        """Return where the next step is to write whether it is bad: (), float32, 1 or 0."""
+        """Return where the next step is to write its flag: (), float32, BAD, FORGIVEN or 0."""
         if self._used == _SLOTS:
             self._count()
         self._used += 1
@@ -35,7 +38,7 @@ class BadSteps:
         """Return the counts, (3,) float32, to read or to overwrite.
 
         In this order: bad steps in a row, up to the newest; the most in a row since `look_anew`;
-        and all of them.
+        and all that were not applied, the forgiven ones too.
         """
         self._count()
         return self._counts
@@ -56,10 +59,10 @@ class BadSteps:
         flags, positions = self._flags[: self._used], self._positions[: self._used]
         in_a_row, longest, total = self._counts
         # Where the newest good step up to here was; before the first slot, if none was.
-        good = torch.where(flags == 0, positions, -1 - in_a_row).cummax(0).values
+        good = torch.where(flags != BAD, positions, -1 - in_a_row).cummax(0).values
         runs = positions - good
         in_a_row.copy_(runs[-1])
         torch.maximum(longest, runs.max(), out=longest)
-        total.add_(flags.sum())
+        total.add_(torch.count_nonzero(flags))
         self._before = torch.cat([self._before, flags])[-RECENT_STEPS:]
         self._used = 0

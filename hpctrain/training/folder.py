@@ -20,6 +20,7 @@ class RunFolder:
         step: the last one that is known to be saved.
         save_seconds: of a save, from its first copy until it is on disk: the slowest of late,
             in this job or the ones before.
+        skipped_steps: steps of the run that were not applied, as far as is known.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,6 +28,7 @@ class RunFolder:
         self.tries = 1
         self.step = 0
         self.save_seconds = 0.0
+        self.skipped_steps = 0
         self._first_step = 0
         self._lease = Lease(path)
 
@@ -44,6 +46,7 @@ class RunFolder:
         last = read_outcome(self.path)
         if last is not None:
             self.tries, self.save_seconds = last.tries + 1, last.save_seconds
+            self.skipped_steps = last.skipped_steps
             # A killed job has saved more than it could say; that is not this one's gain.
             self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
         # Until the job says otherwise: a killed one says nothing more.
@@ -96,6 +99,7 @@ class RunFolder:
                 first_step=self._first_step,
                 job=job_identity(os.environ),
                 save_seconds=self.save_seconds,
+                skipped_steps=self.skipped_steps,
             ),
         )
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("hpctrain")
 class RankZero:
     """The folder, the metrics and the terminal."""
 
+    folder: RunFolder
     store: CheckpointStore
     save_clock: SaveClock
     writer: MetricsWriter
@@ -75,6 +76,7 @@ def prepare_rank_zero(
     store.require_space(state_bytes)
     folder.expect_save(state_bytes)
     return RankZero(
+        folder=folder,
         store=store,
         save_clock=SaveClock(section.every_minutes, lambda: store.failed),
         writer=MetricsWriter(

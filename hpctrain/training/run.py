@@ -29,7 +29,7 @@ from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
 from hpctrain.training.step.sync_check import check_equal_parameters
-from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch
+from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch, nothing_applied
 from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
@@ -63,6 +63,7 @@ class Run:
         place: where it stands.
         reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
         evaluation_owed: an evaluation at `place` was cut short by a stop.
+        skipped_steps: steps of the run, as far as is known, that were not applied.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Run:
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
+        self._skipped_before = int(parts.step.bad_steps[2].item())
+        self._count_skipped(self._skipped_before)
         self.evaluation_owed = False
         self._save_agreed = False
         self._together: TogetherSaver | None = None
@@ -99,7 +102,11 @@ class Run:
             self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
-            config.training, explain=self._explain, roll_back=self._roll_back, tell=self._tell
+            config.training,
+            skipped=self._skipped_before,
+            explain=self._explain,
+            roll_back=self._roll_back,
+            tell=self._tell,
         )
 
     def advanced(self, place: Place) -> None:
@@ -131,6 +138,7 @@ class Run:
                 "loss": numbers["loss"],
                 "lr": lr,
                 "grad_norm": numbers["grad_norm"],
+                "skipped_steps": self.skipped_steps,
                 "samples_per_second": rate,
                 "seconds": self._phases.lap(),
             }
@@ -179,6 +187,7 @@ class Run:
         """Save a checkpoint in the background. Collective: all ranks."""
         self._save_agreed = False
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
+        self._refuse_idle_end(place)
         with self._world.pulse.unhurried():
             self._save(place, metrics)
 
@@ -253,7 +262,28 @@ class Run:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
         numbers = self._parts.step.read()
         self._policy.judge(place, numbers)
+        self._count_skipped(int(numbers["skipped_steps"]))
         return numbers
+
+    def _count_skipped(self, total: int) -> None:
+        self.skipped_steps = total
+        if self._rank_zero is not None:
+            self._rank_zero.folder.skipped_steps = total
+
+    def _refuse_idle_end(self, place: Place) -> None:
+        """Refuse to end, and to save the end, if no step of this job was applied. Collective.
+
+        Raises:
+            TrainingError: on every rank.
+        """
+        steps = place.step - self.first_place.step
+        complete = place.step >= self._data.horizon.total_steps(place)
+        scaler = self._parts.step.scaler
+        # A loss scale that still falls goes on doing so in the next job.
+        ends = complete or (self.reasons != 0 and not scaler.enabled)
+        if steps and ends and self.skipped_steps - self._skipped_before >= steps:
+            scale = scaler.scale.item() if scaler.enabled else None
+            raise nothing_applied(place.step, steps, scale, self._explain)
 
     def _explain(self, step: int) -> str:
         """Return what is known of the newest bad steps. Collective: all ranks."""

@@ -89,6 +89,7 @@ def summary_text(
             step=run.place.step,
             total_steps=data.horizon.total_steps(run.place),
             elapsed_seconds=phases.elapsed(),
+            skipped_steps=run.skipped_steps,
             last=run.metrics,
             best=None
             if best is None or best.value is None

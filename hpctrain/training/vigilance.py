@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.training.horizon import Place
+from hpctrain.utils.text import plural
 
 MOST_ROLLBACKS = 3
 """Returns to the same checkpoint, after which no further one would help."""
@@ -24,6 +25,7 @@ class BadStepPolicy:
         self,
         section: TrainingSection,
         *,
+        skipped: int = 0,
         explain: Callable[[int], str],
         roll_back: Callable[[], int],
         tell: Callable[[str], None],
@@ -32,6 +34,7 @@ class BadStepPolicy:
 
         Args:
             section: of the config.
+            skipped: steps of the run that were not applied, before this job.
             explain: says what is known of the bad steps up to a step. Collective: all ranks.
             roll_back: puts parameters and optimizer back to the newest checkpoint and returns its
                 step. Collective: all ranks.
@@ -42,7 +45,7 @@ class BadStepPolicy:
         self._explain = explain
         self._roll_back = roll_back
         self._tell = tell
-        self._skipped: int | None = None
+        self._skipped = skipped
         self._warn_at = self._most
         self._rollbacks: dict[int, int] = {}
 
@@ -53,10 +56,15 @@ class BadStepPolicy:
             TrainingError: on every rank, if the run is to end here.
         """
         bad, skipped = int(numbers["most_bad_steps"]), int(numbers["skipped_steps"])
-        if self._skipped is not None and skipped > self._skipped and bad < self._most:
+        if skipped > self._skipped and bad < self._most:
+            what = (
+                "had a gradient that was not finite"
+                if bad
+                else "overflowed in float16, so that the loss scale fell,"
+            )
             self._tell(
-                f"step {place.step:,}: {skipped - self._skipped} of the last steps had a gradient "
-                f"that was not finite and were not applied, {skipped} so far"
+                f"step {place.step:,}: {skipped - self._skipped} of the last steps {what} and were "
+                f"not applied, {skipped} so far"
             )
         self._skipped = skipped
         if bad < self._warn_at:
@@ -86,6 +94,30 @@ class BadStepPolicy:
             "training.clip_norm, or mend the data",
             everywhere=True,
         )
+
+
+def nothing_applied(
+    step: int, steps: int, scale: float | None, explain: Callable[[int], str]
+) -> TrainingError:
+    """Return what ends a job none of whose steps was applied. Collective: all ranks.
+
+    Args:
+        step: where it stands.
+        steps: of this job.
+        scale: of the loss, in mixed float16; None in other precisions.
+        explain: as `BadStepPolicy` takes it.
+    """
+    why = (
+        f"{explain(step)}. Lower optimizer.lr, set training.clip_norm, or mend the data"
+        if scale is None
+        else f"the loss scale of 16-mixed has come down to {scale:g} so far. Train longer, or set "
+        'training.precision = "bf16-mixed"'
+    )
+    return TrainingError(
+        f"none of the {plural(steps, 'step')} of this job was applied, up to step {step}: no "
+        f"gradient was finite. Nothing was trained, and this end is not saved: {why}",
+        everywhere=True,
+    )
 
 
 class SpikeWatch:

@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from helpers.limits import JOB_SECONDS
@@ -65,8 +67,12 @@ def site(tmp_path: Path) -> Path:
 
 
 def train(site: Path, ranks: int, *overrides: str, code: int) -> str:
+    return run(site, "run.toml", *overrides, code=code, launcher=("mpirun", "-np", str(ranks)))
+
+
+def run(site: Path, *arguments: str, code: int, launcher: Sequence[str] = ()) -> str:
     result = subprocess.run(
-        ["mpirun", "-np", str(ranks), sys.executable, "-m", "hpctrain", "run.toml", *overrides],
+        [*launcher, sys.executable, "-m", "hpctrain", *arguments],
         cwd=site,
         capture_output=True,
         text=True,
@@ -107,9 +113,31 @@ def test_other_policies_go_on(site: Path, policy: str, strategy: list[str]) -> N
     assert re.search(r"step \d+: loss spike: [\d.e+]+, [\d.]+ in the middle of", output)
     if policy == "rollback":
         assert "Parameters and optimizer are those of step" in output
+    skipped = [record["skipped_steps"] for record in records(site, "train")]
+    assert skipped == sorted(skipped)
+    assert 2 <= skipped[-1] <= 2 * len(BAD_ROWS)
+    assert f"not applied {skipped[-1]} steps of the run" in output
+    status = json.loads(run(site, "status", "runs/run", "--json", code=0))
+    assert status["skipped_steps"] == skipped[-1]
     losses = [record["loss"] for record in records(site, "train")]
     assert len(losses) == 2 * ROWS // BATCH
     bad = [loss for loss in losses if loss is None or loss != loss]
     assert 2 <= len(bad) <= 2 * len(BAD_ROWS)
     good = [loss for loss in losses if loss is not None and loss == loss]
     assert good[-1] < good[0]
+
+
+def test_a_run_that_has_trained_nothing_fails(site: Path) -> None:
+    """Whatever is said of single bad steps; and again, when it is started again."""
+    shards = sorted((site / "train").glob("*.h5"))
+    for shard in shards:
+        with h5py.File(shard, "r+") as file:
+            file["y"][...] = np.nan
+    options = ["training.on_bad_steps=skip", "training.max_epochs=1", "checkpoint.every_steps=7"]
+    for steps in (16, 2):  # the second job goes on from step 14
+        output = run(site, "run.toml", *options, code=70)
+        assert f"none of the {steps} steps of this job was applied" in output
+    outcome = json.loads((site / "runs" / "run" / "exit.json").read_text(encoding="utf-8"))
+    assert outcome["code"] == 70
+    assert outcome["skipped_steps"] == 16
+    assert "not applied 16 steps" in run(site, "status", "runs/run", code=0)

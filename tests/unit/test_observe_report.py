@@ -40,6 +40,7 @@ SUMMARY = SummaryFacts(
     step=276,
     total_steps=276,
     elapsed_seconds=31.2,
+    skipped_steps=0,
     last={"loss": 0.03123, "accuracy": 0.98888},
     best=Best(metric="accuracy", value=0.99166, step=253),
     samples_per_second=4560.2,
@@ -151,10 +152,15 @@ def test_lists_are_wrapped_and_commands_stay_whole(num_metrics: int) -> None:
     command = "python -m hpctrain " + " ".join(f"model.key{i}=value" for i in range(20))
     last = {f"metric_{i}": float(i) for i in range(num_metrics)}
     changes: dict[str, Any] = {"last": last, "next_command": ("resume", command)}
-    *lines, final = summary(dataclasses.replace(SUMMARY, **changes)).splitlines()
+    *lines, final = summary(dataclasses.dataclasses.replace(SUMMARY, **changes)).splitlines()
     assert final == f"  resume      {command}"
     assert max(map(len, lines)) <= 100
     parts = " ".join(
         line.strip() for line in lines[1 : lines.index("  best        accuracy 0.9917 at step 253")]
     )
     assert parts == "last        " + ", ".join(f"metric_{i} {i}" for i in range(num_metrics))
+
+
+def test_steps_that_were_not_applied_are_in_the_summary() -> None:
+    lines = summary(dataclasses.replace(SUMMARY, skipped_steps=3)).splitlines()
+    assert lines[1] == "  not applied 3 steps of the run: their gradients were not finite"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.config.schema import Precision
+from hpctrain.training.bad_steps import FORGIVEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +127,15 @@ class LossScale:
         """Take note of a step, and forgive an overflow that a smaller scale may cure.
 
         Args:
-            overflowed: (), float32, 1 where its gradient was not finite; becomes 0 where the scale
-                could still fall.
+            overflowed: (), float32, 1 where its gradient was not finite; becomes FORGIVEN where
+                the scale could still fall.
         """
         self._steps.add_(1).mul_(1 - overflowed)
         grows = (self._steps >= self.STEPS_TO_GROWTH).float()
         self._steps.mul_(1 - grows)
         may_fall = self.scale > 1
         self.scale.mul_((1 + grows) * (1 - overflowed / 2)).clamp_(1.0, self.LARGEST)
-        overflowed.masked_fill_(may_fall, 0.0)
+        overflowed.mul_(torch.where(may_fall, FORGIVEN, 1.0))
 
     def state_dict(self) -> dict[str, float]:
         """Return the state as numbers; waits for the device."""

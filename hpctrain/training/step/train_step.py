@@ -16,7 +16,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.training.bad_batches import BadBatch
-from hpctrain.training.bad_steps import RECENT_STEPS
+from hpctrain.training.bad_steps import BAD, RECENT_STEPS
 from hpctrain.training.step.averaging import WeightAverage
 from hpctrain.training.step.call import Call
 from hpctrain.training.step.passes import Passes
@@ -223,7 +223,8 @@ class TrainStep:
         Returns:
             loss: the mean over the global batch; grad_norm: before clipping; bad_steps: how many
             in a row, up to this one, had a gradient that was not finite; most_bad_steps: the most
-            in a row since the last call; skipped_steps: all of them.
+            in a row since the last call; skipped_steps: all that were not applied, an overflow
+            that a smaller loss scale cures too.
         """
         numbers = torch.zeros(6, dtype=torch.float64, device=self._device)
         if self._passes.loss_sum is not None:
@@ -266,7 +267,7 @@ class TrainStep:
             for index, (bad, (epoch, start, size, loss)) in enumerate(
                 zip(flags[len(flags) - known :], recent[len(recent) - known :], strict=True)
             )
-            if bad
+            if bad == BAD
         ]
 
 

@@ -24,7 +24,7 @@ class Update:
             update by itself.
         grad_norm: norm of the whole gradient in the last step, before clipping, ().
         bad_steps: those whose gradient was not finite. None was applied. In mixed float16, an
-            overflow that a smaller loss scale may cure is not counted.
+            overflow that a smaller loss scale may cure counts as not applied, but not as bad.
     """
 
     def __init__(
