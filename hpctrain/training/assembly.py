@@ -112,14 +112,6 @@ def build_parts(
             model, training, number_format, world.device, world.topology.world_size
         )
         number_format = number_format.for_model(model)
-    shards: Shards | None = None
-    if is_spread(training, world.topology.world_size):
-        broadcast_model(world, model)  # else parts of different models could mix
-        from hpctrain.training.step.shards import Shards
-
-        with raise_together(world.communicator):
-            shards = Shards(model, training, number_format, world)
-    with raise_together(world.communicator):
         task = _built(
             "task",
             config,
@@ -128,6 +120,17 @@ def build_parts(
             target=config.task.target,
             **config.task.arguments,
         )
+        example = shapes.example()
+    shards: Shards | None = None
+    if is_spread(training, world.topology.world_size):
+        broadcast_model(world, model)  # else parts of different models could mix
+        from hpctrain.training.step.shards import Shards
+        from hpctrain.training.step.trial import find_unfit
+
+        unfit = find_unfit(world, model, task, number_format.cast(example, task.inputs))
+        with raise_together(world.communicator):
+            shards = Shards(model, training, number_format, world, unfit)
+    with raise_together(world.communicator):
         _check_best(config, task)
         optimizer = build_optimizer(
             components["optimizer"],
@@ -144,7 +147,6 @@ def build_parts(
         )
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
         schedule.watch(task.metrics if validates and evaluates else {})
-        example = shapes.example()
     check_equal_shapes(model, world)
     step = TrainStep(
         model,

@@ -124,10 +124,14 @@ def capture(
         rows = {
             key: shards.shapes[name]
             for key, tensor in training.items()
-            if (name := parameter_of(key)) is not None and tensor.shape == held[name].shape
+            if (name := parameter_of(key)) in shards.shapes and tensor.shape == held[name].shape
         }
         spread = Spread(ranks=shards.world_size, shapes={MODEL: shards.shapes, TRAINING: rows})
-        model = {name: item.detach() for name, item in held.items() if item.numel()}
+        model = {
+            name: item.detach()
+            for name, item in held.items()
+            if (item.numel() if name in shards.shapes else is_rank_zero)
+        }
         if is_rank_zero:
             kept = step.model.state_dict().keys()
             model |= {name: item for name, item in step.model.named_buffers() if name in kept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import call_models as models
@@ -20,6 +21,7 @@ from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.shards import Shards
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step.trial import find_unfit
 
 LARGEST = 13
 COUNTS = (LARGEST, 12, 1, 7, 2)
@@ -53,12 +55,21 @@ def by_hand(kind: Callable[[], nn.Module], task: Any, counts: Sequence[int]) -> 
 
 
 def make_step(
-    world: World, model: nn.Module, task: Any, *, strategy: str, micro: int | None, **options: Any
+    world: World,
+    model: nn.Module,
+    task: Any,
+    *,
+    strategy: str,
+    micro: int | None,
+    unused: Any = "error",
+    tried: bool = True,
 ) -> TrainStep:
     number_format = NumberFormat.of("64-true", world.device)
     shards = None
     if strategy == "fsdp" and world.topology.world_size > 1:
-        shards = Shards(model, SECTION, number_format, world)
+        section = replace(SECTION, unused_parameters=unused)
+        unfit = find_unfit(world, model, task, models.fields_of(1, 99)) if tried else {}
+        shards = Shards(model, section, number_format, world, unfit)
     step = TrainStep(
         model,
         task,
@@ -70,7 +81,7 @@ def make_step(
         largest_share=LARGEST // world.topology.world_size + 1,
         example=models.fields_of(1, 99),
         shards=shards,
-        **options,
+        unused_parameters=unused,
     )
     step.prime()
     return step
@@ -86,8 +97,6 @@ def check_a_task_has_the_bare_model(world: World) -> None:
     for kind, make_task in CASES:
         losses, parameters = by_hand(kind, make_task(), COUNTS)
         for strategy, micro in (("ddp", None), ("ddp", 3), ("fsdp", None), ("fsdp", 2)):
-            if strategy == "fsdp" and kind in (models.CLIP, models.Reader):
-                continue
             task = make_task()
             step = make_step(world, built(kind), task, strategy=strategy, micro=micro)
             for seed, (count, loss) in enumerate(zip(COUNTS, losses, strict=True)):
@@ -167,7 +176,7 @@ def check_parts_left_out(world: World) -> None:
     def plan_of(rank: int) -> Callable[[int, int], tuple[set[int], bool]]:
         def plan(step: int, call: int) -> tuple[set[int], bool]:
             plans: list[tuple[set[int], bool]] = [
-                (set(), True),
+                ({1} if call > 5 else set(), True),  # seen by a trial
                 ({1}, step % 2 == 0),  # on no rank
                 ({rank % 3}, True),  # on some ranks
                 ({0, 2} if call else {1}, bool(call)),  # in some passes
@@ -197,36 +206,30 @@ def check_parts_left_out(world: World) -> None:
             (total / count).backward()
             optimizer.step()
             losses.append((total / count).item())
-        ours: Any = built(models.Dropped)
-        task = Routed(plan_of(rank))
-        step = make_step(world, ours, task, strategy="ddp", micro=micro, unused_parameters="allow")
-        for number, (count, loss) in enumerate(zip(counts, losses, strict=True)):
-            task.step, task.calls = number, 0
-            step(share(world, models.fields_of(count, number)), 0.01)
-            assert abs(step.read()["loss"] - loss) < 1e-12, (micro, number)
-        expected = model.state_dict()
-        for name, item in ours.state_dict().items():
-            torch.testing.assert_close(item, expected[name], rtol=0, atol=1e-12)
+        for strategy in ("ddp", "fsdp"):
+            ours: Any = built(models.Dropped)
+            task = Routed(plan_of(rank))
+            step = make_step(world, ours, task, strategy=strategy, micro=micro, unused="allow")
+            for number, (count, loss) in enumerate(zip(counts, losses, strict=True)):
+                task.step, task.calls = number, 0
+                step(share(world, models.fields_of(count, number)), 0.01)
+                assert abs(step.read()["loss"] - loss) < 1e-12, (strategy, micro, number)
+            expected = model.state_dict()
+            for name, item in full(world, step).items():
+                torch.testing.assert_close(item, expected[name], rtol=0, atol=1e-12)
 
 
 def check_experts(world: World) -> None:
     """Of those that no sample was sent to, nothing is known to the optimizer."""
     for counts in ((13, 12, 1, 2, 7), (1, 1, 1)):
         losses, parameters = by_hand(models.MoE, models.PerSample(), counts)
-        for micro in (None, 3):
-            model = built(models.MoE)
-            step = make_step(
-                world,
-                model,
-                models.PerSample(),
-                strategy="ddp",
-                micro=micro,
-                unused_parameters="allow",
-            )
+        for strategy, micro in (("ddp", None), ("ddp", 3), ("fsdp", None), ("fsdp", 3)):
+            model, task = built(models.MoE), models.PerSample()
+            step = make_step(world, model, task, strategy=strategy, micro=micro, unused="allow")
             for seed, (count, loss) in enumerate(zip(counts, losses, strict=True)):
                 step(share(world, models.fields_of(count, seed)), 0.01)
-                assert abs(step.read()["loss"] - loss) < 1e-12, (counts, micro, seed)
-            for name, item in model.named_parameters():
+                assert abs(step.read()["loss"] - loss) < 1e-12, (counts, strategy, micro, seed)
+            for name, item in full(world, step).items():
                 torch.testing.assert_close(item, parameters[name], rtol=0, atol=1e-12)
 
 
@@ -241,7 +244,7 @@ def check_a_loss_without_parameters(world: World) -> None:
 
     for policy in ("error", "allow"):
         model, task = built(models.Dropped), NoTargets()
-        step = make_step(world, model, task, strategy="ddp", micro=4, unused_parameters=policy)
+        step = make_step(world, model, task, strategy="ddp", micro=4, unused=policy)
         before = {name: item.clone() for name, item in model.state_dict().items()}
         task.empty = True
         step(share(world, models.fields_of(12, 0)), 0.01)
@@ -256,22 +259,34 @@ def check_a_loss_without_parameters(world: World) -> None:
 
 def check_parts_left_out_are_an_error(world: World) -> None:
     """On several ranks, unless allowed: by name, on the rank where it happens."""
+    rank = world.topology.rank
     if world.topology.world_size == 1:
         return
-    for plan, micro, name in (
-        (lambda step, call: ({1} if step else set(), True), None, "layers.1.linear.weight"),
-        (lambda step, call: (set(), not (step and call)), 2, "auxiliary.weight"),
-    ):
-        task = Routed(plan)
-        step = make_step(world, built(models.Dropped), task, strategy="ddp", micro=micro)
+    had = "had no part in the loss of this step, and in the first one had"
+    cases: list[tuple[Any, int | None, str, bool, tuple[str, ...]]] = [
+        # plan, micro batch, strategy, whether units were tried, what is said
+        (lambda s, c: ({1} if s else set(), True), None, "ddp", True, ("layers.1.linear", had)),
+        (lambda s, c: (set(), not (s and c)), 2, "ddp", True, ("auxiliary.weight, ", had)),
+        (lambda s, c: (set(), not s), None, "fsdp", True, ("auxiliary.weight, ", had)),
+        # Units of one shape: without a word, rows of one would be taken for rows of the other.
+        (
+            lambda s, c: ({rank % 2} if s else set(), True),
+            None,
+            "fsdp",
+            False,
+            (f"layers.{rank % 2} was not called in this pass", "training.shard"),
+        ),
+    ]
+    for plan, micro, strategy, tried, texts in cases:
+        task, model = Routed(plan), built(models.Dropped)
+        step = make_step(world, model, task, strategy=strategy, micro=micro, tried=tried)
         step(share(world, models.fields_of(12, 0)), 0.01)
         task.step, task.calls = 1, 0
         try:
             step(share(world, models.fields_of(12, 0)), 0.01)
         except TrainingError as error:
-            assert f"{name}, " in str(error), error
-            assert "had no part in the loss of this step, and in the first one had" in str(error)
-            assert 'training.unused_parameters = "allow"' in str(error)
+            assert all(text in str(error) for text in texts), error
+            assert strategy == "fsdp" or 'training.unused_parameters = "allow"' in str(error)
         else:
             raise AssertionError("nothing was said")
 

@@ -123,7 +123,7 @@ def check_exact(world: World, folder: Path) -> None:
         }
         told: list[str] = []
         saves = Saves(world, folder / precision, told)
-        first = build(world, Tower(), **options)
+        first = build(world, Tower(number=True), **options)
         trained(world, first, 0, 2)
         saves.save(first, 2)
         trained(world, first, 2, 3)
@@ -135,7 +135,7 @@ def check_exact(world: World, folder: Path) -> None:
             saves.together.look()
         saves.finish()
 
-        second = build(world, Tower(), **options)
+        second = build(world, Tower(number=True), **options)
         assert saves.restore(second) == 3
         # As text: where a scaled gradient overflows, its norm is not a number.
         assert str(trained(world, second, 3, 6)) == str(expected), precision
@@ -182,10 +182,10 @@ def check_damage(world: World, saves: Saves, step: TrainStep) -> None:
 def check_going_on(world: World, folder: Path) -> None:
     """What other world sizes have begun goes on as one process would have it."""
     saves = Saves(world, folder, [])
-    step = build(world, Tower(), sharded=True, micro_batch_size=4, ema_decay=0.9)
+    step = build(world, Tower(number=True), sharded=True, micro_batch_size=4, ema_decay=0.9)
     begin = saves.restore(step)
     numbers = trained(world, step, begin, begin + 2)
-    reference = build(alone(), Tower(), sharded=False, micro_batch_size=4, ema_decay=0.9)
+    reference = build(alone(), Tower(number=True), sharded=False, micro_batch_size=4, ema_decay=0.9)
     trained(alone(), reference, 0, begin)
     expected = trained(alone(), reference, begin, begin + 2)
     for ours, theirs in zip(numbers, expected, strict=True):
@@ -199,7 +199,7 @@ def check_going_on(world: World, folder: Path) -> None:
 
 def save_for_ever(world: World, folder: Path) -> None:
     saves = Saves(world, folder, [])
-    step = build(world, Tower(), sharded=True, ema_decay=0.9)
+    step = build(world, Tower(number=True), sharded=True, ema_decay=0.9)
     number = saves.restore(step)
     while True:
         number += 1

@@ -34,19 +34,20 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Rows that do not divide evenly, and fewer of them than there are ranks; a frozen tensor."""
+    """Rows that do not divide evenly, fewer than there are ranks, or none; a frozen tensor."""
 
-    def __init__(self, norm: str = "layer") -> None:
+    def __init__(self, norm: str = "layer", *, number: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(FEATURES, WIDTH)
         self.blocks = nn.ModuleList(Block(norm) for _ in range(3))
         self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.temperature = nn.Parameter(torch.tensor(0.7)) if number else 1.0
         self.frozen = nn.Parameter(torch.ones(3, WIDTH), requires_grad=False)
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.first(features) * self.scale + self.frozen.mean(dim=0)
+        hidden = self.first(features * self.temperature) * self.scale + self.frozen.mean(dim=0)
         for block in self.blocks:
             hidden = block(hidden)
         output: Tensor = self.head(hidden)

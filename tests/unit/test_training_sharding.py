@@ -47,6 +47,7 @@ def transformer() -> nn.Module:
         (transformer(), ("blocks.[02]",), ["blocks.0", "blocks.2"]),
         (Pair(tied=False), (), ["left", "right"]),
         (Pair(tied=False), ("left", "left.inner.*"), ["left", "left.inner.0", "left.inner.1"]),
+        (Pair(tied=True), (), ["left.inner.0", "left.inner.1", "right.inner.0", "right.inner.1"]),
         (ConvNet(in_channels=1, num_classes=3), (), []),
     ],
 )
@@ -67,7 +68,7 @@ def test_the_blocks_of_a_resnet_are_units() -> None:
         (transformer(), ("block.*",), r'training.shard = "block\.\*": fits no module'),
         (transformer(), ("_Blok",), r'did you mean "_Block"'),
         (transformer(), ("blocks",), r'fits no module .* did you mean "blocks\.'),
-        (Pair(tied=True), (), r"units left and right share the parameter linear.weight"),
+        (Pair(tied=True), ("left",), r"left cannot be .* shares a parameter with right\.linear"),
     ],
 )
 def test_what_cannot_be_spread(model: nn.Module, patterns: tuple[str, ...], message: str) -> None:

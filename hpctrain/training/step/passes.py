@@ -80,6 +80,7 @@ class Passes:
         Returns:
             The sum of the losses, and the gradient to begin the backward pass with.
         """
+        self._replica.count_uses(first < stop)
         if first == stop:
             return self._forward_without_samples()
         fields: Fields = batch.fields

@@ -52,6 +52,7 @@ def prime(
         replica.clear_gradients()
         with raise_together(communicator), replica.local():
             last = _first_pass(replica, task, fields, arithmetic)
+        replica.agree()
         replica.clear_gradients()
         if replica.distributed:
             replica.settle_graph()

@@ -96,6 +96,12 @@ class Replica:
         """Return the context of passes that only add to the gradients of this rank."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
+    def agree(self) -> None:
+        """Do nothing: the others wait for gradients only, which DDP looks after."""
+
+    def count_uses(self, counts: bool) -> None:
+        """Do nothing: a pass without samples comes to no parameter."""
+
     def settle_graph(self) -> None:
         """Have a static graph taken for one, after a pass that reduced nothing, before others.
 
@@ -143,6 +149,10 @@ class Replica:
             each = zip(self._names, self.parameters, strict=True)
             self.unused.met([name for name, item in each if item.grad is None], len(self._names))
         return found
+
+    def counted(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return those of the gradients that no other rank counts in the norm: all."""
+        return gradients
 
     def reduce_norm(self, norm: torch.Tensor) -> torch.Tensor:
         """Return the norm of the whole gradient, which every rank has already."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.training.step.call import Call, Callee, Method
+from hpctrain.training.step.gathering import GatherOrder
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.sharding import find_units
-from hpctrain.training.step.unused import UnusedParameters
+from hpctrain.training.step.unused import UnusedParameters, Uses
+from hpctrain.training.step.whole import WholeParameters
 
 
 class Shards:
@@ -42,7 +45,8 @@ class Shards:
         parameters: this rank's rows of those that are trained, in the order of the model; empty
             where a tensor has fewer rows than there are ranks.
         unused: what happens to those without a part in a step.
-        shapes: of all whole parameters by name, the same on all ranks.
+        shapes: of all whole parameters that are spread, by name, the same on all ranks; numbers
+            without dimensions are not, and every rank has them.
         world_size: the ranks that hold the rows.
         rank: this one.
         tied: further names of parameters, and the names that they are held under.
@@ -54,7 +58,12 @@ class Shards:
     communication_seconds = 0.0  # it hides behind the arithmetic: what is left is part of that
 
     def __init__(
-        self, model: nn.Module, section: TrainingSection, number_format: NumberFormat, world: World
+        self,
+        model: nn.Module,
+        section: TrainingSection,
+        number_format: NumberFormat,
+        world: World,
+        unfit: Mapping[str, str] = {},
     ) -> None:
         """Spread the parameters. Collective: all ranks.
 
@@ -64,6 +73,7 @@ class Shards:
             section: of the config.
             number_format: of parameters and arithmetic.
             world: more than one rank.
+            unfit: modules that cannot be gathered as one, and why.
 
         Raises:
             ConfigError: if the model cannot be spread as the config says.
@@ -71,26 +81,26 @@ class Shards:
         self.model = model
         # The root of what is gathered, so that any method of the model finds its parameters.
         callee = Callee(model)
-        self.call: Call = callee
-        self.call_alone: Call = callee
         self.world_size, self.rank = world.topology.world_size, world.topology.rank
         self.unused = UnusedParameters(section.unused_parameters, self.world_size)
         self.offloaded = section.cpu_offload
         self._device = world.device
-        self.shapes = {name: tuple(item.shape) for name, item in model.named_parameters()}
+        self._whole = WholeParameters(model, world.device, self.world_size)
+        if self._whole.named and self.offloaded and world.device.type != "cpu":
+            raise ConfigError(
+                f"training.cpu_offload: the parameter {next(iter(self._whole.named))} is a number "
+                "without dimensions, which cannot be spread: make it a tensor of one element"
+            )
+        self.shapes = {
+            name: tuple(item.shape) for name, item in model.named_parameters() if item.ndim
+        }
         names = {item: name for name, item in model.named_parameters()}
         self.tied = {
             name: names[item]
             for name, item in model.named_parameters(remove_duplicate=False)
             if names[item] != name
         }
-        scalars = [name for name, shape in self.shapes.items() if not shape]
-        if scalars:
-            raise ConfigError(
-                f'training.strategy = "fsdp": the parameter {scalars[0]} is a number without '
-                "dimensions, which cannot be spread: make it a tensor of one element"
-            )
-        units = [model.get_submodule(name) for name in find_units(model, section.shard)]
+        units = [model.get_submodule(name) for name in find_units(model, section.shard, unfit)]
         if section.compile:
             # Gathering in between cannot be compiled; a unit by itself can.
             for unit in units or [model]:
@@ -100,6 +110,8 @@ class Shards:
         mesh = DeviceMesh.from_group(group, world.device.type)
         pin = world.device.type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=pin) if self.offloaded else OffloadPolicy()
+        whole = set(self._whole.named.values())
+        options: dict[str, Any] = {"ignored_params": whole} if whole else {}
         # From the inside out, as torch wants it; the model itself takes what is left.
         for unit in [*reversed(units), callee]:
             fully_shard(
@@ -108,6 +120,7 @@ class Shards:
                 reshard_after_forward=section.reshard_after_forward and unit is not callee,
                 mp_policy=_policy(unit, units, number_format),
                 offload_policy=offload,
+                **options,
             )
         self._units = [item for item in callee.modules() if isinstance(item, FSDPModule)]
         self._root = self._units[0]
@@ -116,9 +129,19 @@ class Shards:
         }
         self._rows = {
             name: nn.Parameter(item.to_local().detach(), requires_grad=item.requires_grad)
-            for name, item in self._spread.items()
+            if isinstance(item, DTensor)
+            else item
+            for name, item in model.named_parameters()
         }
         self.parameters = [item for item in self._rows.values() if item.requires_grad]
+        # What only some ranks have a gradient of is reduced as well; torch before 2.13 would mix.
+        if hasattr(self._root, "set_reduce_scatter_unused_params"):
+            self._root.set_reduce_scatter_unused_params(True)
+        trained = [name for name, item in self._rows.items() if item.requires_grad]
+        self._uses = Uses(trained, world.device)
+        self._order = GatherOrder(self._root, world.communicator)
+        self.call: Call = self._order.watched(callee)
+        self.call_alone: Call = self.call
         self._buffers = [item for item in model.buffers() if item.numel()]
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -128,6 +151,7 @@ class Shards:
     def begin(self) -> None:
         """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""
         self.clear_gradients()
+        self._uses.begin()
         if not self._buffers:
             return
         # As bytes, all in one message: every dtype travels, whatever the backend knows to reduce.
@@ -153,6 +177,7 @@ class Shards:
         """Forget all gradients."""
         for name, spread in self._spread.items():
             spread.grad = self._rows[name].grad = None
+        self._whole.clear_gradients()
 
     def backward(self, loss: Tensor, seed: Tensor) -> None:
         """Run backward from `loss`, (), whose own gradient is `seed`, (). Collective: all ranks."""
@@ -161,25 +186,33 @@ class Shards:
     def backward_and_reduce(self, loss: Tensor, seed: Tensor) -> None:
         """Run backward from `loss` and average the gradients. Collective: all ranks."""
         torch.autograd.backward(loss, seed)
+        self._whole.reduce()
 
     def gradients(self) -> list[Tensor]:
         """Return this rank's rows of all gradients, where the optimizer finds them.
 
+        Collective: all ranks, where parameters without a part in a step are allowed.
+
         Raises:
-            TrainingError: if a parameter has none, and that is not allowed.
+            TrainingError: on this rank, if a parameter has none, and that is not allowed.
         """
+        missing = self._uses.missing_everywhere() if self.unused.allowed else self._uses.missing()
+        if missing:
+            self.unused.met(missing, len(self.parameters))
+            for name in missing:
+                self.model.get_parameter(name).grad = None
         found = []
         for name, spread in self._spread.items():
-            if spread.requires_grad:
-                gradient = spread.grad
-                if isinstance(gradient, DTensor):
-                    local = self._rows[name].grad = gradient.to_local()
-                    found.append(local)
-        if len(found) < len(self.parameters):
-            trained = {name: item for name, item in self._spread.items() if item.requires_grad}
-            missing = [name for name, item in trained.items() if item.grad is None]
-            self.unused.met(missing, len(trained))
-        return found
+            if spread.requires_grad and isinstance(spread.grad, DTensor):
+                local = self._rows[name].grad = spread.grad.to_local()
+                found.append(local)
+        whole = [item.grad for item in self._whole.named.values() if item.grad is not None]
+        self._uncounted = len(whole) if self.rank else 0
+        return found + whole
+
+    def counted(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Return those of the gradients that no lower rank has as well."""
+        return gradients[: len(gradients) - self._uncounted]
 
     def reduce_norm(self, norm: Tensor) -> Tensor:
         """Return the norm of the whole gradient from that of these rows, (). Collective."""
@@ -193,9 +226,28 @@ class Shards:
         return method
 
     def settle(self) -> None:
-        """Let go of gathered parameters; to be called after passes without a backward one."""
+        """Let go of gathered parameters; to be called after passes without a backward one.
+
+        Collective: all ranks.
+
+        Raises:
+            TrainingError: on every rank, if they called different units in the first evaluation.
+        """
         for unit in self._units:
             unit.reshard()
+        self._order.agree()
+
+    def agree(self) -> None:
+        """Compare which units the ranks have called. Collective: all ranks.
+
+        Raises:
+            TrainingError: on every rank, if these are not the same.
+        """
+        self._order.agree()
+
+    def count_uses(self, counts: bool) -> None:
+        """Say whether the backward passes that follow are of samples."""
+        self._uses.counting = counts
 
     def watched(self) -> list[tuple[str, nn.Parameter]]:
         """Return the whole parameters, for hooks of autograd. Collective: all ranks."""
@@ -208,15 +260,16 @@ class Shards:
                 if not isinstance(item, DTensor) and item.requires_grad
             ]
             unit.reshard()
-        return found
+        return found + [(name, p) for name, p in self._whole.named.items() if p.requires_grad]
 
     def settle_graph(self) -> None:
         """Do nothing: FSDP looks at no graph."""
 
     def refresh(self) -> None:
-        """Look for the rows where torch keeps them after its first pass."""
+        """Look for the rows where torch keeps them after its first pass. Collective: all ranks."""
         for name, spread in self._spread.items():
             self._rows[name].data = spread.to_local().detach()
+        self._uses.watch(self.watched())
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count nothing, see `communication_seconds`."""

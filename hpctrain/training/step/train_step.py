@@ -139,6 +139,7 @@ class TrainStep:
             clip_value=clip_value,
             scaler=self.scaler,
             device=torch.device("cpu") if shards and shards.offloaded else world.device,
+            counted=self._replica.counted,
             reduce_norm=self._replica.reduce_norm,
         )
         self.syncs = self._update.syncs

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from hpctrain.errors import TrainingError
 from hpctrain.training.step.call import Method
@@ -147,3 +149,54 @@ def unreduced(check: Callable[[], None], names: Sequence[str]) -> list[str]:
             raise
         return [names[int(index)] for index in found[1].split()]
     return []
+
+
+class Uses:
+    """Which parameters the backward passes of a step came to, where FSDP fills up the others.
+
+    Attributes:
+        counting: whether a pass counts: not where a rank has no samples.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        """Begin without a pass.
+
+        Args:
+            names: of all trained parameters, the same on all ranks.
+            device: of this rank.
+        """
+        self.counting = True
+        self._names = list(names)
+        self._device = device
+        self._used: set[str] = set()
+        self._watches = False
+
+    def watch(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Look at what autograd gives gradients to."""
+        self._watches = True
+        for name, item in parameters:
+            item.register_post_accumulate_grad_hook(functools.partial(self._arrive, name))
+
+    def begin(self) -> None:
+        """Forget the passes of the step before."""
+        self._used.clear()
+
+    def missing(self) -> list[str]:
+        """Return those that no pass with samples of this rank came to; none where it has none."""
+        if not (self._watches and self._used):
+            return []
+        return [name for name in self._names if name not in self._used]
+
+    def missing_everywhere(self) -> list[str]:
+        """Return those that no pass of any rank came to. Waits for the device.
+
+        Collective: all ranks.
+        """
+        used = torch.tensor([name in self._used for name in self._names], dtype=torch.uint8)
+        used = used.to(self._device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        return [name for name, flag in zip(self._names, used.tolist(), strict=True) if not flag]
+
+    def _arrive(self, name: str, _: Tensor) -> None:
+        if self.counting:
+            self._used.add(name)

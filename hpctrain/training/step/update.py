@@ -35,9 +35,11 @@ class Update:
         clip_value: float | None = None,
         scaler: LossScale,
         device: torch.device,
+        counted: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients,
         reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
     ) -> None:
         self.optimizer = optimizer
+        self._counted = counted
         self._reduce_norm = reduce_norm
         self._scaler = scaler
         self.syncs = not refuses_on_device(optimizer)
@@ -78,7 +80,7 @@ class Update:
             factor = factor.to(self._norm_dtype)
         if self._scaler.enabled:
             factor = (self._one if factor is None else factor) / self._scaler.scale
-        norm = self._norm(gradients)
+        norm = self._norm(self._counted(gradients))
         if factor is not None:
             norm = norm * factor
         self.grad_norm = norm

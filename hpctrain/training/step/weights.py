@@ -52,7 +52,9 @@ def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | Non
         read = rows.read(MODEL, wanted)
     with torch.no_grad():
         for name, parameter in shards.named_parameters():
-            if name in tensors:
+            if name in tensors and name not in own:
+                parameter.copy_(tensors[name])
+            elif name in tensors:
                 first, stop = own[name]
                 parameter.copy_(tensors[name][first:stop])
             elif stored.get(name) in read:

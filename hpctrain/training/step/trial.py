@@ -1,0 +1,183 @@
+"""A trial of the model before its parameters are spread: which modules can be gathered as one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from hpctrain.launch.world import World
+from hpctrain.training.step.undisturbed import kept_generators
+from hpctrain.training.task import Fields, Task
+
+_PRETENDED_PASSES = 8
+_REAL_PASSES = 4
+"""So many, as a layer that is left out at random runs in most of them."""
+
+_SKIPPED = "is not called in every pass, in which the other ranks would wait for this one"
+_SEEN = {"data", "T", "mT", "H", "mH", "real", "imag"}
+"""Properties that give the numbers of a parameter; all others say what it is only."""
+_HARMLESS = {
+    *("size", "dim", "numel", "nelement", "element_size", "stride", "is_floating_point"),
+    *("is_complex", "requires_grad_", "type", "get_device", "register_hook", "__hash__"),
+}
+
+
+def find_unfit(world: World, model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
+    """Return which modules cannot be gathered as one for their forward pass, and why.
+
+    Rank 0 runs the task a few times, if it can without a number being computed, else on the host;
+    on copies of model and task. Where that fails nothing is known: what is wrong is told by the dry
+    run, with its traceback.
+
+    Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        model: on the host, whole.
+        task: computes the loss.
+        fields: one row of every field.
+
+    Returns:
+        The reasons, fit to follow the name of the module in a sentence.
+    """
+    found: dict[str, str] | None = None
+    with world.pulse.unhurried():
+        if world.topology.is_rank_zero:
+            rows = {name: item.cpu() for name, item in fields.items()}
+            with kept_generators(world.device):
+                for run in (_pretended, _real):
+                    if found is None:
+                        found = _try(run, model, task, rows)
+        return dict(world.communicator.broadcast(found) or {})
+
+
+Run = Callable[[nn.Module, Task, Fields], dict[str, str]]
+
+
+def _try(run: Run, model: nn.Module, task: Task, fields: Fields) -> dict[str, str] | None:
+    try:
+        return run(model, task, fields)
+    except Exception:  # noqa: BLE001 - code of the user's, on a device that it may not be meant for
+        return None
+
+
+def _pretended(model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
+    """Run on tensors that have shapes and no numbers, so that it costs next to nothing."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        copies = copy.deepcopy((model, task, dict(fields)))
+    with mode:
+        return _watched(*copies, passes=_PRETENDED_PASSES)
+
+
+def _real(model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
+    return _watched(*copy.deepcopy((model, task, dict(fields))), passes=_REAL_PASSES)
+
+
+def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> dict[str, str]:
+    watch = _Watch(model)
+    with watch:
+        for _ in range(passes):
+            task.loss(model, fields)
+            watch.end_pass()
+        skipped = watch.skipped()
+        model.eval()
+        # Here only what is read where counts: units that training does not call are another's.
+        with suppress(Exception):
+            task.evaluate(model, fields)
+    return {**skipped, **watch.read}
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which modules are called, and from where parameters are read.
+
+    Attributes:
+        read: by the names of modules: how a parameter inside was read while they did not run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.read: dict[str, str] = {}
+        self._running: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._passes: list[Counter[str]] = []
+        self._model = model
+        self._holders: dict[int, tuple[str, list[str]]] = {}
+        names = {id(item): name for name, item in model.named_parameters()}
+        for name, module in model.named_modules():
+            if name:
+                for item in module.parameters():
+                    self._holders.setdefault(id(item), (names[id(item)], []))[1].append(name)
+                module.register_forward_pre_hook(functools.partial(self._enter, name))
+                module.register_forward_hook(functools.partial(self._leave, name), always_call=True)
+
+    def end_pass(self) -> None:
+        """Take note that a pass is over."""
+        self._passes.append(self._calls)
+        self._calls = Counter()
+
+    def skipped(self) -> dict[str, str]:
+        """Return the modules that were not called equally often in every pass, and their like.
+
+        Of a list of layers or experts a few passes leave out some; others follow later.
+        """
+        names = dict(self._model.named_modules())
+        missing = {
+            name
+            for name in names
+            if name and (not self._passes[0][name] or len({p[name] for p in self._passes}) > 1)
+        }
+        kinds = {(name.rpartition(".")[0], type(names[name])) for name in missing}
+        return {
+            name: _SKIPPED
+            for name, module in names.items()
+            if name and (name.rpartition(".")[0], type(module)) in kinds
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Take note of the parameters that a function gets, and call it."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            harmless = getattr(func.__self__, "__name__", "") not in _SEEN
+        else:
+            harmless = name in _HARMLESS or name == "__set__"
+        if not harmless:
+            for item in _tensors([*args, *kwargs.values()]):
+                self._look(item)
+        return func(*args, **kwargs)
+
+    def _look(self, item: Tensor) -> None:
+        parameter, holders = self._holders.get(id(item), ("", []))
+        for holder in holders:
+            if not self._running[holder]:
+                self.read.setdefault(
+                    holder,
+                    f"has its parameter {parameter} read outside of its forward pass: by another "
+                    "module, or in another method",
+                )
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running[name] += 1
+        self._calls[name] += 1
+
+    def _leave(self, name: str, *_: Any) -> None:
+        self._running[name] -= 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
