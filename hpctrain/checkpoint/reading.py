@@ -18,6 +18,7 @@ from hpctrain.checkpoint.layout import (
     MODEL,
     TRAINING,
     VALUES,
+    UnreadableError,
     newest_first,
     put_back,
     read_file,
@@ -27,6 +28,10 @@ from hpctrain.checkpoint.layout import (
 from hpctrain.checkpoint.parts import Spread, join, part_name
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_json
+from hpctrain.utils.text import first_lines, plural
+
+_SHOWN = 8
+_ANEW = 'or begin anew with checkpoint.resume = "never", which keeps them under another name'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,23 +188,34 @@ def _config(path: Path, meta: Mapping[str, Any]) -> str:
 def load_newest(
     checkpoints: Path, tell: Callable[[str], None], read: Callable[[Path], Loaded] = load
 ) -> Loaded | None:
-    """Read the newest whole checkpoint of a folder; None if there is none.
+    """Read the newest whole checkpoint of a folder; None if there is none at all.
 
     Args:
         checkpoints: the folder of all of them.
-        tell: is told of every newer one that is not whole.
+        tell: is told of every newer one that is damaged.
         read: reads one.
 
     Raises:
-        CheckpointError: if the folder cannot be used.
+        CheckpointError: if the folder cannot be used, none of its checkpoints is whole, or one
+            that may be whole cannot be read: to begin anew would be the loss of them all.
     """
     try:
         put_back(checkpoints)
     except OSError as error:
-        raise CheckpointError(f"cannot use {checkpoints}: {error}") from error
+        raise UnreadableError(f"cannot use {checkpoints}: {error}") from error
+    damaged = []
     for path in newest_first(checkpoints):
         try:
             return read(path)
+        except UnreadableError as error:
+            raise UnreadableError(f"{error}. It may be whole: make it readable, {_ANEW}") from error
         except CheckpointError as error:
+            damaged.append(str(error))
             tell(f"skipped: {error}")
+    if damaged:
+        reasons = "".join(f"\n  {line}" for line in first_lines(damaged, _SHOWN))
+        raise CheckpointError(
+            f"none of the {plural(len(damaged), 'checkpoint')} in {checkpoints} is whole: repair "
+            f"or bring back one of them, {_ANEW}{reasons}"
+        )
     return None

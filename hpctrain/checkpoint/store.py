@@ -22,6 +22,7 @@ from hpctrain.checkpoint.layout import (
     put_back,
     read_meta,
     set_aside,
+    step_of,
     those_aside,
 )
 from hpctrain.checkpoint.retention import Retention
@@ -260,13 +261,16 @@ class CheckpointStore:
 
     def _delete_surplus(self, newest: Path) -> None:
         whole = [path for path in newest_first(self._checkpoints) if is_whole(path)]
+        # What is newer than the newest is none of this run's: it takes no place from what is.
+        last = step_of(newest.name) or 0
         known = []
         for path in whole:
             try:
                 meta = read_meta(path)
             except CheckpointError:
                 continue
-            known.append((meta["step"], meta["metrics"]))
+            if meta["step"] <= last:
+                known.append((meta["step"], meta["metrics"]))
         surplus = self._retention.surplus(known)
         if surplus:
             self._read_back(newest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -48,7 +49,10 @@ class RunFolder:
             self.tries, self.save_seconds = last.tries + 1, last.save_seconds
             self.skipped_steps = last.skipped_steps
             # A killed job has saved more than it could say; that is not this one's gain.
-            self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
+            self.step = self._first_step = last.step
+            # Where the pointer is damaged the folders themselves tell what to go on from.
+            with suppress(CheckpointError):
+                self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
         # Until the job says otherwise: a killed one says nothing more.
         self.end(None, "running")
         return self

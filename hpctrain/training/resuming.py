@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpctrain.checkpoint.layout import check_file, newest_first, step_of
+from hpctrain.checkpoint.layout import LATEST, check_file, newest_first, step_of
 from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
@@ -17,6 +17,7 @@ from hpctrain.topology import raise_together
 from hpctrain.training.persistence import Resumed, share
 from hpctrain.training.saved_values import check_values
 from hpctrain.training.step.preparation import is_spread
+from hpctrain.utils.files import replace_file
 
 logger = logging.getLogger("hpctrain")
 
@@ -39,11 +40,17 @@ def find_checkpoint(config: Config, world: World, folder: Path | None) -> Resume
             checkpoints = folder / "checkpoints"
             if config.checkpoint.resume == "auto":
                 loaded = load_newest(checkpoints, logger.warning, read)
+                if loaded is None:
+                    _require_beginning(folder)
+                else:
+                    # Those that were passed over must not be taken for newer ones than the next.
+                    _put_aside(checkpoints, loaded.step + 1, points_to=loaded.path)
             elif config.checkpoint.resume == "never":
-                _put_aside(checkpoints, first_step=0)
+                _put_aside(checkpoints, 0)
+                (folder / LATEST).unlink(missing_ok=True)
             else:
                 loaded = read(Path(config.checkpoint.resume))
-                _put_aside(checkpoints, first_step=loaded.step + 1)
+                _put_aside(checkpoints, loaded.step + 1)
     return share(world, loaded)
 
 
@@ -64,7 +71,7 @@ def reading(world: World, *, together: bool) -> Iterator[Callable[[Path], Loaded
         communicator.broadcast((path, meta))
         problems = communicator.all_gather(_problem(path, meta, world))
         if found := [problem for problem in problems if problem is not None]:
-            raise CheckpointError(found[0])
+            raise found[0]
 
     if not together:
         yield lambda path: check_values(load(path))
@@ -80,21 +87,40 @@ def reading(world: World, *, together: bool) -> Iterator[Callable[[Path], Loaded
         yield load
 
 
-def _problem(path: Path, meta: Mapping[str, Any], world: World) -> str | None:
+def _problem(path: Path, meta: Mapping[str, Any], world: World) -> CheckpointError | None:
     """Compare this rank's share of the files of a checkpoint; return what is wrong with one."""
     try:
         for name in sorted(meta["files"])[world.topology.rank :: world.topology.world_size]:
             world.pulse.tick()
             check_file(path, name, meta)
     except CheckpointError as error:
-        return str(error)
+        return error
     return None
 
 
-def _put_aside(checkpoints: Path, first_step: int) -> None:
+def _require_beginning(folder: Path) -> None:
+    """Check that a run without checkpoints never had one.
+
+    Raises:
+        CheckpointError: if its newest has gone.
+    """
+    pointer = folder / LATEST
+    if pointer.exists():
+        raise CheckpointError(
+            f"{pointer} names a checkpoint, and there is none in {folder / 'checkpoints'}: bring "
+            'them back, or begin anew with checkpoint.resume = "never"'
+        )
+
+
+def _put_aside(checkpoints: Path, first_step: int, points_to: Path | None = None) -> None:
     """Move checkpoints from `first_step` on out of the way of a run that begins before them.
 
     A later job would go on from them, though they are none of this run's own past.
+
+    Args:
+        checkpoints: the folder of all of them.
+        first_step: of those to move.
+        points_to: the one that is the newest then; None: there is none of this run.
     """
     later = [path for path in newest_first(checkpoints) if (step_of(path.name) or 0) >= first_step]
     if not later:
@@ -106,7 +132,11 @@ def _put_aside(checkpoints: Path, first_step: int) -> None:
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
-        (checkpoints.parent / "latest").unlink(missing_ok=True)
+        pointer = checkpoints.parent / LATEST
+        if points_to is None:
+            pointer.unlink(missing_ok=True)
+        else:
+            replace_file(pointer, f"{points_to.name}\n".encode())
     except OSError as error:
         raise CheckpointError(f"cannot move checkpoints to {aside}: {error}") from error
     logger.info("checkpoints of another course of this run are now in %s", aside)
