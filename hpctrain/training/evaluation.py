@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 from hpctrain.data.loading.loader import Batch
@@ -15,9 +14,10 @@ from hpctrain.topology import on_rank_zero
 from hpctrain.training.gathering import gather_at_rank_zero
 from hpctrain.training.metric_objects import MetricObjects
 from hpctrain.training.metrics import Part, Totals, combine
+from hpctrain.training.step.broadcast import broadcast_buffers
 from hpctrain.training.step.call import Call, call_directly
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
+from hpctrain.training.step.undisturbed import evaluating, kept_generators, kept_tensors
 from hpctrain.training.task import Fields, Task
 
 
@@ -36,7 +36,8 @@ def evaluate(
     """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
 
     Runs the bare module: DDP's forward would broadcast buffers, and ranks have different numbers
-    of batches. Parameters, buffers, generators and train flags are left as they were.
+    of batches. Parameters, buffers, generators and train flags are left as they were;
+    plain attributes are the module's own.
 
     Args:
         model: the bare module, its parameters the same on all ranks. Where ranks have buffers of
@@ -63,7 +64,7 @@ def evaluate(
         with (
             torch.no_grad(),
             kept_generators(world.device),
-            _buffers_of_rank_zero(model, world),
+            _tensors_of_rank_zero(model, world),
             evaluating(model.modules()),
             objects.local(),
         ):
@@ -96,14 +97,12 @@ def _combined(part: Part, task: Task, objects: MetricObjects, world: World) -> d
 
 
 @contextmanager
-def _buffers_of_rank_zero(model: nn.Module, world: World) -> Iterator[None]:
-    """Give every rank rank 0's buffers in the body. Collective: all ranks."""
-    with kept_buffers(model):
+def _tensors_of_rank_zero(model: nn.Module, world: World) -> Iterator[None]:
+    """Have rank 0's buffers on every rank in the body, and all as it was after it.
+
+    Collective: all ranks.
+    """
+    with kept_tensors(model):
         if world.topology.world_size > 1:
-            for buffer in model.buffers():
-                # As bytes: every dtype travels, whatever the backend knows to reduce.
-                data = buffer.reshape(-1).contiguous().view(torch.uint8)
-                if data.numel():
-                    dist.broadcast(data, src=0)
-                    buffer.copy_(data.view(buffer.dtype).view(buffer.shape))
+            broadcast_buffers(world, model)
         yield

@@ -24,7 +24,7 @@ from hpctrain.training.metrics import Part, Totals, combine
 from hpctrain.training.replay import Replay
 from hpctrain.training.step.call import Call, call_directly
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.undisturbed import evaluating, kept_buffers, kept_generators
+from hpctrain.training.step.undisturbed import evaluating, kept_generators, kept_model
 from hpctrain.training.task import Fields, Task
 
 logger = logging.getLogger("hpctrain")
@@ -69,7 +69,7 @@ def rehearse(
     with (
         torch.no_grad(),
         kept_generators(world.device),
-        kept_buffers(model),
+        kept_model(model, task=task),
         evaluating(model.modules()),
         rehearsal.objects.untouched(),
         rehearsal.objects.local(),

@@ -38,8 +38,7 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dic
             tensor = tensors[name].to(world.device)
         else:
             tensor = torch.empty(shape, dtype=dtype, device=world.device)
-        # As bytes: every dtype travels, whatever the backend knows to reduce.
-        dist.broadcast(tensor.reshape(-1).contiguous().view(torch.uint8), src=0)
+        dist.broadcast(as_bytes(tensor), src=0)
         received[name] = tensor.cpu()
     return received
 
@@ -47,9 +46,35 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dic
 def broadcast_model(world: World, model: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers, as DDP does. Collective: all ranks."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        there = tensor.detach().to(world.device)
-        data = there.reshape(-1).contiguous().view(torch.uint8)
+        data = as_bytes(tensor.to(world.device))
         if data.numel():
             dist.broadcast(data, src=0)
             with torch.no_grad():
                 tensor.copy_(data.view(tensor.dtype).view(tensor.shape))
+
+
+def broadcast_buffers(world: World, model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, by their names. Collective: all ranks.
+
+    A rank that has not run the model yet may lack some, or have them in another shape.
+    """
+    facts = [(name, item.shape, item.dtype) for name, item in model.named_buffers()]
+    for name, shape, dtype in world.communicator.broadcast(facts):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        buffer = module._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (shape, dtype):
+            buffer = torch.empty(shape, dtype=dtype, device=world.device)
+        data = as_bytes(buffer)
+        if data.numel():
+            dist.broadcast(data, src=0)
+        module._buffers[key] = data.view(dtype).view(shape)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor one after the other, as bytes.
+
+    So every dtype travels, whatever the backend knows to reduce.
+    """
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.reshape(-1).contiguous().view(torch.uint8)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator, raise_together
+from hpctrain.training.step.disturbance import Disturbance, judge
 from hpctrain.training.step.replica import Replica
-from hpctrain.training.step.undisturbed import kept_buffers, kept_generators
+from hpctrain.training.step.undisturbed import kept_generators, kept_model
 from hpctrain.training.task import Fields, Task
 from hpctrain.utils.text import listed
 
@@ -28,7 +29,7 @@ def prime(
     arithmetic: AbstractContextManager[object],
     device: torch.device,
     communicator: Communicator,
-) -> None:
+) -> Disturbance:
     """Run the model as a step would, without an update. Collective: all ranks.
 
     DDP puts the gradients into other buckets after its first backward pass, in the forward pass
@@ -36,19 +37,23 @@ def prime(
     one that never stopped, every start goes through that before the state is restored.
 
     Args:
-        replica: of the model; its gradients, buffers, and the random generators are left as they
-            were (gradients: None).
-        task: computes the loss.
+        replica: of the model. Parameters, buffers, train flags, plain attributes and the random
+            generators are left as they were; there are no gradients.
+        task: computes the loss; its attributes are left as they were, too.
         fields: as many samples as the largest pass has, inputs in the dtype of the parameters.
         arithmetic: the context of forward passes.
         device: of this rank.
         communicator: of all ranks.
 
+    Returns:
+        What the passes had done to the model.
+
     Raises:
-        TrainingError: on every rank, if the task breaks its contract, or no parameter has a part
-            in the loss. What the model itself raises comes out as it is, with its traceback.
+        TrainingError: on every rank, if the task breaks its contract, no parameter has a part in
+            the loss, or the model does to its parameters what cannot be trained rightly. What the
+            model itself raises comes out as it is, with its traceback.
     """
-    with kept_generators(device), kept_buffers(replica.model):
+    with kept_generators(device), kept_model(replica.model, task=task) as found:
         replica.clear_gradients()
         with raise_together(communicator), replica.local():
             last = _first_pass(replica, task, fields, arithmetic)
@@ -67,6 +72,8 @@ def prime(
                 replica.clear_gradients()
             replica.time_communication(last)
             replica.refresh()
+    judge(found, communicator)
+    return found
 
 
 def _first_pass(

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
+from hpctrain.training.step.broadcast import as_bytes
 from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
 from hpctrain.training.step.precision import NumberFormat
@@ -142,7 +143,7 @@ class Shards:
         self._order = GatherOrder(self._root, world.communicator)
         self.call: Call = self._order.watched(callee)
         self.call_alone: Call = self.call
-        self._buffers = [item for item in model.buffers() if item.numel()]
+        self._modules = list(model.modules())
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return this rank's rows of every parameter, by name."""
@@ -152,17 +153,20 @@ class Shards:
         """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""
         self.clear_gradients()
         self._uses.begin()
-        if not self._buffers:
+        # Looked up by name: a forward pass may have put others in their place.
+        unique = {id(item): item for module in self._modules for item in module._buffers.values()}
+        buffers = [item for item in unique.values() if item is not None and item.numel()]
+        if not buffers:
             return
-        # As bytes, all in one message: every dtype travels, whatever the backend knows to reduce.
-        pieces = [item.reshape(-1).contiguous().view(torch.uint8) for item in self._buffers]
-        whole = torch.cat(pieces)
+        pieces = [as_bytes(item) for item in buffers]
+        whole = torch.cat(pieces)  # all in one message
         dist.broadcast(whole, src=0)
         if self.rank:
             received = whole.split([piece.numel() for piece in pieces])
-            for buffer, piece in zip(self._buffers, received, strict=True):
-                # A copy begins where any dtype may begin.
-                buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
+            with torch.no_grad():
+                for buffer, piece in zip(buffers, received, strict=True):
+                    # A copy begins where any dtype may begin.
+                    buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
 
     @contextmanager
     def local(self) -> Iterator[None]:

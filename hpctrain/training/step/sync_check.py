@@ -56,7 +56,7 @@ def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
     if world.topology.world_size == 1:
         return
     names = [name for name, _ in model.named_parameters()]
-    sums = torch.stack([_checksum(item.detach()) for item in model.parameters()]).tolist()
+    sums = torch.stack([checksum(item.detach()) for item in model.parameters()]).tolist()
     digest = hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
     digests = world.communicator.all_gather(digest)
     if len(set(digests)) == 1:
@@ -80,8 +80,9 @@ def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
     )
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's elements taken as integers, () int64: every bit counts."""
+    tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hpctrain.training.step.attributes import Attributes
+from hpctrain.training.step.disturbance import Disturbance
+from hpctrain.training.step.names_and_values import Names, Values
+from hpctrain.training.step.sync_check import checksum
+
 
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
@@ -25,15 +30,58 @@ def kept_generators(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Leave the buffers of a model, such as batch statistics, as they were before the body."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def kept_model(model: nn.Module, **others: object) -> Iterator[Disturbance]:
+    """Leave a model as it was before the body: all that hangs on its names, and its attributes.
+
+    Args:
+        model: parameters (or this rank's rows of them), buffers, train flags, plain attributes.
+        others: more objects whose attributes are kept, by a name for messages.
+
+    Yields:
+        What the body has done to the model: known after it, unless it fails.
+    """
+    attributes = Attributes({"": model, **others})
+    names = Names(attributes.modules)
+    values = Values([*names.tensors(), *attributes.tensors])
+    parameters = dict(model.named_parameters())
+    shapes = {name: item.shape for name, item in model.named_buffers()}
+    found = Disturbance()
+    try:
+        yield found
+        now = dict(model.named_parameters())
+        found.registered = [name for name in now if name not in parameters]
+        for name, item in parameters.items():
+            here = now.get(name, item)
+            if here is not item and not hasattr(item, "to_local"):
+                found.replaced[name] = item.requires_grad
+            if here is not item or values.changed(item):
+                found.moved[name] = int(checksum(here.detach()))
+        saved = model.state_dict().keys()
+        found.buffers = {
+            name: name in saved
+            for name, item in model.named_buffers()
+            if shapes.get(name) != item.shape
+        }
+    finally:
+        names.put_back()
+        values.put_back()
+        found.attributes = attributes.put_back()
+
+
+@contextmanager
+def kept_tensors(model: nn.Module) -> Iterator[None]:
+    """Leave parameters, buffers and train flags as they were before the body.
+
+    Attributes stay the module's own, and with them the buffers that go with some, see
+    `Names.put_back`.
+    """
+    names = Names(model.modules())
+    values = Values(names.tensors())
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        names.put_back(keep_caches=True)
+        values.put_back()
 
 
 @contextmanager

@@ -1,0 +1,215 @@
+"""What objects hold: how it is read, and how they are made to hold it again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import random
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Items = list[tuple[Any, Any]]
+"""(key, value) of all that an object holds: keys, indices or names of attributes."""
+
+# What does not change, or stands for code.
+_FIXED = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, type, Enum, PurePath),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, weakref.ref, logging.Logger),
+    *(np.dtype, np.generic, torch.dtype, torch.device, torch.Size, torch.layout),
+    torch.memory_format,
+)
+_OF_MODULES = frozenset(nn.Module().__dict__)
+# torch's own objects are its own affair, but for those that are made to hold what users put there.
+_HOLDERS_OF_TORCH = ("torch.optim.", "torch.distributions.")
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """One way of holding things.
+
+    Attributes:
+        label: of an item in a name, from its key.
+        read: returns the items.
+        fill: makes the object hold just some items.
+        exchanges: whether it can hold other items than those that it was made with.
+    """
+
+    label: str
+    read: Callable[[Any], Items]
+    fill: Callable[[Any, Items], None]
+    exchanges: bool = True
+
+
+def is_fixed(value: object) -> bool:
+    """Tell whether an object does not change, or stands for code, or is torch's own affair."""
+    if isinstance(value, _FIXED):
+        return True
+    kind = f"{type(value).__module__}."
+    return (
+        kind.startswith("torch.")
+        and not kind.startswith(_HOLDERS_OF_TORCH)
+        and not isinstance(value, nn.Module | Tensor | torch.Generator)
+    )
+
+
+def holding_of(value: object) -> Holding | None:
+    """Return how an object holds others; None of one that cannot be looked into."""
+    for kind, holding in _HOLDINGS.items():
+        if isinstance(value, kind):
+            return holding
+    return _OBJECT if hasattr(value, "__dict__") or _slots(value) else None
+
+
+def is_container(value: object) -> bool:
+    """Tell whether an object is there to hold others, and nothing by itself."""
+    return isinstance(value, tuple(_HOLDINGS))
+
+
+def state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """Return how to read and to set the state of what has one, such as a random generator."""
+    for kind, access in _STATES.items():
+        if isinstance(value, kind):
+            return access(value)
+    return None
+
+
+def can_be_taken_apart(value: object) -> bool:
+    """Tell whether an object is no more than its attributes; an open file is more."""
+    try:
+        value.__reduce_ex__(4)
+    except Exception:  # noqa: BLE001 - whatever its maker has it raise
+        return False
+    return True
+
+
+def copied(value: object) -> object | None:
+    """Return a copy of an object, None if it cannot be copied."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever its maker has it raise
+        return None
+
+
+def visible(value: Any) -> Any:
+    """Return what can be seen of an object from outside, to tell whether it has changed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever its maker has it raise
+        pass
+    frame = getattr(value, "gi_frame", None)  # of a generator
+    if frame is not None:
+        return frame.f_lasti, repr(frame.f_locals)
+    try:
+        return value.tell()
+    except Exception:  # noqa: BLE001 - it is no file, or a closed one
+        return repr(value)
+
+
+def _attributes(value: Any) -> Items:
+    slots = [(name, getattr(value, name)) for name in _slots(value) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *slots]
+
+
+def _slots(value: object) -> list[str]:
+    """Return the names of the attributes that are not in an object's dictionary."""
+    return [
+        name
+        for base in type(value).__mro__
+        for name in _listed(base.__dict__.get("__slots__", ()))
+        if name not in ("__dict__", "__weakref__")
+    ]
+
+
+def _listed(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
+
+
+def _fill_attributes(value: Any, items: Items) -> None:
+    wanted, slots = dict(items), _slots(value)
+    for name in slots:
+        if name in wanted:
+            object.__setattr__(value, name, wanted[name])
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
+    if hasattr(value, "__dict__"):
+        value.__dict__.clear()
+        value.__dict__.update({k: item for k, item in wanted.items() if k not in slots})
+
+
+def _plain_attributes(module: nn.Module) -> Items:
+    return [(name, item) for name, item in module.__dict__.items() if name not in _OF_MODULES]
+
+
+def _fill_plain_attributes(module: nn.Module, items: Items) -> None:
+    for name, _ in _plain_attributes(module):
+        del module.__dict__[name]
+    module.__dict__.update(items)
+
+
+def _fill_dict(value: dict[Any, Any], items: Items) -> None:
+    kind = OrderedDict if isinstance(value, OrderedDict) else dict
+    kind.clear(value)
+    for key, item in items:
+        kind.__setitem__(value, key, item)
+
+
+def _fill_flat(value: Any, items: Items) -> None:
+    value.clear()
+    add = value.update if isinstance(value, set) else value.extend
+    add(item for _, item in items)
+
+
+def _enumerated(value: Any) -> Items:
+    return list(enumerate(value))
+
+
+def _fill_nothing(value: object, items: Items) -> None:
+    """Leave what cannot change as it is."""
+
+
+def _state_of_bits(value: np.random.Generator) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    bits = value.bit_generator
+    return lambda: copy.deepcopy(bits.state), lambda state: setattr(bits, "state", state)
+
+
+_STATES: dict[type, Callable[[Any], tuple[Callable[[], Any], Callable[[Any], None]] | None]] = {
+    torch.Generator: lambda value: (value.get_state, value.set_state),
+    np.random.Generator: _state_of_bits,
+    np.random.RandomState: lambda value: (value.get_state, value.set_state),
+    random.Random: lambda value: (value.getstate, value.setstate),
+    np.memmap: lambda value: None,
+    np.ndarray: lambda value: (
+        (value.copy, lambda saved: np.copyto(value, saved)) if value.flags.writeable else None
+    ),
+    bytearray: lambda value: (
+        lambda: bytes(value),
+        lambda saved: value.__setitem__(slice(None), saved),
+    ),
+}
+_OBJECT = Holding(".{}", _attributes, _fill_attributes)
+_FLAT = Holding("[{}]", _enumerated, _fill_flat)
+_HOLDINGS: dict[type, Holding] = {
+    nn.Module: Holding(".{}", _plain_attributes, _fill_plain_attributes),
+    dict: Holding("[{!r}]", lambda value: list(value.items()), _fill_dict),
+    list: _FLAT,
+    deque: _FLAT,
+    set: _FLAT,
+    tuple: Holding("[{}]", _enumerated, _fill_nothing, exchanges=False),
+    frozenset: Holding("[{}]", _enumerated, _fill_nothing, exchanges=False),
+}
