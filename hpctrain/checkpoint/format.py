@@ -70,6 +70,7 @@ class Snapshot:
         values: the rest of the training state; JSON.
         config_toml: the resolved config.
         metrics: of an evaluation at this very step.
+        made_by: what there is to say of the job that saves it; JSON.
         tied: further names of tensors, besides those that share memory here.
         spread: of whole tensors, where `model` and `training` are rank 0's part of them.
         others: waits for the parts of the other ranks, and returns the files of each.
@@ -83,6 +84,7 @@ class Snapshot:
     lent: Mapping[str, Tensor] = field(default_factory=dict)
     lend: Callable[[Callable[[], None]], None] = lambda wait: wait()
     metrics: Mapping[str, float] | None = None
+    made_by: Mapping[str, Any] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     spread: Spread | None = None
     others: Callable[[], Sequence[Mapping[str, Written]]] = tuple
@@ -131,6 +133,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         **({} if spread is None else {"spread": spread.to_json()}),
         "metrics": snapshot.metrics
         and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
+        "made_by": dict(snapshot.made_by),
         "versions": {
             "hpctrain": __version__,
             "torch": torch.__version__,

@@ -5,7 +5,7 @@ A checksum tells whether it is what was written; this tells whether it makes sen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from annotated_types import Ge, Lt
@@ -31,10 +31,35 @@ class FileFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """A module of the user's own, as it was."""
+
+    file: str
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBy:
+    """The job that saved a checkpoint.
+
+    Attributes:
+        job: its number among those of the run.
+        modules: the user's own that were imported, by name.
+        versions: of what it ran on.
+    """
+
+    job: Count | None
+    modules: dict[str, Module] | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Meta:
     """meta.json.
 
     Attributes:
+        made_by: None where 0.1.0 has written it.
+        versions: of what has written it.
         aliases: further names of tensors, and the names that they are stored under.
         metrics: of an evaluation at this very step.
         spread: number of writers as `ranks`, and by file the shapes of what is spread over them.
@@ -45,5 +70,7 @@ class Meta:
     files: dict[str, FileFacts]
     aliases: dict[str, str]
     metrics: dict[str, float] | None
+    made_by: MadeBy | None = None
+    versions: dict[str, str] = field(default_factory=dict)
     spread: dict[str, Annotated[int, Ge(1), Lt(2**24)] | Shapes] | None = None
     xxh3_64: str

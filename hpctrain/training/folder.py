@@ -11,6 +11,7 @@ from hpctrain.batch.outcome import Outcome, newest_saved, read_outcome, write_ou
 from hpctrain.batch.schedulers import job_identity
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ExitCode
+from hpctrain.observe.job_record import JobRecord
 
 
 class RunFolder:
@@ -22,6 +23,7 @@ class RunFolder:
         save_seconds: of a save, from its first copy until it is on disk: the slowest of late,
             in this job or the ones before.
         skipped_steps: steps of the run that were not applied, as far as is known.
+        record: of this job, for those who ask later what a checkpoint was made by.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +32,7 @@ class RunFolder:
         self.step = 0
         self.save_seconds = 0.0
         self.skipped_steps = 0
+        self.record = JobRecord(path)
         self._first_step = 0
         self._lease = Lease(path)
 
@@ -106,6 +109,12 @@ class RunFolder:
                 skipped_steps=self.skipped_steps,
             ),
         )
+        if code is not None:
+            self.record.end(
+                reason=reason,
+                exit_code=code,
+                steps={"first": self._first_step, "last": self.step},
+            )
 
 
 _SLOW_DISK_BYTES_PER_SECOND = 200e6

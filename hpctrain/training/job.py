@@ -33,6 +33,7 @@ from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
 from hpctrain.training.read_trouble import ReadTrouble
+from hpctrain.training.recording import begin_record
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.resuming import find_checkpoint
 from hpctrain.training.run import BestMetric, Run
@@ -82,6 +83,7 @@ def train(
             stop = _stop_agreement(config, communicator, signals, folder, stack)
             group = process_group(topology, communicator, config.launch, meeting, guard)
             world = stack.enter_context(group)
+            begin_record(folder, world)
             ending, reason = _train(config, world, stop, folder, command)
         except HpctrainError as error:
             if folder is not None:
@@ -133,9 +135,7 @@ def _train(
         if folder is not None:
             rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
             stop.add(rank_zero.save_clock.bit)
-            logger.info(
-                header_text(config, world, parts, data, resumed, place, folder.path, changes)
-            )
+            logger.info(header_text(config, world, parts, data, resumed, place, folder, changes))
         stop.add(ReadTrouble(data.train_loader).bit)
         phases = Phases(_counters(parts, data, rank_zero))
     run = Run(

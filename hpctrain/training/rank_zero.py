@@ -75,6 +75,7 @@ def prepare_rank_zero(
     state_bytes = expected_bytes(parts.step)
     store.require_space(state_bytes)
     folder.expect_save(state_bytes)
+    folder.record.note_modules()  # the model is built: what it needs is imported
     return RankZero(
         folder=folder,
         store=store,

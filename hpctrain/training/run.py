@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpctrain.batch.reasons import SAVE_DUE
@@ -26,6 +26,7 @@ from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import capture, roll_back
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.recording import made_by
 from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
 from hpctrain.training.step.sync_check import check_equal_parameters
@@ -207,6 +208,9 @@ class Run:
             metrics=metrics,
         )
         if self._rank_zero is not None:
+            assert snapshot is not None
+            job = self._rank_zero.folder.record
+            snapshot = replace(snapshot, made_by=made_by(job, self._world))
             self._rank_zero.save_clock.saved()
         if self._together is not None:
             assert snapshot is not None

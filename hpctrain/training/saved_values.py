@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -33,6 +33,15 @@ class _Generators:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Normalization:
+    """The numbers of a field, and what the config said of it."""
+
+    given: str | dict[str, Any]
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Values:
     """training.json; keys that are not named here belong to whoever reads them.
 
@@ -53,6 +62,7 @@ class _Values:
     lr: float
     metrics: dict[str, float]
     best: tuple[str, float | None, Count] | None
+    normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False
 

@@ -14,10 +14,12 @@ from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.assembly import Parts
 from hpctrain.training.datasets import Data
+from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.recording import changed_since
 from hpctrain.training.run import Run
 from hpctrain.utils.text import metric, plural
 
@@ -29,16 +31,18 @@ def header_text(
     data: Data,
     resumed: Resumed | None,
     place: Place,
-    folder: Path,
+    folder: RunFolder,
     changes: Sequence[str] = (),
 ) -> str:
     """Return the header of a run; `changes` is what else is not as it was."""
+    if resumed is not None:
+        changes = [*changes, *changed_since(resumed, folder.record, world)]
     parameters = list(parts.model.parameters())
     topology = world.topology
     return header(
         HeaderFacts(
             run=config.run.name,
-            folder=str(folder),
+            folder=str(folder.path),
             world_size=topology.world_size,
             num_nodes=topology.num_nodes,
             launcher=None if topology.launcher == "none" else topology.launcher,

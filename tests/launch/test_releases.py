@@ -94,6 +94,26 @@ def test_a_run_of_an_older_release_goes_on_as_it_would_have_there(
                 assert one[key] == near, (case, key, one, other)
 
 
+def test_each_job_leaves_its_record(
+    release: tuple[str, Path, dict[str, dict[str, Any]]],
+) -> None:
+    """Of the jobs above, those that were refused included; there was none in the older release."""
+    _, folder, ended = release
+    for case, found in ended.items():
+        record = json.loads((folder / case / "jobs" / "1.json").read_bytes())
+        assert record["exit_code"] == found["code"]
+        assert record["start"] < record["end"]
+        assert record["versions"]["MPI"]
+        assert record["packages"]["numpy"]
+        assert sum(node["ranks"] for node in record["nodes"]) == 2
+        if found["code"] == 0:
+            assert record["steps"] == {"first": STOPPED, "last": 14}
+            assert record["modules"]["release_parts"]["file"] == "release_parts.py"
+            meta = json.loads(next((folder / case).glob("*/*-00000014/meta.json")).read_bytes())
+            assert meta["made_by"]["job"] == 1
+            assert meta["made_by"]["modules"] == record["modules"]
+
+
 def test_what_cannot_go_on_is_refused_with_its_reason(
     release: tuple[str, Path, dict[str, dict[str, Any]]],
 ) -> None:
