@@ -152,7 +152,7 @@ def test_lists_are_wrapped_and_commands_stay_whole(num_metrics: int) -> None:
     command = "python -m hpctrain " + " ".join(f"model.key{i}=value" for i in range(20))
     last = {f"metric_{i}": float(i) for i in range(num_metrics)}
     changes: dict[str, Any] = {"last": last, "next_command": ("resume", command)}
-    *lines, final = summary(dataclasses.dataclasses.replace(SUMMARY, **changes)).splitlines()
+    *lines, final = summary(dataclasses.replace(SUMMARY, **changes)).splitlines()
     assert final == f"  resume      {command}"
     assert max(map(len, lines)) <= 100
     parts = " ".join(
