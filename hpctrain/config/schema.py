@@ -85,6 +85,15 @@ class FieldTable:
     every: Count = 1
     """Rows from one of them to the next."""
 
+    decode: Literal["cf", "integers", "none"] | None = None
+    """As `data.decode`, for this field; "integers": only mark what is missing among them."""
+
+    fill: float | None = None
+    """Number in place of missing values, once normalised; none: NaN, of integers what is stored."""
+
+    mask: Text | None = None
+    """Name of a further field: 1 where this one has a value, 0 where it is missing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplesTable:

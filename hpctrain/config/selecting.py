@@ -25,6 +25,7 @@ def check_fields(source: Source) -> list[Mistake]:
     mistakes = []
     for name, table in _tables(source).items():
         key = ("data", "fields", name)
+        mistakes += _check_missing(source, name, table, known)
         if isinstance(inputs, list) and name not in known:
             near = did_you_mean(name, known)
             problem = f"neither task.inputs nor task.target has this field{near}"
@@ -82,6 +83,34 @@ def _check_files(source: Source, name: str, table: dict[str, Any]) -> list[Mista
         problem = "there is no data.validation whose rows these would be joined with"
         return [source.mistake(key, problem)]
     return []
+
+
+def _check_missing(
+    source: Source, name: str, table: dict[str, Any], known: list[str]
+) -> list[Mistake]:
+    """Check what is said of a field's missing values, and the name of its mask."""
+    key = ("data", "fields", name)
+    mask = table.get("mask")
+    mistakes = []
+    stored = table.get("decode", source.get("data", "decode")) == "none"
+    if stored and (given := [each for each in ("fill", "mask") if each in table]):
+        problem = 'nothing is missing among numbers taken as stored, by decode = "none"'
+        mistakes.append(source.mistake((*key, given[0]), problem))
+    if "fill" in table and mask is None and name == source.get("task", "target"):
+        problem = (
+            "the loss would compare with this number as with any other: name a mask as well, such "
+            f'as mask = "{name}_mask"'
+        )
+        mistakes.append(source.mistake((*key, "fill"), problem))
+    if isinstance(mask, str) and source.get("task", "use") == "language_modeling":
+        problem = "language_modeling takes no mask: name what is missing by task.ignore_index"
+        mistakes.append(source.mistake((*key, "mask"), problem))
+    if isinstance(mask, str):
+        others = [other.get("mask") for each, other in _tables(source).items() if each != name]
+        if mask in (name, source.get("task", "target"), *_tables(source)) or mask in others:
+            problem = "this is the name of another field: choose one that is free"
+            mistakes.append(source.mistake((*key, "mask"), problem))
+    return mistakes
 
 
 def _tables(source: Source) -> dict[str, dict[str, Any]]:

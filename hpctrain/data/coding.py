@@ -53,8 +53,16 @@ class Coding:
     @property
     def marks(self) -> bool:
         """Whether numbers can stand for none; that NaN does so needs no saying."""
-        marks = any(not math.isnan(number) for number in self.missing)
-        return marks or self.least is not None or self.largest is not None
+        return self.is_bounded or any(not math.isnan(number) for number in self.missing)
+
+    def marks_others_than(self, number: object) -> bool:
+        """Tell whether another number than this one can stand for none."""
+        return self.marks and (set(self.missing) != {number} or self.is_bounded)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether numbers outside of a range stand for none."""
+        return self.least is not None or self.largest is not None
 
     @property
     def says_nan(self) -> bool:

@@ -48,6 +48,11 @@ def coding_of(dtype: np.dtype[Any], attributes: Mapping[str, Any]) -> Coding:
     return _Reader(dtype.newbyteorder("="), said).coding()
 
 
+def without_coding(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that hold for values too, once they are decoded."""
+    return {name: value for name, value in attributes.items() if name not in ATTRIBUTES}
+
+
 class _Reader:
     """Makes a Coding of attributes, and notes those that say nothing."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,26 @@ class FieldDecoding:
         return made
 
 
+def decoded_rows(
+    arrays: Mapping[str, Numbers],
+    samples: npt.NDArray[np.int64],
+    decodings: Mapping[str, FieldDecoding],
+) -> dict[str, Numbers]:
+    """Return the values of samples.
+
+    Args:
+        arrays: by field, (samples, *shape) as stored but in this machine's byte order.
+        samples: which they are.
+        decodings: of the fields to decode.
+    """
+    return {
+        name: numbers
+        if (decoding := decodings.get(name)) is None
+        else decoding.decode(numbers, decoding.codes(samples))
+        for name, numbers in arrays.items()
+    }
+
+
 def decodings(
     datasets: Sequence[Dataset], integers: Container[str] = ()
 ) -> list[dict[str, FieldDecoding]]:
@@ -117,10 +137,42 @@ def decodings(
         if all(each.is_plain for each in codings):
             continue
         keeps = name in integers and not any(each.is_scaled for each in codings)
-        keeps = keeps or not any(each.makes_floats for each in codings)
+        keeps &= datasets[0].fields[name].dtype.kind in "iu"
+        keeps |= not any(each.makes_floats for each in codings)
         for decoded, dataset in zip(found, datasets, strict=True):
             decoded[name] = _decoding(dataset, name, keeps_integers=keeps)
     return found
+
+
+def described(decoding: FieldDecoding) -> str:
+    """Return in a few words what becomes of the numbers of a field."""
+    stored = decoding.dataset.fields[decoding.name].dtype.name
+    words = [stored if stored == decoding.viewed.name else f"{stored} as {decoding.viewed.name}"]
+    for sign, values in (
+        ("x", [each.scale for each in decoding.codings]),
+        ("+", [each.offset for each in decoding.codings]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            words.append(f"{sign} {_span(known)}")
+    said = " ".join(words)
+    if not decoding.keeps_numbers:
+        said += f" = {decoding.decoded.name}"
+    marks = [_marks(each) for each in decoding.codings if each.marks]
+    if marks:
+        said += f", missing: {marks[0]}" + (" and others" if len(set(marks)) > 1 else "")
+    return said + (" (each file has its own)" if len(decoding.codings) > 1 else "")
+
+
+def unused_attributes(dataset: Dataset) -> list[str]:
+    """Return what is said of fields that says nothing of their numbers, each once."""
+    found: dict[str, str] = {}
+    for name in dataset.fields:
+        home, _ = dataset.home(name)
+        for shard, coding in zip(home.shards, dataset.codings(name), strict=True):
+            for each in coding.unused:
+                found.setdefault(f"{name}: {each}", shard.name)
+    return [f"{what} (in {file})" for what, file in found.items()]
 
 
 def decoding_record(dataset: Dataset, name: str) -> str:
@@ -159,19 +211,23 @@ def _decoding(dataset: Dataset, name: str, *, keeps_integers: bool) -> FieldDeco
         dataset=dataset,
         name=name,
         viewed=viewed,
-        decoded=_decoded(viewed, codings, keeps_integers=keeps_integers),
+        decoded=viewed if keeps_integers else decoded_dtype(viewed, codings),
         codings=different,
         of_shard=np.array([number[coding] for coding in codings], np.int64),
     )
 
 
-def _decoded(
-    viewed: np.dtype[Any], codings: Sequence[Coding], *, keeps_integers: bool
-) -> np.dtype[Any]:
+def decoded_dtype(viewed: np.dtype[Any], codings: Sequence[Coding]) -> np.dtype[Any]:
+    """Return the dtype of values: float64 where the numbers are that, else at most float32.
+
+    Args:
+        viewed: of the numbers, `_Unsigned` followed.
+        codings: of all files.
+    """
     is_packed = any(each.scale is not None or each.offset is not None for each in codings)
     if viewed.kind == "f" and (viewed.itemsize == 8 or not is_packed):
         return viewed
-    return viewed if viewed.kind in "iu" and keeps_integers else np.dtype(np.float32)
+    return np.dtype(np.float32)
 
 
 def _missing(coding: Coding, numbers: Numbers) -> Bools:
@@ -181,3 +237,17 @@ def _missing(coding: Coding, numbers: Numbers) -> Bools:
     if coding.says_nan and numbers.dtype.kind == "f":
         found |= np.isnan(numbers)
     return found
+
+
+def _span(values: Sequence[float]) -> str:
+    least, largest = min(values), max(values)
+    return f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
+
+
+def _marks(coding: Coding) -> str:
+    marks = [f"{number:g}" for number in coding.missing]
+    if coding.least is not None:
+        marks.append(f"below {coding.least:g}")
+    if coding.largest is not None:
+        marks.append(f"above {coding.largest:g}")
+    return ", ".join(marks)

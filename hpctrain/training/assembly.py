@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
+from hpctrain.config.fields import target_mask
 from hpctrain.config.messages import shown
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.order.permutation import derive_key
@@ -118,6 +119,7 @@ def build_parts(
             components,
             inputs=config.task.inputs,
             target=config.task.target,
+            **_mask(config),
             **config.task.arguments,
         )
         example = shapes.example()
@@ -194,6 +196,14 @@ def _built(section: str, config: Config, components: Components, **arguments: An
     except (TypeError, ValueError) as error:
         use = getattr(config, section).use
         raise ConfigError(f'[{section}] use = "{use}" refuses its arguments: {error}') from error
+
+
+def _mask(config: Config) -> dict[str, str]:
+    """Return the mask of the target, for a built-in task; others find it among their fields."""
+    mask = target_mask(config)
+    if mask is None or ":" in config.task.use or "mask" in config.task.arguments:
+        return {}
+    return {"mask": mask}
 
 
 def _check_capabilities(config: Config, world: World) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from hpctrain.config import Config
 from hpctrain.config.components import resolve_transform
+from hpctrain.config.fields import needed_fields
 from hpctrain.config.normalizing import Normalization
 from hpctrain.config.transforms import build_transform
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.finishing import Finishing, Scale, Transform
+from hpctrain.data.loading.finishing import Finishing, Missing, Scale, Transform
 
 
 def build_finishing(
     config: Config,
     fields: Mapping[str, Field],
-    needed: Sequence[str],
+    missing: Mapping[str, Missing],
     normalizations: Mapping[str, Normalization],
     device: torch.device,
 ) -> Finishing:
@@ -25,8 +26,8 @@ def build_finishing(
 
     Args:
         config: names the transform.
-        fields: as they come to the device.
-        needed: those that the task sees.
+        fields: as they are once decoded.
+        missing: what becomes of NaN, by field.
         normalizations: by field.
         device: where the batches are.
 
@@ -38,7 +39,7 @@ def build_finishing(
         name: Scale.of(fields, name, each.mean, each.std, device, dtype)
         for name, each in normalizations.items()
     }
-    return Finishing(scales, _transform(config), tuple(needed))
+    return Finishing(scales, _transform(config), tuple(needed_fields(config)), missing)
 
 
 def _transform(config: Config) -> Transform | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.config import Config
+from hpctrain.config.fields import stored_fields
 from hpctrain.config.normalizing import Normalization
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics
@@ -92,7 +93,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
             `data.transform` do not fit the data.
     """
     section, topology = config.data, world.topology
-    fields = list(dict.fromkeys([*config.task.inputs, *filter(None, [config.task.target])]))
+    fields = stored_fields(config)
     train, validation, normalizations = _open_datasets(config, world, fields, semantics, resumed)
     if section.verify == "start":
         with raise_together(world.communicator):
@@ -134,6 +135,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
             begun=begun,
             memory=memory,
             preparation=transforms.train,
+            decoding=transforms.decoding,
             **in_common,
         )
         validation_loader = None
@@ -142,6 +144,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
                 validation,
                 batch_size=section.micro_batch_size or train_loader.largest_share,
                 preparation=transforms.validation,
+                decoding=transforms.validation_decoding,
                 seed=config.run.seed,
                 **in_common,
             )

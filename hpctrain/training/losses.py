@@ -70,6 +70,59 @@ def load_loss(
     return UserLoss(reference, loss, found)
 
 
+def load_elementwise_loss(reference: str, arguments: Mapping[str, Any]) -> SummedLoss:
+    """Return a loss of every element by itself, for a mask to take its part of them.
+
+    Args:
+        reference: "mse", "mae", or the import path of one that takes `reduction`.
+        arguments: of a loss by import path.
+
+    Raises:
+        ConfigError: if the loss cannot be found, or reduces what it returns in any case.
+    """
+    if reference in _BUILTIN or ":" not in reference:
+        load_loss(reference, None, arguments)  # which says what is wrong with it
+        return functools.partial(_BUILTIN_FUNCTIONS[reference], reduction="none")
+    try:
+        target = resolve("task", ComponentSection(use=reference))
+    except ConfigError as error:
+        raise _mistake("loss", reference, str(error)) from error
+    if not _takes_reduction(target):
+        raise _mistake(
+            "loss",
+            reference,
+            'it takes no reduction = "none", so a mask cannot take a part of what it returns. Give '
+            "it that argument, or write a task of your own, which finds the mask among its fields",
+        )
+    loss = _instance(reference, target, None, {**arguments, "reduction": "none"})
+    return ElementwiseLoss(reference, loss)
+
+
+class ElementwiseLoss:
+    """A user's loss of every element."""
+
+    def __init__(self, reference: str, loss: Callable[..., Tensor]) -> None:
+        self._reference = reference
+        self._loss = loss
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each element, of their shape.
+
+        Raises:
+            TrainingError: if the loss returned something else.
+        """
+        if isinstance(self._loss, nn.Module):
+            self._loss.to(output.device)
+        value = self._loss(output, target)
+        if not isinstance(value, Tensor) or value.shape != target.shape:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TrainingError(
+                f'task.loss {self._reference} returned {what} for reduction = "none", where a mask '
+                f"needs a number for each element of the target, {tuple(target.shape)}"
+            )
+        return value
+
+
 class UserLoss:
     """A user's loss as a sum over samples."""
 
@@ -110,9 +163,11 @@ def _mean_over_elements(function: Callable[..., Tensor], output: Tensor, target:
     return loss_sum if output.ndim == 1 else loss_sum * (len(output) / output.numel())
 
 
+_BUILTIN_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss}
+
 _BUILTIN: Mapping[str, SummedLoss] = {
-    "mse": functools.partial(_mean_over_elements, F.mse_loss),
-    "mae": functools.partial(_mean_over_elements, F.l1_loss),
+    name: functools.partial(_mean_over_elements, function)
+    for name, function in _BUILTIN_FUNCTIONS.items()
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from hpctrain.config import Config
 from hpctrain.config.normalizing import Normalization, normalization_of
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.decoding import decoding_record
 from hpctrain.data.finding.view import View
 from hpctrain.data.tools.statistics import STATS_NAME, read_stats
 from hpctrain.errors import ConfigError
@@ -72,7 +73,8 @@ def find_normalizations(
 
 
 def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
-    """Return the statistics of a field as it is stored, all rows of it."""
+    """Return the statistics of a field, of all rows that are stored."""
+    record = decoding_record(train, name)
     if isinstance(train, View):
         column = train.columns[name]
         part = train.parts[column.part]
@@ -84,13 +86,15 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
             )
         name, train = column.name, part.dataset
     path = Path(train.shards[0].path).parent / STATS_NAME
-    found: Mapping[str, Any] = read_stats(path, train, [name])[name]
+    found: Mapping[str, Any] = read_stats(path, train, [name], {name: record})[name]
     return found
 
 
 def _measured(name: str, facts: Mapping[str, Any], word: str) -> Normalization:
     of_channels = word == "channel_stats"
     mean, std = (facts["channels"][key] if of_channels else [facts[key]] for key in ("mean", "std"))
+    # A channel without a single value is all NaN, or all fill, whatever it is normalised by.
+    mean = [each or 0.0 for each in mean]
     constant = sum(each == 0 for each in std)
     if constant:
         logger.warning(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.losses import LossReduction, load_loss
+from hpctrain.training.losses import LossReduction, load_elementwise_loss, load_loss
+from hpctrain.training.masking import mask_of, masked_sum, without_missing
 
 Fields = Mapping[str, Tensor]
 Direction = Literal["min", "max"]
@@ -74,13 +75,14 @@ class _Supervised(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, inputs: Sequence[str], target: str | None) -> None:
+    def __init__(self, inputs: Sequence[str], target: str | None, mask: str | None = None) -> None:
         if target is None:
             raise ConfigError(
                 f"task.target: missing; {self.name} compares the model's output with a field"
             )
         self.inputs = tuple(inputs)
         self.target = target
+        self.mask = mask
 
     def _compare(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor]:
         """Return what the model makes of its inputs, and the target, fit to be compared."""
@@ -124,6 +126,7 @@ class Classification(_Supervised):
         inputs: Sequence[str],
         target: str | None,
         *,
+        mask: str | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
@@ -134,6 +137,7 @@ class Classification(_Supervised):
             inputs: fields that the model receives, in the order of its arguments.
             target: field of class indices, (samples, ...) of any integer type. The model gives
                 (samples, classes, ...).
+            mask: field of weights of what has a class, 0 where that is missing; none: all 1.
             ignore_index: what has this class counts for nothing.
             label_smoothing: 0 to 1; so much of the probability is spread over all classes.
             class_weights: how much a sample of each class counts; none: all the same.
@@ -141,7 +145,7 @@ class Classification(_Supervised):
         Raises:
             ConfigError: if an argument makes no sense.
         """
-        super().__init__(inputs, target)
+        super().__init__(inputs, target, mask)
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(f"task.label_smoothing = {label_smoothing}: expected 0 to 1")
         if class_weights is not None and (not class_weights or min(class_weights) < 0):
@@ -151,12 +155,18 @@ class Classification(_Supervised):
             )
         self._label_smoothing = label_smoothing
         self._ignore_index = ignore_index
+        self._ignored = _NO_CLASS if ignore_index is None else ignore_index
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
-        self.counts_samples = ignore_index is None and class_weights is None
+        self.counts_samples = ignore_index is None and class_weights is None and mask is None
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed cross entropy and the summed weight."""
         logits, labels = self._compare(model, fields)
+        mask = mask_of(fields, self.mask, labels)
+        if mask is not None:
+            labels = self._unmasked(labels, mask)
+            losses = self._cross_entropy(logits, labels, "none")
+            return masked_sum(losses, mask), self._weights(labels, mask).sum()
         loss_sum = self._cross_entropy(logits, labels, "sum")
         if not self.counts_samples:
             return loss_sum, self._weight(logits, labels)
@@ -168,6 +178,15 @@ class Classification(_Supervised):
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return sums of cross entropy and of right answers."""
         logits, labels = self._compare(model, fields)
+        mask = mask_of(fields, self.mask, labels)
+        if mask is not None:
+            labels = self._unmasked(labels, mask)
+            losses = self._cross_entropy(logits, labels, "none").double()
+            counts = (mask * (labels != self._ignored)).double()
+            return {
+                "loss": (masked_sum(losses, mask), self._weights(labels, mask).double().sum()),
+                "accuracy": (masked_sum(counts, logits.argmax(1) == labels), counts.sum()),
+            }
         losses = self._cross_entropy(logits, labels, "none")
         right = logits.argmax(1) == labels
         counted: Tensor | int = labels.numel()
@@ -205,7 +224,7 @@ class Classification(_Supervised):
                 logits,
                 labels,
                 weight=self._class_weights,
-                ignore_index=_NO_CLASS if self._ignore_index is None else self._ignore_index,
+                ignore_index=self._ignored,
                 label_smoothing=self._label_smoothing,
                 reduction=reduction,
             )
@@ -215,6 +234,18 @@ class Classification(_Supervised):
                 f"{labels.max().item()}, but the model gives {logits.shape[1]}, counted from 0. "
                 "Correct the data, the number of classes, or task.ignore_index"
             ) from error
+
+    def _unmasked(self, labels: Tensor, mask: Tensor) -> Tensor:
+        """Return classes, those that are missing ignored: they may be none that there is."""
+        return labels.where(mask != 0, self._ignored)
+
+    def _weights(self, labels: Tensor, mask: Tensor) -> Tensor:
+        """Return how much each class of `_unmasked` counts."""
+        valid = labels != self._ignored
+        weights = mask * valid
+        if self._class_weights is not None:
+            weights = weights * self._class_weights[labels.where(valid, 0)]
+        return weights
 
     def _weight(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the weight of what has a class, (): int64, or the dtype of the logits."""
@@ -233,13 +264,13 @@ class Regression(_Supervised):
 
     name = "regression"
     metrics: ClassVar[Mapping[str, Direction]] = {"loss": "min", "mae": "min", "mse": "min"}
-    counts_samples = True
 
     def __init__(
         self,
         inputs: Sequence[str],
         target: str | None,
         *,
+        mask: str | None = None,
         loss: str = "mse",
         loss_reduction: LossReduction | None = None,
         loss_arguments: Mapping[str, Any] | None = None,
@@ -249,6 +280,8 @@ class Regression(_Supervised):
         Args:
             inputs: fields that the model receives, in the order of its arguments.
             target: field of the shape of the model's output, float.
+            mask: field of weights of its elements, 0 where they are missing; then the loss is the
+                mean over the elements that are there, of all samples. None: all count.
             loss: "mse" and "mae" are means over the elements of a sample; or the import path of
                 your own, "package.module:Name": a class, an object or a function of
                 (output, target).
@@ -259,18 +292,35 @@ class Regression(_Supervised):
         Raises:
             ConfigError: if the loss cannot be found, or its sum over samples cannot be had.
         """
-        super().__init__(inputs, target)
-        self._loss = load_loss(loss, loss_reduction, loss_arguments or {})
+        super().__init__(inputs, target, mask)
+        self.counts_samples = mask is None
+        if mask is not None:
+            self._losses = load_elementwise_loss(loss, loss_arguments or {})
+        else:
+            self._loss = load_loss(loss, loss_reduction, loss_arguments or {})
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed loss and the number of samples."""
         output, target = self._compare(model, fields)
+        mask = mask_of(fields, self.mask, target)
+        if mask is not None:
+            losses = self._losses(output, without_missing(target, mask))
+            return masked_sum(losses, mask), mask.sum()
         return self._loss(output, target), target.shape[0]
 
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return sums of the loss, and of absolute and squared errors."""
         output, target = self._compare(model, fields)
         output, target = output.double(), target.double()
+        mask = mask_of(fields, self.mask, target)
+        if mask is not None:
+            target, count = without_missing(target, mask), mask.double().sum()
+            errors = output - target
+            return {
+                "loss": (masked_sum(self._losses(output, target), mask), count),
+                "mae": (masked_sum(errors.abs(), mask), count),
+                "mse": (masked_sum(errors.square(), mask), count),
+            }
         samples = target.shape[0]
         elements = max(1, target.numel() // samples)
         errors = output - target

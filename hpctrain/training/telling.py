@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.config import Config
+from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.launch.world import World
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
@@ -164,6 +165,9 @@ def _notes(
     rest = data.train.samples - data.train_loader.epoch_size
     if rest:
         notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
+    decoded = data.transforms.decoding.all
+    notes += [f"decoded: {name}, {described(each)}" for name, each in decoded.items()]
+    notes += [f"not used: {each}" for each in unused_attributes(data.train)]
     if parts.step.syncs:
         notes.append(
             f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "

@@ -11,11 +11,13 @@ from hpctrain.config.components import resolve_transform
 from hpctrain.config.normalizing import Normalization
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.crew import Crew
+from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.launch.ranks import without_rank
 from hpctrain.launch.world import World
 from hpctrain.training.batch_finishing import build_finishing
+from hpctrain.training.decoding import Decodings
 
 _KEY = "data.sample_transform"
 
@@ -28,11 +30,15 @@ class Transforms:
         train: what is done to every sample to train with; None: nothing.
         validation: the same, to evaluate with.
         finishing: what is done to batches on the device.
-        fields: by name, as they come to the device to be trained with.
+        decoding: what is decoded, of what to train with.
+        validation_decoding: the same, of what to evaluate with.
+        fields: by name, as they are once decoded, of what to train with.
     """
 
     train: SamplePreparation | None
     validation: SamplePreparation | None
+    decoding: Decoding
+    validation_decoding: Decoding
     finishing: Finishing
     fields: Mapping[str, Field]
     _crew: Crew | None
@@ -53,7 +59,7 @@ class Transforms:
             config: names them.
             train: to train with.
             validation: to evaluate with.
-            fields: that the task needs.
+            fields: that the files hold of what the task needs.
             normalizations: by field.
             world: the ranks.
 
@@ -61,26 +67,41 @@ class Transforms:
             HpctrainError: if a transform cannot be made, or does not fit the data.
         """
         crew = _crew(config)
+        datasets = [each.select(fields) for each in (train, validation) if each is not None]
+        decodings = Decodings.of(config, datasets)
 
-        def preparation(dataset: Dataset | None, *, training: bool) -> SamplePreparation | None:
-            if crew is None or dataset is None:
+        def preparation(index: int) -> SamplePreparation | None:
+            if crew is None or index >= len(datasets):
                 return None
+            dataset = datasets[index]
             return SamplePreparation(
                 f'{_KEY} = "{config.data.sample_transform}"',
                 crew,
-                dataset.select(fields),
+                dataset,
                 needed=fields,
                 row=world.topology.rank * dataset.samples // world.topology.world_size,
-                training=training,
+                training=index == 0,
+                decodings=decodings.datasets[index],
             )
 
-        prepares = preparation(train, training=True)
-        delivered = train.select(fields).fields if prepares is None else prepares.fields
+        def decoding(index: int, prepares: SamplePreparation | None) -> Decoding:
+            if index >= len(datasets):
+                return Decoding()
+            prepared = None if prepares is None else prepares.fields
+            return decodings.decoding(config, index, world.device, prepared)
+
+        prepares, validates = preparation(0), preparation(1)
+        delivered = datasets[0].fields if prepares is None else prepares.fields
+        decoded = decodings.fields(delivered, prepared=prepares is not None)
         return cls(
             train=prepares,
-            validation=preparation(validation, training=False),
-            finishing=build_finishing(config, delivered, fields, normalizations, world.device),
-            fields=delivered,
+            validation=validates,
+            decoding=decoding(0, prepares),
+            validation_decoding=decoding(1, validates),
+            finishing=build_finishing(
+                config, decoded, decodings.of_floats(decoded), normalizations, world.device
+            ),
+            fields=decoded,
             _crew=crew,
         )
 

@@ -138,6 +138,7 @@ def test_description(tmp_path: Path) -> None:
         "bytes": 240,
         "layout": "chunked, shuffle, deflate",
         "chunk_rows": 7,
+        "decoded": None,
         "attributes": {"units": "kelvin", "levels": [1.5, 2.0]},
     }
     text = description(facts)

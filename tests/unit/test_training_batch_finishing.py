@@ -74,7 +74,7 @@ def config(**data: Any) -> Config:
 
 def finished(dataset: Dataset, config: Config) -> torch.Tensor:
     normalizations = find_normalizations(config, dataset, {})
-    finishing = build_finishing(config, dataset.fields, ("image",), normalizations, CPU)
+    finishing = build_finishing(config, dataset.fields, {}, normalizations, CPU)
     fields = {"image": torch.from_numpy(IMAGES.copy()), "label": torch.arange(300)}
     return finishing.apply(fields, KEYS, training=True)["image"]
 
@@ -134,7 +134,7 @@ def test_a_transform_that_is_refused(
 ) -> None:
     refused = config(transform=f"{__name__}:{name}", transform_arguments=arguments)
     with pytest.raises(ConfigError, match=message):
-        build_finishing(refused, dataset.fields, ("image",), {}, CPU)
+        build_finishing(refused, dataset.fields, {}, {}, CPU)
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Literal
@@ -11,6 +12,7 @@ import numpy as np
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.decoding import decodings
 from hpctrain.data.file_order import FileOrder
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Column, Part, View
@@ -53,25 +55,40 @@ def open_datasets(
         DatasetError: if files or fields are not there or do not fit together, or no sample is left.
     """
     of_same_files = section.samples.validation or section.samples.validation_fraction
-    order = semantics.file_order
-    train = _open(section, fields, "train", order)
+    stored = _stored(section, fields, semantics)
+    train = _open(section, fields, "train", semantics).as_stored(stored)
     if section.validation is None and not of_same_files:
         return train, None
-    return train, _open(section, fields, "validation", order)
+    return train, _open(section, fields, "validation", semantics).as_stored(stored)
+
+
+def _stored(section: DataSection, fields: Sequence[str], semantics: Semantics) -> list[str]:
+    """Return the fields whose numbers are taken as they are stored."""
+    tables = {name: section.fields.get(name, FieldTable()) for name in fields}
+    return [name for name, table in tables.items() if (table.decode or semantics.decode) == "none"]
+
+
+def _says_where(table: FieldTable) -> bool:
+    """Tell whether a table says where a field is, and not only how its numbers are read."""
+    # An empty one has always made a view, whose fingerprint a run that has begun knows.
+    is_empty = table == FieldTable()
+    return is_empty or dataclasses.replace(table, decode=None, fill=None, mask=None) != FieldTable()
 
 
 def _open(
-    section: DataSection, fields: Sequence[str], purpose: Purpose, order: FileOrder
+    section: DataSection, fields: Sequence[str], purpose: Purpose, semantics: Semantics
 ) -> Dataset:
     tables = {name: section.fields.get(name, FieldTable()) for name in fields}
     files: Purpose = "train" if section.validation is None else purpose
     source = section.train if files == "train" else str(section.validation)
-    if section.samples == SamplesTable() and not section.fields.keys() & tables.keys():
-        return open_dataset(source, fields, order=order)
-    parts, columns = _join(tables, files, source, order)
+    if section.samples == SamplesTable() and not any(
+        _says_where(section.fields[name]) for name in section.fields.keys() & tables.keys()
+    ):
+        return open_dataset(source, fields, order=semantics.file_order)
+    parts, columns = _join(tables, files, source, semantics.file_order)
     _require_equal_rows(parts)
     reach = max(column.reach for column in columns.values())
-    spans = _spans(section.samples, purpose, source, parts, reach, order)
+    spans = _spans(section.samples, purpose, source, parts, reach, semantics)
     stride = section.samples.stride
     if max(reach, stride) > 1 and not section.samples.across_files:
         spans = cut(spans, _borders(parts))
@@ -148,7 +165,7 @@ def _spans(
     source: str,
     parts: Sequence[Part],
     reach: int,
-    order: FileOrder,
+    semantics: Semantics,
 ) -> Spans:
     """Return the rows that may be in samples, by mask or range and by split."""
     rows = parts[0].dataset.samples
@@ -156,7 +173,7 @@ def _spans(
     if samples.validation_fraction is not None:
         own = samples.train  # it chooses what is split
     if isinstance(own, str):
-        spans = _masked(own, source, rows, order)
+        spans = _masked(own, source, rows, semantics)
     elif own is not None:
         spans = Spans.of(*own)
         if own[1] > rows:
@@ -184,10 +201,12 @@ def _spans(
     return common(spans, first if purpose == "train" else second)
 
 
-def _masked(path: str, source: str, rows: int, order: FileOrder) -> Spans:
+def _masked(path: str, source: str, rows: int, semantics: Semantics) -> Spans:
     """Return the rows where a boolean HDF5 dataset is true."""
     name = path.strip("/")
-    dataset = open_dataset(source, [name], order=order)
+    dataset = open_dataset(source, [name], order=semantics.file_order)
+    if semantics.decode == "none":
+        dataset = dataset.as_stored([name])
     field = dataset.fields[name]
     if field.shape or field.dtype.kind not in "bui":
         raise DatasetError(
@@ -198,6 +217,7 @@ def _masked(path: str, source: str, rows: int, order: FileOrder) -> Spans:
         raise DatasetError(
             f'{source}: the mask "{path}" has {dataset.samples} rows, the fields have {rows}'
         )
+    decoding = decodings([dataset], [name])[0].get(name)
     found = []
     with closing(open_rows(dataset)) as reader:
         for start in range(0, rows, MASK_ROWS):
@@ -205,6 +225,10 @@ def _masked(path: str, source: str, rows: int, order: FileOrder) -> Spans:
             reader.read_runs(
                 name, np.array([start]), np.array([len(out)]), out, np.zeros(1, np.int64)
             )
-            flags = out.view(field.dtype.newbyteorder("="))[:, 0] != 0
+            numbers = out.view(field.dtype.newbyteorder("="))[:, 0]
+            flags = numbers != 0
+            if decoding is not None:  # what is missing is not true
+                codes = decoding.codes(np.arange(start, start + len(out)))
+                flags &= ~decoding.missing(numbers, codes)
             found.append(spans_where(flags, start))
     return merged(found)

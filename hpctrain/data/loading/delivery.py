@@ -14,9 +14,11 @@ import torch
 
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.buffers import ALIGNMENT_BYTES, BufferPool, MemoryPlan, new_bytes
+from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.refusing import Refusing
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.handles import Locate
 from hpctrain.data.reading.helpers import Helpers
@@ -66,6 +68,7 @@ class Delivery:
         read_retries: int,
         locate: Locate,
         preparation: SamplePreparation | None,
+        decoding: Decoding,
         finishing: Finishing,
         training: bool,
         threads: int,
@@ -73,6 +76,7 @@ class Delivery:
         self.helpers = Helpers(threads)
         self.access = open_rows(dataset, retries=read_retries, locate=locate, helpers=self.helpers)
         self._preparation = preparation
+        self._decoding = decoding
         self._finishing = finishing
         self._training = training
         self._fields = dataset.fields if preparation is None else preparation.fields
@@ -103,6 +107,8 @@ class Delivery:
     ) -> Iterator[Batch]:
         """Yield the batches of the groups; of a global size of `total`, or each of its own."""
         self.stop()
+        if self._decoding.refused:
+            source = Refusing(source, self._decoding.refused)
         if self._preparation is None:
             produce = functools.partial(source.read, groups, self._pool)
         else:
@@ -120,12 +126,13 @@ class Delivery:
                 for host in running:
                     tensors = self._to_device(host)
                     keys = self._keys(host.group)
+                    codes = self._decoding.on_device.codes(host.group.rows)
                     bounds = host.group.bounds
                     cuts = np.searchsorted(host.group.positions, bounds).tolist()
                     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
                         own = slice(cuts[i], cuts[i + 1])
                         yield Batch(
-                            fields=self._finish(tensors, keys, own),
+                            fields=self._finish(tensors, codes, keys, own),
                             size=cuts[i + 1] - cuts[i],
                             global_size=stop - start if total is None else total,
                             epoch=epoch,
@@ -144,7 +151,8 @@ class Delivery:
         preparation = self._preparation
         values = read_rows(self.access.dataset, at) if preparation is None else preparation.one(row)
         tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
-        return self._finish(tensors, self._keys(group), slice(0, 1))
+        codes = self._decoding.on_device.codes(at)
+        return self._finish(tensors, codes, self._keys(group), slice(0, 1))
 
     def some(self, rows: Int64s) -> dict[str, torch.Tensor]:
         """Return some rows of the dataset, in ascending order, read by the calling thread."""
@@ -156,7 +164,8 @@ class Delivery:
             name: torch.from_numpy(values).to(self._device)
             for name, values in read_rows(self.access.dataset, rows).items()
         }
-        return self._finish(tensors, self._keys(group), slice(0, len(rows)))
+        codes = self._decoding.on_device.codes(rows)
+        return self._finish(tensors, codes, self._keys(group), slice(0, len(rows)))
 
     def stop(self) -> None:
         """End the thread, if one runs."""
@@ -177,10 +186,16 @@ class Delivery:
         return keys_on(self._device, group.keys)
 
     def _finish(
-        self, tensors: dict[str, torch.Tensor], keys: torch.Tensor | None, own: slice
+        self,
+        tensors: dict[str, torch.Tensor],
+        codes: dict[str, torch.Tensor],
+        keys: torch.Tensor | None,
+        own: slice,
     ) -> dict[str, torch.Tensor]:
         """Return some of the samples of a group, as the task wants them."""
         fields = {name: _aligned(tensor[own]) for name, tensor in tensors.items()}
+        own_codes = {name: each[own] for name, each in codes.items()}
+        fields = self._decoding.on_device.apply(fields, own_codes)
         own_keys = None if keys is None else keys[own]
         return self._finishing.apply(fields, own_keys, training=self._training)
 

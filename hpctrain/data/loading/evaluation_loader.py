@@ -9,6 +9,7 @@ import torch
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import MemoryPlan
+from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
@@ -39,6 +40,7 @@ class EvaluationLoader:
         locate: Locate = where_it_is,
         read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
+        decoding: Decoding | None = None,
         finishing: Finishing | None = None,
         seed: int = 0,
         threads: int = 1,
@@ -57,6 +59,7 @@ class EvaluationLoader:
             locate: as RowAccess takes it.
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
+            decoding: what is decoded; None: nothing.
             finishing: what is done to batches on the device; None: nothing.
             seed: of the run: what its transform draws is the same in every evaluation.
 
@@ -76,7 +79,7 @@ class EvaluationLoader:
         self._group_batches = memory.group_batches
         self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches
-        finishing = finishing or Finishing()
+        decoding, finishing = decoding or Decoding(), finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
         self._delivery = Delivery(
             self._dataset,
@@ -86,6 +89,7 @@ class EvaluationLoader:
             read_retries=read_retries,
             locate=locate,
             preparation=preparation,
+            decoding=decoding,
             finishing=finishing,
             training=False,
             threads=threads,

@@ -99,18 +99,41 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """What is made of the missing values of a field.
+
+    Attributes:
+        fill: put in their place; None: they stay NaN, and integers as they are.
+        mask: name of a field to make, 1 where there is a value and 0 where not; None: none.
+    """
+
+    fill: float | None = None
+    mask: str | None = None
+
+    def apply(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        """Return floats without NaN, if there is a fill, and their mask, if there is to be one."""
+        is_missing = torch.isnan(values)
+        made = {name: values if self.fill is None else values.masked_fill_(is_missing, self.fill)}
+        if self.mask is not None:
+            made[self.mask] = (~is_missing).to(values.dtype)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
 class Finishing:
-    """Makes of a batch as it was stored one as the task wants it.
+    """Makes of a batch as it was decoded one as the task wants it.
 
     Attributes:
         scales: by field.
         transform: what else is done to every batch.
         needed: fields that have to be there in the end.
+        missing: what is made of NaN, by field, before the transform.
     """
 
     scales: Mapping[str, Scale] = field(default_factory=dict)
     transform: Transform | None = None
     needed: Sequence[str] = ()
+    missing: Mapping[str, Missing] = field(default_factory=dict)
 
     @property
     def needs_keys(self) -> bool:
@@ -129,12 +152,14 @@ class Finishing:
         Raises:
             TrainingError: if the transform does not return what is needed.
         """
-        if not self.scales and self.transform is None:
+        if not self.scales and not self.missing and self.transform is None:
             return fields
         finished = {
             name: self.scales[name].apply(tensor) if name in self.scales else tensor
             for name, tensor in fields.items()
         }
+        for name, missing in self.missing.items():
+            finished |= missing.apply(name, finished[name])
         if self.transform is None or keys is None or not len(keys):
             return finished  # a share without samples is not looked at
         returned: Any = self.transform(fields=finished, keys=keys, training=training)

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.decoding import decoded_rows
 from hpctrain.data.loading.buffers import MemoryPlan
+from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
@@ -59,6 +61,7 @@ class TrainLoader:
         locate: Locate = where_it_is,
         read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
+        decoding: Decoding | None = None,
         finishing: Finishing | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
@@ -80,6 +83,7 @@ class TrainLoader:
             locate: as RowAccess takes it.
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
+            decoding: what is decoded; None: nothing.
             finishing: what is done to batches on the device; None: nothing.
 
         Raises:
@@ -135,8 +139,10 @@ class TrainLoader:
             each.largest_share(global_batch_size * spent.group_batches, world_size)
             for each in (order, *self._begun.values())
         )
-        finishing = finishing or Finishing()
+        decoding, finishing = decoding or Decoding(), finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
+        self._needs_rows = self._needs_keys or decoding.needs_samples
+        self._decoding = decoding
         self._delivery = Delivery(
             self._dataset,
             rows,
@@ -145,6 +151,7 @@ class TrainLoader:
             read_retries=read_retries,
             locate=locate,
             preparation=preparation,
+            decoding=decoding,
             finishing=finishing,
             training=True,
             threads=threads,
@@ -181,10 +188,16 @@ class TrainLoader:
     def example(self) -> dict[str, torch.Tensor]:
         """Return one real sample of every field, (1, *shape) on the device.
 
-        Another one on each rank, so that not all of them open the same file.
+        Another one on each rank, so that not all of them open the same file. Where it has no
+        number it is 0: the row stands in where a rank has none, with a weight of 0, and what is
+        not a number stays so.
         """
         row = self._rank * self._dataset.samples // self._world_size
-        return self._delivery.one(row)
+        fields = self._delivery.one(row)
+        return {
+            name: torch.nan_to_num(each, 0.0, 0.0, 0.0) if each.is_floating_point() else each
+            for name, each in fields.items()
+        }
 
     def rows(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""
@@ -207,19 +220,20 @@ class TrainLoader:
         return found
 
     def read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
-        """Return rows of the dataset by field, read by the calling thread with files of its own.
+        """Return rows of the dataset by field, decoded, read with files of their own.
 
         Raises:
             DatasetError: if one cannot be read.
         """
-        return read_rows(self._dataset, rows, retries=self._read_retries)
+        stored = read_rows(self._dataset, rows, retries=self._read_retries)
+        return decoded_rows(stored, rows, self._decoding.all)
 
     def close(self) -> None:
         """End the thread and close all files. The loader can be used again."""
         self._delivery.close()
 
     def _groups(self, order: Order, epoch: int, start: int) -> Iterator[Group]:
-        rows_at = self._rows_at(order, epoch, start) if self._needs_keys else None
+        rows_at = self._rows_at(order, epoch, start) if self._needs_rows else None
         for bounds in group_bounds(
             start, self.epoch_size, self._global_batch_size, self._group_batches
         ):
@@ -228,7 +242,8 @@ class TrainLoader:
                 yield Group(bounds, positions)
             else:
                 rows = rows_at(positions)
-                yield Group(bounds, positions, rows, sample_keys(order.seed, epoch, rows))
+                keys = sample_keys(order.seed, epoch, rows) if self._needs_keys else None
+                yield Group(bounds, positions, rows, keys)
         # What comes next is planned while the consumer is busy with the last of this epoch.
         self._plan(self.order_of(epoch + 1), epoch + 1)
 

@@ -6,14 +6,19 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.decoding import FieldDecoding, decoded_rows
 from hpctrain.data.loading.buffers import BufferPool, new_bytes
 from hpctrain.data.loading.crew import Crew, Job, WorkerError
 from hpctrain.data.loading.samples import Arrays, SampleError, SampleRunner
 from hpctrain.data.loading.slots import Slot, SlotLayout
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import TrainingError
@@ -42,6 +47,7 @@ class SamplePreparation:
         needed: Sequence[str],
         row: int,
         training: bool,
+        decodings: Mapping[str, FieldDecoding] | None = None,
     ) -> None:
         """Transform one sample here, to know what becomes of them.
 
@@ -52,6 +58,7 @@ class SamplePreparation:
             needed: fields that have to come out.
             row: of the dataset, to try it with.
             training: False in an evaluation.
+            decodings: of fields that are decoded before they are transformed.
 
         Raises:
             DatasetError: if the row cannot be read.
@@ -62,11 +69,12 @@ class SamplePreparation:
         self._crew = crew
         self._dataset = dataset
         self._training = training
+        self._decodings = decodings or {}
         self._slots: list[Slot] = []
         self._inputs: BufferPool  # with the slots
         try:
             self.fields: Mapping[str, Field] = self._runner.describe(
-                read_rows(dataset, np.array([row])), row, needed, training=training
+                self._read(np.array([row])), row, needed, training=training
             )
         except SampleError as error:
             raise self._failed(error, row) from error
@@ -79,12 +87,22 @@ class SamplePreparation:
     @property
     def staging_bytes(self) -> int:
         """Bytes that the preparation takes for each sample of a group."""
-        inputs = self._dataset.bytes_per_sample
-        return inputs + SLOTS * (inputs + self.row_bytes)
+        handed_over = sum(field.row_bytes for field in self._inputs_of_transform.values())
+        return self._dataset.bytes_per_sample + SLOTS * (handed_over + self.row_bytes)
+
+    @property
+    def _inputs_of_transform(self) -> dict[str, Field]:
+        """By name, what a sample is when the transform gets it."""
+        decoded = {name: each.field for name, each in self._decodings.items()}
+        return {**self._dataset.fields, **decoded}
+
+    def _read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
+        """Return rows as the transform gets them, read by the calling thread."""
+        return decoded_rows(read_rows(self._dataset, rows), rows, self._decodings)
 
     def one(self, row: int) -> Arrays:
         """Return one sample, (1, *shape) a field, transformed by the calling thread."""
-        inputs = read_rows(self._dataset, np.array([row]))
+        inputs = self._read(np.array([row]))
         outputs = {n: np.empty((1, *f.shape), f.dtype) for n, f in self.fields.items()}
         try:
             # Only shape and dtype of it count: any key will do.
@@ -109,7 +127,7 @@ class SamplePreparation:
             TrainingError: naming sample, shard and row, if the transform fails.
         """
         if not self._slots or self._slots[0].layout.rows < rows:
-            layout = SlotLayout(rows, self._dataset.fields, self.fields)
+            layout = SlotLayout(rows, self._inputs_of_transform, self.fields)
             self._slots = [Slot(layout) for _ in range(SLOTS)]
             self._inputs = BufferPool(self._dataset.fields, rows, ahead + 1, new_bytes)
         free = deque(self._slots)
@@ -121,7 +139,10 @@ class SamplePreparation:
                     free.append(running.popleft()[1])
                 slot = free.popleft()
                 for name, values in fields.items():
-                    slot.raw_inputs[name][: len(values)] = values
+                    if (decoding := self._decodings.get(name)) is None:
+                        slot.raw_inputs[name][: len(values)] = values
+                    else:
+                        slot.inputs[name][: len(values)] = self._decoded(decoding, group, values)
                 # Its memory is for the next group that is read, before this loop is back.
                 del fields, values
                 running.append((group, slot, self._submit(group, slot)))
@@ -134,6 +155,13 @@ class SamplePreparation:
             for future in futures:
                 future.cancel()
             wait(futures)
+
+    def _decoded(self, decoding: FieldDecoding, group: Group, stored: Bytes) -> npt.NDArray[Any]:
+        """Return the values of a group's rows of a field."""
+        about = self._dataset.fields[decoding.name]
+        numbers = stored.view(about.dtype.newbyteorder("=")).reshape(len(stored), *about.shape)
+        assert group.rows is not None
+        return decoding.decode(numbers, decoding.codes(group.rows))
 
     def _submit(self, group: Group, slot: Slot) -> list[Future[None]]:
         assert group.keys is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpctrain.data.conventions import without_coding
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import RowAccess
@@ -24,21 +26,41 @@ class Indexed:
 
     Attributes:
         dataset: as opened.
-        attributes: by field, those of the first shard.
+        attributes: by field, those of the first shard that hold for all that `read` returns.
+        decoded: fields that are read decoded, since their files say different things of them, or
+            since they get another dtype. Of all others the numbers stay, and what is said of them.
     """
 
     dataset: Dataset
     attributes: Mapping[str, Mapping[str, Any]]
+    decoded: Mapping[str, FieldDecoding]
 
     @classmethod
-    def open(cls, pattern: str, fields: Sequence[str] | None = None) -> Indexed:
+    def open(
+        cls, pattern: str, fields: Sequence[str] | None = None, to_decode: Container[str] = ()
+    ) -> Indexed:
         """Open a dataset.
 
+        Args:
+            pattern: as `open_dataset` takes it.
+            fields: the same.
+            to_decode: fields that are read decoded in any case.
+
         Raises:
-            DatasetError: as `open_dataset` does.
+            DatasetError: as `open_dataset` does, or if what is to be decoded cannot be.
         """
         dataset = open_dataset(pattern, fields)
-        return cls(dataset, read_attributes(dataset))
+        names = [
+            name
+            for name in dataset.fields
+            if name in to_decode or len(set(dataset.codings(name))) > 1
+        ]
+        decoded = decodings([dataset.select(names)])[0] if names else {}
+        attributes = {
+            name: without_coding(each) if name in decoded else each
+            for name, each in read_attributes(dataset).items()
+        }
+        return cls(dataset, attributes, decoded)
 
     @property
     def name(self) -> str:
@@ -51,17 +73,24 @@ class Indexed:
     @cached_property
     def fields(self) -> Mapping[str, Field]:
         return {
-            name: native(field.shape, field.dtype, name, self.name)
+            name: native(field.shape, self._dtype(name), name, self.name)
             for name, field in self.dataset.fields.items()
         }
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        decoding = self.decoded.get(name)
+        return self.dataset.fields[name].dtype if decoding is None else decoding.decoded
 
     @cached_property
     def identity(self) -> str:
         paths = [shard.path for shard in self.dataset.shards]
-        return f"{identity_of(paths)} {list(self.dataset.fields)}"
+        codings = [[coding.to_json() for coding in each.codings] for each in self.decoded.values()]
+        decoded = f" {list(self.decoded)} {codings}" if self.decoded else ""
+        return f"{identity_of(paths)} {list(self.dataset.fields)}{decoded}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"dataset": self.dataset, "attributes": self.attributes}
+        kept = ("dataset", "attributes", "decoded")
+        return {name: getattr(self, name) for name in kept}
 
     def read(self, rows: Int64s) -> Arrays:
         """Return samples, as `Source.read` does."""
@@ -71,7 +100,8 @@ class Indexed:
         counts = np.diff(starts, append=len(rows))
         is_in_order = bool((order == np.arange(len(rows))).all())
         arrays = {}
-        for name, field in self.fields.items():
+        for name, stored in self.dataset.fields.items():
+            field = native(stored.shape, stored.dtype, name, self.name)
             values = np.empty((len(rows), field.row_bytes), np.uint8)
             self._access.read_runs(name, ascending[starts], counts, values, starts)
             if not is_in_order:
@@ -79,7 +109,7 @@ class Indexed:
                 shuffled[order] = values
                 values = shuffled
             arrays[name] = values.view(field.dtype).reshape(len(rows), *field.shape)
-        return arrays
+        return decoded_rows(arrays, rows, self.decoded)
 
     @cached_property
     def _access(self) -> RowAccess:

@@ -96,7 +96,7 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
     if len(items) == 1 and items[0].is_plain and reading.tokens is None:
         pattern = items[0].pattern
         if _is_hdf5(pattern) and not reading.axes:
-            return Indexed.open(pattern)
+            return Indexed.open(pattern, to_decode=reading.dtypes)
         if Path(pattern).is_dir() and _holds_pictures(Path(pattern)):
             return Pictures.open(pattern, reading.size, reading.grey)
     files = [(item, _find(item.pattern)) for item in items]
@@ -108,7 +108,7 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
         for path in found:
             for field_name, part in _parts(item, path, reading):
                 columns.setdefault(field_name, []).append(part)
-    return Table(name, columns)
+    return Table(name, columns, frozenset(reading.dtypes))
 
 
 def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:

@@ -11,7 +11,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.coding import PLAIN, Coding
+from hpctrain.data.conventions import coding_of, without_coding
 from hpctrain.data.dataset import Field
+from hpctrain.data.decoding import decoded_dtype
 from hpctrain.data.file_order import in_order
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
@@ -56,10 +59,13 @@ class Table:
     Attributes:
         name: what the user called it.
         columns: by field.
+        to_decode: fields that are read decoded; so are those whose files say different things of
+            their numbers. Of all others the numbers stay, and what is said of them.
     """
 
     name: str
     columns: Mapping[str, Sequence[Part]]
+    to_decode: frozenset[str] = frozenset()
     # One open array a column: reading goes through the files in their order.
     _open: dict[str, tuple[Part, Any]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -81,9 +87,28 @@ class Table:
                         f"{_describe(first)} in {first.path}: give files that fit together"
                     )
         self._require_equal_rows()
+        for name, codings in self._decoded.items():
+            for part, coding in zip(self.columns[name], codings, strict=True):
+                if coding.problem:
+                    raise DatasetError(f'{part.path}: field "{name}": {coding.problem}')
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "columns": self.columns, "_open": {}}
+        kept = ("name", "columns", "to_decode")
+        return {**{name: getattr(self, name) for name in kept}, "_open": {}}
+
+    @cached_property
+    def _decoded(self) -> dict[str, list[Coding]]:
+        """The codings of the parts, by field that is read decoded."""
+        said = {
+            name: [coding_of(part.facts.dtype, part.facts.attributes) for part in parts]
+            for name, parts in self.columns.items()
+        }
+        return {
+            name: codings
+            for name, codings in said.items()
+            if not all(each.is_plain for each in codings)
+            and (name in self.to_decode or len(set(codings)) > 1)
+        }
 
     @cached_property
     def samples(self) -> int:
@@ -92,13 +117,27 @@ class Table:
     @cached_property
     def fields(self) -> Mapping[str, Field]:
         return {
-            name: native(parts[0].row_shape, parts[0].facts.dtype, name, parts[0].path)
+            name: native(parts[0].row_shape, self._dtype(name), name, parts[0].path)
             for name, parts in self.columns.items()
         }
 
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        stored = self.columns[name][0].facts.dtype
+        codings = self._decoded.get(name)
+        if codings is None:
+            return stored
+        viewed = {each.view(stored.newbyteorder("=")) for each in codings}
+        if len(viewed) > 1 or any(each.makes_floats for each in codings):
+            return decoded_dtype(next(iter(viewed)), codings)
+        return viewed.pop()
+
     @property
     def attributes(self) -> Mapping[str, Mapping[str, Any]]:
-        return {name: parts[0].facts.attributes for name, parts in self.columns.items()}
+        said = {name: parts[0].facts.attributes for name, parts in self.columns.items()}
+        return {
+            name: without_coding(each) if name in self._decoded else each
+            for name, each in said.items()
+        }
 
     @cached_property
     def identity(self) -> str:
@@ -129,14 +168,15 @@ class Table:
         parts, about = self.columns[name], self.fields[name]
         out: npt.NDArray[Any] | None = None
         begin = 0
-        for part in parts:
+        codings = self._decoded.get(name, [PLAIN] * len(parts))
+        for part, coding in zip(parts, codings, strict=True):
             i, j = np.searchsorted(rows, (begin, begin + part.rows))
             if i < j:
                 array = self._array(name, part)
                 if out is None:  # only now is it sure that the file holds what it says
                     out = np.empty((len(rows), *about.shape), about.dtype)
                 for span, values in _read_spans(name, part, array, rows[i:j] - begin):
-                    out[places[i:j][span]] = values
+                    out[places[i:j][span]] = _values(values, coding, about.dtype)
             begin += part.rows
         assert out is not None, "no rows were asked for"
         return out
@@ -184,6 +224,15 @@ def _read_spans(
         with reading(f'{part.path}: field "{name}", row {first}'):
             values = array[selection]
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
+
+
+def _values(stored: npt.NDArray[Any], coding: Coding, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return the values of numbers as they are stored, of a dtype if they are decoded."""
+    if coding.is_plain:
+        return stored
+    numbers = np.ascontiguousarray(stored, stored.dtype.newbyteorder("="))
+    seen = numbers.view(coding.view(numbers.dtype))
+    return coding.decode(seen, dtype) if dtype.kind == "f" else seen
 
 
 def make_part(path: str, key: str, axis: int, facts: ArrayFacts) -> Part:

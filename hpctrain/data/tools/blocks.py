@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.decoding import FieldDecoding
 from hpctrain.data.reading.access import RowAccess
 
 BLOCK_BYTES = 4 * 2**20
@@ -40,6 +41,18 @@ def blocks_of(dataset: Dataset, name: str) -> Iterator[tuple[int, npt.NDArray[An
             access.read_runs(name, np.array([start]), np.array([len(part)]), part, np.array([0]))
             values = part.view(field.dtype.newbyteorder("="))
             yield start, values.reshape(len(part), *field.shape)
+
+
+def decoded_blocks_of(
+    dataset: Dataset, name: str, decoding: FieldDecoding | None
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the blocks of a field as `blocks_of` does, decoded."""
+    for start, numbers in blocks_of(dataset, name):
+        if decoding is None:
+            yield start, numbers
+        else:
+            codes = decoding.codes(np.arange(start, start + len(numbers)))
+            yield start, decoding.decode(numbers, codes)
 
 
 def _rows_of_block(row_bytes: int, chunk_rows: int) -> int:

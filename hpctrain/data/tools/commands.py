@@ -120,6 +120,7 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
         parsed.fields,
         limits=dict(parsed.range),
         nan_allowed=parsed.allow_nan,
+        as_stored=parsed.stored,
         jobs=parsed.jobs,
         progress=progress,
     )
@@ -143,6 +144,8 @@ def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     from hpctrain.data.tools.statistics import STATS_NAME, measure, summary, write_stats
 
     dataset = open_dataset(parsed.dataset, parsed.fields)
+    if parsed.stored:
+        dataset = dataset.as_stored(dataset.fields)
     path = parsed.out or Path(dataset.shards[0].path).parent / STATS_NAME
     stats = measure(dataset, parsed.jobs, progress)
     write_stats(stats, path)

@@ -86,6 +86,13 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
         "--out", type=Path, help="file to write; left out: stats.json in the folder of the dataset"
     )
 
+    for reading in (checking, measuring):
+        reading.add_argument(
+            "--stored",
+            action="store_true",
+            help="take numbers as stored, whatever _FillValue, scale_factor and the like say",
+        )
+
     timing = _declare_dataset(tool("bench", commands.bench, "Time file system and dataset."))
     timing.add_argument("--batch", type=arguments.count, default=256, help="samples (256)")
     timing.add_argument(

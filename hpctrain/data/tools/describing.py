@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.decoding import decodings, described
 from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.sources.indexed import read_attributes
 from hpctrain.data.tools.statistics import STATS_NAME
+from hpctrain.errors import DatasetError
 from hpctrain.utils.text import plural, table
 
 _MARKS = {"index": "indexed", "checksums": "checksums", "statistics": "statistics"}
@@ -22,6 +24,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         DatasetError: if the first shard cannot be read.
     """
     attributes = read_attributes(dataset)
+    decoded = {name: _decoded(dataset, name) for name in dataset.fields}
     folder = Path(dataset.source)
     return {
         "source": dataset.source,
@@ -40,6 +43,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
                 "bytes": field.row_bytes * dataset.samples,
                 "layout": _layout(dataset, name),
                 "chunk_rows": max(s.layouts[name].chunk_rows for s in dataset.shards),
+                "decoded": decoded[name],
                 "attributes": {key: _plain(value) for key, value in attributes[name].items()},
             }
             for name, field in dataset.fields.items()
@@ -60,9 +64,20 @@ def description(facts: Mapping[str, Any]) -> str:
     rows = [("field", "dtype", "shape", "stored", "")]
     for name, field in facts["fields"].items():
         shape = " x ".join(str(size) for size in field["shape"]) or "one value"
-        notes = ", ".join(f"{key}: {_short(value)}" for key, value in field["attributes"].items())
-        rows.append((name, field["dtype"], shape, field["layout"], notes))
+        notes = [f"{key}: {_short(value)}" for key, value in field["attributes"].items()]
+        if field["decoded"] is not None:
+            notes.insert(0, f"decoded {field['decoded']}")
+        rows.append((name, field["dtype"], shape, field["layout"], ", ".join(notes)))
     return "\n".join([*lines, *(f"  {line}" for line in table(rows))])
+
+
+def _decoded(dataset: Dataset, name: str) -> str | None:
+    """Return how the numbers of a field become values, or why they cannot; None: they are."""
+    try:
+        found = decodings([dataset.select([name])])[0].get(name)
+    except DatasetError as error:
+        return str(error)
+    return None if found is None else described(found)
 
 
 def _layout(dataset: Dataset, name: str) -> str:

@@ -20,9 +20,10 @@ import numpy.typing as npt
 from annotated_types import Ge, Gt, Lt, MinLen
 
 from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.decoding import decoding_record, decodings
 from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
-from hpctrain.data.tools.blocks import blocks_of, one_shard
+from hpctrain.data.tools.blocks import decoded_blocks_of, one_shard
 from hpctrain.data.tools.moments import FACTS, Moments
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
@@ -45,10 +46,10 @@ _Deviation = Annotated[float, Ge(0), Lt(math.inf)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Channels:
-    """Facts of each channel, as JSON has them."""
+    """Facts of each channel, as JSON has them; null for one without a value."""
 
-    mean: Annotated[list[_Finite], MinLen(1)]
-    std: Annotated[list[_Deviation], MinLen(1)]
+    mean: Annotated[list[_Finite | None], MinLen(1)]
+    std: Annotated[list[_Deviation | None], MinLen(1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ class _Task(NamedTuple):
 
 
 def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dict[str, Any]:
-    """Return the statistics of a dataset, as they go into `stats.json`.
+    """Return the statistics of a dataset, as they go into `stats.json`, of its values decoded.
 
     Complex fields are left out. The standard deviation is that of the values as they are, divided
     by their number.
@@ -84,6 +85,7 @@ def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dic
             value.
     """
     fields = {name: about for name, about in dataset.fields.items() if about.dtype.kind != "c"}
+    decodings([dataset])  # whatever is wrong with that is told before anything is read
     tasks = [_Task(shard, fields) for shard in dataset.shards]
     found: dict[int, dict[str, Moments]] = {}
     progress(0, len(tasks))
@@ -100,11 +102,15 @@ def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dic
         "fingerprint": dataset.fingerprint,
         "samples": dataset.samples,
         "fields": {
-            name: _field_facts(
-                f'{dataset.source}: field "{name}"',
-                functools.reduce(Moments.merge, [part[name] for part in parts]),
-            )
-            for name in fields
+            name: {
+                **_field_facts(
+                    f'{dataset.source}: field "{name}"',
+                    functools.reduce(Moments.merge, [part[name] for part in parts]),
+                    may_lack=any(coding.marks or coding.says_nan for coding in said),
+                ),
+                **({"decoding": record} if (record := decoding_record(dataset, name)) else {}),
+            }
+            for name, said in ((name, dataset.codings(name)) for name in fields)
         },
     }
 
@@ -112,12 +118,13 @@ def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dic
 def measure_shard(task: _Task) -> dict[str, Moments]:
     """Return the moments of every channel of every field of one shard."""
     dataset = one_shard(*task)
+    decoded = decodings([dataset])[0]
     return {
         name: functools.reduce(
             Moments.merge,
             (
                 Moments.of(part)
-                for _, values in blocks_of(dataset, name)
+                for _, values in decoded_blocks_of(dataset, name, decoded.get(name))
                 for part in _parts(_by_channel(values))
             ),
         )
@@ -134,7 +141,7 @@ def summary(stats: Mapping[str, Any]) -> str:
         channels = facts["channels"]
         number = len(channels["mean"])
         rows.extend(
-            (f"  channel {i}", *(f"{channels[key][i]:.6g}" for key in FACTS), "")
+            (f"  channel {i}", *(_number(channels[key][i]) for key in FACTS), "")
             for i in range(number if 1 < number <= TOLD_CHANNELS else 0)
         )
     return "\n".join(table(rows))
@@ -152,11 +159,23 @@ def write_stats(stats: Mapping[str, Any], path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
-def read_stats(path: Path, dataset: Dataset, fields: Sequence[str]) -> dict[str, Any]:
+def read_stats(
+    path: Path,
+    dataset: Dataset,
+    fields: Sequence[str],
+    decoding: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Return the statistics of some fields, by name.
 
+    Args:
+        path: of the file.
+        dataset: whose statistics they are to be.
+        fields: that are wanted.
+        decoding: by field, the record of how they are decoded; None: as the dataset says.
+
     Raises:
-        DatasetError: if they are not there, or are those of another dataset.
+        DatasetError: if they are not there, or are those of another dataset, or of its numbers as
+            they are stored where values are wanted, or the reverse.
     """
     remake = f"Make them: python -m hpctrain data stats {dataset.source}"
     try:
@@ -180,7 +199,23 @@ def read_stats(path: Path, dataset: Dataset, fields: Sequence[str]) -> dict[str,
                 f"deviations of channels. {remake}"
             )
     found = parse_json(content)["fields"]
-    return {name: found[name] for name in fields}
+    wanted = {name: found[name] for name in fields}
+    for name, facts in wanted.items():
+        record = decoding_record(dataset, name) if decoding is None else decoding.get(name, "")
+        if facts.get("decoding", "") != record:
+            kind = "values decoded in another way" if record else "decoded values"
+            if "decoding" not in facts:
+                kind = "numbers as they are stored"
+            option = "" if record else " --stored"
+            raise DatasetError(
+                f'{path}: the statistics of "{name}" are those of {kind}, and not of what is '
+                f"trained on. {remake}{option}"
+            )
+    return wanted
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _by_channel(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -196,14 +231,26 @@ def _parts(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
         yield values[start : start + rows]
 
 
-def _field_facts(place: str, moments: Moments) -> dict[str, Any]:
-    if not moments.count.all():
+def _field_facts(place: str, moments: Moments, *, may_lack: bool) -> dict[str, Any]:
+    """Return the facts of a field.
+
+    Args:
+        place: for messages.
+        moments: of its channels.
+        may_lack: whether values may be missing; then a channel may have none, and null for facts.
+    """
+    is_there = moments.count > 0
+    if not is_there.all() and not (may_lack and is_there.any()):
         channel = int(np.argmin(moments.count))
         raise DatasetError(f"{place}, channel {channel}: there is no finite value")
     whole = moments.over_channels()
+    channels = {
+        key: [value if there else None for value, there in zip(values, is_there, strict=True)]
+        for key, values in moments.facts().items()
+    }
     return {
         **{name: values[0] for name, values in whole.facts().items()},
         "count": int(whole.count[0]),
         "non_finite": int(whole.non_finite[0]),
-        "channels": moments.facts(),
+        "channels": channels,
     }

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.decoding import decodings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
@@ -52,6 +54,7 @@ class _Task(NamedTuple):
         listed: what the index says of it, and of its fields.
         limits: by field, the least and the largest value.
         nan_allowed: fields that may hold NaN and Inf.
+        as_stored: take numbers as they are, whatever attributes say.
     """
 
     path: str
@@ -59,6 +62,7 @@ class _Task(NamedTuple):
     listed: tuple[Shard, Mapping[str, Field]] | None
     limits: Limits
     nan_allowed: frozenset[str]
+    as_stored: bool
 
 
 @dataclass(slots=True)
@@ -77,6 +81,7 @@ def verify(
     *,
     limits: Limits | None = None,
     nan_allowed: Sequence[str] = (),
+    as_stored: bool = False,
     jobs: int = 0,
     progress: Progress = silent,
 ) -> Verdict:
@@ -91,6 +96,7 @@ def verify(
         fields: whose values to look at; None: all.
         limits: by field, the least and the largest value that it may have.
         nan_allowed: fields that may hold NaN and Inf.
+        as_stored: look at the numbers that are stored, and not at the values that they stand for.
         jobs: processes at the same time; 0: one a processor.
         progress: is told how many shards are done.
 
@@ -104,7 +110,7 @@ def verify(
     has_checksums = False
 
     def task(path: str, listed: tuple[Shard, Mapping[str, Field]] | None) -> _Task:
-        return _Task(path, names, listed, limits or {}, frozenset(nan_allowed))
+        return _Task(path, names, listed, limits or {}, frozenset(nan_allowed), as_stored)
 
     if (folder / INDEX_NAME).exists():
         dataset = parse_index(folder)
@@ -168,8 +174,11 @@ def check_shard(task: _Task) -> _Found:
         found.samples, found.size = shard.samples, shard.size
         if task.listed is not None:
             found.problems += _unlike_listed(shard, found.fields, *task.listed)
+        dataset = one_shard(shard, found.fields)
+        if task.as_stored:
+            dataset = dataset.as_stored(found.fields)
         for name in task.names or found.fields:
-            found.problems += _bad_values(one_shard(shard, found.fields), name, task)
+            found.problems += _bad_values(dataset, name, task)
     except DatasetError as error:
         found.problems.append(str(error))
     except OSError as error:
@@ -195,7 +204,16 @@ def _unlike_listed(
                 f'{shard.path}: field "{name}" begins at byte {shard.layouts[name].offset}, '
                 f"{INDEX_NAME} says {listed.layouts[name].offset}"
             )
+        elif listed.codings is not None and _coding(shard, name) != _coding(listed, name):
+            problems.append(
+                f'{shard.path}: field "{name}": its attributes say otherwise how to decode it than '
+                f"{INDEX_NAME} does: make that anew with `python -m hpctrain data index`"
+            )
     return problems
+
+
+def _coding(shard: Shard, name: str) -> Coding:
+    return (shard.codings or {}).get(name, PLAIN)
 
 
 def _differences(tasks: Sequence[_Task], found: Sequence[_Found]) -> list[str]:
@@ -228,12 +246,16 @@ def _bad_values(dataset: Dataset, name: str, task: _Task) -> list[str]:
 
     check_nan = about.dtype.kind in "fc" and name not in task.nan_allowed
     limits = task.limits.get(name)
+    (coding,) = dataset.codings(name)
+    decoding = decodings([dataset.select([name])])[0].get(name)
     if check_nan or limits is not None:
-        for start, values in blocks_of(dataset, name):
+        for start, numbers in blocks_of(dataset, name):
+            if check_nan and not coding.says_nan:
+                note("NaN", start, np.isnan(numbers))
             if check_nan:
-                note("NaN", start, np.isnan(values))
-                note("Inf", start, np.isinf(values))
+                note("Inf", start, np.isinf(numbers) & ~_said_to_be_missing(coding, numbers))
             if limits is not None:
+                values = numbers if decoding is None else decoding.decode(numbers)
                 note(*_outside(limits, start, values))
     elif dataset.shards[0].layouts[name].offset is None:
         for _ in blocks_of(dataset, name):
@@ -243,6 +265,11 @@ def _bad_values(dataset: Dataset, name: str, task: _Task) -> list[str]:
         + (f", and in {count - 1} more of its rows" if count > 1 else "")
         for what, (first, count) in counts.items()
     ]
+
+
+def _said_to_be_missing(coding: Coding, numbers: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    found = coding.is_missing(numbers) if coding.marks else None
+    return np.zeros(numbers.shape, np.bool_) if found is None else found
 
 
 def _outside(

@@ -1,0 +1,174 @@
+"""Decodes batches on the device, to the bit as `hpctrain.data.decoding` does on the host.
+
+The wire carries integers as stored. Where the files of a dataset differ, each row carries which of
+their codings it has, and the numbers of all are looked up at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpctrain.data.decoding import FieldDecoding
+from hpctrain.data.loading.coding_table import CodingTable, seen_numbers, torch_dtype_of
+from hpctrain.data.loading.finishing import Missing
+from hpctrain.data.order.permutation import Int64s
+from hpctrain.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """What is decoded of a dataset, and where.
+
+    Attributes:
+        on_host: fields that are decoded before a transform of samples sees them.
+        on_device: the others, and what marks the missing integers.
+        refused: integers of which none may be missing: nothing would tell them from others.
+    """
+
+    on_host: Mapping[str, FieldDecoding] = field(default_factory=dict)
+    on_device: Decoder = field(default_factory=lambda: Decoder({}, {}, torch.device("cpu")))
+    refused: Sequence[FieldDecoding] = ()
+
+    @property
+    def all(self) -> dict[str, FieldDecoding]:
+        """Every field that is decoded, wherever."""
+        return {**self.on_device.decodings, **self.on_host}
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it has to be known which samples a batch holds."""
+        return self.on_device.needs_samples or bool(self.on_host or self.refused)
+
+
+class Decoder:
+    """Decodes fields of batches.
+
+    Attributes:
+        decodings: of the fields.
+        needs_samples: whether it has to know which samples a batch holds.
+    """
+
+    def __init__(
+        self,
+        decodings: Mapping[str, FieldDecoding],
+        missing: Mapping[str, Missing],
+        device: torch.device,
+    ) -> None:
+        """Put what the files say on the device.
+
+        Args:
+            decodings: of the fields.
+            missing: what is made of missing values; of floats that is for `Finishing`.
+            device: where batches are.
+
+        Raises:
+            ConfigError: if integers are to be filled with another kind of number.
+        """
+        self.decodings = decodings
+        self._device = device
+        self._fields = {
+            name: _FieldDecoder(each, missing.get(name, Missing()), device)
+            for name, each in decodings.items()
+        }
+        self.needs_samples = any(len(each.codings) > 1 for each in decodings.values())
+
+    def codes(self, samples: Int64s | None) -> dict[str, Tensor]:
+        """Return, of fields whose files differ, which coding each row of samples has.
+
+        Returns:
+            By field, (samples,) or (samples, steps) int64 on the device.
+        """
+        if samples is None or not self.needs_samples:
+            return {}
+        found = {name: each.decoding.codes(samples) for name, each in self._fields.items()}
+        return {
+            name: torch.from_numpy(codes).to(self._device)
+            for name, codes in found.items()
+            if codes is not None
+        }
+
+    def apply(self, fields: dict[str, Tensor], codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the fields decoded, with masks of integers.
+
+        Args:
+            fields: by name, (samples, *shape) on the device; they may be changed.
+            codes: of the same samples, as `codes` returns them.
+        """
+        decoded = dict(fields)
+        for name, each in self._fields.items():
+            decoded |= each.apply(fields[name], codes.get(name))
+        return decoded
+
+
+class _FieldDecoder:
+    """Decodes one field."""
+
+    def __init__(self, decoding: FieldDecoding, missing: Missing, device: torch.device) -> None:
+        self.decoding = decoding
+        self._missing = missing
+        self._viewed = decoding.viewed
+        self._decoded = torch_dtype_of(decoding.decoded)
+        kinds = [each.working_dtype(decoding.viewed) for each in decoding.codings]
+        self._working = torch_dtype_of(max(kinds, key=lambda kind: kind.itemsize))
+        # Apple's devices have no float64.
+        is_short = device.type == "mps" and self._working == torch.float64
+        self._device = torch.device("cpu") if is_short else device
+        self._said = CodingTable.of(decoding.codings, decoding.viewed, self._working, self._device)
+        self._fill = None if missing.fill is None else self._stored_fill(missing.fill)
+
+    def apply(self, numbers: Tensor, codes: Tensor | None) -> dict[str, Tensor]:
+        """Return the field decoded, and its mask if it is of integers and wanted."""
+        if self._device.type == numbers.device.type:
+            return self._apply(numbers, codes)
+        here = None if codes is None else codes.to(self._device)
+        found = self._apply(numbers.to(self._device), here)
+        return {name: value.to(numbers.device) for name, value in found.items()}
+
+    def _apply(self, numbers: Tensor, codes: Tensor | None) -> dict[str, Tensor]:
+        name = self.decoding.name
+        seen = seen_numbers(numbers, self._viewed)
+        said = self._said if codes is None else self._said.at(codes, numbers.ndim)
+        if self.decoding.keeps_numbers:
+            return self._integers(name, numbers, seen, said)
+        missing = said.missing_among(seen)
+        if self._viewed == np.dtype(np.uint64):
+            seen = numbers.view(torch.uint64)
+        values = said.compute(seen.to(self._working))
+        if missing is not None:
+            values.masked_fill_(missing, torch.nan)
+        return {name: values.to(self._decoded)}
+
+    def _integers(
+        self, name: str, numbers: Tensor, seen: Tensor, said: CodingTable
+    ) -> dict[str, Tensor]:
+        made = {name: numbers.view(self._decoded)}
+        if self._missing == Missing():
+            return made
+        missing = said.missing_among(seen)
+        if missing is None:
+            missing = torch.zeros(numbers.shape, dtype=torch.bool, device=numbers.device)
+        if self._fill is not None:
+            # As signed ones: torch has few functions for others of more than a byte.
+            signed = getattr(torch, f"int{8 * self._viewed.itemsize}")
+            made[name] = torch.where(missing, self._fill, numbers.view(signed)).view(self._decoded)
+        if self._missing.mask is not None:
+            made[self._missing.mask] = (~missing).to(torch.float32)
+        return made
+
+    def _stored_fill(self, fill: float) -> int | None:
+        """Return the fill of integers, as the same bits read with a sign."""
+        if not self.decoding.keeps_numbers:
+            return None
+        about = np.iinfo(self._viewed)
+        if fill != int(fill) or not about.min <= fill <= about.max:
+            raise ConfigError(
+                f"data.fields.{self.decoding.name}.fill = {fill:g}: the field stays "
+                f"{self._viewed.name}, which has no such number"
+            )
+        stored: int = np.array(int(fill), self._viewed).view(f"i{about.bits // 8}").item()
+        return stored

@@ -1,0 +1,54 @@
+"""Integers that are missing where nothing would tell them from others: refused as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from hpctrain.data.decoding import FieldDecoding
+from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.reading.reader import Group, HostGroup, Source
+from hpctrain.errors import DatasetError
+
+
+class Refusing:
+    """Reads samples, and raises where one of them has a missing value of some fields."""
+
+    def __init__(self, source: Source, decodings: Sequence[FieldDecoding]) -> None:
+        """Read from `source`; look at the fields of `decodings`."""
+        self._source = source
+        self._decodings = decodings
+
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        """Yield the samples of groups, as `Source.read` does.
+
+        Raises:
+            DatasetError: naming file, row and field of a missing value.
+        """
+        for host in self._source.read(groups, pool):
+            for decoding in self._decodings:
+                _require_all(decoding, host)
+            yield host
+            # Its memory is for the next group that is read.
+            del host
+
+
+def _require_all(decoding: FieldDecoding, host: HostGroup) -> None:
+    samples = host.group.rows
+    assert samples is not None
+    stored = decoding.dataset.fields[decoding.name]
+    numbers = host.fields[decoding.name].view(stored.dtype.newbyteorder("="))
+    numbers = numbers.reshape(len(samples), *stored.shape)
+    is_missing = decoding.missing(numbers, decoding.codes(samples))
+    if not is_missing.any():
+        return
+    at = tuple(np.argwhere(is_missing)[0])
+    name, number = decoding.name, numbers.view(decoding.viewed)[at]
+    ((shard, row),) = decoding.dataset.places(samples[[at[0]]])
+    raise DatasetError(
+        f'{shard.path}: field "{name}", row {row}: {number} is a missing value by the attributes '
+        f"of this file, and would be taken for a class. Let a mask tell: data.fields.{name}.mask = "
+        f'"{name}_mask"; or set task.ignore_index = {number}; or take all numbers as they are: '
+        f'data.fields.{name}.decode = "none"'
+    )
