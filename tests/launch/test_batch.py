@@ -24,7 +24,6 @@ from hpctrain.data.digits import pack_digits
 pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
-EPOCH_STEPS = 23
 CLOCKED = {"seconds", "samples_per_second", "time"}
 
 # As slow, in seconds, as a file says: what is compared with is the same task without it.
@@ -157,8 +156,11 @@ def start(site: Path) -> Iterator[Callable[..., Job]]:
 def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> None:
     """Only the last rank is told. The evaluation is left, and is what the next job begins with;
     also where it was the last of the run. All metrics are those of an uninterrupted run."""
-    # The ranks have unequal numbers of batches to evaluate: 180 and 179 samples, one by one.
+    # The ranks have unequal numbers of batches to evaluate: 180 and 179 samples, one by one. They
+    # train on the same few, in 6 steps an epoch.
     common = ["training.max_epochs=2", "data.micro_batch_size=1", "training.clip_norm=0.5"]
+    common += ["data.train=data/digits/validation"]
+    epoch_steps = 6
     code, output = start(2, *common, "run.name=whole").wait()
     assert code == 0, output
     run = site / "runs" / "stopped"
@@ -172,13 +174,13 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
             slow.write_text("0.01")
             wait_for(lambda: len(metrics(run, "evaluation")) == 1)
             slow.write_text("0.1")
-        wait_for(lambda steps=number * EPOCH_STEPS: last_step(run) == steps)
+        wait_for(lambda steps=number * epoch_steps: last_step(run) == steps)
         (site / "evaluating").unlink(missing_ok=True)
         wait_for((site / "evaluating").exists)
         job.signal_rank(1, signal.SIGUSR1)
         code, output = job.wait()
         assert code == 75, output
-        assert outcome(run)["step"] == number * EPOCH_STEPS
+        assert outcome(run)["step"] == number * epoch_steps
         assert outcome(run)["reason"] == "stopped by SIGUSR1"
         assert len(metrics(run, "evaluation")) == number - 1
     slow.unlink()
@@ -228,7 +230,7 @@ def test_the_file_stop_holds_a_run_until_it_is_removed(
     assert outcome(run)["step"] == stopped_at
     (run / "STOP").unlink()
     assert status(site) == 1  # the last job has gained nothing
-    code, output = start(2, "training.max_epochs=10").wait()
+    code, output = start(2, f"training.max_steps={stopped_at + 5}").wait()
     assert code == 0, output
 
 
@@ -383,15 +385,16 @@ def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
     assert shutil.which(submits) == str(commands / submits)
 
 
+@pytest.mark.ranks(3)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The short form of benchmarks/kill.py, on three ranks."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "3", "--ranks", "3"],
+        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "2", "--ranks", "3"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 kills" in result.stdout
+    assert "2 kills" in result.stdout
     assert "0 problems" in result.stdout

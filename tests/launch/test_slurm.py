@@ -175,7 +175,7 @@ def test_a_job_submitted_by_a_rank(slurm: Lab, tmp_path: Path, mpi: str) -> None
 # By itself, srun ends the others of a killed rank only with -K.
 @pytest.mark.parametrize(
     ("options", "how"),
-    [("", "exception"), ("", "exit"), ("", "kill"), ("-K", "exception"), ("-K", "kill")],
+    [("", "exception"), ("", "kill"), ("-K", "exit")],
 )
 def test_a_failing_rank_ends_the_step(slurm: Lab, options: str, how: str) -> None:
     body = (str(BODIES / "failing.py"), "1", how)
