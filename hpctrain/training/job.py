@@ -37,6 +37,8 @@ from hpctrain.training.recording import begin_record
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.resuming import find_checkpoint
 from hpctrain.training.run import BestMetric, Run
+from hpctrain.training.step.coupling import MOST_ROWS as MOST_SAMPLES
+from hpctrain.training.step.coupling import find_coupling
 from hpctrain.training.telling import complete_text, header_text, summary_text
 from hpctrain.training.warm_start import start_warm
 
@@ -121,7 +123,7 @@ def _train(
     if reasons := stop.settle():
         return _stopped_early(reasons, data)
     data.stage(config, world)
-    parts = _build(config, world, components, data)
+    parts = _build(config, world, components, data, changes)
     with raise_together(world.communicator):
         if resumed is not None:
             restore(world, parts.step, resumed)
@@ -191,8 +193,13 @@ def _train(
     return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
 
 
-def _build(config: Config, world: World, components: Components, data: Data) -> Parts:
-    """Build what is trained, and try an evaluation of a few rows. Collective: all ranks."""
+def _build(
+    config: Config, world: World, components: Components, data: Data, notes: list[str]
+) -> Parts:
+    """Build what is trained, and try an evaluation of a few rows. Collective: all ranks.
+
+    What the header should say besides is added to the notes.
+    """
     parts = build_parts(
         config,
         world,
@@ -209,7 +216,20 @@ def _build(config: Config, world: World, components: Components, data: Data) -> 
         step = parts.step
         rehearse(parts.model, parts.task, rows, world, parts.number_format, call=step.call)
         step.settle()
+    notes += _couplings(world, parts, data)
     return parts
+
+
+def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
+    """Return a line for the header if the loss is none of samples. Under FSDP, collective."""
+    step = parts.step
+    if step.shards is None and not world.topology.is_rank_zero:
+        return []
+    rows = data.train_loader.examples(min(MOST_SAMPLES, max(2, step.rows)))
+    if len(next(iter(rows.values()))) < 2:
+        return []
+    found = find_coupling(step, parts.task, rows, parts.number_format, world.device)
+    return [] if found is None else [f"the loss is no sum over samples: {found}"]
 
 
 def _stop_agreement(

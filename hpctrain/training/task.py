@@ -33,6 +33,9 @@ class Task(Protocol):
         metrics: every metric of an evaluation, and which direction is better.
         counts_samples: True if every sample weighs 1; False if weights depend on the data (masked
             tokens, class weights), which costs one more reduction a step.
+
+    A task whose loss of a sample depends on the others in its pass, as a contrastive one does, says
+    so by a further attribute, `batch_dependent_loss = True`: else the header warns of it.
     """
 
     inputs: Sequence[str]
@@ -274,6 +277,7 @@ class Regression(_Supervised):
         loss: str = "mse",
         loss_reduction: LossReduction | None = None,
         loss_arguments: Mapping[str, Any] | None = None,
+        batch_dependent_loss: bool = False,
     ) -> None:
         """Check the arguments and find the loss.
 
@@ -288,12 +292,15 @@ class Regression(_Supervised):
             loss_reduction: what your own loss returns for a batch: "sum" over its samples, or
                 their mean, "per-sample-mean". Not needed where it takes `reduction` itself.
             loss_arguments: keyword arguments of your own loss.
+            batch_dependent_loss: whether in your own loss that of a sample depends on the others
+                in its pass, and is meant to.
 
         Raises:
             ConfigError: if the loss cannot be found, or its sum over samples cannot be had.
         """
         super().__init__(inputs, target, mask)
         self.counts_samples = mask is None
+        self.batch_dependent_loss = batch_dependent_loss
         if mask is not None:
             self._losses = load_elementwise_loss(loss, loss_arguments or {})
         else:

@@ -319,6 +319,20 @@ def test_a_rehearsal_leaves_no_trace(
     assert model.calls == 1
 
 
+def test_what_a_method_draws_is_no_matter_of_the_cut(
+    world: World, model: nn.Module, fields: dict[str, Tensor]
+) -> None:
+    """As in a VAE that is reached by `encode` and `decode`: a little, so that draws are alike."""
+
+    class Drawing(Returning):
+        def evaluate(self, model: nn.Module, fields: Mapping[str, Tensor]) -> Any:
+            count = len(fields["y"])
+            return {"m": (count + 0.034 * torch.randn(count).sum(), count)}
+
+    few = {name: item[:7] for name, item in fields.items()}
+    rehearsed(Drawing(OF_SAMPLES["drawn"]), model, few, world, "32-true")
+
+
 def test_one_row_has_no_other_cut(
     world: World, model: nn.Module, fields: dict[str, Tensor]
 ) -> None:

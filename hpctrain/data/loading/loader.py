@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -198,6 +199,16 @@ class TrainLoader:
             name: torch.nan_to_num(each, 0.0, 0.0, 0.0) if each.is_floating_point() else each
             for name, each in fields.items()
         }
+
+    def examples(self, most: int) -> dict[str, torch.Tensor]:
+        """Return some real samples, as batches hold them: at most `most`, as many on every rank.
+
+        Spread over the dataset, since neighbours are often alike.
+        """
+        samples = self._dataset.samples
+        count = min(most, samples)
+        rows = (np.arange(count, dtype=np.int64) * samples + self._rank) // count % samples
+        return self._delivery.some(np.unique(rows))
 
     def rows(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""

@@ -43,6 +43,7 @@ class TrainStep:
         optimizer: its optimizer.
         scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
         grad_accum_steps: passes per rank and step.
+        rows: samples of the largest pass.
         average: moving average of the parameters, updated by the job; None where none is wanted.
         shards: the parameters where they are spread over the ranks, else None.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
@@ -113,7 +114,7 @@ class TrainStep:
         self._held = number_format.cast(
             {name: row.clone() for name, row in example.items()}, task.inputs
         )
-        self._rows = max(1, -(-largest_share // self.grad_accum_steps))
+        self.rows = max(1, -(-largest_share // self.grad_accum_steps))
         self._replica: Replica | Shards = shards or Replica(
             model,
             self._world_size,
@@ -187,7 +188,7 @@ class TrainStep:
         Raises:
             TrainingError: if model, task and data do not fit.
         """
-        fields = {name: torch.cat([row] * self._rows) for name, row in self._held.items()}
+        fields = {name: torch.cat([row] * self.rows) for name, row in self._held.items()}
         prime(
             self._replica,
             self._task,
