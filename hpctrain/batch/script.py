@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.sites import SITES, Because, Site, longest_hours
+from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.batch.watch import reserve_seconds
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, UsageError
@@ -34,6 +35,7 @@ class Job:
         gpus_per_node: that the scheduler is asked for; None: none, or as the site asks.
         chain: jobs that are submitted at once, each after the one before; 1: none, the script
             submits itself again instead.
+        code: a snapshot of the project to run from; None: the project as it is then.
         environment: an image (.sif), or a packed environment (.tar, .tar.gz), of which every node
             gets a copy; None: .venv, where there is one.
     """
@@ -53,6 +55,15 @@ class Job:
     gpus_per_node: int | None = 4
     chain: int = 1
     environment: str | None = None
+    code: str | None = None
+
+    @property
+    def train(self) -> str:
+        """What follows `python -m hpctrain` in the script."""
+        if self.code is None:
+            return shlex.join(self.command)
+        config = in_snapshot(Path(self.command[0]), Path(self.code))
+        return shlex.join([str(config), *self.command[1:], "--code", self.code])
 
     @property
     def ranks(self) -> int:
@@ -212,7 +223,7 @@ def render(job: Job) -> str:
         signal_seconds=max(10, min(_SIGNAL_SECONDS, job.seconds // 6)),
         image=job.environment if Path(job.environment or "").suffix == ".sif" else None,
         max_tries=MAX_TRIES,
-        train=shlex.join(job.command),
+        train=job.train,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 

@@ -37,6 +37,7 @@ commands:
                     --ranks-per-node N  --cpus-per-rank N  --gpus-per-node N (0: none)
                     --environment FILE (.sif or .tar.gz)  --chain N: jobs one after another
                     --output FILE  --submit: submit it, and print the ids of the jobs
+                    --snapshot: run from a copy of the code as it is now
   data pack SOURCE... FOLDER
                     pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
@@ -51,6 +52,7 @@ commands:
 
 options:
   --np N            start N processes on this node, under the mpirun of the bound MPI library
+  --code DIRECTORY  take your modules from a snapshot that `job --snapshot` has made
   -h, --help        show this message
   --version         show the version
 

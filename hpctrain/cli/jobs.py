@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hpctrain.cli.parsing import Parser, usage_error
 from hpctrain.cli.voice import telling
+from hpctrain.config.code_folder import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.launch.launchers import Claim
@@ -25,10 +27,14 @@ def run(arguments: list[str], claim: Claim) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--np", type=int)
+    parser.add_argument("--code", type=Path)
     # Overrides may stand before and after --np.
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.np is not None:
-        start_here(parsed.np, [parsed.config, *parsed.overrides], claim)
+        code = [] if parsed.code is None else ["--code", str(parsed.code)]
+        start_here(parsed.np, [parsed.config, *parsed.overrides, *code], claim)
+    if parsed.code is not None:
+        use_snapshot(parsed.code)
 
     from hpctrain.batch.signals import SignalFlag
     from hpctrain.launch.loading import loading
@@ -50,7 +56,7 @@ def run(arguments: list[str], claim: Claim) -> int:
             meeting=meeting,
             signals=signals,
             guard=job.guard,
-            command=arguments,
+            command=[parsed.config, *parsed.overrides],
         )
 
 
@@ -60,7 +66,10 @@ def check(arguments: list[str], claim: Claim) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--code", type=Path)
     parsed = parser.parse_intermixed_args(arguments)
+    if parsed.code is not None:
+        use_snapshot(parsed.code)
 
     from hpctrain.observe.streams import reserved_stdout
     from hpctrain.preflight.report import start_failed_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -45,9 +46,11 @@ def job(arguments: list[str]) -> int:
     parser.add_argument("--gpus-per-node", type=int)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--submit", action="store_true")
+    parser.add_argument("--snapshot", action="store_true")
     parsed = parser.parse_intermixed_args(arguments)
 
     from hpctrain.batch.outcome import read_outcome
+    from hpctrain.batch.snapshot import take_snapshot
     from hpctrain.batch.submit import submit
     from hpctrain.config import load
     from hpctrain.data.order.partition import default_lanes
@@ -60,6 +63,9 @@ def job(arguments: list[str]) -> int:
         lanes=config.data.lanes or default_lanes(config.data.global_batch_size),
         save_seconds=0.0 if before is None else before.save_seconds,
     )
+    if parsed.snapshot:
+        taken = take_snapshot(Path(wanted.run_folder), Path(config.run.directory))
+        wanted = dataclasses.replace(wanted, code=str(taken))
     text = script.render(wanted)
     if parsed.output is None and not parsed.submit:
         sys.stdout.write(text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from hpctrain.config.code_folder import code_folder
 from hpctrain.errors import ConfigError
 from hpctrain.utils.text import did_you_mean, printable
 
@@ -19,7 +19,7 @@ def imported(reference: str) -> Callable[..., Any]:
         ConfigError: with what is wrong, and no more: where it stands is for the caller to say.
     """
     module_name, _, name = reference.partition(":")
-    here = str(Path.cwd())
+    here = str(code_folder())
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, also from an installed script
     try:

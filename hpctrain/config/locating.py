@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 
+from hpctrain.config.code_folder import code_folder
 from hpctrain.utils.text import did_you_mean, printable
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -78,7 +79,7 @@ def _locate(module: str) -> ModuleSpec | None:
 
 def _folders() -> list[str]:
     """Return where the top-level modules are: as after `python -m`, here first."""
-    here = str(Path.cwd())
+    here = str(code_folder())
     return [here, *(folder for folder in sys.path if folder not in ("", here))]
 
 

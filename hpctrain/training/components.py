@@ -7,7 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from hpctrain.config import Config
+from hpctrain.config.code_folder import snapshot
 from hpctrain.config.components import resolve_all
+from hpctrain.errors import ConfigError
+from hpctrain.observe.code import user_modules
+from hpctrain.utils.text import listed
 
 # What hpctrain itself passes, by section: not for the config to give.
 _GIVEN = {
@@ -32,9 +36,33 @@ def resolve_components(
         The classes and functions, by section.
 
     Raises:
-        ConfigError: with all mistakes of all components.
+        ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
     """
-    return resolve_all(config, given=_given, path=path, overrides=overrides)
+    components = resolve_all(config, given=_given, path=path, overrides=overrides)
+    _refuse_live_code()
+    return components
+
+
+def _refuse_live_code() -> None:
+    """See to it that a job with a snapshot of the code runs that and nothing else.
+
+    Raises:
+        ConfigError: if a module of the project has come from the project itself.
+    """
+    if (taken := snapshot()) is None:
+        return
+    root, project = taken
+    live = [
+        str(path)
+        for path in user_modules().values()
+        if path.is_relative_to(project) and not path.is_relative_to(root)
+    ]
+    if live:
+        raise ConfigError(
+            f"--code {root}: {listed(live)} came from {project}, not from this snapshot of it: "
+            "they are not in it, or installed from that folder in a way that Python's path does "
+            "not show. Have git know them, or leave job --snapshot out"
+        )
 
 
 def _given(section: str, target: Callable[..., Any]) -> Collection[str]:
