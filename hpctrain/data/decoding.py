@@ -45,6 +45,11 @@ class FieldDecoding:
         return self.decoded.kind in "iu"
 
     @property
+    def marks(self) -> bool:
+        """Whether numbers can stand for none."""
+        return any(each.marks for each in self.codings)
+
+    @property
     def field(self) -> Field:
         """The field as it is once decoded."""
         return Field(self.dataset.fields[self.name].shape, self.decoded)

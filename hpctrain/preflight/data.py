@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpctrain.config.semantics import settle
+from hpctrain.data.decoding import described
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import data as judging
@@ -26,7 +27,8 @@ def open_and_check(checks: Checks, world: World) -> Data | None:
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")
         return None
-    checks.add(judging.judge_dataset(opened.train, opened.validation))
+    decoded = {name: described(each) for name, each in opened.transforms.decoding.all.items()}
+    checks.add(judging.judge_dataset(opened.train, opened.validation, decoded))
     _check_shards(checks, opened)
     _check_locking(checks, [shard.path for shard in opened.train.shards])
     return opened

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.config import Config
+from hpctrain.config.schema import FieldTable
 from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.launch.world import World
 from hpctrain.observe.metrics import JSONL_FILE
@@ -165,8 +166,11 @@ def _notes(
     rest = data.train.samples - data.train_loader.epoch_size
     if rest:
         notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
-    decoded = data.transforms.decoding.all
-    notes += [f"decoded: {name}, {described(each)}" for name, each in decoded.items()]
+    for name, each in data.transforms.decoding.all.items():
+        table = config.data.fields.get(name, FieldTable())
+        is_nan = each.marks and not each.keeps_numbers and table.fill is None
+        hint = f"; missing ones are NaN, without data.fields.{name}.fill" if is_nan else ""
+        notes.append(f"decoded: {name}, {described(each)}{hint}")
     notes += [f"not used: {each}" for each in unused_attributes(data.train)]
     if parts.step.syncs:
         notes.append(

@@ -82,3 +82,54 @@ def test_a_forecast_from_files_as_they_are(site: Path, monkeypatch: pytest.Monke
         assert len(metrics(site / "runs" / f"of_{ranks}", "evaluation")) == 4
     assert np.mean(curves[0][-5:]) < 0.2 * np.mean(curves[0][:5])
     assert np.allclose(curves[0][:5], curves[1][:5], rtol=1e-4)
+
+
+def test_packed_files_train_as_the_floats_that_they_stand_for(site: Path) -> None:
+    """Each file has a scale of its own, and values are missing: the same bits, on two ranks."""
+    for year in YEARS:
+        with h5py.File(site / "data" / "weather" / f"{year}.h5") as file:
+            fields = {name: file[name][:] for name in ("state/fields", "state/zonal_mean")}
+            good = file["quality/good"][:]
+        for folder in ("packed", "floats"):
+            (site / folder).mkdir(exist_ok=True)
+        with (
+            h5py.File(site / "packed" / f"{year}.h5", "w") as packed,
+            h5py.File(site / "floats" / f"{year}.h5", "w") as floats,
+        ):
+            packed["quality/good"] = floats["quality/good"] = good
+            for name, values in fields.items():
+                scale, offset = 2e-4 * (year - 1998), 0.25 * (year - 2000)
+                numbers = np.clip((values - offset) / scale, -32000, 32000).astype("i2")
+                if name == "state/zonal_mean":
+                    numbers[::3, :4] = -32768
+                packed[name] = numbers
+                said = {"scale_factor": scale, "add_offset": offset, "_FillValue": np.int16(-32768)}
+                packed[name].attrs.update(said)
+                decoded = (numbers * scale + offset).astype("f4")
+                decoded[numbers == -32768] = np.nan
+                floats[name] = decoded
+    options = [
+        "data.fields.zonal_mean.mask=there",
+        "data.normalize={state={mean=0.1,std=1.5}}",
+        "training.max_steps=6",
+    ]
+    curves = []
+    for folder in ("packed", "floats"):
+        ended = hpctrain(
+            site,
+            2,
+            "forecast.toml",
+            *OPTIONS,
+            *options,
+            f"run.name={folder}",
+            f"data.train={folder}/*.h5",
+        )
+        text = ended.stdout + ended.stderr
+        assert ("decoded: state, int16 x 0.0004 to 0.0008" in text) == (folder == "packed")
+        run = site / "runs" / folder
+        curves.append(
+            [record["loss"] for kind in ("train", "evaluation") for record in metrics(run, kind)]
+        )
+    assert len(curves[0]) == 7
+    assert np.isfinite(curves[0]).all()
+    assert curves[0] == curves[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.config import load, to_toml
+from hpctrain.config.fields import integer_fields, needed_fields, seen_fields, stored_fields
 from hpctrain.config.schema import FieldTable, SamplesTable
 from hpctrain.errors import ConfigError
 
@@ -116,3 +117,58 @@ def test_files_of_a_field_for_training_only(site: Path) -> None:
 def test_the_best_checkpoint_is_found_by_rows_of_the_same_files(site: Path, samples: str) -> None:
     site.write_text(f"{CONFIG}[data.samples]\n{samples}\n[checkpoint]\nkeep_best = 'loss'\n")
     assert load(str(site)).checkpoint.keep_best == "loss"
+
+
+MISSING = """
+[data.fields.state]
+fill = 0.0
+mask = "state_mask"
+[data.fields.next]
+fill = -1
+mask = "next_mask"
+decode = "cf"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('mask = "next_mask"\n', "", "data.fields.next.fill|the loss would compare with this"),
+        ('"next_mask"', '"state_mask"', "the name of another field"),
+        ('"next_mask"', '"next"', "the name of another field"),
+        ('"next_mask"', '"state"', "the name of another field"),
+        ('decode = "cf"', 'decode = "none"', "nothing is missing among numbers taken as stored"),
+        ('decode = "cf"', 'decode = "integer"', 'Did you mean "integers"|did you mean "integers"'),
+        ("fill = -1", 'fill = "none"', "expected a number"),
+        ('"regression"', '"language_modeling"', "language_modeling takes no mask"),
+    ],
+)
+def test_what_is_said_of_missing_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.h5").touch()
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG + MISSING)
+    config = load(str(path))
+    assert config.data.fields["next"] == FieldTable(fill=-1.0, mask="next_mask", decode="cf")
+    assert seen_fields(config) == stored_fields(config) == ["state", "next"]
+    assert needed_fields(config) == ["state", "next", "next_mask"]
+    path.write_text((CONFIG + MISSING).replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load(str(path))
+
+
+def test_masks_among_the_inputs_are_not_read_from_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.h5").touch()
+    path = tmp_path / "run.toml"
+    path.write_text((CONFIG + MISSING).replace('["state"]', '["state", "state_mask"]'))
+    config = load(str(path))
+    assert stored_fields(config) == ["state", "next"]
+    assert seen_fields(config) == ["state", "state_mask", "next"]
+    assert integer_fields(config) == {"next"}

@@ -103,3 +103,92 @@ def test_models_map_samples_one_by_one() -> None:
 def test_models_that_are_none(make: object) -> None:
     with pytest.raises(ConfigError, match="model"):
         make()  # type: ignore[operator]
+
+
+def masked_fields(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return inputs, a target with NaN where it is missing, and its mask."""
+    torch.manual_seed(1)
+    target, mask = torch.randn(shape), (torch.rand(shape) < 0.7).float()
+    target[mask == 0] = torch.nan
+    return {"x": torch.randn(shape[0], 4), "y": target, "y_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("loss", "function"),
+    [("mse", F.mse_loss), ("mae", F.l1_loss), ("torch.nn:SmoothL1Loss", F.smooth_l1_loss)],
+)
+@pytest.mark.parametrize("shape", [(10,), (10, 1), (10, 2, 3)])
+def test_regression_on_what_is_there(loss: str, function: object, shape: tuple[int, ...]) -> None:
+    fields = masked_fields(shape)
+    features = math.prod(shape[1:])
+    model = nn.Sequential(nn.Linear(4, features), nn.Unflatten(1, shape[1:] or (1,)))
+    task = Regression(["x"], "y", mask="y_mask", loss=loss)
+    assert not task.counts_samples
+    total, weight = task.loss(model, fields)
+    is_there = fields["y_mask"] != 0
+    output = model(fields["x"]).reshape(shape)
+    expected = function(output[is_there], fields["y"][is_there])  # type: ignore[operator]
+    assert (total / weight).item() == pytest.approx(expected.item(), rel=1e-6)
+    (total / weight).backward()
+    gradient = model[0].weight.grad
+    expected_gradient = torch.autograd.grad(expected, model[0].weight)[0]
+    assert torch.allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    errors = (output - fields["y"])[is_there].double()
+    for name, value in (("mae", errors.abs().mean()), ("mse", errors.square().mean())):
+        found, count = task.evaluate(model, fields)[name]
+        assert (found / count).item() == pytest.approx(value.item(), rel=1e-6)
+    # A mask is a weight, and may be a half.
+    fields["y_mask"] = fields["y_mask"] / 2
+    halved = task.loss(model, fields)
+    assert halved[1] == weight / 2
+
+
+@pytest.mark.parametrize("class_weights", [None, [1.0, 2.0, 0.5]])
+@pytest.mark.parametrize("ignore_index", [None, 2])
+def test_classification_of_what_has_a_class(
+    class_weights: list[float] | None, ignore_index: int | None
+) -> None:
+    torch.manual_seed(1)
+    labels = torch.randint(3, (10, 4), dtype=torch.int16)
+    mask = (torch.rand(10, 4) < 0.7).float()
+    labels[mask == 0] = -99
+    fields = {"x": torch.randn(10, 5, 4), "y": labels, "y_mask": mask}
+    model = nn.Conv1d(5, 3, 1)
+    task = Classification(
+        ["x"], "y", mask="y_mask", class_weights=class_weights, ignore_index=ignore_index
+    )
+    total, weight = task.loss(model, fields)
+    kept = labels.long().where(mask != 0, -100)
+    kept = kept if ignore_index is None else kept.where(kept != ignore_index, -100)
+    weights = None if class_weights is None else torch.tensor(class_weights)
+    expected = F.cross_entropy(model(fields["x"]), kept, weight=weights)
+    assert (total / weight).item() == pytest.approx(expected.item(), rel=1e-6)
+    parts = task.evaluate(model, fields)
+    assert (parts["loss"][0] / parts["loss"][1]).item() == pytest.approx(expected.item(), rel=1e-6)
+    right = (model(fields["x"]).argmax(1) == kept)[kept != -100].double().mean()
+    assert (parts["accuracy"][0] / parts["accuracy"][1]).item() == pytest.approx(right.item())
+
+
+def without_reduction(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean()
+
+
+def too_short(output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    return (output - target).square().mean(-1)
+
+
+def test_masks_that_do_not_fit() -> None:
+    fields = masked_fields((10, 2))
+    model = nn.Linear(4, 2)
+    with pytest.raises(ConfigError, match='takes no reduction = "none", so a mask cannot'):
+        Regression(["x"], "y", mask="m", loss=f"{__name__}:without_reduction")
+    task = Regression(["x"], "y", mask="y_mask", loss=f"{__name__}:too_short")
+    with pytest.raises(TrainingError, match=r"returned \(10,\) .* a number for each element"):
+        task.loss(model, fields)
+    with pytest.raises(
+        TrainingError, match=r'task\.mask = "m": there is no such field; there are x'
+    ):
+        Regression(["x"], "y", mask="m").loss(model, fields)
+    fields["y_mask"] = torch.ones(3)
+    with pytest.raises(TrainingError, match=r"is \(3,\), and the target \(10, 2\)"):
+        Regression(["x"], "y", mask="y_mask").loss(model, fields)

@@ -13,11 +13,21 @@ DATASET_FIX = "correct data.train, data.validation or the task's fields, or writ
 READING_FIX = "bring the file back, or write the dataset anew"
 
 
-def judge_dataset(train: Dataset, validation: Dataset | None) -> Finding:
-    """Tell what the datasets hold, and which fields are read the slow way."""
+def judge_dataset(
+    train: Dataset, validation: Dataset | None, decoded: Mapping[str, str] | None = None
+) -> Finding:
+    """Tell what the datasets hold, and which fields are read the slow way.
+
+    Args:
+        train: to train with.
+        validation: to evaluate with.
+        decoded: by field, what becomes of its numbers.
+    """
     fields = ", ".join(
         f"{name} {field.dtype}{list(field.shape) or ''}" for name, field in train.fields.items()
     )
+    if decoded:
+        fields += "; decoded: " + "; ".join(f"{name} {how}" for name, how in decoded.items())
     other = "no validation" if validation is None else f"{validation.samples:,} for validation"
     fact = (
         f"{plural(train.samples, 'sample')} in {plural(len(train.shards), 'shard')} ({fields}), "
