@@ -56,6 +56,10 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+ELSEWHERE = frozenset(["virtual", "in an external file", "in another file, by a link"])
+"""Reasons of a `Layout` by which the values are in other files than the shard."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the rows of a field lie in one shard.
@@ -73,6 +77,11 @@ class Layout:
     chunk_rows: int = 1
     reason: str = ""
     base: int | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the values are in other files, which may come and go by themselves."""
+        return self.reason in ELSEWHERE
 
     @property
     def is_direct(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
+from hpctrain.data.sealing import require_sealed, sealed
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_json, read_whole
@@ -17,7 +17,7 @@ from hpctrain.utils.json_files import LARGE, parse_json, read_whole
 INDEX_NAME = "index.json"
 UNFINISHED_NAME = "index.json.unfinished"
 """Lies in a folder as long as its shards are being written."""
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
 
 _REMAKE = "Write the dataset anew, or remove the index to read the files as plain HDF5"
@@ -53,8 +53,7 @@ def write_index(dataset: Dataset, folder: Path, origin: Mapping[str, Any] | None
             for shard in dataset.shards
         ],
     }
-    text = json.dumps(document, indent=1) + "\n"
-    replace_file(folder / INDEX_NAME, text.encode())
+    replace_file(folder / INDEX_NAME, sealed(document))
 
 
 def read_index(folder: Path) -> Dataset:
@@ -93,11 +92,23 @@ def read_origin(folder: Path) -> object:
 
 def _load(path: Path) -> object:
     try:
-        return parse_json(read_whole(path, LARGE))
+        document = parse_json(read_whole(path, LARGE))
+        if isinstance(document, dict) and type(version := document.get("version")) is int:
+            _require_known(version, path)
+            require_sealed(document)
+        return document
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise DatasetError(f"{path}: this is no index: {error}. {_REMAKE}") from error
+
+
+def _require_known(version: int, path: Path) -> None:
+    if version > INDEX_VERSION:
+        raise DatasetError(
+            f"{path}: version {version} was written by a newer hpctrain; this one reads up to "
+            f"{INDEX_VERSION}: update hpctrain"
+        )
 
 
 def damaged_shards(dataset: Dataset) -> list[str]:
@@ -135,12 +146,7 @@ class _Parser:
 
     def dataset(self, document: object, folder: Path) -> Dataset:
         root = self._typed(document, dict, "the document")
-        version = self._get(root, "version", int, "")
-        if version > INDEX_VERSION:
-            raise DatasetError(
-                f"{self._path}: version {version} was written by a newer hpctrain; this one reads "
-                f"up to {INDEX_VERSION}: update hpctrain"
-            )
+        self._get(root, "version", int, "")
         fields = {
             name: self._field(name, self._typed(value, dict, f"fields.{name}"))
             for name, value in self._get(root, "fields", dict, "").items()

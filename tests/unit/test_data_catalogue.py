@@ -14,6 +14,8 @@ import pytest
 
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.finding.view import Part, View
+from hpctrain.data.sealing import sealed
 from hpctrain.data.tools import indexing
 from hpctrain.data.tools.indexing import make_catalogue, make_index
 from hpctrain.data.tools.verifying import verify
@@ -59,7 +61,7 @@ def test_it_stands_for_its_files(site: Path, names: list[str], axis: int) -> Non
         assert (one.layouts, one.samples, one.size) == (two.layouts, two.samples, two.size)
         assert one.sources == two.sources
         assert Path(two.path).samefile(one.path)
-    verify_share([listed], 0, 1)
+    verify_share([View.of("", [Part(listed, axis)], {}, None)], 0, 1)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match=r"a\.nc: data\.verify = \"start\", but .* no checksum"):
         verify_share([plain], 1, 2)
 
@@ -76,8 +78,8 @@ def test_files_that_changed(site: Path) -> None:
     pattern = str(site / "year*" / "*.nc")
     make_catalogue(pattern, catalogue, ["is_good"], checksums=False, jobs=1)
     path = site / "year2" / "a.nc"
-    with pytest.raises(DatasetError, match=r'a\.nc: there is no field "zipped"'):
-        open_dataset(str(catalogue), ["zipped"])
+    with pytest.raises(DatasetError, match=r'a\.nc: there is no field "zip"'):
+        open_dataset(str(catalogue), ["zip"])
     with h5py.File(path, "r+") as file:
         file["is_good"][0] = False
     os.utime(path, ns=(0, 0))
@@ -159,7 +161,7 @@ def test_damaged_catalogues(site: Path, damage: Any, message: str) -> None:
     make_catalogue(str(site / "year1"), catalogue, ["is_good"], checksums=False, jobs=1)
     document = json.loads(catalogue.read_text())
     damage(document)
-    catalogue.write_text(json.dumps(document))
+    catalogue.write_bytes(sealed(document))
     with pytest.raises(DatasetError, match=message) as caught:
         open_dataset(str(catalogue), ["is_good"])
     assert str(catalogue) in str(caught.value)

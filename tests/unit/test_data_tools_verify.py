@@ -18,6 +18,7 @@ import pytest
 from hpctrain.data import Writer
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.parallel import each
+from hpctrain.data.sealing import sealed
 from hpctrain.data.storage import Storage
 from hpctrain.data.tools.indexing import make_index
 from hpctrain.data.tools.verifying import verify
@@ -129,11 +130,14 @@ def test_files_that_are_not_what_the_index_says(tmp_path: Path) -> None:
         shard["xxh3"], shard["bytes"] = None, (folder / shard["file"]).stat().st_size
         shard["layouts"]["x"]["offset"] = 8
         shard["layouts"]["label"] = {"chunk_rows": 1, "reason": "chunked"}
-    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "index.json").write_bytes(sealed(index))
     found = "\n".join(problems(folder))
-    assert 'shard-000000.h5: field "label" is int32 of shape (), index.json says int64' in found
-    assert 'shard-000000.h5: field "x" begins at byte 2048, index.json says 8' in found
-    assert "shard-000001.h5: 9 rows, index.json says 10" in found
+    assert 'shard-000000.h5: field "label" is int32 of shape (), the index says int64' in found
+    assert (
+        'shard-000000.h5: field "x" begins at byte 2048, the index says that it begins at byte 8'
+        in found
+    )
+    assert "shard-000001.h5: 9 rows, the index says 10" in found
     assert 'shard-000002.h5: there is no field "label". It has: x' in found
 
 
@@ -208,7 +212,7 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
         verify(str(tmp_path / "*.h5"))
     folder = write(tmp_path / "data")
     (folder / "index.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DatasetError, match="this is not JSON"):
+    with pytest.raises(DatasetError, match="it is not JSON"):
         verify(str(folder))
     (folder / "index.json.unfinished").touch()
     with pytest.raises(DatasetError, match="still being written"):

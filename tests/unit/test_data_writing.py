@@ -17,6 +17,7 @@ import pytest
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.digits import pack_digits
 from hpctrain.data.index import INDEX_VERSION, damaged_shards
+from hpctrain.data.sealing import sealed
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
 from hpctrain.launch.single import SingleCommunicator
@@ -88,7 +89,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         path = folder / "index.json"
         document = json.loads(path.read_text())
         change(document)
-        path.write_text(json.dumps(document))
+        path.write_bytes(sealed(document))
 
     return apply
 
@@ -106,8 +107,8 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
             r"100000 bytes, .*the index is older than the file",
         ),
         (lambda f: (f / "more.h5").touch(), r"index\.json does not list more\.h5"),
-        (lambda f: (f / "index.json").write_text("{"), r"index\.json: this is not JSON"),
-        (lambda f: (f / "index.json").write_bytes(b"\xff"), r"index\.json: this is not JSON"),
+        (lambda f: (f / "index.json").write_text("{"), r"index\.json: .*it is not JSON"),
+        (lambda f: (f / "index.json").write_bytes(b"\xff"), r"index\.json: .*it is not JSON"),
         (lambda f: (f / "index.json").write_text("[]"), r"the document is list, not dict"),
         (lambda f: (f / "index.json.unfinished").touch(), r"still being written"),
         (edit(lambda d: d.update(version=INDEX_VERSION + 1)), r"newer hpctrain.*update hpctrain"),
@@ -116,7 +117,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         (edit(lambda d: d.update(samples=11)), r"samples is not the sum over the shards, 10"),
         (edit(lambda d: d.update(shards=[])), r"shards is empty"),
         (edit(lambda d: d.update(fields={})), r"shards\[0\]\.layouts is not about"),
-        (edit(lambda d: d["fields"]["x"].update(dtype="f3")), r"fields\.x\.dtype is not a dtype"),
+        (edit(lambda d: d["fields"]["x"].update(dtype="f3")), r"fields\.x\.dtype .*is not a dtype"),
         (edit(lambda d: d["fields"]["x"].update(dtype="S3")), r'field "x" has dtype \|S3'),
         (edit(lambda d: d["fields"]["x"].update(shape=[-1])), r"fields\.x\.shape is -1"),
         (edit(lambda d: d["shards"][1].update(samples="4")), r"shards\[1\]\.samples is str"),
@@ -237,7 +238,7 @@ def test_shards_are_whole_chunks_and_small_fields_contiguous(tmp_path: Path) -> 
         writer.extend(values)
     dataset = open_dataset(str(tmp_path / "data"))
     assert [shard.samples for shard in dataset.shards] == [14, 14, 12]
-    assert dataset.slow_fields() == {"x": "chunked, lzf in shard-000000.h5"}
+    assert dataset.slow_fields() == {}
     assert dataset.chunk_rows == 7
 
 

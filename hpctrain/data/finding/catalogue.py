@@ -6,7 +6,6 @@ room for it, and `data.train = "era5.json"` stands for the files that it lists.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from annotated_types import Ge, Lt, MinLen
 from hpctrain.data.coding import coding_from
 from hpctrain.data.dataset import parse_dtype
 from hpctrain.data.finding.contents import Array, Contents
+from hpctrain.data.sealing import require_sealed, sealed
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file
-from hpctrain.utils.json_files import LARGE, parse_checked, read_whole
+from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole
 
-CATALOGUE_VERSION = 1
+CATALOGUE_VERSION = 2
 CATALOGUE_SUFFIX = ".json"
 _KIND = "hpctrain catalogue"
 
@@ -90,7 +90,7 @@ def write_catalogue(path: Path, files: Sequence[Contents]) -> None:
             for each in files
         ],
     }
-    replace_file(path, (json.dumps(document, indent=1) + "\n").encode())
+    replace_file(path, sealed(document))
 
 
 def read_catalogue(path: Path) -> list[Contents]:
@@ -110,6 +110,7 @@ def read_catalogue(path: Path) -> list[Contents]:
                 f"{path}: version {head.version} was written by a newer hpctrain; this one reads "
                 f"up to {CATALOGUE_VERSION}: update hpctrain"
             )
+        require_sealed(parse_json(content))
         files = _contents(parse_checked(content, _Catalogue), path.parent)
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error

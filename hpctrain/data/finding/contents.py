@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.data.coding import Coding, without_plain
-from hpctrain.data.dataset import Field, Layout, Shard, require_fields, require_supported
+from hpctrain.data.dataset import ELSEWHERE, Field, Layout, Shard, require_fields, require_supported
 from hpctrain.errors import DatasetError
 
 LEAST_PIECE_BYTES = 1024
@@ -38,6 +38,11 @@ class Array:
     reason: str
     sources: tuple[str, ...] = ()
     coding: Coding | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the values are in other files, which may come and go by themselves."""
+        return self.reason in ELSEWHERE
 
     def field(self, axis: int) -> Field:
         """Return what a sample is where this axis counts the samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hpctrain.data.file_order import FileOrder, in_order, order_key
 from hpctrain.data.finding.attributes import coding_in, with_codings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
-from hpctrain.data.finding.elsewhere import is_in, other_files
+from hpctrain.data.finding.elsewhere import behind_links, is_in, other_files
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
@@ -29,6 +30,8 @@ from hpctrain.data.storage import (
     require_filters,
 )
 from hpctrain.errors import DatasetError
+
+logger = logging.getLogger(__name__)
 
 
 def open_dataset(
@@ -54,11 +57,52 @@ def open_dataset(
     require_finished(path)
     if is_catalogue(path):
         files = sorted(read_catalogue(path), key=lambda file: order_key(order)(file.path))
-        return with_codings(fitted(pattern, [file.shard(fields, axis) for file in files]))
+        whole = [_with_unlisted(file, fields) for file in files]
+        return with_codings(fitted(pattern, [file.shard(fields, axis) for file in whole]))
     if (path / INDEX_NAME).exists() and not axis:
         dataset = _reordered(read_index(path), order)
-        return with_codings(dataset if fields is None else dataset.select(fields))
+        return with_codings(_select(dataset, list(fields or dataset.fields)))
     return join_files(pattern, find_files(pattern, order), fields, axis)
+
+
+def _with_unlisted(file: Contents, fields: Sequence[str] | None) -> Contents:
+    """Return what a catalogue says of a file, with the fields that only the file can tell of."""
+    names = list(file.arrays if fields is None else fields)
+    known = {name: array for name, array in file.arrays.items() if not array.is_elsewhere}
+    asked = [name for name in names if name not in known]
+    if not asked:
+        return file
+    return dataclasses.replace(file, arrays={**known, **look_into(file.path, asked).arrays})
+
+
+def _select(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """Return fields of an index, and of its files what it does not list or cannot know.
+
+    It has one name of each array, and HDF5 finds arrays by others, too. And of values that are in
+    files that it does not list, it cannot tell whether they are still there.
+
+    Raises:
+        DatasetError: if a field is not in a file either.
+    """
+    elsewhere = {name for s in dataset.shards for name, x in s.layouts.items() if x.is_elsewhere}
+    asked = [name for name in names if name not in dataset.fields.keys() - elsewhere]
+    if not asked:
+        return dataset.select(names)
+    known = dataset.select([name for name in names if name not in asked])
+    logger.info("%s: asking the files about %s", dataset.source, ", ".join(asked))
+    files = []
+    for shard in known.shards:
+        more, fields = inspect_file(shard.path, asked)
+        if more.samples != shard.samples:
+            raise DatasetError(
+                f'{shard.path}: field "{asked[0]}" has {more.samples} rows, and {INDEX_NAME} lists '
+                f"{shard.samples}. Name fields that belong together"
+            )
+        codings = None if shard.codings is None else {**shard.codings, **(more.codings or {})}
+        layouts = {**shard.layouts, **more.layouts}
+        whole = dataclasses.replace(shard, layouts=layouts, sources=more.sources, codings=codings)
+        files.append((whole.select(names), {**known.fields, **fields}))
+    return fitted(dataset.source, files).select(names)
 
 
 def _reordered(dataset: Dataset, order: FileOrder) -> Dataset:
@@ -113,10 +157,17 @@ def look_into(path: str, fields: Sequence[str] | None) -> Contents:
 def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
     """Return HDF5 datasets of an open file by their paths, links followed for those named."""
     if fields is not None:
-        try:
-            named = {name: file[name] for name in fields if name in file}
-        except ValueError:  # a name that HDF5 cannot have
-            named = {}
+        named = {}
+        for name in fields:
+            try:
+                if name in file:
+                    named[name] = file[name]
+            except ValueError:  # a name that HDF5 cannot have
+                continue
+            except (KeyError, OSError, RuntimeError) as error:
+                raise DatasetError(
+                    f'{file.filename}: field "{name}" is a link that leads to nothing: {error}'
+                ) from error
         if len(named) == len(fields) and all(map(_holds_rows, named.values())):
             return named
     there = datasets_with_rows(file)
@@ -148,13 +199,23 @@ def _array(dataset: h5py.Dataset, path: str) -> Array:
 
 
 def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """Return the datasets of an open file that have an axis, by their paths in it.
+    """Return the datasets of an open file that have an axis, by one of the paths to each.
+
+    A file may be nothing but links to others: then those that they lead to.
 
     Raises:
         DatasetError: if there are none.
     """
     there: dict[str, h5py.Dataset] = {}
-    file.visititems(lambda name, item: there.update({name: item}) if _holds_rows(item) else None)
+
+    def note(name: str | bytes, item: object) -> None:
+        # Bytes are names that are not UTF-8: no config can have them.
+        if isinstance(name, str) and _holds_rows(item):
+            there[name] = item
+
+    file.visititems(note)
+    if not there:
+        there = {name: found for name, found in behind_links(file).items() if _holds_rows(found)}
     if not there:
         raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
     return there

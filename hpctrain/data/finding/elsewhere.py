@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -24,11 +26,81 @@ def other_files(dataset: h5py.Dataset, path: str) -> list[str]:
     """
     own = dataset.file.filename
     found = [] if is_in(dataset, path) else [own]
-    folder = Path(own).parent
     if dataset.is_virtual:
         found += require_sources(dataset)
-    found += [str(folder / name) for name, _, _ in dataset.external or ()]
+    if dataset.external:
+        found += require_external(dataset)
     return found
+
+
+def require_external(dataset: h5py.Dataset) -> list[str]:
+    """Check that the files of external storage are as long as they are to be.
+
+    HDF5 gives zeros for what is not in them.
+
+    Returns:
+        The files, where HDF5 looks for them: from the current directory.
+
+    Raises:
+        DatasetError: naming the first that is missing or too short.
+    """
+    own = dataset.file.filename
+    # Source: H5Pset_efile_prefix, the variable that stands for it, and what ${ORIGIN} in it means.
+    prefix = os.environ.get("HDF5_EXTFILE_PREFIX", "").replace("${ORIGIN}", str(Path(own).parent))
+    left = math.prod(dataset.shape) * dataset.dtype.itemsize
+    found = []
+    for name, offset, size in dataset.external:
+        path = Path(prefix, name)
+        used = min(size, left)
+        left -= used
+        there = path.stat().st_size if path.is_file() else None
+        if there is None or there < offset + used:
+            problem = "is missing" if there is None else f"ends at byte {there}"
+            raise DatasetError(
+                f'{own}: field "{dataset.name}" is stored in {path.absolute()} up to byte '
+                f"{offset + used}, and that file {problem}; HDF5 would give zeros in its place. "
+                "Bring it back, or start where its path leads to it"
+            )
+        found.append(str(path.absolute()))
+    return list(dict.fromkeys(found))
+
+
+def behind_links(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the HDF5 datasets of a file that are found by soft and external links only.
+
+    Each once, by the first of its paths, however many links and circles of them lead to it. Links
+    to what is not there are passed over.
+    """
+    found: dict[str, h5py.Dataset] = {}
+    seen = {_identity(file)}
+    # A group's own name would be its path in the file that it is in, so paths are kept here.
+    waiting: list[tuple[str, h5py.Group]] = [("", file)]
+    while waiting:
+        prefix, group = waiting.pop(0)
+        for name in group:
+            item = _followed(group, name)
+            if item is None or _identity(item) in seen:
+                continue
+            seen.add(_identity(item))
+            if isinstance(item, h5py.Group):
+                waiting.append((f"{prefix}{name}/", item))
+            elif isinstance(item, h5py.Dataset):
+                found[prefix + name] = item
+    return found
+
+
+def _followed(group: h5py.Group, name: str) -> object | None:
+    """Return what a link leads to, None if nothing is there."""
+    try:
+        return group[name]  # type: ignore[no-any-return]
+    except HDF5_FAILURES:
+        return None
+
+
+def _identity(item: Any) -> tuple[int, int]:
+    """Return what an object of HDF5 has whatever path leads to it."""
+    about = h5py.h5o.get_info(item.id)
+    return about.fileno, about.addr
 
 
 def require_sources(dataset: h5py.Dataset) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.coding import PLAIN, Coding
+from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
+from hpctrain.data.finding.checking import describe, unlike_listed
 from hpctrain.data.finding.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
 from hpctrain.data.parallel import each, processors
@@ -173,7 +174,7 @@ def check_shard(task: _Task) -> _Found:
         shard, found.fields = inspect_file(task.path, names)
         found.samples, found.size = shard.samples, shard.size
         if task.listed is not None:
-            found.problems += _unlike_listed(shard, found.fields, *task.listed)
+            found.problems += unlike_listed(*task.listed, shard, found.fields)
         dataset = one_shard(shard, found.fields)
         if task.as_stored:
             dataset = dataset.as_stored(found.fields)
@@ -184,36 +185,6 @@ def check_shard(task: _Task) -> _Found:
     except OSError as error:
         found.problems.append(f"{task.path}: {error.strerror or error}")
     return found
-
-
-def _unlike_listed(
-    shard: Shard, fields: Mapping[str, Field], listed: Shard, listed_fields: Mapping[str, Field]
-) -> list[str]:
-    """Return how a file differs from what the index says of it."""
-    problems = []
-    if shard.samples != listed.samples:
-        problems.append(f"{shard.path}: {shard.samples} rows, {INDEX_NAME} says {listed.samples}")
-    for name, about in listed_fields.items():
-        if fields[name] != about:
-            problems.append(
-                f'{shard.path}: field "{name}" is {_describe(fields[name])}, {INDEX_NAME} says '
-                f"{_describe(about)}"
-            )
-        elif shard.layouts[name].offset != listed.layouts[name].offset:
-            problems.append(
-                f'{shard.path}: field "{name}" begins at byte {shard.layouts[name].offset}, '
-                f"{INDEX_NAME} says {listed.layouts[name].offset}"
-            )
-        elif listed.codings is not None and _coding(shard, name) != _coding(listed, name):
-            problems.append(
-                f'{shard.path}: field "{name}": its attributes say otherwise how to decode it than '
-                f"{INDEX_NAME} does: make that anew with `python -m hpctrain data index`"
-            )
-    return problems
-
-
-def _coding(shard: Shard, name: str) -> Coding:
-    return (shard.codings or {}).get(name, PLAIN)
 
 
 def _differences(tasks: Sequence[_Task], found: Sequence[_Found]) -> list[str]:
@@ -227,7 +198,7 @@ def _differences(tasks: Sequence[_Task], found: Sequence[_Found]) -> list[str]:
             here, there = fields.get(name), first.get(name)
             if here != there:
                 problems.append(
-                    f'{path}: field "{name}" is {_describe(here)}, but {_describe(there)} in '
+                    f'{path}: field "{name}" is {describe(here)}, but {describe(there)} in '
                     f"{first_path}"
                 )
     return problems
@@ -281,7 +252,3 @@ def _outside(
         start,
         (values < least) | (values > largest),
     )
-
-
-def _describe(about: Field | None) -> str:
-    return "not there" if about is None else f"{about.dtype} of shape {about.shape}"
