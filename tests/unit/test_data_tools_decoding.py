@@ -18,6 +18,7 @@ from hpctrain.data.decoding import decoded_rows, decodings
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.order.partition import Order
 from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.sealing import sealed
 from hpctrain.data.state import decoding_of, from_state, to_state
 from hpctrain.data.tools.statistics import STATS_NAME, read_stats
 from hpctrain.errors import ConfigError, DatasetError
@@ -140,7 +141,7 @@ def test_verify_compares_attributes_with_the_index(
     data(capsys, "verify", "same", "--jobs", "1")
     index = json.loads(Path("same/index.json").read_text())
     index["shards"][1]["codings"]["x"]["scale"] = 0.25
-    Path("same/index.json").write_text(json.dumps(index))
+    Path("same/index.json").write_bytes(sealed(index))
     told = data(capsys, "verify", "same", "--jobs", "1", code=65)
     assert 'same/1.h5: field "x": its attributes say otherwise how to decode it' in told
 
