@@ -127,11 +127,11 @@ def build_parts(
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix
         from hpctrain.training.step.shards import Shards
-        from hpctrain.training.step.trial import find_unfit
+        from hpctrain.training.step.trial import try_out
 
-        unfit = find_unfit(world, model, task, number_format.cast(example, task.inputs))
+        findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         with raise_together(world.communicator):
-            shards = Shards(model, training, number_format, world, unfit)
+            shards = Shards(model, training, number_format, world, findings)
     with raise_together(world.communicator):
         _check_best(config, task)
         optimizer = build_optimizer(

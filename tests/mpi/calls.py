@@ -21,7 +21,7 @@ from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.shards import Shards
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.step.trial import find_unfit
+from hpctrain.training.step.trial import Findings, try_out
 
 LARGEST = 13
 COUNTS = (LARGEST, 12, 1, 7, 2)
@@ -68,7 +68,7 @@ def make_step(
     shards = None
     if strategy == "fsdp" and world.topology.world_size > 1:
         section = replace(SECTION, unused_parameters=unused)
-        unfit = find_unfit(world, model, task, models.fields_of(1, 99)) if tried else {}
+        unfit = try_out(world, model, task, models.fields_of(1, 99)) if tried else Findings()
         shards = Shards(model, section, number_format, world, unfit)
     step = TrainStep(
         model,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import brought_checks
 import torch
 import torch._dynamo.utils
 from sharded_world import SECTION, Tower, build, full
@@ -253,7 +255,8 @@ def check_memory(world: World) -> None:
     assert step.idle_row["features"].shape == (1, FEATURES)
 
 
-CHECKS = [
+BROUGHT = [functools.partial(check, sharded=True) for check in brought_checks.CHECKS]
+CHECKS: list[Callable[[World], None]] = [
     check_every_precision_is_as_with_ddp,
     check_ways_to_compute,
     check_units_are_compiled,
@@ -261,10 +264,11 @@ CHECKS = [
     check_priming,
     check_evaluation,
     check_memory,
+    *BROUGHT,
 ]
 
 
-ONCE = {check_ways_to_compute, check_units_are_compiled}
+ONCE = {check_ways_to_compute, check_units_are_compiled, *BROUGHT}
 """What a fourth rank adds nothing to."""
 
 

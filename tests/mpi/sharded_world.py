@@ -97,7 +97,9 @@ def full(world: World, step: TrainStep) -> dict[str, Tensor]:
         {name: item.detach().clone() for name, item in step.held.named_parameters()}
     )
     tensors = {
-        name: torch.cat([part[name] for part in parts]) if step.shards and item.ndim else item
+        name: torch.cat([part[name] for part in parts])
+        if step.shards and name in step.shards.shapes
+        else item
         for name, item in parts[0].items()
     }
     return tensors | {name: item.clone() for name, item in step.model.named_buffers()}

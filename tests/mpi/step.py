@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import brought_checks
 import step_exactness
 import torch
 from torch import nn
@@ -212,6 +213,8 @@ def main() -> None:
             from metrics_exact import CHECKS as OF_METRICS
 
             checks += OF_METRICS
+        if world.topology.world_size < 4:
+            checks += brought_checks.CHECKS
         for check in checks:
             check(world)
         if world.topology.is_rank_zero:

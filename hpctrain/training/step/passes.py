@@ -31,6 +31,7 @@ class Passes:
     Attributes:
         loss_sum: of the passes since `begin`, detached, (); None where there were no samples.
         weight: of the same.
+        moves: whether a forward pass changes parameters, such as a teacher's.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Passes:
         """
         self.loss_sum: Tensor | None = None
         self.weight: Tensor | int = 0
+        self.moves = False
         self._task = task
         self._loss = differentiable(task.loss)
         self._replica = replica
@@ -99,9 +101,10 @@ class Passes:
         """Take part in the reduction of the gradients without a sample of one's own.
 
         Where every rank has all parameters, no code of the user runs. Where they are spread, the
-        others need this rank's in the order in which the model runs: it does so on a held row.
+        others need this rank's in the order in which the model runs: it does so on a held row. So
+        it does where passes change parameters, or this rank would keep those of before.
         """
-        if not self._replica.spread:
+        if not self._replica.spread and not self.moves:
             loss_sum, _ = self._replica.call(reach_all, {})
             return loss_sum, torch.zeros_like(loss_sum)
         with (

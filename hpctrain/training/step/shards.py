@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
@@ -28,8 +28,13 @@ from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.sharding import find_units
+from hpctrain.training.step.trial import Findings
+from hpctrain.training.step.unit_format import unit_policy
 from hpctrain.training.step.unused import UnusedParameters, Uses
-from hpctrain.training.step.whole import WholeParameters
+from hpctrain.training.step.whole import WholeParameters, common_dtype
+from hpctrain.utils.text import listed
+
+logger = logging.getLogger("hpctrain")
 
 
 class Shards:
@@ -64,7 +69,7 @@ class Shards:
         section: TrainingSection,
         number_format: NumberFormat,
         world: World,
-        unfit: Mapping[str, str] = {},
+        findings: Findings = Findings(),  # noqa: B008 - it cannot be changed
     ) -> None:
         """Spread the parameters. Collective: all ranks.
 
@@ -74,7 +79,7 @@ class Shards:
             section: of the config.
             number_format: of parameters and arithmetic.
             world: more than one rank.
-            unfit: modules that cannot be gathered as one, and why.
+            findings: of a trial of the model.
 
         Raises:
             ConfigError: if the model cannot be spread as the config says.
@@ -86,14 +91,18 @@ class Shards:
         self.unused = UnusedParameters(section.unused_parameters, self.world_size)
         self.offloaded = section.cpu_offload
         self._device = world.device
-        self._whole = WholeParameters(model, world.device, self.world_size)
+        self._whole = WholeParameters(model, world.device, self.world_size, findings.moved)
         if self._whole.named and self.offloaded and world.device.type != "cpu":
             raise ConfigError(
-                f"training.cpu_offload: the parameter {next(iter(self._whole.named))} is a number "
-                "without dimensions, which cannot be spread: make it a tensor of one element"
+                f"training.cpu_offload: the parameter {next(iter(self._whole.named))} cannot be "
+                "spread: it is a number without dimensions, complex, of another dtype than most, "
+                "or changed by forward passes. Leave cpu_offload out, or use ddp"
             )
+        self._tell_whole()
         self.shapes = {
-            name: tuple(item.shape) for name, item in model.named_parameters() if item.ndim
+            name: tuple(item.shape)
+            for name, item in model.named_parameters()
+            if name not in self._whole.named
         }
         names = {item: name for name, item in model.named_parameters()}
         self.tied = {
@@ -101,7 +110,9 @@ class Shards:
             for name, item in model.named_parameters(remove_duplicate=False)
             if names[item] != name
         }
-        units = [model.get_submodule(name) for name in find_units(model, section.shard, unfit)]
+        units = [
+            model.get_submodule(name) for name in find_units(model, section.shard, findings.unfit)
+        ]
         if section.compile:
             # Gathering in between cannot be compiled; a unit by itself can.
             for unit in units or [model]:
@@ -113,13 +124,16 @@ class Shards:
         offload = CPUOffloadPolicy(pin_memory=pin) if self.offloaded else OffloadPolicy()
         whole = set(self._whole.named.values())
         options: dict[str, Any] = {"ignored_params": whole} if whole else {}
+        common = common_dtype(model)
+        if findings.moved:  # a teacher follows the parameters, not what is left of them in bfloat16
+            number_format = replace(number_format, autocast=None)
         # From the inside out, as torch wants it; the model itself takes what is left.
         for unit in [*reversed(units), callee]:
             fully_shard(
                 unit,
                 mesh=mesh,
                 reshard_after_forward=section.reshard_after_forward and unit is not callee,
-                mp_policy=_policy(unit, units, number_format),
+                mp_policy=unit_policy(unit, units, number_format, common),
                 offload_policy=offload,
                 **options,
             )
@@ -144,6 +158,17 @@ class Shards:
         self.call: Call = self._order.watched(callee)
         self.call_alone: Call = self.call
         self._modules = list(model.modules())
+
+    def _tell_whole(self) -> None:
+        """Say which parameters every rank has, though it could have some rows of them."""
+        whole = self._whole.with_rows()
+        if whole and self.rank == 0:
+            logger.warning(
+                "fsdp: every rank holds all of %s (%.1f MB): complex, of another dtype than "
+                "most, or changed by forward passes",
+                listed(list(whole)),
+                sum(item.numel() * item.element_size() for item in whole.values()) / 1e6,
+            )
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return this rank's rows of every parameter, by name."""
@@ -277,25 +302,3 @@ class Shards:
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count nothing, see `communication_seconds`."""
-
-
-def _policy(
-    unit: nn.Module, units: Sequence[nn.Module], number_format: NumberFormat
-) -> MixedPrecisionPolicy:
-    """Return in which formats a unit is gathered, and its gradients are summed."""
-    inner = {
-        id(module)
-        for other in units
-        if other is not unit
-        for module in other.modules()
-        if not any(module_inside is unit for module_inside in other.modules())
-    }
-    own = [module for module in unit.modules() if id(module) not in inner]
-    # Batch norms mix their weights with running statistics, which stay as they are.
-    mixes = any(isinstance(module, _NormBase) for module in own)
-    wide = torch.float64 if number_format.parameters == torch.float64 else torch.float32
-    return MixedPrecisionPolicy(
-        param_dtype=None if mixes else number_format.autocast,
-        reduce_dtype=wide,
-        cast_forward_inputs=False,
-    )

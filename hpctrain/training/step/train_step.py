@@ -19,6 +19,7 @@ from hpctrain.training.bad_batches import BadBatch
 from hpctrain.training.bad_steps import BAD, RECENT_STEPS
 from hpctrain.training.step.averaging import WeightAverage
 from hpctrain.training.step.call import Call
+from hpctrain.training.step.disturbance import Disturbance
 from hpctrain.training.step.passes import Passes
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.priming import prime
@@ -46,6 +47,7 @@ class TrainStep:
         rows: samples of the largest pass.
         average: moving average of the parameters, updated by the job; None where none is wanted.
         shards: the parameters where they are spread over the ranks, else None.
+        disturbance: what the dry run has seen the model do to itself.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
     """
@@ -144,6 +146,7 @@ class TrainStep:
             reduce_norm=self._replica.reduce_norm,
         )
         self.syncs = self._update.syncs
+        self.disturbance = Disturbance()
         self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
         # Epoch, start, size and this rank's loss of the newest batches; losses stay on the device.
         self._recent: deque[tuple[int, int, int, Tensor | None]] = deque(maxlen=RECENT_STEPS)
@@ -189,7 +192,7 @@ class TrainStep:
             TrainingError: if model, task and data do not fit.
         """
         fields = {name: torch.cat([row] * self.rows) for name, row in self._held.items()}
-        prime(
+        self.disturbance = prime(
             self._replica,
             self._task,
             fields,
@@ -197,6 +200,7 @@ class TrainStep:
             device=self._device,
             communicator=self._communicator,
         )
+        self._passes.moves = bool(self.disturbance.moved)
 
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""

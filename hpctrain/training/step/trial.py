@@ -1,12 +1,13 @@
-"""A trial of the model before its parameters are spread: which modules can be gathered as one."""
+"""A trial of the model before its parameters are spread: what cannot be gathered, or spread."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,11 +28,32 @@ _SEEN = {"data", "T", "mT", "H", "mH", "real", "imag"}
 _HARMLESS = {
     *("size", "dim", "numel", "nelement", "element_size", "stride", "is_floating_point"),
     *("is_complex", "requires_grad_", "type", "get_device", "register_hook", "__hash__"),
+    *("detach_", "share_memory_"),
 }
+_IN_PLACE = {
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"),
+    *("__ipow__", "__imod__", "__iand__", "__ior__", "__ixor__"),
+}
+_VIEWS = {"detach", "view", "reshape", "flatten", "view_as", "squeeze", "unsqueeze", "__getitem__"}
 
 
-def find_unfit(world: World, model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
-    """Return which modules cannot be gathered as one for their forward pass, and why.
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a trial has found.
+
+    Attributes:
+        unfit: modules that cannot be gathered as one for their forward pass: the reasons, fit to
+            follow the name of the module in a sentence.
+        moved: parameters that a forward pass changes, such as those of a teacher. What is gathered
+            is a copy, whose changes would be lost.
+    """
+
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    moved: Sequence[str] = ()
+
+
+def try_out(world: World, model: nn.Module, task: Task, fields: Fields) -> Findings:
+    """Find out what FSDP has to know of a model.
 
     Rank 0 runs the task a few times, if it can without a number being computed, else on the host;
     on copies of model and task. Where that fails nothing is known: what is wrong is told by the dry
@@ -44,11 +66,8 @@ def find_unfit(world: World, model: nn.Module, task: Task, fields: Fields) -> di
         model: on the host, whole.
         task: computes the loss.
         fields: one row of every field.
-
-    Returns:
-        The reasons, fit to follow the name of the module in a sentence.
     """
-    found: dict[str, str] | None = None
+    found: Findings | None = None
     with world.pulse.unhurried():
         if world.topology.is_rank_zero:
             rows = {name: item.cpu() for name, item in fields.items()}
@@ -56,20 +75,20 @@ def find_unfit(world: World, model: nn.Module, task: Task, fields: Fields) -> di
                 for run in (_pretended, _real):
                     if found is None:
                         found = _try(run, model, task, rows)
-        return dict(world.communicator.broadcast(found) or {})
+        return world.communicator.broadcast(found) or Findings()
 
 
-Run = Callable[[nn.Module, Task, Fields], dict[str, str]]
+Run = Callable[[nn.Module, Task, Fields], Findings]
 
 
-def _try(run: Run, model: nn.Module, task: Task, fields: Fields) -> dict[str, str] | None:
+def _try(run: Run, model: nn.Module, task: Task, fields: Fields) -> Findings | None:
     try:
         return run(model, task, fields)
     except Exception:  # noqa: BLE001 - code of the user's, on a device that it may not be meant for
         return None
 
 
-def _pretended(model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
+def _pretended(model: nn.Module, task: Task, fields: Fields) -> Findings:
     """Run on tensors that have shapes and no numbers, so that it costs next to nothing."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
@@ -78,11 +97,11 @@ def _pretended(model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
         return _watched(*copies, passes=_PRETENDED_PASSES)
 
 
-def _real(model: nn.Module, task: Task, fields: Fields) -> dict[str, str]:
+def _real(model: nn.Module, task: Task, fields: Fields) -> Findings:
     return _watched(*copy.deepcopy((model, task, dict(fields))), passes=_REAL_PASSES)
 
 
-def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> dict[str, str]:
+def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> Findings:
     watch = _Watch(model)
     with watch:
         for _ in range(passes):
@@ -93,7 +112,7 @@ def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> di
         # Here only what is read where counts: units that training does not call are another's.
         with suppress(Exception):
             task.evaluate(model, fields)
-    return {**skipped, **watch.read}
+    return Findings({**skipped, **watch.read}, sorted(watch.moved))
 
 
 class _Watch(TorchFunctionMode):
@@ -101,17 +120,23 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         read: by the names of modules: how a parameter inside was read while they did not run.
+        moved: names of the parameters that were changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.read: dict[str, str] = {}
+        self.moved: set[str] = set()
         self._running: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self._passes: list[Counter[str]] = []
         self._model = model
         self._holders: dict[int, tuple[str, list[str]]] = {}
         names = {id(item): name for name, item in model.named_parameters()}
+        # Tensors over the memory of parameters, held so that their ids stay theirs.
+        self._views: dict[int, tuple[Tensor, str]] = {
+            id(item): (item, name) for name, item in model.named_parameters()
+        }
         for name, module in model.named_modules():
             if name:
                 for item in module.parameters():
@@ -155,7 +180,25 @@ class _Watch(TorchFunctionMode):
         if not harmless:
             for item in _tensors([*args, *kwargs.values()]):
                 self._look(item)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._look_for_changes(func, name, args, kwargs.get("out"), result)
+        return result
+
+    def _look_for_changes(self, func: Any, name: str, args: Any, out: Any, result: Any) -> None:
+        """Take note of parameters that a function has changed, by themselves or by a view."""
+        first = list(_tensors([args[0]])) if args else []
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        sets = name == "__set__" and attribute == "data"
+        if sets or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE:
+            self._note(first if name not in _HARMLESS else [])
+        self._note(_tensors([out]))
+        if name in _VIEWS or (name == "__get__" and attribute in _SEEN):
+            for item in first:
+                if isinstance(result, Tensor) and id(item) in self._views:
+                    self._views[id(result)] = (result, self._views[id(item)][1])
+
+    def _note(self, tensors: Iterable[Tensor]) -> None:
+        self.moved |= {self._views[id(item)][1] for item in tensors if id(item) in self._views}
 
     def _look(self, item: Tensor) -> None:
         parameter, holders = self._holders.get(id(item), ("", []))
