@@ -109,13 +109,26 @@ def resolve_all(
             mistakes += bind(section, component, targets[section], given=passed)
     for name in TRANSFORMS:
         mistakes += _transform(config, name)[1]
-    if mistakes and path is not None:
+    if mistakes:
+        raise placed_error(mistakes, path, overrides)
+    return targets
+
+
+def placed_error(
+    mistakes: Sequence[Mistake], path: str | None, overrides: Sequence[str]
+) -> ConfigError:
+    """Return one error that tells mistakes with their lines.
+
+    Args:
+        mistakes: of a config.
+        path: the file that it was loaded from; None: there are no lines.
+        overrides: those that it was loaded with.
+    """
+    if path is not None:
         source = read(path)
         apply_overrides(source, overrides)
         mistakes = [source.place(mistake) for mistake in mistakes]
-    if mistakes:
-        raise config_error(path or "config", mistakes)
-    return targets
+    return config_error(path or "config", mistakes)
 
 
 def resolve_transform(config: Config, name: str) -> Callable[..., Any] | None:

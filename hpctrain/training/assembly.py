@@ -21,6 +21,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Horizon
+from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optimization.learning_rate import LearningRate
 from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
 from hpctrain.training.step.broadcast import broadcast_model
@@ -169,7 +170,7 @@ def build_parts(
         unused_parameters=config.training.unused_parameters,
         shards=shards,
     )
-    step.prime()
+    step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
     return Parts(

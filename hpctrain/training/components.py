@@ -6,9 +6,15 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
 from hpctrain.config import Config
 from hpctrain.config.code_folder import snapshot
-from hpctrain.config.components import resolve_all
+from hpctrain.config.components import placed_error, resolve_all
+from hpctrain.config.messages import Mistake
+from hpctrain.config.schema import OptimizerSection
 from hpctrain.errors import ConfigError
 from hpctrain.observe.code import user_modules
 from hpctrain.utils.text import listed
@@ -39,8 +45,44 @@ def resolve_components(
         ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
     """
     components = resolve_all(config, given=_given, path=path, overrides=overrides)
+    if mistake := _refused(config.optimizer, components["optimizer"]):
+        raise placed_error([mistake], path, overrides)
     _refuse_live_code()
     return components
+
+
+def _refused(section: OptimizerSection, target: Callable[..., Any]) -> Mistake | None:
+    """Return the first argument that an optimizer refuses, found by leaving out one at a time.
+
+    A signature tells names only: that betas are two numbers, and below 1, the class says itself.
+    """
+    if not inspect.isclass(target) or not issubclass(target, Optimizer):
+        return None
+    arguments: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in section.arguments.items()
+    }
+
+    make: Callable[..., Any] = target
+
+    def error_without(left_out: str | None) -> Exception | None:
+        given = {name: value for name, value in arguments.items() if name != left_out}
+        try:
+            make([nn.Parameter(torch.zeros(2, 2))], lr=section.lr, **given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return error
+        return None
+
+    error = error_without(None)
+    if error is None:
+        return None
+    for name in arguments:
+        if error_without(name) is None:
+            default = inspect.signature(target).parameters.get(name)
+            usual = "" if default is None else f"; its default is {default.default!r}"
+            problem = f"{section.use} refuses it: {error}{usual}"
+            return Mistake(key=("optimizer", name), problem=problem, value=section.arguments[name])
+    return None  # it is not a single argument: building it will tell
 
 
 def _refuse_live_code() -> None:

@@ -29,6 +29,7 @@ from hpctrain.training.datasets import Data, open_data
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Cadence
 from hpctrain.training.loop import Plan, fit
+from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
@@ -214,7 +215,15 @@ def _build(
         with raise_together(world.communicator):
             rows = loader.example(MOST_ROWS)
         step = parts.step
-        rehearse(parts.model, parts.task, rows, world, parts.number_format, call=step.call)
+        rehearse(
+            parts.model,
+            parts.task,
+            rows,
+            world,
+            parts.number_format,
+            call=step.call,
+            explain=lambda error, fields: explain_misfit(error, fields, config),
+        )
         step.settle()
     notes += _couplings(world, parts, data)
     return parts

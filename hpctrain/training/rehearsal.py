@@ -24,6 +24,7 @@ from hpctrain.training.metrics import Part, Totals, combine
 from hpctrain.training.replay import Replay
 from hpctrain.training.step.call import Call, call_directly
 from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.priming import Explain, explained
 from hpctrain.training.step.undisturbed import evaluating, kept_generators, kept_model
 from hpctrain.training.task import Fields, Task
 
@@ -50,6 +51,7 @@ def rehearse(
     number_format: NumberFormat,
     *,
     call: Call | None = None,
+    explain: Explain = lambda error, fields: None,
 ) -> None:
     """Evaluate some rows, and leave no trace. Collective: all ranks.
 
@@ -60,6 +62,7 @@ def rehearse(
         world: the ranks.
         number_format: of parameters and arithmetic.
         call: as `evaluate` takes it.
+        explain: as `prime` takes it.
 
     Raises:
         TrainingError: on every rank, if the task breaks its contract, or gives a metric that
@@ -76,7 +79,7 @@ def rehearse(
         rehearsal.objects.untouched(),
         rehearsal.objects.local(),
     ):
-        with raise_together(together):
+        with raise_together(together), explained(explain, rows):
             rehearsal.run()
         if rehearsal.count == 1:
             return  # every batch is of one row: there is no other cut

@@ -108,10 +108,10 @@ class _Supervised(ABC):
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Check the shapes of output and target against each other, and return both."""
 
-    def _misfit(self, output: Tensor, target: Tensor, expected: str) -> TrainingError:
+    def _misfit(self, output: Tensor, target: Tensor, expected: str, fix: str) -> TrainingError:
         return TrainingError(
             f"{self.name} needs {expected}; the model gave {tuple(output.shape)}, and the target "
-            f'"{self.target}" is {tuple(target.shape)} {_name(target.dtype)}'
+            f'"{self.target}" is {tuple(target.shape)} {_name(target.dtype)}: {fix}'
         )
 
 
@@ -202,13 +202,25 @@ class Classification(_Supervised):
         return {"loss": (losses.double().sum(), weight), "accuracy": (right.sum(), counted)}
 
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+        samples, rest = output.shape[:1], output.shape[2:]
+        if target.shape == (*samples, 1, *rest) and self.mask is None and output.ndim > 1:
+            target = target.squeeze(1)  # an axis of channels, as images have one
+        if output.ndim < 2 or target.shape != (*samples, *rest):
             raise self._misfit(
-                output, target, "logits (samples, classes, ...) for classes (samples, ...)"
+                output,
+                target,
+                "logits (samples, classes, ...) for classes (samples, ...)",
+                "name another field by task.target, change what the model returns by [model], or "
+                "move axes by data.transform",
             )
         if target.dtype != torch.int64:
             if target.is_floating_point() or target.dtype == torch.bool:
-                raise self._misfit(output, target, "classes as integers")
+                raise self._misfit(
+                    output,
+                    target,
+                    "classes as integers",
+                    'take task.use = "regression" for numbers, or cast them by data.transform',
+                )
             target = target.long()
         weights = self._class_weights
         if weights is not None:
@@ -235,7 +247,8 @@ class Classification(_Supervised):
             raise TrainingError(
                 f'the target "{self.target}" holds classes from {labels.min().item()} to '
                 f"{labels.max().item()}, but the model gives {logits.shape[1]}, counted from 0. "
-                "Correct the data, the number of classes, or task.ignore_index"
+                "Correct the data, the number of classes (model.num_classes or what it is called "
+                "in [model]), or task.ignore_index"
             ) from error
 
     def _unmasked(self, labels: Tensor, mask: Tensor) -> Tensor:
@@ -345,7 +358,13 @@ class Regression(_Supervised):
             elif target.shape == (*output.shape, 1):
                 target = target.squeeze(-1)
             else:
-                raise self._misfit(output, target, "an output of the shape of its target")
+                raise self._misfit(
+                    output,
+                    target,
+                    "an output of the shape of its target",
+                    "name another field by task.target, change what the model returns by [model], "
+                    "or move axes by data.transform",
+                )
         return output, target.to(output.dtype)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hpctrain.errors import TrainingError
+from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
 from hpctrain.training.step.disturbance import Disturbance, judge
 from hpctrain.training.step.replica import Replica
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hpctrain.training.step.shards import Shards
 
 
+Explain = Callable[[Exception, Fields], HpctrainError | None]
+
+
 def prime(
     replica: Replica | Shards,
     task: Task,
@@ -29,6 +32,7 @@ def prime(
     arithmetic: AbstractContextManager[object],
     device: torch.device,
     communicator: Communicator,
+    explain: Explain,
 ) -> Disturbance:
     """Run the model as a step would, without an update. Collective: all ranks.
 
@@ -44,6 +48,7 @@ def prime(
         arithmetic: the context of forward passes.
         device: of this rank.
         communicator: of all ranks.
+        explain: returns what a model or task raised in other words, None where there are none.
 
     Returns:
         What the passes had done to the model.
@@ -56,7 +61,7 @@ def prime(
     with kept_generators(device), kept_model(replica.model, task=task) as found:
         replica.clear_gradients()
         with raise_together(communicator), replica.local():
-            last = _first_pass(replica, task, fields, arithmetic)
+            last = _first_pass(replica, task, fields, arithmetic, explain)
         replica.agree()
         replica.clear_gradients()
         if replica.distributed:
@@ -76,11 +81,23 @@ def prime(
     return found
 
 
+@contextmanager
+def explained(explain: Explain, fields: Fields) -> Iterator[None]:
+    """Raise what the body raises in other words, where there are any for it."""
+    try:
+        yield
+    except Exception as error:
+        if (told := explain(error, fields)) is not None:
+            raise told from error
+        raise
+
+
 def _first_pass(
     replica: Replica | Shards,
     task: Task,
     fields: Fields,
     arithmetic: AbstractContextManager[object],
+    explain: Explain,
 ) -> nn.Parameter:
     """Check the contract of the task, and which parameters get a gradient.
 
@@ -96,7 +113,7 @@ def _first_pass(
 
     hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
     try:
-        with arithmetic:
+        with arithmetic, explained(explain, fields):
             result = replica.call(task.loss, fields)
         loss_sum = _checked(result, task, fields)
         replica.backward(loss_sum, torch.zeros_like(loss_sum))

@@ -22,7 +22,7 @@ from hpctrain.training.step.call import Call
 from hpctrain.training.step.disturbance import Disturbance
 from hpctrain.training.step.passes import Passes
 from hpctrain.training.step.precision import LossScale, NumberFormat
-from hpctrain.training.step.priming import prime
+from hpctrain.training.step.priming import Explain, prime
 from hpctrain.training.step.replica import Replica
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.update import Update
@@ -183,10 +183,13 @@ class TrainStep:
         """Return how long this rank has waited for gradients after its own were there."""
         return self._replica.communication_seconds
 
-    def prime(self) -> None:
+    def prime(self, explain: Explain = lambda error, fields: None) -> None:
         """Run the model a few times and leave no trace, before the state is restored.
 
         Collective: all ranks.
+
+        Args:
+            explain: as `prime` takes it.
 
         Raises:
             TrainingError: if model, task and data do not fit.
@@ -199,6 +202,7 @@ class TrainStep:
             arithmetic=self._arithmetic,
             device=self._device,
             communicator=self._communicator,
+            explain=explain,
         )
         self._passes.moves = bool(self.disturbance.moved)
 

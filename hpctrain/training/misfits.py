@@ -1,0 +1,201 @@
+"""What torch says of shapes and types that do not fit, told with the field and the key to mend.
+
+Source: the messages of torch 2.13, where they arose; older versions word some of them otherwise,
+and what is not known comes out as torch has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from hpctrain.config import Config
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.training.task import Fields
+
+_CHANNELS = ("chan", "in_dim", "input")
+_FEATURES = ("in_features", "input", "features", "dim", "size", "width")
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def explain_misfit(error: Exception, fields: Fields, config: Config) -> HpctrainError | None:
+    """Return an error in terms of the config, None where it is another kind of error.
+
+    Args:
+        error: that a model or a task raised in its first pass.
+        fields: that it had been given.
+        config: names the model, its arguments and the fields of the task.
+    """
+    if isinstance(error, HpctrainError):
+        return None
+    text = str(error)
+    for pattern, explain in _KNOWN:
+        if match := re.search(pattern, text):
+            told = explain(match, _Given(fields, config))
+            first_line = text.splitlines()[0]
+            return ConfigError(f"{told} (torch: {first_line})")
+    return None
+
+
+class _Given:
+    """What the task was given, in words."""
+
+    def __init__(self, fields: Fields, config: Config) -> None:
+        self._fields = fields
+        self._config = config
+        self.inputs = [name for name in config.task.inputs if name in fields]
+        self.target = config.task.target
+
+    def described(self, name: str) -> str:
+        """Return a field as `"x" (8, 3) float32`."""
+        tensor = self._fields[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f'the field "{name}" is {tuple(tensor.shape)} {dtype}'
+
+    def all_inputs(self) -> str:
+        return ", ".join(self.described(name) for name in self.inputs)
+
+    def whole_inputs(self) -> list[str]:
+        """Return the inputs of whole numbers."""
+        return [name for name in self.inputs if self._fields[name].dtype in _WHOLE]
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        tensor = self._fields[name]
+        return tensor.min().item(), tensor.max().item()
+
+    def argument(self, value: int, words: tuple[str, ...], instead: int) -> str:
+        """Return how to change the model's argument that has a value, preferably one named so."""
+        named = [key for key, given in self._config.model.arguments.items() if given == value]
+        named.sort(key=lambda key: not any(word in key for word in words))
+        if named:
+            return f"set model.{named[0]} = {instead}"
+        return f"change the arguments of [model] so that it takes {instead}"
+
+
+def _channels(match: re.Match[str], given: _Given) -> str:
+    wanted, got = int(match[1]), int(match[2])
+    return (
+        f"the model has a layer for {wanted} channels and was given {got}: {given.all_inputs()}, "
+        "and channels are the first axis of a sample. "
+        f"{_capital(given.argument(wanted, _CHANNELS, got))}, or move the axes by data.transform"
+    )
+
+
+def _batch_statistics(match: re.Match[str], given: _Given) -> str:
+    wanted, got = int(match[2]), int(match[1])
+    return (
+        f"the model has a normalisation of {wanted} channels and was given {got}: "
+        f"{given.all_inputs()}. {_capital(given.argument(wanted, _CHANNELS, got))}"
+    )
+
+
+def _features(match: re.Match[str], given: _Given) -> str:
+    got, wanted = int(match[1]), int(match[2])
+    return (
+        f"the model has a layer for {wanted} features and was given {got}: {given.all_inputs()}. "
+        f"{_capital(given.argument(wanted, _FEATURES, got))}"
+    )
+
+
+def _axes(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"the model wants samples of other axes than it was given ({match[1]}): "
+        f"{given.all_inputs()}. Images are (channels, height, width): add the axis by "
+        "data.transform, or pack them so"
+    )
+
+
+def _tokens(match: re.Match[str], given: _Given) -> str:
+    told = []
+    for name in given.whole_inputs():
+        low, high = given.range_of(name)
+        told.append(f"{given.described(name)}, from {low} to {high}")
+    return (
+        "an embedding of the model has fewer rows than a token asks for, which are counted from 0: "
+        f"{'; '.join(told) or given.all_inputs()}. Make the vocabulary larger (model.vocab_size or "
+        "what it is called in [model]), or correct the data"
+    )
+
+
+def _no_floats(match: re.Match[str], given: _Given) -> str:
+    whole = given.whole_inputs()
+    if not whole:
+        return _dtypes(match, given)
+    names = " and ".join(given.described(name) for name in whole)
+    keys = " and ".join(f"data.normalize.{name}" for name in whole)
+    return (
+        f"the model computes with floating-point numbers, but {names}: say by {keys} how they "
+        'become such, as "stats" or { mean = 0.0, std = 255.0 }'
+    )
+
+
+def _dtypes(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"the model and its inputs are of different number formats: {given.all_inputs()}. "
+        "training.precision is that of the model; change what the field is stored as, or cast it "
+        "by data.transform"
+    )
+
+
+def _float_tokens(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"an embedding takes whole numbers, int32 or int64: {given.all_inputs()}. Cast them by "
+        "data.transform, or store them so"
+    )
+
+
+def _float_labels(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"the loss takes classes as whole numbers, int64: {_target(given)}. Take a loss for "
+        'numbers (task.use = "regression"), or cast them by data.transform'
+    )
+
+
+def _many_labels(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"the loss takes one class a sample, (samples,): {_target(given)}. Take away the further "
+        "axis by data.transform, or name another field by task.target"
+    )
+
+
+def _label_out_of_range(match: re.Match[str], given: _Given) -> str:
+    return (
+        f"there is a class {match[1]}, and the model's outputs have fewer, counted from 0: "
+        f"{_target(given)}. Raise the number of classes (model.num_classes or what it is called in "
+        "[model]), correct the data, or set task.ignore_index"
+    )
+
+
+def _target(given: _Given) -> str:
+    if given.target is None:
+        return given.all_inputs()
+    low, high = given.range_of(given.target)
+    return f"{given.described(given.target)}, from {low:g} to {high:g}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+_INTEGERS = "(?:unsigned char|signed char|short|int|long|bool|Byte|Char|Short|Int|Long|Bool)"
+_KNOWN: tuple[tuple[str, Callable[[re.Match[str], _Given], str]], ...] = (
+    (r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels", _channels),
+    (r"running_mean should contain (\d+) elements not (\d+)", _batch_statistics),
+    (r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", _features),
+    (r"(Expected \dD.* input to conv\dd), but got", _axes),
+    (r"index out of range in self", _tokens),
+    (rf"Input type \((?:torch\.cuda\.)?{_INTEGERS}(?:Tensor)?\)", _no_floats),
+    (rf"expected scalar type {_INTEGERS} but found (?:Float|Double|BFloat16|Half)", _no_floats),
+    (rf"must have the same dtype, but got {_INTEGERS} and", _no_floats),
+    (r"argument #1 'indices' to have one of the following scalar types", _float_tokens),
+    (r"multi-target not supported", _many_labels),
+    (
+        r"expected target dtype to be Long|expected scalar type Long but found",
+        _float_labels,
+    ),
+    (r"Target (-?\d+) is out of bounds", _label_out_of_range),
+    (r"(?:must have the same dtype|expected scalar type \w+ but found)", _dtypes),
+)
+"""Patterns of torch's messages, the particular before the general."""
