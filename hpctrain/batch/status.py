@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hpctrain.batch.outcome import NAME, Outcome, newest_saved, read_outcome
 from hpctrain.batch.reasons import STOP_FILE_NAME
 from hpctrain.batch.schedulers import job_identity
 from hpctrain.errors import ConfigError, ExitCode
+from hpctrain.utils.text import metric, printable
 
 DO_NOT_SUBMIT = 1
 """Exit code of `status --exit-code` where nothing failed, but another job would be of no use."""
@@ -21,6 +23,7 @@ class State(enum.Enum):
     """What a run needs now."""
 
     COMPLETE = "complete"
+    RUNNING = "running"
     RESUBMIT = "submit again"
     HELD = "held"
     NO_PROGRESS = "no progress"
@@ -40,6 +43,7 @@ class Status:
         gained: steps that the last job has added to what was saved.
         skipped_steps: steps of the run that were not applied.
         checkpoint: name of the newest one.
+        metrics: newest records of metrics.jsonl, by "train" or the name of the data evaluated.
     """
 
     state: str
@@ -54,15 +58,25 @@ class Status:
     checkpoint: str | None
     job: str | None
     since: str
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None = None) -> Status:
+def read_status(
+    folder: Path,
+    environ: Mapping[str, str],
+    max_tries: int | None = None,
+    *,
+    lives: bool | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Status:
     """Return what is known of a run.
 
     Args:
         folder: of the run.
         environ: of the caller; a job script asks about its own job.
         max_tries: jobs after which the run is given up; None: no bound.
+        lives: whether the process that holds the folder does; None: that cannot be told from here.
+        metrics: see `Status`.
 
     Raises:
         ConfigError: if the folder is not there or holds no run.
@@ -82,6 +96,7 @@ def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None 
         held=(folder / STOP_FILE_NAME).exists(),
         job=job_identity(environ),
         max_tries=max_tries,
+        lives=lives,
     )
     return Status(
         state=state.value,
@@ -96,11 +111,18 @@ def read_status(folder: Path, environ: Mapping[str, str], max_tries: int | None 
         checkpoint=checkpoint,
         job=outcome.job,
         since=outcome.time,
+        metrics=metrics or {},
     )
 
 
 def judge(
-    outcome: Outcome, *, gained: int, held: bool, job: str | None, max_tries: int | None
+    outcome: Outcome,
+    *,
+    gained: int,
+    held: bool,
+    job: str | None,
+    max_tries: int | None,
+    lives: bool | None = None,
 ) -> tuple[State, int, str]:
     """Return what a run needs now, the exit code that says so, and both in words.
 
@@ -110,6 +132,7 @@ def judge(
         held: a file STOP is in the folder.
         job: the caller, if it is a batch job; the last word has to be from it.
         max_tries: jobs after which the run is given up.
+        lives: whether the process that holds the folder does; None: that cannot be told from here.
     """
     if job is not None and outcome.job != job:
         why = f"the job that asks ({job}) has not come as far as this folder: see its own messages"
@@ -118,7 +141,11 @@ def judge(
         return State.COMPLETE, ExitCode.DONE, "complete"
     if outcome.code not in (None, ExitCode.STOPPED):
         return State.FAILED, outcome.code, "failed"
-    how = "running, or was killed" if outcome.code is None else "stopped and saved"
+    how = "stopped and saved"
+    if outcome.code is None:
+        if lives:
+            return State.RUNNING, DO_NOT_SUBMIT, "running"
+        how = "running, or was killed" if lives is None else "was killed"
     for obstacle, state, words in (
         (held, State.HELD, f"held by the file {STOP_FILE_NAME}: remove it to go on"),
         (gained <= 0, State.NO_PROGRESS, "no step was gained by the last job"),
@@ -135,16 +162,33 @@ def judge(
 
 def to_text(folder: Path, status: Status) -> str:
     """Return a status for people."""
+    # What a job says of itself while it runs, or once it is complete, is in the state already.
+    known = status.reason in (State.RUNNING.value, State.COMPLETE.value)
     rows = [
-        ("state", f"{status.explanation} ({status.reason})"),
+        ("state", status.explanation if known else f"{status.explanation} ({status.reason})"),
         ("exit code", "none yet" if status.code is None else str(status.code)),
         ("step", f"{status.step}, {status.gained} of them gained by the last job"),
         *([("not applied", f"{status.skipped_steps} steps")] if status.skipped_steps else []),
         ("tries", str(status.tries)),
         ("checkpoint", status.checkpoint or "none"),
+        *((name, _metrics(record)) for name, record in status.metrics.items()),
         ("since", status.since),
     ]
-    return f"run {folder}\n" + "".join(f"  {label:<12}{value}\n" for label, value in rows)
+    lines = (f"  {printable(label):<11} {printable(value)}\n" for label, value in rows)
+    return f"run {folder}\n" + "".join(lines)
+
+
+def _metrics(record: Mapping[str, Any]) -> str:
+    """Return the place and the numbers of a record of metrics.jsonl."""
+    left_out = ("kind", "split", "step", "epoch", "samples_seen", "samples_per_second")
+    numbers = [
+        f"{name} {value if isinstance(value, str) else metric(value)}"
+        for name, value in record.items()
+        if name not in left_out
+        and not name.startswith("seconds.")
+        and isinstance(value, int | float | str)
+    ]
+    return ", ".join([f"step {record['step']:,}", f"epoch {record.get('epoch')}", *numbers])
 
 
 def to_json(status: Status) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from hpctrain.checkpoint.best import Preference
 from hpctrain.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -71,6 +72,7 @@ class Snapshot:
         config_toml: the resolved config.
         metrics: of an evaluation at this very step.
         made_by: what there is to say of the job that saves it; JSON.
+        preference: by which the run keeps its best checkpoint; None: it keeps none.
         tied: further names of tensors, besides those that share memory here.
         spread: of whole tensors, where `model` and `training` are rank 0's part of them.
         others: waits for the parts of the other ranks, and returns the files of each.
@@ -85,6 +87,7 @@ class Snapshot:
     lend: Callable[[Callable[[], None]], None] = lambda wait: wait()
     metrics: Mapping[str, float] | None = None
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    preference: Preference | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     spread: Spread | None = None
     others: Callable[[], Sequence[Mapping[str, Written]]] = tuple
@@ -131,6 +134,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         },
         "aliases": dict(tied),
         **({} if spread is None else {"spread": spread.to_json()}),
+        **({} if snapshot.preference is None else {"keep_best": snapshot.preference.to_json()}),
         "metrics": snapshot.metrics
         and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
         "made_by": dict(snapshot.made_by),

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,20 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
     steps = [(step, path) for path in found if (step := step_of(path.name)) is not None]
     for _, path in sorted(steps, reverse=True):
         yield path
+
+
+def evaluations(checkpoints: Path) -> list[tuple[int, Mapping[str, float] | None]]:
+    """Return (step, metrics of an evaluation at that step) of every checkpoint that is whole.
+
+    Raises:
+        CheckpointError: if they cannot be listed.
+    """
+    found = []
+    for path in newest_first(checkpoints):
+        with suppress(CheckpointError):
+            meta = read_meta(path)
+            found.append((meta["step"], meta["metrics"]))
+    return found
 
 
 def set_aside(path: Path) -> None:

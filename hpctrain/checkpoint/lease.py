@@ -169,13 +169,10 @@ class Lease:
     def _is_stale(self, holder: Holder, age: float) -> bool:
         if age > _STALE_AFTER:
             return True
+        lives = _lives_here(holder)
+        if lives is not None:
+            return not lives
         own = self._owner
-        # Within one boot and one PID namespace, a process id means the same to both.
-        spaces = {own.namespace, holder.namespace or own.namespace}
-        if (holder.host, holder.boot) == (own.host, own.boot) and len(spaces) == 1:
-            # A process id is used again; its start time is not.
-            started = proc.start_time(holder.pid)
-            return started is None or started != holder.started
         # A scheduler starts a job again only when its former processes are gone.
         return holder.job is not None and holder.job == own.job and holder.restart < own.restart
 
@@ -207,6 +204,29 @@ class Lease:
         while not self._released.wait(RENEW_SECONDS):
             with suppress(OSError):
                 os.utime(self._path)
+
+
+def holder_lives(folder: Path) -> bool | None:
+    """Tell whether the process that holds the lease on a folder lives.
+
+    None where nobody holds it, or that cannot be told from here: it is on another host, or in a
+    container with process ids of its own.
+    """
+    try:
+        return _lives_here(read_checked(folder / NAME, Holder))
+    except (OSError, ValueError):
+        return None
+
+
+def _lives_here(holder: Holder) -> bool | None:
+    namespace = proc.pid_namespace()
+    here = (socket.gethostname(), proc.boot_id(), namespace)
+    # Version 0.1.0 did not note the namespace.
+    if (holder.host, holder.boot, holder.namespace or namespace) != here:
+        return None
+    # A process id is used again; its start time is not.
+    started = proc.start_time(holder.pid)
+    return started is not None and started == holder.started
 
 
 def _identity(environ: Mapping[str, str]) -> Holder:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from hpctrain.checkpoint.best import Mode, Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,12 @@ class Retention:
     keep_last: int
     keep_every: int = 0
     metric: str | None = None
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = "min"
+
+    @property
+    def preference(self) -> Preference | None:
+        """By what the best is found; None: no best."""
+        return None if self.metric is None else Preference(self.metric, self.mode)
 
     def surplus(self, checkpoints: Sequence[tuple[int, Mapping[str, float] | None]]) -> list[int]:
         """Return the steps to delete.
@@ -33,13 +39,6 @@ class Retention:
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        if self.metric is not None:
-            sign = 1 if self.mode == "max" else -1
-            competing = [
-                (sign * metrics[self.metric], step)
-                for step, metrics in checkpoints
-                if metrics is not None and self.metric in metrics
-            ]
-            if competing:
-                kept.add(max(competing)[1])
+        if self.preference is not None and (best := self.preference.best_of(checkpoints)):
+            kept.add(best.step)
         return [step for step in steps if step not in kept]

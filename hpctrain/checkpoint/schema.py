@@ -62,6 +62,7 @@ class Meta:
         versions: of what has written it.
         aliases: further names of tensors, and the names that they are stored under.
         metrics: of an evaluation at this very step.
+        keep_best: metric and mode by which the run keeps its best checkpoint.
         spread: number of writers as `ranks`, and by file the shapes of what is spread over them.
         xxh3_64: checksum of all the rest.
     """
@@ -72,5 +73,6 @@ class Meta:
     metrics: dict[str, float] | None
     made_by: MadeBy | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    keep_best: dict[str, str] | None = None
     spread: dict[str, Annotated[int, Ge(1), Lt(2**24)] | Shapes] | None = None
     xxh3_64: str

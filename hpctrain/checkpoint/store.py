@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import threading
@@ -11,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from hpctrain.checkpoint.best import Best
+from hpctrain.checkpoint.faults import advice_on, fact_of
 from hpctrain.checkpoint.format import Snapshot, aliases, write_files
 from hpctrain.checkpoint.host import HostCopies
 from hpctrain.checkpoint.layout import (
     LATEST,
     check_file,
+    evaluations,
     folder_name,
-    is_whole,
     newest_first,
     put_back,
     read_meta,
@@ -92,7 +93,13 @@ class CheckpointStore:
         model = self._host.copy("model", single)
         training = self._host.copy("training", snapshot.training)
         lent = self._host.copy_later("lent", snapshot.lent)
-        copied = replace(snapshot, model=model, training=training | lent.host, lent={})
+        copied = replace(
+            snapshot,
+            model=model,
+            training=training | lent.host,
+            lent={},
+            preference=self._retention.preference,
+        )
 
         def write() -> None:
             try:
@@ -180,13 +187,15 @@ class CheckpointStore:
                 return
             except OSError as error:
                 if attempt < _TRIES:
-                    self._tell(f"saving step {snapshot.step} failed, trying again: {_fact(error)}")
+                    self._tell(
+                        f"saving step {snapshot.step} failed, trying again: {fact_of(error)}"
+                    )
                     time.sleep(_PAUSE_SECONDS)
                     continue
                 shutil.rmtree(self._temporary(snapshot.step), ignore_errors=True)
                 self._failure = CheckpointError(
                     f"cannot save step {snapshot.step} to {self._checkpoints}: "
-                    f"{_fact(error)}. What was saved before is untouched; {_advice(error)}, or "
+                    f"{fact_of(error)}. What was saved before is untouched; {advice_on(error)}, or "
                     "set run.directory"
                 )
             else:
@@ -246,6 +255,15 @@ class CheckpointStore:
     def _point_to(self, name: str) -> None:
         replace_file(self._run_folder / LATEST, f"{name}\n".encode())
 
+    def best(self) -> Best | None:
+        """Return the best of the checkpoints that are there; None: the run keeps none.
+
+        Raises:
+            CheckpointError: if they cannot be listed.
+        """
+        preference = self._retention.preference
+        return None if preference is None else preference.best_of(evaluations(self._checkpoints))
+
     def _read_back(self, path: Path) -> None:
         """Make sure that the disk has what was written, before anything older is deleted.
 
@@ -260,17 +278,9 @@ class CheckpointStore:
             raise OSError(f"read back, {error}") from error
 
     def _delete_surplus(self, newest: Path) -> None:
-        whole = [path for path in newest_first(self._checkpoints) if is_whole(path)]
         # What is newer than the newest is none of this run's: it takes no place from what is.
         last = step_of(newest.name) or 0
-        known = []
-        for path in whole:
-            try:
-                meta = read_meta(path)
-            except CheckpointError:
-                continue
-            if meta["step"] <= last:
-                known.append((meta["step"], meta["metrics"]))
+        known = [item for item in evaluations(self._checkpoints) if item[0] <= last]
         surplus = self._retention.surplus(known)
         if surplus:
             self._read_back(newest)
@@ -282,21 +292,3 @@ class CheckpointStore:
             shutil.rmtree(hidden, ignore_errors=True)
         for leftover in those_aside(self._checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _fact(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
-def _advice(error: OSError) -> str:
-    """Return what helps against a fault of the file system."""
-    match error.errno:
-        case errno.ENOENT | errno.ENOTDIR:
-            return "let nobody remove the folders of a running job"
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            return "make the folder writable"
-        case errno.ENOSPC | errno.EDQUOT | None:
-            return "free some space"
-        case _:
-            return "have the file system looked at"

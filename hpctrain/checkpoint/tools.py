@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpctrain.checkpoint.best import Best, Preference
 from hpctrain.checkpoint.layout import (
     CONFIG,
     META,
     MODEL,
     TRAINING,
     check_file,
+    evaluations,
+    folder_name,
     newest_first,
     read_file,
     read_meta,
@@ -42,7 +45,7 @@ def listed(run: Path) -> str:
     Raises:
         CheckpointError: if there is none.
     """
-    latest = _latest(run)
+    latest, best = _latest(run), _best(run)
     lines = []
     for path in _of_run(run):
         try:
@@ -54,6 +57,7 @@ def listed(run: Path) -> str:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / META).stat().st_mtime))
         metrics = meta["metrics"] or {}
         shown = [f"{name} {value:.6g}" for name, value in metrics.items()]
+        shown += ["best"] if best is not None and meta["step"] == best.step else []
         shown += ["latest"] if path.name == latest else []
         lines.append("  ".join([f"  {path.name}", f"{size / 1e6:10,.1f} MB", saved, *shown]))
     return "\n".join([f"{run}: {plural(len(lines), 'checkpoint')}", *lines])
@@ -108,7 +112,7 @@ def compared(first: Path, second: Path | None) -> str:
     return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal to the bit"])
 
 
-def export(path: Path, target: Path, *, average: bool = False) -> str:
+def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
     """Write the weights of a checkpoint as one safetensors file.
 
     Tied tensors are in it under each of their names, so that a strict `load_state_dict` takes it.
@@ -117,6 +121,7 @@ def export(path: Path, target: Path, *, average: bool = False) -> str:
         path: a checkpoint, or a run, whose newest is meant.
         target: the file.
         average: take the moving averages of the parameters where there are some.
+        best: take the best checkpoint of the run, not its newest.
 
     Returns:
         What to say.
@@ -125,7 +130,7 @@ def export(path: Path, target: Path, *, average: bool = False) -> str:
         CheckpointError: if the checkpoint is not whole, has no averages, or the file cannot be
             written.
     """
-    source = resolved(path)
+    source = _best_checkpoint(path) if best else resolved(path)
     meta = read_meta(source)
     tensors = read_raw(source, MODEL, meta)
     if average:
@@ -154,6 +159,30 @@ def _of_run(run: Path) -> list[Path]:
     if not found:
         raise CheckpointError(f"{run} has no checkpoints: is it the folder of a run?")
     return found
+
+
+def _best(run: Path) -> Best | None:
+    """Return the best checkpoint of a run as its newest says, None if it keeps none."""
+    checkpoints = run / "checkpoints"
+    for path in newest_first(checkpoints):
+        try:
+            preference = Preference.of(read_meta(path))
+        except CheckpointError:
+            continue
+        return None if preference is None else preference.best_of(evaluations(checkpoints))
+    return None
+
+
+def _best_checkpoint(run: Path) -> Path:
+    if not (run / "checkpoints").is_dir():
+        raise CheckpointError(f"{run} is not the folder of a run: only a run has a best checkpoint")
+    best = _best(run)
+    if best is None:
+        raise CheckpointError(
+            f"{run} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
+            "or none has an evaluation"
+        )
+    return run / "checkpoints" / folder_name(best.step)
 
 
 def _latest(run: Path) -> str | None:

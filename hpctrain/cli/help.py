@@ -43,12 +43,12 @@ commands:
   data pack digits FOLDER
                     pack scikit-learn's handwritten digits
   data TOOL ...     info, index, verify, stats, split, repack, bench; each knows --help
-  ckpt ls RUN       the checkpoints of a run: step, size, metrics
+  ckpt ls RUN       the checkpoints of a run: step, size, metrics, which is the best
   ckpt verify RUN   compare every byte of them, or of one checkpoint, with its checksums
   ckpt diff RUN [OTHER]
                     in what two checkpoints differ: config, tensors, numbers
-  ckpt export RUN FILE [--average]
-                    the weights as one safetensors file
+  ckpt export RUN FILE [--average] [--best]
+                    the weights as one safetensors file: of the newest checkpoint, or the best
 
 options:
   --np N            start N processes on this node, under the mpirun of the bound MPI library

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 from hpctrain.cli.parsing import Parser, count
 from hpctrain.errors import ExitCode
+
+_ENDING_SECONDS = 10.0
+"""A script asks once its launcher has ended, which a killed launcher does before its ranks."""
 
 
 def status(arguments: list[str]) -> int:
@@ -21,12 +25,29 @@ def status(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
 
     from hpctrain.batch.status import read_status, to_json, to_text
+    from hpctrain.observe.sinks import newest_records
 
     # A person may ask from any job, a script asks about its own.
     environ = os.environ if parsed.exit_code else {}
-    found = read_status(parsed.run, environ, parsed.max_tries)
+    found = read_status(
+        parsed.run,
+        environ,
+        parsed.max_tries,
+        lives=_lives(parsed.run, _ENDING_SECONDS if parsed.exit_code else 0.0),
+        metrics=newest_records(parsed.run / "metrics.jsonl"),
+    )
     sys.stdout.write(to_json(found) if parsed.json else to_text(parsed.run, found))
     return found.exit_code if parsed.exit_code else ExitCode.DONE
+
+
+def _lives(run: Path, wait_seconds: float) -> bool | None:
+    """Tell whether a run's process lives; one that may be about to end is given the time to."""
+    from hpctrain.checkpoint.lease import holder_lives
+
+    end = time.monotonic() + wait_seconds
+    while (lives := holder_lives(run)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return lives
 
 
 def job(arguments: list[str]) -> int:
@@ -84,12 +105,13 @@ def ckpt(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--average", action="store_true")
+    parser.add_argument("--best", action="store_true")
     parsed = parser.parse_args(arguments)
     tool, other = parsed.tool, parsed.other
     if (other is None) != (tool in ("ls", "verify")) and tool != "diff":
         parser.error("ckpt export needs a FILE" if other is None else f"ckpt {tool} takes one RUN")
-    if parsed.average and tool != "export":
-        parser.error("--average belongs to ckpt export")
+    if (parsed.average or parsed.best) and tool != "export":
+        parser.error("--average and --best belong to ckpt export")
 
     from hpctrain.checkpoint import tools
 
@@ -100,6 +122,6 @@ def ckpt(arguments: list[str]) -> int:
     elif tool == "diff":
         text = tools.compared(parsed.run, other)
     else:
-        text = tools.export(parsed.run, other, average=parsed.average)
+        text = tools.export(parsed.run, other, average=parsed.average, best=parsed.best)
     sys.stdout.write(text + "\n")
     return ExitCode.DONE

@@ -69,9 +69,9 @@ def progress_text(
     samples_per_second: float | None = None,
     seconds_left: float | None = None,
 ) -> str:
-    """Return one line of progress; what is None is left out. `epoch` is counted from 0."""
+    """Return one line of progress; what is None is left out. Epochs count from 0 everywhere."""
     epochs = "" if total_epochs is None else f"/{total_epochs:,}"
-    parts = [f"step {step:,}/{total_steps:,}", f"epoch {epoch + 1:,}{epochs}"]
+    parts = [f"step {step:,}/{total_steps:,}", f"epoch {epoch:,}{epochs}"]
     if loss is not None:
         parts.append(f"loss {text.metric(loss)}")
     if samples_per_second is not None:

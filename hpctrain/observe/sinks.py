@@ -14,6 +14,9 @@ from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.records import Record, flat, from_line, to_line, to_row
 from hpctrain.utils.files import replacing
 
+_TAIL_BYTES = 2**18
+"""Of metrics.jsonl, in which the newest records are looked for."""
+
 
 class Sink(Protocol):
     """Something that takes records."""
@@ -173,6 +176,22 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
         for line in file:
             if (record := from_line(line)) is not None:
                 yield record
+
+
+def newest_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest records of training and of each evaluation, flat; none without a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.readlines()
+    except OSError:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for line in reversed(lines):
+        record = from_line(line)
+        if record is not None:
+            found.setdefault(str(record.get("split", record["kind"])), flat(record))
+    return dict(sorted(found.items()))
 
 
 def cut_back(path: Path, last_step: int, again: str | None = None) -> int:

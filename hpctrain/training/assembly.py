@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpctrain.checkpoint.best import Mode
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.fields import target_mask
@@ -149,7 +150,7 @@ def build_parts(
             config.scheduler, components["scheduler"], config.optimizer.lr, horizon
         )
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
-        schedule.watch(task.metrics if validates and evaluates else {})
+        schedule.watch(directions(config, task) if validates and evaluates else {})
     check_equal_shapes(model, world)
     step = TrainStep(
         model,
@@ -224,6 +225,13 @@ def _check_capabilities(config: Config, world: World) -> None:
         section, name = key.split(".")
         value = shown(getattr(getattr(config, section), name))
         raise ConfigError(f"{key} = {value}: {because}")
+
+
+def directions(config: Config, task: Task) -> dict[str, Mode]:
+    """Return which direction of each metric of the evaluation is better: the config's word wins."""
+    section = config.checkpoint
+    said = {section.keep_best: section.keep_best_mode} if section.keep_best else {}
+    return {name: said.get(name) or mode for name, mode in task.metrics.items()}
 
 
 def _check_best(config: Config, task: Task) -> None:

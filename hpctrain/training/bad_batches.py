@@ -58,7 +58,7 @@ def explain(batches: Sequence[BadBatch], loader: TrainLoader, world: World) -> s
     story = None if first.loss_is_finite else _suspects(first, loader)
     stories = world.communicator.all_gather(None if story is None else (world.topology.host, story))
     where = (
-        f"first in step {first.step} (epoch {first.epoch + 1}, samples {first.start + 1} to "
+        f"first in step {first.step} (epoch {first.epoch}, samples {first.start + 1} to "
         f"{first.start + first.global_size} of it)"
     )
     told = [

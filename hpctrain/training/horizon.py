@@ -73,6 +73,22 @@ class Horizon:
         """Tell whether a run at `place` is complete."""
         return self.total_steps(place) <= place.step
 
+    def further(self, place: Place) -> dict[str, int]:
+        """Return, for the limits that have ended a run at `place`, such as leave as much to do.
+
+        By their names in the config. The others hold on.
+        """
+        stands = (
+            ("max_epochs", self.max_epochs, place.epoch),
+            ("max_steps", self.max_steps, place.step),
+            ("max_samples", self.max_samples, place.samples_seen),
+        )
+        return {
+            name: 2 * max(most, now)
+            for name, most, now in stands
+            if most is not None and now >= most
+        }
+
     def total_steps(self, place: Place) -> int:
         """Return the step at which a run that now stands at `place` will be complete.
 
@@ -140,6 +156,10 @@ class Cadence:
 
     every_steps: int = 0
     every_epochs: int = 0
+
+    @property
+    def is_never(self) -> bool:
+        return not (self.every_steps or self.every_epochs)
 
     def due(self, place: Place) -> bool:
         """Tell whether it is time, at `place`."""

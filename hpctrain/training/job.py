@@ -30,14 +30,14 @@ from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Cadence
 from hpctrain.training.loop import Plan, fit
 from hpctrain.training.misfits import explain_misfit
-from hpctrain.training.persistence import Resumed, restore
+from hpctrain.training.persistence import restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
 from hpctrain.training.read_trouble import ReadTrouble
 from hpctrain.training.recording import begin_record
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.resuming import find_checkpoint
-from hpctrain.training.run import BestMetric, Run
+from hpctrain.training.run import Run
 from hpctrain.training.step.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.step.coupling import find_coupling
 from hpctrain.training.telling import complete_text, header_text, summary_text
@@ -117,7 +117,7 @@ def _train(
         folder.begin(place.step)
     if data.horizon.reached(place) and not evaluation_owed:
         if folder is not None and resumed is not None:
-            logger.info(complete_text(config, world, resumed, command))
+            logger.info(complete_text(config, world, data, resumed, command))
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
@@ -149,7 +149,6 @@ def _train(
         phases=phases,
         stop=stop,
         rank_zero=rank_zero,
-        best=_best(config, parts, resumed),
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
     )
@@ -160,7 +159,7 @@ def _train(
     plan = Plan(
         horizon=data.horizon,
         log=Cadence(every_steps=config.logging.every_steps),
-        evaluate=evaluation if data.validation is not None else None,
+        evaluate=None if data.validation is None or evaluation.is_never else evaluation,
         check=Cadence(every_steps=training.check_sync_every),
         save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
@@ -283,14 +282,3 @@ def _counters(
         "communication": parts.step.communication_seconds,
         "checkpoint": lambda: rank_zero.store.stall_seconds if rank_zero is not None else 0.0,
     }
-
-
-def _best(config: Config, parts: Parts, resumed: Resumed | None) -> BestMetric | None:
-    name = config.checkpoint.keep_best
-    if name is None:
-        return None
-    best = BestMetric(name, config.checkpoint.keep_best_mode or parts.task.metrics[name])
-    saved = None if resumed is None else resumed.values["best"]
-    if saved is not None and saved[0] == name:
-        best.value, best.step = saved[1], saved[2]
-    return best

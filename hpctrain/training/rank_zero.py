@@ -11,12 +11,13 @@ from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.assembly import Parts
+from hpctrain.training.assembly import Parts, directions
 from hpctrain.training.datasets import Data
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import expected_bytes
 from hpctrain.training.save_clock import SaveClock
+from hpctrain.utils.files import replace_file
 
 logger = logging.getLogger("hpctrain")
 
@@ -54,12 +55,12 @@ def prepare_rank_zero(
         CheckpointError: if the folder cannot be written to, or has no room for a checkpoint.
     """
     try:
-        (folder.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        replace_file(folder.path / "config.toml", to_toml(config).encode())
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder.path}: {error}") from error
     section = config.checkpoint
     keep_best = section.keep_best
-    mode = section.keep_best_mode or (parts.task.metrics[keep_best] if keep_best else "min")
+    mode = directions(config, parts.task)[keep_best] if keep_best else "min"
     store = CheckpointStore(
         folder.path,
         retention=Retention(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hpctrain.batch.reasons import SAVE_DUE
@@ -36,25 +35,6 @@ from hpctrain.utils.text import metric
 logger = logging.getLogger("hpctrain")
 
 
-@dataclass(slots=True)
-class BestMetric:
-    """The best value of one metric of the evaluations so far."""
-
-    name: str
-    mode: str
-    value: float | None = None
-    step: int = 0
-
-    def offer(self, metrics: Metrics, step: int) -> None:
-        """Take note of an evaluation."""
-        value = metrics[self.name]
-        if not math.isfinite(value):
-            return
-        sign = 1 if self.mode == "max" else -1
-        if self.value is None or sign * value > sign * self.value:
-            self.value, self.step = value, step
-
-
 class Run:
     """The hooks of the loop, on one rank.
 
@@ -77,7 +57,6 @@ class Run:
         phases: Phases,
         stop: StopAgreement,
         rank_zero: RankZero | None,
-        best: BestMetric | None,
         place: Place,
         metrics: Metrics,
     ) -> None:
@@ -90,7 +69,6 @@ class Run:
         self._rank_zero = rank_zero
         self._logged_samples = place.samples_seen
         self._logged_time = time.perf_counter()
-        self.best = best
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
@@ -170,13 +148,11 @@ class Run:
             return None
         self.metrics = metrics
         self._parts.schedule.observe(self.metrics)
-        if self.best is not None:
-            self.best.offer(self.metrics, place.step)
         if self._rank_zero is not None:
             record = {"kind": "evaluation", "split": "validation", "step": place.step}
             self._rank_zero.writer.write({**record, "epoch": epoch, **self.metrics})
             shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
-            self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch + 1}  {shown}")
+            self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
 
     def check(self, place: Place) -> None:
@@ -251,14 +227,12 @@ class Run:
 
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""
-        best = self.best
         end = self._data.horizon.end(self.place)
         return {
             "total_steps": end.step,
             "lr": self._parts.schedule(self.place, end),
             "schedule": self._parts.schedule.state_dict(),
             "metrics": self.metrics,
-            "best": None if best is None else [best.name, best.value, best.step],
             "evaluation_owed": self.evaluation_owed,
             **self._data.record(self._config),
         }

@@ -47,7 +47,6 @@ class _Values:
 
     Attributes:
         data: the place in the data, which `hpctrain.data.state` checks.
-        best: metric, value and step of the best evaluation so far.
         schedule: state of a schedule that has one.
     """
 
@@ -61,7 +60,6 @@ class _Values:
     total_steps: Count
     lr: float
     metrics: dict[str, float]
-    best: tuple[str, float | None, Count] | None
     normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False

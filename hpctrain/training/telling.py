@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def header_text(
             total_epochs=config.training.max_epochs,
             resume=None
             if resumed is None
-            else f"step {place.step:,}, epoch {place.epoch + 1}: {resumed.path}",
+            else f"step {place.step:,}, epoch {place.epoch}: {resumed.path}",
             notes=[*_notes(config, world, parts, data, resumed), *parts.notes, *changes],
         )
     )
@@ -83,7 +83,7 @@ def summary_text(
     command: Sequence[str],
 ) -> str:
     """Return the summary of a job whose last save is on disk."""
-    best = run.best
+    best = rank_zero.store.best()
     trained = run.place.samples_seen - run.first_place.samples_seen
     seconds = phases.totals()
     order = ("data", "compute", "communication", "checkpoint", "evaluation")
@@ -98,43 +98,47 @@ def summary_text(
             skipped_steps=run.skipped_steps,
             last=run.metrics,
             best=None
-            if best is None or best.value is None
-            else Best(metric=best.name, value=best.value, step=best.step),
+            if best is None
+            else Best(metric=best.metric, value=best.value, step=best.step),
             samples_per_second=trained / max(phases.elapsed(), 1e-9) if trained else None,
             seconds={phase: seconds[phase] for phase in order if phase in seconds},
             checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
             metrics=str(folder / JSONL_FILE),
-            next_command=("train on", _command(world, _further(config, command)))
+            next_command=(
+                "train on",
+                _command(world, _further(command, data.horizon.further(run.place))),
+            )
             if complete
             else ("resume", _command(world, command)),
         )
     )
 
 
-def complete_text(config: Config, world: World, resumed: Resumed, command: Sequence[str]) -> str:
+def complete_text(
+    config: Config, world: World, data: Data, resumed: Resumed, command: Sequence[str]
+) -> str:
     """Return what to say when there is nothing left to do."""
     place = resumed.place
     metrics = resumed.values["metrics"]
     shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
+    further = _further(command, data.horizon.further(data.place))
     counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
     return "\n".join(
         [
             f"run {config.run.name} is complete: {', '.join(filter(None, [counted, shown]))}",
             f"  checkpoint  {resumed.path}",
-            f"  train on    {_command(world, _further(config, command))}",
+            f"  train on    {_command(world, further)}",
             f"  start anew  {_command(world, _with(command, 'run.name', f'{config.run.name}-2'))}",
         ]
     )
 
 
-def _further(config: Config, command: Sequence[str]) -> list[str]:
-    """Return the command with a limit under which a complete run has more to do."""
-    training = config.training
-    for name in ("max_epochs", "max_steps", "max_samples"):
-        limit = getattr(training, name)
-        if limit is not None:
-            return _with(command, f"training.{name}", str(2 * limit))
-    raise AssertionError("a config has at least one limit")
+def _further(command: Sequence[str], limits: Mapping[str, int]) -> list[str]:
+    """Return the command with limits under which a complete run has more to do."""
+    longer = list(command)
+    for name, limit in limits.items():
+        longer = _with(longer, f"training.{name}", str(limit))
+    return longer
 
 
 def _with(command: Sequence[str], key: str, value: str) -> list[str]:

@@ -10,6 +10,8 @@ import pytest
 
 from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
 from hpctrain.batch.status import State, judge, read_status, to_json, to_text
+from hpctrain.checkpoint.lease import Lease, holder_lives
+from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 
 
@@ -101,3 +103,37 @@ def test_a_damaged_outcome_is_told(tmp_path: Path, content: str) -> None:
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
         write_outcome(tmp_path / "missing", outcome(0))
+
+
+def test_a_process_of_this_host_is_known_to_live_or_not(tmp_path: Path) -> None:
+    write_outcome(tmp_path, outcome(None))
+    assert holder_lives(tmp_path) is None
+    with Lease(tmp_path, {}):
+        assert holder_lives(tmp_path) is True
+        status = read_status(tmp_path, {}, lives=True)
+        assert (status.state, status.exit_code, status.explanation) == ("running", 1, "running")
+        lease = json.loads((tmp_path / "lease.json").read_text())
+        for change, lives in (({"started": "1"}, False), ({"host": "elsewhere"}, None)):
+            (tmp_path / "lease.json").write_text(json.dumps(lease | change))
+            assert holder_lives(tmp_path) is lives
+    dead = read_status(tmp_path, {}, lives=False)
+    assert (dead.exit_code, dead.explanation) == (75, "was killed: submit again")
+
+
+def test_what_is_known_is_said_once_and_with_the_newest_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_outcome(tmp_path, outcome(0, reason="complete"))
+    lines = [
+        {"kind": "train", "step": 10, "epoch": 0, "loss": 2.0, "seconds": {"data": 1.0}},
+        {"kind": "evaluation", "split": "validation", "step": 10, "epoch": 0, "accuracy": 0.5},
+        {"kind": "train", "step": 20, "epoch": 1, "loss": None, "nonfinite": {"loss": "nan"}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["status", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "state       complete\n" in told
+    assert "  train       step 20, epoch 1, loss nan\n" in told
+    assert "  validation  step 10, epoch 0, accuracy 0.5\n" in told
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["validation"]["accuracy"] == 0.5

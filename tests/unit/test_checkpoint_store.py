@@ -350,11 +350,11 @@ def test_retention_on_disk(make_store: Callable[..., CheckpointStore], tmp_path:
         (Retention(keep_last=1, metric="a", mode="max"), [(1, {"a": 2.0}), (2, {"a": 1.0})], []),
         (Retention(keep_last=1, metric="a", mode="min"), [(1, {"a": 2.0}), (2, {"a": 1.0})], [1]),
         (Retention(keep_last=1, metric="a"), [(1, None), (2, {"b": 1.0}), (3, None)], [1, 2]),
-        # Equal values: the newer one is the best.
+        # Of equal values the first is the best.
         (
             Retention(keep_last=1, metric="a"),
             [(1, {"a": 1.0}), (2, {"a": 1.0}), (3, {"a": 5.0})],
-            [1],
+            [2],
         ),
     ],
 )

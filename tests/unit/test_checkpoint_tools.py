@@ -168,7 +168,7 @@ def test_zeros_of_both_signs_and_numbers_that_are_none_differ(tmp_path: Path) ->
         (["export", "RUN", "FILE"], 0, "of step 3"),
         (["export", "RUN"], ExitCode.USAGE, "needs a FILE"),
         (["ls", "RUN", "FILE"], ExitCode.USAGE, "takes one RUN"),
-        (["ls", "RUN", "--average"], ExitCode.USAGE, "belongs to"),
+        (["ls", "RUN", "--average"], ExitCode.USAGE, "belong to"),
         (["lss", "RUN"], ExitCode.USAGE, "lss"),
         (["ls", "FILE"], ExitCode.CHECKPOINT_IO, "is it the folder of a run?"),
     ],

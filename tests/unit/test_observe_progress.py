@@ -28,7 +28,7 @@ def make(clock: Clock, lines: list[str], **options: object) -> Progress:
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
-        ({"step": 1, "total_steps": 9, "epoch": 0}, "step 1/9  epoch 1"),
+        ({"step": 1, "total_steps": 9, "epoch": 0}, "step 1/9  epoch 0"),
         (
             {
                 "step": 120,
@@ -39,13 +39,13 @@ def make(clock: Clock, lines: list[str], **options: object) -> Progress:
                 "samples_per_second": 4560.4,
                 "seconds_left": 31.2,
             },
-            "step 120/276  epoch 5/12  loss 0.1234  4,560 samples/s  0:00:31 left",
+            "step 120/276  epoch 4/12  loss 0.1234  4,560 samples/s  0:00:31 left",
         ),
         (
             {"step": 1000, "total_steps": 20000, "epoch": 1999, "loss": math.nan},
-            "step 1,000/20,000  epoch 2,000  loss nan",
+            "step 1,000/20,000  epoch 1,999  loss nan",
         ),
-        ({"step": 5, "total_steps": 9, "epoch": 0, "loss": 0.0}, "step 5/9  epoch 1  loss 0"),
+        ({"step": 5, "total_steps": 9, "epoch": 0, "loss": 0.0}, "step 5/9  epoch 0  loss 0"),
     ],
 )
 def test_text(facts: dict[str, float], expected: str) -> None:
@@ -64,14 +64,14 @@ def test_lines_come_soon_and_then_at_the_interval() -> None:
         told += [step] * (len(lines) - len(told))
     assert told == [5, 35, 65]
     assert lines == [
-        "step 5/276  epoch 1/12  0:04:31 left",
-        "step 35/276  epoch 2/12  loss 0.03333  64.0 samples/s  0:04:01 left",
-        "step 65/276  epoch 3/12  loss 0.01667  64.0 samples/s  0:03:31 left",
+        "step 5/276  epoch 0/12  0:04:31 left",
+        "step 35/276  epoch 1/12  loss 0.03333  64.0 samples/s  0:04:01 left",
+        "step 65/276  epoch 2/12  loss 0.01667  64.0 samples/s  0:03:31 left",
     ]
     reporter.close()
     reporter.close()
     reporter.update(71, 3)
-    assert lines[3:] == ["step 70/276  epoch 4/12  loss 0.01429  64.0 samples/s  0:03:26 left"]
+    assert lines[3:] == ["step 70/276  epoch 3/12  loss 0.01429  64.0 samples/s  0:03:26 left"]
 
 
 def test_nothing_is_told_twice_at_the_end() -> None:
@@ -81,7 +81,7 @@ def test_nothing_is_told_twice_at_the_end() -> None:
     clock.now += 1.0
     reporter.update(2, 0)
     reporter.close()
-    assert lines == ["step 2/276  epoch 1  0:04:34 left"]
+    assert lines == ["step 2/276  epoch 0  0:04:34 left"]
 
 
 def test_a_job_without_a_step_tells_nothing() -> None:
@@ -97,7 +97,7 @@ def test_time_left_counts_this_jobs_steps_only() -> None:
     reporter.update(201, 8)
     clock.now += 2
     reporter.update(202, 8)
-    assert lines == ["step 202/276  epoch 9  0:02:28 left"]
+    assert lines == ["step 202/276  epoch 8  0:02:28 left"]
 
 
 @pytest.mark.parametrize("every_seconds", [0.01, 5.0, 30.0, 600.0])
@@ -182,15 +182,15 @@ def test_bar() -> None:
     # Drawn at the start, at the first step, and 0.2 and 0.4 s after it.
     assert [state.split("| ")[-1].strip() for state in drawn[1:]] == [
         "",
-        "step 1/200  epoch 1/2",
-        "step 21/200  epoch 1/2  0:00:02 left",
-        "step 41/200  epoch 1/2  0:00:02 left",
+        "step 1/200  epoch 0/2",
+        "step 21/200  epoch 0/2  0:00:02 left",
+        "step 41/200  epoch 0/2  0:00:02 left",
     ]
     reporter.close()
     final = stream.getvalue().split("\r")[-1]
     assert final.startswith(" 25%|")
     assert final.rstrip(" ").endswith(
-        "| step 50/200  epoch 1/2  loss 0.5  1,234 samples/s  0:00:02 left\n"
+        "| step 50/200  epoch 0/2  loss 0.5  1,234 samples/s  0:00:02 left\n"
     )
     assert max(len(state.rstrip("\n")) for state in drawn) <= 80
     assert lines == []

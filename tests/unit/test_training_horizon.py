@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -39,6 +40,9 @@ def test_total_is_the_same_from_every_place(epoch_samples: int, global_batch_siz
             global_batch_size=min(global_batch_size, epoch_samples),
         )
         total, places = stepped_total(horizon)
+        last = places[-1]
+        assert not dataclasses.replace(horizon, **horizon.further(last)).reached(last)
+        assert not any(horizon.further(place) for place in places[:-1])
         assert [horizon.total_steps(place) for place in places] == [total] * len(places)
         assert [horizon.end(place) for place in places] == [places[-1]] * len(places)
         assert [horizon.reached(place) for place in places] == [False] * total + [True]

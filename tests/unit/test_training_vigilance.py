@@ -147,7 +147,7 @@ def bad_batch(step: int, *, finite: bool = False) -> BadBatch:
             [bad_batch(3), bad_batch(8), bad_batch(9)],
             [12],
             (
-                "first in step 8 (epoch 2, samples 65 to 96 of it); the loss was not finite on "
+                "first in step 8 (epoch 1, samples 65 to 96 of it); the loss was not finite on "
                 "rank 0 on here: not finite in the data: image of 1.h5 row 2"
             ),
         ),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from hpctrain.checkpoint.best import Mode, Preference
 from hpctrain.errors import ConfigError
 from hpctrain.utils.text import did_you_mean
+
+_HIGHER = Preference("", "max")
+"""Values are compared with their sign turned where lower ones are better."""
 
 
 class Plateau:
@@ -50,13 +53,13 @@ class Plateau:
         self._threshold = threshold
         self._cooldown = cooldown
         self._final = final
-        self._sign = 1
+        self._mode: Mode = "max"
         self._factor = 1.0
         self._best: float | None = None
         self._without = 0
         self._resting = 0
 
-    def watch(self, metrics: Mapping[str, Literal["min", "max"]]) -> None:
+    def watch(self, metrics: Mapping[str, Mode]) -> None:
         """Learn what an evaluation gives, and which direction of it is better.
 
         Raises:
@@ -69,7 +72,7 @@ class Plateau:
                 f'scheduler.metric = "{self.metric}": the task has no such metric'
                 f"{did_you_mean(self.metric, metrics)} (metrics: {', '.join(sorted(metrics))})"
             )
-        self._sign = 1 if metrics[self.metric] == "max" else -1
+        self._mode = metrics[self.metric]
 
     def __call__(self, step: float, total_steps: float) -> float:
         """Return the factor of `optimizer.lr`."""
@@ -77,9 +80,11 @@ class Plateau:
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Take note of an evaluation. A value that is not a number is no improvement."""
-        value = self._sign * metrics[self.metric]
-        best = -math.inf if self._best is None else self._best + self._threshold * abs(self._best)
-        if best < value < math.inf:
+        value = metrics[self.metric] if self._mode == "max" else -metrics[self.metric]
+        best = self._best
+        if best is not None:
+            best += self._threshold * abs(best)
+        if _HIGHER.is_better(value, best):
             self._best, self._without = value, 0
         else:
             self._without += 1
@@ -94,6 +99,7 @@ class Plateau:
         """Return the state as JSON."""
         return {
             "metric": self.metric,
+            "mode": self._mode,
             "factor": self._factor,
             "best": self._best,
             "without": self._without,
@@ -101,8 +107,8 @@ class Plateau:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; one of another schedule or metric says nothing."""
-        if state.get("metric") != self.metric:
+        """Go on from a state; one of another schedule, metric or direction says nothing."""
+        if (state.get("metric"), state.get("mode", self._mode)) != (self.metric, self._mode):
             return
         self._factor, self._best = state["factor"], state["best"]
         self._without, self._resting = state["without"], state["resting"]
