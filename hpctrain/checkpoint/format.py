@@ -137,7 +137,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         **({} if snapshot.preference is None else {"keep_best": snapshot.preference.to_json()}),
         "metrics": snapshot.metrics
         and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
-        "made_by": dict(snapshot.made_by),
+        "made_by": dict(snapshot.made_by) or None,
         "versions": {
             "hpctrain": __version__,
             "torch": torch.__version__,
