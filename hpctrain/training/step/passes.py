@@ -60,7 +60,7 @@ class Passes:
         self.weight: Tensor | int = 0
         self.moves = False
         self._task = task
-        self._loss = differentiable(task.loss)
+        self._loss = differentiable(task.loss, replica.unused, spread=replica.spread)
         self._replica = replica
         self._format = number_format
         self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()

@@ -48,22 +48,36 @@ def reaching_all(method: Method) -> Method:
     return loss
 
 
-def differentiable(method: Method) -> Method:
-    """Return a loss that always has a backward pass, and a weight that has none.
+def differentiable(method: Method, unused: UnusedParameters, *, spread: bool) -> Method:
+    """Return a loss that has a backward pass, and a weight that has none.
 
-    A loss without a part for any parameter, such as that of a batch without targets, is a number
-    as any other, and its gradients are none.
+    A loss that no parameter has a part in, such as that of a batch without targets, is a number as
+    any other, and its gradients are none: where ranks may lack gradients that others have.
+
+    Args:
+        method: `task.loss`.
+        unused: what is allowed.
+        spread: whether the others wait for this rank's part of the parameters in a backward pass.
     """
 
     def loss(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         loss_sum, weight = method(model, fields)
         if not loss_sum.requires_grad and torch.is_grad_enabled():
+            if spread or not unused.allowed:
+                raise TrainingError(_NO_PART + ("" if spread else _OR_ALLOW))
             loss_sum = loss_sum + reach_all(model, fields)[0]
         if isinstance(weight, Tensor) and weight.requires_grad:
             weight = weight.detach()
         return loss_sum, weight
 
     return loss
+
+
+_NO_PART = (
+    "no parameter had a part in the loss of a pass, and the other ranks wait for its gradients: "
+    "add 0 times an output of the model to the loss"
+)
+_OR_ALLOW = ', or set training.unused_parameters = "allow"'
 
 
 class _Reach(torch.autograd.Function):
