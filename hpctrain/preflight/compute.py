@@ -10,6 +10,7 @@ from hpctrain.preflight.asking import CheckError, ask
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.judging import compute as judging
+from hpctrain.preflight.probes.numbers import try_real_data
 from hpctrain.preflight.probes.step import (
     TIMED_SECONDS,
     StepFacts,
@@ -36,7 +37,7 @@ def check_compute(
     components = _resolve(checks, command)
     if world is None or opened is None or components is None:
         missing = "group" if world is None else "dataset" if opened is None else "model"
-        checks.skip(["step", "memory"], f"there is no {missing} to try it with")
+        checks.skip(["step", "memory", "numbers"], f"there is no {missing} to try it with")
         return None
     loader = SyntheticLoader(
         fields=opened.transforms.fields,
@@ -52,12 +53,25 @@ def check_compute(
     if steps is not None and together:
         steps = _try(checks, world, components, loader, opened, TIMED_SECONDS)
     if steps is None:
-        checks.skip(["memory"], "no step was possible")
+        checks.skip(["memory", "numbers"], "no step was possible")
         return None
     checks.add(judging.judge_step(steps))
     nodes = [rank.node_rank for rank in checks.ranks] or [0] * len(steps)
     checks.add(judging.judge_memory(steps, checks.hosts, nodes, world.device.type))
+    _try_real_data(checks, alone(world), components, opened)
     return steps
+
+
+def _try_real_data(checks: Checks, world: World, components: Components, opened: Data) -> None:
+    """Take a step on real data, each rank by itself. Collective: all ranks."""
+    gc.collect()
+    facts = checks.gather(
+        "numbers",
+        judging.STEP_FIX,
+        lambda: try_real_data(checks.config, world, components, opened),
+    )
+    if facts is not None:
+        checks.add(judging.judge_numbers(facts, checks.hosts))
 
 
 def _resolve(checks: Checks, command: Sequence[str]) -> Components | None:

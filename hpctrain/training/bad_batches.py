@@ -78,19 +78,19 @@ def _suspects(batch: BadBatch, loader: TrainLoader) -> str:
     try:
         values = loader.read(rows)
     except HpctrainError as error:
-        return f"{_listed(loader, rows)}, which cannot be read again: {error}"
+        return f"{listed_rows(loader, rows)}, which cannot be read again: {error}"
     bad = {
         name: rows[~np.isfinite(array.reshape(len(rows), -1)).all(axis=1)]
         for name, array in values.items()
         if array.dtype.kind in "fc"
     }
-    found = [f"{name} of {_listed(loader, those)}" for name, those in bad.items() if len(those)]
+    found = [f"{name} of {listed_rows(loader, those)}" for name, those in bad.items() if len(those)]
     if found:
         return f"not finite in the data: {', '.join(found)}"
-    return f"{_listed(loader, rows)} (all values of the data are finite)"
+    return f"{listed_rows(loader, rows)} (all values of the data are finite)"
 
 
-def _listed(loader: TrainLoader, rows: Int64s) -> str:
+def listed_rows(loader: TrainLoader, rows: Int64s) -> str:
     """Return rows of the dataset as shards and their rows, such as "a.h5 rows 3, 7-9"."""
     texts: list[str] = []
     shard = ""

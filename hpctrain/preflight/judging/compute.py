@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpctrain.preflight.finding import Finding
+from hpctrain.preflight.probes.numbers import NumberFacts
 from hpctrain.preflight.probes.step import StepFacts
-from hpctrain.utils.text import number, percent, plural, size
+from hpctrain.utils.text import metric, number, percent, plural, size
 
 _LEAST_FREE = 0.1
 """Of the memory: what batches, evaluation and fragmentation may still take."""
@@ -49,6 +50,32 @@ def judge_step(steps: Sequence[StepFacts]) -> Finding:
             values=values,
         )
     return Finding(name="step", status="pass", fact=fact, values=values)
+
+
+def judge_numbers(facts: Sequence[NumberFacts], hosts: Sequence[str]) -> Finding:
+    """Tell what a step on real data and real rows of an evaluation have led to."""
+    bad = [(rank, each.trouble) for rank, each in enumerate(facts) if each.trouble]
+    values = {
+        "loss": [each.loss for each in facts],
+        "grad_norm": [each.grad_norm for each in facts],
+        "ranks": [rank for rank, _ in bad],
+    }
+    if bad:
+        rank, trouble = bad[0]
+        more = f" (and {len(bad) - 1} more of {len(facts)})" if bad[1:] else ""
+        return Finding(
+            name="numbers",
+            status="fail",
+            fact=f"rank {rank} on {hosts[rank]}{more}: {trouble}",
+            fix="mend the data or mask what is missing there; where the data are right, look for "
+            "logarithms, divisions and the scale of initial weights and of data.normalize",
+            values=values,
+        )
+    stepped = [each for each in facts if each.samples]
+    samples = sum(each.samples for each in stepped)
+    loss = sum(each.loss * each.samples for each in stepped) / max(1, samples)
+    fact = f"the first batch has the loss {metric(loss)}; gradients and metrics are finite"
+    return Finding(name="numbers", status="pass", fact=fact, values=values)
 
 
 def judge_memory(

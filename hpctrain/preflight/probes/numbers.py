@@ -1,0 +1,158 @@
+"""Takes one step on real data and evaluates real rows: are loss, gradient and metrics finite?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpctrain.config import Config
+from hpctrain.data.loading.delivery import Batch
+from hpctrain.launch.world import World
+from hpctrain.training.assembly import Components, Parts, build_parts
+from hpctrain.training.bad_batches import listed_rows
+from hpctrain.training.datasets import Data
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals
+from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.rehearsal import MOST_ROWS, rehearse
+from hpctrain.training.step.undisturbed import evaluating, kept_generators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberFacts:
+    """What real data have led to, on one rank.
+
+    Attributes:
+        samples: of the step; 0: this rank has none of the first batch.
+        loss: their mean.
+        grad_norm: norm of the gradient, at loss scale 1.
+        trouble: what was not finite, with field, file and row; empty where all was.
+    """
+
+    samples: int
+    loss: float
+    grad_norm: float
+    trouble: str
+
+
+def try_real_data(
+    config: Config, world: World, components: Components, opened: Data
+) -> NumberFacts:
+    """Take one step on this rank's share of the first batch, and evaluate some rows.
+
+    Args:
+        config: names the parts.
+        world: of this rank alone.
+        components: as resolved.
+        opened: the data.
+
+    Raises:
+        TrainingError: if the task breaks its contract, in training or in an evaluation.
+    """
+    validates = opened.validation_loader is not None
+    parts = build_parts(
+        config,
+        world,
+        components,
+        opened.train_loader,
+        opened.horizon,
+        semantics=opened.semantics,
+        validates=validates,
+    )
+    try:
+        share = next(iter(islice(opened.train_loader.epoch(0), 1)))
+        # Evaluated before the step: with the weights that a run begins with.
+        trouble = _trouble_of_evaluation(config, parts, opened, world) if validates else ""
+        loss = norm = 0.0
+        if share.size:
+            loss, norm = _step(parts, share, config.optimizer.lr)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                trouble = _trouble_of_step(share, opened, loss)
+    finally:
+        opened.train_loader.close()
+    return NumberFacts(samples=share.size, loss=loss, grad_norm=norm, trouble=trouble)
+
+
+def _step(parts: Parts, share: Batch, lr: float) -> tuple[float, float]:
+    """Return loss and norm of the gradient of a step, at loss scale 1."""
+    step = parts.step
+    step.scaler.scale.fill_(1.0)
+    step(replace(share, global_size=share.size), lr)
+    numbers = step.read()
+    return numbers["loss"], numbers["grad_norm"]
+
+
+def _trouble_of_step(share: Batch, opened: Data, loss: float) -> str:
+    loader = opened.train_loader
+    rows = loader.rows(0, share.start, share.start + share.global_size)
+    what = "the gradient" if math.isfinite(loss) else "the loss"
+    for name, values in share.fields.items():
+        if (bad := _rows_that_are_not_finite(values)).any():
+            return f'{what} of the first batch is not finite: "{name}" of ' + listed_rows(
+                loader, rows[bad]
+            )
+    return (
+        f"{what} of the first batch is not finite, though all its values are: "
+        f"{', '.join(share.fields)} of {listed_rows(loader, rows)}"
+    )
+
+
+def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: World) -> str:
+    """Rehearse an evaluation, and return which row led to a metric that is not finite."""
+    loader = opened.validation_loader
+    assert loader is not None
+    fields = loader.example(MOST_ROWS)
+    rehearse(
+        parts.model,
+        parts.task,
+        fields,
+        world,
+        parts.number_format,
+        explain=lambda error, given: explain_misfit(error, given, config),
+    )
+    for index, row in enumerate(loader.example_rows(MOST_ROWS)):
+        one = {name: values[index : index + 1] for name, values in fields.items()}
+        if not (found := _not_finite(_evaluated(parts, one, world))):
+            continue
+        assert opened.validation is not None
+        [(shard, inside)] = opened.validation.places(np.array([row]))
+        bad = [name for name, values in one.items() if _rows_that_are_not_finite(values).any()]
+        whose = f'"{bad[0]}"' if bad else f"{', '.join(one)}, whose values are finite,"
+        return f"the metric {found[0]} is not finite: {whose} of {shard.name} row {inside}"
+    return ""
+
+
+def _evaluated(parts: Parts, rows: Mapping[str, Tensor], world: World) -> Part:
+    objects = MetricObjects(parts.task, world.device)
+    totals = Totals(parts.task, objects)
+    with (
+        torch.no_grad(),
+        kept_generators(world.device),
+        evaluating(parts.model.modules()),
+        objects.untouched(),
+        objects.local(),
+        parts.number_format.arithmetic(),
+    ):
+        fields = parts.number_format.cast(rows, parts.task.inputs)
+        totals.add(parts.task.evaluate(parts.model, fields))
+    return totals.part()
+
+
+def _not_finite(part: Part) -> list[str]:
+    """Return what is not finite of the sums that metrics come from."""
+    return [
+        *(name for name, pair in part.quotients.items() if not all(map(math.isfinite, pair))),
+        *(name for name, total in part.sums.items() if not torch.isfinite(total).all()),
+        *(name for name, rows in part.rows.items() if not torch.isfinite(rows).all()),
+    ]
+
+
+def _rows_that_are_not_finite(values: Tensor) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
+    return bad.cpu().numpy()
