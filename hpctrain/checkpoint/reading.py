@@ -167,6 +167,16 @@ def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None])
     )
 
 
+def load_values(path: Path) -> dict[str, Any]:
+    """Read of a checkpoint what is no tensor.
+
+    Raises:
+        CheckpointError: if it is not what was written.
+    """
+    path = resolved(path)
+    return _values(path, read_meta(path))
+
+
 def _values(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     content = read_file(path, VALUES, meta)
     try:

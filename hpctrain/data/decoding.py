@@ -189,7 +189,10 @@ def decoding_record(dataset: Dataset, name: str) -> str:
     if all(each.is_plain for each in codings):
         return ""
     facts = [{k: v for k, v in each.to_json().items() if k != "unused"} for each in codings]
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode()))
+    # By file: in another order of them each is decoded as before.
+    names = [shard.name for shard in dataset.home(name)[0].shards]
+    of_file = sorted(zip(names, (json.dumps(each, sort_keys=True) for each in facts), strict=True))
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(of_file).encode()))
 
 
 def _decoding(dataset: Dataset, name: str, *, keeps_integers: bool) -> FieldDecoding:

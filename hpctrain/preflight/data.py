@@ -14,15 +14,18 @@ from hpctrain.preflight.judging import data as judging
 from hpctrain.preflight.probes.dataset import read_batches, try_lock, unseen_shards
 from hpctrain.preflight.probes.step import StepFacts
 from hpctrain.training.datasets import Data, open_data
+from hpctrain.training.resuming import values_to_go_on_from
 from hpctrain.utils.files import filesystem_of
 
 
 def open_and_check(checks: Checks, world: World) -> Data | None:
     """Open the datasets as a run does. Collective: all ranks."""
+    begun = values_to_go_on_from(checks.config) if world.topology.is_rank_zero else None
+    begun = world.communicator.broadcast(begun)
     opened = checks.keep(
         "dataset",
         judging.DATASET_FIX,
-        lambda: open_data(checks.config, world, settle(checks.config), None),
+        lambda: open_data(checks.config, world, settle(checks.config, begun), None),
     )
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")

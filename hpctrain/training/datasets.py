@@ -23,6 +23,8 @@ from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.state import from_state
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
+from hpctrain.training.begun_decoding import RECORD as DECODING
+from hpctrain.training.begun_decoding import decoding_to_record, refuse_other_decoding
 from hpctrain.training.horizon import Horizon, Place
 from hpctrain.training.normalizing import RECORD as NORMALIZATION
 from hpctrain.training.normalizing import (
@@ -61,6 +63,7 @@ class Data:
         """Return what a checkpoint says of how the data become numbers: rules and statistics."""
         return {
             SEMANTICS: self.semantics.to_json(),
+            DECODING: decoding_to_record(self.train),
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
         }
 
@@ -174,7 +177,10 @@ def _open_datasets(
     with raise_together(world.communicator):
         if world.topology.is_rank_zero:
             train, validation = open_datasets(config.data, fields, semantics)
-            begun = {} if resumed is None else normalizations_begun_with(config, resumed.values)
+            begun = {}
+            if resumed is not None:
+                refuse_other_decoding(config, train, resumed.values)
+                begun = normalizations_begun_with(config, resumed.values)
             opened = train, validation, find_normalizations(config, train, begun)
     opened = world.communicator.broadcast(opened)
     assert opened is not None

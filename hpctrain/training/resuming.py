@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hpctrain.checkpoint.layout import LATEST, check_file, newest_first, step_of
-from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline
+from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline, load_values
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
@@ -52,6 +52,24 @@ def find_checkpoint(config: Config, world: World, folder: Path | None) -> Resume
                 loaded = read(Path(config.checkpoint.resume))
                 _put_aside(checkpoints, loaded.step + 1)
     return share(world, loaded)
+
+
+def values_to_go_on_from(config: Config) -> dict[str, Any] | None:
+    """Return what is no tensor of the checkpoint that a job with this config would go on from.
+
+    For rank 0, and for tools that do not train: nothing is moved, and what is damaged is passed
+    over without a word. None where a run would begin.
+    """
+    resume = config.checkpoint.resume
+    checkpoints = Path(config.run.directory, config.run.name, "checkpoints")
+    paths: Iterable[Path] = {"auto": newest_first(checkpoints), "never": ()}.get(
+        resume, (Path(resume),)
+    )
+    with suppress(OSError):  # a folder that cannot be listed
+        for path in paths:
+            with suppress(CheckpointError):
+                return load_values(path)
+    return None
 
 
 @contextmanager

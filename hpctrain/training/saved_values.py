@@ -60,6 +60,7 @@ class _Values:
     total_steps: Count
     lr: float
     metrics: dict[str, float]
+    decoding: dict[str, str] = field(default_factory=dict)
     normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False

@@ -6,6 +6,7 @@ does not depend on the number of processes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.decoding import decoding_record, decodings
+from hpctrain.data.file_order import FileOrder, order_key
 from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
 from hpctrain.data.tools.blocks import decoded_blocks_of, one_shard
@@ -187,7 +189,7 @@ def read_stats(
         raise DatasetError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
-    if stats.fingerprint != dataset.fingerprint:
+    if stats.fingerprint not in _fingerprints(dataset):
         raise DatasetError(f"{path}: these are the statistics of another dataset. {remake}")
     for name in fields:
         if name not in stats.fields:
@@ -212,6 +214,20 @@ def read_stats(
                 f"trained on. {remake}{option}"
             )
     return wanted
+
+
+def _fingerprints(dataset: Dataset) -> set[str]:
+    """Return the fingerprints of a dataset's files in any order: their statistics are the same.
+
+    A run that 0.1.0 has begun takes files in another order than `data stats` does today.
+    """
+    by_path = {shard.path: shard for shard in dataset.shards}
+    orders = [sorted(by_path, key=order_key(order)) for order in get_args(FileOrder)]
+    same = [
+        dataclasses.replace(dataset, shards=tuple(by_path[path] for path in paths))
+        for paths in orders
+    ]
+    return {each.fingerprint for each in [dataset, *same]}
 
 
 def _number(value: float | None) -> str:

@@ -127,7 +127,11 @@ def take_steps(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
     validates = opened.validation is not None
-    parts = build_parts(config, world, components, loader, opened.horizon, validates=validates)
+    parts = build_parts(
+        *(config, world, components, loader, opened.horizon),
+        semantics=opened.semantics,
+        validates=validates,
+    )
     step = parts.step
     batch = Batch(
         fields=loader.rows(loader.largest_share),
