@@ -106,10 +106,18 @@ class _Reader:
 
     def _range(self) -> tuple[Number | None, Number | None]:
         both = self._bounds("valid_range", 2)
-        if both is not None:
-            return both[0], both[1]
-        least, largest = self._bounds("valid_min", 1), self._bounds("valid_max", 1)
-        return (least[0] if least else None), (largest[0] if largest else None)
+        if both is None:
+            least, largest = self._bounds("valid_min", 1), self._bounds("valid_max", 1)
+            both = [least[0] if least else None, largest[0] if largest else None]
+        first, last = self._ends()
+        return (None if both[0] == first else both[0]), (None if both[1] == last else both[1])
+
+    def _ends(self) -> tuple[Number, Number]:
+        """Return the least and the largest number there can be: as bounds they say nothing."""
+        if self._viewed.kind == "f":
+            return -math.inf, math.inf
+        about = np.iinfo(self._viewed)
+        return about.min, about.max
 
     def _bounds(self, name: str, count: int) -> list[Number | None] | None:
         """Return the bounds of an attribute, None for NaN; None: it does not say so many."""

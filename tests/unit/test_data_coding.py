@@ -280,6 +280,11 @@ def test_what_cannot_be_followed_is_said_or_refused(tmp_path: Path) -> None:
         assert coding.unused[0].startswith(f"{name}: ")
         assert why in coding.unused[0]
     assert coding_of(np.dtype("?"), {"scale_factor": 2.0}) == PLAIN
+    for said in ({"valid_range": np.array([0, 255], "u1")}, {"valid_max": np.uint8(255)}):
+        assert coding_of(np.dtype("u1"), said) == PLAIN, "no number is outside"
+    assert coding_of(np.dtype("i1"), {"valid_range": np.int8([0, -1]), "_Unsigned": "true"}) == (
+        Coding(unsigned=True)
+    )
     for value in (np.array([1.0, 2.0]), "0.5", np.nan):
         with h5py.File(path := tmp_path / "bad.h5", "w") as file:
             file["x"] = np.arange(4, dtype="i2")

@@ -256,6 +256,18 @@ def test_without_a_mask_a_missing_integer_is_refused(labels: Dataset) -> None:
     refusing = Decoding(on_device=Decoder(found, {}, CPU), refused=list(found.values()))
     with pytest.raises(DatasetError, match=r'[01]\.h5: field "label", row 3: (-1|7) is a missing'):
         served(labels, refusing)
+    loader = EvaluationLoader(
+        labels,
+        fields=["label"],
+        rank=0,
+        world_size=1,
+        batch_size=20,
+        device=CPU,
+        buffer_mb=1,
+        decoding=refusing,
+    )
+    with pytest.raises(DatasetError, match=r'0\.h5: field "label", row 3: -1 is a missing'):
+        loader.example(20)
 
 
 def test_fields_without_attributes_cost_nothing(tmp_path: Path) -> None:
@@ -265,7 +277,8 @@ def test_fields_without_attributes_cost_nothing(tmp_path: Path) -> None:
     assert not found
     decoder = Decoder(found, {}, CPU)
     values = torch.ones(3)
-    assert decoder.apply({"x": values}, decoder.codes(None))["x"] is values
+    fields = {"x": values}
+    assert decoder.apply(fields, decoder.codes(None)) is fields
     assert not Decoding(on_device=decoder).needs_samples
 
 

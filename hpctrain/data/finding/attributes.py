@@ -7,7 +7,7 @@ from typing import Any
 
 import h5py
 
-from hpctrain.data.coding import Coding, without_plain
+from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.conventions import ATTRIBUTES, coding_of
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.storage import HDF5_FAILURES
@@ -16,11 +16,20 @@ from hpctrain.errors import DatasetError
 
 def coding_in(dataset: h5py.Dataset) -> Coding:
     """Return how the numbers of an open HDF5 dataset stand for values."""
+    if dataset.dtype.kind not in "iuf":
+        return PLAIN
     there = dataset.attrs
-    said: dict[str, Any] = {name: there[name] for name in ATTRIBUTES if name in there}
+    said = {name: _value(there, name) for name in ATTRIBUTES if name in there}
     if said and "units" in there:
-        said["units"] = there["units"]
+        said["units"] = _value(there, "units")
     return coding_of(dataset.dtype, said)
+
+
+def _value(attributes: h5py.AttributeManager, name: str) -> Any:
+    try:
+        return attributes[name]
+    except (OSError, TypeError):  # a type that h5py does not know
+        return "of a type that cannot be read"
 
 
 def with_codings(dataset: Dataset) -> Dataset:

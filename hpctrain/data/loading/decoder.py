@@ -99,6 +99,8 @@ class Decoder:
             fields: by name, (samples, *shape) on the device; they may be changed.
             codes: of the same samples, as `codes` returns them.
         """
+        if not self._fields:
+            return fields
         decoded = dict(fields)
         for name, each in self._fields.items():
             decoded |= each.apply(fields[name], codes.get(name))

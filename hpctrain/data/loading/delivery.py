@@ -8,8 +8,10 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hpctrain.data.dataset import Dataset, Field
@@ -18,7 +20,7 @@ from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.loading.refusing import Refusing
+from hpctrain.data.loading.refusing import Refusing, require_all
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.handles import Locate
 from hpctrain.data.reading.helpers import Helpers
@@ -149,7 +151,7 @@ class Delivery:
         # Only shape and dtype of it count: any key will do.
         group = Group([row, row + 1], at, at, at.astype(np.uint64))
         preparation = self._preparation
-        values = read_rows(self.access.dataset, at) if preparation is None else preparation.one(row)
+        values = self._read(at) if preparation is None else preparation.one(row)
         tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
         codes = self._decoding.on_device.codes(at)
         return self._finish(tensors, codes, self._keys(group), slice(0, 1))
@@ -162,10 +164,17 @@ class Delivery:
         group = Group([0, len(rows)], rows, rows, rows.astype(np.uint64))
         tensors = {
             name: torch.from_numpy(values).to(self._device)
-            for name, values in read_rows(self.access.dataset, rows).items()
+            for name, values in self._read(rows).items()
         }
         codes = self._decoding.on_device.codes(rows)
         return self._finish(tensors, codes, self._keys(group), slice(0, len(rows)))
+
+    def _read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
+        """Return rows as they are stored, read by the calling thread with files of its own."""
+        values = read_rows(self.access.dataset, rows)
+        for each in self._decoding.refused:
+            require_all(each, values[each.name], rows)
+        return values
 
     def stop(self) -> None:
         """End the thread, if one runs."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hpctrain.data.decoding import FieldDecoding
+from hpctrain.data.decoding import FieldDecoding, Numbers
 from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.errors import DatasetError
 
@@ -27,19 +28,28 @@ class Refusing:
             DatasetError: naming file, row and field of a missing value.
         """
         for host in self._source.read(groups, pool):
-            for decoding in self._decodings:
-                _require_all(decoding, host)
+            samples = host.group.rows
+            assert samples is not None
+            for each in self._decodings:
+                stored = each.dataset.fields[each.name]
+                numbers = host.fields[each.name].view(stored.dtype.newbyteorder("="))
+                require_all(each, numbers.reshape(len(samples), *stored.shape), samples)
             yield host
             # Its memory is for the next group that is read.
             del host
 
 
-def _require_all(decoding: FieldDecoding, host: HostGroup) -> None:
-    samples = host.group.rows
-    assert samples is not None
-    stored = decoding.dataset.fields[decoding.name]
-    numbers = host.fields[decoding.name].view(stored.dtype.newbyteorder("="))
-    numbers = numbers.reshape(len(samples), *stored.shape)
+def require_all(decoding: FieldDecoding, numbers: Numbers, samples: Int64s) -> None:
+    """Check that none of the numbers of a field is missing.
+
+    Args:
+        decoding: of the field.
+        numbers: (samples, *shape), as stored but in this machine's byte order.
+        samples: which they are.
+
+    Raises:
+        DatasetError: naming file, row and field of one that is.
+    """
     is_missing = decoding.missing(numbers, decoding.codes(samples))
     if not is_missing.any():
         return
