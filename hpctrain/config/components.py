@@ -27,7 +27,7 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
     "task": {
         "classification": "hpctrain.training.task:Classification",
         "language_modeling": "hpctrain.training.language_modeling:LanguageModeling",
-        "regression": "hpctrain.training.task:Regression",
+        "regression": "hpctrain.training.regression:Regression",
     },
     "optimizer": {
         "adafactor": "torch.optim:Adafactor",

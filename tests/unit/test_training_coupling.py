@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.language_modeling import LanguageModeling
+from hpctrain.training.regression import Regression
 from hpctrain.training.step.coupling import find_coupling
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.task import Classification, Regression
+from hpctrain.training.task import Classification
 
 
 def rows(count: int = 8) -> dict[str, Tensor]:

@@ -21,9 +21,10 @@ from hpctrain.launch.world import World
 from hpctrain.topology import Topology
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.metrics import Gather
+from hpctrain.training.regression import Regression
 from hpctrain.training.rehearsal import rehearse
 from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.task import Classification, Regression
+from hpctrain.training.task import Classification
 
 CLASSES, FEATURES, COUNT = 4, 6, 50
 CPU = torch.device("cpu")

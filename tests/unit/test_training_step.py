@@ -31,12 +31,13 @@ from hpctrain.training.bad_steps import FORGIVEN, BadSteps
 from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
 from hpctrain.training.persistence import capture
+from hpctrain.training.regression import Regression
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import OPTIMIZER
-from hpctrain.training.task import Classification, Regression
+from hpctrain.training.task import Classification
 
 CPU = torch.device("cpu")
 WORLD = World(

@@ -13,7 +13,8 @@ from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.mlp import MLP
 from hpctrain.training.optimization.schedules import cosine, linear
-from hpctrain.training.task import Classification, Regression
+from hpctrain.training.regression import Regression
+from hpctrain.training.task import Classification
 
 
 def test_classification_sums_what_torch_averages() -> None:

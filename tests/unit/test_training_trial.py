@@ -15,9 +15,10 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.language_modeling import LanguageModeling
+from hpctrain.training.regression import Regression
 from hpctrain.training.step.sharding import find_units
 from hpctrain.training.step.trial import find_unfit
-from hpctrain.training.task import Classification, Regression
+from hpctrain.training.task import Classification
 
 WIDTH = 6
 ROW = {
