@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,18 @@ class Rows:
         path: of the checkpoint.
         spread: says where rows are.
         aliases: further names of tensors, and the names that they are stored under.
+        stored: names under which tensors are in the files, where that is not what they are called.
     """
 
     path: Path
     spread: Spread
     aliases: Mapping[str, str]
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self, file: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole tensors of a file, `model.safetensors` or the other."""
-        shapes = dict(self.spread.shapes[file])
+        called = {stored: name for name, stored in self.stored.items()}
+        shapes = {called.get(name, name): s for name, s in self.spread.shapes[file].items()}
         if file == MODEL:
             stored = {name: first for name, first in self.aliases.items() if first in shapes}
             shapes |= {name: shapes[first] for name, first in stored.items()}
@@ -86,14 +89,15 @@ class Rows:
         pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with ExitStack() as stack:
             opened: dict[int, Any] = {}
-            for name, (first, stop) in wanted.items():
+            for called, (first, stop) in wanted.items():
+                name = self.stored.get(called, called)
                 for rank, begin, end in self.spread.pieces(file, name, first, stop):
                     part = self.path / part_name(file, rank)
                     try:
                         if rank not in opened:
                             opened[rank] = stack.enter_context(safe_open(part, framework="pt"))
                         found = {name: opened[rank].get_slice(name)[begin:end]}
-                        pieces[name].append(joined_pairs(found, opened[rank].metadata())[name])
+                        pieces[called].append(joined_pairs(found, opened[rank].metadata())[name])
                     except (OSError, SafetensorError) as error:
                         raise CheckpointError(f"{part} cannot be read: {error}") from error
         return {name: torch.cat(rows) for name, rows in pieces.items() if rows}

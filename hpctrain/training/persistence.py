@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.layout import MODEL, TRAINING
+from hpctrain.checkpoint.names import fitting_names
 from hpctrain.checkpoint.parts import Spread
 from hpctrain.checkpoint.reading import Loaded, Rows
 from hpctrain.checkpoint.state import (
@@ -25,6 +26,7 @@ from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Place
 from hpctrain.training.step.broadcast import broadcast_tensors
+from hpctrain.training.step.plain_names import PlainNames, adopt_buffers, plain_state
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import OPTIMIZER, own_state, parameter_of, put_weights
 from hpctrain.utils.text import listed
@@ -118,7 +120,7 @@ def capture(
     spread: Spread | None = None
     model: Mapping[str, Tensor]
     if shards is None:
-        model = step.model.state_dict()
+        model = plain_state(step.model)
     else:
         held = dict(shards.named_parameters())
         rows = {
@@ -133,8 +135,9 @@ def capture(
             if (item.numel() if name in shards.shapes else is_rank_zero)
         }
         if is_rank_zero:
-            kept = step.model.state_dict().keys()
-            model |= {name: item for name, item in step.model.named_buffers() if name in kept}
+            kept = plain_state(step.model).keys()
+            buffers = PlainNames(step.model).of(step.model.named_buffers(remove_duplicate=False))
+            model |= {name: item for name, item in buffers if name in kept}
         training = {
             key: tensor
             for key, tensor in training.items()
@@ -191,6 +194,7 @@ def restore_parameters(step: TrainStep, resumed: Resumed) -> None:
     Raises:
         CheckpointError: if the checkpoint is of another model or optimizer.
     """
+    resumed = _named_as_here(step, resumed)
     _load_model(step, resumed)
     state = own_state(step, resumed.training, resumed.rows, (OPTIMIZER, AVERAGE))
     load_optimizer(step.optimizer, step.held, _below(state, OPTIMIZER))
@@ -229,11 +233,44 @@ def roll_back(world: World, step: TrainStep, load: Callable[[], Loaded | None]) 
     return resumed.place.step
 
 
+def _named_as_here(step: TrainStep, resumed: Resumed) -> Resumed:
+    """Return what is resumed under the names of the model, whatever wrappers it was saved with."""
+    there = {*resumed.model, *(resumed.rows.shapes(MODEL) if resumed.rows is not None else ())}
+    names = fitting_names(plain_state(step.model), there)
+    if not names:
+        return resumed
+    rows = resumed.rows
+    if rows is not None:
+        keys = [*rows.shapes(MODEL), *rows.shapes(TRAINING)]
+        rows = replace(
+            rows,
+            stored={new: key for key in keys if (new := _renamed(key, names)) != key},
+            aliases={names.get(k, k): names.get(v, v) for k, v in rows.aliases.items()},
+        )
+    return replace(
+        resumed,
+        model={names.get(name, name): item for name, item in resumed.model.items()},
+        training={_renamed(key, names): item for key, item in resumed.training.items()},
+        rows=rows,
+    )
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    """Return the key of a tensor of model or training state with another name in it."""
+    name = parameter_of(key) or key
+    if name not in names:
+        return key
+    beginning, _, end = key.partition(name)
+    return beginning + names[name] + end
+
+
 def _load_model(step: TrainStep, resumed: Resumed) -> None:
-    here = {name: tuple(item.shape) for name, item in step.model.state_dict().items()}
+    here = {name: tuple(item.shape) for name, item in plain_state(step.model).items()}
     there = {name: tuple(item.shape) for name, item in resumed.model.items()}
     if resumed.rows is not None:
         there |= resumed.rows.shapes(MODEL)
+    for name in adopt_buffers(step.model, step.disturbance.buffers, resumed.model):
+        here[name] = there[name]
     missing = sorted(here.keys() - there.keys())
     surplus = sorted(there.keys() - here.keys())
     changed = sorted(name for name in here.keys() & there.keys() if here[name] != there[name])

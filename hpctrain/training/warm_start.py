@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpctrain.checkpoint.format import joined_pairs
+from hpctrain.checkpoint.names import fitting_names
 from hpctrain.checkpoint.reading import load
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.training.step.broadcast import broadcast_tensors
+from hpctrain.training.step.plain_names import plain_state
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import put_weights
 from hpctrain.utils.text import listed
@@ -99,15 +101,18 @@ def choose(
         strict: refuse anything without a counterpart of the same shape; else leave it and tell.
 
     Returns:
-        Those that fit, by their names in the model, and what to say.
+        Those that fit, by their plain names in the model, and what to say. What wrappers such as
+        torch.compile have put into names, in the file or here, makes no difference.
 
     Raises:
         ConfigError: if `strict` and something has no counterpart, or nothing at all has one.
     """
-    here = model.state_dict()
+    here = plain_state(model)
     renamed = {_renamed(name, names): item for name, item in weights.items()}
     if len(renamed) < len(weights):
         raise ConfigError("checkpoint.initialize_names: two tensors get the same name by it")
+    called = fitting_names(here, renamed)
+    renamed = {called.get(name, name): item for name, item in renamed.items()}
     fitting = {
         name: item
         for name, item in renamed.items()

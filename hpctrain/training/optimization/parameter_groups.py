@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
+from hpctrain.checkpoint.names import without_compile
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
@@ -44,7 +45,7 @@ def parameter_groups(
             continue
         factor, decay = 1.0, None if decay_norms_and_biases or parameter.ndim > 1 else 0.0
         for index, group in enumerate(groups):
-            if fnmatch.fnmatchcase(name, group.pattern):
+            if fnmatch.fnmatchcase(without_compile(name), without_compile(group.pattern)):
                 fitting.add(index)
                 factor = group.lr_factor
                 decay = decay if group.weight_decay is None else group.weight_decay

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hpctrain.training.step.call import Call, Callee, Method, call_directly
+from hpctrain.training.step.plain_names import PlainNames
 from hpctrain.training.step.unused import UnusedParameters, reaching_all, unreduced
 
 _COMPRESSIONS = {
@@ -85,8 +86,8 @@ class Replica:
         return self._clock.seconds()
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Return what this rank holds of every parameter: all of it."""
-        return self.model.named_parameters()
+        """Return what this rank holds of every parameter, all of it, by plain names."""
+        return PlainNames(self.model).of(self.model.named_parameters())
 
     def begin(self) -> None:
         """Forget all gradients: a step begins."""

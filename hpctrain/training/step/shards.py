@@ -26,6 +26,7 @@ from hpctrain.launch.world import World
 from hpctrain.training.step.broadcast import as_bytes
 from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
+from hpctrain.training.step.plain_names import PlainNames
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.sharding import find_units
 from hpctrain.training.step.trial import Findings
@@ -99,14 +100,15 @@ class Shards:
                 "or changed by forward passes. Leave cpu_offload out, or use ddp"
             )
         self._tell_whole()
+        self._plain = plain = PlainNames(model)
         self.shapes = {
-            name: tuple(item.shape)
+            plain(name): tuple(item.shape)
             for name, item in model.named_parameters()
             if name not in self._whole.named
         }
         names = {item: name for name, item in model.named_parameters()}
         self.tied = {
-            name: names[item]
+            plain(name): plain(names[item])
             for name, item in model.named_parameters(remove_duplicate=False)
             if names[item] != name
         }
@@ -171,8 +173,8 @@ class Shards:
             )
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Return this rank's rows of every parameter, by name."""
-        return self._rows.items()
+        """Return this rank's rows of every parameter, by plain names."""
+        return self._plain.of(self._rows.items())
 
     def begin(self) -> None:
         """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""

@@ -11,6 +11,7 @@ from hpctrain.checkpoint.layout import MODEL, TRAINING
 from hpctrain.checkpoint.parts import rows_of
 from hpctrain.checkpoint.reading import Rows
 from hpctrain.checkpoint.tools import AVERAGE
+from hpctrain.training.step.plain_names import PlainNames, load_plain_state
 from hpctrain.training.step.train_step import TrainStep
 
 OPTIMIZER = "optimizer/"
@@ -37,7 +38,7 @@ def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | Non
     """
     shards = step.shards
     if shards is None:
-        step.model.load_state_dict(dict(tensors), strict=False)
+        load_plain_state(step.model, dict(tensors))
         return
     # Of tied parameters the file may have another name, and the model has one tensor.
     stored = {} if rows is None else {name: rows.aliases.get(name, name) for name in shards.shapes}
@@ -59,7 +60,7 @@ def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | Non
                 parameter.copy_(tensors[name][first:stop])
             elif stored.get(name) in read:
                 parameter.copy_(read[stored[name]])
-        for name, buffer in step.model.named_buffers():
+        for name, buffer in PlainNames(step.model).of(step.model.named_buffers()):
             if name in tensors:
                 buffer.copy_(tensors[name])
 

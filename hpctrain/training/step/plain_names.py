@@ -1,0 +1,91 @@
+"""Names of parameters and buffers as they are without wrappers: those of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class PlainNames:
+    """Takes out of names what compiled modules and torch's parallel wrappers put into them.
+
+    A module of the user's own that happens to be called `module` keeps its name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look for wrappers; there are none in most models."""
+        self._wrapped: list[tuple[str, str]] = []
+        for name, module in model.named_modules(remove_duplicate=False):
+            inner = _inside(module)
+            if inner is not None:
+                around = f"{name}." if name else ""
+                self._wrapped.append((f"{around}{inner}.", around))
+        self._wrapped.reverse()  # the innermost first: the names of the others stay right
+
+    def __call__(self, name: str) -> str:
+        """Return the plain name of a parameter or buffer."""
+        for beginning, plain in self._wrapped:
+            if name.startswith(beginning):
+                name = plain + name.removeprefix(beginning)
+        return name
+
+    def of(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Yield what is named with its plain name."""
+        if not self._wrapped:
+            yield from named
+        else:
+            for name, item in named:
+                yield self(name), item
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return all that a model saves, by plain names."""
+    return dict(PlainNames(model).of(model.state_dict().items()))
+
+
+def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors into a model by plain names; those that it has not are passed over."""
+    plain = PlainNames(model)
+    raw = {plain(name): name for name in model.state_dict()}
+    model.load_state_dict(
+        {raw[name]: item for name, item in tensors.items() if name in raw}, strict=False
+    )
+
+
+def adopt_buffers(
+    model: nn.Module, grown: Mapping[str, bool], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Give a model buffers that its own forward pass would register or make larger.
+
+    Args:
+        model: whose device the buffers go to.
+        grown: their names in it; True: they are saved.
+        tensors: saved ones, by plain names.
+
+    Returns:
+        The plain names of those that it has now.
+    """
+    plain = PlainNames(model)
+    device = next(model.parameters()).device
+    adopted = []
+    for name, is_saved in grown.items():
+        if is_saved and plain(name) in tensors:
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._buffers[key] = tensors[plain(name)].to(device, copy=True)
+            module._non_persistent_buffers_set.discard(key)
+            adopted.append(plain(name))
+    return adopted
+
+
+def _inside(module: nn.Module) -> str | None:
+    """Return the name of the module that a wrapper holds; None of one that is no wrapper."""
+    if "_orig_mod" in module._modules:  # of torch.compile
+        return "_orig_mod"
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    return None
