@@ -80,8 +80,13 @@ class Replay:
 
     @contextmanager
     def of_all(self) -> Iterator[None]:
-        """Have the model return its record in the body."""
-        with self._answering(lambda call, run: self._recorded(call)):
+        """Have the model compute in the body, and return its record."""
+
+        def answer(call: int, run: Callable[[], Any]) -> Any:
+            run()  # under FSDP all parts of it have to be called in every pass
+            return self._recorded(call)
+
+        with self._answering(answer):
             yield
 
     @contextmanager
