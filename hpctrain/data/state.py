@@ -6,21 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.decoding import decoding_record
 from hpctrain.data.order.partition import Order
-from hpctrain.errors import ConfigError, DatasetError
+from hpctrain.errors import DatasetError
 
 STATE_VERSION = 1
 _NUMBERS = ("epoch", "position", "seed", "lanes", "window", "block_rows")
 
 
-def to_state(
-    order: Order,
-    epoch: int,
-    position: int,
-    fingerprint: str,
-    decoding: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[str, Any]:
     """Return the state of a run that has consumed `position` samples of an epoch.
 
     Args:
@@ -28,7 +21,6 @@ def to_state(
         epoch: from 0.
         position: samples that all ranks together have consumed of it.
         fingerprint: of the dataset.
-        decoding: by field, the record of how its numbers are decoded, as `decoding_of` has it.
     """
     return {
         "version": STATE_VERSION,
@@ -39,14 +31,7 @@ def to_state(
         "block_rows": order.block_rows,
         "seed": order.seed,
         "fingerprint": fingerprint,
-        **({"decoding": dict(decoding)} if decoding else {}),
     }
-
-
-def decoding_of(dataset: Dataset) -> dict[str, str]:
-    """Return the record of how the numbers of each field are decoded, where anything is."""
-    found = {name: decoding_record(dataset, name) for name in dataset.fields}
-    return {name: record for name, record in found.items() if record}
 
 
 def from_state(
@@ -71,7 +56,6 @@ def from_state(
     Raises:
         DatasetError: if the state is of another dataset, was written by a newer version, or is
             damaged.
-        ConfigError: if numbers were decoded and are to be taken as stored now, or the reverse.
     """
     version = state.get("version")
     if not isinstance(version, int) or version < 1:
@@ -90,8 +74,6 @@ def from_state(
             "removed or written anew since. Bring the old data back, start a new run, or set "
             "checkpoint.allow_data_change = true"
         )
-    if not allow_change:
-        _require_same_decoding(state.get("decoding"), dataset)
     numbers = {name: _number(state, name) for name in _NUMBERS}
     epoch, position = numbers.pop("epoch"), numbers.pop("position")
     if position > dataset.samples:
@@ -101,31 +83,6 @@ def from_state(
     if position == 0:
         return order, epoch, 0
     return Order(samples=dataset.samples, **numbers), epoch, position
-
-
-def _require_same_decoding(saved: object, dataset: Dataset) -> None:
-    """Check that the numbers of all fields stand for the values that they stood for.
-
-    A state without a record is of 0.1.0, which took all of them as they are stored.
-    """
-    then = saved if isinstance(saved, Mapping) else {}
-    now = decoding_of(dataset)
-    for name in dataset.fields:
-        if then.get(name) == now.get(name):
-            continue
-        if name in then and name in now:
-            raise DatasetError(
-                f'{dataset.source}: the attributes of "{name}" say now how to decode it in another '
-                "way than when the run to resume was saved: its values would be others. Bring the "
-                "old files back, start a new run, or set checkpoint.allow_data_change = true"
-            )
-        was, would = ("decoded", "taken as stored") if name in then else ("stored", "decoded")
-        way_back = "leave it out" if name in then else f'set data.fields.{name}.decode = "none"'
-        raise ConfigError(
-            f"data.fields.{name}.decode: the run to resume was trained on the {was} values of "
-            f'"{name}", which would be {would} now: {way_back} (and data.decode likewise), or '
-            "start a new run (run.name)"
-        )
 
 
 def _number(state: Mapping[str, Any], name: str) -> int:

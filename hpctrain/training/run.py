@@ -13,7 +13,7 @@ from hpctrain.batch.reasons import SAVE_DUE
 from hpctrain.batch.stop import Boundary, StopAgreement
 from hpctrain.checkpoint.reading import Loaded, load_newest
 from hpctrain.config import Config, to_toml
-from hpctrain.data.state import decoding_of, to_state
+from hpctrain.data.state import to_state
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.training.assembly import Parts
@@ -178,7 +178,6 @@ class Run:
                 place.epoch,
                 place.position,
                 self._data.train.fingerprint,
-                decoding_of(self._data.train),
             ),
             extra=self._memory(),
             config_toml=to_toml(self._config),

@@ -16,12 +16,10 @@ from hpctrain.config.semantics import FIRST
 from hpctrain.data import open_dataset
 from hpctrain.data.decoding import decoded_rows, decodings
 from hpctrain.data.finding.opening import open_datasets
-from hpctrain.data.order.partition import Order
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sealing import sealed
-from hpctrain.data.state import decoding_of, from_state, to_state
 from hpctrain.data.tools.statistics import STATS_NAME, read_stats
-from hpctrain.errors import ConfigError, DatasetError
+from hpctrain.errors import DatasetError
 
 FILL = np.int16(-99)
 
@@ -197,27 +195,3 @@ def test_what_is_missing_in_a_mask_of_rows_is_not_true(site: Path) -> None:
         train, _ = open_datasets(section, ["id"], **options)
         picked = read_rows(train, np.arange(train.samples))["id"]
         assert (picked[: len(rows)] == rows).all()
-
-
-def test_a_run_keeps_values_or_numbers(site: Path) -> None:
-    decoded = open_dataset("own")
-    stored = decoded.as_stored(["x"])
-    order = Order.for_dataset(decoded, seed=0, global_batch_size=4)
-    for begun, now, message in (
-        (
-            stored,
-            decoded,
-            r'data\.fields\.x\.decode: .* stored values .*fields\.x\.decode = "none"',
-        ),
-        (decoded, stored, r'data\.fields\.x\.decode: .* decoded values of "x"'),
-    ):
-        state = to_state(order, 1, 8, begun.fingerprint, decoding_of(begun))
-        assert from_state(json.loads(json.dumps(state)), begun, order, 24) == (order, 1, 8)
-        with pytest.raises(ConfigError, match=message):
-            from_state(state, now, order, 24)
-        assert from_state(state, now, order, 24, allow_change=True)
-    state = to_state(order, 1, 8, decoded.fingerprint, decoding_of(decoded))
-    with h5py.File("own/1.h5", "a") as file:
-        file["x"].attrs["add_offset"] = 0.0
-    with pytest.raises(DatasetError, match='the attributes of "x" say now how to decode it'):
-        from_state(state, open_dataset("own"), order, 24)

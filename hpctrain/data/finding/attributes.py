@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import h5py
@@ -12,6 +13,11 @@ from hpctrain.data.conventions import ATTRIBUTES, coding_of
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+MANY_FILES = 100
+"""So many take a time to open that is worth a word."""
 
 
 def coding_in(dataset: h5py.Dataset) -> Coding:
@@ -38,8 +44,16 @@ def with_codings(dataset: Dataset) -> Dataset:
     Raises:
         DatasetError: if a file cannot be read.
     """
-    if all(shard.codings is not None for shard in dataset.shards):
+    unknown = sum(shard.codings is None for shard in dataset.shards)
+    if not unknown:
         return dataset
+    if unknown >= MANY_FILES:
+        logger.info(
+            "%s: its index was made before it kept what files say of their numbers, so %d files "
+            "are opened for that: make it anew with `python -m hpctrain data index`",
+            dataset.source,
+            unknown,
+        )
     shards = tuple(_looked_at(shard, list(dataset.fields)) for shard in dataset.shards)
     return dataclasses.replace(dataset, shards=shards)
 

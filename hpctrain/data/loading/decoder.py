@@ -6,7 +6,7 @@ their codings it has, and the numbers of all are looked up at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,9 @@ from hpctrain.data.loading.coding_table import CodingTable, seen_numbers, torch_
 from hpctrain.data.loading.finishing import Missing
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.errors import ConfigError
+
+PART_VALUES = 2**16
+"""Decoded at once by a CPU. Of int16, 240 million values a second and core; in one go, 97."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,15 @@ class Decoder:
         return decoded
 
 
+def _parts(rows: int, values: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (rows, values) into parts of about PART_VALUES: several rows, or pieces of one."""
+    width = min(values, PART_VALUES)
+    height = max(1, PART_VALUES // width)
+    for row in range(0, rows, height):
+        for value in range(0, values, width):
+            yield slice(row, row + height), slice(value, value + width)
+
+
 class _FieldDecoder:
     """Decodes one field."""
 
@@ -133,17 +145,36 @@ class _FieldDecoder:
 
     def _apply(self, numbers: Tensor, codes: Tensor | None) -> dict[str, Tensor]:
         name = self.decoding.name
-        seen = seen_numbers(numbers, self._viewed)
+        if not self.decoding.keeps_numbers:
+            return {name: self._floats(numbers, codes)}
         said = self._said if codes is None else self._said.at(codes, numbers.ndim)
-        if self.decoding.keeps_numbers:
-            return self._integers(name, numbers, seen, said)
+        return self._integers(name, numbers, seen_numbers(numbers, self._viewed), said)
+
+    def _floats(self, numbers: Tensor, codes: Tensor | None) -> Tensor:
+        """Return the values of a batch, on the CPU a part at a time that stays in its cache."""
+        made = torch.empty(numbers.shape, dtype=self._decoded, device=numbers.device)
+        if not numbers.numel():
+            return made
+        rows = 1 if codes is None else codes.numel()
+        flat, of_row = numbers.reshape(rows, -1), None if codes is None else codes.flatten()
+        if numbers.device.type != "cpu":
+            return self._values(flat, of_row).view(numbers.shape)
+        into = made.view(rows, -1)
+        for part in _parts(*flat.shape):
+            into[part] = self._values(flat[part], None if of_row is None else of_row[part[0]])
+        return made
+
+    def _values(self, numbers: Tensor, codes: Tensor | None) -> Tensor:
+        """Return the values of numbers, (rows, any), of rows that have these codings."""
+        said = self._said if codes is None else self._said.at(codes, numbers.ndim)
+        seen = seen_numbers(numbers, self._viewed)
         missing = said.missing_among(seen)
         if self._viewed == np.dtype(np.uint64):
             seen = numbers.view(torch.uint64)
         values = said.compute(seen.to(self._working))
         if missing is not None:
             values.masked_fill_(missing, torch.nan)
-        return {name: values.to(self._decoded)}
+        return values.to(self._decoded)
 
     def _integers(
         self, name: str, numbers: Tensor, seen: Tensor, said: CodingTable

@@ -58,7 +58,7 @@ def require_all(decoding: FieldDecoding, numbers: Numbers, samples: Int64s) -> N
     ((shard, row),) = decoding.dataset.places(samples[[at[0]]])
     raise DatasetError(
         f'{shard.path}: field "{name}", row {row}: {number} is a missing value by the attributes '
-        f"of this file, and would be taken for a class. Let a mask tell: data.fields.{name}.mask = "
-        f'"{name}_mask"; or set task.ignore_index = {number}; or take all numbers as they are: '
-        f'data.fields.{name}.decode = "none"'
+        f"of this file, and would be taken for one that is there. Let a mask tell: "
+        f'data.fields.{name}.mask = "{name}_mask"; or, of classes, set task.ignore_index = '
+        f'{number}; or take all numbers as they are: data.fields.{name}.decode = "none"'
     )
