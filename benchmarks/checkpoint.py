@@ -49,7 +49,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
 from hpctrain.training.horizon import Place
-from hpctrain.training.persistence import capture
+from hpctrain.training.snapshot import capture
 from hpctrain.training.step.train_step import TrainStep
 
 WIDTH, BATCH = 1024, 64

@@ -19,6 +19,7 @@ from torch import Tensor
 from hpctrain.checkpoint.best import Preference
 from hpctrain.checkpoint.layout import (
     CONFIG,
+    EVALUATION,
     FORMAT,
     META,
     MODEL,
@@ -56,6 +57,11 @@ _NAMES = {
     torch.complex64: "C64",
     torch.complex128: "C128",
 }
+
+
+def storable_dtype(dtype: torch.dtype) -> bool:
+    """Tell whether a checkpoint can hold tensors of a dtype."""
+    return dtype in _NAMES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +123,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         CheckpointError: if a tensor is of a type that safetensors does not have.
     """
     spread = snapshot.spread
+    evaluated = any(name.startswith(EVALUATION) for name in snapshot.training)
     written = {
         **write_part(folder, snapshot.model, snapshot.training, None if spread is None else 0),
         VALUES: write_file(folder / VALUES, json.dumps(dict(snapshot.values), indent=1).encode()),
@@ -133,6 +140,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
             for name, file in written.items()
         },
         "aliases": dict(tied),
+        "weights": ["training", *(["evaluation"] if evaluated else [])],
         **({} if spread is None else {"spread": spread.to_json()}),
         **({} if snapshot.preference is None else {"keep_best": snapshot.preference.to_json()}),
         "metrics": snapshot.metrics
@@ -171,13 +179,13 @@ def write_part(
     files = {}
     for file, tensors in ((MODEL, model), (TRAINING, training)):
         name = file if rank is None else part_name(file, rank)
-        files[name] = write_raw(folder / name, _raw(tensors), {"format": "pt"})
+        files[name] = write_raw(folder / name, raw_of(tensors), {"format": "pt"})
     if rank is not None:
         sync(folder)
     return files
 
 
-def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
+def raw_of(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
     """Return host tensors as the bytes that they are in memory, without a copy."""
     raw = {}
     for name, tensor in tensors.items():

@@ -38,6 +38,10 @@ FORMAT = "hpctrain checkpoint"
 META, LATEST = "meta.json", "latest"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
 VALUES, CONFIG = "training.json", "config.toml"
+AVERAGE = "average/"
+"""Begins the names of the moving averages among the tensors of the training state."""
+EVALUATION = "evaluation/"
+"""The same of the weights that an optimizer with `train()` and `eval()` evaluates with."""
 
 _REPLACED = ".replaced"
 _FOLDER = re.compile(r"step-(\d{8,})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,6 @@ def texts_of(content: bytes) -> Mapping[str, str]:
 def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, str]) -> Written:
     """Write a safetensors file, on disk when this returns.
 
-    The library's own functions copy every tensor once more, and leave the checksum to a second
-    reading.
-
-    Source: https://huggingface.co/docs/safetensors, "Format".
-
     Args:
         path: of the file.
         tensors: by name.
@@ -119,6 +114,22 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
 
     Raises:
         OSError: if it cannot be written.
+    """
+    with DurableFile(path) as file:
+        for piece in pieces_of_file(tensors, facts):
+            file.write(piece)
+    return file.written
+
+
+def pieces_of_file(
+    tensors: Mapping[str, RawTensor], facts: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """Yield the content of a safetensors file, without a copy of the tensors.
+
+    The library's own functions copy every tensor once more, and leave the checksum to a second
+    reading.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
     """
     paired = sorted(name for name, tensor in tensors.items() if tensor.dtype in _PAIRS)
     texts = {**facts, **({PAIRED: json.dumps(paired)} if paired else {})}
@@ -136,11 +147,9 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with DurableFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.data)
-    return file.written
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.data
 
 
 def _element_bytes(tensor: RawTensor) -> int:

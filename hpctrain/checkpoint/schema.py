@@ -58,7 +58,8 @@ class Meta:
     """meta.json.
 
     Attributes:
-        made_by: None where 0.1.0 has written it.
+        made_by: None where 0.1.0 has written it, or no job of a run.
+        weights: the sets of them that it holds: those of "training", and for "evaluation".
         versions: of what has written it.
         aliases: further names of tensors, and the names that they are stored under.
         metrics: of an evaluation at this very step.
@@ -74,5 +75,6 @@ class Meta:
     made_by: MadeBy | None = None
     versions: dict[str, str] = field(default_factory=dict)
     keep_best: dict[str, str] | None = None
+    weights: list[str] = field(default_factory=lambda: ["training"])
     spread: dict[str, Annotated[int, Ge(1), Lt(2**24)] | Shapes] | None = None
     xxh3_64: str

@@ -10,7 +10,9 @@ from typing import Any
 
 from hpctrain.checkpoint.best import Best, Preference
 from hpctrain.checkpoint.layout import (
+    AVERAGE,
     CONFIG,
+    EVALUATION,
     META,
     MODEL,
     TRAINING,
@@ -33,8 +35,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-AVERAGE = "average/"
-"""Begins the names of the moving averages among the tensors of the training state."""
 
 _SHOWN = 20
 
@@ -58,6 +58,7 @@ def listed(run: Path) -> str:
         metrics = meta["metrics"] or {}
         shown = [f"{name} {value:.6g}" for name, value in metrics.items()]
         shown += ["best"] if best is not None and meta["step"] == best.step else []
+        shown += ["evaluation weights too"] if "evaluation" in meta.get("weights", ()) else []
         shown += ["latest"] if path.name == latest else []
         lines.append("  ".join([f"  {path.name}", f"{size / 1e6:10,.1f} MB", saved, *shown]))
     return "\n".join([f"{run}: {plural(len(lines), 'checkpoint')}", *lines])
@@ -113,7 +114,9 @@ def compared(first: Path, second: Path | None) -> str:
 
 
 def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
-    """Write the weights of a checkpoint as one safetensors file.
+    """Write the weights of a checkpoint as one safetensors file, and say which they are.
+
+    Those to evaluate with, where the optimizer had two sets; else those of training.
 
     Tied tensors are in it under each of their names, so that a strict `load_state_dict` takes it.
 
@@ -133,24 +136,37 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
     source = _best_checkpoint(path) if best else resolved(path)
     meta = read_meta(source)
     tensors = read_raw(source, MODEL, meta)
+    which = "training"
     if average:
-        training = read_raw(source, TRAINING, meta)
-        averages = {
-            name.removeprefix(AVERAGE): item
-            for name, item in training.items()
-            if name.startswith(AVERAGE)
-        }
+        which = "average"
+        averages = _second_weights(source, meta, AVERAGE)
         if not averages:
             raise CheckpointError(f"{source} has no averages: training.ema_decay was not set")
         tensors |= averages
+    elif "evaluation" in meta.get("weights", ()):
+        which = "evaluation"
+        tensors |= _second_weights(source, meta, EVALUATION)
     tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
     try:
         with replacement(target) as temporary:
-            write_raw(temporary, tensors, {"format": "pt", "step": str(meta["step"])})
+            facts = {"format": "pt", "step": str(meta["step"]), "weights": which}
+            write_raw(temporary, tensors, facts)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
     size = sum(len(item.data) for item in tensors.values())
-    return f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, of step {meta['step']:,}"
+    return (
+        f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, {which} weights of step "
+        f"{meta['step']:,}"
+    )
+
+
+def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> dict[str, RawTensor]:
+    """Return the weights of a checkpoint that are not those of training, by their names."""
+    return {
+        name.removeprefix(beginning): item
+        for name, item in read_raw(source, TRAINING, meta).items()
+        if name.startswith(beginning)
+    }
 
 
 def _of_run(run: Path) -> list[Path]:

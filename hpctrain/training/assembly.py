@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hpctrain.checkpoint.best import Mode
+from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config import Config
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.fields import target_mask
@@ -21,10 +24,12 @@ from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
+from hpctrain.training.extra_state import refuse_unmade
 from hpctrain.training.horizon import Horizon
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optimization.learning_rate import LearningRate
 from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
+from hpctrain.training.optimizer_trial import try_optimizer
 from hpctrain.training.step.broadcast import broadcast_model
 from hpctrain.training.step.first_release import cast_as_begun
 from hpctrain.training.step.precision import NumberFormat
@@ -108,6 +113,7 @@ def build_parts(
         model = _built("model", config, components, **config.model.arguments)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+        refuse_unmade(model)
         notes = []
         if semantics.model_dtypes == "cast":
             notes = cast_as_begun(model, number_format.parameters, training.precision)
@@ -136,16 +142,13 @@ def build_parts(
             shards = Shards(model, training, number_format, world, findings)
     with raise_together(world.communicator):
         _check_best(config, task)
-        optimizer = build_optimizer(
-            components["optimizer"],
-            shards or model,
-            config.optimizer.lr,
-            config.optimizer.arguments,
-            groups=config.optimizer.groups,
-            decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
-        )
+        build = functools.partial(_build_optimizer, config, components)
+        optimizer = build(shards or model)
         if shards is not None:
             refuse_whole_tensors(optimizer)
+        tried = try_optimizer(
+            build, shards or model, config.optimizer.groups, rows=shards is not None
+        )
         schedule = LearningRate.of(
             config.scheduler, components["scheduler"], config.optimizer.lr, horizon
         )
@@ -171,6 +174,8 @@ def build_parts(
         unused_parameters=config.training.unused_parameters,
         shards=shards,
     )
+    if tried is not None:
+        step.optimizer_state.check = tried.check
     step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
@@ -206,6 +211,17 @@ def _mask(config: Config) -> dict[str, str]:
     if mask is None or ":" in config.task.use or "mask" in config.task.arguments:
         return {}
     return {"mask": mask}
+
+
+def _build_optimizer(config: Config, components: Components, model: HasParameters) -> Optimizer:
+    return build_optimizer(
+        components["optimizer"],
+        model,
+        config.optimizer.lr,
+        config.optimizer.arguments,
+        groups=config.optimizer.groups,
+        decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
+    )
 
 
 def _check_capabilities(config: Config, world: World) -> None:

@@ -163,7 +163,7 @@ def _train(
         check=Cadence(every_steps=training.check_sync_every),
         save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
-    run.check(place)
+    run.begin(place)
     with run.saves_finished():
         place, complete = fit(
             place,

@@ -1,37 +1,30 @@
-"""The whole state of a run to a checkpoint and back, to the bit."""
+"""A run put back to where a checkpoint has it, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.layout import MODEL, TRAINING
+from hpctrain.checkpoint.layout import AVERAGE, MODEL, TRAINING
 from hpctrain.checkpoint.names import fitting_names
-from hpctrain.checkpoint.parts import Spread
+from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.checkpoint.reading import Loaded, Rows
-from hpctrain.checkpoint.state import (
-    load_optimizer,
-    optimizer_to_tensors,
-    restore_rng,
-    rng_to_tensors,
-)
-from hpctrain.checkpoint.tools import AVERAGE
+from hpctrain.checkpoint.state import restore_rng
 from hpctrain.errors import CheckpointError, TrainingError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
+from hpctrain.training.extra_state import is_extra, model_tensors, restore_extra_states
 from hpctrain.training.horizon import Place
+from hpctrain.training.optimization.optimizers import prepare_momentum
+from hpctrain.training.snapshot import BAD_STEPS, GENERATORS
 from hpctrain.training.step.broadcast import broadcast_tensors
-from hpctrain.training.step.plain_names import PlainNames, adopt_buffers, plain_state
+from hpctrain.training.step.plain_names import adopt_buffers, plain_state
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import OPTIMIZER, own_state, parameter_of, put_weights
 from hpctrain.utils.text import listed
-
-_GENERATORS, _BAD_STEPS = "generators/", "bad_steps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,99 +71,6 @@ def share(world: World, loaded: Loaded | None) -> Resumed | None:
     )
 
 
-def expected_bytes(step: TrainStep) -> int:
-    """Return about how large a checkpoint will be: most optimizers keep two numbers a parameter."""
-    model = _bytes(step.model.state_dict().values())
-    tensors = optimizer_to_tensors(step.optimizer, step.held).values()
-    averages = () if step.average is None else step.average.state().values()
-    ranks = 1 if step.shards is None else step.shards.world_size
-    return model + (ranks * _bytes(tensors) or 2 * model) + ranks * _bytes(averages)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(item.numel() * item.element_size() for item in tensors)
-
-
-def capture(
-    world: World,
-    step: TrainStep,
-    place: Place,
-    *,
-    data: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    config_toml: str,
-    metrics: Mapping[str, float] | None,
-) -> Snapshot | None:
-    """Return what this rank is to save of the run, None for nothing. Collective: all ranks.
-
-    Rank 0 saves all; where the parameters are spread, every rank its rows of what belongs to them.
-
-    `data` is the place in the data; `extra` is found again in `Resumed.values`.
-    """
-    tensors, values = rng_to_tensors()
-    generators = world.communicator.all_gather((tensors, values))
-    is_rank_zero, shards = world.topology.is_rank_zero, step.shards
-    if not is_rank_zero and shards is None:
-        return None
-    training: dict[str, Tensor] = {_BAD_STEPS: step.bad_steps}
-    for key, tensor in optimizer_to_tensors(step.optimizer, step.held).items():
-        training[OPTIMIZER + key] = tensor
-    if step.average is not None:
-        training |= {AVERAGE + name: item for name, item in step.average.state().items()}
-    spread: Spread | None = None
-    model: Mapping[str, Tensor]
-    if shards is None:
-        model = plain_state(step.model)
-    else:
-        held = dict(shards.named_parameters())
-        rows = {
-            key: shards.shapes[name]
-            for key, tensor in training.items()
-            if (name := parameter_of(key)) in shards.shapes and tensor.shape == held[name].shape
-        }
-        spread = Spread(ranks=shards.world_size, shapes={MODEL: shards.shapes, TRAINING: rows})
-        model = {
-            name: item.detach()
-            for name, item in held.items()
-            if (item.numel() if name in shards.shapes else is_rank_zero)
-        }
-        if is_rank_zero:
-            kept = plain_state(step.model).keys()
-            buffers = PlainNames(step.model).of(step.model.named_buffers(remove_duplicate=False))
-            model |= {name: item for name, item in buffers if name in kept}
-        training = {
-            key: tensor
-            for key, tensor in training.items()
-            if (tensor.numel() if key in rows else is_rank_zero)
-        }
-    # Only an update changes the optimizer's state; parameters and buffers are the model's own.
-    lent = {key: training.pop(key) for key in list(training) if key.startswith(OPTIMIZER)}
-    for rank, (of_rank, _) in enumerate(generators if is_rank_zero else ()):
-        for name, tensor in of_rank.items():
-            training[f"{_GENERATORS}{rank}/{name}"] = tensor
-    return Snapshot(
-        step=place.step,
-        model=model,
-        training=training,
-        lent=lent,
-        lend=step.before_update,
-        values={
-            "place": place.to_json(),
-            "data": dict(data),
-            "world_size": world.topology.world_size,
-            "device": world.device.type,
-            "threads": torch.get_num_threads(),
-            "scaler": step.scaler.state_dict(),
-            "generators": [of_rank for _, of_rank in generators],
-            **extra,
-        },
-        config_toml=config_toml,
-        metrics=metrics,
-        tied={} if shards is None else shards.tied,
-        spread=spread,
-    )
-
-
 def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
     """Put the state back into the parts of the run, once these are primed.
 
@@ -181,10 +81,10 @@ def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
     """
     restore_parameters(step, resumed)
     training = resumed.training
-    step.bad_steps.copy_(training[_BAD_STEPS])
+    step.bad_steps.copy_(training[BAD_STEPS])
     if resumed.values["world_size"] == world.topology.world_size:
         rank = world.topology.rank
-        mine = _below(training, f"{_GENERATORS}{rank}/")
+        mine = _below(training, f"{GENERATORS}{rank}/")
         restore_rng(mine, resumed.values["generators"][rank])
 
 
@@ -196,8 +96,15 @@ def restore_parameters(step: TrainStep, resumed: Resumed) -> None:
     """
     resumed = _named_as_here(step, resumed)
     _load_model(step, resumed)
-    state = own_state(step, resumed.training, resumed.rows, (OPTIMIZER, AVERAGE))
-    load_optimizer(step.optimizer, step.held, _below(state, OPTIMIZER))
+    restore_extra_states(
+        step.model, resumed.values.get("extra_state", {}), resumed.training, step.device
+    )
+    state = own_state(step, resumed.training, resumed.rows, (*OPTIMIZER, AVERAGE))
+    of_optimizer = {name: item for name, item in state.items() if name.startswith(OPTIMIZER)}
+    step.optimizer_state.restore(
+        step.held, SavedOptimizer(of_optimizer, resumed.values.get("optimizer"))
+    )
+    prepare_momentum(step.optimizer)  # where the checkpoint has none
     if step.average is not None:
         step.average.load(_below(state, AVERAGE))
     if resumed.values["scaler"]:
@@ -265,8 +172,10 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def _load_model(step: TrainStep, resumed: Resumed) -> None:
-    here = {name: tuple(item.shape) for name, item in plain_state(step.model).items()}
-    there = {name: tuple(item.shape) for name, item in resumed.model.items()}
+    here, there = (
+        {name: tuple(item.shape) for name, item in tensors.items() if not is_extra(name)}
+        for tensors in (model_tensors(step.model), resumed.model)
+    )
     if resumed.rows is not None:
         there |= resumed.rows.shapes(MODEL)
     for name in adopt_buffers(step.model, step.disturbance.buffers, resumed.model):

@@ -15,8 +15,8 @@ from hpctrain.training.assembly import Parts, directions
 from hpctrain.training.datasets import Data
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Place
-from hpctrain.training.persistence import expected_bytes
 from hpctrain.training.save_clock import SaveClock
+from hpctrain.training.snapshot import expected_bytes
 from hpctrain.utils.files import replace_file
 
 logger = logging.getLogger("hpctrain")

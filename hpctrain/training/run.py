@@ -11,7 +11,9 @@ from typing import Any
 
 from hpctrain.batch.reasons import SAVE_DUE
 from hpctrain.batch.stop import Boundary, StopAgreement
+from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.reading import Loaded, load_newest
+from hpctrain.checkpoint.trial import try_snapshot
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
 from hpctrain.launch.world import World
@@ -22,12 +24,13 @@ from hpctrain.training.datasets import Data
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
-from hpctrain.training.persistence import capture, roll_back
+from hpctrain.training.persistence import roll_back
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.recording import made_by
 from hpctrain.training.resuming import reading
 from hpctrain.training.saving import TogetherSaver
+from hpctrain.training.snapshot import capture
 from hpctrain.training.step.sync_check import check_equal_parameters
 from hpctrain.training.vigilance import BadStepPolicy, SpikeWatch, nothing_applied
 from hpctrain.utils.text import metric
@@ -76,6 +79,7 @@ class Run:
         self._count_skipped(self._skipped_before)
         self.evaluation_owed = False
         self._save_agreed = False
+        self._confirmed = False
         self._together: TogetherSaver | None = None
         if parts.step.shards is not None:
             self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
@@ -89,13 +93,17 @@ class Run:
         )
 
     def advanced(self, place: Place) -> None:
-        """Take note of a step."""
+        """Take note of a step. Collective after the first one: all ranks."""
         self.place = place
         self._world.pulse.step_done(place.step)
         if self._parts.step.average is not None:
             self._parts.step.average.update(place.step)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
+        if not self._confirmed:
+            # Only now the optimizer has all that it keeps.
+            self._confirmed = True
+            self.try_save(place)
 
     def log(self, place: Place, epoch: int, lr: float) -> None:
         """Write the step that led to `place` to the metrics. Collective: all ranks."""
@@ -128,9 +136,7 @@ class Run:
         loader = self._data.validation_loader
         assert loader is not None
         step = self._parts.step
-        average = step.average
-        averaged = nullcontext() if average is None else average.in_model()
-        with self._phases.measure("evaluation"), averaged:
+        with self._phases.measure("evaluation"), step.evaluation_weights():
             metrics = evaluate(
                 self._parts.model,
                 self._parts.task,
@@ -168,8 +174,41 @@ class Run:
         with self._world.pulse.unhurried():
             self._save(place, metrics)
 
+    def begin(self, place: Place) -> None:
+        """See that the ranks are equal and the run can be saved. Collective: all ranks."""
+        self.check(place)
+        self.try_save(place)
+
+    def try_save(self, place: Place) -> None:
+        """Send what a save would hold to memory and back. Collective: all ranks.
+
+        Raises:
+            CheckpointError: on every rank, naming what could not be saved.
+        """
+        with self._world.pulse.unhurried():
+            snapshot = self._capture(place, None)
+            with raise_together(self._world.communicator):
+                if snapshot is not None:
+                    try_snapshot(snapshot)
+
     def _save(self, place: Place, metrics: Metrics | None) -> None:
-        snapshot = capture(
+        snapshot = self._capture(place, metrics)
+        if self._rank_zero is not None:
+            assert snapshot is not None
+            job = self._rank_zero.folder.record
+            snapshot = replace(snapshot, made_by=made_by(job, self._world))
+            self._rank_zero.save_clock.saved()
+        if self._together is not None:
+            assert snapshot is not None
+            self._together.save(snapshot)
+            return
+        with raise_together(self._world.communicator):
+            if self._rank_zero is not None and snapshot is not None:
+                self._rank_zero.store.save(snapshot)
+
+    def _capture(self, place: Place, metrics: Metrics | None) -> Snapshot | None:
+        """Return what this rank has to save. Collective: all ranks."""
+        return capture(
             self._world,
             self._parts.step,
             place,
@@ -183,18 +222,6 @@ class Run:
             config_toml=to_toml(self._config),
             metrics=metrics,
         )
-        if self._rank_zero is not None:
-            assert snapshot is not None
-            job = self._rank_zero.folder.record
-            snapshot = replace(snapshot, made_by=made_by(job, self._world))
-            self._rank_zero.save_clock.saved()
-        if self._together is not None:
-            assert snapshot is not None
-            self._together.save(snapshot)
-            return
-        with raise_together(self._world.communicator):
-            if self._rank_zero is not None and snapshot is not None:
-                self._rank_zero.store.save(snapshot)
 
     def stop_agreed(self) -> bool:
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""

@@ -42,11 +42,32 @@ class _Normalization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """What a group of parameters has learned, see `hpctrain.checkpoint.optimizer_groups`."""
+
+    parameters: list[str]
+    learned: dict[str, Any]
+    arguments: dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Optimizer:
+    """What is not tensors of the optimizer, see `hpctrain.checkpoint.optimizer_state`."""
+
+    kind: str
+    slots: dict[str, list[tuple[Any, Any]]]
+    other: list[tuple[Any, Any]]
+    groups: list[_Group]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Values:
     """training.json; keys that are not named here belong to whoever reads them.
 
     Attributes:
         data: the place in the data, which `hpctrain.data.state` checks.
+        optimizer: None where 0.1.0 has written it.
+        extra_state: of modules that have one, by name.
         schedule: state of a schedule that has one.
     """
 
@@ -61,6 +82,8 @@ class _Values:
     lr: float
     metrics: dict[str, float]
     decoding: dict[str, str] = field(default_factory=dict)
+    optimizer: _Optimizer | None = None
+    extra_state: dict[str, Any] = field(default_factory=dict)
     normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpctrain.checkpoint.format import joined_pairs
+from hpctrain.checkpoint.layout import EVALUATION
 from hpctrain.checkpoint.names import fitting_names
-from hpctrain.checkpoint.reading import load
+from hpctrain.checkpoint.reading import Loaded, load
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
+from hpctrain.training.extra_state import is_extra, model_tensors
 from hpctrain.training.step.broadcast import broadcast_tensors
-from hpctrain.training.step.plain_names import plain_state
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import put_weights
 from hpctrain.utils.text import listed
@@ -63,7 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: if it cannot be read, or holds no tensors by name.
     """
     if path.is_dir():
-        return load(path).model
+        return _weights_to_use(load(path))
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -88,6 +89,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
+def _weights_to_use(loaded: Loaded) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint to evaluate with, where it has a second set of them."""
+    second = {
+        loaded.model[name.removeprefix(EVALUATION)].data_ptr(): item
+        for name, item in loaded.training.items()
+        if name.startswith(EVALUATION)
+    }
+    # Tied parameters have one memory and several names.
+    return {name: second.get(item.data_ptr(), item) for name, item in loaded.model.items()}
+
+
 def choose(
     model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, strict: bool
 ) -> tuple[dict[str, Tensor], str]:
@@ -107,7 +119,7 @@ def choose(
     Raises:
         ConfigError: if `strict` and something has no counterpart, or nothing at all has one.
     """
-    here = plain_state(model)
+    here = {name: item for name, item in model_tensors(model).items() if not is_extra(name)}
     renamed = {_renamed(name, names): item for name, item in weights.items()}
     if len(renamed) < len(weights):
         raise ConfigError("checkpoint.initialize_names: two tensors get the same name by it")

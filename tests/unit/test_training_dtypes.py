@@ -18,7 +18,8 @@ from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.models.mlp import MLP
 from hpctrain.training.horizon import Place
-from hpctrain.training.persistence import capture, restore, share
+from hpctrain.training.persistence import restore, share
+from hpctrain.training.snapshot import capture
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.preparation import prepare_model

@@ -21,7 +21,8 @@ from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
 from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.parameter_groups import parameter_groups
-from hpctrain.training.persistence import capture, restore, share
+from hpctrain.training.persistence import restore, share
+from hpctrain.training.snapshot import capture
 from hpctrain.training.step.plain_names import PlainNames
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.warm_start import choose

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.checkpoint.state import load_optimizer, optimizer_to_tensors
+from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.config import load, to_toml
 from hpctrain.config.components import BUILTINS, resolve
 from hpctrain.config.schema import ComponentSection, ParameterGroup
@@ -117,7 +117,7 @@ def test_every_optimizer_trains_and_goes_on_from_its_state(use: str) -> None:
     train(range(3), whole, first)
     second = build_optimizer(target, resumed, 1e-3, {}, groups=groups)
     resumed.load_state_dict(whole.state_dict())
-    load_optimizer(second, resumed, optimizer_to_tensors(first, whole))
+    OptimizerState(second).restore(resumed, OptimizerState(first).capture(whole))
     train(range(3, 6), whole, first)
     train(range(3, 6), resumed, second)
     for name, item in whole.state_dict().items():

@@ -9,7 +9,7 @@ import torch
 from test_training_step import CPU, make_step
 from torch import nn
 
-from hpctrain.checkpoint.state import load_optimizer, optimizer_to_tensors
+from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.data.order.partition import Order
@@ -74,10 +74,9 @@ def test_channels_last_trains_and_resumes(optimizer: Any, arguments: dict[str, A
 
     other = trained(prepared(channels_last=True), steps=0, **options)
     other.model.load_state_dict({n: item.contiguous() for n, item in model.state_dict().items()})
-    saved = {
-        n: item.contiguous() for n, item in optimizer_to_tensors(step.optimizer, model).items()
-    }
-    load_optimizer(other.optimizer, other.model, saved)
+    saved = step.optimizer_state.capture(model)
+    tensors = {name: item.contiguous() for name, item in saved.tensors.items()}
+    other.optimizer_state.restore(other.model, SavedOptimizer(tensors, saved.values))
     batch = Batch(fields=IMAGES, size=8, global_size=8, epoch=0, start=0)
     for _ in range(3):
         step(batch, 0.02)

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpctrain.checkpoint import host
 from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.state import optimizer_to_tensors
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
@@ -30,13 +29,12 @@ from hpctrain.topology import Topology
 from hpctrain.training.bad_steps import FORGIVEN, BadSteps
 from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
-from hpctrain.training.persistence import capture
 from hpctrain.training.regression import Regression
+from hpctrain.training.snapshot import capture
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.shares import count_passes, cut
 from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.step.weights import OPTIMIZER
 from hpctrain.training.task import Classification
 
 CPU = torch.device("cpu")
@@ -473,6 +471,8 @@ def test_no_step_waits_for_the_device(
     waits: bool,
 ) -> None:
     """All that may be on: several passes, weights from the data, clipping, a moving average."""
+    # Fused SGD is wrong there on the CPU, which stands in for a device here.
+    waits = waits or (optimizer is torch.optim.SGD and precision == "bf16-true")
     monkeypatch.setattr("hpctrain.training.step.update.runs_ahead", lambda device: True)
     step = make_step(
         MLP(6, 3, [4]),
@@ -514,8 +514,8 @@ def test_a_save_holds_the_state_from_before_the_next_update(
     for number in range(1, 4):
         step(batch(), 0.02)
         expected = {
-            OPTIMIZER + name: tensor.clone()
-            for name, tensor in optimizer_to_tensors(step.optimizer, step.model).items()
+            name: tensor.clone()
+            for name, tensor in step.optimizer_state.capture(step.model).tensors.items()
         }
         weights = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
         snapshot = capture(
@@ -530,6 +530,6 @@ def test_a_save_holds_the_state_from_before_the_next_update(
         assert all(torch.equal(loaded.training[name], item) for name, item in expected.items())
         assert all(torch.equal(loaded.model[name], item) for name, item in weights.items())
     assert any(
-        not torch.equal(loaded.training[OPTIMIZER + name], item)
-        for name, item in optimizer_to_tensors(step.optimizer, step.model).items()
+        not torch.equal(loaded.training[name], item)
+        for name, item in step.optimizer_state.capture(step.model).tensors.items()
     )

@@ -23,7 +23,7 @@ from hpctrain.launch.world import World
 from hpctrain.preflight.probes.network import synchronize
 from hpctrain.training.assembly import Components, build_parts
 from hpctrain.training.datasets import Data
-from hpctrain.training.persistence import expected_bytes
+from hpctrain.training.snapshot import expected_bytes
 
 TIMED_SECONDS = 5.0
 _MOST_STEPS = 10

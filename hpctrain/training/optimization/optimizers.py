@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
+from hpctrain.training.optimization.evaluation_weights import begin_training
 from hpctrain.training.optimization.fused import refuse_unknown_kernels, unknown_because
 from hpctrain.training.optimization.parameter_groups import LR_FACTOR, parameter_groups
 
@@ -88,7 +89,8 @@ def build_optimizer(
             f"[optimizer] use: {type(optimizer).__name__} has no weight decay: leave out "
             "weight_decay in optimizer.groups, and decay_norms_and_biases"
         )
-    _prepare_momentum(optimizer)
+    prepare_momentum(optimizer)
+    begin_training(optimizer)
     return optimizer
 
 
@@ -136,7 +138,7 @@ def _fused_kernels_fit(
         known = inspect.signature(target).parameters
     except (TypeError, ValueError):  # written in C without a signature
         return False
-    # With dampening the first step of SGD differs from the others, see `_prepare_momentum`.
+    # With dampening the first step of SGD differs from the others, see `prepare_momentum`.
     return (
         "fused" in known
         and not arguments.keys() & _IMPLEMENTATIONS
@@ -145,8 +147,8 @@ def _fused_kernels_fit(
     )
 
 
-def _prepare_momentum(optimizer: Optimizer) -> None:
-    """Give fused SGD momentum buffers of zeros.
+def prepare_momentum(optimizer: Optimizer) -> None:
+    """Give fused SGD momentum buffers of zeros where it has none yet.
 
     It would make them in its first step, uninitialised, and where that step is refused they stay
     so: seen in torch 2.13. From zeros the first step does the same, unless there is dampening.
@@ -162,4 +164,6 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
         if group["dampening"]:
             raise ConfigError("optimizer.fused = true: not together with dampening; leave it out")
         for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

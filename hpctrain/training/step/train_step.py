@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.training.bad_batches import BadBatch
 from hpctrain.training.bad_steps import BAD, RECENT_STEPS
+from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes
 from hpctrain.training.step.averaging import WeightAverage
 from hpctrain.training.step.call import Call
 from hpctrain.training.step.disturbance import Disturbance
@@ -45,7 +48,9 @@ class TrainStep:
         scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
         grad_accum_steps: passes per rank and step.
         rows: samples of the largest pass.
+        optimizer_state: what the optimizer has learned.
         average: moving average of the parameters, updated by the job; None where none is wanted.
+        evaluation: the optimizer's own weights for evaluations; None where it has one set only.
         shards: the parameters where they are spread over the ranks, else None.
         disturbance: what the dry run has seen the model do to itself.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
@@ -97,15 +102,17 @@ class TrainStep:
                 are those of `shards`; None: every rank has all of them.
 
         Raises:
-            ConfigError: if the task is none, or a model with SyncBatchNorm would meet a pass
-                without samples.
+            ConfigError: if the task is none, a model with SyncBatchNorm would meet a pass without
+                samples, or weights were to be averaged twice.
         """
         check_task(task)
         self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
         if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
             _refuse_synchronised_statistics(model)
         self.model = model
+        self.device = world.device
         self.optimizer = optimizer
+        self.optimizer_state = OptimizerState(optimizer, rows=shards is not None)
         self.shards = shards
         self._task = task
         self._world_size = world.topology.world_size
@@ -148,6 +155,14 @@ class TrainStep:
         self.syncs = self._update.syncs
         self.disturbance = Disturbance()
         self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
+        self.evaluation = (
+            EvaluationWeights(optimizer, self._replica) if has_modes(optimizer) else None
+        )
+        if self.average is not None and self.evaluation is not None:
+            raise ConfigError(
+                f"training.ema_decay: {type(optimizer).__name__} averages weights by itself, and "
+                "its evaluations have those: leave ema_decay out"
+            )
         # Epoch, start, size and this rank's loss of the newest batches; losses stay on the device.
         self._recent: deque[tuple[int, int, int, Tensor | None]] = deque(maxlen=RECENT_STEPS)
 
@@ -170,6 +185,11 @@ class TrainStep:
     def idle_row(self) -> Fields:
         """One held row, for passes that only keep the others company."""
         return self._held
+
+    def evaluation_weights(self) -> AbstractContextManager[object]:
+        """Return the context in which the model has the weights that evaluations are of."""
+        chosen = self.average or self.evaluation
+        return nullcontext() if chosen is None else chosen.in_model()
 
     def settle(self) -> None:
         """Have parameters where an update expects them, after passes without a backward one."""

@@ -7,22 +7,27 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpctrain.checkpoint.layout import MODEL, TRAINING
+from hpctrain.checkpoint.layout import AVERAGE, EVALUATION, MODEL, TRAINING
+from hpctrain.checkpoint.optimizer_groups import OWN
+from hpctrain.checkpoint.optimizer_state import PARTS, SLOTS
 from hpctrain.checkpoint.parts import rows_of
 from hpctrain.checkpoint.reading import Rows
-from hpctrain.checkpoint.tools import AVERAGE
 from hpctrain.training.step.plain_names import PlainNames, load_plain_state
 from hpctrain.training.step.train_step import TrainStep
 
-OPTIMIZER = "optimizer/"
-"""Begins the names of the optimizer's tensors among those of the training state."""
+OPTIMIZER = (SLOTS, PARTS, OWN)
+"""Begin the names of the optimizer's tensors among those of the training state."""
 
 
 def parameter_of(key: str) -> str | None:
     """Return the parameter that a tensor of the training state belongs to, None if to none."""
-    if key.startswith(OPTIMIZER):
-        return key.removeprefix(OPTIMIZER).rpartition("/")[0]
-    return key.removeprefix(AVERAGE) if key.startswith(AVERAGE) else None
+    for beginning in (SLOTS, PARTS):
+        if key.startswith(beginning):
+            return key.removeprefix(beginning).rpartition("/")[0]
+    for beginning in (AVERAGE, EVALUATION):
+        if key.startswith(beginning):
+            return key.removeprefix(beginning)
+    return None
 
 
 def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | None = None) -> None:

@@ -1,0 +1,239 @@
+"""All that an optimizer has learned, to named tensors and JSON and back, bit for bit.
+
+What a user gives an optimizer comes from the config; a checkpoint holds what it has found out: its
+`state`, under parameters and any other key, and of `param_groups` what it has changed itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hpctrain.checkpoint.optimizer_groups import OWN, Facts, LearnedGroups, Place
+from hpctrain.checkpoint.state import HasParameters
+from hpctrain.checkpoint.tree import Json, UnsavableError, assign, decode, encode, require_savable
+from hpctrain.errors import CheckpointError
+
+SLOTS = "optimizer/"
+"""Begins the names of tensors that are a slot of a parameter's state: "optimizer/NAME/slot"."""
+PARTS = "optimizer-parts/"
+"""The same of tensors inside such a slot: of a list, for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOptimizer:
+    """An optimizer as a checkpoint holds it.
+
+    Attributes:
+        tensors: by names that begin with `SLOTS`, `PARTS` or `OWN`; the optimizer's own memory.
+        values: JSON; None: of a checkpoint that holds slots only.
+    """
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Json] | None
+
+
+class OptimizerState:
+    """What an optimizer knows beyond what it was built with.
+
+    Attributes:
+        optimizer: the optimizer.
+        check: looks at what is to be put back, and raises where it cannot be gone on from.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, rows: bool = False) -> None:
+        """Take note of how an optimizer was built, before its first step.
+
+        Args:
+            optimizer: the optimizer.
+            rows: whether its parameters are the rows that one rank holds of them.
+        """
+        self.optimizer = optimizer
+        self._rows = rows
+        self.check: Callable[[SavedOptimizer], None] = lambda saved: None
+        self._groups = LearnedGroups(optimizer)
+        self._built_with: set[Any] = {key for key, content in optimizer.state.items() if content}
+
+    def capture(self, model: HasParameters) -> SavedOptimizer:
+        """Return the state.
+
+        Args:
+            model: names the parameters.
+
+        Raises:
+            UnsavableError: naming what a checkpoint cannot hold.
+        """
+        names: dict[Tensor, str] = {item: name for name, item in model.named_parameters()}
+        tensors: dict[str, Tensor] = {}
+        slots: dict[str, Json] = {}
+        other: list[Json] = []
+        facts = self._facts(names, None)
+        kind = type(self.optimizer)
+        try:
+            state: Mapping[Any, Any] = self.optimizer.state
+            for key, content in state.items():
+                if not isinstance(key, Tensor):
+                    where = f"{OWN}state.{key}"
+                    other.append([encode(each, where, tensors, facts) for each in (key, content)])
+                elif key not in names:
+                    raise UnsavableError("it keeps state of a tensor that is not a parameter")
+                elif content and (found := self._capture_slots(names, key, content, tensors)):
+                    slots[names[key]] = found
+            groups = self._groups.capture(names, tensors, facts)
+        except UnsavableError as error:
+            raise UnsavableError(f"{kind.__name__} cannot be saved: {error}") from error
+        values = {
+            "kind": f"{kind.__module__}.{kind.__qualname__}",
+            "slots": slots,
+            "other": other,
+            "groups": groups,
+        }
+        return SavedOptimizer(tensors, values)
+
+    def restore(self, model: HasParameters, saved: SavedOptimizer) -> None:
+        """Put saved state back, each tensor on the device that it belongs to.
+
+        Raises:
+            CheckpointError: if the state belongs to no parameter, or the groups were others.
+        """
+        self.check(saved)
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        values = saved.values or {}
+        slots: dict[str, dict[str, Tensor]] = {name: {} for name in values.get("slots", {})}
+        for key, tensor in saved.tensors.items():
+            if key.startswith(SLOTS):
+                name, _, slot = key.removeprefix(SLOTS).rpartition("/")
+                slots.setdefault(name, {})[slot] = tensor
+        for name, whole in slots.items():
+            if name not in parameters:
+                raise CheckpointError(
+                    f"the checkpoint has optimizer state of {name!r}, the model not"
+                )
+            place = self._place(parameters[name])
+            content: dict[Any, Any] = {slot: place(item, {}) for slot, item in whole.items()}
+            for slot, item in values.get("slots", {}).get(name, ()):
+                content[decode(slot, {})] = decode(item, saved.tensors, place)
+            _put(self.optimizer.state[parameters[name]], content)
+        known: set[Any] = {parameters[name] for name in slots}
+        if saved.values is not None:
+            place = self._place(None)
+            state: dict[Any, Any] = self.optimizer.state
+            for key, item in values["other"]:
+                known.add(where := decode(key, {}))
+                assign(state, where, decode(item, saved.tensors, place))
+            names: dict[Tensor, str] = {item: name for name, item in parameters.items()}
+            self._groups.restore(names, values["groups"], saved.tensors, place)
+        for later in [key for key in self.optimizer.state if key not in known | self._built_with]:
+            del self.optimizer.state[later]
+
+    def _capture_slots(
+        self,
+        names: Mapping[Tensor, str],
+        parameter: Tensor,
+        content: Any,
+        tensors: dict[str, Tensor],
+    ) -> list[Json]:
+        """Take in the state of one parameter; return what of it is more than a tensor in a slot."""
+        name = names[parameter]
+        if type(content) is not dict:
+            raise UnsavableError(f"its state of {name} is a {type(content).__name__}, not a dict")
+        facts = self._facts(names, parameter)
+        pairs = []
+        for slot, value in content.items():
+            if isinstance(value, Tensor) and type(slot) is str and "/" not in slot:
+                require_savable(f"{slot} of {name}", value)
+                if not facts(value):
+                    tensors[f"{SLOTS}{name}/{slot}"] = value.detach()
+                    continue
+            where = f"{PARTS}{name}/{str(slot).replace('/', '|')}"
+            pairs.append([encode(slot, where, {}), encode(value, where, tensors, facts)])
+        return pairs
+
+    def _facts(self, names: Mapping[Tensor, str], parameter: Tensor | None) -> Facts:
+        """Return what says where a tensor is, if that is not where tensors usually are."""
+
+        def facts(tensor: Tensor) -> dict[str, Json]:
+            if tensor in names:
+                raise UnsavableError(f"it keeps the parameter {names[tensor]} itself as a value")
+            said: dict[str, Json] = {}
+            usual = self._usual_device(tensor, parameter)
+            if tensor.device != usual and "cpu" in (tensor.device.type, usual.type):
+                said["on_host"] = tensor.device.type == "cpu"
+            if not self._rows and not _is_usual(tensor, parameter):
+                # Sums over another order in memory round otherwise.
+                said["strides"] = list(torch.empty_like(tensor, device="meta").stride())
+            return said
+
+        return facts
+
+    def _place(self, parameter: Tensor | None) -> Place:
+        """Return what puts a saved tensor where the optimizer had it."""
+
+        def place(tensor: Tensor, facts: Mapping[str, Json]) -> Tensor:
+            device = self._usual_device(tensor, parameter)
+            if "on_host" in facts:
+                near = self._near(parameter).device
+                device = torch.device("cpu") if facts["on_host"] else near
+            strides = facts.get("strides") or _usual_strides(tensor, parameter)
+            kept = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device)
+            return kept.copy_(tensor)
+
+        return place
+
+    def _usual_device(self, tensor: Tensor, parameter: Tensor | None) -> torch.device:
+        """Return where tensors of the state are: counts of steps may be on the host."""
+        groups = self.optimizer.param_groups
+        on_device = tensor.ndim or any(
+            group.get("fused") or group.get("capturable") for group in groups
+        )
+        return self._near(parameter).device if on_device else torch.device("cpu")
+
+    def _near(self, parameter: Tensor | None) -> Tensor:
+        if parameter is not None:
+            return parameter
+        first: Tensor = self.optimizer.param_groups[0]["params"][0]
+        return first
+
+
+def slot_names(saved: SavedOptimizer) -> dict[str, frozenset[str]]:
+    """Return which slots of which parameter a checkpoint holds."""
+    found: dict[str, set[str]] = {}
+    for key in saved.tensors:
+        if key.startswith(SLOTS):
+            name, _, slot = key.removeprefix(SLOTS).rpartition("/")
+            found.setdefault(name, set()).add(slot)
+    for name, content in (saved.values or {}).get("slots", {}).items():
+        found.setdefault(name, set()).update(str(slot) for slot, _ in content)
+    return {name: frozenset(slots) for name, slots in found.items()}
+
+
+def _put(slots: dict[Any, Any], content: Mapping[Any, Any]) -> None:
+    """Have a parameter's state be `content`, in the memory that it has."""
+    for slot in [slot for slot in slots if slot not in content]:
+        del slots[slot]
+    for slot, value in content.items():
+        assign(slots, slot, value)
+
+
+def _is_usual(tensor: Tensor, parameter: Tensor | None) -> bool:
+    """Tell whether a tensor lies in memory as `_usual_strides` says; quick where it mostly does."""
+    if parameter is None or parameter.shape != tensor.shape:
+        return tensor.is_contiguous() or _same_order(tensor, parameter)
+    return tensor.stride() == parameter.stride() or _same_order(tensor, parameter)
+
+
+def _same_order(tensor: Tensor, parameter: Tensor | None) -> bool:
+    itself = torch.empty_like(tensor, device="meta").stride()
+    return itself == _usual_strides(tensor, parameter)
+
+
+def _usual_strides(tensor: Tensor, parameter: Tensor | None) -> tuple[int, ...]:
+    """Return the parameter's order in memory, which fused kernels take for granted, or rows."""
+    if parameter is not None and parameter.shape == tensor.shape:
+        return torch.empty_like(parameter, device="meta").stride()
+    return torch.empty(tensor.shape, device="meta").stride()

@@ -1,0 +1,314 @@
+"""An optimizer is tried on small stand-ins of the parameters before a run relies on it.
+
+Steps on them show what it keeps, and whether a copy that is put back from it goes on alike. So what
+a checkpoint could not hold is named before the first step, and not after an hour.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from hpctrain.checkpoint.optimizer_groups import OWN
+from hpctrain.checkpoint.optimizer_state import (
+    OptimizerState,
+    SavedOptimizer,
+    slot_names,
+)
+from hpctrain.checkpoint.state import HasParameters
+from hpctrain.checkpoint.tree import UnsavableError
+from hpctrain.config.schema import ParameterGroup
+from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.training.attributes import Attributes
+from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes
+from hpctrain.training.step.undisturbed import kept_generators
+
+_LONGEST, _FEWEST = 64, 4
+_MOST_ELEMENTS = 2**16
+
+
+class StandIns:
+    """Small parameters under the names of a model's: one of each kind that it has."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+
+    @classmethod
+    def of(cls, model: HasParameters, groups: Sequence[ParameterGroup]) -> StandIns:
+        """Make them: a kind is a group, a number of dimensions, a dtype and a device."""
+        found: dict[tuple[object, ...], tuple[str, nn.Parameter]] = {}
+        for name, item in model.named_parameters():
+            if item.requires_grad:
+                fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
+                flat = 1 in item.shape or not item.numel()
+                pattern = fits.index(True) if True in fits else None
+                kind = (pattern, item.ndim, item.dtype, item.device, flat)
+                found.setdefault(kind, (name, item))
+        return cls({name: _small(item) for name, item in found.values()})
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return them by name."""
+        return self.parameters.items()
+
+    def copy(self) -> StandIns:
+        """Return others with the same numbers."""
+        return StandIns(
+            {name: nn.Parameter(item.detach().clone()) for name, item in self.named_parameters()}
+        )
+
+    def give_gradients(self, seed: int) -> None:
+        """Give each a gradient that depends on the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for item in self.parameters.values():
+            item.grad = torch.empty_like(item).copy_(_drawn(item.shape, item, generator))
+
+    def equal(self, other: StandIns) -> bool:
+        """Tell whether both have the same numbers, bit for bit but for what is not a number."""
+        pairs = zip(self.parameters.values(), other.parameters.values(), strict=True)
+        return all(
+            torch.equal(torch.nan_to_num(mine.detach()), torch.nan_to_num(theirs.detach()))
+            for mine, theirs in pairs
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriedOptimizer:
+    """What a trial has shown.
+
+    Attributes:
+        name: of the optimizer's class.
+        slots: that it keeps of some parameters after one step, by the parameters' names.
+        learns: whether it keeps more than slots of parameters.
+    """
+
+    name: str
+    slots: Mapping[str, frozenset[str]]
+    learns: bool
+
+    def check(self, saved: SavedOptimizer) -> None:
+        """Compare a checkpoint with what the optimizer, as it is built today, goes on from.
+
+        Raises:
+            CheckpointError: if it lacks something.
+        """
+        if saved.values is None and self.learns and saved.tensors:
+            raise CheckpointError(
+                f"the checkpoint is of an hpctrain that did not save all that {self.name} has "
+                "learned: it would go on as another run. Begin a new one with another run.name, "
+                "and checkpoint.initialize_from for its weights"
+            )
+        there = slot_names(saved)
+        for name, wanted in self.slots.items():
+            missing = sorted(wanted - there.get(name, wanted))
+            if missing:
+                before = "" if saved.values is None else f", which is of {saved.values['kind']}"
+                raise CheckpointError(
+                    f"{self.name}, built as optimizer.use and its arguments say today, needs "
+                    f"{', '.join(missing)} of {name}, and the checkpoint{before}, has none: bring "
+                    "the old [optimizer] back, or begin a new run with checkpoint.initialize_from"
+                )
+
+
+def try_optimizer(
+    build: Callable[[HasParameters], Optimizer],
+    model: HasParameters,
+    groups: Sequence[ParameterGroup],
+    *,
+    rows: bool,
+) -> TriedOptimizer | None:
+    """Take steps on stand-ins, save the optimizer, put it back, and go on with both.
+
+    Generators and the optimizer of the run are left as they are.
+
+    Args:
+        build: makes an optimizer as that of the run.
+        model: names the parameters of the run.
+        groups: of the config.
+        rows: whether a rank holds some rows of each parameter only.
+
+    Returns:
+        What it has shown; None if no optimizer can be built of stand-ins.
+
+    Raises:
+        ConfigError: if steps need more than gradients, or what the optimizer keeps cannot be saved.
+    """
+    stand_ins = StandIns.of(model, groups)
+    device = next(iter(stand_ins.parameters.values())).device
+    with kept_generators(device), _without_compiler():
+        try:
+            optimizer = build(stand_ins)
+        except ConfigError:
+            return None  # the run's own could be: it is looked at after its first step
+        return _Trial(build, stand_ins, optimizer, rows=rows).run()
+
+
+class _Trial:
+    def __init__(
+        self,
+        build: Callable[[HasParameters], Optimizer],
+        stand_ins: StandIns,
+        optimizer: Optimizer,
+        *,
+        rows: bool,
+    ) -> None:
+        self._build = build
+        self._stand_ins = stand_ins
+        self._optimizer = optimizer
+        self._rows = rows
+        self._name = type(optimizer).__name__
+        self._state = OptimizerState(optimizer, rows=rows)
+
+    def run(self) -> TriedOptimizer:
+        self._step(self._optimizer, self._stand_ins, 1)
+        first = self._saved()
+        attributes = Attributes(self._optimizer)
+        self._step(self._optimizer, self._stand_ins, 2)
+        saved = self._saved()
+        if changed := attributes.changed():
+            raise ConfigError(
+                f"[optimizer] use: {self._name} changes its attribute {', '.join(changed)} at each "
+                "step, which no checkpoint holds: keep that in its `state`, under any key, or in "
+                "`param_groups`, which are saved"
+            )
+        if self._rows:
+            self._require_rows(saved)
+        self._try_modes(saved)
+        self._go_on(saved)
+        assert first.values is not None
+        assert saved.values is not None
+        learned = any(
+            group["learned"] or group["arguments"] for group in saved.values["groups"]
+        ) or bool(saved.values["other"])
+        tolerant = isinstance(self._optimizer, SGD)  # makes the momentum that it lacks
+        return TriedOptimizer(
+            name=self._name, slots={} if tolerant else slot_names(first), learns=learned
+        )
+
+    def _step(self, optimizer: Optimizer, stand_ins: StandIns, number: int) -> None:
+        stand_ins.give_gradients(number)
+        _seed(number)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ConfigError(
+                f"[optimizer] use: {self._name} cannot take a step that is given gradients and no "
+                f"closure: {type(error).__name__}: {error}. One that evaluates the model by itself "
+                "cannot be used"
+            ) from error
+
+    def _saved(self) -> SavedOptimizer:
+        try:
+            saved = self._state.capture(self._stand_ins)
+        except UnsavableError as error:
+            raise ConfigError(
+                f"[optimizer] use: {error}. Keep what counts as tensors, numbers and texts"
+            ) from error
+        memory = {
+            item.untyped_storage().data_ptr(): name
+            for name, item in self._stand_ins.named_parameters()
+            if item.numel()
+        }
+        for key, tensor in saved.tensors.items():
+            if tensor.numel() and (name := memory.get(tensor.untyped_storage().data_ptr())):
+                raise ConfigError(
+                    f"[optimizer] use: {self._name} keeps the memory of the parameter {name} as "
+                    f"{key}, and would not share it after a restart: keep a copy"
+                )
+        return SavedOptimizer(
+            {key: item.clone() for key, item in saved.tensors.items()},
+            json.loads(json.dumps(saved.values)),
+        )
+
+    def _require_rows(self, saved: SavedOptimizer) -> None:
+        shapes = {name: item.shape for name, item in self._stand_ins.named_parameters()}
+        for key, tensor in saved.tensors.items():
+            name = next((name for name in shapes if f"/{name}/" in key), None)
+            alike = name is not None and tensor.shape == shapes[name] and not key.startswith(OWN)
+            if tensor.ndim and not alike:
+                raise ConfigError(
+                    f"[optimizer] use: {self._name} keeps {key}, which has not the shape of a "
+                    'parameter: with training.strategy = "fsdp" each rank has some rows of the '
+                    'parameters, and its own numbers here. Use "ddp"'
+                )
+
+    def _try_modes(self, saved: SavedOptimizer) -> None:
+        if not has_modes(self._optimizer):
+            return
+        with EvaluationWeights(self._optimizer, self._stand_ins).in_model():
+            pass
+        after = self._saved()
+        if after.values != saved.values or not _same(after.tensors, saved.tensors):
+            raise ConfigError(
+                f"[optimizer] use: the state of {self._name} is another one after eval() and "
+                "train(): a run would depend on how often it is evaluated"
+            )
+
+    def _go_on(self, saved: SavedOptimizer) -> None:
+        """Compare a step of the optimizer with one of a copy that comes from what was saved."""
+        before = self._stand_ins.copy()
+        self._step(self._optimizer, self._stand_ins, 3)
+        copies = [self._copy(before.copy(), saved) for _ in range(2)]
+        # Where two copies of one state differ the device itself does not compute alike.
+        if not self._stand_ins.equal(copies[0]) and copies[0].equal(copies[1]):
+            raise ConfigError(
+                f"[optimizer] use: {self._name} goes on in another way after a restart, though its "
+                "`state` and `param_groups` are put back: it keeps something elsewhere"
+            )
+
+    def _copy(self, stand_ins: StandIns, saved: SavedOptimizer) -> StandIns:
+        optimizer = self._build(stand_ins)
+        OptimizerState(optimizer, rows=self._rows).restore(stand_ins, saved)
+        self._step(optimizer, stand_ins, 3)
+        return stand_ins
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(torch.nan_to_num(item), torch.nan_to_num(second[name]))
+        for name, item in first.items()
+    )
+
+
+def _small(parameter: nn.Parameter) -> nn.Parameter:
+    """Return a parameter of the same kind, its sizes cut."""
+    longest = _LONGEST
+    shape = parameter.shape
+    while True:
+        shape = torch.Size(min(size, longest) for size in parameter.shape)
+        if shape.numel() <= _MOST_ELEMENTS or longest <= _FEWEST:
+            break
+        longest //= 2
+    generator = torch.Generator().manual_seed(len(shape))
+    drawn = _drawn(shape, parameter, generator).to(parameter.device)
+    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        drawn = drawn.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(drawn)
+
+
+def _drawn(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    wide = torch.complex64 if like.is_complex() else torch.float32
+    return (0.1 * torch.randn(shape, dtype=wide, generator=generator)).to(like.dtype)
+
+
+def _seed(seed: int) -> None:
+    """Have optimizers that draw numbers draw the same ones."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - others draw from it
+    random.seed(seed)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Run compiled functions as they are written: stand-ins are not worth a compilation."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    with nullcontext() if stance is None else stance("force_eager"):
+        yield
