@@ -27,11 +27,17 @@ def user_modules() -> dict[str, Path]:
 
 def _user_modules() -> Iterator[tuple[str, Path]]:
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    others = {str(_OURS), *(os.path.realpath(sysconfig.get_path(kind)) for kind in kinds)}
+    named = {str(_OURS), *(sysconfig.get_path(kind) for kind in kinds)}
+    others = {os.path.realpath(folder) for folder in named}
+    beginnings = tuple(folder + os.sep for folder in named | others)
+    installed = [f"{os.sep}{folder}{os.sep}" for folder in _INSTALLED]
     for name, module in sorted(sys.modules.copy().items()):
         # Not by getattr: a module that loads itself when it is first used would do so.
         file = getattr(module, "__dict__", {}).get("__file__")
         if not isinstance(file, str) or not file or name == "__mp_main__":  # main's other name
+            continue
+        # Thousands are told by their names; links are followed, name by name, for the rest.
+        if file.startswith(beginnings) or any(folder in file for folder in installed):
             continue
         path = Path(os.path.realpath(file))
         if _INSTALLED.isdisjoint(path.parts) and others.isdisjoint(map(str, path.parents)):
