@@ -149,14 +149,18 @@ class _Rehearsal:
         with self._replay.computing():
             redrawn = self._part(0, self.count, seed=1)
         self._random = set(differing(self._whole, [redrawn], _DRAWN_TOLERANCE))
-        with self._replay.of_all():
-            self._replayed, again = self._part(0, self.count), self._part(0, self.count)
-            self._drawn = set(differing(self._replayed, [self._part(0, self.count, seed=1)]))
+        self._replayed, again = self._from_record(), self._from_record()
+        self._drawn = set(differing(self._replayed, [self._from_record(seed=1)]))
         if kept := remembered(self._replayed, again):
             raise TrainingError(_keeps(kept, self._task))
         for start, stop in ((0, self._first), (self._first, self.count)):
             with self._replay.of_rows(start, stop):
                 self._parts.append(self._part(start, stop))
+
+    def _from_record(self, seed: int = 0) -> Part:
+        """Evaluate the rows on recorded outputs, of which each evaluation begins with the first."""
+        with self._replay.of_all():
+            return self._part(0, self.count, seed)
 
     def judge(self, *, exact: bool) -> None:
         """Compare the parts with the whole.

@@ -17,6 +17,7 @@ from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.rehearsal import rehearse
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.shards import Shards
 from hpctrain.training.step.shares import count_passes, cut
@@ -119,12 +120,14 @@ def check_a_task_has_the_bare_model(world: World) -> None:
 
 
 def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
+    number_format = NumberFormat.of("64-true", world.device)
+    rehearse(step.model, task, models.fields_of(4, 7), world, number_format, call=step.call)
     metrics = evaluate(
         step.model,
         task,
         [item for item in [share(world, models.fields_of(9, 77))] if item.size],
         world,
-        NumberFormat.of("64-true", world.device),
+        number_format,
         rounds=1,
         call=step.call,
         idle_row=step.idle_row if step.shards else None,

@@ -334,6 +334,17 @@ def test_what_a_method_draws_is_no_matter_of_the_cut(
     rehearsed(Drawing(OF_SAMPLES["drawn"]), model, few, world, "32-true")
 
 
+def test_a_task_may_call_the_model_twice(
+    world: World, model: nn.Module, fields: dict[str, Tensor]
+) -> None:
+    class Twice(Returning):
+        def evaluate(self, model: nn.Module, fields: Mapping[str, Tensor]) -> Any:
+            one, other = model(fields["x"]), model(fields["x"] / 2)
+            return {"m": ((2 * one - other).square().sum(), len(one))}
+
+    rehearsed(Twice(OF_SAMPLES["drawn"]), model, fields, world, "32-true")
+
+
 def test_one_row_has_no_other_cut(
     world: World, model: nn.Module, fields: dict[str, Tensor]
 ) -> None:
