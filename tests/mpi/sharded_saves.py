@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import brought
+import brought_checks
 import torch
 from sharded_world import Tower, build, full
 from step_world import alone, batch_of, samples
@@ -59,7 +61,7 @@ class Saves:
             step,
             Place(step=number),
             data={},
-            extra={},
+            extra={"total_steps": 9, "lr": 0.01, "metrics": {}},
             config_toml="",
             metrics=None,
         )
@@ -147,6 +149,23 @@ def check_exact(world: World, folder: Path) -> None:
         assert not any("skipped" in text for text in told)
     if world.topology.world_size > 1:
         check_damage(world, saves, second)
+    check_parameters_that_all_ranks_hold(world, folder)
+
+
+def check_parameters_that_all_ranks_hold(world: World, folder: Path) -> None:
+    """Complex ones and others of their own dtype, and a teacher's."""
+    for make in (brought.Mixed, brought.Teacher):
+        saves = Saves(world, folder / make.__name__, [])
+        first = brought_checks.build(world, make(), "32-true", sharded=True)
+        brought_checks.trained(world, first)
+        saves.save(first, 1)
+        saves.finish()
+        expected = brought_checks.trained(world, first)
+        second = brought_checks.build(world, make(), "32-true", sharded=True)
+        assert saves.restore(second) == 1
+        assert brought_checks.trained(world, second) == expected, make
+        ours, theirs = (dict(step.held.named_parameters()) for step in (first, second))
+        assert all(torch.equal(theirs[name], item) for name, item in ours.items()), make
 
 
 def check_damage(world: World, saves: Saves, step: TrainStep) -> None:

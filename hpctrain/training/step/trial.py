@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -103,7 +105,9 @@ def _real(model: nn.Module, task: Task, fields: Fields) -> Findings:
 
 def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> Findings:
     watch = _Watch(model)
-    with watch:
+    # What is compiled would be compiled for the watch as well.
+    compiles = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiles else nullcontext(), watch:
         for _ in range(passes):
             task.loss(model, fields)
             watch.end_pass()
