@@ -76,6 +76,12 @@ class CheckpointError(HpctrainError):
     exit_code = ExitCode.CHECKPOINT_IO
 
 
+class OutputError(HpctrainError):
+    """What a command was asked for cannot be written to stdout."""
+
+    exit_code = ExitCode.CHECKPOINT_IO
+
+
 class TrainingError(HpctrainError):
     """Training itself failed: it diverged, or a model or task broke its contract."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from types import FrameType, TracebackType
 
@@ -16,6 +15,7 @@ STOP_SIGNALS = tuple(
 """Slurm, LSF (URG) and PBS warn by these, a terminal by INT, a CPU limit by XCPU."""
 
 _FORCE_AFTER_SECONDS = 2.0
+_STDIN = 0
 
 
 class SignalFlag:
@@ -52,7 +52,7 @@ class SignalFlag:
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
-        elif now - self._interrupted_at >= _FORCE_AFTER_SECONDS and sys.stdin.isatty():
+        elif now - self._interrupted_at >= _FORCE_AFTER_SECONDS and os.isatty(_STDIN):
             os._exit(128 + number)
 
 

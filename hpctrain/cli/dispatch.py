@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hpctrain.cli.datasets import data
 from hpctrain.cli.help import HELP
@@ -13,7 +14,7 @@ from hpctrain.cli.jobs import check, run
 from hpctrain.cli.parsing import usage_error
 from hpctrain.cli.tools import ckpt, job, status
 from hpctrain.cli.voice import point_to_rank_zero, say, tell
-from hpctrain.errors import ExitCode, HpctrainError, LaunchError
+from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, may_speak, this_process
 from hpctrain.version import __version__
 
@@ -70,6 +71,20 @@ def _is_collective(arguments: Sequence[str]) -> bool:
     return bool(arguments) and arguments[0] not in (*COMMANDS, *OPTIONS)
 
 
+def _require_folder() -> None:
+    """Check that relative paths lead somewhere.
+
+    Raises:
+        UsageError: if the working directory has been removed.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"the working directory is gone ({error.strerror}): change to one that is there"
+        ) from error
+
+
 def dispatch(arguments: list[str], claim: Claim) -> int:
     """Find the command among the arguments and run it.
 
@@ -81,6 +96,7 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     first, rest = arguments[0], arguments[1:]
     if first in OPTIONS:
         return say(claim, OPTIONS[first])
+    _require_folder()
     if first == "data":
         return data(rest, claim)
     if first in COMMANDS:

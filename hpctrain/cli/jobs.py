@@ -16,6 +16,7 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.launch.launchers import Claim
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.streams import write_out
 
 if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
@@ -91,7 +92,7 @@ def check(arguments: list[str], claim: Claim) -> int:
         except HpctrainError as error:
             # Before there is a report: machines get an object all the same.
             if parsed.json and claim.rank in (None, 0):
-                print(start_failed_json(parsed.config, error), file=out, flush=True)
+                write_out(f"{start_failed_json(parsed.config, error)}\n", out)
             raise
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from pathlib import Path
 
 from hpctrain.cli.parsing import Parser, count
-from hpctrain.errors import ExitCode
+from hpctrain.errors import ExitCode, OutputError
+from hpctrain.utils.streams import write_out
 
 _ENDING_SECONDS = 10.0
 """A script asks once its launcher has ended, which a killed launcher does before its ranks."""
@@ -36,7 +36,11 @@ def status(arguments: list[str]) -> int:
         lives=_lives(parsed.run, _ENDING_SECONDS if parsed.exit_code else 0.0),
         metrics=newest_records(parsed.run / "metrics.jsonl"),
     )
-    sys.stdout.write(to_json(found) if parsed.json else to_text(parsed.run, found))
+    try:
+        write_out(to_json(found) if parsed.json else to_text(parsed.run, found))
+    except OutputError:
+        if not parsed.exit_code:  # a script branches on the code, and its log may be full
+            raise
     return found.exit_code if parsed.exit_code else ExitCode.DONE
 
 
@@ -89,12 +93,13 @@ def job(arguments: list[str]) -> int:
         wanted = dataclasses.replace(wanted, code=str(taken))
     text = script.render(wanted)
     if parsed.output is None and not parsed.submit:
-        sys.stdout.write(text)
+        write_out(text)
         return ExitCode.DONE
     path = Path(wanted.script)
     script.write(path, text)
     if parsed.submit:
-        sys.stdout.writelines(f"{item}\n" for item in submit(path, wanted.scheduler, wanted.chain))
+        jobs = submit(path, wanted.scheduler, wanted.chain)
+        write_out("".join(f"{item}\n" for item in jobs))
     return ExitCode.DONE
 
 
@@ -123,5 +128,5 @@ def ckpt(arguments: list[str]) -> int:
         text = tools.compared(parsed.run, other)
     else:
         text = tools.export(parsed.run, other, average=parsed.average, best=parsed.best)
-    sys.stdout.write(text + "\n")
+    write_out(text + "\n")
     return ExitCode.DONE

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.launchers import Claim
+from hpctrain.utils.streams import write_out
 
 
 def tell(error: HpctrainError) -> None:
-    """Print a failure."""
-    print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    """Print a failure, where stderr takes it."""
+    with suppress(OSError):
+        sys.stderr.write(f"hpctrain: error: {error}\n")
+        sys.stderr.flush()
 
 
 def point_to_rank_zero() -> None:
@@ -45,5 +48,5 @@ def telling(is_rank_zero: bool) -> Iterator[None]:
 def say(claim: Claim, text: str) -> int:
     """Print a text once, whatever the number of ranks."""
     if claim.rank in (None, 0):
-        sys.stdout.write(text)
+        write_out(text)
     return ExitCode.DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -54,7 +55,7 @@ def _in_pool(
 ) -> Iterator[tuple[int, R]]:
     # A forked child would inherit the threads' locks as they are; a fork server has no threads.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_silently) as pool:
         running: dict[Future[R], int] = {pool.submit(function, items[i]): i for i in indices}
         try:
             while running:
@@ -63,3 +64,8 @@ def _in_pool(
                     yield running.pop(future), future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_silently() -> None:
+    """Have an interrupt at a terminal, which goes to all processes, end this one without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

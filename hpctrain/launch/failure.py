@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +22,7 @@ from hpctrain.launch.mpi import abort
 from hpctrain.launch.watchdog.member import Member
 from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.topology import Topology
+from hpctrain.utils.streams import finish_out
 
 _ABORT_SECONDS = 2.0
 _SILENT_SECONDS = 8.0
@@ -86,9 +87,10 @@ class Guard:
         timer.daemon = True
         timer.start()
         text = self._story(error, trace)
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        finish_out()
+        with suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
         if self._folder is not None:
             write_report(
                 self._folder,
@@ -108,6 +110,8 @@ class Guard:
         who = f"rank {self._topology.rank}@{self._topology.host}"
         if isinstance(error, HpctrainError):
             return f"hpctrain: error on {who}: {error}\n"
+        if isinstance(error, KeyboardInterrupt):
+            return f"hpctrain: {who} was interrupted and ends the job\n"
         while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
             trace = trace.tb_next  # our own context managers are not the story
         lines = traceback.format_exception(type(error), error, trace)
@@ -141,7 +145,7 @@ def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
         yield keeper
     except BaseException as error:
         shared = topology.world_size == 1 or getattr(error, "everywhere", False)
-        if isinstance(error, HpctrainError) and shared:
+        if isinstance(error, HpctrainError | KeyboardInterrupt) and shared:
             raise
         keeper.end_job(error, error.__traceback__)
     finally:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from hpctrain.utils.streams import finish_out
+
 _STDOUT, _STDERR = 1, 2
 
 
@@ -20,13 +22,13 @@ def reserved_stdout(reserved: bool) -> Iterator[TextIO]:
     if not reserved:
         yield sys.stdout
         return
-    sys.stdout.flush()
+    finish_out()
     kept = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     try:
         with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream:
             yield stream
     finally:
-        sys.stdout.flush()
+        finish_out()
         os.dup2(kept, _STDOUT)
         os.close(kept)

@@ -12,6 +12,7 @@ from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.process import RankFacts
 from hpctrain.preflight.report import finding_text
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.streams import write_out
 
 T = TypeVar("T")
 
@@ -95,4 +96,4 @@ class Checks:
     def say(self, text: str) -> None:
         """Tell something, on the rank that speaks."""
         if self._out is not None:
-            print(text, file=self._out, flush=True)
+            write_out(f"{text}\n", self._out)

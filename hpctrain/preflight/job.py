@@ -23,6 +23,7 @@ from hpctrain.preflight.report import to_json, verdict
 from hpctrain.preflight.storage import check_storage, check_walltime
 from hpctrain.preflight.world import check_world, connect
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.streams import write_out
 
 
 def check(
@@ -73,7 +74,7 @@ def check(
         text = f"\n{verdict(checks.findings)}"
         if as_json:
             text = to_json(command[0], topology, checks.backend, checks.ranks, checks.findings)
-        print(text, file=out, flush=True)
+        write_out(f"{text}\n", out)
     return exit_code(checks.findings)
 
 
