@@ -77,7 +77,9 @@ class _Reader:
             largest=largest,
             scale=scale,
             offset=offset,
-            is_single=self._is_single(scale_dtype, offset_dtype),
+            is_single=self._is_single(
+                scale_dtype, offset_dtype, says_nan=any(map(math.isnan, missing))
+            ),
             unused=tuple(self._unused),
             problem="; ".join(self._problems),
         )
@@ -143,9 +145,17 @@ class _Reader:
             return None, None
         return float(given[0]), given.dtype.newbyteorder("=")
 
-    def _is_single(self, scale: np.dtype[Any] | None, offset: np.dtype[Any] | None) -> bool:
+    def _is_single(
+        self,
+        scale: np.dtype[Any] | None,
+        offset: np.dtype[Any] | None,
+        *,
+        says_nan: bool,
+    ) -> bool:
         """Tell whether xarray would compute in float32."""
         single = np.dtype(np.float32)
+        if self._viewed == np.dtype(np.float64) and says_nan:
+            return False  # where NaN is said to be missing, xarray keeps the dtype of floats
         if offset is None:
             return scale == single
         wide = self._viewed.kind in "iu" and self._viewed.itemsize == 4

@@ -81,6 +81,11 @@ VARIABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "filled_by_nan": ("f4", {"_FillValue": F4(np.nan)}),
     "doubles": ("f8", {"_FillValue": 1e20}),
     "packed_doubles": ("f8", {"scale_factor": 2.0, "add_offset": 1.0, "_FillValue": 1e20}),
+    "doubles_by_singles": ("f8", {"scale_factor": F4(0.01), "add_offset": F4(1)}),
+    "doubles_and_nan": (
+        "f8",
+        {"scale_factor": F4(0.01), "add_offset": F4(1), "_FillValue": np.nan},
+    ),
     "packed_singles": ("f4", {"scale_factor": 0.1, "_FillValue": F4(1e20)}),
     "another_type": ("f4", {"missing_value": 1e20}),
     "text": ("i2", {"missing_value": "1", "scale_factor": 0.5}),
