@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from filter_chains import CHAINS, properties_of
 
 from hpctrain.data import open_dataset
-from hpctrain.data.reading import access, libraries
+from hpctrain.data.finding.view import Part
+from hpctrain.data.reading import access, axis_access, libraries
 from hpctrain.data.reading.rows import read_rows
 
 SHAPE, CHUNK = (25, 7, 9), (10, 4, 4)
@@ -96,3 +98,22 @@ def test_data_that_grew(tmp_path: Path) -> None:
             grown[5:] = np.arange(5, size)
     content = read_rows(open_dataset(str(tmp_path)), np.arange(14))["x"]
     assert (content == np.arange(14)).all()
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_along_another_axis(
+    tmp_path: Path, chain: str, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = write(tmp_path / "a.h5", chain)
+    monkeypatch.delattr(axis_access.AxisAccess, "_read_by_hdf5")
+    dataset = open_dataset(str(tmp_path), ["x"], axis)
+    rows = np.array([[0, 2], [6, 1], [3, 3], [1, 6]])
+    out = np.full((12, dataset.fields["x"].row_bytes), 0xAA, np.uint8)
+    with closing(axis_access.AxisAccess(Part(dataset, axis))) as reader:
+        reader.read_runs("x", *rows.T, out, np.array([0, 2, 3, 6]))
+        assert reader.files_opened == 1
+    expected = np.moveaxis(content, axis, 0)
+    wanted = [row for first, count in rows for row in range(first, first + count)]
+    found = out.view("<i4").reshape(12, *expected.shape[1:])
+    assert (found == expected[wanted]).all()

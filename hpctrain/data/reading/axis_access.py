@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.finding.view import Part
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, most_open_files
+from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.destinations import Destinations
-from hpctrain.data.reading.handles import Handles, Locate, open_descriptor, open_hdf5, where_it_is
+from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.staged import scatter_by_runs
@@ -33,8 +36,9 @@ class AxisAccess:
         self.dataset = part.dataset
         self._axis = part.axis
         self._staging = ThreadMemory()
-        self._descriptors: Handles[int] = Handles(
-            open_descriptor, os.close, locate, most_open_files()
+        self._raw, self._decoded = ThreadMemory(), ThreadMemory()
+        self._shards: Handles[OpenShard] = Handles(
+            _open, OpenShard.close, locate, most_open_files()
         )
         self._files: Handles[h5py.File] = Handles(
             open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
@@ -43,7 +47,7 @@ class AxisAccess:
     @property
     def files_opened(self) -> int:
         """How often a file was opened; at best once for each."""
-        return self._descriptors.opened + self._files.opened
+        return self._shards.opened + self._files.opened
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
@@ -69,16 +73,21 @@ class AxisAccess:
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
-        self._descriptors.close()
+        self._shards.close()
         self._files.close()
 
     def _read(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         base = shard.layouts[name].base
         try:
-            if base is None:
-                self._read_by_hdf5(shard, name, field, first, out)
-            else:
+            if base is not None:
                 self._read_pieces(shard, name, field, base, first, out)
+                return
+            before, after = field.shape[: self._axis], field.shape[self._axis :]
+            values = np.empty((*before, len(out), *after), field.dtype.newbyteorder("="))
+            if not self._read_chunks(shard, name, field, first, values):
+                self._read_by_hdf5(shard, name, first, values)
+            target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
+            target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)
         except HDF5_FAILURES as error:
             what = getattr(error, "strerror", None) or error
             raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
@@ -87,7 +96,7 @@ class AxisAccess:
         self, shard: Shard, name: str, field: Field, base: int, first: int, out: Bytes
     ) -> None:
         """Read, for each index of the axes before, the pieces of all rows to their places."""
-        descriptor = self._descriptors.get(shard)
+        descriptor = self._shards.get(shard).descriptor
         pieces = math.prod(field.shape[: self._axis])
         size = field.row_bytes // pieces
         target = memoryview(out.data).cast("B")
@@ -118,11 +127,52 @@ class AxisAccess:
                 done += count
             offset += done
 
-    def _read_by_hdf5(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
-        before, after = field.shape[: self._axis], field.shape[self._axis :]
+    def _read_chunks(
+        self, shard: Shard, name: str, field: Field, first: int, values: npt.NDArray[Any]
+    ) -> bool:
+        """Fill `values` from compressed chunks, each decoded to its own size and no more.
+
+        Returns:
+            False if that is for HDF5 to do.
+
+        Raises:
+            DatasetError: if a chunk becomes other than its shape and dtype say.
+        """
+        opened = self._shards.get(shard)
+        chunks = opened.chunked.get(name)
+        if chunks is None or chunks.pipeline.is_plain:
+            return False  # HDF5 reads no more of plain chunks than it is asked for
+        box = [(0, size) for size in values.shape]
+        box[self._axis] = first, first + values.shape[self._axis]
+        for part in chunks.in_box(box):
+            start, size, _ = part.facts
+            if start < 0:
+                return False
+            try:
+                chunks.require_size(size)
+                raw = self._raw.take(size)
+                if os.preadv(opened.descriptor, [raw.data], start) != size:
+                    return False
+                values[part.target] = chunks.decoded(part, raw, self._decoded)
+            except UndecodableError:
+                return False  # HDF5 meets it again, and says what and where
+            except DamagedChunkError as error:
+                raise DatasetError(
+                    f'{shard.path}: field "{name}", row {first}: one of the chunks of the rows up '
+                    f"to {box[self._axis][1] - 1} is damaged: {error}. Bring the file back, or "
+                    "write it anew"
+                ) from error
+        return True
+
+    def _read_by_hdf5(self, shard: Shard, name: str, first: int, values: npt.NDArray[Any]) -> None:
         dataset = self._files.get(shard)[name]
-        values = np.empty((*before, len(out), *after), field.dtype.newbyteorder("="))
-        rows = (*(slice(None) for _ in before), slice(first, first + len(out)))
+        last = first + values.shape[self._axis]
+        rows = (*(slice(None),) * self._axis, slice(first, last))
         dataset.read_direct(values, source_sel=rows)
-        target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
-        target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)
+
+
+def _open(shard: Shard, path: str) -> OpenShard:
+    """Open a shard, and list the chunks of the fields that do not lie in it as in memory."""
+    return OpenShard(
+        shard, path, [name for name, layout in shard.layouts.items() if layout.base is None]
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import h5py
@@ -13,10 +14,10 @@ import numpy.typing as npt
 from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.ragged import as_slice
+from hpctrain.data.reading.chunk_listing import list_chunks
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.filters import Pipeline
 from hpctrain.data.reading.helpers import ThreadMemory
-from hpctrain.data.reading.libraries import leaves_partial_chunks_unfiltered
 from hpctrain.data.reading.outputs import Output
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.storage import filters_of, is_stored_as_in_memory
@@ -26,8 +27,6 @@ MOST_CHUNKS = 2**18
 UNDONE_BYTES = 2 * 2**20
 """Chunks are undone together up to about so many bytes, which are still in the cache when their
 rows are copied."""
-NO_FILTER = 2**32 - 1
-"""The mask of a chunk that went through none of its filters."""
 
 
 class ChunkGroup(NamedTuple):
@@ -46,6 +45,22 @@ class ChunkGroup(NamedTuple):
     extents: list[tuple[int, int]]
 
 
+class BoxPart(NamedTuple):
+    """What one chunk holds of a box.
+
+    Attributes:
+        number: of the chunk in the grid.
+        facts: where it begins in the file, -1 if nowhere; its bytes; the filters that it skipped.
+        source: where in the chunk the values are.
+        target: where in the box.
+    """
+
+    number: int
+    facts: tuple[int, int, int]
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
+
+
 class ChunkedField:
     """The chunks of one field in one shard.
 
@@ -60,6 +75,8 @@ class ChunkedField:
         Raises:
             UndecodableError: saying why they cannot be read without HDF5.
         """
+        if dataset.chunks is None:
+            raise UndecodableError("not in chunks")
         if not hasattr(dataset.id, "chunk_iter"):
             raise UndecodableError("this h5py cannot list chunks: update h5py")
         if dataset.file.userblock_size:
@@ -77,9 +94,7 @@ class ChunkedField:
             raise UndecodableError(f"in {math.prod(self._grid):,} chunks; `data repack` helps")
         self._bytes = math.prod(self._chunk) * self._dtype.itemsize
         self.pipeline = Pipeline(filters_of(dataset), self._bytes)
-        # Chunks that were never written have no place: -1.
-        self._table = np.full((math.prod(self._grid), 3), -1, np.int64)
-        self._fill(dataset)
+        self._table = list_chunks(dataset, self._grid, self.pipeline, self._bytes)
         starts: Int64s = self._table[:, 0].reshape(-1, self._row_chunks)
         self._is_written = starts.min(axis=1) >= 0
 
@@ -205,6 +220,34 @@ class ChunkedField:
             there.insert(0, slice(begin, min(begin + self._chunk[axis], self._shape[axis])))
         return tuple(there), tuple(slice(0, each.stop - each.start) for each in there)
 
+    def in_box(self, box: Sequence[tuple[int, int]]) -> Iterator[BoxPart]:
+        """Yield the chunks that hold some of the values within these bounds of every axis."""
+        sides = [
+            range(first // size, -(-stop // size))
+            for (first, stop), size in zip(box, self._chunk, strict=True)
+        ]
+        for place in itertools.product(*sides):
+            source, target = [], []
+            for index, size, (first, stop) in zip(place, self._chunk, box, strict=True):
+                begin, end = max(first, index * size), min(stop, (index + 1) * size)
+                source.append(slice(begin - index * size, end - index * size))
+                target.append(slice(begin - first, end - first))
+            number = int(np.ravel_multi_index(place, self._grid))
+            facts = tuple(self._table[number].tolist())
+            yield BoxPart(number, facts, tuple(source), tuple(target))
+
+    def decoded(self, part: BoxPart, raw: Bytes, memory: ThreadMemory) -> npt.NDArray[Any]:
+        """Return the values of a part of a box, for as long as `memory` is.
+
+        Raises:
+            DamagedChunkError: if a chunk is not as large as its shape and dtype are.
+            UndecodableError: if the bytes are damaged otherwise.
+        """
+        _, size, skipped = part.facts
+        content = self.pipeline.decode(raw, [size], [skipped], memory)
+        cells: npt.NDArray[Any] = content.view(self._dtype).reshape(self._chunk)[part.source]
+        return cells
+
     def require_sizes(self, group: ChunkGroup) -> None:
         """Check that no chunk of a group takes more of the file than it can.
 
@@ -212,51 +255,17 @@ class ChunkedField:
             DamagedChunkError: if one does.
         """
         for number, size in enumerate(group.sizes):
-            if size > self.pipeline.most_stored:
-                error = DamagedChunkError(f"it is {size:,} bytes, and would become {self._bytes:,}")
+            try:
+                self.require_size(size)
+            except DamagedChunkError as error:
                 error.number = number
-                raise error
+                raise
 
-    def _fill(self, dataset: h5py.Dataset) -> None:
-        found: list[Any] = []
-        dataset.id.chunk_iter(found.append)
-        if not found:
-            return
-        places = np.array([each.chunk_offset for each in found], np.int64) // self._chunk
-        try:
-            numbers: npt.NDArray[Any] = np.ravel_multi_index(tuple(places.T), self._grid)
-        except ValueError as error:
-            raise UndecodableError(f"a chunk lies outside the data: {error}") from error
-        size = Path(dataset.file.filename).stat().st_size
-        if any(each.byte_offset + each.size > size for each in found):
-            raise UndecodableError("a chunk lies past the end of the file")
-        facts = np.array(
-            [(each.byte_offset, each.size, each.filter_mask) for each in found], np.int64
-        )
-        self._table[numbers] = self._settled(dataset, places, facts)
+    def require_size(self, size: int) -> None:
+        """Check that a chunk takes no more of the file than it can.
 
-    def _settled(
-        self, dataset: h5py.Dataset, places: Int64s, facts: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Correct what HDF5 says of chunks by what it does not say.
-
-        Args:
-            dataset: whose chunks they are.
-            places: (chunks, axes) int64, in the grid.
-            facts: (chunks, 3) int64: offset, size, mask of the filters that it skipped.
-
-        Returns:
-            The same, the offset of those that HDF5 is to read -1.
+        Raises:
+            DamagedChunkError: if it does.
         """
-        is_whole = facts[:, 1] == self._bytes
-        if self.pipeline.is_plain:
-            facts[~is_whole, 0] = -1
-            return facts
-        unfiltered = leaves_partial_chunks_unfiltered(dataset.id.get_create_plist())
-        is_partial = ((places + 1) * self._chunk > self._shape).any(axis=1)
-        if unfiltered:
-            facts[is_partial, 2] = NO_FILTER
-        elif unfiltered is None:
-            # Such a chunk has the size of its values. Few that went through filters do.
-            facts[is_partial & is_whole, 0] = -1
-        return facts
+        if size > self.pipeline.most_stored:
+            raise DamagedChunkError(f"it is {size:,} bytes, and would become {self._bytes:,}")

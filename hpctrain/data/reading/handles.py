@@ -93,7 +93,10 @@ class OpenShard:
         with open_hdf5(shard, path) as file:
             for name in names:
                 try:
-                    self.chunked[name] = ChunkedField(file[name])
+                    dataset = file[name]
+                    if dataset.file.filename != file.filename:
+                        raise UndecodableError("in another file, by a link")
+                    self.chunked[name] = ChunkedField(dataset)
                 except UndecodableError as error:
                     self.reasons[name] = str(error)
             # A second name of HDF5's own descriptor: the file system sees one open, and HDF5's
