@@ -61,6 +61,9 @@ class _Given:
         """Return the inputs of whole numbers."""
         return [name for name in self.inputs if self._fields[name].dtype in _WHOLE]
 
+    def has_float_target(self) -> bool:
+        return self.target is not None and self._fields[self.target].is_floating_point()
+
     def range_of(self, name: str) -> tuple[float, float]:
         tensor = self._fields[name]
         return tensor.min().item(), tensor.max().item()
@@ -92,7 +95,14 @@ def _batch_statistics(match: re.Match[str], given: _Given) -> str:
 
 
 def _features(match: re.Match[str], given: _Given) -> str:
-    got, wanted = int(match[1]), int(match[2])
+    return _other_features(int(match[1]), int(match[2]), given)
+
+
+def _wanted_features(match: re.Match[str], given: _Given) -> str:
+    return _other_features(int(match[2]), int(match[1]), given)
+
+
+def _other_features(got: int, wanted: int, given: _Given) -> str:
     return (
         f"the model has a layer for {wanted} features and was given {got}: {given.all_inputs()}. "
         f"{_capital(given.argument(wanted, _FEATURES, got))}"
@@ -122,7 +132,7 @@ def _tokens(match: re.Match[str], given: _Given) -> str:
 def _no_floats(match: re.Match[str], given: _Given) -> str:
     whole = given.whole_inputs()
     if not whole:
-        return _dtypes(match, given)
+        return _float_labels(match, given) if given.has_float_target() else _dtypes(match, given)
     names = " and ".join(given.described(name) for name in whole)
     keys = " and ".join(f"data.normalize.{name}" for name in whole)
     return (
@@ -179,14 +189,26 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-_INTEGERS = "(?:unsigned char|signed char|short|int|long|bool|Byte|Char|Short|Int|Long|Bool)"
+_INTEGERS = (
+    "(?:unsigned char|signed char|short int|long int|short|int|long|bool"
+    "|Byte|Char|Short|Int|Long|Bool)"
+)
 _KNOWN: tuple[tuple[str, Callable[[re.Match[str], _Given], str]], ...] = (
     (r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels", _channels),
     (r"running_mean should contain (\d+) elements not (\d+)", _batch_statistics),
     (r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", _features),
     (r"(Expected \dD.* input to conv\dd), but got", _axes),
     (r"index out of range in self", _tokens),
-    (rf"Input type \((?:torch\.cuda\.)?{_INTEGERS}(?:Tensor)?\)", _no_floats),
+    (r"expected (\dD input \(got \dD input\))", _axes),
+    (r"normalized_shape=\[(\d+)\], .* got input of size ?\[.*?(\d+)\]", _wanted_features),
+    (r"input_size\. Expected (\d+), got (\d+)", _wanted_features),
+    (r"expecting embedding dimension of (\d+), but got (\d+)", _wanted_features),
+    (rf"Input type \((?:torch\.)?(?:cuda\.)?{_INTEGERS}(?:Tensor)?\)", _no_floats),
+    (rf"same dtype, but got: {_INTEGERS} !=", _no_floats),
+    (rf"not implemented for '{_INTEGERS}'", _no_floats),
+    (r"mixed dtype \(CPU\)", _no_floats),
+    (r"RNN input dtype \(torch\.(?:u?int\d+|bool)\)", _no_floats),
+    (rf"could not infer output dtype\. .* Got: {_INTEGERS}", _no_floats),
     (rf"expected scalar type {_INTEGERS} but found (?:Float|Double|BFloat16|Half)", _no_floats),
     (rf"must have the same dtype, but got {_INTEGERS} and", _no_floats),
     (r"argument #1 'indices' to have one of the following scalar types", _float_tokens),

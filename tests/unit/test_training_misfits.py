@@ -82,6 +82,18 @@ BYTES, LABELS = torch.uint8, torch.zeros(4, dtype=torch.long)
         (nn.Linear(3, 3), {"x": torch.zeros(4, 3, dtype=BYTES)}, r"data\.normalize\.x"),
         (nn.Linear(3, 3), {"x": LABELS.view(4, 1).expand(4, 3)}, r"int64: say by data\.norm"),
         (nn.Linear(3, 3), {"x": torch.zeros(4, 5)}, r"3 features and was given 5: .*num_classes"),
+        *(
+            (
+                nn.Sequential(layer),
+                {"x": torch.zeros(4, 3, dtype=BYTES)},
+                r"say by data\.normalize\.x",
+            )
+            for layer in (nn.Linear(3, 3, bias=False), nn.LayerNorm(3), nn.BatchNorm1d(3))
+        ),
+        (nn.Softmax(1), {"x": torch.zeros(4, 3, dtype=BYTES)}, r"uint8: say by data\.normalize\.x"),
+        (nn.LayerNorm(3), {"x": torch.zeros(4, 5)}, r"3 features and was given 5.*num_classes = 5"),
+        (nn.GRU(3, 3), {"x": torch.zeros(4, 5)}, r"3 features and was given 5.*num_classes = 5"),
+        (nn.BatchNorm2d(3), {"x": torch.zeros(4, 5)}, r"4D input \(got 2D input\)"),
         (nn.BatchNorm1d(1), {"x": torch.zeros(4, 5)}, r"1 channels.*5: .* Set model.in_chan"),
         (nn.Embedding(3, 3), {"x": torch.tensor([1, 7, 2, 0])}, r"int64, from 0 to 7\. .*vocab"),
         (nn.Embedding(3, 3), {"x": torch.zeros(4)}, r"whole numbers.* is \(4,\) float32"),
@@ -94,7 +106,7 @@ def test_what_torch_says_is_told_with_field_and_key(
     model: nn.Module, fields: dict[str, Tensor], words: str, config: Config
 ) -> None:
     fields = {"x": torch.zeros(4, 3), "y": LABELS, **fields}
-    with pytest.raises((RuntimeError, IndexError)) as raised:
+    with pytest.raises((RuntimeError, IndexError, ValueError)) as raised:
         cross_entropy(model(fields["x"]), fields)
     told = explain_misfit(raised.value, fields, config)
     with pytest.raises(ConfigError, match=words):
