@@ -99,12 +99,13 @@ class TriedOptimizer:
 
         Raises:
             CheckpointError: if it lacks something.
+            ConfigError: if 0.1.0 has saved it, and not all of what such an optimizer learns.
         """
-        if saved.values is None and self.learns and saved.tensors:
-            raise CheckpointError(
-                f"the checkpoint is of an hpctrain that did not save all that {self.name} has "
-                "learned: it would go on as another run. Begin a new one with another run.name, "
-                "and checkpoint.initialize_from for its weights"
+        if saved.values is None and self.learns:
+            raise ConfigError(
+                f"optimizer.use: this run was begun by hpctrain 0.1.0, which did not save all that "
+                f"{self.name} has learned: it would go on as another run. Begin a new one with "
+                "another run.name, and checkpoint.initialize_from for its weights"
             )
         there = slot_names(saved)
         for name, wanted in self.slots.items():
