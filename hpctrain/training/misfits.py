@@ -152,7 +152,8 @@ def _dtypes(match: re.Match[str], given: _Given) -> str:
 def _float_tokens(match: re.Match[str], given: _Given) -> str:
     return (
         f"an embedding takes whole numbers, int32 or int64: {given.all_inputs()}. Cast them by "
-        "data.transform, or store them so"
+        "data.transform, or store them so; integers of which files mark some as missing become "
+        'floats, unless by data.fields.NAME.decode = "integers"'
     )
 
 
