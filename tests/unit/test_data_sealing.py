@@ -16,6 +16,7 @@ from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Part, View
 from hpctrain.data.index import INDEX_NAME, parse_index
+from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sealing import sealed
 from hpctrain.data.tools.indexing import make_catalogue, make_index
 from hpctrain.errors import DatasetError
@@ -131,6 +132,16 @@ def test_verify_at_the_start(
     with pytest.raises(DatasetError, match=message) as caught:
         verify_share([dataset], 0, 1)
     assert str(caught.value).startswith(f"{folder}/a.h5: ")
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(">i8", [2]), ("<i8", [1, 2]), ("<i4", [4])])
+def test_chunks_under_an_index_without_a_checksum(
+    folder: Path, dtype: str, shape: list[int]
+) -> None:
+    """To list chunks, their file is opened in any case: what it holds is compared."""
+    unsealed(folder, lambda document: document["fields"]["z"].update(dtype=dtype, shape=shape))
+    with pytest.raises(DatasetError, match=r'a\.h5: field "z" has 4 rows of int64, of shape \(2,'):
+        read_rows(open_dataset(str(folder), ["z"]), np.arange(4))
 
 
 def test_verify_of_fields_along_another_axis(folder: Path) -> None:

@@ -7,6 +7,7 @@ that it holds over all threads, are in neither path; it reads what is left.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -27,7 +28,14 @@ from hpctrain.data.reading.chunk_reading import (
 from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.extents import ExtentReader, Extents
-from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
+from hpctrain.data.reading.handles import (
+    Handles,
+    Locate,
+    OpenShard,
+    open_hdf5,
+    open_shard,
+    where_it_is,
+)
 from hpctrain.data.reading.helpers import Helpers, ThreadMemory
 from hpctrain.data.reading.outputs import InRuns, Output, Scattered
 from hpctrain.data.reading.pieces import Bytes, Pieces
@@ -71,7 +79,10 @@ class RowAccess:
         self._staging = ThreadMemory()
         self._told: set[str] = set()
         self._shards: Handles[OpenShard] = Handles(
-            _open, OpenShard.close, locate, most_open_files()
+            functools.partial(open_shard, dataset.fields),
+            OpenShard.close,
+            locate,
+            most_open_files(),
         )
         self._files: Handles[h5py.File] = Handles(
             open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
@@ -298,15 +309,6 @@ def _offsets(dataset: Dataset, name: str) -> Int64s:
     """Return the offset of a field in every shard, -1 for none, (shards,) int64."""
     offsets = [shard.layouts[name].offset for shard in dataset.shards]
     return np.array([-1 if offset is None else offset for offset in offsets], np.int64)
-
-
-def _open(shard: Shard, path: str) -> OpenShard:
-    layouts = shard.layouts.items()
-    return OpenShard(
-        shard,
-        path,
-        [name for name, layout in layouts if layout.offset is None and layout.is_direct],
-    )
 
 
 def _hint(error: Exception) -> str:

@@ -65,6 +65,8 @@ class ChunkedField:
     """The chunks of one field in one shard.
 
     Attributes:
+        field: what a row is.
+        samples: rows in all.
         rows: that each chunk has room for.
         pipeline: undoes the filters.
     """
@@ -86,7 +88,8 @@ class ChunkedField:
         self._shape: tuple[int, ...] = dataset.shape
         self._chunk: tuple[int, ...] = dataset.chunks
         self._dtype = dataset.dtype
-        self._field = Field(self._shape[1:], self._dtype)
+        self.field = Field(self._shape[1:], self._dtype)
+        self.samples = self._shape[0]
         self.rows = self._chunk[0]
         self._grid = [-(-a // b) for a, b in zip(self._shape, self._chunk, strict=True)]
         self._row_chunks = math.prod(self._grid[1:])
@@ -209,7 +212,7 @@ class ChunkedField:
         """Copy some rows of chunks that all hold the same part of a row."""
         there, inside = self._box(inner)
         origin = (as_slice(picked), *inside)
-        output.put(self._field, places, cells[origin], there)
+        output.put(self.field, places, cells[origin], there)
 
     def _box(self, inner: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Return where in a row a chunk lies, and what of the chunk lies in the row."""

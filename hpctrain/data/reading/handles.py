@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import h5py
 
-from hpctrain.data.dataset import Shard
+from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.damage import UndecodableError
 from hpctrain.data.storage import load_plugins
@@ -105,6 +105,27 @@ class OpenShard:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def open_shard(fields: Mapping[str, Field], shard: Shard, path: str) -> OpenShard:
+    """Open a shard, and list the chunks of the fields that are in some.
+
+    Raises:
+        DatasetError: if the file is not what it was when the dataset was opened, or an index of
+            0.1.0, which has no checksum, says otherwise than the file what a field is.
+    """
+    layouts = shard.layouts.items()
+    chunked = [name for name, layout in layouts if layout.offset is None and layout.is_direct]
+    opened = OpenShard(shard, path, chunked)
+    for name, chunks in opened.chunked.items():
+        if (chunks.samples, chunks.field) != (shard.samples, fields[name]):
+            opened.close()
+            raise DatasetError(
+                f'{path}: field "{name}" has {chunks.samples} rows of {chunks.field.dtype}, of '
+                f"shape {chunks.field.shape}, and its index says otherwise. Make the index anew "
+                "with `python -m hpctrain data index`"
+            )
+    return opened
 
 
 def open_descriptor(shard: Shard, path: str) -> int:
