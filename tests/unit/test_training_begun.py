@@ -105,6 +105,14 @@ def test_statistics_are_of_the_files_in_any_order(folder: Path, begun: Any) -> N
     rules = dataclasses.replace(begun, decode="none")
     train, _ = open_datasets(asked.data, ["t2m"], rules)
     assert read_stats(folder / STATS_NAME, train, ["t2m"])["t2m"]["max"] == 121
+    stats = measure(train, jobs=1)
+    assert stats["semantics"] == NEWEST.version
+    write_stats({**stats, "semantics": NEWEST.version + 1}, folder / STATS_NAME)
+    with pytest.raises(DatasetError, match="a newer hpctrain has measured these"):
+        read_stats(folder / STATS_NAME, train, ["t2m"])
+    del stats["semantics"]  # as 0.1.0 wrote them
+    write_stats(stats, folder / STATS_NAME)
+    read_stats(folder / STATS_NAME, train, ["t2m"])
     part = dataclasses.replace(train, shards=train.shards[1:])
     with pytest.raises(DatasetError, match="statistics of another dataset"):
         read_stats(folder / STATS_NAME, part, ["t2m"])

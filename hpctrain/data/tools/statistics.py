@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Ge, Gt, Lt, MinLen
 
+from hpctrain.config.semantics import FIRST, NEWEST
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.decoding import decoding_record, decodings
 from hpctrain.data.file_order import FileOrder, order_key
@@ -65,10 +66,15 @@ class _Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stats:
-    """`stats.json`."""
+    """`stats.json`.
+
+    Attributes:
+        semantics: version of the rules by which files become values; 0.1.0 wrote none.
+    """
 
     fingerprint: str
     fields: dict[str, _Facts]
+    semantics: Annotated[int, Ge(1)] = FIRST.version
 
 
 class _Task(NamedTuple):
@@ -101,6 +107,7 @@ def measure(dataset: Dataset, jobs: int = 0, progress: Progress = silent) -> dic
     parts = [found[index] for index in range(len(tasks))]
     return {
         "version": STATS_VERSION,
+        "semantics": NEWEST.version,
         "fingerprint": dataset.fingerprint,
         "samples": dataset.samples,
         "fields": {
@@ -189,6 +196,11 @@ def read_stats(
         raise DatasetError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
+    if stats.semantics > NEWEST.version:
+        raise DatasetError(
+            f"{path}: a newer hpctrain has measured these, by rules of version {stats.semantics}, "
+            f"and this one knows those up to {NEWEST.version}: update hpctrain. {remake}"
+        )
     if stats.fingerprint not in _fingerprints(dataset):
         raise DatasetError(f"{path}: these are the statistics of another dataset. {remake}")
     for name in fields:
