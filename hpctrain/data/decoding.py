@@ -161,7 +161,7 @@ def described(decoding: FieldDecoding) -> str:
         if known:
             words.append(f"{sign} {_span(known)}")
     said = " ".join(words)
-    if not decoding.keeps_numbers:
+    if len(words) > 1 or decoding.decoded.name != stored:
         said += f" = {decoding.decoded.name}"
     marks = [_marks(each) for each in decoding.codings if each.marks]
     if marks:

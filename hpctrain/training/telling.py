@@ -172,7 +172,8 @@ def _notes(
         notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
     for name, each in data.transforms.decoding.all.items():
         table = config.data.fields.get(name, FieldTable())
-        is_nan = each.marks and not each.keeps_numbers and table.fill is None
+        is_left = (table.fill, table.mask) == (None, None)
+        is_nan = each.marks and not each.keeps_numbers and is_left
         hint = f"; missing ones are NaN, without data.fields.{name}.fill" if is_nan else ""
         notes.append(f"decoded: {name}, {described(each)}{hint}")
     notes += [f"not used: {each}" for each in unused_attributes(data.train)]
