@@ -3,10 +3,13 @@
     python benchmarks/resume.py                     the full grid
     python benchmarks/resume.py --precision 64-true --ranks 3
 
-Precision, strategy, scheduler, where it stopped (inside an epoch, in an evaluation, between an
-evaluation and its save, in a save) and the number of ranks, all with all. Compared to the bit:
-every record of the metrics, every parameter, optimizer tensor and random generator of the last
-checkpoint. The tests take of these cases those in which every two values meet once.
+Precision, strategy, where it stopped (inside an epoch, in an evaluation, between an evaluation and
+its save, in a save) and the number of ranks, all with all, and each of these with every scheduler,
+every model (statistics of its own, buffers that are assigned anew, complex parameters) and every
+optimizer (slots of parameters, values of its groups, lists, a second set of weights). Compared bit
+for bit: every record of the metrics, every parameter, all that the optimizer knows, and every
+random generator of the last checkpoint. The tests take some of all combinations, in which every two
+values meet.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "launch"))
 
-from resuming import AXES, every_case, run_cases
+from resuming import AXES, grid, run_cases
 
 
 def main() -> int:
@@ -29,7 +32,7 @@ def main() -> int:
     for axis, values in AXES.items():
         parser.add_argument(f"--{axis}", choices=values)
     asked = {axis: value for axis, value in vars(parser.parse_args()).items() if value}
-    cases = [case for case in every_case() if asked.items() <= case.items()]
+    cases = [case for case in grid() if asked.items() <= case.items()]
     begin, differing, counts = time.monotonic(), 0, Counter[str]()
 
     def group(case: dict[str, str]) -> tuple[str, str]:

@@ -7,10 +7,11 @@ a checkpoint could not hold is named before the first step, and not after an hou
 from __future__ import annotations
 
 import fnmatch
+import io
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,7 +145,8 @@ def try_optimizer(
     """
     stand_ins = StandIns.of(model, groups)
     device = next(iter(stand_ins.parameters.values())).device
-    with kept_generators(device), _without_compiler():
+    # What it prints when it is built was printed when the run's own was.
+    with kept_generators(device), _without_compiler(), redirect_stdout(io.StringIO()):
         try:
             optimizer = build(stand_ins)
         except ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -14,30 +15,53 @@ from pathlib import Path
 BODIES = Path(__file__).parents[1] / "mpi"
 sys.path.append(str(BODIES))
 
-from resume_cases import PRECISIONS, SCHEDULERS, STOPS, STRATEGIES  # noqa: E402
+from resume_cases import (  # noqa: E402
+    MODELS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULERS,
+    STOPS,
+    STRATEGIES,
+)
 
 AXES = {
     "precision": PRECISIONS,
     "strategy": STRATEGIES,
     "scheduler": tuple(SCHEDULERS),
+    "model": tuple(MODELS),
+    "optimizer": tuple(OPTIMIZERS),
     "stop": STOPS,
     "ranks": ("1", "2", "3", "4"),
 }
 Case = dict[str, str]
+
+_USUAL = {axis: AXES[axis][0] for axis in ("scheduler", "model", "optimizer")}
+_SEEN = 700
 
 # A model this small only waits for its threads, and more so where other tests run as well.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def every_case() -> list[Case]:
-    """Return the full grid; cases of one undisturbed run stand together."""
+    """Return all there can be; cases of one undisturbed run stand together."""
     return [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
 
 
+def grid() -> list[Case]:
+    """Return those in which at most one of scheduler, model and optimizer is not the usual one."""
+    return [
+        case
+        for case in every_case()
+        if sum(case[axis] != usual for axis, usual in _USUAL.items()) <= 1
+    ]
+
+
+@functools.cache
 def pairwise() -> list[Case]:
     """Return few cases in which every two values of two axes meet."""
     rest = every_case()
     random.Random(0).shuffle(rest)
+    rest = rest[:_SEEN]  # every pair is in many of them
     missing = {pair for case in rest for pair in _pairs(case)}
     chosen = []
     while missing:

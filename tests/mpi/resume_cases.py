@@ -1,9 +1,9 @@
 """Run on every rank: jobs that are stopped, fail and go on, one after the other in one process.
 
-Arguments: a folder, and cases as JSON lines: {"precision", "scheduler", "stop", "strategy"}. For
-each, a run that nobody disturbs and one that is stopped or fails at the named point and is started
-again have to leave the same metrics and the same checkpoint, to the bit: parameters, optimizer,
-generators of every rank.
+Arguments: a folder, and cases as JSON lines of "precision", "scheduler", "stop", "strategy",
+"model" and "optimizer". For each, a run that nobody disturbs and one that is stopped or fails at
+the named point and is started again have to leave the same metrics and the same checkpoint, bit for
+bit: parameters, optimizer, generators of every rank.
 """
 
 from __future__ import annotations
@@ -55,6 +55,17 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 STRATEGIES = ("ddp", "fsdp")
+MODELS = {
+    "statistics": "Noisy",
+    "buffers assigned anew": "AssignsAnew",
+    "complex parameters": "Complex",
+}
+OPTIMIZERS = {
+    "slots": "adamw",
+    "group state": "resume_cases:GroupState",
+    "lists": "resume_cases:ListState",
+    "two sets of weights": "resume_cases:TwoWeights",
+}
 STOPS = ("inside an epoch", "in an evaluation", "before a save", "in a save")
 
 
@@ -96,6 +107,101 @@ class Noisy(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.drop = Centred(), nn.Dropout(0.3)
+
+
+class Anew(Centred):
+    """Assigns its statistics anew, so that they are another tensor after every pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.7 * self.mean + 0.3 * x.detach().mean(0).to(self.mean.dtype)
+        return x - self.mean
+
+
+class Turned(nn.Module):
+    """Multiplies pairs of numbers with complex parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(12, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.to(self.turn.real.dtype).reshape(len(x), 12, 2)
+        turned = torch.view_as_complex(pairs) * self.turn
+        return torch.view_as_real(turned).reshape(x.shape).to(x.dtype)
+
+
+class AssignsAnew(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = Anew(), nn.Dropout(0.3)
+
+
+class Complex(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = Turned(), nn.Dropout(0.3)
+
+
+class GroupState(torch.optim.Optimizer):
+    """Has its step size in its groups, and finds it out; knows nothing else."""
+
+    elementwise = True
+
+    def __init__(self, params: Any, lr: float, d0: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "d": d0, "seen": [0, None]})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["d"] *= 1.2
+            group["seen"][:] = [group["seen"][0] + 1, group["d"]]
+            factor = group["lr"] * group["d"] / group["seen"][0]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(factor * self.direction(parameter))
+
+    def direction(self, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        return parameter.grad
+
+
+class ListState(GroupState):
+    """Has a list of moments for each parameter, a number, and nothing in a slot of its own."""
+
+    def direction(self, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["steps"] = 0
+            state["moments"] = [torch.zeros_like(parameter) for _ in range(2)]
+        state["steps"] += 1
+        for moment, decay in zip(state["moments"], (0.5, 0.9), strict=True):
+            moment.mul_(decay).add_(parameter.grad, alpha=1 - decay)
+        first, second = state["moments"]
+        return first / (1 - 0.5 ** state["steps"]) + second
+
+
+class TwoWeights(GroupState):
+    """Trains with other weights than it evaluates with."""
+
+    def direction(self, parameter: Tensor) -> Tensor:
+        slow = self.state[parameter].setdefault("slow", parameter.detach().clone())
+        slow.lerp_(parameter, 0.3)
+        return super().direction(parameter)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        self._move(0.7)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        self._move(1 - 1 / (1 - 0.7))
+
+    def _move(self, weight: float) -> None:
+        for parameter, state in self.state.items():
+            if state:
+                parameter.lerp_(state["slow"], weight)
 
 
 class Site:
@@ -161,14 +267,14 @@ def config_of(
     precision: str = "32-true",
     strategy: str = "ddp",
     scheduler: str = "constant",
-    optimizer: str = "adamw",
-    model: str = "Noisy",
+    optimizer: str = "slots",
+    model: str = "statistics",
     epochs: int = EPOCHS,
 ) -> dict[str, Any]:
     """Return the tables of a config."""
     return {
         "run": {"name": name, "directory": f"{folder}/runs"},
-        "model": {"use": f"resume_cases:{model}"},
+        "model": {"use": f"resume_cases:{MODELS.get(model, model)}"},
         "task": {"use": "classification", "inputs": ["x"], "target": "y"},
         "data": {
             "train": f"{folder}/data",
@@ -177,7 +283,7 @@ def config_of(
             "micro_batch_size": 3,  # several passes a step, at every number of ranks
             "lanes": 16,
         },
-        "optimizer": {"use": optimizer, "lr": 0.01},
+        "optimizer": {"use": OPTIMIZERS.get(optimizer, optimizer), "lr": 0.01},
         "scheduler": {"use": scheduler, **SCHEDULERS[scheduler]},
         "checkpoint": {
             "every_epochs": 1,
@@ -192,8 +298,8 @@ def config_of(
             "strategy": strategy,
             "clip_norm": 1.0,
             "evaluate_every_steps": 4,
-            "ema_decay": 0.9,
             "bucket_mb": 0.0005,
+            **({} if optimizer == "two sets of weights" else {"ema_decay": 0.9}),
         },
     }
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.raw import difference, raw_tensors, write_raw
+from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.checkpoint.tools import compared, export, listed, verified
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ExitCode
+from hpctrain.training.warm_start import read_weights
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -109,6 +112,30 @@ def test_an_export_loads_anywhere(run: Path, tmp_path: Path, average: bool) -> N
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_weights_to_evaluate_with_are_those_that_leave(tmp_path: Path) -> None:
+    """Where the optimizer trains with others: exported, said so, and begun from."""
+    run = tmp_path / "run"
+    second = {"evaluation/weight": net(1)["weight"] + 1}
+    store = CheckpointStore(
+        run, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    )
+    for step, training in ((1, {}), (2, second)):
+        store.save(Snapshot(step=step, model=net(1), training=training, values={}, config_toml=""))
+        store.finish()
+    first, last = sorted((run / "checkpoints").iterdir())
+    target = tmp_path / "weights.safetensors"
+    assert "training weights of step 1" in export(first, target)
+    assert "evaluation weights of step 2" in export(run, target)
+    with safe_open(target, framework="pt") as file:
+        assert file.metadata()["weights"] == "evaluation"
+    for found in (load_file(target), read_weights(last)):
+        for name, tensor in net(1).items():
+            right = second["evaluation/weight"] if name in ("weight", "tied") else tensor
+            assert torch.equal(found[name], right), name
+    assert "evaluation weights too" in listed(run).splitlines()[2]
+    assert torch.equal(load(last).model["weight"], net(1)["weight"])  # what a run goes on from
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+import schedulefree
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpctrain.checkpoint.layout import MODEL, TRAINING
 from hpctrain.checkpoint.parts import Spread, part_name, rows_of
@@ -103,6 +105,34 @@ def test_rows_are_found_whoever_has_written_them() -> None:
             joined = torch.cat(found) if found else tensor[:0]
             assert torch.equal(joined, tensor[first:stop])
     assert part_name(MODEL, 3) == "model-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        schedulefree.AdamWScheduleFree,
+        schedulefree.RAdamScheduleFree,
+        schedulefree.SGDScheduleFree,
+        torch.optim.NAdam,
+    ],
+)
+def test_rows_are_trained_as_the_whole(kind: Any) -> None:
+    refuse_whole_tensors(kind([nn.Parameter(torch.zeros(1))], lr=0.1))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 5, generator=generator)
+    gradients = [torch.randn(6, 5, generator=generator) for _ in range(8)]
+
+    def trained(first: int, stop: int) -> Tensor:
+        rows = nn.Parameter(start[first:stop].clone())
+        optimizer = kind([rows], lr=0.1)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        for gradient in gradients:
+            rows.grad = gradient[first:stop].clone()
+            optimizer.step()
+        return rows.detach()
+
+    assert torch.equal(torch.cat([trained(0, 2), trained(2, 6)]), trained(0, 6))
 
 
 class Mine(torch.optim.SGD):

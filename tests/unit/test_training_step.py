@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,6 +223,13 @@ def test_a_refused_first_step_leaves_nothing_behind(
         step(batch(), 0.02)
         results.append([item.tolist() for item in step.model.parameters()])
     assert all(result == results[0] for result in results)
+
+
+def test_weights_are_not_averaged_twice() -> None:
+    model = MLP(6, 3)
+    assert make_step(model, optimizer=schedulefree.AdamWScheduleFree).evaluation is not None
+    with pytest.raises(ConfigError, match="ema_decay: AdamWScheduleFree averages weights by"):
+        make_step(model, optimizer=schedulefree.AdamWScheduleFree, ema_decay=0.9)
 
 
 def test_optimizers_that_cannot_serve_are_refused() -> None:

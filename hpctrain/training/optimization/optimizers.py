@@ -21,6 +21,10 @@ _ELEMENTWISE = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
+# The same of others' packages; compared in tests/unit/test_training_sharding.py.
+_ELEMENTWISE_OF_OTHERS = {
+    ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
+}
 # Who names one of these has chosen an implementation.
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
@@ -104,13 +108,15 @@ def refuse_whole_tensors(optimizer: Optimizer) -> None:
         ConfigError: if the optimizer is not known to work element by element.
     """
     kind = type(optimizer)
-    known = kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE
+    known = (kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE) or (
+        (kind.__module__.partition(".")[0], kind.__name__) in _ELEMENTWISE_OF_OTHERS
+    )
     if not (known or getattr(kind, "elementwise", False)):
         raise ConfigError(
             f'[optimizer] use: with training.strategy = "fsdp" each rank has some rows of every '
             f"parameter, and {kind.__name__} is not known to update each element by itself. Those "
             f"of torch that do are {', '.join(sorted(_ELEMENTWISE))}; a class of your own says so "
-            "by the attribute elementwise = True"
+            'by the attribute elementwise = True. With "ddp" any of them trains'
         )
 
 
