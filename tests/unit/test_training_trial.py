@@ -17,7 +17,7 @@ from hpctrain.models.transformer import Transformer
 from hpctrain.training.language_modeling import LanguageModeling
 from hpctrain.training.regression import Regression
 from hpctrain.training.step.sharding import find_units
-from hpctrain.training.step.trial import find_unfit
+from hpctrain.training.step.trial import try_out
 from hpctrain.training.task import Classification
 
 WIDTH = 6
@@ -130,7 +130,7 @@ TASK = Regression(["x"], "z")
 def units(model: nn.Module, task: Any, *patterns: str) -> list[str]:
     before = {name: item.clone() for name, item in model.state_dict().items()}
     generator = torch.get_rng_state()
-    unfit = find_unfit(WORLD, model, task, ROW)
+    unfit = try_out(WORLD, model, task, ROW).unfit
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(before[name], item) for name, item in model.state_dict().items())
     return find_units(model, patterns, unfit)
@@ -185,3 +185,67 @@ def test_a_model_that_cannot_be_tried_is_taken_as_it_is() -> None:
             raise RuntimeError("not on this device")
 
     assert units(Broken(), TASK) == ALL
+
+
+class Follower(nn.Module):
+    """A teacher that follows in one of the ways that people write."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.teacher.requires_grad_(False)
+        self.how = how
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        mine, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+        if self.how == "foreach":
+            torch._foreach_lerp_(mine, theirs, 0.5)
+        elif self.how == "load":
+            self.teacher.load_state_dict(self.student.state_dict())
+        elif self.how == "out":
+            for ours, other in zip(mine, theirs, strict=True):
+                torch.lerp(ours, other, 0.5, out=ours)
+        else:
+            for ours, other in zip(mine, theirs, strict=True):
+                if self.how == "lerp_":
+                    ours.lerp_(other, 0.5)
+                elif self.how == "data":
+                    ours.data = ours.data * 0.5 + other.data * 0.5
+                elif self.how == "data in place":
+                    ours.data.mul_(0.5).add_(other.data, alpha=0.5)
+                elif self.how == "detached":
+                    ours.detach().copy_(other)
+                elif self.how == "items":
+                    ours[:] = 0.5 * ours + 0.5 * other
+                else:
+                    ours *= 0.5  # noqa: PLW2901
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how != "not at all":
+            self.follow()
+        output: Tensor = self.student(x) + self.teacher(x)
+        return output
+
+
+WAYS = ("lerp_", "data", "data in place", "detached", "items", "operator", "foreach", "load", "out")
+
+
+@pytest.mark.parametrize("how", [*WAYS, "not at all"])
+def test_parameters_that_a_forward_pass_changes_are_found(how: str) -> None:
+    found = try_out(WORLD, Follower(how), TASK, ROW)
+    assert found.moved == (["teacher.bias", "teacher.weight"] if how in WAYS else [])
+
+
+def test_an_embedding_that_bounds_its_rows_changes_them() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(11, WIDTH, max_norm=0.1)
+
+        def forward(self, t: Tensor) -> Tensor:
+            output: Tensor = self.words(t).mean(1)
+            return output
+
+    found = try_out(WORLD, Words(), Classification(["t"], "y"), ROW)
+    assert found.moved == ["words.weight"]

@@ -134,6 +134,7 @@ class _Watch(TorchFunctionMode):
         self._running: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self._passes: list[Counter[str]] = []
+        self._versions = {name: item._version for name, item in model.named_parameters()}
         self._model = model
         self._holders: dict[int, tuple[str, list[str]]] = {}
         names = {id(item): name for name, item in model.named_parameters()}
@@ -149,7 +150,12 @@ class _Watch(TorchFunctionMode):
                 module.register_forward_hook(functools.partial(self._leave, name), always_call=True)
 
     def end_pass(self) -> None:
-        """Take note that a pass is over."""
+        """Take note that a pass is over, and of what has changed inside of torch's functions."""
+        self.moved |= {
+            name
+            for name, item in self._model.named_parameters()
+            if item._version != self._versions.get(name, item._version)
+        }
         self._passes.append(self._calls)
         self._calls = Counter()
 
