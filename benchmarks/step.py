@@ -133,9 +133,10 @@ class Job:
         self.stop = StopAgreement(world.communicator, lambda: 0)
         rank_zero = None
         if world.topology.is_rank_zero:
-            store: Any = SimpleNamespace()
+            nothing: Any = SimpleNamespace()
             rank_zero = RankZero(
-                store=store,
+                folder=nothing,
+                store=nothing,
                 save_clock=SaveClock(0.0, lambda: False),
                 writer=MetricsWriter(folder, None),
                 progress=Progress(TOTAL_STEPS, mode="lines", write=lambda _: None),
