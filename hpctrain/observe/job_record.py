@@ -63,7 +63,9 @@ class JobRecord:
         """
         try:
             self._folder.mkdir(exist_ok=True)
-            taken = [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdigit()]
+            taken = [
+                int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdecimal()
+            ]
         except OSError as error:
             logger.warning("this job leaves no record: %s: %s", self._folder, error.strerror)
             return
@@ -79,8 +81,7 @@ class JobRecord:
     def modules(self) -> Modules | None:
         """Return those modules; None where their files cannot be read soon."""
         reading, self._reading = self._reading, None
-        if reading is not None:  # waited for once, not at every save
-            reading.join(_PATIENCE_SECONDS)
+        _wait(reading)  # once, not at every save
         return self._modules
 
     def checkpoint_note(self) -> dict[str, Any]:
@@ -89,11 +90,11 @@ class JobRecord:
 
     def end(self, **facts: Any) -> None:
         """Note how the job has ended. Waits only a moment for what is still being gathered."""
-        if self._gathering is None:
+        if self.number is None:
             return
         self.modules()
-        self._gathering.join(_PATIENCE_SECONDS)
-        _started(lambda: self._add(end=timestamp(), **facts)).join(_PATIENCE_SECONDS)
+        _wait(self._gathering)
+        _wait(_started(lambda: self._add(end=timestamp(), **facts)))
 
     def _note_surroundings(self) -> None:
         self._add(
@@ -129,8 +130,12 @@ def timestamp(seconds: float | None = None) -> str:
     return moment.astimezone().isoformat(timespec="seconds")
 
 
-def _started(*works: Callable[[], None]) -> threading.Thread:
-    """Do works in a thread that the job may leave behind; where one fails, that is only told."""
+def _started(*works: Callable[[], None]) -> threading.Thread | None:
+    """Do works in a thread that the job may leave behind; where one fails, that is only told.
+
+    Returns:
+        The thread; None where there can be no more of them.
+    """
 
     def run() -> None:
         for work in works:
@@ -141,5 +146,14 @@ def _started(*works: Callable[[], None]) -> threading.Thread:
                     logger.warning("the record of this job is not complete: %s", error)
 
     thread = threading.Thread(target=run, name="hpctrain-record", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # a limit of processes
+        logger.warning("the record of this job is not complete: %s", error)
+        return None
     return thread
+
+
+def _wait(thread: threading.Thread | None) -> None:
+    if thread is not None:
+        thread.join(_PATIENCE_SECONDS)

@@ -290,6 +290,21 @@ def test_nothing_that_goes_wrong_is_more_than_a_warning(
     assert "git" in read(tmp_path, 1)  # the rest is there
 
 
+def test_a_limit_of_threads_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    record = JobRecord(tmp_path)
+    record.begin({})
+    record.note_modules()
+    assert record.checkpoint_note() == {"job": 1, "modules": None}
+    record.end(reason="complete")
+    assert "not complete: can't start new thread" in caplog.text
+
+
 def test_no_job_waits_for_what_hangs(
     my_module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
