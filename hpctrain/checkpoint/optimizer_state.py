@@ -146,8 +146,10 @@ class OptimizerState:
         pairs = []
         for slot, value in content.items():
             if isinstance(value, Tensor) and type(slot) is str and "/" not in slot:
-                require_savable(f"{slot} of {name}", value)
-                if not facts(value):
+                is_like = _is_like(value, parameter)  # of thousands most are, and that is quick
+                if not is_like:
+                    require_savable(f"{slot} of {name}", value)
+                if is_like or not facts(value):
                     tensors[f"{SLOTS}{name}/{slot}"] = value.detach()
                     continue
             where = f"{PARTS}{name}/{str(slot).replace('/', '|')}"
@@ -218,6 +220,19 @@ def _put(slots: dict[Any, Any], content: Mapping[Any, Any]) -> None:
         del slots[slot]
     for slot, value in content.items():
         assign(slots, slot, value)
+
+
+def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
+    """Tell whether a tensor is another plain one that lies where and as its parameter does."""
+    return (
+        type(tensor) is Tensor
+        and tensor is not parameter
+        and tensor.dtype is parameter.dtype
+        and tensor.device == parameter.device
+        and tensor.layout is torch.strided
+        and tensor.stride() == parameter.stride()
+        and tensor.shape == parameter.shape
+    )
 
 
 def _is_usual(tensor: Tensor, parameter: Tensor | None) -> bool:
