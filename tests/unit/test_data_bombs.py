@@ -16,6 +16,7 @@ from hpctrain.data import open_dataset
 from hpctrain.data.finding.view import Part
 from hpctrain.data.reading.axis_access import AxisAccess
 from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import DatasetError
 
 ROWS, WIDTH = 4, 1024
@@ -92,9 +93,9 @@ def test_chunks_of_other_sizes(tmp_path: Path, chain: str) -> None:
         write(path, chain, chunk_of(tmp_path / "chunk.h5", chain, values))
         with pytest.raises(DatasetError) as caught:
             read_bounded(path)
-        place = f'{path}: field "x", row 2: the chunk of the rows up to 2 is damaged: it '
+        place = f'{path}: field "x", row 2: a chunk of the rows up to 2 is damaged: it '
         assert str(caught.value).startswith(place)
-        with pytest.raises(DatasetError, match=r'"x", row 5: one of the chunks .* is damaged: it '):
+        with pytest.raises(DatasetError, match=r'"x", row 5: a chunk .* is damaged: it '):
             read_columns(path)
 
 
@@ -102,7 +103,7 @@ def test_chunks_of_other_sizes(tmp_path: Path, chain: str) -> None:
 def test_chunks_that_are_too_large_in_the_file(tmp_path: Path, chain: str) -> None:
     path = tmp_path / "a.h5"
     write(path, chain, bytes(8 * LARGE))
-    with pytest.raises(DatasetError, match=r'field "x", row 2: the chunk .* is damaged: it is 16,'):
+    with pytest.raises(DatasetError, match=r'field "x", row 2: a chunk .* is damaged: it is 16,'):
         read_bounded(path)
 
 
@@ -120,7 +121,7 @@ def test_a_large_chunk_beside_one_that_was_never_written(tmp_path: Path) -> None
     assert content.reshape(-1, WIDTH)[:, 0].tolist() == [1, 1, 2, 7, 2, 7, 7, 7]
     with h5py.File(path, "r+") as file:
         file["x"].id.write_direct_chunk((2, 0), chunk)
-    with pytest.raises(DatasetError, match=r'field "x", row 2: the chunk .* is damaged: it'):
+    with pytest.raises(DatasetError, match=r'field "x", row 2: a chunk .* is damaged: it'):
         read_bounded(path)
 
 
@@ -134,7 +135,7 @@ def test_two_chunks_that_make_up_for_each_other(tmp_path: Path, chain: str) -> N
         for row, size in enumerate(sizes):
             chunk = chunk_of(tmp_path / "chunk.h5", chain, size)
             file["x"].id.write_direct_chunk((row, 0), chunk)
-    with pytest.raises(DatasetError, match=r'field "x", row 0: the chunk .* is damaged: it becom'):
+    with pytest.raises(DatasetError, match=r'field "x", row 0: a chunk .* is damaged: it becom'):
         read_rows(open_dataset(str(path)), np.arange(ROWS))
 
 
@@ -149,3 +150,38 @@ def test_a_filter_whose_values_ask_for_more(tmp_path: Path) -> None:
     path.write_bytes(content.replace(values, damaged))
     with pytest.raises(DatasetError, match=r'field "x", row 0: .* it asks for 16,777,216 bytes'):
         read_bounded(path)
+
+
+@pytest.mark.parametrize("way", ["user block", "many chunks", "numbers to convert"])
+def test_what_hdf5_reads_is_checked_before(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "many chunks":
+        monkeypatch.setattr("hpctrain.data.reading.chunks.MOST_CHUNKS", 2)
+    kind = h5py.h5t.STD_I64LE.copy()
+    if way == "numbers to convert":
+        kind.set_precision(48)
+    path = tmp_path / "a.h5"
+    chunk = chunk_of(tmp_path / "chunk.h5", "gzip", LARGE)
+    with h5py.File(path, "w", userblock_size=512 if way == "user block" else 0) as file:
+        space = h5py.h5s.create_simple((ROWS, WIDTH))
+        made = h5py.h5d.create(file.id, b"x", kind, space, properties_of("gzip", (1, WIDTH)))
+        made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ones((ROWS, WIDTH), np.int64))
+    assert (read_rows(open_dataset(str(path)), np.arange(ROWS))["x"] == 1).all()
+    with h5py.File(path, "r+") as file:
+        file["x"].id.write_direct_chunk((2, 0), chunk)
+    with pytest.raises(DatasetError, match=r'field "x", row \d: a chunk .* is damaged: it becomes'):
+        read_bounded(path)
+
+
+def test_what_is_packed_is_checked_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path, "shuffle+gzip", chunk_of(tmp_path / "chunk.h5", "shuffle+gzip", WIDTH))
+    source = open_source([f"x={path}:x"], Reading())
+    assert source.read(np.arange(ROWS))["x"][:, 0].tolist() == [1, 1, 0, 1]
+    source.close()
+    write(path, "shuffle+gzip", chunk_of(tmp_path / "chunk.h5", "shuffle+gzip", LARGE))
+    source = open_source([f"x={path}:x"], Reading())
+    with few_bytes(), pytest.raises(DatasetError, match=r'"x", row 0: this file .*: it becomes mo'):
+        source.read(np.arange(ROWS))
+    source.close()

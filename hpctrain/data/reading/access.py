@@ -26,6 +26,7 @@ from hpctrain.data.reading.chunk_reading import (
     in_plain_chunks,
 )
 from hpctrain.data.reading.chunks import ChunkedField
+from hpctrain.data.reading.damage import DamagedChunkError, damaged_rows
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.extents import ExtentReader, Extents
 from hpctrain.data.reading.handles import (
@@ -39,6 +40,7 @@ from hpctrain.data.reading.handles import (
 from hpctrain.data.reading.helpers import Helpers, ThreadMemory
 from hpctrain.data.reading.outputs import InRuns, Output, Scattered
 from hpctrain.data.reading.pieces import Bytes, Pieces
+from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.data.storage import HDF5_FAILURES, INSTALL
 from hpctrain.errors import DatasetError
 
@@ -76,6 +78,7 @@ class RowAccess:
         self._offsets = {name: _offsets(dataset, name) for name in dataset.fields}
         self._extents = ExtentReader(self.helpers)
         self._chunks = ChunkReader(self.helpers)
+        self._sound = SoundChunks()
         self._staging = ThreadMemory()
         self._told: set[str] = set()
         self._shards: Handles[OpenShard] = Handles(
@@ -237,10 +240,7 @@ class RowAccess:
             return self._chunks.read(jobs, output)
         except DamagedRowsError as error:
             path = self._locate(self.dataset.shards[error.shard].path)
-            raise DatasetError(
-                f'{path}: field "{name}", row {error.first}: the chunk of the rows up to '
-                f"{error.last} is damaged: {error}. Bring the file back, or write it anew"
-            ) from error
+            raise damaged_rows(path, name, (error.first, error.last), error) from error
 
     def _descriptors(self, opened: dict[int, OpenShard | None]) -> Int64s:
         """Return the descriptor of every shard, -1 for those that are not open."""
@@ -262,6 +262,9 @@ class RowAccess:
         shard, field = self.dataset.shards[index], self.dataset.fields[name]
         try:
             self._read_part(shard, name, field, first, out)
+        except DamagedChunkError as error:
+            path = self._locate(shard.path)
+            raise damaged_rows(path, name, (first, first + len(out) - 1), error) from error
         except HDF5_FAILURES as error:
             # Those of h5py have no number, and are not always OSErrors.
             what = getattr(error, "strerror", None) or error
@@ -296,6 +299,7 @@ class RowAccess:
         """Fill `out` through h5py, which converts to the native byte order as it reads."""
         rows = out.view(field.dtype.newbyteorder("=")).reshape(len(out), *field.shape)
         dataset = self._files.get(shard)[name]
+        self._sound.require(dataset, 0, first, first + len(out))
         dataset.read_direct(rows, source_sel=np.s_[first : first + len(out)])
 
 

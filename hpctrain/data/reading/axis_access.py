@@ -14,11 +14,12 @@ from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.finding.view import Part
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, most_open_files
-from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
+from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError, damaged_rows
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
 from hpctrain.data.reading.helpers import ThreadMemory
 from hpctrain.data.reading.pieces import Bytes
+from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.data.reading.staged import scatter_by_runs
 from hpctrain.data.reading.vectors import MOST_VECTORS
 from hpctrain.data.storage import HDF5_FAILURES
@@ -35,6 +36,7 @@ class AxisAccess:
         """Prepare; no file is opened yet. `locate` is as RowAccess takes it."""
         self.dataset = part.dataset
         self._axis = part.axis
+        self._sound = SoundChunks()
         self._staging = ThreadMemory()
         self._raw, self._decoded = ThreadMemory(), ThreadMemory()
         self._shards: Handles[OpenShard] = Handles(
@@ -88,6 +90,9 @@ class AxisAccess:
                 self._read_by_hdf5(shard, name, first, values)
             target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
             target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)
+        except DamagedChunkError as error:
+            last = first + len(out) - 1
+            raise damaged_rows(shard.path, name, (first, last), error) from error
         except HDF5_FAILURES as error:
             what = getattr(error, "strerror", None) or error
             raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
@@ -136,7 +141,7 @@ class AxisAccess:
             False if that is for HDF5 to do.
 
         Raises:
-            DatasetError: if a chunk becomes other than its shape and dtype say.
+            DamagedChunkError: if a chunk becomes other than its shape and dtype say.
         """
         opened = self._shards.get(shard)
         chunks = opened.chunked.get(name)
@@ -156,17 +161,12 @@ class AxisAccess:
                 values[part.target] = chunks.decoded(part, raw, self._decoded)
             except UndecodableError:
                 return False  # HDF5 meets it again, and says what and where
-            except DamagedChunkError as error:
-                raise DatasetError(
-                    f'{shard.path}: field "{name}", row {first}: one of the chunks of the rows up '
-                    f"to {box[self._axis][1] - 1} is damaged: {error}. Bring the file back, or "
-                    "write it anew"
-                ) from error
         return True
 
     def _read_by_hdf5(self, shard: Shard, name: str, first: int, values: npt.NDArray[Any]) -> None:
         dataset = self._files.get(shard)[name]
         last = first + values.shape[self._axis]
+        self._sound.require(dataset, self._axis, first, last)
         rows = (*(slice(None),) * self._axis, slice(first, last))
         dataset.read_direct(values, source_sel=rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpctrain.data.reading.pieces import Bytes
+from hpctrain.errors import DatasetError
 
 
 class UndecodableError(Exception):
@@ -19,6 +20,15 @@ class DamagedChunkError(Exception):
     """
 
     number = 0
+
+
+def damaged_rows(path: str, name: str, rows: tuple[int, int], error: Exception) -> DatasetError:
+    """Return what to tell of a damaged chunk of some rows, the first and the last of them."""
+    first, last = rows
+    return DatasetError(
+        f'{path}: field "{name}", row {first}: a chunk of the rows up to {last} is damaged: '
+        f"{error}. Bring the file back, or write it anew"
+    )
 
 
 def too_much(room: Bytes) -> DamagedChunkError:

@@ -17,6 +17,7 @@ from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
 from hpctrain.data.file_order import in_order
 from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
 from hpctrain.data.sources.source import Arrays, identity_of, native, reading
 from hpctrain.errors import DatasetError
@@ -67,7 +68,9 @@ class Table:
     columns: Mapping[str, Sequence[Part]]
     to_decode: frozenset[str] = frozenset()
     # One open array a column: reading goes through the files in their order.
-    _open: dict[str, tuple[Part, Any]] = field(default_factory=dict, compare=False, repr=False)
+    _open: dict[str, tuple[Part, Any, SoundChunks]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Check that the parts fit together.
@@ -172,26 +175,28 @@ class Table:
         for part, coding in zip(parts, codings, strict=True):
             i, j = np.searchsorted(rows, (begin, begin + part.rows))
             if i < j:
-                array = self._array(name, part)
+                array, sound = self._array(name, part)
                 if out is None:  # only now is it sure that the file holds what it says
                     out = np.empty((len(rows), *about.shape), about.dtype)
-                for span, values in _read_spans(name, part, array, rows[i:j] - begin):
+                for span, values in _read_spans(name, part, array, sound, rows[i:j] - begin):
                     out[places[i:j][span]] = _values(values, coding, about.dtype)
             begin += part.rows
         assert out is not None, "no rows were asked for"
         return out
 
-    def _array(self, name: str, part: Part) -> Any:
+    def _array(self, name: str, part: Part) -> tuple[Any, SoundChunks]:
+        """Return an array, opened, and what is known of its chunks if it is one of HDF5."""
         kept = self._open.get(name)
         if kept is not None and kept[0] is part:
-            return kept[1]
+            return kept[1:]
         if kept is not None:
             close_array(kept[1])
         array = open_array(part.path, part.key)
         if array.shape != part.facts.shape:
             raise DatasetError(f"{part.path}: the file has changed while it was packed")
-        self._open[name] = (part, array)
-        return array
+        sound = SoundChunks()
+        self._open[name] = part, array, sound
+        return array, sound
 
     def _require_equal_rows(self) -> None:
         """Check that the columns are equally long, also within every file that several share."""
@@ -210,7 +215,7 @@ class Table:
 
 
 def _read_spans(
-    name: str, part: Part, array: Any, rows: Int64s
+    name: str, part: Part, array: Any, sound: SoundChunks, rows: Int64s
 ) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
     """Yield ascending rows of one array: which of them, and their values."""
     if not isinstance(array, h5py.Dataset):
@@ -222,6 +227,7 @@ def _read_spans(
         first, last = int(rows[begin]), int(rows[stop - 1])
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
         with reading(f'{part.path}: field "{name}", row {first}'):
+            sound.require(array, part.axis, first, last + 1)
             values = array[selection]
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
 
