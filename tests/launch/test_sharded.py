@@ -48,7 +48,7 @@ def passed(ranks: int, body: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_step_is_as_with_ddp(ranks: int) -> None:
-    assert "passed 9" in passed(ranks, "sharded.py")
+    assert "passed 10" in passed(ranks, "sharded.py")
 
 
 @pytest.mark.parametrize("ranks", [3])

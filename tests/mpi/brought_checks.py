@@ -178,4 +178,38 @@ def check_what_would_drift_apart_is_refused(world: World, *, sharded: bool = Fal
         raise AssertionError("nothing was said")
 
 
-CHECKS = [check_models_train_as_in_a_plain_loop, check_what_would_drift_apart_is_refused]
+class Unseen(nn.Module):
+    """Changes a parameter behind torch's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(FEATURES, 5)
+        self.scale = nn.Parameter(torch.ones(FEATURES), requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        output: Tensor = self.net(features * self.scale)
+        numbers = self.scale.detach().numpy() if type(self.scale) is nn.Parameter else None
+        if numbers is not None:
+            numbers *= 0.5
+        return output
+
+
+def check_changes_that_would_be_lost_are_refused(world: World, *, sharded: bool = False) -> None:
+    spread = sharded and world.topology.world_size > 1
+    try:
+        step = build(world, Unseen(), "32-true", sharded=sharded)
+    except TrainingError as error:
+        assert spread
+        assert "the forward pass changes the parameters scale, and with" in str(error)
+    else:
+        assert not spread
+        step(batch_of(world, samples(28)), lr=0.01)
+        assert step.model.scale.tolist() == [0.5] * FEATURES
+
+
+CHECKS = [
+    check_changes_that_would_be_lost_are_refused,
+    check_models_train_as_in_a_plain_loop,
+    check_what_would_drift_apart_is_refused,
+]

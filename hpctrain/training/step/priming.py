@@ -113,7 +113,7 @@ def _first_pass(
 
     hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
     try:
-        with arithmetic, explained(explain, fields):
+        with arithmetic, explained(explain, fields), replica.refused_lost_changes():
             result = replica.call(task.loss, fields)
         loss_sum = _checked(result, task, fields)
         replica.backward(loss_sum, torch.zeros_like(loss_sum))

@@ -171,6 +171,10 @@ class Replica:
     def settle(self) -> None:
         """Do nothing: a pass leaves nothing behind that the next one could stumble over."""
 
+    def refused_lost_changes(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: what a pass changes is changed."""
+        return nullcontext()
+
     def watched(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that autograd gives gradients to."""
         return [(name, item) for name, item in self.named_parameters() if item.requires_grad]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from hpctrain.launch.world import World
 from hpctrain.training.step.broadcast import as_bytes
 from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
+from hpctrain.training.step.lost_changes import refused_lost_changes
 from hpctrain.training.step.plain_names import PlainNames
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.sharding import find_units
@@ -33,9 +33,6 @@ from hpctrain.training.step.trial import Findings
 from hpctrain.training.step.unit_format import unit_policy
 from hpctrain.training.step.unused import UnusedParameters, Uses
 from hpctrain.training.step.whole import WholeParameters, common_dtype
-from hpctrain.utils.text import listed
-
-logger = logging.getLogger("hpctrain")
 
 
 class Shards:
@@ -99,7 +96,8 @@ class Shards:
                 "spread: it is a number without dimensions, complex, of another dtype than most, "
                 "or changed by forward passes. Leave cpu_offload out, or use ddp"
             )
-        self._tell_whole()
+        if not self.rank:
+            self._whole.report()
         self._plain = plain = PlainNames(model)
         self.shapes = {
             plain(name): tuple(item.shape)
@@ -160,17 +158,6 @@ class Shards:
         self.call: Call = self._order.watched(callee)
         self.call_alone: Call = self.call
         self._modules = list(model.modules())
-
-    def _tell_whole(self) -> None:
-        """Say which parameters every rank has, though it could have some rows of them."""
-        whole = self._whole.with_rows()
-        if whole and self.rank == 0:
-            logger.warning(
-                "fsdp: every rank holds all of %s (%.1f MB): complex, of another dtype than "
-                "most, or changed by forward passes",
-                listed(list(whole)),
-                sum(item.numel() * item.element_size() for item in whole.values()) / 1e6,
-            )
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return this rank's rows of every parameter, by plain names."""
@@ -275,6 +262,10 @@ class Shards:
             TrainingError: on every rank, if these are not the same.
         """
         self._order.agree()
+
+    def refused_lost_changes(self) -> AbstractContextManager[None]:
+        """Return the context of a pass that must not change what is gathered."""
+        return refused_lost_changes(self.model, self._units, list(self._whole.named))
 
     def count_uses(self, counts: bool) -> None:
         """Say whether the backward passes that follow are of samples."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.training.step.update import real_view
+from hpctrain.utils.text import listed
+
+logger = logging.getLogger("hpctrain")
 
 
 def common_dtype(model: nn.Module) -> torch.dtype:
@@ -58,9 +62,16 @@ class WholeParameters:
             item.data = item.data.to(device)
         self._world_size = world_size
 
-    def with_rows(self) -> Mapping[str, Tensor]:
-        """Return those that have rows, by name."""
-        return {name: item for name, item in self.named.items() if item.ndim}
+    def report(self) -> None:
+        """Say which of them could have been spread, were they like most."""
+        found = {name: item for name, item in self.named.items() if item.ndim}
+        if found:
+            logger.warning(
+                "fsdp: every rank holds all of %s (%.1f MB): complex, of another dtype than most, "
+                "or changed by forward passes",
+                listed(list(found)),
+                sum(item.numel() * item.element_size() for item in found.values()) / 1e6,
+            )
 
     def clear_gradients(self) -> None:
         """Forget their gradients."""
