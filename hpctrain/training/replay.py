@@ -60,7 +60,8 @@ class Replay:
 
         def record(call: int, run: Callable[[], Any]) -> Any:
             computed = run()
-            self._outputs.append(tree_map(_wide, computed))
+            # Copies: a model may return what it writes to again.
+            self._outputs.append(tree_map(_copied, computed))
             return computed
 
         with self._answering(record):
@@ -192,6 +193,10 @@ def _is_floating(leaf: Any) -> bool:
 
 def _largest(numbers: Tensor) -> float:
     return numbers.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+
+
+def _copied(leaf: Any) -> Any:
+    return _wide(leaf).clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _wide(leaf: Any) -> Any:

@@ -201,7 +201,7 @@ OF_BATCHES: dict[str, Any] = {
 def test_a_metric_of_batches_is_found_in_any_precision(
     name: str, precision: Any, world: World, model: nn.Module, fields: dict[str, Tensor]
 ) -> None:
-    with pytest.raises(TrainingError, match=r'"m" depends on how the data are cut .* 5 and 11'):
+    with pytest.raises(TrainingError, match=r'"m" depends on how the data are cut .* 4 and 12'):
         rehearsed(Returning(OF_BATCHES[name]), model, fields, world, precision)
 
 
@@ -304,11 +304,29 @@ def test_models_are_tried_as_they_are(world: World, fields: dict[str, Tensor]) -
         rehearsed(Classification(["x"], "y"), coupling, fields, world, "32-true")
 
 
+def test_a_task_of_whole_batches_is_told_of_it(
+    world: World, model: nn.Module, fields: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    def pairs(output: Tensor, label: Tensor) -> Any:
+        first, second = output.view(-1, 2, CLASSES).unbind(1)
+        return (first - second).square().sum(), len(label)
+
+    rehearsed(Returning(pairs), model, fields, world, "32-true")  # parts are even
+    assert not caplog.text
+    whole = Returning(lambda o, y: (o.view(16 * CLASSES).sum(), len(y)))
+    rehearsed(whole, model, fields, world, "32-true")
+    assert "takes 16 rows, but no part of them (RuntimeError: " in caplog.text
+
+
 def test_a_rehearsal_leaves_no_trace(
     world: World, model: nn.Module, fields: dict[str, Tensor]
 ) -> None:
     model.register_buffer("calls", torch.zeros(()))
-    model.register_forward_hook(lambda module, _, __: module.calls.add_(1))
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        module.calls.add_(1)
+
+    model.register_forward_hook(count)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     rehearsed(Returning(OF_SAMPLES["drawn"]), model, fields, world, "32-true")
