@@ -18,7 +18,7 @@
 #BSUB -P my_account
 # EDIT: Nodes x 4 ranks; 8 are 2 nodes.
 #BSUB -n 8
-# So many ranks a node, each bound to its own CPUs.
+# One rank a GPU, each with its own CPUs: for its reader thread too.
 #BSUB -R "span[ptile=4] affinity[core(8)]"
 # GPUs of each node, visible to all of its ranks.
 #BSUB -gpu "num=4/host"
@@ -39,6 +39,10 @@ python=(python)
 
 # Threads of a rank: of its own CPUs, also where the launcher does not bind it to them.
 export OMP_NUM_THREADS=8
+# The first job's name, and the number of this one among those that go on from it: what the config
+# asks for once, as by checkpoint.resume = "never", only the first of them does.
+export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-lsf-${LSB_JOBID:-$$}}
+export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
@@ -70,6 +74,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  bsub <jobs/lsf.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
+  HPCTRAIN_ATTEMPT=$((HPCTRAIN_ATTEMPT + 1)) bsub <jobs/lsf.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

@@ -40,6 +40,7 @@ class Outcome:
         first_step: the step at which the last of them began.
         job: the last of them, as its batch system names it.
         save_seconds: what a save takes here, 0 if unknown.
+        token: names the chain of jobs that the last one belongs to, None outside of any.
         skipped_steps: steps of the run up to the last job's end that were not applied.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     first_step: int = 0
     job: str | None = None
     save_seconds: float = 0.0
+    token: str | None = None
     skipped_steps: int = 0
     time: str = ""
 

@@ -61,6 +61,15 @@ def scheduler_of(environ: Environment) -> Scheduler | None:
     return next((item for item in SCHEDULERS if environ.get(item.job)), None)
 
 
+def lineage(environ: Environment) -> tuple[str | None, int]:
+    """Return what names the chain of jobs that this one belongs to, and its number in it, from 1.
+
+    Job scripts say so; None and 1 where there is none of ours.
+    """
+    attempt = environ.get("HPCTRAIN_ATTEMPT", "")
+    return environ.get("HPCTRAIN_TOKEN") or None, int(attempt) if attempt.isdecimal() else 1
+
+
 def job_identity(environ: Environment) -> str | None:
     """Return what names this job and this start of it, such as "slurm 4711.1"."""
     scheduler = scheduler_of(environ)

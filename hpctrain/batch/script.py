@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.batch.geometry import geometry
 from hpctrain.batch.sites import SITES, Because, Site, longest_hours
 from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.batch.watch import reserve_seconds
@@ -18,6 +19,7 @@ from hpctrain.errors import ConfigError, UsageError
 SCHEDULERS = ("slurm", "lsf", "pbs")
 ACCOUNT = "my_account"
 MAX_TRIES = 50
+ENVIRONMENTS = (".sif", ".tar", ".tar.gz", ".tgz")
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 _SIGNAL_SECONDS = 300
@@ -50,9 +52,9 @@ class Job:
     seconds: int
     account: str = ACCOUNT
     queue: str | None = None
-    ranks_per_node: int = 4
-    cpus_per_rank: int = 8
-    gpus_per_node: int | None = 4
+    ranks_per_node: int
+    cpus_per_rank: int
+    gpus_per_node: int | None
     chain: int = 1
     environment: str | None = None
     code: str | None = None
@@ -96,11 +98,16 @@ def plan(config: Config, wishes: Mapping[str, Any]) -> Job:
     if site is not None and scheduler != site.scheduler:
         raise UsageError(f"--scheduler {scheduler}: {site.name} runs {site.scheduler}")
     name = config.run.name
-    # What was not asked for keeps the site's value, else the default.
-    shape = ("ranks_per_node", "cpus_per_rank", "gpus_per_node")
-    chosen = {key: getattr(site, key) for key in shape} if site else {}
-    given = (*shape, "account", "queue", "environment", "chain")
-    chosen |= {key: wishes[key] for key in given if wishes[key] is not None}
+    node = geometry(
+        site,
+        ranks=wishes["ranks_per_node"],
+        cpus_per_rank=wishes["cpus_per_rank"],
+        gpus=wishes["gpus_per_node"],
+    )
+    if wishes["environment"] is not None:
+        _require_environment(Path(wishes["environment"]))
+    given = ("account", "queue", "environment", "chain")
+    chosen = {key: wishes[key] for key in given if wishes[key] is not None}
     return Job(
         command=(wishes["config"], *wishes["overrides"]),
         name=name,
@@ -110,8 +117,22 @@ def plan(config: Config, wishes: Mapping[str, Any]) -> Job:
         site=site,
         nodes=wishes["nodes"],
         seconds=parse_time(wishes["time"]),
+        ranks_per_node=node.ranks,
+        cpus_per_rank=node.cpus_per_rank,
+        gpus_per_node=node.gpus,
         **chosen,
     )
+
+
+def _require_environment(path: Path) -> None:
+    """Check that an environment is there, and of a kind that the script can bring to the nodes."""
+    if not path.name.endswith(ENVIRONMENTS):
+        raise UsageError(
+            f"--environment {path}: neither an image nor a packed environment by its name "
+            f"({', '.join(ENVIRONMENTS)})"
+        )
+    if not path.is_file():
+        raise UsageError(f"--environment {path}: no such file")
 
 
 def write(path: Path, text: str) -> None:

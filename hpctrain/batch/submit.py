@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ class Submission:
     Attributes:
         command: without the script.
         after: options that let a job start when another has ended, however it did.
+        telling: options that give a job variables beside those of its own.
         from_stdin: the script is read from standard input, not named.
         job: finds the job's id in what the command prints.
     """
 
     command: tuple[str, ...]
     after: Callable[[str], tuple[str, ...]]
+    telling: Callable[[str], tuple[str, ...]]
     from_stdin: bool = False
     job: re.Pattern[str]
 
@@ -32,17 +35,20 @@ SUBMISSIONS = {
     "slurm": Submission(
         command=("sbatch", "--parsable"),
         after=lambda job: (f"--dependency=afterany:{job}",),
+        telling=lambda variables: (f"--export=ALL,{variables}",),
         job=re.compile(r"^(\d+)", re.MULTILINE),
     ),
     "lsf": Submission(
         command=("bsub",),
         after=lambda job: ("-w", f"ended({job})"),
+        telling=lambda variables: ("-env", f"all,{variables}"),
         from_stdin=True,
         job=re.compile(r"^Job <(\d+)> is submitted", re.MULTILINE),
     ),
     "pbs": Submission(
         command=("qsub",),
         after=lambda job: ("-W", f"depend=afterany:{job}"),
+        telling=lambda variables: ("-v", variables),
         job=re.compile(r"^(\d+\S*)$", re.MULTILINE),
     ),
 }
@@ -57,8 +63,12 @@ def submit(script: Path, scheduler: str, chain: int = 1) -> list[str]:
     """
     submission = SUBMISSIONS[scheduler]
     jobs: list[str] = []
-    for _ in range(chain):
+    token = f"chain-{secrets.token_hex(8)}"
+    for attempt in range(1, chain + 1):
         after = submission.after(jobs[-1]) if jobs else ()
+        if chain > 1:
+            variables = f"HPCTRAIN_TOKEN={token},HPCTRAIN_ATTEMPT={attempt}"
+            after = (*after, *submission.telling(variables))
         named = () if submission.from_stdin else (str(script),)
         command = (*submission.command, *after, *named)
         problem = ""

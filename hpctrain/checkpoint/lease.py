@@ -51,6 +51,7 @@ class Holder:
         started: when the process began, see `proc.start_time`.
         boot: of the machine.
         namespace: in which the process id holds; empty if it is not known.
+        token: of the job script's chain, and `attempt` the job's number in it.
         nonce: of this lease alone.
         since: for people.
     """
@@ -62,6 +63,8 @@ class Holder:
     started: str | None = None
     boot: str = ""
     namespace: str = ""
+    token: str | None = None
+    attempt: Annotated[int, Ge(1)] = 1
     nonce: Annotated[str, Predicate(str.isalnum)]
     since: str = ""
 
@@ -173,8 +176,12 @@ class Lease:
         if lives is not None:
             return not lives
         own = self._owner
-        # A scheduler starts a job again only when its former processes are gone.
-        return holder.job is not None and holder.job == own.job and holder.restart < own.restart
+        # A job is started again, by the scheduler or by its script, once its processes are gone.
+        is_restarted = holder.job is not None and holder.job == own.job
+        is_next = holder.token is not None and holder.token == own.token
+        return (is_restarted and holder.restart < own.restart) or (
+            is_next and holder.attempt < own.attempt
+        )
 
     def _age(self, path: Path | None = None) -> float:
         """Return the seconds since the last heartbeat, by the clock of the file system."""
@@ -235,7 +242,10 @@ def _identity(environ: Mapping[str, str]) -> Holder:
         if job_variable in environ:
             job, restart = environ[job_variable], environ.get(restart_variable, "0")
             break
+    attempt = environ.get("HPCTRAIN_ATTEMPT", "")
     return Holder(
+        token=environ.get("HPCTRAIN_TOKEN") or None,
+        attempt=max(1, int(attempt)) if attempt.isdecimal() else 1,
         job=job,
         restart=int(restart) if restart.isdecimal() else 0,
         host=socket.gethostname(),

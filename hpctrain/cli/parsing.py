@@ -26,6 +26,14 @@ def usage_error(message: str, usage: str = USAGE) -> UsageError:
     return UsageError(f"{message}\n{usage}", everywhere=True)
 
 
+def number(text: str) -> int:
+    """Return a number from 0 on; a type for arguments."""
+    found = int(text)
+    if found < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return found
+
+
 def count(text: str) -> int:
     """Return a number from 1 on; a type for arguments."""
     number = int(text)

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from hpctrain.cli.parsing import Parser, count
+from hpctrain.cli.parsing import Parser, count, number
 from hpctrain.errors import ExitCode, OutputError
 from hpctrain.utils.streams import write_out
 
@@ -21,7 +21,7 @@ def status(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exit-code", action="store_true")
-    parser.add_argument("--max-tries", type=int)
+    parser.add_argument("--max-tries", type=count)
     parsed = parser.parse_args(arguments)
 
     from hpctrain.batch.status import read_status, to_json, to_text
@@ -68,7 +68,7 @@ def job(arguments: list[str]) -> int:
     parser.add_argument("--nodes", required=True, type=count)
     for option in ("ranks-per-node", "cpus-per-rank", "chain"):
         parser.add_argument(f"--{option}", type=count)
-    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--gpus-per-node", type=number)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--submit", action="store_true")
     parser.add_argument("--snapshot", action="store_true")

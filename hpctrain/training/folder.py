@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 
 from hpctrain.batch.outcome import Outcome, newest_saved, read_outcome, write_outcome
-from hpctrain.batch.schedulers import job_identity
+from hpctrain.batch.schedulers import job_identity, lineage
 from hpctrain.checkpoint.lease import Lease
-from hpctrain.errors import CheckpointError, ExitCode
+from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 from hpctrain.observe.job_record import JobRecord
 
 
@@ -34,6 +34,8 @@ class RunFolder:
         self.skipped_steps = 0
         self.record = JobRecord(path)
         self._first_step = 0
+        self._last: Outcome | None = None
+        self._token: str | None = None
         self._lease = Lease(path)
 
     def __enter__(self) -> RunFolder:
@@ -47,8 +49,9 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
         self._lease.__enter__()
-        last = read_outcome(self.path)
+        self._last = last = read_outcome(self.path)
         if last is not None:
+            self._token = last.token
             self.tries, self.save_seconds = last.tries + 1, last.save_seconds
             self.skipped_steps = last.skipped_steps
             # A killed job has saved more than it could say; that is not this one's gain.
@@ -71,7 +74,34 @@ class RunFolder:
     def begin(self, step: int) -> None:
         """Note the step that this job begins at, by which its progress is measured."""
         self.step = self._first_step = step
+        # From here on the chain has acted upon `checkpoint.resume`.
+        self._token = lineage(os.environ)[0]
         self.end(None, "running")
+
+    def resume(self, wanted: str) -> str:
+        """Return what `checkpoint.resume` is for this job.
+
+        "never" and a path are acted upon by the first job of a chain; the later ones go on from
+        what the chain itself has saved.
+
+        Raises:
+            ConfigError: if this job may be one of a chain and cannot know.
+        """
+        last = self._last
+        if wanted == "auto" or last is None:
+            return wanted
+        token, attempt = lineage(os.environ)
+        if token is not None:
+            return "auto" if attempt > 1 and last.token == token else wanted
+        is_of_batch = job_identity(os.environ) is not None and last.job is not None
+        if is_of_batch and last.code in (None, ExitCode.STOPPED):
+            raise ConfigError(
+                f'checkpoint.resume = "{wanted}" in a batch job, and the job before ({last.job}) '
+                "stopped or was killed: one that was submitted again would undo it. Take a script "
+                'of `python -m hpctrain job`, which counts its jobs, resume = "auto", or another '
+                "run.name"
+            )
+        return wanted
 
     def expect_save(self, num_bytes: int) -> None:
         """Guess what a save takes, where none was measured yet."""
@@ -106,6 +136,7 @@ class RunFolder:
                 first_step=self._first_step,
                 job=job_identity(os.environ),
                 save_seconds=self.save_seconds,
+                token=self._token,
                 skipped_steps=self.skipped_steps,
             ),
         )

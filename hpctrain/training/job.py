@@ -108,7 +108,11 @@ def _train(
 ) -> tuple[ExitCode, str]:
     with raise_together(world.communicator):
         components = resolve_components(config, command[0], command[1:])
-    resumed = find_checkpoint(config, world, folder.path if folder else None)
+    resumed = (
+        find_checkpoint(config, world, None)
+        if folder is None
+        else find_checkpoint(config, world, folder.path, folder.resume)
+    )
     semantics, changes = rules_and_changes(config, resumed)
     data = open_data(config, world, semantics, resumed)
     place = data.place

@@ -22,13 +22,19 @@ from hpctrain.utils.files import replace_file
 logger = logging.getLogger("hpctrain")
 
 
-def find_checkpoint(config: Config, world: World, folder: Path | None) -> Resumed | None:
+def find_checkpoint(
+    config: Config,
+    world: World,
+    folder: Path | None,
+    resume: Callable[[str], str] = lambda wanted: wanted,
+) -> Resumed | None:
     """Return the checkpoint to go on from, on every rank. Collective: all ranks.
 
     Args:
         config: of the job; `checkpoint.resume` says which one is wanted.
         world: of all ranks.
         folder: of the run, on rank 0; None on the others.
+        resume: returns what `checkpoint.resume` is for this very job; for rank 0.
 
     Raises:
         CheckpointError: on every rank, if the one that the config names is not whole.
@@ -38,18 +44,19 @@ def find_checkpoint(config: Config, world: World, folder: Path | None) -> Resume
     with raise_together(world.communicator), reading(world, together=together) as read:
         if folder is not None:
             checkpoints = folder / "checkpoints"
-            if config.checkpoint.resume == "auto":
+            wanted = resume(config.checkpoint.resume)
+            if wanted == "auto":
                 loaded = load_newest(checkpoints, logger.warning, read)
                 if loaded is None:
                     _require_beginning(folder)
                 else:
                     # Those that were passed over must not be taken for newer ones than the next.
                     _put_aside(checkpoints, loaded.step + 1, points_to=loaded.path)
-            elif config.checkpoint.resume == "never":
+            elif wanted == "never":
                 _put_aside(checkpoints, 0)
                 (folder / LATEST).unlink(missing_ok=True)
             else:
-                loaded = read(Path(config.checkpoint.resume))
+                loaded = read(Path(wanted))
                 _put_aside(checkpoints, loaded.step + 1)
     return share(world, loaded)
 

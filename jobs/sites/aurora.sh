@@ -57,6 +57,10 @@ bind=(--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:53-60:61-68:69-76:77-84:8
 # PBS sends no signal before the limit: hpctrain asks qstat for the time left. Where qstat does not
 # answer on compute nodes, uncomment this: so many seconds from the start of this script.
 # export HPCTRAIN_DEADLINE=$(($(date +%s) - SECONDS + 7200))
+# The first job's name, and the number of this one among those that go on from it: what the config
+# asks for once, as by checkpoint.resume = "never", only the first of them does.
+export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-pbs-${PBS_JOBID:-$$}}
+export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
@@ -88,6 +92,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  qsub jobs/sites/aurora.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
+  qsub -v "HPCTRAIN_TOKEN=$HPCTRAIN_TOKEN,HPCTRAIN_ATTEMPT=$((HPCTRAIN_ATTEMPT + 1))" jobs/sites/aurora.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

@@ -46,6 +46,10 @@ python=(python)
 # Since 22.05 srun does not take it over from sbatch: every rank would get one CPU.
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
+# The first job's name, and the number of this one among those that go on from it: what the config
+# asks for once, as by checkpoint.resume = "never", only the first of them does.
+export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
+export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
 # --kill-on-bad-exit: when one rank dies, the others do not wait for it until the limit.
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every

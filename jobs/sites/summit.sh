@@ -44,6 +44,10 @@ python=(python)
 export OMP_NUM_THREADS=7
 # EDIT: The number after -n is nodes x 6.
 # A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.
+# The first job's name, and the number of this one among those that go on from it: what the config
+# asks for once, as by checkpoint.resume = "never", only the first of them does.
+export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-lsf-${LSB_JOBID:-$$}}
+export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill.
@@ -75,6 +79,6 @@ if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
 if [[ $next == 75 && -z $ended ]]; then
-  bsub <jobs/sites/summit.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
+  HPCTRAIN_ATTEMPT=$((HPCTRAIN_ATTEMPT + 1)) bsub <jobs/sites/summit.sh || echo "This could not be submitted again: see above, and submit it by hand." >&2
 fi
 exit "$next"

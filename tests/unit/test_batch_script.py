@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -34,6 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "configs" / "run.toml", tmp_path / "configs" / "run.toml")
     for part in ("train", "validation"):
         (tmp_path / "data" / "digits" / part).mkdir(parents=True)
+    for environment in ("my image.sif", "env.tar.gz", "env.zip"):
+        (tmp_path / environment).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -95,7 +98,23 @@ def test_other_scripts_are_sound(
         assert "EDIT" not in text
     else:
         assert "short" in text
-        assert "gpu" not in text.lower().replace("one rank a gpu", "")
+        assert "gpu" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("slurm", "#SBATCH --ntasks-per-node=8"),
+        ("pbs", "#PBS -l select=2:ncpus=64:mpiprocs=8:ngpus=8"),
+        ("lsf", '#BSUB -R "span[ptile=8] affinity[core(8)]"'),
+    ],
+)
+def test_eight_gpus_are_eight_ranks(
+    here: Path, name: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There were 4 tasks, below the words "one rank a GPU"."""
+    assert job("--scheduler", name, *ASKED, "--gpus-per-node", "8") == 0
+    assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,16 @@ def test_times_that_schedulers_read_differently(text: str) -> None:
         ([], 64, ["--scheduler is needed"]),
         (["--scheduler", "slurm", "--nodes", "0"], 64, ["0 is not 1 or more"]),
         (["--scheduler", "slurm", "optimizer.lr=fast"], 78, ["optimizer.lr"]),
+        (["--scheduler", "pbs", "--gpus-per-node", "-1"], 64, ["-1 is not 0 or more"]),
+        (["--scheduler", "lsf", "--cpus-per-rank", "0"], 64, ["0 is not 1 or more"]),
+        (["--scheduler", "slurm", "--environment", "gone.sif"], 64, ["gone.sif: no such file"]),
+        (["--scheduler", "slurm", "--environment", "env.zip"], 64, [".sif, .tar, .tar.gz, .tgz"]),
+        (["--scheduler", "slurm", "--environment", "data"], 64, ["neither an image nor"]),
+        (
+            ["--scheduler", "lsf", "--ranks-per-node", "8", "--gpus-per-node", "4"],
+            64,
+            ["a GPU carries one rank"],
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(
@@ -164,13 +193,17 @@ def test_limits_of_sites() -> None:
 
 
 COMMANDS = {
-    "slurm": ("sbatch", "echo 4$(wc -l <calls)", "--parsable --dependency=afterany:41 job.sh"),
+    "slurm": (
+        "sbatch",
+        "echo 4$(wc -l <calls)",
+        "--parsable --dependency=afterany:41 --export=ALL,VARIABLES job.sh",
+    ),
     "lsf": (
         "bsub",
         "echo 'Job <'4$(wc -l <calls)'> is submitted to queue <normal>.'",
-        "-w ended(41)",
+        "-w ended(41) -env all,VARIABLES",
     ),
-    "pbs": ("qsub", "echo 4$(wc -l <calls).head", "-W depend=afterany:41.head job.sh"),
+    "pbs": ("qsub", "echo 4$(wc -l <calls).head", "-W depend=afterany:41.head -v VARIABLES job.sh"),
 }
 
 
@@ -190,8 +223,13 @@ def test_chains_are_submitted(
     ids = submit(Path("job.sh"), scheduler, chain=3)
     assert ids == [f"4{number}{suffix}" for number in (1, 2, 3)]
     calls = Path("calls").read_text(encoding="utf-8").splitlines()
-    assert "41" not in calls[0]
-    assert calls[1] == second
+    told = [re.search(r"HPCTRAIN_TOKEN=(chain-\w+),HPCTRAIN_ATTEMPT=(\d)", call) for call in calls]
+    assert [found[2] for found in told if found] == ["1", "2", "3"]
+    assert len({found[1] for found in told if found}) == 1
+    assert "afterany" not in calls[0]
+    assert "ended" not in calls[0]
+    assert told[1] is not None
+    assert calls[1].replace(told[1][0], "VARIABLES") == second
     assert Path("stdin").read_text(encoding="utf-8") == "#!/bin/bash\n" * 3 * (scheduler == "lsf")
     shim.write_text("#!/bin/sh\necho no such account >&2; exit 1\n", encoding="utf-8")
     with pytest.raises(LaunchError, match="no such account"):
