@@ -147,7 +147,11 @@ def build_parts(
         if shards is not None:
             refuse_whole_tensors(optimizer)
         tried = try_optimizer(
-            build, shards or model, config.optimizer.groups, rows=shards is not None
+            build,
+            shards or model,
+            config.optimizer.groups,
+            rows=shards is not None,
+            ranks=world.topology.world_size,
         )
         schedule = LearningRate.of(
             config.scheduler, components["scheduler"], config.optimizer.lr, horizon

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import types
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -57,6 +59,10 @@ def _print(value: Any, seen: set[int], depth: int) -> object:
 def _parts(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, torch.Generator):
         return [("state", value.get_state())]
+    if isinstance(value, random.Random):
+        return [("state", value.getstate())]
+    if isinstance(value, np.random.Generator):
+        return [("state", value.bit_generator.state)]
     if isinstance(value, Mapping):
         return [(repr(key), item) for key, item in value.items()]
     if isinstance(value, list | tuple | deque | set | frozenset):

@@ -6,17 +6,14 @@ a checkpoint could not hold is named before the first step, and not after an hou
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from hpctrain.checkpoint.optimizer_groups import OWN
@@ -31,54 +28,8 @@ from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.attributes import Attributes
 from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes
+from hpctrain.training.stand_ins import StandIns, generator_states, seed_all
 from hpctrain.training.step.undisturbed import kept_generators
-
-_LONGEST, _FEWEST = 64, 4
-_MOST_ELEMENTS = 2**16
-
-
-class StandIns:
-    """Small parameters under the names of a model's: one of each kind that it has."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
-
-    @classmethod
-    def of(cls, model: HasParameters, groups: Sequence[ParameterGroup]) -> StandIns:
-        """Make them: a kind is a group, a number of dimensions, a dtype and a device."""
-        found: dict[tuple[object, ...], tuple[str, nn.Parameter]] = {}
-        for name, item in model.named_parameters():
-            if item.requires_grad:
-                fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
-                flat = 1 in item.shape or not item.numel()
-                pattern = fits.index(True) if True in fits else None
-                kind = (pattern, item.ndim, item.dtype, item.device, flat)
-                found.setdefault(kind, (name, item))
-        return cls({name: _small(item) for name, item in found.values()})
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Return them by name."""
-        return self.parameters.items()
-
-    def copy(self) -> StandIns:
-        """Return others with the same numbers."""
-        return StandIns(
-            {name: nn.Parameter(item.detach().clone()) for name, item in self.named_parameters()}
-        )
-
-    def give_gradients(self, seed: int) -> None:
-        """Give each a gradient that depends on the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        for item in self.parameters.values():
-            item.grad = torch.empty_like(item).copy_(_drawn(item.shape, item, generator))
-
-    def equal(self, other: StandIns) -> bool:
-        """Tell whether both have the same numbers, bit for bit but for what is not a number."""
-        pairs = zip(self.parameters.values(), other.parameters.values(), strict=True)
-        return all(
-            torch.equal(torch.nan_to_num(mine.detach()), torch.nan_to_num(theirs.detach()))
-            for mine, theirs in pairs
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +77,7 @@ def try_optimizer(
     groups: Sequence[ParameterGroup],
     *,
     rows: bool,
+    ranks: int = 1,
 ) -> TriedOptimizer | None:
     """Take steps on stand-ins, save the optimizer, put it back, and go on with both.
 
@@ -136,6 +88,7 @@ def try_optimizer(
         model: names the parameters of the run.
         groups: of the config.
         rows: whether a rank holds some rows of each parameter only.
+        ranks: that take the same steps.
 
     Returns:
         What it has shown; None if no optimizer can be built of stand-ins.
@@ -151,7 +104,7 @@ def try_optimizer(
             optimizer = build(stand_ins)
         except ConfigError:
             return None  # the run's own could be: it is looked at after its first step
-        return _Trial(build, stand_ins, optimizer, rows=rows).run()
+        return _Trial(build, stand_ins, optimizer, rows=rows, ranks=ranks).run()
 
 
 class _Trial:
@@ -162,7 +115,9 @@ class _Trial:
         optimizer: Optimizer,
         *,
         rows: bool,
+        ranks: int,
     ) -> None:
+        self._drifts = ranks > 1 and not rows
         self._build = build
         self._stand_ins = stand_ins
         self._optimizer = optimizer
@@ -198,7 +153,8 @@ class _Trial:
 
     def _step(self, optimizer: Optimizer, stand_ins: StandIns, number: int) -> None:
         stand_ins.give_gradients(number)
-        _seed(number)
+        seed_all(number)
+        drawn, rates = generator_states(), _rates(optimizer)
         try:
             optimizer.step()
         except Exception as error:
@@ -207,6 +163,17 @@ class _Trial:
                 f"closure: {type(error).__name__}: {error}. One that evaluates the model by itself "
                 "cannot be used"
             ) from error
+        if _rates(optimizer) != rates:
+            raise ConfigError(
+                f"[optimizer] use: {self._name} changes `lr` itself, which is set before a step, "
+                "as optimizer.lr and the schedule say: let it keep a factor of its own"
+            )
+        if self._drifts and generator_states() != drawn:
+            raise ConfigError(
+                f"[optimizer] use: {self._name} draws random numbers in its steps, and every rank "
+                "draws its own: the parameters of the ranks would drift apart. Train on one rank, "
+                "or let it draw by what all ranks know, such as the number of the step"
+            )
 
     def _saved(self) -> SavedOptimizer:
         try:
@@ -281,32 +248,8 @@ def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _small(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a parameter of the same kind, its sizes cut."""
-    longest = _LONGEST
-    shape = parameter.shape
-    while True:
-        shape = torch.Size(min(size, longest) for size in parameter.shape)
-        if shape.numel() <= _MOST_ELEMENTS or longest <= _FEWEST:
-            break
-        longest //= 2
-    generator = torch.Generator().manual_seed(len(shape))
-    drawn = _drawn(shape, parameter, generator).to(parameter.device)
-    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
-        drawn = drawn.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(drawn)
-
-
-def _drawn(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
-    wide = torch.complex64 if like.is_complex() else torch.float32
-    return (0.1 * torch.randn(shape, dtype=wide, generator=generator)).to(like.dtype)
-
-
-def _seed(seed: int) -> None:
-    """Have optimizers that draw numbers draw the same ones."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - others draw from it
-    random.seed(seed)
+def _rates(optimizer: Optimizer) -> list[float]:
+    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
 
 
 @contextmanager

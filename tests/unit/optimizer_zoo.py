@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -290,6 +291,32 @@ class Draws(Plain):
 
     def update(self, state: dict[str, Any], parameter: Tensor) -> float:
         return float(torch.rand((), generator=self.generator))
+
+
+class DrawsInPython(Plain):
+    """Decides by a generator of Python's."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.random = random.Random(0)
+
+    def learn(self, group: dict[str, Any]) -> float:
+        return self.random.random()
+
+
+class DrawsFromAll(Plain):
+    """Rounds by the generator that everybody draws from."""
+
+    def update(self, state: dict[str, Any], parameter: Tensor) -> float:
+        return float(np.random.random())  # noqa: NPY002
+
+
+class SetsItsRate(Plain):
+    """Takes the learning rate that it is given for its own to change."""
+
+    def learn(self, group: dict[str, Any]) -> float:
+        group["lr"] *= 1.01
+        return 1.0
 
 
 class SecondSet(Plain):

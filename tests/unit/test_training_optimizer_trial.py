@@ -35,6 +35,7 @@ def tried(
     *,
     groups: tuple[ParameterGroup, ...] = (),
     rows: bool = False,
+    ranks: int = 1,
     model: nn.Module | None = None,
 ) -> TriedOptimizer | None:
     def build(held: Any) -> Optimizer:
@@ -42,7 +43,7 @@ def tried(
 
     model = network() if model is None else model
     build(model)
-    return try_optimizer(build, model, groups, rows=rows)
+    return try_optimizer(build, model, groups, rows=rows, ranks=ranks)
 
 
 class Caches(zoo.Plain):
@@ -78,6 +79,8 @@ def test_what_can_be_saved_passes(kind: type[Optimizer]) -> None:
         (zoo.Counts, "changes its attribute steps"),
         (zoo.Wraps, "changes its attribute base"),
         (zoo.Draws, "changes its attribute generator"),
+        (zoo.DrawsInPython, "changes its attribute random"),
+        (zoo.SetsItsRate, "changes `lr` itself"),
         (zoo.Foreign, r"history is a optimizer_zoo\.History"),
         (zoo.ForeignGroup, r"history is a optimizer_zoo\.History"),
         (zoo.Alias, "keeps the parameter .* itself"),
@@ -123,6 +126,14 @@ def test_rows_of_parameters_have_state_of_their_shape(kind: type[Optimizer], fit
         return
     with pytest.raises(ConfigError, match=r'has not the shape of a parameter.*Use "ddp"'):
         tried(kind, rows=True)
+
+
+def test_ranks_that_draw_their_own_numbers_would_drift_apart() -> None:
+    assert tried(zoo.DrawsFromAll) is not None
+    assert tried(zoo.DrawsFromAll, rows=True, ranks=2) is not None  # each rank has its own rows
+    with pytest.raises(ConfigError, match="DrawsFromAll draws random numbers in its steps"):
+        tried(zoo.DrawsFromAll, ranks=2)
+    assert tried(torch.optim.AdamW, ranks=2) is not None
 
 
 def test_groups_and_other_dtypes_have_their_stand_ins() -> None:

@@ -246,6 +246,8 @@ def test_optimizers_that_cannot_serve_are_refused() -> None:
         build_optimizer(lambda parameters, lr: object(), model, 0.1, {})
     with pytest.raises(ConfigError, match="nothing to train"):
         build_optimizer(torch.optim.SGD, nn.ReLU(), 0.1, {})
+    with pytest.raises(ConfigError, match="cannot be built: AttributeError: 'list' object"):
+        build_optimizer(lambda params, lr: params.named_parameters(), model, 0.1, {})
 
 
 class Returns(Classification):

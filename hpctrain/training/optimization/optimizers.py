@@ -26,6 +26,8 @@ _ELEMENTWISE_OF_OTHERS = {
     ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 }
 # Who names one of these has chosen an implementation.
+_IN_WORDS = (TypeError, ValueError, RuntimeError)
+_OF_CONSTRUCTORS = (*_IN_WORDS, AttributeError, LookupError, AssertionError, ImportError)
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -75,8 +77,9 @@ def build_optimizer(
         # Without a group of its own, the plain list: what any optimizer takes.
         plain = len(chosen_groups) == 1 and chosen_groups[0].keys() == {"params", "lr"}
         optimizer = target(parameters if plain else chosen_groups, lr=lr, **chosen)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"[optimizer] cannot be built: {error}") from error
+    except _OF_CONSTRUCTORS as error:
+        told = str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"[optimizer] cannot be built: {told}") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} is no torch.optim.Optimizer"
