@@ -122,6 +122,9 @@ class _Run(Run):
     def save(self, place: Place, metrics: Metrics | None) -> None:
         """Saves are benchmarks/checkpoint.py's."""
 
+    def try_save(self, place: Place) -> None:
+        """There is nothing to try."""
+
 
 class Job:
     """The loop of a job, as `python -m hpctrain` runs it."""
@@ -150,7 +153,7 @@ class Job:
         self.place = Place()
         self.run = _Run(
             self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
-            rank_zero=rank_zero, best=None, place=self.place, metrics={},
+            rank_zero=rank_zero, place=self.place, metrics={},
         )  # fmt: skip
 
     def __call__(self) -> None:
