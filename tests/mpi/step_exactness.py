@@ -252,6 +252,14 @@ def check_mistakes(world: World) -> None:
             assert "third.weight is (" in str(error)
         else:
             raise AssertionError("nothing was said")
+        odd = Net()
+        odd.register_buffer("table", torch.zeros(3 + (world.topology.rank == last)))
+        try:
+            check_equal_shapes(odd, world)
+        except TrainingError as error:
+            assert "table is (" in str(error)
+        else:
+            raise AssertionError("nothing was said")
         synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(Net(normalisation="batch"))
         try:
             step_of(world, synchronised)

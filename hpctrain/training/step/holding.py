@@ -30,6 +30,7 @@ _FIXED = (
     *(np.dtype, np.generic, torch.dtype, torch.device, torch.Size, torch.layout),
     torch.memory_format,
 )
+_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _OF_MODULES = frozenset(nn.Module().__dict__)
 # torch's own objects are its own affair, but for those that are made to hold what users put there.
 _HOLDERS_OF_TORCH = ("torch.optim.", "torch.distributions.")
@@ -56,6 +57,8 @@ def is_fixed(value: object) -> bool:
     """Tell whether an object does not change, or stands for code, or is torch's own affair."""
     if isinstance(value, _FIXED):
         return True
+    if type(value) in (tuple, frozenset):
+        return _SIMPLE.issuperset(map(type, value))  # type: ignore[call-overload]
     kind = f"{type(value).__module__}."
     return (
         kind.startswith("torch.")
@@ -82,6 +85,11 @@ def state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | No
     for kind, access in _STATES.items():
         if isinstance(value, kind):
             return access(value)
+    # A vocabulary has very many items, which need not be looked at one by one.
+    if type(value) in (list, set, deque) and _SIMPLE.issuperset(map(type, value)):
+        return lambda: copy.copy(value), lambda saved: _fill_flat(value, list(enumerate(saved)))
+    if type(value) is dict and _SIMPLE.issuperset(map(type, value.values())):
+        return lambda: dict(value), lambda saved: _fill_dict(value, list(saved.items()))
     return None
 
 

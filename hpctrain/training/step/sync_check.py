@@ -17,12 +17,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_equal_shapes(model: nn.Module, world: World) -> None:
-    """Compare names, shapes and types of all parameters over the ranks. Collective: all ranks.
+    """Compare names, shapes and types of parameters and buffers. Collective: all ranks.
 
     Raises:
         TrainingError: on every rank, naming the first that differs.
     """
-    mine = [(name, f"{tuple(item.shape)} {item.dtype}") for name, item in model.named_parameters()]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    mine = [(name, f"{tuple(item.shape)} {item.dtype}") for name, item in named]
     digest = hashlib.blake2b(repr(mine).encode(), digest_size=16).hexdigest()
     digests = world.communicator.all_gather(digest)
     if len(set(digests)) == 1:
