@@ -195,17 +195,11 @@ def check_warmup(source: Source) -> list[Mistake]:
 
 def check_best(source: Source) -> list[Mistake]:
     """Check that there are evaluations by which to find the best checkpoint."""
-    if source.get("checkpoint", "keep_best") is None:
+    best = source.get("checkpoint", "keep_best")
+    if best is None or has_validation(source):
         return []
-    missing = ""
-    if not has_validation(source):
-        missing = "data.validation is not set"
-    elif source.get("training", "evaluate_every_epochs") == 0 and not source.get(
-        "training", "evaluate_every_steps"
-    ):
-        missing = "training.evaluate_every_epochs = 0 makes none"
-    problem = f"needs evaluations, and {missing}"
-    return [source.mistake(("checkpoint", "keep_best"), problem)] if missing else []
+    problem = "needs evaluations, and data.validation is not set"
+    return [source.mistake(("checkpoint", "keep_best"), problem)]
 
 
 def check_capabilities(source: Source) -> list[Mistake]:

@@ -182,6 +182,12 @@ def _notes(
             f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "
             "themselves: every step waits for the device"
         )
+    training = config.training
+    evaluates = training.evaluate_every_epochs or training.evaluate_every_steps
+    if config.checkpoint.keep_best is not None and not evaluates:
+        notes.append(
+            "no best checkpoint is kept: training.evaluate_every_epochs = 0 makes no evaluations"
+        )
     if parts.step.average is not None:
         notes.append("evaluations are of the moving average of the parameters")
     if resumed is not None:

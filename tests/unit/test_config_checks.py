@@ -167,13 +167,6 @@ def test_the_best_of_no_evaluations() -> None:
     ]
 
 
-def test_the_best_of_evaluations_that_are_never_made() -> None:
-    never = "training.evaluate_every_epochs=0"
-    (mistake,) = told(VALID, never)
-    assert mistake.startswith('checkpoint.keep_best = "loss": needs evaluations, and training.eval')
-    assert told(VALID, never, "training.evaluate_every_steps=2") == []
-
-
 def test_nccl_without_gpus() -> None:
     assert told(VALID, "launch.device=cpu", "launch.backend=nccl") == [
         'launch.backend = "nccl": NCCL carries nothing between CPUs; "gloo" does'
