@@ -48,7 +48,7 @@ def find_checkpoint(
             if wanted == "auto":
                 loaded = load_newest(checkpoints, logger.warning, read)
                 if loaded is None:
-                    _require_beginning(folder)
+                    _warn_of_loss(folder)
                 else:
                     # Those that were passed over must not be taken for newer ones than the next.
                     _put_aside(checkpoints, loaded.step + 1, points_to=loaded.path)
@@ -123,17 +123,14 @@ def _problem(path: Path, meta: Mapping[str, Any], world: World) -> CheckpointErr
     return None
 
 
-def _require_beginning(folder: Path) -> None:
-    """Check that a run without checkpoints never had one.
-
-    Raises:
-        CheckpointError: if its newest has gone.
-    """
+def _warn_of_loss(folder: Path) -> None:
+    """Say so where a run that begins anew has had checkpoints: all of them have been removed."""
     pointer = folder / LATEST
     if pointer.exists():
-        raise CheckpointError(
-            f"{pointer} names a checkpoint, and there is none in {folder / 'checkpoints'}: bring "
-            'them back, or begin anew with checkpoint.resume = "never"'
+        logger.warning(
+            "%s names a checkpoint, and there is none in %s: the run begins anew",
+            pointer,
+            folder / "checkpoints",
         )
 
 

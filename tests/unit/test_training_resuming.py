@@ -142,10 +142,12 @@ def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path: Path) -> None:
         go_on(tmp_path)
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 1)
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="names a checkpoint, and there is none"):
-        go_on(tmp_path)
-    assert go_on(tmp_path, "never") is None
     assert go_on(tmp_path) is None
+    assert "names a checkpoint, and there is none" in caplog.text
+    assert go_on(tmp_path, "never") is None
+    assert not (tmp_path / "latest").exists()
