@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +57,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def site(digits: Path) -> Iterator[Path]:
-    """A directory to start in; the check must leave it, and the data, as they were.
-
-    Not in `tmp_path`, which may lie in memory: the check warns of a run folder there.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(digits, Path(folder, "data", "digits"))
-        shutil.copy(ROOT / "configs" / "run.toml", Path(folder, "run.toml"))
-        yield Path(folder)
+def site(disk_path: Path, digits: Path) -> Path:
+    """A directory to start in; the check must leave it, and the data, as they were."""
+    shutil.copytree(digits, disk_path / "data" / "digits")
+    shutil.copy(ROOT / "configs" / "run.toml", disk_path / "run.toml")
+    return disk_path
 
 
 def files(site: Path) -> dict[str, int]:

@@ -224,12 +224,12 @@ def test_ipv6_only_by_hand(ipv6_only: Path) -> None:
     ],
 )
 def test_the_preflight_on_two_hosts(
-    hosts: Path, tmp_path: Path, names: str, override: str, expected: dict[str, str]
+    hosts: Path, disk_path: Path, names: str, override: str, expected: dict[str, str]
 ) -> None:
-    pack_digits(tmp_path / "data" / "digits")
+    pack_digits(disk_path / "data" / "digits")
     config = str(ROOT / "configs" / "run.toml")
     job = (sys.executable, "-m", "hpctrain", "check", config, "--json", *override.split())
-    code, output = on_both(hosts, names, *job, cwd=tmp_path)
+    code, output = on_both(hosts, names, *job, cwd=disk_path)
     report = json.loads(output[output.index("{") :].splitlines()[0])
     found = {finding["name"]: finding for finding in report["findings"]}
     assert expected.items() <= {name: each["status"] for name, each in found.items()}.items()
