@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run a test, its fixtures included, when there is room; its limit counts from then."""
     with room_for(ranks_of(item)):
         return (yield)
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A folder on a disk; `tmp_path` may lie in memory, and a check warns of runs there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

@@ -293,3 +293,12 @@ _CONTRACT = ("inputs", "metrics", "counts_samples", "loss", "evaluate")
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def __getattr__(name: str) -> object:
+    """Give `Regression`, which stood here in 0.1.0: users' tasks import and extend it."""
+    if name == "Regression":
+        from hpctrain.training.regression import Regression
+
+        return Regression
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from slurm import Lab, why_not
-
-
-@pytest.fixture
-def disk_path() -> Iterator[Path]:
-    """A folder on a disk; `tmp_path` may lie in memory, and a check warns of runs there."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def noise(fields, keys, *, training):
 batches = []
 
 def shorter(fields, keys, *, training):
-    batches.append(len(keys))
+    if len(keys) == 32:  # dry runs see fewer
+        batches.append(len(keys))
     if os.environ["PMI_RANK"] == "1" and len(batches) == 3:
         return {name: values[1:] for name, values in fields.items()}
     return fields

@@ -106,7 +106,8 @@ def test_folders_are_shared_by_checksums_and_by_nothing_less(copies: tuple[Copy,
     assert key_of(unsure, "a") != key_of(unsure, "b")
 
 
-def test_where_is_tried_and_what_is_taken(disk: str, tmp_path: Path) -> None:
+def test_where_is_tried_and_what_is_taken(disk_path: Path, tmp_path: Path) -> None:
+    disk = str(disk_path)
     environ = {"TMPDIR": "/t", "SLURM_TMPDIR": "/s", "USER": "me"}
     tried = candidates(None, environ)
     assert tried[:2] == [("/s", "$SLURM_TMPDIR"), ("/t", "$TMPDIR")]

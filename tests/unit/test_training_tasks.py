@@ -193,3 +193,9 @@ def test_masks_that_do_not_fit() -> None:
     fields["y_mask"] = torch.ones(3)
     with pytest.raises(TrainingError, match=r"is \(3,\), and the target \(10, 2\)"):
         Regression(["x"], "y", mask="y_mask").loss(model, fields)
+
+
+def test_regression_is_found_where_it_stood_in_the_first_release() -> None:
+    from hpctrain.training import regression, task
+
+    assert task.Regression is regression.Regression
