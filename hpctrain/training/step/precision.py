@@ -74,9 +74,10 @@ class NumberFormat:
         Targets stay: a loss is computed in at least float32.
         """
         wrong = {
-            name: tensor.to(wanted)
+            name: tensor.to(self.fitting(tensor.dtype))
             for name in inputs
-            if (wanted := self.fitting((tensor := fields[name]).dtype)) != tensor.dtype
+            # Most are right already, in every pass of every step.
+            if (tensor := fields[name]).dtype != self.parameters
         }
         cast = {**fields, **wrong} if wrong else fields
         if not self.channels_last:
