@@ -107,7 +107,7 @@ def test_the_documented_run(site: Path) -> None:
     for word in ("digits", "2 ranks", "MPICH", "gloo", "1,438", "64", "parameters", "accuracy"):
         assert word in output
     assert "Warning" not in output
-    assert output.count("1,438") == 1  # one rank speaks
+    assert output.count("1,438 samples in") == 1  # one rank speaks
 
     again = train(site, 2)
     assert "complete" in again

@@ -39,7 +39,9 @@ import hpctrain
 for attempt in range(2):
     with hpctrain.connect() as world:
         sizes = world.communicator.all_gather(world.topology.world_size)
-print("after", MPI.COMM_WORLD.allreduce(1), sizes, flush=True)
+total = MPI.COMM_WORLD.allreduce(1)
+if MPI.COMM_WORLD.Get_rank() == 0:
+    print("after", total, sizes, flush=True)
 with hpctrain.connect() as world:
     sys.exit(0)
 """
@@ -109,7 +111,7 @@ def test_a_failure_of_one_process_is_its_callers(tmp_path: Path, launcher: tuple
 def test_mpi_that_is_up_is_joined_and_left_as_it_was(tmp_path: Path) -> None:
     ended = run(tmp_path, MPI_FIRST, *MPIRUN)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == ["after 2 [2, 2]"] * 2
+    assert ended.stdout.splitlines() == ["after 2 [2, 2]"]
 
 
 def test_a_rank_that_leaves_the_others_behind_is_named(tmp_path: Path) -> None:
