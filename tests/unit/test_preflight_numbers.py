@@ -6,17 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers.worlds import world_of_one
 
 from hpctrain.config import load
 from hpctrain.config.semantics import settle
 from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
-from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
 from hpctrain.preflight.judging.compute import judge_numbers
 from hpctrain.preflight.probes.numbers import NumberFacts, try_real_data
-from hpctrain.topology import Topology
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import open_data
 
@@ -46,18 +44,7 @@ max_epochs = 1
 
 @pytest.fixture
 def world() -> World:
-    topology = Topology(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=("here",),
-        launcher="test",
-    )
-    device = torch.device("cpu")
-    return World(topology=topology, communicator=SingleCommunicator(), device=device, backend=None)
+    return world_of_one("test")
 
 
 def tried(

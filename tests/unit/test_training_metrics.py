@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.worlds import world_of_one
 from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
-from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
-from hpctrain.topology import Topology
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.metrics import Gather
 from hpctrain.training.regression import Regression
@@ -32,17 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def world() -> World:
-    topology = Topology(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=("here",),
-        launcher="test",
-    )
-    return World(topology=topology, communicator=SingleCommunicator(), device=CPU, backend=None)
+    return world_of_one("test")
 
 
 @pytest.fixture

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.worlds import world_of_one
 
 from hpctrain.checkpoint.layout import META, checksum_of_meta
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.launch.world import World
 from hpctrain.observe.job_record import JobRecord
-from hpctrain.topology import Topology
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.recording import changed_since, made_by
 
@@ -26,23 +24,7 @@ SAVED = Path(__file__).parents[1] / "data" / "0.1.0" / "ddp" / "checkpoints" / "
 
 @pytest.fixture
 def world() -> World:
-    topology = Topology(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=("here",),
-        launcher="none",
-    )
-    return World(
-        topology=topology,
-        communicator=SingleCommunicator(),
-        device=torch.device("cpu"),
-        backend=None,
-        pulse=Pulse(),
-    )
+    return world_of_one("none")
 
 
 def resumed(folder: Path, **changes: Any) -> Resumed:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.worlds import world_of_one
 
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.layout import UnreadableError
@@ -14,27 +15,10 @@ from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import load
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.world import World
-from hpctrain.topology import Topology
 from hpctrain.training.resuming import find_checkpoint
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "run.toml")
-WORLD = World(
-    topology=Topology(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=("here",),
-        launcher="none",
-    ),
-    communicator=SingleCommunicator(),
-    device=torch.device("cpu"),
-    backend=None,
-)
+WORLD = world_of_one("none")
 
 
 def save(run: Path, *steps: int, keep_last: int = 9) -> None:

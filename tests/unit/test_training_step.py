@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import schedulefree
 import torch
+from helpers.worlds import world_of_one
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +24,7 @@ from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.world import World
 from hpctrain.models.mlp import MLP
-from hpctrain.topology import Topology
 from hpctrain.training.bad_steps import FORGIVEN, BadSteps
 from hpctrain.training.horizon import Place
 from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
@@ -39,21 +37,7 @@ from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.task import Classification
 
 CPU = torch.device("cpu")
-WORLD = World(
-    topology=Topology(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        node_rank=0,
-        num_nodes=1,
-        hosts=("here",),
-        launcher="test",
-    ),
-    communicator=SingleCommunicator(),
-    device=CPU,
-    backend=None,
-)
+WORLD = world_of_one("test")
 
 
 def fields(count: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
