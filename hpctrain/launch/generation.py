@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hpctrain.errors import LaunchError
+from hpctrain.utils.text import listed
 
 _PAUSE_SECONDS = 0.01
 # Thousands of ranks ask one store.
@@ -177,7 +178,7 @@ def _somebody_is_missing(
     process: Process, newest: Mapping[int, str], confirmed: set[str]
 ) -> LaunchError:
     missing = [rank for rank in range(1, process.world_size) if newest.get(rank) not in confirmed]
-    shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if missing[_SHOWN:] else "")
+    shown = listed([str(rank) for rank in missing], _SHOWN)
     return LaunchError(
         f"{len(missing)} of {process.world_size} ranks have not come to MASTER_ADDR:MASTER_PORT = "
         f"{process.place} in time: {shown}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import listed
 
 _SHOWN = 4
 
@@ -32,9 +33,9 @@ def cast_as_begun(model: nn.Module, dtype: torch.dtype, precision: str) -> list[
     if complex_ones:
         raise ConfigError(
             f'training.precision = "{precision}": this run was begun by hpctrain 0.1.0, which made '
-            f"{_listed(complex_ones)} of the model real and so trained another model than this "
-            "one. Start a new run (run.name), with checkpoint.initialize_from if its weights are "
-            "of use"
+            f"{listed(complex_ones, _SHOWN)} of the model real and so trained another model than "
+            "this one. Start a new run (run.name), with checkpoint.initialize_from if its weights "
+            "are of use"
         )
     changed = [
         name
@@ -44,9 +45,6 @@ def cast_as_begun(model: nn.Module, dtype: torch.dtype, precision: str) -> list[
     model.to(dtype=dtype)
     if not changed:
         return []
-    return [f"{_listed(changed)} of the model: {dtype}, as the run began; a new one keeps dtypes"]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return [
+        f"{listed(changed, _SHOWN)} of the model: {dtype}, as the run began; a new one keeps dtypes"
+    ]
