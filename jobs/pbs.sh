@@ -45,6 +45,10 @@ export OMP_NUM_THREADS=8
 # export HPCTRAIN_DEADLINE=$(($(date +%s) - SECONDS + 7200))
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
+if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
+  echo "error: HPCTRAIN_ATTEMPT is not the number of a job" >&2
+  exit 64
+fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-pbs-${PBS_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground

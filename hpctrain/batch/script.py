@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.geometry import geometry
+from hpctrain.batch.quoting import path_word, plain_value, quoted_path, require_line
 from hpctrain.batch.sites import SITES, Because, Site, longest_hours
 from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.batch.watch import reserve_seconds
@@ -59,13 +60,36 @@ class Job:
     environment: str | None = None
     code: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what would be more than a value in a script.
+
+        Raises:
+            UsageError: naming the first.
+        """
+        plain_value(self.name, "run.name")
+        plain_value(self.account, "--account")
+        if self.queue is not None:
+            plain_value(self.queue, "--queue")
+        lines = {
+            "the config": self.command[0],
+            "run.directory": self.run_folder,
+            "--output": self.script,
+            "--environment": self.environment,
+            "--snapshot": self.code,
+        }
+        for what, text in lines.items():
+            if text is not None:
+                require_line(text, what)
+        for override in self.command[1:]:
+            require_line(override, "the override")
+
     @property
     def train(self) -> str:
         """What follows `python -m hpctrain` in the script."""
         if self.code is None:
-            return shlex.join(self.command)
+            return shlex.join([path_word(self.command[0]), *self.command[1:]])
         config = in_snapshot(Path(self.command[0]), Path(self.code))
-        return shlex.join([str(config), *self.command[1:], "--code", self.code])
+        return shlex.join([path_word(str(config)), *self.command[1:], "--code", self.code])
 
     @property
     def ranks(self) -> int:
@@ -141,6 +165,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         UsageError: if that is not possible.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--output {path}: is not a file; without --output the script is printed")
     try:
         path.write_text(text, encoding="utf-8")
         path.chmod(0o755)
@@ -223,9 +249,9 @@ def render(job: Job) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # shell, not HTML: what comes from outside passes shlex
+        autoescape=False,  # shell, not HTML: see hpctrain.batch.quoting
     )
-    environment.filters["quote"] = shlex.quote
+    environment.filters["path"] = quoted_path
     site = job.site
     text = environment.get_template(f"{job.scheduler}.sh.j2").render(
         job=job,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpctrain.batch.quoting import path_word
 from hpctrain.errors import LaunchError
 
 
@@ -69,7 +70,7 @@ def submit(script: Path, scheduler: str, chain: int = 1) -> list[str]:
         if chain > 1:
             variables = f"HPCTRAIN_TOKEN={token},HPCTRAIN_ATTEMPT={attempt}"
             after = (*after, *submission.telling(variables))
-        named = () if submission.from_stdin else (str(script),)
+        named = () if submission.from_stdin else (path_word(str(script)),)
         command = (*submission.command, *after, *named)
         problem = ""
         try:

@@ -55,6 +55,10 @@ export HDF5_USE_FILE_LOCKING=FALSE
 
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
+if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
+  echo "error: HPCTRAIN_ATTEMPT is not the number of a job" >&2
+  exit 64
+fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
 # --kill-on-bad-exit: when one rank dies, the others do not wait for it until the limit.
