@@ -26,5 +26,6 @@ ensure_environment mpich,digits
 export PATH=$PWD/$VENV/bin:$PATH
 python -m hpctrain data pack digits data/digits
 echo "Running: mpirun -np $ranks python -m hpctrain $config $*"
-# exec: a Ctrl-C or a signal to this script goes to mpirun, and mpirun's exit code comes back.
-exec mpirun -np "$ranks" python -m hpctrain "$config" "$@"
+# exec: a Ctrl-C or a signal to this script goes to mpirun, and mpirun's exit code comes back. Its
+# stdin is not for it to read: a loop around this script may stand in there.
+exec mpirun -np "$ranks" python -m hpctrain "$config" "$@" </dev/null

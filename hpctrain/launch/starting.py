@@ -21,6 +21,7 @@ _INSTALL = (
 # In a process of its own: this one is about to become mpirun, and never loads MPI.
 _ASK = "import json, hpctrain.launch.mpi as m; print(json.dumps(m.bound_library()))"
 _ASK_SECONDS = 60.0
+_STDIN = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,15 @@ def start(num_processes: int, command: Sequence[str]) -> NoReturn:
     )
     options = [*starter.options, *(starter.root_options if os.geteuid() == 0 else ())]
     arguments = [str(mpirun), *options, "-np", str(num_processes), *command]
+    _leave_stdin()
     os.execve(mpirun, arguments, _environment(mpirun, starter.environment))
+
+
+def _leave_stdin() -> None:
+    """Lead stdin nowhere: mpirun would take the lines of a loop around it for its first rank."""
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, _STDIN)
+    os.close(nowhere)
 
 
 def _ask_for_library() -> tuple[str, str]:
@@ -94,6 +103,7 @@ def _ask_for_library() -> tuple[str, str]:
     try:
         answer = subprocess.run(
             [sys.executable, "-c", _ASK],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_ASK_SECONDS,
@@ -146,6 +156,7 @@ def _version_of(mpirun: Path) -> str:
     try:
         return subprocess.run(
             [mpirun, "--version"],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_ASK_SECONDS,

@@ -60,8 +60,9 @@ export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-pbs-${PBS_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
-# launcher forwards; TERM some take as an order to kill.
-mpiexec -n "$((nodes * 4))" --ppn 4 "${bind[@]}" "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml &
+# launcher forwards; TERM some take as an order to kill. Launchers read what stands in their stdin,
+# which may be the rest of this script.
+mpiexec -n "$((nodes * 4))" --ppn 4 "${bind[@]}" "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml </dev/null &
 ranks=$!
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
@@ -83,7 +84,7 @@ trap '' USR1 USR2 URG XCPU
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
 # 50 jobs are enough.
-"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50
+"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50 </dev/null
 next=$?
 if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do

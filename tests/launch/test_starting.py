@@ -100,6 +100,31 @@ def test_ctrl_c_passes_through(site: Path) -> None:
     assert "Traceback" not in output
 
 
+LOOP = """
+while read -r config; do
+  "$0" -m hpctrain "$config" --np 2
+  echo "code $?"
+done <configs
+"""
+
+
+@pytest.mark.parametrize("mpi", ["MPICH", "Open MPI"])
+def test_a_loop_around_it_keeps_its_lines(mpi: str, tmp_path: Path) -> None:
+    if not PYTHONS[mpi].exists():
+        pytest.skip(f"{PYTHONS[mpi]} is not there: see tests/run.sh")
+    (tmp_path / "configs").write_text("a.toml\nb.toml\n", encoding="utf-8")
+    result = subprocess.run(
+        ["bash", "-c", LOOP, str(PYTHONS[mpi])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert result.stdout.count("code 78") == 2, result.stdout + result.stderr
+    assert "b.toml: no such file" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "code", "words"),
     [

@@ -265,3 +265,34 @@ def test_a_job_that_is_cancelled_at_its_very_end_does_not_come_back(
         (here / "answer").touch()
         assert script.wait(timeout=JOB_SECONDS) == 75
     assert (here / "submitted").exists() != is_cancelled
+
+
+READS_ALL = {
+    "mpiexec": 'cat >/dev/null; [[ $* != *"-m hpctrain"* ]] || exit 75',
+    "python": "cat >/dev/null; exit 75",
+    "qsub": "touch submitted",
+}
+
+
+@pytest.mark.parametrize("options", [[], ["--environment", "env.tar.gz"]])
+def test_launchers_do_not_read_the_rest_of_the_script(
+    here: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """PBS may hand the script to its shell on stdin, which launchers pass on to rank 0."""
+    assert job("--scheduler", "pbs", *ASKED, *options, "--output", "job.sh") == 0
+    for name, body in READS_ALL.items():
+        (here / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (here / name).chmod(0o755)
+    (here / "nodes").write_text("n1\nn2\n", encoding="utf-8")
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    for variable, value in {
+        "PBS_O_WORKDIR": str(here),
+        "PBS_NODEFILE": str(here / "nodes"),
+        "PBS_JOBID": "7.pbs",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("HPCTRAIN_CHECK", raising=False)
+    with (here / "job.sh").open("rb") as script:
+        ended = subprocess.run(["bash"], stdin=script, timeout=JOB_SECONDS, check=False)
+    assert ended.returncode == 75
+    assert (here / "submitted").exists()
