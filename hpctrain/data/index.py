@@ -11,7 +11,7 @@ from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
 from hpctrain.data.sealing import require_sealed, sealed
 from hpctrain.errors import DatasetError
-from hpctrain.utils.files import file_checksum, replace_file
+from hpctrain.utils.files import file_checksum, is_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_json, read_whole
 
 INDEX_NAME = "index.json"
@@ -192,7 +192,7 @@ class _Parser:
             path=str(folder / file),
             samples=samples,
             size=size,
-            checksum=None if checksum is None else self._typed(checksum, str, f"{place}xxh3"),
+            checksum=None if checksum is None else self._checksum(checksum, f"{place}xxh3"),
             layouts={
                 name: self._layout(layouts[name], f"{place}layouts.{name}", field, samples, size)
                 for name, field in fields.items()
@@ -234,6 +234,12 @@ class _Parser:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self._wrong(place, f"is {type(value).__name__}, not {kind.__name__}")
         return value
+
+    def _checksum(self, value: object, place: str) -> str:
+        checksum = self._typed(value, str, place)
+        if not is_checksum(checksum):
+            raise self._wrong(place, "is not a checksum of 16 hexadecimal digits")
+        return checksum
 
     def _count(self, value: object, place: str) -> int:
         count = self._typed(value, int, place)

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,6 +162,43 @@ def sync(path: Path) -> None:
             raise
 
 
+def open_regular(path: str | Path) -> int:
+    """Open a file for reading, and nothing that only has its name, such as a pipe or a device.
+
+    A pipe would keep a reader waiting for ever, a tape would be rewound.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+    """
+    require_regular(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _require_regular(os.fstat(descriptor), path)  # it may have been exchanged
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def require_regular(path: str | Path) -> os.stat_result:
+    """Return the facts of a file that somebody else is about to open, see `open_regular`.
+
+    Raises:
+        OSError: if it cannot be looked at, or is no regular file.
+    """
+    facts = Path(path).stat()
+    _require_regular(facts, path)
+    return facts
+
+
+def _require_regular(facts: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(facts.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "is a directory, not a file", str(path))
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
 def file_checksum(path: str | Path) -> str:
     """Return the xxh3-64 of a file, 16 hexadecimal digits.
 
@@ -170,11 +208,16 @@ def file_checksum(path: str | Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_64()
-    with Path(path).open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         buffer = memoryview(bytearray(_PIECE_BYTES))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return str(digest.hexdigest())
+
+
+def is_checksum(text: str) -> bool:
+    """Tell whether a text is a checksum as these functions return it, and not, say, a path."""
+    return len(text) == 16 and not set(text) - set("0123456789abcdef")
 
 
 def checksum(content: bytes) -> str:

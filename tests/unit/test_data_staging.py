@@ -181,11 +181,12 @@ def test_a_shard_that_is_not_what_its_index_says_stays_where_it_is(
     staged.close()
 
 
-def test_a_stop_ends_a_copy_and_leaves_nothing(copies: tuple[Copy, ...], tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
+def test_a_stop_ends_a_copy_and_leaves_nothing(copies: tuple[Copy, ...], disk: str) -> None:
+    folder = StageFolder(disk, "key")
+    folder.join()
     assert not copy_whole(copies[0], folder, lambda: True)
-    assert not list(folder.iterdir())
+    assert not list(folder.path.iterdir())
+    folder.leave()
 
 
 HOLD = """
@@ -208,11 +209,13 @@ def test_what_a_killed_job_has_left_is_used_if_whole_and_removed_if_not(
         assert held[-1].stdout is not None
         assert held[-1].stdout.readline() == "joined\n"
     folder = StageFolder(disk, "key")
+    folder.join()
     for copy in copies[:2]:
-        assert copy_whole(copy, folder.path, lambda: False)
+        assert copy_whole(copy, folder, lambda: False)
+    folder.leave()
     damaged = folder.path / copies[1].name
     damaged.write_bytes(bytes(copies[1].size))
-    (folder.path / ".half.1234").touch()
+    (folder.path / f".{copies[2].name}.host-1-1-abcd.tmp").touch()
     # Of live jobs nothing is touched.
     sweep(disk)
     folder.join()

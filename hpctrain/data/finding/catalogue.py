@@ -19,7 +19,7 @@ from hpctrain.data.dataset import parse_dtype
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.data.sealing import require_sealed, sealed
 from hpctrain.errors import DatasetError
-from hpctrain.utils.files import replace_file
+from hpctrain.utils.files import is_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole
 
 CATALOGUE_VERSION = 2
@@ -130,6 +130,9 @@ def _contents(catalogue: _Catalogue, folder: Path) -> list[Contents]:
     Raises:
         ValueError: if that cannot be.
     """
+    for file in catalogue.files:
+        if file.xxh3 is not None and not is_checksum(file.xxh3):
+            raise ValueError(f"{file.file}: the checksum is not one of 16 hexadecimal digits")
     return [
         Contents(
             path=str(folder / file.file),

@@ -6,9 +6,11 @@ nothing is left behind, however a job ends: the system frees the memory with the
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from contextlib import closing
 
@@ -77,7 +79,7 @@ def hold_on_node(
 
     def open_it() -> int:
         try:
-            return os.open(names[topology.node_rank], os.O_RDWR | os.O_CLOEXEC)
+            return _open_own(names[topology.node_rank])
         except OSError as error:
             raise ConfigError(
                 f'data.cache = "memory": the ranks of this node do not share {SHARED} '
@@ -116,6 +118,21 @@ def hold_on_node(
     finally:
         os.close(descriptor)
     return fields
+
+
+def _open_own(name: str) -> int:
+    """Open the file that a rank of this node has made, and none that somebody else put there.
+
+    Raises:
+        OSError: if it is not there, or not this user's alone.
+    """
+    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    facts = os.fstat(descriptor)
+    is_file = stat.S_ISREG(facts.st_mode)
+    if not is_file or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "it is somebody else's", name)
+    return descriptor
 
 
 def plan(dataset: Dataset) -> tuple[dict[str, tuple[int, int]], int]:

@@ -7,14 +7,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from io import FileIO
 
 import xxhash
 
 from hpctrain.data.staging.folder import StageFolder
 from hpctrain.data.staging.plan import Copy
 from hpctrain.errors import DatasetError
-from hpctrain.utils.files import temporary_name
+from hpctrain.utils.files import open_regular
 
 PIECE_BYTES = 4 * 2**20
 _LOOK_SECONDS = (0.2, 10.0)
@@ -82,10 +82,10 @@ def _work(
     begin = time.monotonic()
     try:
         for copy in own_copies:
-            if (folder.path / copy.name).exists() or folder.adopt(copy):
+            if folder.holds(copy) or folder.adopt(copy):
                 continue  # of another live job, or of a dead one
             try:
-                if not copy_whole(copy, folder.path, ended.is_set):
+                if not copy_whole(copy, folder, ended.is_set):
                     return
             except DatasetError as error:
                 tell(str(error))
@@ -109,8 +109,13 @@ def _look(folder: StageFolder, awaited: list[Copy], places: dict[str, str]) -> l
     return [copy for copy in awaited if copy.name not in names]
 
 
-def copy_whole(copy: Copy, folder: Path, stopped: Callable[[], bool]) -> bool:
+def copy_whole(copy: Copy, folder: StageFolder, stopped: Callable[[], bool]) -> bool:
     """Copy one shard; under its name it is there whole or not at all.
+
+    Args:
+        copy: to make.
+        folder: joined.
+        stopped: tells whether to leave off.
 
     Returns:
         Whether it is there; False if it was stopped.
@@ -119,29 +124,37 @@ def copy_whole(copy: Copy, folder: Path, stopped: Callable[[], bool]) -> bool:
         DatasetError: if the shard is not what the index says.
         OSError: if it cannot be read or written.
     """
-    target = folder / copy.name
-    temporary = temporary_name(target)
-    digest, size = xxhash.xxh3_64(), 0
-    buffer = memoryview(bytearray(PIECE_BYTES))
+    out, temporary = folder.new_file(copy)
     try:
-        with Path(copy.source).open("rb", 0) as source, temporary.open("wb", 0) as out:
-            while count := source.readinto(buffer):
-                if stopped():
-                    return False
-                digest.update(buffer[:count])
-                size += count
-                written = 0
-                while written < count:
-                    written += os.write(out.fileno(), buffer[written:count])
-        if size != copy.size or digest.hexdigest() != (copy.checksum or digest.hexdigest()):
+        with os.fdopen(out, "wb", 0), os.fdopen(open_regular(copy.source), "rb", 0) as source:
+            found = _copied(source, out, stopped)
+        if found is None:
+            return False
+        size, digest = found
+        if size != copy.size or digest != (copy.checksum or digest):
             raise DatasetError(
                 f"{copy.source}: is not what its index says, by size or checksum; it is read where "
                 "it is. See `python -m hpctrain data verify`"
             )
-        temporary.rename(target)
+        folder.publish(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)
+        folder.discard(temporary)
     return True
+
+
+def _copied(source: FileIO, out: int, stopped: Callable[[], bool]) -> tuple[int, str] | None:
+    """Copy a file; return its size and checksum, None if stopped before its end."""
+    digest, size = xxhash.xxh3_64(), 0
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    while count := source.readinto(buffer):
+        if stopped():
+            return None
+        digest.update(buffer[:count])
+        size += count
+        written = 0
+        while written < count:
+            written += os.write(out, buffer[written:count])
+    return size, digest.hexdigest()
 
 
 def _end(folder: StageFolder, ended: threading.Event, thread: threading.Thread) -> None:

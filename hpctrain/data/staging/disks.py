@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.utils.files import filesystem_of
+from hpctrain.utils.private_folders import require_stable
 
 VARIABLES = ("SLURM_TMPDIR", "PBS_JOBFS", "LOCAL_SCRATCH", "TMPDIR")
 """Directories that sites make for a job, in the order in which they are tried.
@@ -66,6 +67,10 @@ def look_at(directory: str, origin: str) -> Disk | str:
         return f"{directory}: no such directory"
     if not os.access(directory, os.W_OK | os.X_OK):
         return f"{directory}: cannot be written"
+    try:
+        require_stable(directory)
+    except OSError as error:
+        return f"{directory}: {error}"
     kind = filesystem_of(Path(directory))
     if kind in SHARED:
         return f"{directory} is on {kind}, which all nodes share"

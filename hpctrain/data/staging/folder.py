@@ -3,35 +3,58 @@
 A lock of the kernel's says whether anybody does; it ends with the process, however that ends. So
 what a killed job has left is known for what it is, and a node's disk has working locks, which
 shared file systems need not have.
+
+The disk is one that others use too. So the folder is this user's alone, whatever is done in it goes
+by its descriptor, and nothing is removed but files that have names of ours.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-from contextlib import suppress
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hpctrain.data.staging.plan import Copy
-from hpctrain.utils.files import file_checksum
+from hpctrain.data.staging.plan import COPY_NAME, Copy
+from hpctrain.utils.files import file_checksum, temporary_name
+from hpctrain.utils.private_folders import (
+    names_in,
+    open_directory,
+    open_private,
+    require_stable,
+)
 
 LEFT = ".left-"
 """Before the name of a file that a dead job has left, until its checksum has been looked at."""
 _LOCK = ".lock"
+_KEY = re.compile(r"\w{1,64}", re.ASCII)
+_OPEN_LOCK = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class StageFolder:
     """A folder for the copies of some datasets, on the disk of this node.
 
     Attributes:
-        path: of the folder; all that is in it under a plain name is whole.
+        path: of the folder; all that is in it under the name of a copy is whole.
     """
 
     def __init__(self, directory: str, key: str) -> None:
-        self._root = Path(directory, f"hpctrain-{os.getuid()}")
-        self.path = self._root / key
+        """Name the folder; it is made by `join`.
+
+        Args:
+            directory: of the disk.
+            key: of the folder, letters and digits.
+        """
+        assert _KEY.fullmatch(key), key
+        self._directory = os.path.realpath(directory)
+        self._key = key
+        self.path = Path(self._directory, _root_name(), key)
         self._lock: int | None = None
+        self._folder = -1
 
     def join(self) -> None:
         """Hold the folder, so that nobody removes it; make it if it is not there.
@@ -42,89 +65,172 @@ class StageFolder:
             OSError: if that is not possible here.
         """
         while True:
-            self._root.mkdir(mode=0o700, exist_ok=True)
-            # In a directory like /tmp anybody could have made it, or made it lead elsewhere.
-            if self._root.is_symlink() or self._root.stat().st_uid != os.getuid():
-                raise PermissionError(f"{self._root} is not this user's own")
+            with _roots(self._directory, make=True) as (_, root):
+                try:
+                    lock = _open_lock(self._key, root, os.O_CREAT)
+                except FileNotFoundError:
+                    continue  # another job has just removed what was empty
+                try:
+                    if self._hold(lock, root):
+                        return
+                except BaseException:
+                    os.close(lock)
+                    raise
+                os.close(lock)
+
+    def _hold(self, lock: int, root: int) -> bool:
+        """Take the folder; False if whoever was last has removed it in the meantime."""
+        if _take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            folder = open_private(self._key, root, self.path, make=True)
             try:
-                lock = os.open(_lock_of(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:
-                continue  # another job has just removed what was empty
-            if _take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self.path.mkdir(mode=0o700, exist_ok=True)
-                _set_aside(self.path)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            # Whoever was last may have removed folder and lock in the meantime.
-            if _is_at(lock, _lock_of(self.path)) and self.path.is_dir():
-                self._lock = lock
-                return
-            os.close(lock)
+                _set_aside(folder)
+            finally:
+                os.close(folder)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            if not _is_at(lock, self._key + _LOCK, root):
+                return False
+            self._folder = open_private(self._key, root, self.path, make=False)
+        except FileNotFoundError:
+            return False
+        self._lock = lock
+        return True
 
     def leave(self) -> None:
         """Let go of the folder; the last to do so removes it."""
         lock, self._lock = self._lock, None
         if lock is None:
             return
+        folder, self._folder = self._folder, -1
+        os.close(folder)
         try:
             if _take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                _remove(self.path)
+                with suppress(OSError), _roots(self._directory) as (disk, root):
+                    _remove(self._key, root, self.path)
+                    os.rmdir(_root_name(), dir_fd=disk)  # if nothing of another job is in it
         finally:
             os.close(lock)
 
     def bytes_there(self) -> int:
         """Return the size of what is there already, whole or not."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        with os.scandir(self._folder) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
 
     def names(self) -> set[str]:
         """Return the names of the copies that are whole."""
-        return {file.name for file in self.path.iterdir() if not file.name.startswith(".")}
+        return {name for name in names_in(self._folder) if COPY_NAME.fullmatch(name)}
+
+    def holds(self, copy: Copy) -> bool:
+        """Tell whether a copy is there, whole."""
+        try:
+            os.stat(copy.name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def adopt(self, copy: Copy) -> bool:
         """Take over a copy that a dead job has left, if it is what it should be."""
-        left = self.path / f"{LEFT}{copy.name}"
+        left = f"{LEFT}{copy.name}"
         with suppress(OSError):
-            if copy.checksum is not None and file_checksum(left) == copy.checksum:
-                left.rename(self.path / copy.name)
+            if copy.checksum is not None and file_checksum(self.path / left) == copy.checksum:
+                self.publish(left, copy)
                 return True
-            left.unlink()
+            self.discard(left)
         return False
 
+    def new_file(self, copy: Copy) -> tuple[int, str]:
+        """Return the descriptor and the name of a new file that is to become a copy."""
+        name = temporary_name(self.path / copy.name).name
+        return os.open(name, _NEW_FILE, 0o600, dir_fd=self._folder), name
 
-def _set_aside(folder: Path) -> None:
-    """Take its name from every copy: only a checksum tells whether it survived a crash whole."""
-    for file in folder.iterdir():
-        if file.name.startswith(LEFT):
-            continue
-        if file.name.startswith("."):
-            file.unlink()  # half a copy
-        else:
-            file.rename(folder / f"{LEFT}{file.name}")
+    def publish(self, name: str, copy: Copy) -> None:
+        """Give a file the name of the copy that it is."""
+        os.rename(name, copy.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def discard(self, name: str) -> None:
+        """Remove a file, if it is still there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._folder)
 
 
 def sweep(directory: str, keep: str | None = None) -> None:
     """Remove what dead jobs of this user have left in a directory, but for the folder `keep`."""
-    for path in Path(directory, f"hpctrain-{os.getuid()}").glob(f"*{_LOCK}"):
-        if path.stem == keep:
-            continue
-        with suppress(OSError):
-            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if _take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    _remove(path.with_suffix(""))
-            finally:
-                os.close(lock)
+    with suppress(OSError), _roots(directory) as (disk, root):
+        for name in names_in(root):
+            key = name.removesuffix(_LOCK)
+            if key not in (name, keep) and _KEY.fullmatch(key):
+                _remove_if_left(key, root, Path(directory, _root_name(), key))
+        os.rmdir(_root_name(), dir_fd=disk)  # if nothing is left in it
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, for the one who holds its lock alone."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove_if_left(key: str, root: int, path: Path) -> None:
+    """Remove a folder that nobody holds."""
     with suppress(OSError):
-        _lock_of(folder).unlink()
-        folder.parent.rmdir()  # only if nothing of another job is in it
+        lock = _open_lock(key, root)
+        try:
+            if _take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                _remove(key, root, path)
+        finally:
+            os.close(lock)
 
 
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + _LOCK)
+def _root_name() -> str:
+    return f"hpctrain-{os.geteuid()}"
+
+
+@contextmanager
+def _roots(directory: str, *, make: bool = False) -> Iterator[tuple[int, int]]:
+    """Give a disk's directory, and the folder of all of this user's copies in it, as descriptors.
+
+    Raises:
+        OSError: if it is not there, is not this user's own, or somebody else can exchange it.
+    """
+    real = require_stable(directory)
+    disk = open_directory(real)
+    try:
+        root = open_private(_root_name(), disk, real / _root_name(), make=make)
+        try:
+            yield disk, root
+        finally:
+            os.close(root)
+    finally:
+        os.close(disk)
+
+
+def _set_aside(folder: int) -> None:
+    """Take its name from every copy: only a checksum tells whether it survived a crash whole."""
+    for name in names_in(folder):
+        if COPY_NAME.fullmatch(name):
+            os.rename(name, f"{LEFT}{name}", src_dir_fd=folder, dst_dir_fd=folder)
+        elif _is_half(name):
+            os.unlink(name, dir_fd=folder)
+
+
+def _is_half(name: str) -> bool:
+    """Tell whether this is the name of a copy in the making."""
+    return name.startswith(".") and bool(COPY_NAME.match(name, 1))
+
+
+def _remove(key: str, root: int, path: Path) -> None:
+    """Remove a folder and its lock, for the one who holds that alone; what is not ours stays."""
+    with suppress(FileNotFoundError):
+        folder = open_private(key, root, path, make=False)
+        try:
+            for name in names_in(folder):
+                if COPY_NAME.fullmatch(name.removeprefix(LEFT)) or _is_half(name):
+                    os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(folder)
+        os.rmdir(key, dir_fd=root)
+    os.unlink(key + _LOCK, dir_fd=root)
+
+
+def _open_lock(key: str, root: int, create: int = 0) -> int:
+    lock = os.open(key + _LOCK, _OPEN_LOCK | create, 0o600, dir_fd=root)
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise PermissionError(f"{key}{_LOCK} is not a file")
+    return lock
 
 
 def _take(lock: int, how: int) -> bool:
@@ -135,9 +241,10 @@ def _take(lock: int, how: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file is still the one at a path."""
+def _is_at(descriptor: int, name: str, root: int) -> bool:
+    """Tell whether an open file is still the one of a name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        there = os.stat(name, dir_fd=root, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    return os.path.samestat(os.fstat(descriptor), there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -10,7 +11,11 @@ from pathlib import PurePath
 import xxhash
 
 from hpctrain.data.dataset import Dataset
+from hpctrain.utils.files import is_checksum
 
+COPY_NAME = re.compile(r"[0-9a-f]{16}-[0-9]{1,19}(\.[A-Za-z0-9]{1,8})?", re.ASCII)
+"""Names of copies. Whatever an index says, they lead nowhere else."""
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}", re.ASCII)
 SPARED = 1 / 20
 """Part of a disk that is left to others: a full one kills more than this job."""
 
@@ -43,8 +48,12 @@ def plan_copies(datasets: Sequence[Dataset]) -> tuple[Copy, ...]:
         if shard.sources:
             continue
         # Without a checksum a shard is what its path says: two may have one name and one size.
-        content = shard.checksum or xxhash.xxh3_64_hexdigest(shard.path.encode())
-        name = f"{content}-{shard.size}{PurePath(shard.path).suffix}"
+        path = shard.path.encode(errors="surrogateescape")
+        content = shard.checksum or xxhash.xxh3_64_hexdigest(path)
+        if not is_checksum(content):
+            continue  # whatever made this dataset: nothing can be compared with it
+        suffix = PurePath(shard.path).suffix
+        name = f"{content}-{shard.size}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
         copies[shard.path] = Copy(shard.path, name, shard.size, shard.checksum)
     return tuple(copies.values())
 

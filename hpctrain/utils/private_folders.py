@@ -1,0 +1,120 @@
+"""Folders of this user's alone in directories that others use too, such as /tmp.
+
+Others may have planted a link, a folder or a pipe under a name that can be guessed, and where the
+sticky bit is missing they may rename what is not theirs. So a folder is opened without following a
+link, its owner and mode are taken from the descriptor, and it is not used where somebody else could
+put another one in its place. Standard library only: the watchdog uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+_UID_MAP = Path("/proc/self/uid_map")
+_OVERFLOW_UID = 65534
+"""Owner, as a user namespace shows it, of what belongs to somebody outside of it, such as root."""
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def require_stable(directory: str | Path) -> Path:
+    """Return the real path of a directory in whose place nobody else can put another one.
+
+    Raises:
+        PermissionError: if somebody else can rename it, or a folder above it; it names that.
+        OSError: if it cannot be looked at.
+    """
+    real = Path(os.path.realpath(directory, strict=True))
+    trusted = _trusted_owners()
+    # From the root on: each is looked at when nobody can exchange it any more.
+    for folder in reversed((real, *real.parents)):
+        facts = folder.lstat()
+        if not stat.S_ISDIR(facts.st_mode):
+            raise NotADirectoryError(f"{folder} is not a directory")
+        if facts.st_uid not in trusted:
+            raise PermissionError(
+                f"{folder} belongs to user {facts.st_uid}, who can exchange what is in it"
+            )
+        if facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+            raise PermissionError(
+                f"others can exchange what is in {folder}: its mode is "
+                f"{stat.S_IMODE(facts.st_mode):04o}, without the sticky bit"
+            )
+    return real
+
+
+def open_private(name: str, parent: int, place: Path, *, make: bool) -> int:
+    """Open a folder that is this user's alone.
+
+    Args:
+        name: of the folder.
+        parent: descriptor of the one that it is in.
+        place: its path, for the message.
+        make: it, if it is not there.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        PermissionError: if it is a link, or others own it or can write to it.
+        OSError: if it cannot be made or opened.
+    """
+    if make:
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+    try:
+        descriptor = os.open(name, _OPEN_FOLDER, dir_fd=parent)
+    except NotADirectoryError as error:  # or a link, by O_NOFOLLOW
+        raise PermissionError(f"{place} is not this user's own: it is not a folder") from error
+    facts = os.fstat(descriptor)
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        os.close(descriptor)
+        raise PermissionError(
+            f"{place} is not this user's own: it belongs to user {facts.st_uid}, and its mode is "
+            f"{stat.S_IMODE(facts.st_mode):04o}"
+        )
+    if facts.st_mode & 0o055:
+        os.fchmod(descriptor, 0o700)
+    return descriptor
+
+
+def new_private_folder(prefix: str, directory: str | Path | None = None) -> Path:
+    """Make a folder that is this user's alone, under a name that nobody knows before.
+
+    Args:
+        prefix: of the name.
+        directory: that it is to be in; None: the one for temporary files.
+
+    Raises:
+        OSError: if it cannot be made there.
+    """
+    real = require_stable(directory or tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=real))
+
+
+def open_directory(path: Path) -> int:
+    """Return a descriptor of a directory.
+
+    Raises:
+        OSError: if it is none, but a link, or cannot be opened.
+    """
+    return os.open(path, _OPEN_FOLDER)
+
+
+def names_in(folder: int) -> list[str]:
+    """Return the names in a folder, given by its descriptor."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _trusted_owners() -> set[int]:
+    """Return who may own a folder above one of ours."""
+    owners = {0, os.geteuid()}
+    try:
+        has_strangers = _UID_MAP.read_text(encoding="ascii").split() != ["0", "0", str(2**32 - 1)]
+    except OSError:  # not Linux
+        has_strangers = False
+    return owners | ({_OVERFLOW_UID} if has_strangers else set())
