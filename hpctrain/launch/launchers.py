@@ -20,6 +20,8 @@ Environment = Mapping[str, str]
 
 # ASCII and short: int() would take other scripts' digits, and refuse the very long.
 _WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
+# What an interactive shell on a compute node is started by, as a step of one task.
+_STEPS = ("srun", "flux", "jsrun", "pals")
 _STALE = "Are variables of another job still set in this shell?"
 
 
@@ -70,12 +72,14 @@ def detect(env: Environment, above: Sequence[str] = ()) -> Claim:
         return _one_process("no launcher in the environment")
     inner = _nearest(launchers, above) or launchers[0]
     claim = _claim(inner, env)
+    if inner.name in _STEPS and claim.world_size == 1:
+        _refuse_a_larger_world_in_a_step(claim, [_claim(row, env) for row in launchers], env)
     if inner.name == "srun" and claim.world_size == 1:
         # So does every shell of `srun --pty` look, and what is started in it by hand.
         return _one_process("a Slurm step of one task")
     for other in launchers:
         if other is not inner and not _is_outside(other, inner, above):
-            _compare(claim, _claim(other, env))
+            _compare(claim, _claim(other, env), env)
     if not claim.needs_mpi:
         if claim.world_size == 1 and "MASTER_ADDR" not in env:
             return _one_process(claim.reasons["world_size"])
@@ -127,20 +131,48 @@ def _is_outside(other: Launcher, inner: Launcher, above: Sequence[str]) -> bool:
     return other.name in ("pmi", "prrte", "srun") or inner.name == "torchrun"
 
 
-def _compare(claim: Claim, other: Claim) -> None:
+def _compare(claim: Claim, other: Claim, env: Environment) -> None:
     """Refuse two launchers that disagree: one of them has another job's world, or half of one."""
     assert claim.launcher is not None
     assert other.launcher is not None
     for name in ("rank", "world_size"):
         ours, theirs = getattr(claim, name), getattr(other, name)
         if None not in (ours, theirs) and ours != theirs:
-            variables = " ".join(f"-u {key}" for key in other.launcher.markers)
             raise LaunchError(
                 f"two launchers disagree: {claim.launcher.label} says {claim.reasons[name]}, "
                 f"{other.launcher.label} {other.reasons[name]}. If the second is left over from "
-                f"another job, start with: env {variables} ...",
+                f"another job, start with: env {_unset(other.launcher, env)} ...",
                 everywhere=True,
             )
+
+
+def _refuse_a_larger_world_in_a_step(
+    claim: Claim, others: Sequence[Claim], env: Environment
+) -> None:
+    """Refuse to be one process where another launcher says that this is one of several.
+
+    A step of one task is what every interactive shell on a node is. What is started in there by a
+    launcher that the process tree does not tell would be so many runs of one process each.
+    """
+    assert claim.launcher is not None
+    for other in others:
+        assert other.launcher is not None
+        if not (other.world_size or 1) > 1 and not (other.rank or 0) > 0:
+            continue
+        theirs = "world_size" if "world_size" in other.reasons else "rank"
+        raise LaunchError(
+            f"two launchers disagree: {claim.launcher.label} has a step of one task here "
+            f"({claim.reasons['world_size']}), {other.launcher.label} a world of several "
+            f"({other.reasons[theirs]}). If this process is one of those several, start it with: "
+            f"env {_unset(claim.launcher, env)} ...; if they are left over from another job: env "
+            f"{_unset(other.launcher, env)} ...",
+            everywhere=True,
+        )
+
+
+def _unset(launcher: Launcher, env: Environment) -> str:
+    """Return options of `env` that take a launcher's variables out of the environment."""
+    return " ".join(f"-u {variable}" for variable in launcher.markers if variable in env)
 
 
 def _refuse_half_a_world(env: Environment) -> None:

@@ -14,7 +14,8 @@ class Launcher:
         rank, world_size, local_rank, local_world_size: the variables that may hold each value;
             the first one that is set counts.
         mpi_families: families of MPI libraries that can join its world; empty: no MPI at all.
-        processes: names of the processes that start its ranks, as `ps -o comm` shows them.
+        processes: executables, or scripts of an interpreter, that start its ranks. Of several rows
+            that have one name the first counts.
         foreign: variables that in its processes are another launcher's, and confuse MPI_Init.
         tells_size: whether it always sets one of `world_size`; otherwise only MPI knows.
         fix: what to do when MPI does not see the world that this launcher claims.
@@ -37,6 +38,10 @@ class Launcher:
 MPICH_ABI = frozenset({"mpich", "intel", "mvapich", "cray"})
 OPEN_MPI = frozenset({"openmpi", "spectrum"})
 
+_HYDRA = frozenset({"hydra_pmi_proxy", "hydra_bstrap_proxy", "pmi_proxy"})
+# Hydra's has a proxy between itself and each rank: below these two names there is none.
+_MPIRUN = frozenset({"mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.openmpi"})
+
 # The likeliest innermost launcher comes first: mpirun inside an srun step or a batch job inherits
 # the variables of Slurm, torchrun started by srun those of the step, and so on. Of rows that read
 # the rank from the same variable the one that knows most comes first.
@@ -50,7 +55,14 @@ LAUNCHERS = (
         local_rank=("LOCAL_RANK",),
         local_world_size=("LOCAL_WORLD_SIZE",),
         processes=frozenset(
-            {"pt_elastic", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
+            {
+                "pt_elastic",
+                "torchrun",
+                "torch.distributed.run",
+                "torch.distributed.launch",
+                "accelerate",
+                "accelerate.commands.launch",
+            }
         ),
     ),
     # Before Open MPI: Spectrum MPI's processes under jsrun carry OMPI_ variables too.
@@ -75,7 +87,11 @@ LAUNCHERS = (
         local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
         local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
         mpi_families=OPEN_MPI,
-        processes=frozenset({"prterun", "prted", "orterun", "orted"}),
+        # Open MPI 4 and Spectrum fork the ranks of the head node from mpirun itself, a link to
+        # orterun, or a copy of it.
+        processes=frozenset(
+            {"prterun", "prted", "prte", "orterun", "orted", "oshrun", "shmemrun", *_MPIRUN}
+        ),
         fix="start the job with the mpirun of the bound library, or bind mpi4py to Open MPI: "
         "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
     ),
@@ -88,7 +104,7 @@ LAUNCHERS = (
         local_rank=("MV2_COMM_WORLD_LOCAL_RANK",),
         local_world_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
         mpi_families=MPICH_ABI,
-        processes=frozenset({"hydra_pmi_proxy", "mpispawn"}),
+        processes=_HYDRA | {"mpispawn"},
         foreign=("PMIX_NAMESPACE",),
         fix="bind mpi4py to MVAPICH2: load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
     ),
@@ -113,7 +129,7 @@ LAUNCHERS = (
         local_rank=("MPI_LOCALRANKID",),
         local_world_size=("MPI_LOCALNRANKS",),
         mpi_families=MPICH_ABI,
-        processes=frozenset({"hydra_pmi_proxy"}),
+        processes=_HYDRA,
         foreign=("PMIX_NAMESPACE",),
         fix="start the job with the mpirun of the bound library, or bind mpi4py to Intel MPI: "
         "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
@@ -127,7 +143,7 @@ LAUNCHERS = (
         local_rank=("MPI_LOCALRANKID",),
         local_world_size=("MPI_LOCALNRANKS",),
         mpi_families=MPICH_ABI,
-        processes=frozenset({"hydra_pmi_proxy"}),
+        processes=_HYDRA,
         foreign=("PMIX_NAMESPACE",),
         fix="start the job with the mpirun of the bound library, or bind mpi4py to MPICH: "
         "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
@@ -167,7 +183,7 @@ LAUNCHERS = (
         rank=("PMIX_RANK",),
         world_size=(),
         mpi_families=MPICH_ABI | OPEN_MPI,
-        processes=frozenset({"prterun", "prted"}),
+        processes=frozenset({"prterun", "prted", "prte"}),
         tells_size=False,
         fix="start the job with the mpirun of the bound library, or bind mpi4py to a library that "
         "speaks PMIx, such as Open MPI",
@@ -182,7 +198,7 @@ LAUNCHERS = (
         local_rank=("PMI_LOCAL_RANK",),
         local_world_size=("PMI_LOCAL_SIZE",),
         mpi_families=MPICH_ABI,
-        processes=frozenset({"mpiexec.gforker"}),
+        processes=frozenset({"mpiexec.gforker", "mpiexec.remshell", *_MPIRUN}),
         foreign=("PMIX_NAMESPACE",),
         fix="bind mpi4py to MPICH or Intel MPI: load its module, or set "
         "MPI4PY_LIBMPI=/path/to/libmpi.so.12",

@@ -23,7 +23,7 @@ LAUNCHERS = frozenset({"mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One ancestor: its id, and its name as the kernel has it (at most 15 characters)."""
+    """One ancestor: its id, and the name of its executable, or as it is called."""
 
     pid: int
     name: str
@@ -54,7 +54,10 @@ def terminal_columns() -> int | None:
 
 def _ancestors() -> Iterator[Process]:
     """Walk up from the parent, as far as /proc shows."""
-    return (Process(pid, proc.name_of(pid)) for pid in proc.ancestors())
+    for pid in proc.ancestors():
+        # mpirun may be a link to what has another name, or a script.
+        executable = proc.executable_of(pid)
+        yield Process(pid, executable if executable in LAUNCHERS else proc.name_of(pid))
 
 
 def _columns_of(pid: int) -> int | None:

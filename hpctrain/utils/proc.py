@@ -26,6 +26,18 @@ def name_of(pid: int, proc: Path = PROC) -> str:
     return _stat(pid, proc).partition("(")[2].rpartition(")")[0]
 
 
+def executable_of(pid: int, proc: Path = PROC) -> str:
+    """Return the name of what a process runs; "" where that cannot be read, as of other users.
+
+    The name that it was called by may be a link's, which says nothing of what stands behind it.
+    """
+    try:
+        path = str((proc / str(pid) / "exe").readlink())
+    except OSError:
+        return ""
+    return Path(path.removesuffix(" (deleted)")).name
+
+
 def parent_of(pid: int, proc: Path = PROC) -> int:
     """Return the process that started another; 0 if there is none, or none to see."""
     fields = stat_fields(pid, proc)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,10 @@ NESTINGS = [
     ("jsrun", ["jsmd"], ("jsrun", 7, 12)),
     ("pals", ["palsd"], ("pals", 5, 8)),
     ("flux", ["flux-shell", "flux-broker-0", SLURM], ("flux", 6, 8)),
+    # Open MPI 4 and Spectrum: mpirun itself, whatever it is a link to
+    ("openmpi-in-mpich", ["orterun", HYDRA, "mpiexec.hydra"], ("openmpi", 2, 3)),
+    ("openmpi-in-mpich", ["mpirun", HYDRA, "mpiexec.hydra"], ("openmpi", 2, 3)),
+    ("mpich-in-openmpi", ["bash", HYDRA, "mpirun", "orterun"], ("mpich", 2, 3)),
 ]
 
 
@@ -126,6 +131,13 @@ def test_the_nearest_launcher_wins(
         ("openmpi", "torchrun", [], "torchrun"),
         ("kubeflow", "torchrun", [], "torchrun"),
         ("srun-pmi2", "by-hand", [SLURM], None),
+        # an interactive shell on a node is a step of one task
+        ("srun-shell", "openmpi", ["orterun", "bash", SLURM], "openmpi"),
+        ("srun-shell", "openmpi", ["bash", SLURM], None),
+        ("srun-shell", "mpich", ["unheard-of", "bash", SLURM], None),
+        ("srun-shell", "by-hand", ["bash", SLURM], None),
+        ("srun-shell", "kubeflow", [SLURM], None),
+        ("srun-shell", "pals-without-pmi", ["bash", SLURM], None),
     ],
 )
 def test_launchers_inside_launchers(
@@ -279,23 +291,78 @@ def test_who_speaks_before_there_is_a_claim(env: dict[str, str], speaks: bool) -
     assert may_speak(env) == speaks
 
 
+def plant(proc: Path, pid: int, parent: int, title: str, command: str, executable: str) -> None:
+    """Write what /proc says of a process; without an executable it is another user's."""
+    entry = proc / str(pid)
+    entry.mkdir()
+    (entry / "stat").write_text(f"{pid} ({title}) S {parent} 9", encoding="utf-8")
+    (entry / "comm").write_text(f"{title}\n", encoding="utf-8")
+    (entry / "cmdline").write_text("\0".join(command.split()), encoding="utf-8")
+    if executable:
+        (entry / "exe").symlink_to(executable)
+
+
+DEBIANS_SLURM = ["slurmstepd-wlm", "slurmstepd"]
+
+
 def test_ancestors_are_read_from_the_process_tree(tmp_path: Path) -> None:
-    tree = {
-        9: (7, "python", "python -m hpctrain run.toml"),
-        7: (5, "python3.11", "python -m torch.distributed.run -m hpctrain run.toml"),
-        5: (1, "a (b) c", "a"),
-        1: (0, "systemd", "init"),
-    }
-    for pid, (parent, name, command) in tree.items():
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} 9", encoding="utf-8")
-        (tmp_path / str(pid) / "comm").write_text(f"{name}\n", encoding="utf-8")
-        (tmp_path / str(pid) / "cmdline").write_text("\0".join(command.split()), encoding="utf-8")
+    plant(tmp_path, 9, 7, "python", "python -m hpctrain run.toml", "")
+    plant(tmp_path, 7, 5, "python3.11", "python -m torch.distributed.run -m hpctrain x.toml", "")
+    plant(tmp_path, 5, 1, "a (b) c", "a", "")
+    plant(tmp_path, 1, 0, "systemd", "init", "")
     expected = ("python3.11", "torch.distributed.run", "a (b) c", "systemd")
     assert ancestors(9, tmp_path) == expected
     assert ancestors(3, tmp_path) == ()
-    if Path(f"/proc/{os.getppid()}/comm").exists():
-        assert ancestors()[0] == Path(f"/proc/{os.getppid()}/comm").read_text("utf-8").strip()
+    if Path("/proc/self/exe").exists():
+        show = "from hpctrain.launch.ancestry import ancestors; print(ancestors()[0])"
+        result = subprocess.run(
+            [sys.executable, "-c", show], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == Path("/proc/self/exe").readlink().name
+
+
+@pytest.mark.parametrize(
+    ("title", "command", "executable", "names"),
+    [
+        # what the file is, not what the link to it is called
+        ("mpirun", "mpirun -np 2 x", "/usr/bin/orterun", ["orterun"]),
+        ("mpiexec", "mpiexec -n 2 x", "/usr/bin/mpiexec.hydra", ["mpiexec.hydra"]),
+        ("mpirun", "mpirun -np 2 x", "/opt/ompi/bin/orterun (deleted)", ["orterun"]),
+        ("mpirun", "mpirun x", "/nix/store/a/bin/.orterun-wrapped", ["orterun"]),
+        ("x", "hydra_pmi_proxy", "/opt/intel/bin/hydra_pmi_proxy", ["hydra_pmi_proxy", "x"]),
+        ("slurmstepd", "slurmstepd: [1.0]", "/usr/sbin/slurmstepd-wlm", DEBIANS_SLURM),
+        # not to be read: of another user, or in a container's namespace
+        ("slurmstepd", "slurmstepd: [5.0]", "", ["slurmstepd"]),
+        (
+            "hydra_bstrap_pr",
+            "/opt/hydra_bstrap_proxy",
+            "",
+            ["hydra_bstrap_proxy", "hydra_bstrap_pr"],
+        ),
+        ("mpirun", "mpirun -np 2 x", "", ["mpirun"]),
+        # scripts: a launcher's name on one is nobody's who starts ranks
+        ("mpirun", "/bin/bash /opt/site/mpirun -np 2 x", "/usr/bin/bash", ["bash"]),
+        ("mpiexec", "/bin/sh /opt/site/mpiexec x", "", ["sh"]),
+        ("mpirun", "/usr/bin/python3 /opt/mpirun -np 2", "/usr/bin/python3.11", ["python3.11"]),
+        ("jsmd", "/bin/bash /opt/jsmd x", "/usr/bin/bash", ["bash", "jsmd"]),
+        (
+            "pt_elastic",
+            "/opt/bin/python /opt/bin/torchrun --standalone x.py",
+            "/usr/bin/python3.11",
+            ["python3.11", "pt_elastic", "torchrun"],
+        ),
+        ("accelerate", "python accelerate launch", "/opt/python3", ["python3", "accelerate"]),
+        ("bash", "bash -c mpirun", "/usr/bin/bash", ["bash"]),
+        ("busybox", "sh -c x", "/bin/busybox", ["busybox"]),
+        ("", "", "", [""]),
+    ],
+)
+def test_what_a_process_is_called(
+    tmp_path: Path, title: str, command: str, executable: str, names: list[str]
+) -> None:
+    plant(tmp_path, 9, 7, "python", "python", "")
+    plant(tmp_path, 7, 0, title, command, executable)
+    assert list(ancestors(9, tmp_path)) == names
 
 
 @pytest.mark.parametrize(
