@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.errors import CheckpointError
 
 
@@ -17,19 +20,29 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Tensor]] = {}
+        self._aside: dict[torch.device, _Aside] = {}
 
     def copy(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of tensors on the host, in the place of those of the same group before."""
         host = self._buffers(group, tensors)
         for name, tensor in tensors.items():
-            host[name].copy_(tensor.detach(), non_blocking=_is_on_cuda(tensor))
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+            host[name].copy_(tensor.detach(), non_blocking=_is_copied_aside(tensor))
+        for device in {item.device for item in tensors.values() if _is_copied_aside(item)}:
+            streams = Streams(device)
+            streams.mark(streams.current()).synchronize()
         return host
 
     def copy_later(self, group: str, tensors: Mapping[str, Tensor]) -> LaterCopies:
         """Return copies that are made while training goes on: of tensors that stay as they are."""
-        return LaterCopies(tensors, self._buffers(group, tensors))
+        devices = {item.device for item in tensors.values() if _is_copied_aside(item)}
+        aside = [self._aside_of(device) for device in devices]
+        return LaterCopies(tensors, self._buffers(group, tensors), aside)
+
+    def _aside_of(self, device: torch.device) -> _Aside:
+        if device not in self._aside:
+            streams = Streams(device)
+            self._aside[device] = _Aside(streams, streams.new())
+        return self._aside[device]
 
     def _buffers(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return memory for copies of tensors, each contiguous."""
@@ -39,11 +52,19 @@ class HostCopies:
             buffer = kept.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=_is_on_cuda(tensor)
+                    tensor.shape, dtype=tensor.dtype, pin_memory=_is_copied_aside(tensor)
                 )
             host[name] = buffer
         self._kept[group] = host
         return host
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A device, and the one stream on which copies for all saves are made beside its work."""
+
+    streams: Streams
+    stream: Any
 
 
 class LaterCopies:
@@ -56,20 +77,22 @@ class LaterCopies:
         host: by name; whole when `make` has returned.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], host: dict[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], host: dict[str, Tensor], aside: Sequence[_Aside] = ()
+    ) -> None:
         self.host = host
         # Held until they are copied, whatever else lets go of them.
         self._originals = {name: tensor.detach() for name, tensor in tensors.items()}
-        self._on_device: torch.cuda.Event | None = None
         self._copied = Event()
-        queued = [name for name, tensor in tensors.items() if _is_on_cuda(tensor)]
-        if queued:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for name in queued:
-                    host[name].copy_(self._originals[name], non_blocking=True)
-                self._on_device = stream.record_event()
+        self._on_device: list[tuple[Streams, Any]] = []
+        for each in aside:
+            streams, stream = each.streams, each.stream
+            stream.wait_stream(streams.current())
+            with streams.on(stream):
+                for name, tensor in self._originals.items():
+                    if tensor.device == streams.device:
+                        host[name].copy_(tensor, non_blocking=True)
+            self._on_device.append((streams, streams.mark(stream)))
 
     def make(self) -> None:
         """Make the copies, and wait for those of a CUDA device.
@@ -79,11 +102,12 @@ class LaterCopies:
         """
         try:
             for name, tensor in self._originals.items():
-                if not _is_on_cuda(tensor):
+                if not _is_copied_aside(tensor):
                     _copy(self.host[name], tensor)
             self._copied.set()
-            if self._on_device is not None:
-                self._on_device.synchronize()
+            for streams, done in self._on_device:
+                enter(streams.device)  # a thread that waits for a device opens a context on its own
+                done.synchronize()
         except RuntimeError as error:
             raise CheckpointError(f"cannot copy what is to be saved: {error}") from error
         finally:
@@ -93,12 +117,12 @@ class LaterCopies:
     def wait(self) -> None:
         """Return as soon as the originals may change; what the device is told next waits itself."""
         self._copied.wait()
-        if self._on_device is not None:
-            torch.cuda.current_stream().wait_event(self._on_device)
+        for streams, done in self._on_device:
+            streams.current().wait_event(done)
 
 
-def _is_on_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
+def _is_copied_aside(tensor: Tensor) -> bool:
+    return tensor.device.type in COPIES_ASIDE
 
 
 def _copy(buffer: Tensor, tensor: Tensor) -> None:

@@ -26,6 +26,7 @@ class _Hole:
     shards: bool | None = None
     cpu_offload: bool | None = None
     reshard_after_forward: bool | None = None
+    graphs: bool | None = None
     before_torch: tuple[int, int] | None = None
     """The first version in which it works; None: it works in none."""
 
@@ -124,6 +125,22 @@ _HOLES = (
         because="with fsdp every number is on one rank only: there is nothing to compare it with",
     ),
     _Hole(
+        strategy="fsdp",
+        graphs=True,
+        device="cuda",
+        key="training.compile_mode",
+        because=(
+            "a CUDA graph reads and writes where it was recorded, and fsdp gathers parameters and "
+            'gradients to other memory in every pass; "default" and "max-autotune-no-cudagraphs" '
+            "compile without graphs"
+        ),
+    ),
+    _Hole(
+        device="mps",
+        key="launch.device",
+        because='nobody has run hpctrain on an Apple GPU yet; "auto" and "cpu" train without it',
+    ),
+    _Hole(
         device="cpu",
         backend="nccl",
         key="launch.backend",
@@ -189,6 +206,7 @@ def unsupported(
     shards: bool | None = None,
     cpu_offload: bool | None = None,
     reshard_after_forward: bool | None = None,
+    graphs: bool | None = None,
     torch: str | None = None,
 ) -> tuple[str, str] | None:
     """Look a combination up.
@@ -208,6 +226,7 @@ def unsupported(
         shards: whether shard names units.
         cpu_offload: as in the config.
         reshard_after_forward: the same.
+        graphs: whether compile_mode records CUDA graphs.
         torch: its version, such as "2.8.0+cpu"; None while that is not known.
 
     Returns:
@@ -228,12 +247,21 @@ def unsupported(
         "shards": shards,
         "cpu_offload": cpu_offload,
         "reshard_after_forward": reshard_after_forward,
+        "graphs": graphs,
     }
     for hole in _HOLES:
         holds = all(getattr(hole, name) in (None, value) for name, value in given.items())
         if holds and (hole.before_torch is None or _is_before(torch, hole.before_torch)):
             return hole.key, hole.because
     return None
+
+
+def records_graphs(*, compile: bool, mode: str) -> bool:  # noqa: A002 - as the key is called
+    """Tell whether a compiled model is recorded as CUDA graphs, on devices that have them.
+
+    Source: torch/_inductor/__init__.py of torch 2.13, list_mode_options.
+    """
+    return compile and mode in ("reduce-overhead", "max-autotune")
 
 
 def _is_before(version: str | None, first: tuple[int, int]) -> bool:

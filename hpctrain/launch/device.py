@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from hpctrain.topology import Communicator, Topology
 
 logger = logging.getLogger("hpctrain")
 
-# In the order in which "auto" looks for them. torch calls AMD's GPUs cuda as well.
-_ACCELERATORS = ("cuda", "xpu", "mps")
+# In the order in which "auto" looks for them. torch calls AMD's GPUs cuda as well. Apple's are left
+# alone until somebody can run hpctrain on one.
+_ACCELERATORS = ("cuda", "xpu")
 _OWN_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 
 
@@ -45,15 +47,10 @@ def device_index(
 
 
 def device_kind(asked: str, places: Sequence[Place]) -> str:
-    """Return the kind of device that all ranks take, such as "cuda".
-
-    Ranks on Apple's GPU cannot talk to each other, so that "auto" passes it over for several.
-    """
+    """Return the kind of device that all ranks take, such as "cuda"."""
     if asked != "auto":
         return asked
     for kind in _ACCELERATORS:
-        if kind == "mps" and len(places) > 1:
-            continue
         if any(place.visible[kind] for place in places):
             return kind
     return "cpu"
@@ -70,6 +67,13 @@ def choose_device(
     """
     if section.device == "cpu":
         return torch.device("cpu")
+    if section.device == "mps":
+        raise LaunchError(
+            'launch.device = "mps": nobody has run hpctrain on an Apple GPU yet; "auto" and "cpu" '
+            "train without it",
+            everywhere=True,
+        )
+    take_instance(topology.local_rank, topology.local_world_size, share=section.share_device)
     here = Place(
         host=topology.host,
         local_rank=topology.local_rank,
@@ -80,8 +84,6 @@ def choose_device(
     kind = device_kind(section.device, places)
     if kind == "cpu":
         return torch.device("cpu")
-    if kind == "mps":
-        return _only_apple_device(places)
     _check_places(kind, places, share=section.share_device)
     if topology.is_rank_zero:
         _tell_idle(kind, places)
@@ -92,9 +94,37 @@ def choose_device(
     device = torch.device(kind, index)
     _module(kind).set_device(device)
     if not section.share_device:
-        owners = communicator.all_gather((topology.host, _uuid(device)))
+        owners = communicator.all_gather(_owner(topology.host, device))
         _check_owners(kind, owners)
+        if choose_backend(section, device) == _OWN_BACKENDS[kind]:
+            _check_instances(owners)
     return device
+
+
+def take_instance(
+    local_rank: int,
+    local_world_size: int,
+    *,
+    share: bool,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Show this rank the MIG instance that is its own, where all ranks are shown the same ones.
+
+    Of several instances a process sees the first only, so that each rank has to be shown another.
+    To be called before anything asks CUDA, which reads the variable once.
+
+    Source: NVIDIA's MIG user guide, "CUDA_VISIBLE_DEVICES": only one instance is enumerated.
+    """
+    shown = environ.get(_VISIBLE, "").split(",")
+    instances = [each.strip() for each in shown]
+    if len(instances) < 2 or not all(each.startswith("MIG-") for each in instances):
+        return
+    index = device_index(len(instances), local_rank, local_world_size, share=share)
+    if index is not None:
+        environ[_VISIBLE] = instances[index]
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def choose_backend(section: LaunchSection, device: torch.device) -> str:
@@ -136,7 +166,23 @@ def _check_places(kind: str, places: Sequence[Place], *, share: bool) -> None:
             )
 
 
-def _check_owners(kind: str, owners: Sequence[tuple[str, str | None]]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """A rank's host, and what tells its device apart.
+
+    Attributes:
+        uuid: of the device, or of its MIG instance; None where torch does not say it.
+        bus: of the GPU; empty where torch does not say it.
+        is_instance: whether the device is a part of a GPU.
+    """
+
+    host: str
+    uuid: str | None
+    bus: str
+    is_instance: bool
+
+
+def _check_owners(kind: str, owners: Sequence[Owner]) -> None:
     """Raise if two ranks have taken the same device.
 
     Raises:
@@ -144,12 +190,40 @@ def _check_owners(kind: str, owners: Sequence[tuple[str, str | None]]) -> None:
     """
     for rank, owner in enumerate(owners):
         first = owners.index(owner)
-        if owner[1] is not None and first != rank:
+        if owner.uuid is None or first == rank:
+            continue
+        bind = (
+            "A process sees one MIG instance only: show each rank its own "
+            f"({_VISIBLE}=MIG-..., or all of them in that list)"
+            if owner.is_instance
+            else "Bind one device per rank (srun --gpus-per-task=1 --gpu-bind=closest)"
+        )
+        raise LaunchError(
+            f"ranks {first} and {rank} on {owner.host} have taken the same {kind} device "
+            f"({owner.uuid}), on which {_OWN_BACKENDS[kind]} cannot run. {bind}, start fewer ranks "
+            "per node, or let them share: launch.share_device = true.",
+            everywhere=True,
+        )
+
+
+def _check_instances(owners: Sequence[Owner]) -> None:
+    """Raise if two ranks have parts of one GPU: NCCL would refuse it as a "Duplicate GPU".
+
+    Raises:
+        LaunchError: naming both instances.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for rank, owner in enumerate(owners):
+        if not owner.is_instance:
+            continue
+        first = seen.setdefault((owner.host, owner.bus), rank)
+        if first != rank:
+            where = f" of the GPU {owner.bus}" if owner.bus else ""
             raise LaunchError(
-                f"ranks {first} and {rank} on {owner[0]} have taken the same {kind} device "
-                f"({owner[1]}), on which {_OWN_BACKENDS[kind]} cannot run. Bind one device per "
-                "rank (srun --gpus-per-task=1 --gpu-bind=closest), start fewer ranks per node, or "
-                "let them share: launch.share_device = true.",
+                f"ranks {first} and {rank} on {owner.host} have two MIG instances{where}, "
+                f"{owners[first].uuid} and {owner.uuid}, between which NCCL carries nothing "
+                '("Duplicate GPU detected"): launch.share_device = true has gloo do it; one rank '
+                "per GPU is faster.",
                 everywhere=True,
             )
 
@@ -172,17 +246,6 @@ def _tell_idle(kind: str, places: Sequence[Place]) -> None:
         )
 
 
-def _only_apple_device(places: Sequence[Place]) -> torch.device:
-    if len(places) > 1 or not places[0].visible["mps"]:
-        raise LaunchError(
-            f'launch.device = "mps" serves one process with such a device, not '
-            f"{_number(len(places), 'rank')} with {places[0].visible['mps']}: set it to "
-            '"cpu" or "auto".',
-            everywhere=True,
-        )
-    return torch.device("mps")
-
-
 def _module(kind: str) -> Any:
     return getattr(torch, kind)
 
@@ -194,16 +257,23 @@ def _count_visible(kind: str) -> int:
 
 def torch_sees(kind: str) -> bool:
     """Tell whether this torch can compute on a kind of device here."""
-    if kind == "mps":
-        return torch.backends.mps.is_available()
     available: bool = _module(kind).is_available()
     return available
 
 
-def _uuid(device: torch.device) -> str | None:
-    """Return what tells a device apart from all others; None where torch does not say it."""
-    uuid = getattr(_module(device.type).get_device_properties(device), "uuid", None)
-    return None if uuid is None else str(uuid)
+def _owner(host: str, device: torch.device) -> Owner:
+    """Return what tells this rank's device apart from all others."""
+    properties = _module(device.type).get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
+    # Not every torch says it.
+    numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    known = [number for number in numbers if number is not None]
+    return Owner(
+        host=host,
+        uuid=None if uuid is None else str(uuid),
+        bus="{:04x}:{:02x}:{:02x}".format(*known) if len(known) == len(numbers) else "",
+        is_instance=" MIG " in getattr(properties, "name", ""),
+    )
 
 
 def _number(count: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hpctrain.checkpoint.best import Mode
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config import Config
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import target_mask
 from hpctrain.config.messages import shown
 from hpctrain.config.semantics import NEWEST, Semantics
@@ -176,6 +176,7 @@ def build_parts(
         compress_gradients=config.training.compress_gradients,
         static_graph=config.training.static_graph,
         unused_parameters=config.training.unused_parameters,
+        graphs=_records_graphs(config) and world.device.type == "cuda",
         shards=shards,
     )
     if tried is not None:
@@ -238,6 +239,7 @@ def _check_capabilities(config: Config, world: World) -> None:
         sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
         strategy=config.training.strategy,
         cpu_offload=config.training.cpu_offload,
+        graphs=_records_graphs(config) and world.topology.world_size > 1,
         torch=torch.__version__,
     )
     if found is not None:
@@ -245,6 +247,10 @@ def _check_capabilities(config: Config, world: World) -> None:
         section, name = key.split(".")
         value = shown(getattr(getattr(config, section), name))
         raise ConfigError(f"{key} = {value}: {because}")
+
+
+def _records_graphs(config: Config) -> bool:
+    return records_graphs(compile=config.training.compile, mode=config.training.compile_mode)
 
 
 def directions(config: Config, task: Task) -> dict[str, Mode]:

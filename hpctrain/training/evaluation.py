@@ -31,6 +31,7 @@ def evaluate(
     rounds: int = 0,
     call: Call | None = None,
     idle_row: Fields | None = None,
+    reused: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
@@ -51,6 +52,7 @@ def evaluate(
             have to be gathered around it, collective: all ranks.
         idle_row: where the parameters are spread over the ranks, and a pass needs all of them: one
             row to run, and to forget, while others still have batches.
+        reused: whether the model's outputs lie where its next ones will, as under CUDA graphs.
         stopping: asked after every batch, `rounds` times on every rank, so that it may
             communicate; True on all ranks in the same round.
 
@@ -59,7 +61,7 @@ def evaluate(
     """
     call = call or call_directly(model)
     objects = MetricObjects(task, world.device)
-    totals = Totals(task, objects)
+    totals = Totals(task, objects, reused=reused)
     try:
         with (
             torch.no_grad(),

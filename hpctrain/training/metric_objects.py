@@ -60,6 +60,14 @@ class MetricObjects:
         for item in self._objects.values():
             item.reset()
 
+    def own_newest(self) -> None:
+        """Copy what each object has last put into a list, whose memory is another's."""
+        for item in self._holders.values():
+            for name in item._defaults:
+                kept = getattr(item, name)
+                if isinstance(kept, list) and kept and isinstance(kept[-1], Tensor):
+                    kept[-1] = kept[-1].clone()
+
     def states(self) -> dict[str, State]:
         """Return what each object has added up, on the host."""
         return {

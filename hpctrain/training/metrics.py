@@ -49,19 +49,49 @@ class Part:
     results: dict[str, str] = field(default_factory=dict)
 
 
+class _Sum:
+    """Numbers added up where they are: those of the host there, those of a device on it.
+
+    So that no batch waits for the device, neither to fetch a number nor to bring one.
+    """
+
+    __slots__ = ("_on_device", "_on_host")
+
+    def __init__(self) -> None:
+        self._on_host: float | int = 0
+        self._on_device: Tensor | None = None
+
+    def add(self, value: Any) -> None:
+        """Add a number, or a tensor of one; exactly, if whole numbers, else in float64."""
+        if not isinstance(value, Tensor):
+            self._on_host += value.item() if hasattr(value, "item") else value
+        elif value.device.type == "cpu":
+            self._on_host += value.item()
+        else:
+            wide = value.detach().to(_wide(value.dtype))
+            self._on_device = wide if self._on_device is None else self._on_device + wide
+
+    def value(self) -> float | int:
+        """Return the sum; waits for the device."""
+        return self._on_host + (0 if self._on_device is None else self._on_device.item())
+
+
 class Totals:
     """Adds up what a task returns for the batches of this rank; sums stay on the device."""
 
-    def __init__(self, task: Any, objects: MetricObjects) -> None:
+    def __init__(self, task: Any, objects: MetricObjects, *, reused: bool = False) -> None:
         """Begin.
 
         Args:
             task: whose metrics.
             objects: the torchmetrics objects that the task holds, reset.
+            reused: whether the memory of what a model returns is that of its next outputs too, as
+                under CUDA graphs: then what is kept is copied.
         """
         self._task = task
         self._objects = objects
-        self._quotients: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reused = reused
+        self._quotients: dict[str, tuple[_Sum, _Sum]] = {}
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
         self._results: dict[str, str] = {}
@@ -78,19 +108,22 @@ class Totals:
             if isinstance(value, tuple):
                 self._add_quotient(name, value)
             elif isinstance(value, Gather):
-                self._rows.setdefault(name, []).append(_checked_rows(value.rows, name, self))
+                rows = _checked_rows(value.rows, name, self)
+                self._rows.setdefault(name, []).append(rows.clone() if self._reused else rows)
             elif isinstance(value, Tensor):
                 self._add_sum(name, value)
             elif (path := self._objects.path_of(value)) is not None:
                 self._results[name] = path
             else:
                 raise self._mistake(_not_a_metric(name, value))
+        if self._reused:
+            self._objects.own_newest()
 
     def part(self) -> Part:
         """Return what has been added up; waits for the device."""
         return Part(
             quotients={
-                name: (total.item(), weight.item())
+                name: (float(total.value()), weight.value())
                 for name, (total, weight) in self._quotients.items()
             },
             sums={name: total.cpu() for name, total in self._sums.items()},
@@ -105,12 +138,9 @@ class Totals:
                 f'returned for the metric "{name}" a tuple of {_described(value)}: expected '
                 "(sum, weight), one number each"
             )
-        total, weight = (torch.as_tensor(item) for item in value)
-        wide, weight = total.double(), weight.to(total.device, _wide(weight.dtype))
-        if name in self._quotients:
-            before, weight_before = self._quotients[name]
-            wide, weight = before + wide, weight_before + weight
-        self._quotients[name] = wide, weight
+        sums = self._quotients.setdefault(name, (_Sum(), _Sum()))
+        for each, item in zip(sums, value, strict=True):
+            each.add(item.clone() if self._reused and isinstance(item, Tensor) else item)
 
     def _add_sum(self, name: str, value: Tensor) -> None:
         if not callable(getattr(self._task, "finish", None)):
@@ -119,7 +149,7 @@ class Totals:
                 "is (sum, weight); sums from which another one is computed need a method "
                 "finish(sums) of the task"
             )
-        wide = value.detach().to(_wide(value.dtype))
+        wide = value.detach().to(_wide(value.dtype), copy=self._reused)
         before = self._sums.get(name)
         if before is not None and before.shape != wide.shape:
             raise self._mistake(

@@ -85,7 +85,7 @@ def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
     if resumed.values["world_size"] == world.topology.world_size:
         rank = world.topology.rank
         mine = _below(training, f"{GENERATORS}{rank}/")
-        restore_rng(mine, resumed.values["generators"][rank])
+        restore_rng(mine, resumed.values["generators"][rank], world.device)
 
 
 def restore_parameters(step: TrainStep, resumed: Resumed) -> None:

@@ -146,6 +146,7 @@ class Run:
                 rounds=loader.most_batches,
                 call=step.call,
                 idle_row=None if step.shards is None else step.idle_row,
+                reused=step.graphs,
                 stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
             )
             step.settle()

@@ -76,7 +76,7 @@ def capture(
     with raise_together(world.communicator):
         if is_rank_zero or shards is not None:
             captured = _captured(step)
-    tensors, values = rng_to_tensors()
+    tensors, values = rng_to_tensors(world.device)
     digest = "" if captured is None or shards is None else _digest_of_optimizer(captured)
     everyone = world.communicator.all_gather((tensors, values, digest))
     if captured is None:

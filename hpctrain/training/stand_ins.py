@@ -91,6 +91,8 @@ def seed_all(seed: int) -> None:
 
 def generator_states() -> tuple[object, ...]:
     """Return what a draw of torch, numpy or Python changes."""
-    on_device = torch.cuda.get_rng_state().tolist() if torch.cuda.is_initialized() else []
+    modules = [getattr(torch, kind) for kind in ("cuda", "xpu")]
+    # To ask others would open a context on a device that this process has not taken.
+    on_device = [each.get_rng_state().tolist() for each in modules if each.is_initialized()]
     legacy = np.random.get_state()  # noqa: NPY002
     return torch.get_rng_state().tolist(), on_device, repr(legacy), random.getstate()

@@ -14,6 +14,8 @@ from hpctrain.checkpoint.optimizer_state import SLOTS, OptimizerState, SavedOpti
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
 from hpctrain.errors import CheckpointError
 
+CPU = torch.device("cpu")
+
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
     for _ in range(steps):
@@ -48,14 +50,14 @@ def test_an_optimizer_goes_on_to_the_bit(
         tensors = {key: tensor.clone() for key, tensor in captured.tensors.items()}
         saved = SavedOptimizer(tensors, captured.values)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        generators = rng_to_tensors()
+        generators = rng_to_tensors(CPU)
         train(model, first, 5)
 
         other = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
         second = optimizer(other.parameters(), **arguments)
         other.load_state_dict(weights)
         OptimizerState(second).restore(other, saved)
-        restore_rng(*generators)
+        restore_rng(*generators, CPU)
         train(other, second, 5)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -76,7 +78,7 @@ def test_generators_go_on_to_the_bit() -> None:
         return torch.rand(3).tolist(), numbers, random.random(), random.gauss(0, 1)
 
     draw()
-    saved = rng_to_tensors()
+    saved = rng_to_tensors(CPU)
     expected = [draw() for _ in range(3)]
-    restore_rng(*saved)
+    restore_rng(*saved, CPU)
     assert [draw() for _ in range(3)] == expected

@@ -17,11 +17,13 @@ from hpctrain.errors import LaunchError
 from hpctrain.launch.containers import is_walled_off
 from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget
 from hpctrain.launch.device import (
+    Owner,
     Place,
     choose_backend,
     choose_device,
     device_index,
     device_kind,
+    take_instance,
 )
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.launchers import detect
@@ -72,7 +74,7 @@ def on_node(local_rank: int, local_world_size: int, **visible: int) -> Place:
         host="a",
         local_rank=local_rank,
         local_world_size=local_world_size,
-        visible={"cuda": 0, "xpu": 0, "mps": 0} | visible,
+        visible={"cuda": 0, "xpu": 0} | visible,
     )
 
 
@@ -82,9 +84,6 @@ def on_node(local_rank: int, local_world_size: int, **visible: int) -> Place:
         ("auto", [on_node(0, 1)], "cpu"),
         ("auto", [on_node(0, 1, cuda=1)], "cuda"),
         ("auto", [on_node(0, 2), on_node(1, 2, xpu=1)], "xpu"),
-        ("auto", [on_node(0, 1, mps=1)], "mps"),
-        ("auto", [on_node(0, 2, mps=1), on_node(1, 2, mps=1)], "cpu"),
-        ("mps", [on_node(0, 2, mps=1), on_node(1, 2, mps=1)], "mps"),
         ("cuda", [on_node(0, 1)], "cuda"),
     ],
 )
@@ -95,8 +94,9 @@ def test_device_kind(asked: str, places: list[Place], kind: str) -> None:
 class Devices:
     """Stands for torch.cuda on a node with some devices."""
 
-    def __init__(self, uuids: list[str | None]) -> None:
+    def __init__(self, uuids: list[str | None], name: str = "NVIDIA A100", bus: int = 3) -> None:
         self.uuids = uuids
+        self.about = {"name": name, "pci_domain_id": 0, "pci_bus_id": bus, "pci_device_id": 0}
         self.chosen: torch.device | None = None
 
     def is_available(self) -> bool:
@@ -109,27 +109,35 @@ class Devices:
         self.chosen = device
 
     def get_device_properties(self, device: torch.device) -> SimpleNamespace:
-        return SimpleNamespace(uuid=self.uuids[device.index])
+        return SimpleNamespace(uuid=self.uuids[device.index], **self.about)
 
 
 class Others:
     """A communicator whose other ranks see what this one sees, at their own local rank."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, instances: bool = False) -> None:
         self.ranks = ranks
+        self.instances = instances
 
     def all_gather(self, value: Any) -> list[Any]:
         if isinstance(value, Place):
             return [replace(value, local_rank=rank) for rank in range(self.ranks)]
+        if self.instances and isinstance(value, Owner):
+            return [replace(value, uuid=f"MIG-{rank}") for rank in range(self.ranks)]
         return [value] * self.ranks
 
 
 def choose(
-    monkeypatch: pytest.MonkeyPatch, devices: Devices, ranks: int, **keys: Any
+    monkeypatch: pytest.MonkeyPatch,
+    devices: Devices,
+    ranks: int,
+    instances: bool = False,
+    **keys: Any,
 ) -> torch.device:
     monkeypatch.setattr(torch, "cuda", devices)
     topology = place(0, [A] * ranks, launcher="test", mpi=None)
-    return choose_device(LaunchSection(**keys), topology, Others(ranks))  # type: ignore[arg-type]
+    others: Any = Others(ranks, instances)
+    return choose_device(LaunchSection(**keys), topology, others)
 
 
 def test_a_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +152,7 @@ def test_a_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], 2, {"device": "cuda"}, "rank 0 on a has no cuda device of its own: 2 ranks there, 0"),
         (["x", "y"], 4, {}, "4 ranks there, 2 visible devices"),
         (["x"], 2, {}, r"ranks 0 and 1 on a have taken the same cuda device \(x\)"),
-        ([], 1, {"device": "mps"}, "serves one process"),
+        ([], 1, {"device": "mps"}, "nobody has run hpctrain on an Apple GPU yet"),
     ],
 )
 def test_no_device_of_its_own(
@@ -165,6 +173,56 @@ def test_devices_are_shared_where_that_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert choose_backend(LaunchSection(share_device=True), device) == "gloo"
     with pytest.raises(LaunchError, match="nccl cannot run where ranks share"):
         choose_backend(section, device)
+
+
+MIG = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+
+
+def test_instances_of_one_gpu_are_named_before_nccl_refuses_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = Devices(["x"], name=MIG)
+    with pytest.raises(LaunchError) as caught:
+        choose(monkeypatch, devices, 2, instances=True)
+    message = str(caught.value)
+    assert "ranks 0 and 1 on a have two MIG instances of the GPU 0000:03:00, MIG-0 and" in message
+    assert "launch.share_device = true" in message
+    chosen = torch.device("cuda", 0)
+    assert choose(monkeypatch, devices, 2, instances=True, backend="gloo") == chosen
+    assert choose(monkeypatch, devices, 2, instances=True, share_device=True) == chosen
+    whole = Devices(["x"])
+    assert choose(monkeypatch, whole, 2, instances=True) == chosen
+
+
+def test_one_instance_for_two_ranks_says_how_each_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(LaunchError, match="A process sees one MIG instance only: show each rank"):
+        choose(monkeypatch, Devices(["MIG-0"], name=MIG), 2)
+
+
+@pytest.mark.parametrize(
+    ("shown", "ranks", "share", "expected"),
+    [
+        ("MIG-a,MIG-b", 2, False, ["MIG-a", "MIG-b"]),
+        ("MIG-GPU-1/3/0, MIG-GPU-1/4/0", 2, False, ["MIG-GPU-1/3/0", "MIG-GPU-1/4/0"]),
+        ("MIG-a,MIG-b", 3, False, ["MIG-a,MIG-b"] * 3),  # too few: told as ever
+        ("MIG-a,MIG-b", 3, True, ["MIG-a", "MIG-b", "MIG-a"]),
+        ("MIG-a", 2, False, ["MIG-a"] * 2),
+        ("GPU-a,GPU-b", 2, False, ["GPU-a,GPU-b"] * 2),  # whole ones are all seen
+        ("0,1", 2, False, ["0,1"] * 2),
+        ("", 2, False, [""] * 2),
+    ],
+)
+def test_each_rank_is_shown_its_own_instance(
+    shown: str, ranks: int, share: bool, expected: list[str]
+) -> None:
+    found = []
+    for rank in range(ranks):
+        environ = {"CUDA_VISIBLE_DEVICES": shown}
+        take_instance(rank, ranks, share=share, environ=environ)
+        found.append(environ["CUDA_VISIBLE_DEVICES"])
+    assert found == expected
 
 
 def test_idle_devices_are_told_once(

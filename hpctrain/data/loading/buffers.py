@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
 """Of memory that tensors are made of, as torch's own is."""
+DEVICE_ALIGNMENT_BYTES = 512
+"""Of a batch on a device, as of all that torch allocates there.
+
+cuBLASLt is told alignments up to 256 bytes, and chooses an algorithm by them. Source:
+aten/src/ATen/cuda/CUDABlas.cpp of torch 2.13, _getAlignment.
+"""
 GROUP_BYTES = 16 * 2**20
 MOST_GROUP_BATCHES = 1024
 """Small batches are read, and copied to the device, several at a time up to these limits."""
@@ -29,6 +35,8 @@ MOST_PADDED = 1.05
 MOST_GROUPS_AHEAD = 4
 GROUPS_IN_USE = 3
 """Groups in memory besides those that wait: one filled, one handed over, one consumed."""
+GROUPS_IN_USE_BY_COPIES = 4
+"""The same where a device copies them: two at once are on their way to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class MemoryPlan:
         ahead: int = 0,
         ahead_share: int = 0,
         staging: int = 0,
+        in_use: int = GROUPS_IN_USE,
     ) -> MemoryPlan:
         """Spend `buffer_mb` MB on what windows fill ahead, then on shares of batches.
 
@@ -71,9 +80,10 @@ class MemoryPlan:
             ahead: batches that windows reach into after the one that needs them.
             ahead_share: bytes of this rank's part of such a batch.
             staging: bytes that each batch of a group takes besides, before it is one.
+            in_use: groups in memory besides those that wait.
         """
         budget = int(buffer_mb * 1e6)
-        least = share * (GROUPS_IN_USE + 1) + staging
+        least = share * (in_use + 1) + staging
         windows = ahead * ahead_share
         fit = windows + least <= budget
         if not fit and windows:
@@ -93,7 +103,7 @@ class MemoryPlan:
 
         def plan(size: int, depth: int) -> MemoryPlan:
             groups = -(-batches // size)
-            ready = min(depth + GROUPS_IN_USE, groups + 1)
+            ready = min(depth + in_use, groups + 1)
             filled = min(-(-ahead // size), groups - 1)
             total = size * (ready * share + filled * ahead_share + staging)
             return cls(fit, size, depth, ready, filled, total)
@@ -114,6 +124,35 @@ def new_bytes(size: int) -> Bytes:
     return memory[begin : begin + size]
 
 
+def power_of_two(size: int) -> int:
+    """Return what torch takes of pinned memory for so many bytes.
+
+    Source: aten/src/ATen/core/CachingHostAllocator.h of torch 2.13, allocate.
+    """
+    return 1 << max(0, size - 1).bit_length()
+
+
+def slabs_in_powers_of_two(groups: int, group_bytes: int) -> list[int]:
+    """Return how many groups to put into each piece of memory, so that all take least."""
+    least, first = [0], [0]
+    for count in range(1, groups + 1):
+        taken, size = min(
+            (least[count - size] + power_of_two(size * group_bytes), -size)
+            for size in range(1, min(count, _MOST_IN_SLAB) + 1)
+        )
+        least.append(taken)
+        first.append(-size)
+    found = []
+    while groups:
+        found.append(first[groups])
+        groups -= first[groups]
+    return found
+
+
+_MOST_IN_SLAB = 16
+"""Groups: of more, the search for the best division would take longer than it is worth."""
+
+
 class BufferPool:
     """Host memory that is used again as soon as nobody refers to it.
 
@@ -128,6 +167,8 @@ class BufferPool:
         rows: int,
         groups: int,
         allocate: Callable[[int], Bytes],
+        *,
+        in_powers_of_two: bool = False,
     ) -> None:
         """Keep memory, made by `allocate(bytes)`, that is one piece for each field at first.
 
@@ -136,13 +177,29 @@ class BufferPool:
             rows: of each field that one group has, at most.
             groups: for which there is room; where more are kept, each has memory of its own.
             allocate: returns (bytes,) uint8 that begins at a multiple of ALIGNMENT_BYTES.
+            in_powers_of_two: whether it takes that many bytes, or more up to a power of two: then
+                a field has several pieces where that is less in all.
         """
         self._fields = fields
         self._rows = max(1, rows)
-        self._groups = groups
         self._free: dict[str, deque[Bytes]] = {name: deque() for name in fields}
-        self._begun: set[str] = set()
+        self._left = {
+            name: slabs_in_powers_of_two(groups, self._rows * field.row_bytes)
+            if in_powers_of_two
+            else [groups]
+            for name, field in fields.items()
+        }
         self._allocate = allocate
+
+    @property
+    def surplus_bytes(self) -> int:
+        """What the pieces that are still to come take beyond their groups."""
+        return sum(
+            power_of_two(groups * self._rows * self._fields[name].row_bytes)
+            - groups * self._rows * self._fields[name].row_bytes
+            for name, left in self._left.items()
+            for groups in left
+        )
 
     def take(self, rows: int) -> dict[str, Bytes]:
         """Return memory for so many rows of each field.
@@ -170,9 +227,9 @@ class BufferPool:
         aligned = ALIGNMENT_BYTES // math.gcd(size, ALIGNMENT_BYTES)
         rows = -(-self._rows // aligned) * aligned
         # Rows added for the sake of alignment are few, or each group has memory of its own.
-        one_by_one = name in self._begun or rows > self._rows * MOST_PADDED
-        groups = 1 if one_by_one else self._groups
+        left = self._left[name]
+        one_by_one = not left or rows > self._rows * MOST_PADDED
+        groups = 1 if one_by_one else left.pop(0)
         rows = self._rows if one_by_one else rows
-        self._begun.add(name)
         slab = self._allocate(groups * rows * size).reshape(groups * rows, size)
         return (slab[i * rows : (i + 1) * rows] for i in range(groups))

@@ -73,7 +73,6 @@ class Decoder:
             ConfigError: if integers are to be filled with another kind of number.
         """
         self.decodings = decodings
-        self._device = device
         self._fields = {
             name: _FieldDecoder(each, missing.get(name, Missing()), device)
             for name, each in decodings.items()
@@ -84,23 +83,19 @@ class Decoder:
         """Return, of fields whose files differ, which coding each row of samples has.
 
         Returns:
-            By field, (samples,) or (samples, steps) int64 on the device.
+            By field, (samples,) or (samples, steps) int64, on the host.
         """
         if samples is None or not self.needs_samples:
             return {}
         found = {name: each.decoding.codes(samples) for name, each in self._fields.items()}
-        return {
-            name: torch.from_numpy(codes).to(self._device)
-            for name, codes in found.items()
-            if codes is not None
-        }
+        return {name: torch.from_numpy(codes) for name, codes in found.items() if codes is not None}
 
     def apply(self, fields: dict[str, Tensor], codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the fields decoded, with masks of integers.
 
         Args:
             fields: by name, (samples, *shape) on the device; they may be changed.
-            codes: of the same samples, as `codes` returns them.
+            codes: of the same samples, as `codes` returns them, on the device.
         """
         if not self._fields:
             return fields

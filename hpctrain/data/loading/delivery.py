@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.buffers import ALIGNMENT_BYTES, BufferPool, MemoryPlan, new_bytes
+from hpctrain.data.loading.buffers import (
+    ALIGNMENT_BYTES,
+    DEVICE_ALIGNMENT_BYTES,
+    GROUPS_IN_USE,
+    GROUPS_IN_USE_BY_COPIES,
+    BufferPool,
+    MemoryPlan,
+    new_bytes,
+)
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.finishing import Finishing, keys_on
+from hpctrain.data.loading.device_copies import DeviceCopies
+from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.refusing import Refusing, require_all
@@ -28,10 +38,11 @@ from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import open_rows, read_rows
 
-MOST_COPIES = 2
-"""Groups on their way to the device."""
-
 logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    """Do nothing: where tensors are there at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +66,25 @@ class Batch:
     global_size: int
     epoch: int
     start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrived:
+    """A group on the device, or on its way to it.
+
+    Attributes:
+        group: what its samples are.
+        fields: by name, (samples, *shape).
+        codes: by field, which coding each row has, see `Decoder.codes`.
+        keys: of the samples, if anybody wants them.
+        require: to be called before the tensors are used.
+    """
+
+    group: Group
+    fields: Mapping[str, torch.Tensor]
+    codes: Mapping[str, torch.Tensor]
+    keys: torch.Tensor | None
+    require: Callable[[], None] = _nothing
 
 
 class Delivery:
@@ -86,18 +116,24 @@ class Delivery:
         self._rows = rows
         self._device = device
         self._memory = memory
-        self._pinned = device.type == "cuda"
+        self._alignment = ALIGNMENT_BYTES if device.type == "cpu" else DEVICE_ALIGNMENT_BYTES
         groups = memory.groups_ready + (memory.groups_ahead if preparation is None else 0)
-        allocate = _pinned if self._pinned else new_bytes
-        self._pool = BufferPool(self._fields, rows, groups, allocate)
+        aside = device.type in COPIES_ASIDE
+        self._copies = DeviceCopies(Streams(device)) if aside else None
+        self._pool = BufferPool(
+            self._fields, rows, groups, _pinned if aside else new_bytes, in_powers_of_two=aside
+        )
         self._running: Prefetch[HostGroup] | None = None
         self._waited = 0.0
-        # Copies to the device that may be under way, and the host memory that they read.
-        self._copies: deque[tuple[torch.cuda.Event, HostGroup]] = deque()
         for name, reason in dataset.slow_fields().items():
             logger.warning(
                 'field "%s" is read through HDF5, which is slower: it is %s', name, reason
             )
+
+    @property
+    def surplus_bytes(self) -> int:
+        """Host memory that is taken beyond the plan: pinned memory comes in powers of two."""
+        return self._pool.surplus_bytes if self._copies is not None else 0
 
     @property
     def wait_seconds(self) -> float:
@@ -111,30 +147,17 @@ class Delivery:
         self.stop()
         if self._decoding.refused:
             source = Refusing(source, self._decoding.refused)
-        if self._preparation is None:
-            produce = functools.partial(source.read, groups, self._pool)
-        else:
-            produce = functools.partial(
-                self._preparation.read_groups,
-                source,
-                groups,
-                self._rows,
-                self._memory.groups_ahead,
-                self._pool,
-            )
+        produce = functools.partial(self._read_groups, source, groups)
         with Prefetch(produce, self._memory.depth) as running:
             self._running = running
             try:
-                for host in running:
-                    tensors = self._to_device(host)
-                    keys = self._keys(host.group)
-                    codes = self._decoding.on_device.codes(host.group.rows)
-                    bounds = host.group.bounds
-                    cuts = np.searchsorted(host.group.positions, bounds).tolist()
+                for arrived, look_ahead in self._arriving(running):
+                    bounds = arrived.group.bounds
+                    cuts = np.searchsorted(arrived.group.positions, bounds).tolist()
                     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-                        own = slice(cuts[i], cuts[i + 1])
+                        look_ahead()
                         yield Batch(
-                            fields=self._finish(tensors, codes, keys, own),
+                            fields=self._finish(arrived, slice(cuts[i], cuts[i + 1])),
                             size=cuts[i + 1] - cuts[i],
                             global_size=stop - start if total is None else total,
                             epoch=epoch,
@@ -145,29 +168,60 @@ class Delivery:
                     self._waited += running.wait_seconds
                     self._running = None
 
+    def _read_groups(self, source: Source, groups: Iterator[Group]) -> Iterator[HostGroup]:
+        """Read, in the reader's thread."""
+        enter(self._device)  # pinned memory is the current device's
+        if self._preparation is None:
+            return source.read(groups, self._pool)
+        return self._preparation.read_groups(
+            source, groups, self._rows, self._memory.groups_ahead, self._pool
+        )
+
+    def _arriving(
+        self, running: Prefetch[HostGroup]
+    ) -> Iterator[tuple[_Arrived, Callable[[], None]]]:
+        """Yield groups on the device, and what begins to copy the next one if it has been read.
+
+        While the consumer works on one group, the next one is on its way; what has not been read
+        yet keeps no batch waiting that is there.
+        """
+        if self._copies is None:
+            for host in running:
+                yield self._on_device(host), _nothing
+            return
+        ahead: deque[_Arrived] = deque()
+
+        def look_ahead() -> None:
+            if not ahead and (host := running.waiting()) is not None:
+                ahead.append(self._on_device(host))
+
+        for host in running:
+            ahead.append(self._on_device(host))
+            del host  # its memory is for the reader as soon as the copies are made
+            while ahead:
+                yield ahead.popleft(), look_ahead
+
     def one(self, row: int) -> dict[str, torch.Tensor]:
         """Return one row of the dataset, read by the calling thread with files of its own."""
         at = np.array([row], np.int64)
-        # Only shape and dtype of it count: any key will do.
-        group = Group([row, row + 1], at, at, at.astype(np.uint64))
         preparation = self._preparation
-        values = self._read(at) if preparation is None else preparation.one(row)
-        tensors = {name: torch.from_numpy(v).to(self._device) for name, v in values.items()}
-        codes = self._decoding.on_device.codes(at)
-        return self._finish(tensors, codes, self._keys(group), slice(0, 1))
+        return self._delivered(self._read(at) if preparation is None else preparation.one(row), at)
 
     def some(self, rows: Int64s) -> dict[str, torch.Tensor]:
         """Return some rows of the dataset, in ascending order, read by the calling thread."""
         if self._preparation is not None:  # which transforms them one by one
             each = [self.one(int(row)) for row in rows]
             return {name: torch.cat([fields[name] for fields in each]) for name in each[0]}
+        return self._delivered(self._read(rows), rows)
+
+    def _delivered(
+        self, values: Mapping[str, npt.NDArray[Any]], rows: Int64s
+    ) -> dict[str, torch.Tensor]:
+        """Return values of rows as a batch has them."""
+        # Only shape and dtype of keys count: any will do.
         group = Group([0, len(rows)], rows, rows, rows.astype(np.uint64))
-        tensors = {
-            name: torch.from_numpy(values).to(self._device)
-            for name, values in self._read(rows).items()
-        }
-        codes = self._decoding.on_device.codes(rows)
-        return self._finish(tensors, codes, self._keys(group), slice(0, len(rows)))
+        tensors = {name: torch.from_numpy(each) for name, each in values.items()}
+        return self._finish(self._moved(group, tensors), slice(0, len(rows)))
 
     def _read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
         """Return rows as they are stored, read by the calling thread with files of its own."""
@@ -188,39 +242,58 @@ class Delivery:
         self.stop()
         self.access.close()
 
-    def _keys(self, group: Group) -> torch.Tensor | None:
-        """Return the keys of a group on the device, if anybody wants them there."""
-        if group.keys is None or not self._finishing.needs_keys:
-            return None
-        return keys_on(self._device, group.keys)
-
-    def _finish(
-        self,
-        tensors: dict[str, torch.Tensor],
-        codes: dict[str, torch.Tensor],
-        keys: torch.Tensor | None,
-        own: slice,
-    ) -> dict[str, torch.Tensor]:
+    def _finish(self, arrived: _Arrived, own: slice) -> dict[str, torch.Tensor]:
         """Return some of the samples of a group, as the task wants them."""
-        fields = {name: _aligned(tensor[own]) for name, tensor in tensors.items()}
-        own_codes = {name: each[own] for name, each in codes.items()}
+        arrived.require()
+        fields = {name: self._aligned(tensor[own]) for name, tensor in arrived.fields.items()}
+        own_codes = {name: each[own] for name, each in arrived.codes.items()}
         fields = self._decoding.on_device.apply(fields, own_codes)
-        own_keys = None if keys is None else keys[own]
+        own_keys = None if arrived.keys is None else arrived.keys[own]
         return self._finishing.apply(fields, own_keys, training=self._training)
 
-    def _to_device(self, host: HostGroup) -> dict[str, torch.Tensor]:
+    def _on_device(self, host: HostGroup) -> _Arrived:
+        """Return a group on the device, or on its way to it."""
         size = len(host.group.positions)
         tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
-        if not self._pinned:
-            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-        while self._copies and (len(self._copies) >= MOST_COPIES or self._copies[0][0].query()):
-            # Without a bound a host that runs ahead of its device would take ever more memory.
-            self._copies.popleft()[0].synchronize()
-        copies = {name: t.to(self._device, non_blocking=True) for name, t in tensors.items()}
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._copies.append((event, host))
-        return copies
+        if self._copies is None:
+            return self._moved(host.group, tensors)
+        codes, keys = self._beside(host.group)
+        with self._copies.of(host) as copying:
+            return _Arrived(
+                group=host.group,
+                # Of no samples there is no pinned memory, and nothing to copy.
+                fields={name: copying.copy(each, pinned=True) for name, each in tensors.items()},
+                codes={name: copying.copy(each, pinned=False) for name, each in codes.items()},
+                keys=None if keys is None else copying.copy(keys, pinned=False),
+                require=copying.require,
+            )
+
+    def _moved(self, group: Group, tensors: Mapping[str, torch.Tensor]) -> _Arrived:
+        """Return a group on the device; the host waits for it."""
+        codes, keys = self._beside(group)
+        return _Arrived(
+            group=group,
+            fields={name: each.to(self._device) for name, each in tensors.items()},
+            codes={name: each.to(self._device) for name, each in codes.items()},
+            keys=None if keys is None else keys.to(self._device),
+        )
+
+    def _beside(self, group: Group) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return what goes to the device beside the samples, on the host: codings and keys."""
+        wanted = group.keys is not None and self._finishing.needs_keys
+        return (
+            self._decoding.on_device.codes(group.rows),
+            torch.from_numpy(group.keys) if wanted else None,
+        )
+
+    def _aligned(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a batch that begins where fresh tensors do.
+
+        Matrix products sum in another order where memory begins elsewhere. In a group of batches
+        that would depend on where a job has begun to read, and a run that goes on would differ from
+        one that never stopped in the last bits. Most rows have a length that leaves nothing to do.
+        """
+        return batch if batch.data_ptr() % self._alignment == 0 else batch.clone()
 
     def _tensor(self, name: str, data: Bytes, size: int) -> torch.Tensor:
         """Return the tensor that shares its memory with bytes, and keeps them."""
@@ -230,21 +303,16 @@ class Delivery:
         return torch.from_numpy(data).view(dtype).view(size, *shape)
 
 
+def groups_in_use(device: torch.device) -> int:
+    """Return how many groups are in host memory besides those that wait for the consumer."""
+    return GROUPS_IN_USE_BY_COPIES if device.type in COPIES_ASIDE else GROUPS_IN_USE
+
+
 def torch_dtype(field: Field) -> torch.dtype:
     """Return the dtype of tensors of a field; fields have only dtypes that torch has too."""
     dtype = getattr(torch, field.dtype.name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _aligned(batch: torch.Tensor) -> torch.Tensor:
-    """Return a batch that begins where fresh tensors do, at a multiple of 64 bytes.
-
-    Matrix products sum in another order where memory begins elsewhere. In a group of batches that
-    would depend on where a job has begun to read, and a run that goes on would differ from one
-    that never stopped in the last bits. Most rows have a length that leaves nothing to do.
-    """
-    return batch if batch.data_ptr() % ALIGNMENT_BYTES == 0 else batch.clone()
 
 
 def _pinned(size: int) -> Bytes:

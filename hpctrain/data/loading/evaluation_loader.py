@@ -10,7 +10,7 @@ import torch
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.delivery import Batch, Delivery
+from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
@@ -75,10 +75,13 @@ class EvaluationLoader:
         self._batch_size = batch_size
         share, staging = sample_bytes(self._dataset, preparation)
         memory = MemoryPlan.make(
-            batch_size * share, buffer_mb, batches=len(self), staging=batch_size * staging
+            batch_size * share,
+            buffer_mb,
+            batches=len(self),
+            staging=batch_size * staging,
+            in_use=groups_in_use(device),
         )
         self._group_batches = memory.group_batches
-        self.buffer_bytes = memory.total
         rows = batch_size * memory.group_batches
         decoding, finishing = decoding or Decoding(), finishing or Finishing()
         self._needs_keys = preparation is not None or finishing.needs_keys
@@ -95,6 +98,7 @@ class EvaluationLoader:
             training=False,
             threads=threads,
         )
+        self.buffer_bytes = memory.total + self._delivery.surplus_bytes
 
     def __len__(self) -> int:
         return len(range(self._first, self._stop, self._batch_size))

@@ -13,7 +13,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.delivery import Batch, Delivery
+from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
 from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
@@ -131,9 +131,9 @@ class TrainLoader:
             ahead=0 if memory is not None else ahead,
             ahead_share=self.largest_share * self._dataset.bytes_per_sample,
             staging=self.largest_share * staging,
+            in_use=groups_in_use(device),
         )
         self._windows_fit = spent.windows_fit
-        self.buffer_bytes = spent.total
         self._group_batches = spent.group_batches
         self._planned: tuple[int, Epoch] | None = None
         rows = max(
@@ -157,6 +157,7 @@ class TrainLoader:
             training=True,
             threads=threads,
         )
+        self.buffer_bytes = spent.total + self._delivery.surplus_bytes
 
     @property
     def wait_seconds(self) -> float:

@@ -44,6 +44,10 @@ class Prefetch(Generic[T]):
         finally:
             self.wait_seconds += time.perf_counter() - begin
 
+    def waiting(self) -> T | None:
+        """Return the next item if it is there already, else None at once."""
+        return self._channel.take()
+
     def close(self) -> None:
         """End the thread; it finishes at most the item that it is at."""
         self._finalizer()
@@ -99,6 +103,14 @@ class _Channel(Generic[T]):
                 return self._items.popleft()
             error, self._error = self._error, None
             raise StopIteration if error is None else error
+
+    def take(self) -> T | None:
+        """Take an item that is there, None where there is none."""
+        with self._changed:
+            if not self._items:
+                return None
+            self._changed.notify_all()
+            return self._items.popleft()
 
     def abandon(self) -> None:
         """Drop everything; the producer ends at its next item."""

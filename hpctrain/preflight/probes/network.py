@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed as dist
 
+from hpctrain.accelerator import synchronize
 from hpctrain.launch.world import World
 from hpctrain.topology import Communicator
 
@@ -91,12 +92,6 @@ def _time_reduction(world: World, tensor: torch.Tensor) -> float:
     dist.all_reduce(tensor)
     synchronize(world.device)
     return time.perf_counter() - begin
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def clock_offset(communicator: Communicator) -> float:

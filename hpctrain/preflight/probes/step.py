@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.delivery import Batch, torch_dtype
@@ -20,7 +21,6 @@ from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
-from hpctrain.preflight.probes.network import synchronize
 from hpctrain.training.assembly import Components, build_parts
 from hpctrain.training.datasets import Data
 from hpctrain.training.snapshot import expected_bytes

@@ -43,6 +43,8 @@ class Passes:
         held: Fields,
         world_size: int,
         device: torch.device,
+        *,
+        reused: bool = False,
     ) -> None:
         """Begin without a pass.
 
@@ -55,6 +57,8 @@ class Passes:
                 spread over the ranks.
             world_size: number of ranks.
             device: of this rank.
+            reused: whether what the model returns lies where its next outputs will, as under CUDA
+                graphs: then what is kept of it is copied.
         """
         self.loss_sum: Tensor | None = None
         self.weight: Tensor | int = 0
@@ -68,6 +72,7 @@ class Passes:
         self._held = held
         self._world_size = world_size
         self._device = device
+        self._reused = reused
         self._statistics: list[nn.Module] = with_statistics(replica.model)
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
@@ -93,6 +98,9 @@ class Passes:
                 self._loss, self._format.cast(fields, self._task.inputs)
             )
         detached = loss_sum.detach()
+        if self._reused:
+            detached = detached.clone()
+            weight = weight.clone() if isinstance(weight, Tensor) else weight
         self.loss_sum = detached if self.loss_sum is None else self.loss_sum + detached
         self.weight = weight + self.weight
         return loss_sum, self._seed(loss_sum.dtype, batch.global_size)

@@ -23,6 +23,7 @@ from hpctrain.training.optimization.evaluation_weights import EvaluationWeights,
 from hpctrain.training.step.averaging import WeightAverage
 from hpctrain.training.step.call import Call
 from hpctrain.training.step.disturbance import Disturbance
+from hpctrain.training.step.graphs import OwnGradients
 from hpctrain.training.step.passes import Passes
 from hpctrain.training.step.precision import LossScale, NumberFormat
 from hpctrain.training.step.priming import Explain, prime
@@ -55,6 +56,7 @@ class TrainStep:
         disturbance: what the dry run has seen the model do to itself.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
+        graphs: whether the model runs as CUDA graphs.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainStep:
         compress_gradients: str = "none",
         static_graph: bool = False,
         unused_parameters: str = "error",
+        graphs: bool = False,
         shards: Shards | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
@@ -98,6 +101,7 @@ class TrainStep:
             unused_parameters: "error" or "allow": whether, over ranks, some may have no part in a
                 step.
             ema_decay: of a moving average of the parameters; None: there is none.
+            graphs: whether the model is compiled to CUDA graphs, not where it is spread.
             shards: the model where its parameters are spread over the ranks, and the optimizer's
                 are those of `shards`; None: every rank has all of them.
 
@@ -142,7 +146,12 @@ class TrainStep:
             self._held,
             self._world_size,
             world.device,
+            reused=graphs,
         )
+        self.graphs = graphs
+        self._own_gradients: OwnGradients | None = None
+        if graphs and self.grad_accum_steps > 1:
+            self._own_gradients = OwnGradients(self._replica.parameters)
         self._update = Update(
             optimizer,
             clip_norm=clip_norm,
@@ -237,6 +246,8 @@ class TrainStep:
                 for first, stop in before:
                     loss, seed = self._passes.forward(batch, first, stop)
                     self._replica.backward(loss, seed)
+                    if self._own_gradients is not None:
+                        self._own_gradients.keep()
         loss, seed = self._passes.forward(batch, *last)
         counts_samples = self._task.counts_samples
         self._pulse.tick()  # what follows waits for the other ranks

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hpctrain.accelerator import kept_generator
 from hpctrain.training.step.attributes import Attributes
 from hpctrain.training.step.disturbance import Disturbance
 from hpctrain.training.step.names_and_values import Names, Values
@@ -21,7 +22,7 @@ from hpctrain.training.step.sync_check import checksum
 def kept_generators(device: torch.device) -> Iterator[None]:
     """Leave the generators of torch, numpy and Python as they stood before the body."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - users draw from it
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with kept_generator(device):
         try:
             yield
         finally:
