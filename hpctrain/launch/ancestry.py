@@ -32,10 +32,11 @@ def ancestors(process: int | None = None, proc: Path = PROC) -> tuple[str, ...]:
     Empty where the system does not tell: not Linux, or above the first process of a container.
     """
     above = processes_above(process, proc)
-    return tuple(name for pid in above for name in _names(pid, proc))
+    return tuple(name for pid in above for name in names_of(pid, proc))
 
 
-def _names(pid: int, proc: Path) -> list[str]:
+def names_of(pid: int, proc: Path = PROC) -> list[str]:
+    """Return what a process is called: executable, title, script; none where it is not seen."""
     entry = proc / str(pid)
     try:
         title = (entry / "comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
