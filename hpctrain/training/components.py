@@ -16,6 +16,7 @@ from hpctrain.config.components import placed_error, resolve_all
 from hpctrain.config.messages import Mistake
 from hpctrain.config.schema import OptimizerSection
 from hpctrain.errors import ConfigError
+from hpctrain.launch.loading import loading
 from hpctrain.observe.code import user_modules
 from hpctrain.utils.text import listed
 
@@ -44,8 +45,11 @@ def resolve_components(
     Raises:
         ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
     """
-    components = resolve_all(config, given=_given, path=path, overrides=overrides)
-    if mistake := _refused(config.optimizer, components["optimizer"]):
+    # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
+    with loading():
+        components = resolve_all(config, given=_given, path=path, overrides=overrides)
+        mistake = _refused(config.optimizer, components["optimizer"])
+    if mistake:
         raise placed_error([mistake], path, overrides)
     _refuse_live_code()
     return components
