@@ -153,6 +153,8 @@ def build_parts(
             rows=shards is not None,
             ranks=world.topology.world_size,
         )
+        if tried is not None:
+            tried.check_schedule(config.scheduler, config.optimizer.groups)
         schedule = LearningRate.of(
             config.scheduler, components["scheduler"], config.optimizer.lr, horizon
         )

@@ -24,7 +24,7 @@ from hpctrain.checkpoint.optimizer_state import (
 )
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.checkpoint.tree import UnsavableError
-from hpctrain.config.schema import ParameterGroup
+from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.attributes import Attributes
 from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes
@@ -40,11 +40,33 @@ class TriedOptimizer:
         name: of the optimizer's class.
         slots: that it keeps of some parameters after one step, by the parameters' names.
         learns: whether it keeps more than slots of parameters.
+        follows_lr: whether a step depends on the `lr` of its `param_groups`.
     """
 
     name: str
     slots: Mapping[str, frozenset[str]]
     learns: bool
+    follows_lr: bool
+
+    def check_schedule(self, scheduler: SchedulerSection, groups: Sequence[ParameterGroup]) -> None:
+        """Refuse learning rates that change nothing.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        if self.follows_lr:
+            return
+        ignored = None
+        warmup = scheduler.warmup_steps or scheduler.warmup_epochs or scheduler.warmup_samples
+        if scheduler.use != "constant" or warmup:
+            ignored = f'[scheduler] use = "{scheduler.use}"'
+        elif any(group.lr_factor != 1 for group in groups):
+            ignored = "[[optimizer.groups]] lr_factor"
+        if ignored is not None:
+            raise ConfigError(
+                f"{ignored}: {self.name} does not read `lr` in its `param_groups` when it steps, "
+                "so that this would change nothing: leave it out, or take another optimizer"
+            )
 
     def check(self, saved: SavedOptimizer) -> None:
         """Compare a checkpoint with what the optimizer, as it is built today, goes on from.
@@ -140,7 +162,7 @@ class _Trial:
         if self._rows:
             self._require_rows(saved)
         self._try_modes(saved)
-        self._go_on(saved)
+        follows_lr = self._go_on(saved)
         assert first.values is not None
         assert saved.values is not None
         learned = any(
@@ -148,7 +170,10 @@ class _Trial:
         ) or bool(saved.values["other"])
         tolerant = isinstance(self._optimizer, SGD)  # makes the momentum that it lacks
         return TriedOptimizer(
-            name=self._name, slots={} if tolerant else slot_names(first), learns=learned
+            name=self._name,
+            slots={} if tolerant else slot_names(first),
+            learns=learned,
+            follows_lr=follows_lr,
         )
 
     def _step(self, optimizer: Optimizer, stand_ins: StandIns, number: int) -> None:
@@ -222,8 +247,12 @@ class _Trial:
                 "train(): a run would depend on how often it is evaluated"
             )
 
-    def _go_on(self, saved: SavedOptimizer) -> None:
-        """Compare a step of the optimizer with one of a copy that comes from what was saved."""
+    def _go_on(self, saved: SavedOptimizer) -> bool:
+        """Compare a step of the optimizer with one of a copy that comes from what was saved.
+
+        Returns:
+            Whether half the learning rate makes another step of it.
+        """
         before = self._stand_ins.copy()
         self._step(self._optimizer, self._stand_ins, 3)
         copies = [self._copy(before.copy(), saved) for _ in range(2)]
@@ -233,10 +262,16 @@ class _Trial:
                 f"[optimizer] use: {self._name} goes on in another way after a restart, though its "
                 "`state` and `param_groups` are put back: it keeps something elsewhere"
             )
+        # Where the step changes nothing, as at a tiny rate, it shows nothing either.
+        unmoved = copies[0].equal(before)
+        return unmoved or not copies[0].equal(self._copy(before.copy(), saved, lr_factor=0.5))
 
-    def _copy(self, stand_ins: StandIns, saved: SavedOptimizer) -> StandIns:
+    def _copy(self, stand_ins: StandIns, saved: SavedOptimizer, lr_factor: float = 1) -> StandIns:
         optimizer = self._build(stand_ins)
         OptimizerState(optimizer, rows=self._rows).restore(stand_ins, saved)
+        if lr_factor != 1:
+            for group in optimizer.param_groups:
+                group["lr"] = group.get("lr", 1.0) * lr_factor
         self._step(optimizer, stand_ins, 3)
         return stand_ins
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState, SavedOptimizer
-from hpctrain.config.schema import ParameterGroup
+from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.optimizer_trial import TriedOptimizer, try_optimizer
@@ -134,6 +135,60 @@ def test_ranks_that_draw_their_own_numbers_would_drift_apart() -> None:
     with pytest.raises(ConfigError, match="DrawsFromAll draws random numbers in its steps"):
         tried(zoo.DrawsFromAll, ranks=2)
     assert tried(torch.optim.AdamW, ranks=2) is not None
+
+
+class WithoutRate(Optimizer):
+    """Finds its step size by itself, as A2Grad does."""
+
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params, {"scale": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for item in group["params"]:
+                if item.grad is not None:
+                    item.sub_(item.grad, alpha=group["scale"])
+
+
+class OwnRate(WithoutRate):
+    """Takes the rate when it is built, and looks at no other."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        Optimizer.__init__(self, params, {"lr": lr, "scale": lr})
+
+
+@pytest.mark.parametrize("kind", [WithoutRate, OwnRate])
+@pytest.mark.parametrize(
+    ("scheduler", "factor", "named"),
+    [
+        (SchedulerSection(use="cosine"), 1.0, 'use = "cosine"'),
+        (SchedulerSection(warmup_epochs=0.5), 1.0, 'use = "constant"'),
+        (SchedulerSection(), 0.1, "lr_factor"),
+        (SchedulerSection(), 1.0, None),
+    ],
+)
+def test_learning_rates_that_would_change_nothing_are_refused(
+    kind: type[Optimizer], scheduler: SchedulerSection, factor: float, named: str | None
+) -> None:
+    groups = (ParameterGroup(pattern="0.*", lr_factor=factor),)
+    found = tried(kind, groups=groups)
+    assert found is not None
+    if named is None:
+        found.check_schedule(scheduler, groups)
+        return
+    with pytest.raises(ConfigError, match=re.escape(named)) as caught:
+        found.check_schedule(scheduler, groups)
+    assert kind.__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.AdamW, Prodigy, schedulefree.AdamWScheduleFree, zoo.Late]
+)
+def test_optimizers_that_read_the_rate_may_have_schedules(kind: type[Optimizer]) -> None:
+    found = tried(kind)
+    assert found is not None
+    found.check_schedule(SchedulerSection(use="cosine"), GROUPS)
 
 
 def test_groups_and_other_dtypes_have_their_stand_ins() -> None:
