@@ -11,15 +11,13 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.probing import answering, listen, probe
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.text import first_lines, listed
 
@@ -34,7 +32,7 @@ _CONTAINER_BRIDGES = (
     "lxcbr",
     "lxdbr",
 )
-_PROBE_SECONDS = 5.0
+_SHOWN_FLOODS = 4
 _ADVICE = (
     "Is a firewall between the nodes? launch.interface or launch.address names the network to use."
 )
@@ -138,14 +136,22 @@ def meet(
             the next one.
     """
     leads = topology.local_rank == 0
-    listener = listen(topology.world_size if topology.is_rank_zero else 8) if leads else None
-    port = listener.getsockname()[1] if listener is not None else 0
-    offer = None
+    addresses: list[Address] = []
+    only_at = None
     if topology.is_rank_zero:
         addresses = candidates(local_addresses(), topology.num_nodes, interface=interface, ip=ip)
-        offer = (addresses, port, secrets.token_bytes(16))
-    addresses, rank_zero_port, nonce = communicator.broadcast(offer)
+        if addresses and all(ipaddress.ip_address(each.ip).is_loopback for each in addresses):
+            # Nobody else needs to reach this job.
+            addresses = addresses[:1]
+            only_at = addresses[0].ip
+    listener = listen(topology.world_size, only_at) if leads else None
+    port = listener.getsockname()[1] if listener is not None else 0
+    addresses, rank_zero_port, secret = communicator.broadcast(
+        (addresses, port, secrets.token_hex(32)) if topology.is_rank_zero else None
+    )
     if not addresses:
+        if listener is not None:
+            listener.close()
         asked = [f"launch.interface = {interface!r}"] if interface else []
         asked += [f"launch.address = {ip!r}"] if ip else []
         raise LaunchError(
@@ -153,8 +159,9 @@ def meet(
             + (f" for {' and '.join(asked)}; `ip address` there lists them." if asked else "."),
             everywhere=True,
         )
-    with _answering(listener, nonce):
-        reached = _probe(addresses, rank_zero_port, nonce) if leads else None
+    expected = topology.num_nodes * len(addresses) if topology.is_rank_zero else 1
+    with answering(listener, secret, expected) as refusals:
+        reached = probe([each.ip for each in addresses], rank_zero_port, secret) if leads else None
         answers = communicator.all_gather((topology.node_rank, port, reached))
         probes = [
             Probe(topology.hosts[node], node_port, sources)
@@ -167,15 +174,18 @@ def meet(
         )
         gap = None
         if agreed is not None and leads and topology.num_nodes > 1:
-            gap = _probe_next(topology.node_rank, probes, agreed.ip, nonce)
+            gap = _probe_next(topology.node_rank, probes, agreed.ip, secret)
         # Nobody goes on to the store before rank 0 has stopped answering probes on its socket.
-        gaps = [found for found in communicator.all_gather(gap) if found is not None]
+        results = communicator.all_gather((gap, str(refusals or "")))
+    gaps = [gap for gap, _ in results if gap is not None]
     if listener is not None and (agreed is None or gaps or not topology.is_rank_zero):
         listener.close()
         listener = None
     if agreed is None or gaps:
-        text = _ring(gaps) if gaps else _table(addresses, probes, topology.hosts[0])
-        raise LaunchError(text, everywhere=True)
+        lines = _ring(gaps) if gaps else _table(addresses, probes, topology.hosts[0])
+        strangers = {text for _, text in results if text}
+        lines += [f"Is the port flooded? {text}." for text in sorted(strangers)[:_SHOWN_FLOODS]]
+        raise LaunchError("\n".join([*lines, _ADVICE]), everywhere=True)
     # The way back is the way out: the interface that holds the source of the connection.
     source = probes[topology.node_rank].sources[agreed.ip]
     here = {address.ip: address.interface for address in local_addresses()}
@@ -183,99 +193,29 @@ def meet(
     return Meeting(agreed.ip, rank_zero_port, way, listener)
 
 
-def listen(num_peers: int) -> socket.socket:
-    """Return a socket bound to a free port of every address, IPv6 and IPv4 alike."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    try:
-        return socket.create_server(
-            ("", 0),
-            family=family,
-            backlog=max(128, num_peers),
-            dualstack_ipv6=family == socket.AF_INET6,
-        )
-    except OSError:  # IPv6 is compiled in, but switched off on this host
-        return socket.create_server(("", 0), backlog=max(128, num_peers))
-
-
-@contextmanager
-def _answering(listener: socket.socket | None, nonce: bytes) -> Iterator[None]:
-    """Answer every probe with the job's nonce while the body runs; on rank 0 only."""
-    if listener is None:
-        yield
-        return
-    listener.settimeout(0.05)
-    done = threading.Event()
-
-    def answer() -> None:
-        while not done.is_set():
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with connection:
-                try:
-                    connection.sendall(nonce)
-                except OSError:  # the prober has gone: its own result says so
-                    continue
-
-    thread = threading.Thread(target=answer, name="hpctrain-rendezvous", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        listener.settimeout(None)
-
-
-def _probe(addresses: Sequence[Address], port: int, nonce: bytes) -> dict[str, str]:
-    """Try all addresses at once; return the local source address of those that answered."""
-
-    def attempt(address: Address) -> str | None:
-        try:
-            with socket.create_connection((address.ip, port), _PROBE_SECONDS) as connection:
-                answer = b""
-                while len(answer) < len(nonce) and (part := connection.recv(64)):
-                    answer += part
-                source: str = connection.getsockname()[0]
-                # Another host may own the same private address, and another job the port.
-                return source.split("%", maxsplit=1)[0] if answer == nonce else None
-        except OSError:
-            return None
-
-    with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
-        sources = pool.map(attempt, addresses)
-        return {
-            address.ip: source
-            for address, source in zip(addresses, sources, strict=True)
-            if source is not None
-        }
-
-
 def _probe_next(
-    node_rank: int, probes: Sequence[Probe], agreed_ip: str, nonce: bytes
+    node_rank: int, probes: Sequence[Probe], agreed_ip: str, secret: str
 ) -> tuple[str, str, str] | None:
     """Try the next node; return both names and the address if it does not answer."""
     following = (node_rank + 1) % len(probes)
     # Rank 0's own probe may have gone by another of its addresses.
     ip = agreed_ip if following == 0 else probes[following].sources[agreed_ip]
-    if _probe([Address("", ip)], probes[following].port, nonce):
+    if probe([ip], probes[following].port, secret):
         return None
     return probes[node_rank].host, probes[following].host, ip
 
 
-def _ring(gaps: Sequence[tuple[str, str, str]]) -> str:
+def _ring(gaps: Sequence[tuple[str, str, str]]) -> list[str]:
     """Say which neighbours cannot reach each other."""
     lines = ["every node reaches rank 0's, but not every node reaches the next one:"]
     unreached = [f"{host} does not reach {other} at {ip}" for host, other, ip in gaps]
-    lines += first_lines(unreached, 8, "  ")
-    return "\n".join([*lines, _ADVICE])
+    return lines + first_lines(unreached, 8, "  ")
 
 
-def _table(addresses: Sequence[Address], probes: Sequence[Probe], host: str) -> str:
+def _table(addresses: Sequence[Address], probes: Sequence[Probe], host: str) -> list[str]:
     """Say who could not reach what."""
     lines = [f"no address of rank 0's node {host} is reached by every node:"]
     for address in addresses:
         missing = [probe.host for probe in probes if address.ip not in probe.sources]
         lines.append(f"  {address.ip} ({address.interface}): not reached from {listed(missing, 8)}")
-    return "\n".join([*lines, _ADVICE])
+    return lines

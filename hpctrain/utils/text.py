@@ -95,5 +95,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape what would garble a terminal or a log."""
+    """Escape what would garble a terminal or a log: control characters, line feeds, bidi marks."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """Escape the same in text of several lines, which stay lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hpctrain.config.messages import NOT_GIVEN, Mistake, config_error, dotted, shown
-from hpctrain.utils.text import did_you_mean, printable
+from hpctrain.utils.text import did_you_mean, printable, printable_lines
 
 
 def test_one_message_for_all_in_the_order_of_the_file() -> None:
@@ -65,8 +65,23 @@ def test_dotted() -> None:
     assert len(dotted(("a" * 1000,))) == 60
 
 
-def test_printable() -> None:
-    assert printable("tab\tñ") == "tab\\tñ"
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tab\tñ", "tab\\tñ"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\nhpctrain: all is well", "a\\nhpctrain: all is well"),
+        ("a\u202eb\u2066c", "a\\u202eb\\u2066c"),  # right to left from here on
+        ("\ud800\0\x9b", "\\ud800\\x00\\x9b"),
+        ("\u2028\u00a0", "\\u2028\\xa0"),
+    ],
+)
+def test_printable(text: str, expected: str) -> None:
+    assert printable(text) == expected
+
+
+def test_lines_stay_lines() -> None:
+    assert printable_lines("a\x1bb\r\n\tc\n") == "a\\x1bb\\r\n\\tc\n"
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_messages_come_whole_and_in_order() -> None:
     with left, right:
         for end in (left, right):
             end.setblocking(False)
-        sender, receiver = Channel(left), Channel(right)
+        sender, receiver = Channel(left), Channel(right, longest_bytes=1 << 22)
         assert receiver.receive() == []
         large = {"stands": ["x" * 1000] * 2000}  # more than a socket takes at once
         sender.send({"moved": True})
@@ -284,7 +284,7 @@ def test_orders_survive_their_way_into_the_process() -> None:
     orders = Orders(
         leader=2,
         groups=GROUPS,
-        nonce="n",
+        secret="s",
         ranks_fd=3,
         hub_fd=None,
         hub_address=("::1", 9),

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.rendezvous import Meeting, listen
+from hpctrain.launch.probing import listen
+from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.watchdog.judge import Group
 from hpctrain.launch.watchdog.member import Member, join
 from hpctrain.launch.watchdog.process import Orders
@@ -32,6 +33,8 @@ _COMMAND = (sys.executable, "-I", "-S", "-c", _SCRIPT, str(_SOURCE))
 # Variables of launchers stay behind: it is no rank. LD_PRELOADed profilers neither belong in it.
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "LD_LIBRARY_PATH")
 _LEAVE_SECONDS = 5.0
+# Strangers on this node may connect too, and are sent away one by one.
+_BACKLOG = 128
 
 
 @contextmanager
@@ -73,10 +76,14 @@ def watched(
         ranks[0]: Group(host=topology.hosts[spaces[ranks[0]][0]], ranks=tuple(ranks))
         for ranks in members.values()
     }
-    hub_listener = listen(len(groups)) if topology.is_rank_zero and len(groups) > 1 else None
+    is_hub = topology.is_rank_zero and len(groups) > 1
+    hub_listener = listen(len(groups), meeting.ip) if is_hub else None
     port = hub_listener.getsockname()[1] if hub_listener is not None else 0
-    port, nonce = communicator.broadcast((port, secrets.token_hex(16)))
-    address = f"\0hpctrain-{nonce}-{leader}"
+    # Everybody on a node can read the names of its sockets: the name and the secret are two.
+    port, name, secret = communicator.broadcast(
+        (port, secrets.token_hex(16), secrets.token_hex(32))
+    )
+    address = f"\0hpctrain-{name}-{leader}"
 
     process: subprocess.Popen[bytes] | None = None
     with raise_together(communicator):
@@ -85,11 +92,11 @@ def watched(
             speaker = min((key for key in groups if key != 0), default=None)
             ranks_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             ranks_listener.bind(address)
-            ranks_listener.listen(len(own))
+            ranks_listener.listen(max(_BACKLOG, len(own)))
             orders = Orders(
                 leader=leader,
                 groups=groups if hub_leader else {key: groups[key] for key in {0, leader}},
-                nonce=nonce,
+                secret=secret,
                 ranks_fd=ranks_listener.fileno(),
                 hub_fd=None if hub_listener is None else hub_listener.fileno(),
                 hub_address=None if hub_leader else (meeting.ip, port),
@@ -103,7 +110,7 @@ def watched(
                 hub_listener.close()
     with raise_together(communicator):
         try:
-            member = join(address, topology.rank, own.index(topology.rank), pulse)
+            member = join(address, secret, topology.rank, own.index(topology.rank), pulse)
         except OSError as error:
             raise LaunchError(
                 f"the watchdog of {topology.host} does not answer: {error.strerror}"

@@ -1,18 +1,20 @@
-"""Where the watchdogs of all nodes are heard: on rank 0's node, and on the others the way there."""
+"""Where the watchdogs of all nodes are heard: on rank 0's node."""
 
 from __future__ import annotations
 
 import os
 import selectors
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from hpctrain.errors import ExitCode
 from hpctrain.launch.crash import write_ending, write_report
+from hpctrain.launch.handshake import Doorkeeper
+from hpctrain.launch.watchdog import protocol
 from hpctrain.launch.watchdog.judge import (
     Action,
     AskStacks,
@@ -22,18 +24,22 @@ from hpctrain.launch.watchdog.judge import (
     Judge,
     NodeLost,
     Reply,
-    Stand,
     Tell,
     Verdict,
 )
 from hpctrain.launch.watchdog.messages import Channel, Message, notice_silence
+from hpctrain.launch.watchdog.stacks import make_private_folder
 from hpctrain.launch.watchdog.telling import story
 
-_CONNECT_SECONDS = 20.0
+PURPOSE = "watchdog"
+CONNECT_SECONDS = 20.0
+"""Time for all nodes to reach the hub."""
+
 _WRITE_SECONDS = 2.0
 _FAREWELL_SECONDS = 2.0
+_COMPLAINT_SECONDS = 60.0
 
-Obey = Callable[[Message], None]
+Obey = Callable[[protocol.Order], None]
 
 
 class Hub:
@@ -45,7 +51,7 @@ class Hub:
         groups: Mapping[int, Group],
         *,
         leader: int,
-        nonce: str,
+        secret: str,
         listener: socket.socket | None,
         selector: selectors.BaseSelector,
     ) -> None:
@@ -55,7 +61,7 @@ class Hub:
             judge: decides.
             groups: of all nodes, by their lowest rank.
             leader: lowest rank of the hub's own node.
-            nonce: what the others say first.
+            secret: of the job; the others prove that they know it.
             listener: where they come; None where there is no other node.
             selector: of the process.
         """
@@ -63,39 +69,54 @@ class Hub:
         self._judge = judge
         self._groups = groups
         self._leader = leader
-        self._nonce = nonce
         self._selector = selector
         self._listener = listener
         self._channels: dict[int, Channel] = {}
+        self._awaited = set(groups) - {leader}
         self._left: set[int] = {leader}
         self._folder: Path | None = None
         self._stacks: Path | None = None
-        self._connect_until = time.monotonic() + _CONNECT_SECONDS
+        self._connect_until = time.monotonic() + CONNECT_SECONDS
         self._owner = {rank: key for key, group in groups.items() for rank in group.ranks}
         self._ended = False
+        self._complained: tuple[int, float] = (0, 0.0)
+        self._door: Doorkeeper | None = None
         if listener is not None:
-            selector.register(listener, selectors.EVENT_READ, self._accept)
+            self._door = Doorkeeper(
+                listener,
+                selector,
+                secret=secret,
+                purpose=PURPOSE,
+                expected=len(self._awaited),
+                admit=self._admit,
+            )
 
     def send(self, message: Message) -> None:
         """Hear the hub's own node."""
-        self._hear(self._leader, message)
+        self._hear(self._leader, protocol.parse_report(message, self._groups[self._leader]))
 
     def look(self, now: float) -> None:
         """Do what is due by the clock."""
         self._do(self._judge.look(now))
         if now >= self._connect_until:
             self._connect_until = float("inf")
-            for leader in self._groups.keys() - self._channels.keys() - self._left:
+            for leader in self._awaited:
                 self._judge.lost(leader, now)
+            self._close_door()
+        if self._door is not None:
+            self._door.look(now)
+            self._complain(now)
         for channel in self._channels.values():
             channel.flush()
 
     def due_seconds(self, now: float) -> float:
         """Return how long it may take until `look` is next worth calling."""
-        return self._judge.due_seconds(now)
+        due = self._judge.due_seconds(now)
+        return due if self._door is None else min(due, self._door.due_seconds(now))
 
     def leave(self) -> None:
         """Wait a little for the other watchdogs to leave as well, so that none is left alone."""
+        self._close_door()
         until = time.monotonic() + _FAREWELL_SECONDS
         while self._channels and time.monotonic() < until:
             for key, _ in self._selector.select(0.1):
@@ -103,60 +124,88 @@ class Hub:
         for channel in self._channels.values():
             channel.send({"bye": True})
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        connection, _ = self._listener.accept()
+    def _admit(self, name: str, connection: socket.socket) -> None:
+        """Take in a watchdog that has proved the secret."""
+        leader = int(name) if name.isdecimal() else -1
+        if leader not in self._awaited:
+            connection.close()
+            return
+        # It may have given up on an earlier connection on which our answer came late.
+        self._drop(leader)
         notice_silence(connection)
-        connection.setblocking(False)
-        channel = Channel(connection)
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._greet(channel))
-
-    def _greet(self, channel: Channel) -> None:
-        """Take in a watchdog that knows the nonce; whoever else finds the port is sent away."""
-        messages = channel.receive()
-        if messages == []:
-            return
-        self._selector.unregister(channel)
-        first = messages[0] if messages else {}
-        leader: int = first.get("group", -1)
-        if first.get("nonce") != self._nonce or leader not in self._groups:
-            channel.close()
-            return
+        channel = Channel(connection, protocol.longest_report(self._groups[leader]))
         self._channels[leader] = channel
         self._selector.register(
-            channel, selectors.EVENT_READ, lambda: self._hear_channel(leader, channel)
+            connection, selectors.EVENT_READ, lambda: self._hear_channel(leader, channel)
         )
-        for message in (messages or [])[1:]:
-            self._hear(leader, message)
+
+    def _drop(self, leader: int) -> None:
+        channel = self._channels.pop(leader, None)
+        if channel is not None:
+            self._selector.unregister(channel)
+            channel.close()
 
     def _hear_channel(self, leader: int, channel: Channel) -> None:
+        if self._channels.get(leader) is not channel:
+            return  # another one has taken its place since the selector saw it
         messages = channel.receive()
+        try:
+            reports = [
+                protocol.parse_report(message, self._groups[leader]) for message in messages or ()
+            ]
+        except ValueError:
+            messages = None
         if messages is None:
-            self._selector.unregister(channel)
-            del self._channels[leader]
-            if leader not in self._left:
+            self._drop(leader)
+            # Before its first word it may not know yet that it was let in, and tries again.
+            if leader not in self._left and leader not in self._awaited:
                 self._judge.lost(leader, time.monotonic())
             return
-        for message in messages:
-            self._hear(leader, message)
+        for report in reports:
+            self._hear(leader, report)
 
-    def _hear(self, leader: int, message: Message) -> None:
+    def _hear(self, leader: int, report: protocol.Report) -> None:
         now = time.monotonic()
-        if "moved" in message:
-            self._judge.moved(leader, message["moved"], now)
-        elif "died" in message:
-            self._do(self._judge.died(Death(**message["died"])))
-        elif "failing" in message:
-            code, may_be_echo = message["failing"], message["may_be_echo"]
-            self._do(self._judge.failing(message["rank"], code, may_be_echo, now))
-        elif "leaving" in message:
-            self._judge.leaving(message["rank"], now)
-        elif "stands" in message:
-            self._do(self._judge.stands([Stand(**stand) for stand in message["stands"]]))
-        elif "folder" in message:
-            self._folder = Path(message["folder"])
-        elif "bye" in message:
-            self._left.add(leader)
+        match report:
+            case protocol.Here():
+                self._awaited.discard(leader)
+                if not self._awaited:
+                    self._close_door()
+            case protocol.Moved():
+                self._judge.moved(leader, report.unhurried, now)
+            case Death():
+                self._do(self._judge.died(report))
+            case protocol.Failing():
+                code, may_be_echo = report.code, report.may_be_echo
+                self._do(self._judge.failing(report.rank, code, may_be_echo, now))
+            case protocol.Leaving():
+                self._judge.leaving(report.rank, now)
+            case protocol.Stands():
+                self._do(self._judge.stands(report.stands))
+            case protocol.RunFolder():
+                self._folder = report.path
+            case protocol.Bye():
+                self._left.add(leader)
+
+    def _close_door(self) -> None:
+        """Listen no more: whoever is to come is there, or is not waited for."""
+        if self._door is not None and self._listener is not None:
+            self._complain(time.monotonic(), is_last=True)
+            self._door.close()
+            self._listener.close()
+            self._door = None
+
+    def _complain(self, now: float, *, is_last: bool = False) -> None:
+        """Tell of strangers that were refused, once a minute at most."""
+        assert self._door is not None
+        told, at = self._complained
+        if self._door.refusals.count > told and (not told or is_last or now >= at):
+            self._complained = self._door.refusals.count, now + _COMPLAINT_SECONDS
+            say(f"hpctrain: watchdog on {self._host}: {self._door.refusals}\n")
+
+    @property
+    def _host(self) -> str:
+        return self._groups[self._leader].host
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -164,17 +213,29 @@ class Hub:
                 answer = {"reply": action.rank, "may_speak": action.may_speak}
                 self._post(self._owner[action.rank], answer)
             elif isinstance(action, AskStacks):
-                self._stacks = _make_stacks_folder(self._folder, self._nonce)
-                self._post_all({"stacks": str(self._stacks)})
+                self._ask_stacks()
             elif isinstance(action, Tell):
                 self._tell(action.verdict)
             elif isinstance(action, End) and not self._ended:
                 self._ended = True
-                self._post_all({"end": action.code})
+                self._post_all({"end": action.code & 0xFF or ExitCode.BUG})
+
+    def _ask_stacks(self) -> None:
+        """Have all nodes write stacks: to the run folder, or each to a folder of its own."""
+        shared = None if self._folder is None else self._folder / "stacks"
+        try:
+            if shared is not None:
+                shared.mkdir(exist_ok=True)
+        except OSError:
+            shared = None
+        self._stacks = shared or make_private_folder()
+        for leader in sorted(self._groups, reverse=True):
+            folder = self._stacks if leader == self._leader else shared
+            self._post(leader, {"stacks": None if folder is None else str(folder)})
 
     def _post(self, leader: int, message: Message) -> None:
         if leader == self._leader:
-            self.obey(message)
+            self.obey(protocol.parse_order(message, self._groups[leader]))
         elif leader in self._channels:
             self._channels[leader].send(message)
 
@@ -184,8 +245,12 @@ class Hub:
             self._post(leader, message)
 
     def _tell(self, verdict: Verdict) -> None:
+        refusals = "" if self._door is None else str(self._door.refusals)
+        self._close_door()  # the reports below may need its descriptors
         stacks = None if self._stacks is None else str(self._stacks)
         text = story(verdict, stacks)
+        if isinstance(verdict, NodeLost) and refusals:
+            text += f"Is the port of the watchdogs flooded? {refusals}.\n"
         say(text)
         if self._folder is None:
             return
@@ -196,86 +261,10 @@ class Hub:
         writer.join(_WRITE_SECONDS)
 
 
-class Spoke:
-    """A watchdog's connection to the hub."""
-
-    def __init__(
-        self,
-        connection: socket.socket,
-        *,
-        leader: int,
-        nonce: str,
-        hub: Group,
-        speaks_for_hub: bool,
-        selector: selectors.BaseSelector,
-    ) -> None:
-        """Introduce this watchdog.
-
-        Args:
-            connection: to the hub.
-            leader: lowest rank of this node.
-            nonce: of the job.
-            hub: the group of the hub.
-            speaks_for_hub: this is the one watchdog that tells of the hub's end.
-            selector: of the process.
-        """
-        self.obey: Obey
-        notice_silence(connection)
-        connection.setblocking(False)
-        self._hub = hub
-        self._speaks_for_hub = speaks_for_hub
-        self._channel = Channel(connection)
-        self._selector = selector
-        self._over = False
-        self._channel.send({"nonce": nonce, "group": leader})
-        selector.register(connection, selectors.EVENT_READ, self._hear)
-
-    def send(self, message: Message) -> None:
-        """Tell the hub."""
-        self._channel.send(message)
-
-    def look(self, _now: float) -> None:
-        """Send what did not go out at once."""
-        self._channel.flush()
-
-    def due_seconds(self, _now: float) -> float:
-        """Return how long it may take until `look` is next worth calling."""
-        return 1.0
-
-    def leave(self) -> None:
-        """Take leave of the hub."""
-        self._channel.send({"bye": True})
-        self._channel.close()
-
-    def _hear(self) -> None:
-        messages = self._channel.receive()
-        if messages is None:
-            self._selector.unregister(self._channel)
-            if not self._over:
-                lost = NodeLost(self._hub)
-                if self._speaks_for_hub:
-                    say(story(lost))
-                self.obey({"end": lost.code})
-            return
-        for message in messages:
-            if "bye" in message or "end" in message:
-                self._over = True
-            self.obey(message)
-
-
 def say(text: str) -> None:
     """Write to stderr in one piece, so that the lines of others do not get between."""
     with suppress(OSError):
-        os.write(2, text.encode())
-
-
-def _make_stacks_folder(folder: Path | None, nonce: str) -> Path:
-    local = Path(tempfile.gettempdir(), f"hpctrain-stacks-{nonce[:8]}")
-    for path in ([folder / "stacks"] if folder is not None else []) + [local]:
-        with suppress(OSError):
-            path.mkdir(exist_ok=True)
-            return path
-    return local
+        os.write(2, text.encode(errors="backslashreplace"))
 
 
 def _write_reports(folder: Path, verdict: Verdict, text: str) -> None:

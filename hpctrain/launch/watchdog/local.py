@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import mmap
 import os
 import selectors
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hpctrain.launch.watchdog import processes
+from hpctrain.launch.watchdog import processes, protocol
 from hpctrain.launch.watchdog.judge import Death, Group, Stand
-from hpctrain.launch.watchdog.member import STACKS_SIGNAL
-from hpctrain.launch.watchdog.messages import Channel, Message
+from hpctrain.launch.watchdog.member import STACKS_SIGNAL, peer_of, proof_of_rank
+from hpctrain.launch.watchdog.messages import Channel, Message, parse_message
 from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
+from hpctrain.launch.watchdog.stacks import make_private_folder, write_stacks
 from hpctrain.launch.watchdog.telling import main_stack
 
 # All ranks join at once; one that takes longer has died on the way.
@@ -27,6 +27,8 @@ _JOIN_SECONDS = 20.0
 _STACKS_SECONDS = 0.3
 _KILL_SECONDS = 2.0
 _STACK_CHARACTERS = 4000
+_ACCEPTS_AT_ONCE = 64
+_HELLO_BYTES = 1024
 
 Send = Callable[[Message], None]
 
@@ -54,17 +56,24 @@ class LocalRanks:
     """Tells what becomes of the ranks of this node, and does to them what the hub decides."""
 
     def __init__(
-        self, group: Group, listener: socket.socket, selector: selectors.BaseSelector, send: Send
+        self,
+        group: Group,
+        listener: socket.socket,
+        secret: str,
+        selector: selectors.BaseSelector,
+        send: Send,
     ) -> None:
         """Wait for the ranks to join.
 
         Args:
             group: the ranks.
             listener: bound to the address that they know.
+            secret: of the job.
             selector: of the process; every registered thing has a callable as its data.
             send: takes messages to the hub.
         """
-        self._host = group.host
+        self._group = group
+        self._secret = secret
         self._ranks = {rank: _Rank(rank, index) for index, rank in enumerate(group.ranks)}
         self._listener = listener
         self._selector = selector
@@ -75,8 +84,9 @@ class LocalRanks:
         self._last_progress: list[int] = [0] * len(group.ranks)
         self._oom_kills = processes.num_oom_kills()
         self._join_until = time.monotonic() + _JOIN_SECONDS
-        self._stacks_at: tuple[float, Path] | None = None
+        self._stacks_at: tuple[float, Path | None] | None = None
         self._kill_at: float | None = None
+        listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -84,16 +94,17 @@ class LocalRanks:
         """Whether no rank is left to watch."""
         return all(rank.left or rank.gone for rank in self._ranks.values())
 
-    def obey(self, message: Message) -> None:
+    def obey(self, order: protocol.Order) -> None:
         """Do what the hub says."""
-        if "reply" in message:
-            rank = self._ranks[message["reply"]]
-            if rank.alive and rank.channel is not None:
-                rank.channel.send({"may_speak": message["may_speak"]})
-        if "stacks" in message:
-            self._ask_stacks(Path(message["stacks"]))
-        if "end" in message:
-            self._end(message["end"])
+        match order:
+            case protocol.Reply():
+                rank = self._ranks[order.rank]
+                if rank.alive and rank.channel is not None:
+                    rank.channel.send({"may_speak": order.may_speak})
+            case protocol.DumpStacks():
+                self._ask_stacks(order.folder)
+            case protocol.EndRanks():
+                self._end(order.code)
 
     def look(self, now: float) -> None:
         """Do what is due by the clock."""
@@ -103,7 +114,7 @@ class LocalRanks:
             self._last_progress = progress
             self._send({"moved": any(reading.unhurried for reading in readings)})
         if self._join_until <= now:
-            self._join_until = float("inf")
+            self._close_door()
             for rank in self._ranks.values():
                 if rank.channel is None:
                     self._bury(rank)
@@ -124,34 +135,64 @@ class LocalRanks:
     def _readings(self) -> list[Reading]:
         return [read_row(self._memory, index) for index in range(len(self._ranks))]
 
+    def _close_door(self) -> None:
+        """Listen no more: whoever is to come is there, or has died on the way."""
+        self._join_until = float("inf")
+        self._selector.unregister(self._listener)
+        self._listener.close()
+
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        pid, uid, _ = struct.unpack(
-            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        )
-        if uid != os.getuid():  # anybody on this machine can see the address
-            connection.close()
-            return
-        self._selector.register(
-            connection, selectors.EVENT_READ, lambda: self._greet(connection, pid)
-        )
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # nobody there any more, or no descriptor left for a moment
+                time.sleep(0.01)
+                return
+            pid, is_ours = peer_of(connection)
+            if not is_ours:  # anybody on this machine can see the address
+                connection.close()
+                continue
+            connection.setblocking(False)
+            greet = functools.partial(self._greet, connection, pid)
+            self._selector.register(connection, selectors.EVENT_READ, greet)
 
     def _greet(self, connection: socket.socket, pid: int) -> None:
         """Take a rank in."""
         self._selector.unregister(connection)
+        descriptors: list[int] = []
         try:
-            data, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
-            rank = self._ranks[json.loads(data)["hello"]]
+            data, descriptors, _, _ = socket.recv_fds(connection, _HELLO_BYTES, 1)
+            rank = self._introduced(parse_message(data))
+            (stacks,) = descriptors
             socket.send_fds(connection, [b"\n"], [self._memory_fd])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             connection.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             return
-        connection.setblocking(False)
-        rank.channel, rank.pid, rank.stacks = Channel(connection), pid, descriptors[0]
+        rank.channel, rank.pid, rank.stacks = Channel(connection), pid, stacks
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(rank))
         rank.pidfd = processes.open_pidfd(pid)
         if rank.pidfd is not None:
             self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._ended(rank))
+        if all(each.channel is not None for each in self._ranks.values()):
+            self._close_door()
+
+    def _introduced(self, hello: Message) -> _Rank:
+        """Return the rank that says hello.
+
+        Raises:
+            ValueError: if it is none that is waited for, or does not know the secret.
+        """
+        number = hello.get("hello")
+        rank = self._ranks.get(number) if type(number) is int else None
+        if rank is None or rank.channel is not None:
+            raise ValueError("no rank that is waited for")
+        if hello.get("proof") != proof_of_rank(self._secret, rank.rank):
+            raise ValueError("it does not know the secret")
+        return rank
 
     def _hear(self, rank: _Rank) -> None:
         assert rank.channel is not None
@@ -166,12 +207,21 @@ class LocalRanks:
         for message in messages:
             if "bye" in message:
                 rank.left = True
-            elif "about" in message:
-                rank.about = message["about"]
-            elif "failing" in message or "leaving" in message:
-                self._send({**message, "rank": rank.rank})
             else:
-                self._send(message)
+                self._forward(rank, {**message, "rank": rank.rank})
+
+    def _forward(self, rank: _Rank, message: Message) -> None:
+        """Tell the hub what a rank says of itself, if it is something that a rank may say."""
+        try:
+            if "about" in message:
+                rank.about = protocol.parse_about(message)
+                return
+            report = protocol.parse_report(message, self._group)
+        except ValueError:
+            return
+        names_folder = isinstance(report, protocol.RunFolder) and rank.rank == 0
+        if names_folder or isinstance(report, protocol.Failing | protocol.Leaving):
+            self._send(message)
 
     def _ended(self, rank: _Rank) -> None:
         self._selector.unregister(rank.pidfd or -1)
@@ -188,7 +238,7 @@ class LocalRanks:
         number = None if status is None else status & 0x7F
         death = Death(
             rank=rank.rank,
-            host=self._host,
+            host=self._group.host,
             signal=processes.signal_name(number) if number else None,
             signal_number=number or None,
             exit_code=status >> 8 if status is not None and not number else None,
@@ -198,18 +248,19 @@ class LocalRanks:
         )
         self._send({"died": asdict(death)})
 
-    def _ask_stacks(self, folder: Path) -> None:
+    def _ask_stacks(self, folder: Path | None) -> None:
         for rank in self._ranks.values():
             if rank.alive and rank.channel is not None:
                 _signal(rank, STACKS_SIGNAL)
         self._stacks_at = (time.monotonic() + _STACKS_SECONDS, folder)
 
-    def _stands(self, readings: Sequence[Reading], folder: Path) -> list[Stand]:
+    def _stands(self, readings: Sequence[Reading], folder: Path | None) -> list[Stand]:
         stands = []
+        folder = folder or make_private_folder()
         dumps = {}
         for rank in self._ranks.values():
             dump = _read_all(rank.stacks)
-            if rank.alive and rank.channel is not None:
+            if rank.alive and rank.channel is not None and folder is not None:
                 # Not before: faulthandler trips over threads that begin to run while it looks.
                 record = folder / f"nccl-rank-{rank.rank}.json"
                 rank.channel.send({"flight_recorder": str(record)})
@@ -217,14 +268,15 @@ class LocalRanks:
             reading = readings[rank.index]
             stand = Stand(
                 rank=rank.rank,
-                host=self._host,
+                host=self._group.host,
                 progress=reading.progress,
                 step=reading.step,
                 state=processes.state(rank.pid),
                 stack=main_stack(dump)[:_STACK_CHARACTERS],
             )
             stands.append(stand)
-        write_stacks(folder, dumps)
+        if folder is not None:
+            write_stacks(folder, dumps)
         return stands
 
     def _end(self, code: int) -> None:
@@ -235,14 +287,6 @@ class LocalRanks:
                 rank.gone = True
         if self._kill_at is None:
             self._kill_at = time.monotonic() + _KILL_SECONDS
-
-
-def write_stacks(folder: Path, dumps: dict[int, str]) -> None:
-    """Write one file of stacks per rank."""
-    with suppress(OSError):
-        for rank, dump in dumps.items():
-            if dump:
-                (folder / f"rank-{rank}.txt").write_text(dump, encoding="utf-8")
 
 
 def _signal(rank: _Rank, number: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
+import hmac
 import json
 import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Mapping
@@ -78,6 +81,8 @@ class Member:
     def _listen(self) -> None:
         with suppress(OSError, ValueError):
             _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 1)
+            if not descriptors:
+                return
             memory = mmap.mmap(descriptors[0], 0)
             os.close(descriptors[0])
             self._pulse.share(memory, self._index)
@@ -96,11 +101,24 @@ class Member:
             _dump_flight_recorder(Path(message["flight_recorder"]))
 
 
-def join(address: str, rank: int, index: int, pulse: Pulse) -> Member:
+def peer_of(connection: socket.socket) -> tuple[int, bool]:
+    """Return the process at the other end of a local connection, and whether it is of our user."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", packed)
+    return pid, uid == os.geteuid()
+
+
+def proof_of_rank(secret: str, rank: int) -> str:
+    """Return what a rank says to its watchdog to prove that it knows the secret."""
+    return hmac.new(secret.encode(), f"rank {rank}".encode(), "sha256").hexdigest()
+
+
+def join(address: str, secret: str, rank: int, index: int, pulse: Pulse) -> Member:
     """Connect to the watchdog of this node, and let it ask for stacks.
 
     Args:
-        address: name of its socket.
+        address: name of its socket, which is no secret.
+        secret: of the job.
         rank: of this process.
         index: of this rank in its group, and so of its row in the shared memory.
         pulse: is shared from the moment when the watchdog answers.
@@ -112,7 +130,10 @@ def join(address: str, rank: int, index: int, pulse: Pulse) -> Member:
     faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(address)
-    hello = json.dumps({"hello": rank}).encode() + b"\n"
+    if not peer_of(connection)[1]:
+        connection.close()
+        raise OSError(errno.EACCES, "another user's process has taken its address")
+    hello = json.dumps({"hello": rank, "proof": proof_of_rank(secret, rank)}).encode() + b"\n"
     socket.send_fds(connection, [hello], [stacks])
     # faulthandler goes on writing to `stacks`: it stays open as long as the process.
     return Member(connection, pulse, index)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import socket
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 Message = dict[str, Any]
+
+LONGEST_BYTES = 1 << 16
+"""Of one message, where nothing else is said."""
 
 # A node that has lost power or network acknowledges nothing: with these its connection ends after
 # 8 s, where the defaults of TCP would take hours. The kernel answers for a live node, whatever its
@@ -19,8 +22,9 @@ _PROBE_EVERY_SECONDS = 2
 class Channel:
     """One end of a connection; sends and receives whole messages, in order."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, longest_bytes: int = LONGEST_BYTES) -> None:
         self._connection = connection
+        self._longest_bytes = longest_bytes
         self._received = b""
         self._unsent = b""
 
@@ -47,7 +51,10 @@ class Channel:
             self._unsent = b""
 
     def receive(self) -> list[Message] | None:
-        """Return the messages that have come whole, and None once the peer is gone."""
+        """Return the messages that have come whole, and None once the peer is gone.
+
+        A peer that says what is no message, or a longer one than it may, counts as gone.
+        """
         try:
             data = self._connection.recv(1 << 16)
         except BlockingIOError:
@@ -57,24 +64,48 @@ class Channel:
         if not data:
             return None
         *lines, self._received = (self._received + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        if max(map(len, [*lines, self._received])) > self._longest_bytes:
+            return None
+        try:
+            return [parse_message(line) for line in lines]
+        except ValueError:
+            return None
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
 
+def parse_message(line: bytes) -> Message:
+    """Return the message that a line holds.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    try:
+        message = json.loads(line, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(message, dict):
+        raise ValueError("it is not an object")
+    return message
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def notice_silence(connection: socket.socket) -> None:
     """Have the kernel end a TCP connection whose other host is silent for 8 s."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     num_probes = _SILENCE_SECONDS // _PROBE_EVERY_SECONDS - 1
-    for option, value in (
-        ("TCP_KEEPIDLE", _PROBE_EVERY_SECONDS),
-        ("TCP_KEEPINTVL", _PROBE_EVERY_SECONDS),
-        ("TCP_KEEPCNT", num_probes),
+    for level, option, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _PROBE_EVERY_SECONDS),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_EVERY_SECONDS),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", num_probes),
         # Keep-alive rests while data is on its way; this holds then. In milliseconds.
-        ("TCP_USER_TIMEOUT", 1000 * _SILENCE_SECONDS),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * _SILENCE_SECONDS),
     ):
         with suppress(AttributeError, OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            connection.setsockopt(level, getattr(socket, option), value)

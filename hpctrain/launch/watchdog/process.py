@@ -9,14 +9,13 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.launch.watchdog.hub import Hub, Spoke
+from hpctrain.launch.watchdog.hub import Hub
 from hpctrain.launch.watchdog.judge import Group, Judge
 from hpctrain.launch.watchdog.local import LocalRanks
-
-_CONNECT_SECONDS = 10.0
+from hpctrain.launch.watchdog.spoke import Spoke
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +26,7 @@ class Orders:
         leader: lowest rank of its node.
         groups: ranks of every node, by their lowest rank; on other nodes than the hub's only the
             own ones and the hub's.
-        nonce: secret of the job.
+        secret: of the job; it comes over stdin, and stands in no name, argument or variable.
         ranks_fd: listening socket for the ranks of this node.
         hub_fd: listening socket for the other watchdogs; None where there are none, and elsewhere.
         hub_address: host and port of the hub; None at the hub.
@@ -36,7 +35,7 @@ class Orders:
 
     leader: int
     groups: dict[int, Group]
-    nonce: str
+    secret: str = field(repr=False)
     ranks_fd: int
     hub_fd: int | None
     hub_address: tuple[str, int] | None
@@ -50,7 +49,11 @@ def run(orders: Orders) -> None:
     selector = selectors.DefaultSelector()
     hub = _hub(orders, selector)
     ranks = LocalRanks(
-        orders.groups[orders.leader], socket.socket(fileno=orders.ranks_fd), selector, hub.send
+        orders.groups[orders.leader],
+        socket.socket(fileno=orders.ranks_fd),
+        orders.secret,
+        selector,
+        hub.send,
     )
     hub.obey = ranks.obey
     most = min(1.0, orders.hang_timeout_seconds / 5)
@@ -77,14 +80,15 @@ def _hub(orders: Orders, selector: selectors.BaseSelector) -> Hub | Spoke:
             judge,
             orders.groups,
             leader=orders.leader,
-            nonce=orders.nonce,
+            secret=orders.secret,
             listener=listener,
             selector=selector,
         )
     return Spoke(
-        socket.create_connection(orders.hub_address, _CONNECT_SECONDS),
+        orders.hub_address,
         leader=orders.leader,
-        nonce=orders.nonce,
+        secret=orders.secret,
+        group=orders.groups[orders.leader],
         hub=orders.groups[0],
         speaks_for_hub=orders.speaks_for_hub,
         selector=selector,

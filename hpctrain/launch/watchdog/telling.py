@@ -13,19 +13,21 @@ from hpctrain.launch.watchdog.judge import (
     Verdict,
     laggards,
 )
-from hpctrain.utils.text import first_lines
+from hpctrain.utils.text import first_lines, printable_lines
 
 _SHOWN = 8
 _SHOWN_STACKS = 2
 
 
 def story(verdict: Verdict, stacks_folder: str | None = None) -> str:
-    """Return what the user is told, as whole lines."""
+    """Return what the user is told, as whole lines; what came over the network is escaped."""
     if isinstance(verdict, Death):
-        return _death(verdict)
-    if isinstance(verdict, NodeLost):
-        return _node_lost(verdict)
-    return _stall(verdict, stacks_folder)
+        text = _death(verdict)
+    elif isinstance(verdict, NodeLost):
+        text = _node_lost(verdict)
+    else:
+        text = _stall(verdict, stacks_folder)
+    return printable_lines(text)
 
 
 def _death(death: Death) -> str:

@@ -1,0 +1,243 @@
+"""What watchdogs may say to each other: a closed set of messages, taken apart with types checked.
+
+A sender speaks for the ranks of its own group only, and its host is the one that is known of it,
+whatever it says. Numbers are integers of a bounded size: the protocol has no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hpctrain.launch.watchdog.judge import Death, Group, Stand
+from hpctrain.launch.watchdog.messages import LONGEST_BYTES, Message
+
+T = TypeVar("T")
+
+_LARGEST = 2**63 - 1
+_LARGEST_CODE = 255
+# A stack is cut at 4,000 characters, of which JSON makes up to 6 bytes each.
+_BYTES_PER_RANK = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The watchdog of a node has proved the secret, and knows that the hub has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Some rank of the group has given a sign of life."""
+
+    unhurried: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failing:
+    """A rank fails, and asks to tell its story."""
+
+    rank: int
+    code: int
+    may_be_echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A rank has left the job's body."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stands:
+    """Where the ranks of the group stand."""
+
+    stands: tuple[Stand, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where reports go; only rank 0's node says so."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """All ranks of the group have left."""
+
+
+Report = Here | Moved | Death | Failing | Leaving | Stands | RunFolder | Bye
+
+
+def longest_report(group: Group) -> int:
+    """Return how many bytes a message of a group may have."""
+    return LONGEST_BYTES + _BYTES_PER_RANK * len(group.ranks)
+
+
+def parse_report(message: Message, group: Group) -> Report:
+    """Return what a watchdog says of the ranks of its group.
+
+    Raises:
+        ValueError: if it says nothing that it may say.
+    """
+    for kind, parse in _REPORTS.items():
+        if kind in message:
+            return parse(message, group)
+    raise ValueError("no message of this kind")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The hub's answer to a rank that asked to tell its story."""
+
+    rank: int
+    may_speak: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStacks:
+    """Write the stacks of all ranks, to a folder that all nodes may see, or None."""
+
+    folder: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndRanks:
+    """End all ranks with an exit code."""
+
+    code: int
+
+
+Order = Reply | DumpStacks | EndRanks | Bye
+
+
+def parse_order(message: Message, group: Group) -> Order:
+    """Return what the hub says to the watchdog of a group.
+
+    Raises:
+        ValueError: if it says nothing that it may say.
+    """
+    if "reply" in message:
+        return Reply(_rank(message, "reply", group), _flag(message, "may_speak"))
+    if "stacks" in message:
+        return DumpStacks(None if message["stacks"] is None else _path(message, "stacks"))
+    if "end" in message:
+        return EndRanks(_integer(message, "end", most=_LARGEST_CODE))
+    if "bye" in message:
+        return Bye()
+    raise ValueError("no order of this kind")
+
+
+def _death(message: Message, group: Group) -> Death:
+    facts = _get(message, "died", dict)
+    return Death(
+        rank=_rank(facts, "rank", group),
+        host=group.host,
+        signal=_optional(facts, "signal", str),
+        signal_number=_optional_integer(facts, "signal_number"),
+        exit_code=_optional_integer(facts, "exit_code"),
+        oom_kills=_integer(facts, "oom_kills", least=-_LARGEST),
+        step=_integer(facts, "step", least=-_LARGEST),
+        about=parse_about(facts),
+    )
+
+
+def parse_about(message: Message) -> Message:
+    """Return what a rank says of itself for a report: texts and numbers, and tables of them.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    facts = _get(message, "about", dict)
+    tables = [facts, *(value for value in facts.values() if isinstance(value, dict))]
+    for table in tables:
+        for value in table.values():
+            if isinstance(value, list) or (isinstance(value, dict) and table is not facts):
+                raise ValueError("about is nested")
+    return facts
+
+
+def _failing(message: Message, group: Group) -> Failing:
+    code = _integer(message, "failing", least=-_LARGEST)
+    return Failing(_rank(message, "rank", group), code, _flag(message, "may_be_echo"))
+
+
+def _stands(message: Message, group: Group) -> Stands:
+    found = _get(message, "stands", list)
+    if len(found) > len(group.ranks):
+        raise ValueError("stands of more ranks than the group has")
+    return Stands(tuple(_stand(each, group) for each in found))
+
+
+def _stand(facts: object, group: Group) -> Stand:
+    if not isinstance(facts, dict):
+        raise ValueError("a stand is not an object")
+    return Stand(
+        rank=_rank(facts, "rank", group),
+        host=group.host,
+        progress=_integer(facts, "progress", least=-_LARGEST),
+        step=_integer(facts, "step", least=-_LARGEST),
+        state=_get(facts, "state", str),
+        stack=_get(facts, "stack", str),
+    )
+
+
+def _run_folder(message: Message, group: Group) -> RunFolder:
+    if 0 not in group.ranks:
+        raise ValueError("only rank 0's node names the run folder")
+    return RunFolder(_path(message, "folder"))
+
+
+_REPORTS: Mapping[str, Callable[[Message, Group], Report]] = {
+    "here": lambda message, group: Here(),
+    "moved": lambda message, group: Moved(_flag(message, "moved")),
+    "died": _death,
+    "failing": _failing,
+    "leaving": lambda message, group: Leaving(_rank(message, "rank", group)),
+    "stands": _stands,
+    "folder": _run_folder,
+    "bye": lambda message, group: Bye(),
+}
+
+
+def _get(facts: Message, key: str, kind: type[T]) -> T:
+    value = facts.get(key)
+    if type(value) is not kind:
+        raise ValueError(f"{key} is not {kind.__name__}")
+    return value
+
+
+def _optional(facts: Message, key: str, kind: type[T]) -> T | None:
+    return None if facts.get(key) is None else _get(facts, key, kind)
+
+
+def _flag(facts: Message, key: str) -> bool:
+    return _get(facts, key, bool)
+
+
+def _integer(facts: Message, key: str, *, least: int = 0, most: int = _LARGEST) -> int:
+    value = _get(facts, key, int)
+    if not least <= value <= most:
+        raise ValueError(f"{key} is out of range")
+    return value
+
+
+def _optional_integer(facts: Message, key: str) -> int | None:
+    return None if facts.get(key) is None else _integer(facts, key)
+
+
+def _rank(facts: Message, key: str, group: Group) -> int:
+    rank = _get(facts, key, int)
+    if rank not in group.ranks:
+        raise ValueError(f"rank {rank} is not of the sender's group")
+    return rank
+
+
+def _path(facts: Message, key: str) -> Path:
+    text = _get(facts, key, str)
+    if "\0" in text or not text.startswith("/"):
+        raise ValueError(f"{key} is not an absolute path")
+    return Path(text)

@@ -1,0 +1,259 @@
+"""The watchdogs' hub over real sockets: who is heard, for whom, and what becomes of the others."""
+
+from __future__ import annotations
+
+import functools
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.limits import JOB_SECONDS
+
+from hpctrain.launch.handshake import prove
+from hpctrain.launch.probing import listen
+from hpctrain.launch.watchdog import hub as hub_module
+from hpctrain.launch.watchdog import protocol
+from hpctrain.launch.watchdog.hub import PURPOSE, Hub
+from hpctrain.launch.watchdog.judge import Group, Judge
+from hpctrain.launch.watchdog.spoke import Spoke
+
+SECRET = "s" * 64
+GROUPS = {
+    0: Group(host="a", ranks=(0, 1)),
+    2: Group(host="b", ranks=(2, 3)),
+    4: Group(host="c", ranks=(4, 5)),
+}
+
+
+class Lab:
+    """A hub, and time that passes while something is waited for."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.orders: list[protocol.Order] = []
+        self.selector = selectors.DefaultSelector()
+        self.listener = listen(2, "127.0.0.1")
+        self.address: tuple[str, int] = self.listener.getsockname()
+        judge = Judge(GROUPS, hang_timeout_seconds=600, first_step_timeout_seconds=600)
+        self.hub = Hub(
+            judge, GROUPS, leader=0, secret=SECRET, listener=self.listener, selector=self.selector
+        )
+        self.hub.obey = self.orders.append
+        self.spokes: list[Spoke] = []
+        self.sockets: list[socket.socket] = []
+
+    def spoke(self, leader: int) -> tuple[Spoke, list[protocol.Order]]:
+        orders: list[protocol.Order] = []
+        spoke = Spoke(
+            self.address,
+            leader=leader,
+            secret=SECRET,
+            group=GROUPS[leader],
+            hub=GROUPS[0],
+            speaks_for_hub=leader == 2,
+            selector=self.selector,
+        )
+        spoke.obey = orders.append
+        self.spokes.append(spoke)
+        return spoke, orders
+
+    def proven(self, name: str) -> socket.socket:
+        """Return a connection of a program that knows the secret, and speaks by hand."""
+        connection = socket.create_connection(self.address, JOB_SECONDS)
+        self.sockets.append(connection)
+        thread = threading.Thread(
+            target=prove, args=(connection, SECRET), kwargs={"purpose": PURPOSE, "name": name}
+        )
+        thread.start()
+        self.until(lambda: not thread.is_alive())
+        return connection
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + JOB_SECONDS
+        while not condition():
+            assert time.monotonic() < end
+            for key, _ in self.selector.select(0.01):
+                key.data()
+            now = time.monotonic()
+            self.hub.look(now)
+            for spoke in self.spokes:
+                spoke.look(now)
+
+    def is_cut_off(self, connection: socket.socket) -> bool:
+        connection.setblocking(False)
+        try:
+            return not connection.recv(1 << 16)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+
+    def close(self) -> None:
+        for spoke in self.spokes:
+            spoke.leave()
+        for connection in self.sockets:
+            connection.close()
+        self.hub.leave()
+        for channel in self.hub._channels.values():
+            channel.close()
+        self.selector.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    made = Lab()
+    monkeypatch.setattr(hub_module, "say", made.said.append)
+    monkeypatch.setattr("hpctrain.launch.watchdog.spoke.say", made.said.append)
+    monkeypatch.setattr("hpctrain.launch.watchdog.judge._ECHO_SECONDS", 0.0)
+    monkeypatch.setattr(hub_module, "_FAREWELL_SECONDS", 0.0)
+    yield made
+    made.close()
+
+
+def test_all_nodes_are_heard_and_then_nobody_else_can_connect(lab: Lab) -> None:
+    (two, _), (four, heard) = lab.spoke(2), lab.spoke(4)
+    two.send({"moved": False})  # kept until the hub is reached
+    lab.until(lambda: lab.hub._door is None)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(lab.address)
+    death = {"rank": 3, "oom_kills": 0, "step": 5, "about": {}, "signal": "SIGKILL"}
+    two.send({"died": {**death, "signal_number": 9, "host": "forged"}})
+    lab.until(lambda: protocol.EndRanks(137) in heard)
+    lab.until(lambda: protocol.EndRanks(137) in lab.orders)
+    assert lab.said == ["hpctrain: rank 3@b was killed by SIGKILL; the job ends.\n"]
+    assert four._channel is not None
+
+
+def test_strangers_are_told_of_once_and_end_nothing(lab: Lab) -> None:
+    for text in (b"GET / HTTP/1.0\r\n\r\n", b'{"end": 0}\n', b"\x1b[2J\n" * 300):
+        stranger = socket.create_connection(lab.address, JOB_SECONDS)
+        lab.sockets.append(stranger)
+        stranger.sendall(text)
+        lab.until(functools.partial(lab.is_cut_off, stranger))
+    spoke, orders = lab.spoke(2)
+    lab.until(lambda: 2 not in lab.hub._awaited)
+    assert orders == []
+    assert lab.orders == []
+    (said,) = lab.said
+    assert said.startswith("hpctrain: watchdog on a: 1 connection of strangers refused, the last")
+    assert spoke._channel is not None
+
+
+SENT_AFTER_THE_PROOF = [
+    b"GET / HTTP/1.0\r\n",
+    b"[]\n",
+    b"{}\n",
+    b"\xff\xfe\n",
+    b"[" * 100_000 + b"\n",
+    b'{"moved": NaN}\n',
+    b'{"moved": 1}\n',
+    b'{"failing": 1e3, "rank": 2, "may_be_echo": false}\n',
+    b'{"failing": %b, "rank": 2, "may_be_echo": false}\n' % (b"9" * 4000),
+    b'{"failing": %b, "rank": 2, "may_be_echo": false}\n' % (b"9" * 30),
+    b'{"stands": [[]]}\n',
+    b'{"stands": {}}\n',
+    b'{"died": null}\n',
+    b'{"died": {"rank": 2, "oom_kills": 0, "step": 1, "about": {"a": [[]]}}}\n',
+    b'{"end": 0}\n',
+    b"x" * (protocol.longest_report(GROUPS[2]) + 1),  # and no line feed
+    # Of others, for whom it does not speak
+    b'{"died": {"rank": 0, "oom_kills": 0, "step": 1, "about": {}}}\n',
+    b'{"failing": 70, "rank": 4, "may_be_echo": false}\n',
+    b'{"leaving": true, "rank": 1}\n',
+    b'{"stands": [{"rank": 5, "progress": 1, "step": 1, "state": "S", "stack": ""}]}\n',
+    b'{"folder": "/tmp"}\n',
+]
+
+
+@pytest.mark.parametrize("text", SENT_AFTER_THE_PROOF, ids=range(len(SENT_AFTER_THE_PROOF)))
+def test_a_node_that_says_what_it_may_not_is_lost_and_nothing_of_it_is_heard(
+    lab: Lab, text: bytes
+) -> None:
+    connection = lab.proven("2")
+    connection.sendall(b'{"here": true}\n')
+    lab.until(lambda: 2 not in lab.hub._awaited)
+    connection.sendall(text)
+    lab.until(lambda: lab.said)
+    assert "node b with ranks 2 to 3 is gone" in lab.said[0]
+    assert lab.hub._folder is None
+    assert lab.orders == [protocol.EndRanks(69)]
+
+
+@pytest.mark.parametrize("name", ["0", "1", "3", "-2", "x", "9" * 500])
+def test_a_name_that_is_no_node_is_not_let_in(lab: Lab, name: str) -> None:
+    connection = lab.proven(name)
+    lab.until(lambda: lab.is_cut_off(connection))
+    assert not lab.hub._channels
+    assert lab.said == []
+
+
+def test_a_node_whose_first_connection_was_in_vain_is_taken_at_the_second(lab: Lab) -> None:
+    """Its proof was taken, and the answer came too late for it."""
+    first = lab.proven("2")
+    first.close()
+    second = lab.proven("2")
+    second.sendall(b'{"here": true}\n')
+    lab.until(lambda: 2 not in lab.hub._awaited)
+    assert lab.said == []
+    assert lab.orders == []
+
+
+def test_a_hub_that_is_none_is_not_believed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program has the address, and says how the job is to end."""
+    monkeypatch.setattr("hpctrain.launch.watchdog.spoke.CONNECT_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lab.address = server.getsockname()
+        spoke, orders = lab.spoke(2)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"hpctrain-1 %b\n" % (b"00" * 16) + b'{"end": 0}\n' * 100)
+            lab.until(lambda: orders)
+    assert orders == [protocol.EndRanks(69)]
+    assert "another job answers there" in lab.said[0]
+    assert spoke._channel is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"end": 256},
+        {"end": "0"},
+        {"end": True},
+        {"reply": 0, "may_speak": True},  # a rank of another node
+        {"reply": 2, "may_speak": 1},
+        {"stacks": "relative"},
+        {"stacks": "/a\0b"},
+        {"stacks": 7},
+        {"die": 1},
+        {},
+    ],
+    ids=str,
+)
+def test_orders_that_are_none(message: dict[str, object]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        protocol.parse_order(message, GROUPS[2])
+
+
+def test_what_ranks_say_is_escaped(lab: Lab, tmp_path: Path) -> None:
+    lab.hub.send({"folder": str(tmp_path)})
+    connection = lab.proven("2")
+    stack = "\x1b]0;x\x07\n\u202eevil\n"
+    stand = {"progress": 1, "step": 1, "state": "T", "stack": stack}
+    lines = [
+        {"here": True},
+        {"died": {"rank": 2, "oom_kills": 0, "step": 1, "about": {}, "signal": stack}},
+        {"stands": [{"rank": 2, **stand}]},
+    ]
+    connection.sendall("".join(json.dumps(line) + "\n" for line in lines).encode())
+    lab.until(lambda: lab.said)
+    assert "\x1b" not in lab.said[0]
+    assert "\u202e" not in lab.said[0]
+    report = (tmp_path / "crash-rank-2.json").read_text(encoding="utf-8")
+    assert "\x1b" not in json.loads(report)["traceback"]
