@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from torch.distributed import distributed_c10d
 
 from hpctrain.errors import HpctrainError
 from hpctrain.preflight.finding import Finding, Status
 from hpctrain.topology import Communicator, Topology
 
 T = TypeVar("T")
+
+_PATIENCE_SECONDS = 30.0
+_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,48 @@ def ask(topology: Topology, communicator: Communicator, measure: Callable[[], T]
     if any(each.failure is not None for each in answers):
         raise CheckError(answers, topology.world_size)
     return [each.value for each in answers]
+
+
+def failing_together(
+    name: str, topology: Topology, measure: Callable[[], T], patience: float = _PATIENCE_SECONDS
+) -> Callable[[], T]:
+    """Return `measure`, for what communicates and may all the same fail on some ranks only.
+
+    Those that wait for a rank that has failed would never be asked. Where not all fail within some
+    time, the first ones raise what ends the job.
+
+    Args:
+        name: of the check, not used before; the same on all ranks.
+        topology: of this rank.
+        measure: communicates over the process group.
+        patience: s to wait for the others to fail.
+    """
+
+    def measured() -> T:
+        try:
+            return measure()
+        except Exception as error:
+            if topology.world_size == 1:
+                raise
+            store = distributed_c10d._get_default_store()
+            failed = store.add(f"hpctrain/failed/{name}", 1)
+            end = time.monotonic() + patience
+            while failed < topology.world_size and time.monotonic() < end:
+                time.sleep(_PAUSE_SECONDS)
+                failed = store.add(f"hpctrain/failed/{name}", 0)
+            if failed < topology.world_size:
+                raise _FailedAloneError(
+                    f"check of the {name}: {failed} of {topology.world_size} ranks failed, and the "
+                    f"others wait for them. Rank {topology.rank} on {topology.host}: "
+                    f"{describe(error)}"
+                ) from error
+            raise
+
+    return measured
+
+
+class _FailedAloneError(BaseException):
+    """Ends the job: no check can tell of it, as the other ranks do not come to the next one."""
 
 
 def describe(error: BaseException) -> str:

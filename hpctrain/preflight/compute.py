@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from hpctrain.launch.world import World
-from hpctrain.preflight.asking import CheckError, ask
+from hpctrain.preflight.asking import CheckError, ask, failing_together
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.judging import compute as judging
@@ -17,10 +17,12 @@ from hpctrain.preflight.probes.step import (
     SyntheticLoader,
     alone,
     take_steps,
+    try_on_host,
 )
 from hpctrain.training.assembly import Components
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import Data
+from hpctrain.training.step.preparation import is_spread
 
 
 def check_compute(
@@ -48,8 +50,13 @@ def check_compute(
     )
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
     together = checks.topology.world_size > 1
-    seconds = 0 if together else TIMED_SECONDS
-    steps = _try(checks, alone(world), components, loader, opened, seconds)
+    # Not on the device, where a whole one may have no room.
+    spread = is_spread(checks.config.training, checks.topology.world_size)
+    if spread:
+        steps = _try_whole(checks, world, components, loader, opened)
+    else:
+        seconds = 0 if together else TIMED_SECONDS
+        steps = _try(checks, alone(world), components, loader, opened, seconds)
     if steps is not None and together:
         steps = _try(checks, world, components, loader, opened, TIMED_SECONDS)
     if steps is None:
@@ -58,17 +65,21 @@ def check_compute(
     checks.add(judging.judge_step(steps))
     nodes = [rank.node_rank for rank in checks.ranks] or [0] * len(steps)
     checks.add(judging.judge_memory(steps, checks.hosts, nodes, world.device.type))
-    _try_real_data(checks, alone(world), components, opened)
+    _try_real_data(checks, world if spread else alone(world), components, opened)
     return steps
 
 
 def _try_real_data(checks: Checks, world: World, components: Components, opened: Data) -> None:
-    """Take a step on real data, each rank by itself. Collective: all ranks."""
+    """Take a step on real data, each rank by itself or all together. Collective: all ranks."""
     gc.collect()
     facts = checks.gather(
         "numbers",
         judging.STEP_FIX,
-        lambda: try_real_data(checks.config, world, components, opened),
+        failing_together(
+            "numbers",
+            world.topology,
+            lambda: try_real_data(checks.config, world, components, opened),
+        ),
     )
     if facts is not None:
         checks.add(judging.judge_numbers(facts, checks.hosts))
@@ -88,6 +99,26 @@ def _resolve(checks: Checks, command: Sequence[str]) -> Components | None:
     return components
 
 
+def _try_whole(
+    checks: Checks, world: World, components: Components, loader: SyntheticLoader, opened: Data
+) -> list[StepFacts] | None:
+    """Run a model that is to be spread once, each rank on its host. Collective: all ranks.
+
+    Returns:
+        No facts yet; None where a rank has failed.
+    """
+    try:
+        ask(
+            checks.topology,
+            checks.communicator,
+            lambda: try_on_host(checks.config, world, components, loader, opened.semantics),
+        )
+    except CheckError as error:
+        checks.add(error.finding("step", judging.step_fix(str(error))))
+        return None
+    return []
+
+
 def _try(
     checks: Checks,
     world: World,
@@ -102,7 +133,11 @@ def _try(
         return ask(
             checks.topology,
             checks.communicator,
-            lambda: take_steps(checks.config, world, components, loader, opened, timed_seconds),
+            failing_together(
+                "step",
+                world.topology,
+                lambda: take_steps(checks.config, world, components, loader, opened, timed_seconds),
+            ),
         )
     except CheckError as error:
         checks.add(error.finding("step", judging.step_fix(str(error))))

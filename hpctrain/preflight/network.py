@@ -6,6 +6,7 @@ from hpctrain.launch.world import World
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.judging import network as judging
 from hpctrain.preflight.probes import network as probes
+from hpctrain.preflight.probes.reductions import time_reductions
 
 _FIX = "see that no firewall is between the nodes; launch.interface names another network"
 
@@ -20,9 +21,11 @@ def check_network(checks: Checks, world: World) -> None:
     if checks.topology.world_size == 1:
         checks.skip(["all-reduce", "clocks", "barrier"], "one process")
         return
-    table = checks.gather("all-reduce", _FIX, lambda: probes.time_reductions(world))
+    table = checks.gather("all-reduce", _FIX, lambda: time_reductions(world))
     if table is not None:
-        checks.add(judging.judge_reductions(table, world.backend or ""))
+        checks.add(
+            judging.judge_reductions(table, world.backend or "", hosts, _carrier(checks, world))
+        )
     offsets = checks.gather("clocks", HOST_FIX, lambda: probes.clock_offset(checks.communicator))
     if offsets is not None:
         checks.add(judging.judge_clocks(offsets, hosts))
@@ -46,3 +49,9 @@ def _check_names(checks: Checks) -> None:
     agreed = checks.ranks[0].addresses if topology.num_nodes > 1 else ()
     checks.add(judging.judge_names([each for each in lookups if each is not None], agreed))
     checks.add(judging.judge_interface(checks.ranks))
+
+
+def _carrier(checks: Checks, world: World) -> str:
+    """Return what carries reductions, with its version where that is known."""
+    version = checks.ranks[0].versions.get("NCCL") if checks.ranks else None
+    return f"NCCL {version}" if world.backend == "nccl" and version else world.backend or ""

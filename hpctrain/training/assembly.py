@@ -104,32 +104,11 @@ def build_parts(
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     seed_generators(config.run.seed)
+    training = config.training
     with raise_together(world.communicator):
         _check_capabilities(config, world)
-        training = config.training
-        number_format = NumberFormat.of(
-            training.precision, world.device, channels_last=training.channels_last
-        )
-        model = _built("model", config, components, **config.model.arguments)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
-        refuse_unmade(model)
-        notes = []
-        if semantics.model_dtypes == "cast":
-            notes = cast_as_begun(model, number_format.parameters, training.precision)
-        model = prepare_model(
-            model, training, number_format, world.device, world.topology.world_size
-        )
-        number_format = number_format.for_model(model)
-        task = _built(
-            "task",
-            config,
-            components,
-            inputs=config.task.inputs,
-            target=config.task.target,
-            **_mask(config),
-            **config.task.arguments,
-        )
+        model, number_format, notes = build_model(config, world, components, semantics)
+        task = build_task(config, components)
         example = shapes.example()
     shards: Shards | None = None
     if is_spread(training, world.topology.world_size):
@@ -194,6 +173,50 @@ def build_parts(
         step=step,
         notes=notes,
     )
+
+
+def build_model(
+    config: Config, world: World, components: Components, semantics: Semantics = NEWEST
+) -> tuple[nn.Module, NumberFormat, list[str]]:
+    """Build the model; on the host, whole, where it is to be spread over the ranks.
+
+    Returns:
+        It; the format of its inputs; and what the header should say of it.
+
+    Raises:
+        ConfigError: if the component refuses its arguments, or makes no model.
+    """
+    training = config.training
+    number_format = NumberFormat.of(
+        training.precision, world.device, channels_last=training.channels_last
+    )
+    model = _built("model", config, components, **config.model.arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+    refuse_unmade(model)
+    notes = []
+    if semantics.model_dtypes == "cast":
+        notes = cast_as_begun(model, number_format.parameters, training.precision)
+    model = prepare_model(model, training, number_format, world.device, world.topology.world_size)
+    return model, number_format.for_model(model), notes
+
+
+def build_task(config: Config, components: Components) -> Task:
+    """Build the task.
+
+    Raises:
+        ConfigError: if the component refuses its arguments.
+    """
+    task: Task = _built(
+        "task",
+        config,
+        components,
+        inputs=config.task.inputs,
+        target=config.task.target,
+        **_mask(config),
+        **config.task.arguments,
+    )
+    return task
 
 
 def seed_generators(seed: int) -> None:

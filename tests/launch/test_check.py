@@ -49,6 +49,27 @@ class Net(nn.Module):
 """
 
 
+LARGE = """
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, image):
+        rows = image.flatten(1)
+        if not isinstance(self.layers[0], FSDPModule) and "Fake" not in type(rows).__name__:
+            raise MemoryError("a device has no room for the whole model")
+        for layer in self.layers:
+            rows = layer(rows).relu()
+        return self.last(rows)
+"""
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "digits"
@@ -142,6 +163,17 @@ def test_a_run_folder_that_cannot_be_made(site: Path) -> None:
     assert "run.directory" in found["run folder"]["fix"]
     assert found["step"]["status"] == "pass"
     assert found["disk space"]["status"] == "skip"
+
+
+def test_a_model_that_only_fits_in_parts(site: Path) -> None:
+    """It is built whole on no device: not for a step, and not for one on real data."""
+    (site / "large.py").write_text(LARGE)
+    config = site / "run.toml"
+    kept = [line for line in config.read_text().splitlines() if "in_channels" not in line]
+    config.write_text("\n".join(line for line in kept if "num_classes" not in line))
+    found = findings(site, 2, "model.use=large:Net", "training.strategy=fsdp")
+    for name in ("step", "memory", "numbers"):
+        assert found[name]["status"] in ("pass", "warn"), found[name]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -7,6 +7,7 @@ import itertools
 import brought_checks
 import step_exactness
 import torch
+import wrong_sums
 from torch import nn
 
 import hpctrain
@@ -213,6 +214,8 @@ def main() -> None:
             from metrics_exact import CHECKS as OF_METRICS
 
             checks += OF_METRICS
+        if world.topology.world_size == 3:
+            checks += wrong_sums.CHECKS
         if world.topology.world_size < 4:
             checks += brought_checks.CHECKS
         for check in checks:

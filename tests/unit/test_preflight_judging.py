@@ -28,7 +28,8 @@ from hpctrain.preflight.judging.storage import judge_folder, judge_shared, judge
 from hpctrain.preflight.judging.walltime import judge_walltime
 from hpctrain.preflight.probes.dataset import Reading
 from hpctrain.preflight.probes.folder import FolderFacts
-from hpctrain.preflight.probes.network import Lookup, Reduction
+from hpctrain.preflight.probes.network import Lookup
+from hpctrain.preflight.probes.reductions import Reduction
 from hpctrain.preflight.probes.step import StepFacts
 
 MB, GB = 10**6, 10**9

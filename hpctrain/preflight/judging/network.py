@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hpctrain.preflight.finding import Finding
-from hpctrain.preflight.probes.network import Lookup, Reduction
+from hpctrain.preflight.probes.network import Lookup
 from hpctrain.preflight.probes.process import RankFacts
+from hpctrain.preflight.probes.reductions import Reduction
 from hpctrain.utils.text import listed, number, plural, size
 
 _SLOW_LOOKUP_SECONDS = 2.0
@@ -97,12 +98,19 @@ def judge_interface(ranks: Ranks) -> Finding:
     return Finding(name="interface", status="pass", fact=f"{where}: reached from every node")
 
 
-def judge_reductions(table: Sequence[Sequence[Reduction]], backend: str) -> Finding:
-    """Hold latency and bandwidth of the all-reduce against what any working network has.
+def judge_reductions(
+    table: Sequence[Sequence[Reduction]],
+    backend: str,
+    hosts: Sequence[str] = (),
+    carrier: str = "",
+) -> Finding:
+    """Look for wrong sums, and hold latency and bandwidth against what any working network has.
 
     Args:
         table: of every rank, the same sizes.
         backend: that carries them.
+        hosts: of every rank.
+        carrier: the backend with its version, and its way where that is known.
     """
     ranks = len(table)
     rows = []
@@ -126,6 +134,8 @@ def judge_reductions(table: Sequence[Sequence[Reduction]], backend: str) -> Find
             for c, s, r, n in rows
         ],
     }
+    if any(each.wrong for rank in table for each in rank):
+        return _wrong_reductions(table, hosts, carrier or backend, values)
     slow = []
     if latency > most_latency:
         slow.append(f"latency above {number(most_latency * 1000)} ms")
@@ -145,6 +155,38 @@ def judge_reductions(table: Sequence[Sequence[Reduction]], backend: str) -> Find
         fact=f"{backend}: {shown}; {' and '.join(slow)}",
         fix=fix,
         values=values,
+    )
+
+
+def _wrong_reductions(
+    table: Sequence[Sequence[Reduction]],
+    hosts: Sequence[str],
+    carrier: str,
+    values: Mapping[str, object],
+) -> Finding:
+    """Name the ranks, nodes and sizes of sums that came out wrong."""
+    stories, found = [], []
+    for column in zip(*table, strict=True):
+        wrong = {rank: each.wrong for rank, each in enumerate(column) if each.wrong is not None}
+        for rank, each in wrong.items():
+            found.append({"bytes": column[0].num_bytes, "rank": rank, "wrong": each.count})
+        if wrong:
+            rank, first = next(iter(wrong.items()))
+            names = listed([str(rank) for rank in wrong], 8)
+            nodes = listed(list(dict.fromkeys(hosts[rank] for rank in wrong)), 8) if hosts else "?"
+            stories.append(
+                f"{_binary(column[0].num_bytes)} on rank {names} ({nodes}): on rank {rank} "
+                f"{first.count:,} of {column[0].num_bytes // 4:,} elements, the first at "
+                f"{first.index:,}: {first.value:g} in place of {first.expected:g}"
+            )
+    return Finding(
+        name="all-reduce",
+        status="fail",
+        fact=f"{carrier} gives wrong sums of {'; of '.join(stories)}",
+        fix="training would learn from wrong gradients and say nothing. Leave these nodes out and "
+        "try again; where others fail too, another version of NCCL, of its network plug-in or of "
+        "the network's library, or no GPUDirect (NCCL_NET_GDR_LEVEL=LOC); give the site this line",
+        values={**values, "wrong": found},
     )
 
 

@@ -8,16 +8,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import distributed as dist
 
 from hpctrain.accelerator import synchronize
-from hpctrain.launch.world import World
 from hpctrain.topology import Communicator
 
-SIZES = (8, 64 * 2**10, 2**20, 16 * 2**20, 64 * 2**20)
-"""Bytes of the gradients that are summed over all ranks."""
-_SIZE_SECONDS = 1.0
-_MOST_REPEATS = 30
 _ROUNDS = 7
 
 
@@ -53,45 +47,6 @@ def resolve(name: str) -> tuple[str, ...]:
     except (OSError, UnicodeError):
         return ()
     return tuple(dict.fromkeys(str(entry[4][0]).split("%", maxsplit=1)[0] for entry in found))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reduction:
-    """An all-reduce of one size, as one rank has seen it."""
-
-    num_bytes: int
-    seconds: float
-    repeats: int
-
-
-def time_reductions(world: World) -> list[Reduction]:
-    """Return the median time of an all-reduce for every size. Collective: all ranks.
-
-    Each size takes about a second; sizes that would take several for one call are left out.
-    """
-    results: list[Reduction] = []
-    for num_bytes in SIZES:
-        tensor = torch.ones(num_bytes // 4, dtype=torch.float32, device=world.device)
-        # The first call also connects. All ranks have to repeat equally often.
-        tries = [_time_reduction(world, tensor) for _ in range(2)]
-        slowest = max(world.communicator.all_gather(min(tries)))
-        repeats = max(1, min(_MOST_REPEATS, int(_SIZE_SECONDS / max(slowest, 1e-9))))
-        times = [_time_reduction(world, tensor) for _ in range(repeats)]
-        results.append(
-            Reduction(num_bytes=num_bytes, seconds=statistics.median(times), repeats=repeats)
-        )
-        if slowest > 2 * _SIZE_SECONDS:
-            break
-    return results
-
-
-def _time_reduction(world: World, tensor: torch.Tensor) -> float:
-    tensor.fill_(1)  # or the sums of sums overflow
-    synchronize(world.device)
-    begin = time.perf_counter()
-    dist.all_reduce(tensor)
-    synchronize(world.device)
-    return time.perf_counter() - begin
 
 
 def clock_offset(communicator: Communicator) -> float:

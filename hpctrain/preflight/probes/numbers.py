@@ -48,7 +48,8 @@ def try_real_data(
 
     Args:
         config: names the parts.
-        world: of this rank alone.
+        world: of this rank alone; of all where the parameters are spread over them, and the step
+            is that of the whole batch. Then collective: all ranks.
         components: as resolved.
         opened: the data.
 
@@ -70,7 +71,7 @@ def try_real_data(
         # Evaluated before the step: with the weights that a run begins with.
         trouble = _trouble_of_evaluation(config, parts, opened, world) if validates else ""
         loss = norm = 0.0
-        if share.size:
+        if share.size or world.topology.world_size > 1:
             loss, norm = _step(parts, share, config.optimizer.lr)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 trouble = _trouble_of_step(share, opened, loss)
@@ -83,7 +84,7 @@ def _step(parts: Parts, share: Batch, lr: float) -> tuple[float, float]:
     """Return loss and norm of the gradient of a step, at loss scale 1."""
     step = parts.step
     step.scaler.scale.fill_(1.0)
-    step(replace(share, global_size=share.size), lr)
+    step(share if step.shards is not None else replace(share, global_size=share.size), lr)
     numbers = step.read()
     return numbers["loss"], numbers["grad_norm"]
 
@@ -114,11 +115,18 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
         fields,
         world,
         parts.number_format,
+        call=parts.step.call,
         explain=lambda error, given: explain_misfit(error, given, config),
     )
-    for index, row in enumerate(loader.example_rows(MOST_ROWS)):
-        one = {name: values[index : index + 1] for name, values in fields.items()}
-        if not (found := _not_finite(_evaluated(parts, one, world))):
+    each = [
+        {name: values[index : index + 1] for name, values in fields.items()}
+        for index in range(len(next(iter(fields.values()))))
+    ]
+    # All of them on every rank: the others may wait for this one's part of the parameters.
+    problems = [_not_finite(_evaluated(parts, one, world)) for one in each]
+    parts.step.settle()
+    for row, one, found in zip(loader.example_rows(MOST_ROWS), each, problems, strict=True):
+        if not found:
             continue
         assert opened.validation is not None
         [(shard, inside)] = opened.validation.places(np.array([row]))
@@ -140,7 +148,7 @@ def _evaluated(parts: Parts, rows: Mapping[str, Tensor], world: World) -> Part:
         parts.number_format.arithmetic(),
     ):
         fields = parts.number_format.cast(rows, parts.task.inputs)
-        totals.add(parts.task.evaluate(parts.model, fields))
+        totals.add(parts.step.call(parts.task.evaluate, fields))
     return totals.part()
 
 

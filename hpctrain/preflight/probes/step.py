@@ -14,6 +14,7 @@ import torch
 
 from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
+from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.delivery import Batch, torch_dtype
 from hpctrain.data.loading.finishing import Finishing, keys_on
@@ -21,9 +22,16 @@ from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
-from hpctrain.training.assembly import Components, build_parts
+from hpctrain.training.assembly import (
+    Components,
+    build_model,
+    build_parts,
+    build_task,
+    seed_generators,
+)
 from hpctrain.training.datasets import Data
 from hpctrain.training.snapshot import expected_bytes
+from hpctrain.training.step.trial import try_whole
 
 TIMED_SECONDS = 5.0
 _MOST_STEPS = 10
@@ -100,6 +108,30 @@ def alone(world: World) -> World:
     here = world.topology
     topology = place(0, [Node("", here.host)], launcher=here.launcher, mpi=here.mpi)
     return replace(world, topology=topology, communicator=SingleCommunicator(), backend=None)
+
+
+def try_on_host(
+    config: Config,
+    world: World,
+    components: Components,
+    loader: SyntheticLoader,
+    semantics: Semantics,
+) -> None:
+    """Run a model that is to be spread over the ranks once, on this rank's host.
+
+    Raises:
+        Exception: what model or task raise there, if the ranks compute on their hosts; for a device
+            it need not mean anything.
+    """
+    seed_generators(config.run.seed)
+    model, number_format, _ = build_model(config, world, components, semantics)
+    row = {name: item.cpu() for name, item in loader.example().items()}
+    task = build_task(config, components)
+    try:
+        try_whole(model, task, number_format.cast(row, task.inputs))
+    except Exception:
+        if world.device.type == "cpu":
+            raise
 
 
 def take_steps(
