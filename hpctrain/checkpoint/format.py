@@ -31,6 +31,7 @@ from hpctrain.checkpoint.layout import (
 )
 from hpctrain.checkpoint.parts import Spread, part_name
 from hpctrain.checkpoint.raw import RawTensor, paired_names, texts_of, write_raw
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 from hpctrain.checkpoint.writing import Written, write_file
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import sync
@@ -195,7 +196,7 @@ def raw_of(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
                 f"{name} is a tensor of {tensor.dtype}, {tensor.layout}: a checkpoint holds plain "
                 "numbers only"
             )
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        flat = tensor_bytes(tensor)
         raw[name] = RawTensor(dtype, tuple(tensor.shape), flat.numpy().data)
     return raw
 

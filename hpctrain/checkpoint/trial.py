@@ -12,6 +12,7 @@ from torch import Tensor
 from hpctrain.checkpoint.format import Snapshot, raw_of, tensors_of
 from hpctrain.checkpoint.host import HostCopies
 from hpctrain.checkpoint.raw import pieces_of_file
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 from hpctrain.checkpoint.tree import require_savable
 from hpctrain.errors import CheckpointError
 
@@ -64,10 +65,6 @@ def _try_bytes(tensors: dict[str, Tensor]) -> None:
         if (
             there is None
             or (there.dtype, there.shape) != (tensor.dtype, tensor.shape)
-            or not torch.equal(_bytes_of(there), _bytes_of(tensor))
+            or not torch.equal(tensor_bytes(there), tensor_bytes(tensor))
         ):
             raise CheckpointError(f"{name} does not come back from a file as it is")
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

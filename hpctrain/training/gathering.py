@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 from hpctrain.launch.world import World
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: object) -> Any:
         if not isinstance(value, Tensor):
             return NotImplemented
-        data = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        data = tensor_bytes(value).numpy()
         return _tensor, (data, value.dtype, tuple(value.shape))
 
 

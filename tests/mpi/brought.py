@@ -78,6 +78,7 @@ class Diffusion(nn.Module):
         self.register_buffer("order", torch.arange(FEATURES).flip(0))
         self.register_buffer("mask", torch.arange(FEATURES) % 3 > 0)
         self.register_buffer("wide", torch.ones(1, 1).expand(FEATURES, 1))
+        self.register_buffer("single", betas[::49][1:])  # one value, of stride 49
         self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, CLASSES))
 
     def forward(self, features: Tensor) -> Tensor:

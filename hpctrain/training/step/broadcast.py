@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 from hpctrain.launch.world import World
 
 
@@ -38,7 +39,7 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dic
             tensor = tensors[name].to(world.device)
         else:
             tensor = torch.empty(shape, dtype=dtype, device=world.device)
-        dist.broadcast(as_bytes(tensor), src=0)
+        dist.broadcast(tensor_bytes(tensor), src=0)
         received[name] = tensor.cpu()
     return received
 
@@ -46,7 +47,7 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dic
 def broadcast_model(world: World, model: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers, as DDP does. Collective: all ranks."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        data = as_bytes(tensor.to(world.device))
+        data = tensor_bytes(tensor.to(world.device))
         if data.numel():
             dist.broadcast(data, src=0)
             with torch.no_grad():
@@ -65,16 +66,7 @@ def broadcast_buffers(world: World, model: nn.Module) -> None:
         buffer = module._buffers.get(key)
         if buffer is None or (buffer.shape, buffer.dtype) != (shape, dtype):
             buffer = torch.empty(shape, dtype=dtype, device=world.device)
-        data = as_bytes(buffer)
+        data = tensor_bytes(buffer)
         if data.numel():
             dist.broadcast(data, src=0)
         module._buffers[key] = data.view(dtype).view(shape)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor one after the other, as bytes.
-
-    So every dtype travels, whatever the backend knows to reduce.
-    """
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.reshape(-1).contiguous().view(torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hpctrain.training.step.broadcast import as_bytes
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 
 
 class Names:
@@ -98,7 +98,7 @@ class Values:
         if kept is None:
             return False
         now, before = _memory(tensor), kept[2].to(tensor.device)
-        return now.shape != before.shape or not torch.equal(as_bytes(now), as_bytes(before))
+        return now.shape != before.shape or not torch.equal(tensor_bytes(now), tensor_bytes(before))
 
     def put_back(self) -> None:
         """Give the tensors the values that they had."""

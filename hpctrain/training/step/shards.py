@@ -19,10 +19,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from hpctrain.checkpoint.tensor_bytes import tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
-from hpctrain.training.step.broadcast import as_bytes
 from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
 from hpctrain.training.step.lost_changes import refused_lost_changes
@@ -172,7 +172,7 @@ class Shards:
         buffers = [item for item in unique.values() if item is not None and item.numel()]
         if not buffers:
             return
-        pieces = [as_bytes(item) for item in buffers]
+        pieces = [tensor_bytes(item) for item in buffers]
         whole = torch.cat(pieces)  # all in one message
         dist.broadcast(whole, src=0)
         if self.rank:
