@@ -13,6 +13,7 @@ from pathlib import Path
 from hpctrain.config.code_folder import MARKER
 from hpctrain.errors import UsageError
 from hpctrain.utils.files import temporary_name
+from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.text import first_lines, size
 
 FOLDER = "code"
@@ -76,7 +77,7 @@ def take_snapshot(run_folder: Path, runs: Path) -> Path:
 
 def in_snapshot(path: Path, root: Path) -> Path:
     """Return where a file of the project is in a snapshot; the file itself if it is not there."""
-    project = Path(json.loads((root / MARKER).read_bytes())["project"])
+    project = Path(parse_json(read_whole(root / MARKER, SMALL))["project"])
     whole = path.resolve()
     copied = root / whole.relative_to(project) if whole.is_relative_to(project) else whole
     return copied if copied.is_file() else path

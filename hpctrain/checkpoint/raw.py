@@ -15,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 
 from hpctrain.checkpoint.writing import DurableFile, Written
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.json_files import parse_json
 
 _NUMPY = {
     "BOOL": "bool",
@@ -78,9 +79,16 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
         for name, facts in found
     }
     complex_of = {pair: dtype for dtype, pair in _PAIRS.items()}
-    for name in paired_names(texts_of(content)):
-        pairs = tensors[name]
-        tensors[name] = RawTensor(complex_of[pairs.dtype], pairs.shape[:-1], pairs.data)
+    try:
+        for name in paired_names(texts_of(content)):
+            pairs = tensors[name]
+            if pairs.shape[-1:] != (2,):
+                raise ValueError(f"{name} is no tensor of pairs")
+            tensors[name] = RawTensor(complex_of[pairs.dtype], pairs.shape[:-1], pairs.data)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{where} is damaged: its list of complex tensors: {error}"
+        ) from error
     return tensors
 
 
@@ -89,8 +97,13 @@ def paired_names(texts: Mapping[str, str] | None) -> list[str]:
 
     Args:
         texts: that a file has beside its tensors, see `PAIRED`.
+
+    Raises:
+        ValueError: if they say no such thing.
     """
-    names: list[str] = json.loads((texts or {}).get(PAIRED, "[]"))
+    names = parse_json((texts or {}).get(PAIRED, "[]").encode())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'"{PAIRED}" is not a list of names')
     return names
 
 

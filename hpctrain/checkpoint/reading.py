@@ -98,7 +98,7 @@ class Rows:
                             opened[rank] = stack.enter_context(safe_open(part, framework="pt"))
                         found = {name: opened[rank].get_slice(name)[begin:end]}
                         pieces[called].append(joined_pairs(found, opened[rank].metadata())[name])
-                    except (OSError, SafetensorError) as error:
+                    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
                         raise CheckpointError(f"{part} cannot be read: {error}") from error
         return {name: torch.cat(rows) for name, rows in pieces.items() if rows}
 

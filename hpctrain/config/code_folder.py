@@ -7,12 +7,12 @@ data and run folders stay relative to the directory that the job runs in.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
 from hpctrain.errors import ConfigError
+from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 
 MARKER = ".hpctrain-snapshot.json"
 """Lies in the root of a snapshot, and says what it is one of."""
@@ -59,7 +59,7 @@ def use_snapshot(root: Path) -> None:
 
 def _project_of(root: Path) -> Path:
     try:
-        return Path(json.loads((root / MARKER).read_bytes())["project"])
+        return Path(parse_json(read_whole(root / MARKER, SMALL))["project"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--code {root}: this is no snapshot that `job --snapshot` has made: {error}"

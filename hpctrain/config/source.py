@@ -13,6 +13,7 @@ from typing import Any
 from hpctrain.config.lines import deepest_line, locate_keys
 from hpctrain.config.messages import NOT_GIVEN, KeyPath, Mistake, config_error
 from hpctrain.errors import ConfigError
+from hpctrain.utils.files import open_file
 from hpctrain.utils.text import did_you_mean, printable
 
 if sys.version_info >= (3, 11):
@@ -96,7 +97,7 @@ def read(path: str) -> Source:
     """
     name = printable(path)
     try:
-        with Path(path).open("rb") as file:
+        with open_file(path) as file:
             data = file.read(_LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{name}: no such file{_neighbour(path)}") from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import h5py
 
 from hpctrain.data.dataset import Field
 from hpctrain.errors import DatasetError, UsageError
+from hpctrain.utils.files import require_regular
 
 CHUNK_BYTES = 2**17
 """Values in one chunk, about: up to 256 lanes, training's blocks are whole numbers of such chunks.
@@ -162,6 +164,17 @@ def load_plugins() -> ModuleType | None:
     with suppress(ImportError):
         plugins = import_module("hdf5plugin")
     return plugins
+
+
+def open_hdf5_file(path: str | Path) -> h5py.File:
+    """Open a file in HDF5 for reading. Of several processes reading, none needs a lock.
+
+    Raises:
+        OSError: if the system, or HDF5, refuses; or if it is no regular file: HDF5 would wait for
+            a pipe to be written to, and hold its lock meanwhile.
+    """
+    require_regular(path)
+    return h5py.File(path, "r", locking=False, driver="sec2")
 
 
 class Filter(NamedTuple):

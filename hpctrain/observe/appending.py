@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ class AppendedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = os.fdopen(_open_to_append(path), "ab", buffering=0)
         self._good_bytes = self._file.seek(0, os.SEEK_END)
         self._torn = False
 
@@ -57,3 +59,17 @@ class AppendedFile:
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
+
+
+def _open_to_append(path: Path) -> int:
+    """Open a file, or make it; nothing else under its name, such as a pipe that nobody reads."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

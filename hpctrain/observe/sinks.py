@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.records import Record, flat, from_line, to_line, to_row
-from hpctrain.utils.files import replacing
+from hpctrain.utils.files import open_file, replacing
 
 _TAIL_BYTES = 2**18
 """Of metrics.jsonl, in which the newest records are looked for."""
@@ -172,7 +172,7 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
     Raises:
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for line in file:
             if (record := from_line(line)) is not None:
                 yield record
@@ -181,7 +181,7 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
 def newest_records(path: Path) -> dict[str, dict[str, Any]]:
     """Return the newest records of training and of each evaluation, flat; none without a file."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             lines = file.readlines()
     except OSError:
@@ -209,9 +209,9 @@ def cut_back(path: Path, last_step: int, again: str | None = None) -> int:
             return False
         return again is None or record["step"] < last_step or record["kind"] != again
 
-    with path.open("rb") as file:
+    with open_file(path) as file:
         num_cut = sum(not kept(line) for line in file)
     if num_cut:
-        with path.open("rb") as old, replacing(path) as new:
+        with open_file(path) as old, replacing(path) as new:
             new.writelines(filter(kept, old))
     return num_cut

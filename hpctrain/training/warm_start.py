@@ -24,11 +24,19 @@ from hpctrain.training.extra_state import is_extra, model_tensors
 from hpctrain.training.step.broadcast import broadcast_tensors
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import put_weights
+from hpctrain.utils.files import require_regular
 from hpctrain.utils.text import listed
 
 _SHOWN = 4
 # Under which a file may keep the weights: Lightning's word first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+_OF_BROKEN_FILES = (
+    *(OSError, EOFError, RuntimeError, SafetensorError, MemoryError, ImportError),
+    *(LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError),
+)
+"""What torch and safetensors raise on files that are damaged, or that say what cannot be."""
 
 
 def start_warm(section: CheckpointSection, world: World, step: TrainStep) -> str:
@@ -66,6 +74,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _weights_to_use(load(path))
     try:
+        require_regular(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return joined_pairs(load_file(path), file.metadata())
@@ -76,8 +85,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "from a source you trust, convert it once: safetensors.torch.save_file("
             f'torch.load("{path.name}", weights_only=False)["state_dict"], "weights.safetensors")'
         ) from error
-    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except _OF_BROKEN_FILES as error:
+        raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}") from error
     for wrapper in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]

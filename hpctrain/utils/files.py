@@ -181,6 +181,15 @@ def open_regular(path: str | Path) -> int:
     return descriptor
 
 
+def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a file for reading bytes, see `open_regular`.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+    """
+    return os.fdopen(open_regular(path), "rb", buffering)
+
+
 def require_regular(path: str | Path) -> os.stat_result:
     """Return the facts of a file that somebody else is about to open, see `open_regular`.
 

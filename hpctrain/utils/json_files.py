@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from hpctrain.utils.files import open_file
 from hpctrain.utils.text import printable
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ def read_whole(path: Path, most_bytes: int) -> bytes:
         ValueError: if it is no regular file, or larger than any of its kind.
     """
     require_file(path, most_bytes)
-    return path.read_bytes()
+    with open_file(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it has grown to more than {most_bytes:,} bytes")
+    return content
 
 
 def require_file(path: Path, most_bytes: int) -> int:

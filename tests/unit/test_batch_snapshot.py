@@ -79,7 +79,7 @@ def submitted(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Return what follows `python -m hpctrain` in the script that `job` prints."""
     assert main(["job", "run.toml", *ASKED]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--code" in line]
-    return shlex.split(line.partition("${HPCTRAIN_CHECK:+check} ")[2].removesuffix(" &"))
+    return shlex.split(line.partition("${HPCTRAIN_CHECK:+check} ")[2].removesuffix(" </dev/null &"))
 
 
 def run(work: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:

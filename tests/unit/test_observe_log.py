@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -230,9 +231,10 @@ def test_lines_go_above_the_bar() -> None:
 
 
 def test_full_disk_costs_lines_not_the_job(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").symlink_to("/dev/full")
     console = io.StringIO()
-    with log.start(tmp_path, speaks=True, stream=console):
+    with log.start(tmp_path, speaks=True, stream=console), Path("/dev/full").open("wb") as full:
+        (handler,) = (h for h in logging.root.handlers if isinstance(h, log.RunLogHandler))
+        os.dup2(full.fileno(), handler.stream._file._file.fileno())
         ours.info("one")
         ours.info("two")
     first, warning, second = console.getvalue().splitlines()

@@ -11,7 +11,7 @@ import h5py
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.conventions import ATTRIBUTES, coding_of
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def _looked_at(shard: Shard, names: list[str]) -> Shard:
     if shard.codings is not None:
         return shard
     try:
-        with h5py.File(shard.path, "r", locking=False) as file:
+        with open_hdf5_file(shard.path) as file:
             codings = {name: coding_in(file[name]) for name in names}
     except HDF5_FAILURES as error:
         raise DatasetError(f"{shard.path}: HDF5 cannot read this file: {error}") from error

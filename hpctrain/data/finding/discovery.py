@@ -27,6 +27,7 @@ from hpctrain.data.storage import (
     HDF5_FAILURES,
     filters_of,
     is_stored_as_in_memory,
+    open_hdf5_file,
     require_filters,
 )
 from hpctrain.errors import DatasetError
@@ -143,8 +144,7 @@ def look_into(path: str, fields: Sequence[str] | None) -> Contents:
         DatasetError: if it cannot be read, or a field is not there.
     """
     try:
-        # Of several processes reading, none needs a lock, and some file systems have none.
-        with h5py.File(path, "r", locking=False) as file:
+        with open_hdf5_file(path) as file:
             arrays = {
                 name: _array(dataset, path) for name, dataset in _wanted(file, fields).items()
             }

@@ -9,7 +9,7 @@ from typing import Any
 
 import h5py
 
-from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError
 
 
@@ -134,7 +134,7 @@ def require_sources(dataset: h5py.Dataset) -> list[str]:
 def _source_problem(path: Path, name: str, shape: tuple[int, ...], values: int) -> str:
     """Return what is wrong with the source of a virtual dataset; empty if nothing is."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with open_hdf5_file(path) as file:
             if name not in file:
                 return f'has no "{name}"'
             found = file[name].shape

@@ -14,8 +14,9 @@ import h5py
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.reading.chunks import ChunkedField
 from hpctrain.data.reading.damage import UndecodableError
-from hpctrain.data.storage import load_plugins
+from hpctrain.data.storage import load_plugins, open_hdf5_file
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import open_regular
 
 H = TypeVar("H")
 Locate = Callable[[str], str]
@@ -135,7 +136,7 @@ def open_descriptor(shard: Shard, path: str) -> int:
         DatasetError: if the file is not what it was when the dataset was opened.
         OSError: if the system refuses.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         _require_size(shard, path, os.fstat(descriptor).st_size)
     except BaseException:
@@ -153,7 +154,7 @@ def open_hdf5(shard: Shard, path: str) -> h5py.File:
     """
     _require_size(shard, path, Path(path).stat().st_size)
     load_plugins()  # the index may list chunks whose filter h5py alone does not have
-    return h5py.File(path, "r", locking=False, driver="sec2")
+    return open_hdf5_file(path)
 
 
 def _close_all(kept: OrderedDict[str, H], close: Callable[[H], Any]) -> None:

@@ -16,8 +16,9 @@ from hpctrain.data.finding.elsewhere import require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
 from hpctrain.data.sources.source import reading
-from hpctrain.data.storage import require_filters
+from hpctrain.data.storage import open_hdf5_file, require_filters
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import open_file, require_regular
 
 _Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 
@@ -51,7 +52,7 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
         if is_idx(path):
             return {idx_field(path): ArrayFacts(*idx_shape(path), {})}
         if path.endswith(".npy"):
-            with Path(path).open("rb") as file:
+            with open_file(path) as file:
                 facts = _npy_facts(file)
                 left = Path(path).stat().st_size - file.tell()
             if left < math.prod(facts.shape) * facts.dtype.itemsize:
@@ -61,7 +62,7 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
                 )
             return {Path(path).stem: facts}
         if path.endswith(".npz"):
-            with zipfile.ZipFile(path) as archive:
+            with open_file(path) as file, zipfile.ZipFile(file) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".npy")]
                 return {name[:-4]: _npz_facts(archive, name) for name in names}
         return _hdf5_facts(path)
@@ -74,6 +75,7 @@ def open_array(path: str, key: str) -> Any:
         DatasetError: if it cannot be read.
     """
     with reading(f'{path}: field "{key}"'):
+        require_regular(path)
         if is_idx(path):
             return read_idx(path)
         if path.endswith(".npy"):
@@ -81,7 +83,7 @@ def open_array(path: str, key: str) -> Any:
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as archive:
                 return archive[key]
-        return h5py.File(path, "r", locking=False)[key]
+        return open_hdf5_file(path)[key]
 
 
 def close_array(array: Any) -> None:
@@ -109,7 +111,7 @@ def plain_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
 
 
 def _hdf5_facts(path: str) -> dict[str, ArrayFacts]:
-    with h5py.File(path, "r", locking=False) as file:
+    with open_hdf5_file(path) as file:
         found = {}
         for name, dataset in datasets_with_rows(file).items():
             if dataset.is_virtual:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import open_file, require_regular
 
 # Source: Yann LeCun's description of the format, http://yann.lecun.com/exdb/mnist.
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -70,7 +71,8 @@ def read_idx(path: str) -> npt.NDArray[Any]:
 
 
 def _open(path: str) -> BinaryIO:
-    return cast("BinaryIO", gzip.open(path)) if path.endswith(".gz") else Path(path).open("rb")
+    require_regular(path)
+    return cast("BinaryIO", gzip.open(path)) if path.endswith(".gz") else open_file(path)
 
 
 def _header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], int]:

@@ -19,6 +19,7 @@ from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.parallel import processors
 from hpctrain.data.sources.source import Arrays, identity_of, reading
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import require_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CHANNELS = {"RGB": 3, "L": 1}
@@ -130,6 +131,7 @@ def _decode(path: str, mode: str, size: tuple[int, int] | None) -> npt.NDArray[n
     from PIL import Image
 
     with reading(path):
+        require_regular(path)
         with Image.open(path) as file:
             picture = file.convert(mode)
         if size is not None and picture.size != (size[1], size[0]):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import h5py
 import numpy as np
 
 from hpctrain.data.conventions import without_coding
@@ -18,6 +17,7 @@ from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.sources.arrays import plain_attributes
 from hpctrain.data.sources.source import Arrays, identity_of, native
+from hpctrain.data.storage import open_hdf5_file
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ class Indexed:
 
 def read_attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Return the attributes of every field, as the first shard has them."""
-    with h5py.File(dataset.shards[0].path, "r", locking=False) as file:
+    with open_hdf5_file(dataset.shards[0].path) as file:
         return {name: plain_attributes(file[name]) for name in dataset.fields}

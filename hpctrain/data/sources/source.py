@@ -16,6 +16,7 @@ import xxhash
 from hpctrain.data.dataset import Field, require_fields, require_supported
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.errors import DatasetError, HpctrainError
+from hpctrain.utils.files import require_regular
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -67,7 +68,7 @@ def identity_of(paths: Iterable[str | Path]) -> str:
     digest = xxhash.xxh3_64()
     for path in paths:
         try:
-            status = Path(path).stat()
+            status = require_regular(path)
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}") from error
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

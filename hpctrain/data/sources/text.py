@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from hpctrain.data.dataset import Field
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.sources.source import Arrays, identity_of
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import open_regular
 
 END_OF_FILE = 0
 """The token between two files; a byte that text does not have."""
@@ -108,7 +110,7 @@ class Text:
     def _read(self, index: int, offset: int, out: memoryview) -> None:
         path = self.paths[index]
         try:
-            with Path(path).open("rb", buffering=0) as file:
+            with os.fdopen(open_regular(path), "rb", buffering=0) as file:
                 file.seek(offset)
                 done = 0
                 while done < len(out):

@@ -27,6 +27,7 @@ from hpctrain.data.reading.row_reader import RowReader
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
+from hpctrain.utils.files import open_regular
 
 WINDOW_BYTES = 4 * 2**20
 
@@ -223,6 +224,6 @@ def _touched(size: int) -> Bytes:
 
 def _open(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(path)
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error

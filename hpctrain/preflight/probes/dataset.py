@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.utils.files import open_regular
 
 _READ_SECONDS = 3.0
 _MOST_BATCHES = 50
@@ -67,7 +68,7 @@ def unseen_shards(dataset: Dataset) -> list[str]:
 
 def try_lock(path: str) -> str | None:
     """Return what the lock that HDF5 takes for reading fails of; None: it works."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         # What HDF5 itself calls; through h5py HDF5_USE_FILE_LOCKING would decide it.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
