@@ -67,8 +67,8 @@ class Pending(Protocol):
 class Communicator(Protocol):
     """The control plane: few, small messages between all ranks. Gradients do not go here.
 
-    Every method is collective: all ranks call it, in the same order. None of them burns a core
-    while it waits. Only `start_max` may overlap other calls; it has a channel of its own.
+    Every method but `limit` is collective: all ranks call it, in the same order. None of them burns
+    a core while it waits. Only `start_max` may overlap other calls; it has a channel of its own.
     """
 
     @property
@@ -76,6 +76,10 @@ class Communicator(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    def limit(self, seconds: float | None) -> None:
+        """Say how long one wait for the others may take; None: for ever. Not collective."""
+        ...
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from hpctrain.launch.launchers import Claim
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.proc import boot_id
+from hpctrain.utils.text import listed, ranges
+
+logger = logging.getLogger("hpctrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,26 @@ class Node:
         return cls(boot_id(), socket.gethostname())
 
 
-def discover(claim: Claim, communicator: Communicator, mpi: str | None) -> Topology:
-    """Return the place of this rank in the proven world. Collective: all ranks."""
-    nodes = communicator.all_gather(Node.here())
+def discover(
+    claim: Claim, communicator: Communicator, mpi: str | None, *, program: int = 0
+) -> Topology:
+    """Return the place of this rank in the proven world. Collective: all ranks.
+
+    Args:
+        claim: what the launcher says.
+        communicator: of all ranks.
+        mpi: name of the library.
+        program: which of the programs of one mpirun this is.
+    """
+    told = communicator.all_gather((Node.here(), program))
+    nodes = [node for node, _ in told]
+    others = [rank for rank, (_, number) in enumerate(told) if number != told[0][1]]
+    if others and communicator.rank == 0:
+        logger.warning(
+            "ranks %s were started by mpirun as another program (MPI.APPNUM), and are in this "
+            "world; hpctrain.connect(communicator=...) takes a part of them",
+            listed(ranges(others), 8),
+        )
     return place(
         communicator.rank,
         nodes,

@@ -23,8 +23,6 @@ from hpctrain.utils.text import listed
 _PAUSE_SECONDS = 0.01
 # Thousands of ranks ask one store.
 _LONGEST_PAUSE_SECONDS = 0.25
-# Nodes load torch at their own speed.
-_LONGEST_SECONDS = 300.0
 _SHOWN = 8
 
 _PREFIX = "hpctrain/generation"
@@ -63,9 +61,7 @@ def may_restart(env: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in env and env.get("TORCHELASTIC_USE_AGENT_STORE") != "False"
 
 
-def agree(
-    store: KeyValueStore, process: Process, *, longest_seconds: float = _LONGEST_SECONDS
-) -> str:
+def agree(store: KeyValueStore, process: Process, *, longest_seconds: float) -> str:
     """Return the name of this world, the same on all of its ranks. Collective: all ranks.
 
     Raises:

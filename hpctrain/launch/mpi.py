@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import pickle
-import time
-from array import array
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,14 @@ from hpctrain.errors import LaunchError
 from hpctrain.launch.ancestry import ancestors
 from hpctrain.launch.containers import WITHOUT_SHARED_MEMORY, is_walled_off
 from hpctrain.launch.launchers import Claim
+from hpctrain.launch.mpi_communicator import MPICommunicator
+from hpctrain.launch.mpi_init import initialize
 from hpctrain.launch.pmi import check_process_manager
 from hpctrain.topology import closing_together
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
 # MPI_Init, before the rank has chosen its own.
 HOST_ONLY = {"MPICH_GPU_SUPPORT_ENABLED": "0", "MPIR_CVAR_ENABLE_GPU": "0", "I_MPI_OFFLOAD": "0"}
-
-_LONGEST_PAUSE_SECONDS = 0.005
-# Thousands of ranks take minutes.
-_INIT_SECONDS = 900.0
 
 
 @contextmanager
@@ -60,7 +55,6 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     library = library_name(version)
     _check_library(claim, library)
     check_process_manager(claim.launcher, os.environ, version)
-    # Funneled: the launch layer calls MPI from the main thread only.
     if MPI.Is_finalized():
         raise LaunchError(
             f"{library} has been finalized in this process, and cannot be started again: MPI runs "
@@ -69,22 +63,35 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
         )
     is_ours = not MPI.Is_initialized()
     if is_ours:
-        with _bounded():
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
+        initialize(MPI, claim)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
-    communicator = MPICommunicator(MPI.COMM_WORLD.Dup(), library)
+    communicator = MPICommunicator(MPI.COMM_WORLD, library)
     with closing_together(communicator, MPI.Finalize if is_ours else communicator.free):
         yield communicator
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """End this process, with its stack, where MPI_Init waits for a rank that died on its way."""
-    faulthandler.dump_traceback_later(_INIT_SECONDS, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+def mpi_part(given: Any) -> Iterator[MPICommunicator]:
+    """Give the control plane over a communicator of mpi4py's. Collective: its ranks.
+
+    MPI stays as it is: whoever has made the communicator has initialised it, and finalizes it.
+
+    Raises:
+        LaunchError: if it is no communicator of this process's group.
+    """
+    MPI = sys.modules.get("mpi4py.MPI")  # noqa: N806
+    if MPI is None or not isinstance(given, MPI.Intracomm) or given == MPI.COMM_NULL:
+        is_null = MPI is not None and isinstance(given, MPI.Comm)
+        raise LaunchError(
+            "communicator is MPI.COMM_NULL, or between two groups: call connect() on its own ranks "
+            "only, with a communicator of them alone"
+            if is_null
+            else f"communicator is a {type(given).__name__}, not a communicator of mpi4py, such as "
+            "MPI.COMM_WORLD.Split(color)"
+        )
+    communicator = MPICommunicator(given, library_name(MPI.Get_library_version()))
+    with closing_together(communicator, communicator.free):
+        yield communicator
 
 
 def bound_library() -> tuple[str, str]:
@@ -175,88 +182,8 @@ def _sentence(fix: str) -> str:
     return f"{fix[:1].upper()}{fix[1:]}."
 
 
-class MPICommunicator:
-    """The control plane over MPI, from host memory.
-
-    Blocking MPI calls poll as fast as they can: sixteen ranks in a barrier on two cores starve
-    the one that works. Every wait here tests a non-blocking request with short, growing pauses.
-    """
-
-    def __init__(self, communicator: Any, library: str) -> None:
-        self._messages = communicator
-        # A posted maximum is still in flight while other messages pass.
-        self._reductions = communicator.Dup()
-        self.library = library
-        self.rank: int = communicator.Get_rank()
-        self.world_size: int = communicator.Get_size()
-
-    def free(self) -> None:
-        """Give the communicators back to MPI, which goes on without. Collective: all ranks."""
-        self._reductions.Free()
-        self._messages.Free()
-
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""
-        payload = bytearray(pickle.dumps(value)) if self.rank == 0 else bytearray()
-        size = array("q", [len(payload)])
-        _wait(self._messages.Ibcast(size, root=0))
-        if self.rank != 0:
-            payload = bytearray(size[0])
-        _wait(self._messages.Ibcast(payload, root=0))
-        return value if self.rank == 0 else pickle.loads(payload)
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, in rank order. Collective: all ranks."""
-        payload = pickle.dumps(value)
-        sizes = array("q", [0] * self.world_size)
-        _wait(self._messages.Iallgather(array("q", [len(payload)]), sizes))
-        received = bytearray(sum(sizes))
-        _wait(self._messages.Iallgatherv(payload, (received, list(sizes))))
-        values, start = [], 0
-        for size in sizes:
-            values.append(pickle.loads(received[start : start + size]))
-            start += size
-        return values
-
-    def barrier(self) -> None:
-        """Return once every rank has come. Collective: all ranks."""
-        _wait(self._messages.Ibarrier())
-
-    def start_max(self, values: Sequence[int]) -> PendingMaximum:
-        """Start an elementwise maximum of int64 values. Collective: all ranks."""
-        from mpi4py import MPI
-
-        sent = array("q", values)
-        received = array("q", [0] * len(values))
-        request = self._reductions.Iallreduce(sent, received, op=MPI.MAX)
-        return PendingMaximum(request, sent, received)
-
-
-class PendingMaximum:
-    """A maximum in flight; it keeps the buffers that MPI still reads and writes."""
-
-    def __init__(self, request: Any, sent: array[int], received: array[int]) -> None:
-        self._request = request
-        self._sent = sent
-        self._received = received
-
-    def wait(self) -> tuple[int, ...]:
-        """Return the elementwise maximum over all ranks."""
-        _wait(self._request)
-        return tuple(self._received)
-
-
 def abort(code: int) -> None:
     """End all ranks of the job through MPI, if it runs. Not collective."""
-    import sys
-
     MPI = sys.modules.get("mpi4py.MPI")  # noqa: N806
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
         MPI.COMM_WORLD.Abort(code)
-
-
-def _wait(request: Any) -> None:
-    pause = 0.0
-    while not request.Test():
-        time.sleep(pause)
-        pause = min(pause + 2e-5, _LONGEST_PAUSE_SECONDS)

@@ -13,6 +13,9 @@ class SingleCommunicator:
     rank = 0
     world_size = 1
 
+    def limit(self, seconds: float | None) -> None:
+        """Nobody is waited for."""
+
     def broadcast(self, value: Any) -> Any:
         """Return the value."""
         return value

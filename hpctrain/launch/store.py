@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import distributed as dist
@@ -16,6 +17,8 @@ from torch import distributed as dist
 from hpctrain.errors import LaunchError
 from hpctrain.launch.generation import Process, agree, may_restart
 from hpctrain.launch.launchers import Claim
+from hpctrain.launch.roll_call import HEAD_START_SECONDS, tell_missing
+from hpctrain.launch.waits import ended_from_outside, limit_seconds
 from hpctrain.topology import closing_together
 
 # As long as torch itself waits in a collective.
@@ -36,32 +39,68 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
     assert claim.world_size is not None
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     _resolve(address)
+    seconds = limit_seconds(claim.world_size)
+    with ended_from_outside(2 * seconds + _LEAVE_SECONDS, partial(_last_words, claim)):
+        store, generation = _meet(claim, f"{address}:{port}", seconds)
+    store.set_timeout(_LONGEST_WAIT)
+    own = dist.PrefixStore(f"hpctrain/{generation}", store)
+    communicator = StoreCommunicator(own, claim.rank, claim.world_size)
+    with closing_together(communicator, partial(_leave, own, claim.rank, claim.world_size)):
+        yield communicator
+
+
+def _meet(claim: Claim, place: str, seconds: float) -> tuple[dist.Store, str]:
+    """Return the store that all ranks share, and the name of their world in it.
+
+    Collective: all ranks.
+    """
+    assert claim.rank is not None
+    assert claim.world_size is not None
     try:
-        # torch's own rendezvous also knows torchrun's agent, which holds the store itself.
-        store, rank, world_size = next(
-            dist.rendezvous("env://", claim.rank, claim.world_size, timeout=timedelta(minutes=5))
-        )
+        store = _open(claim, timedelta(seconds=seconds))
     except (dist.DistError, OSError, RuntimeError) as error:
         action = "open" if claim.rank == 0 else "reach"
         raise LaunchError(
-            f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {address}:{port}: "
+            f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {place}: "
             f"{str(error).splitlines()[0]}"
             + (" Choose another MASTER_PORT." if "EADDRINUSE" in str(error) else "")
         ) from error
-    generation = agree(
-        store,
-        Process(
-            rank=rank,
-            world_size=world_size,
-            place=f"{address}:{port}",
-            may_restart=may_restart(os.environ),
-        ),
+    process = Process(
+        rank=claim.rank,
+        world_size=claim.world_size,
+        place=place,
+        may_restart=may_restart(os.environ),
     )
-    store.set_timeout(_LONGEST_WAIT)
-    own = dist.PrefixStore(f"hpctrain/{generation}", store)
-    communicator = StoreCommunicator(own, rank, world_size)
-    with closing_together(communicator, lambda: _leave(own, rank, world_size)):
-        yield communicator
+    return store, agree(store, process, longest_seconds=seconds)
+
+
+def _open(claim: Claim, timeout: timedelta) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT, without waiting for all ranks to come."""
+    assert claim.rank is not None
+    assert claim.world_size is not None
+    if may_restart(os.environ):
+        # torch's own rendezvous knows torchrun's agent, which holds the store itself.
+        found: tuple[dist.Store, int, int] = next(
+            dist.rendezvous("env://", claim.rank, claim.world_size, timeout=timeout)
+        )
+        return found[0]
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        claim.world_size,
+        is_master=claim.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+
+
+def _last_words(claim: Claim, asked: str | None) -> str | None:
+    """Say why this process ends while it waits for others to meet."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    where = f"while it waited for others at MASTER_ADDR:MASTER_PORT = {place}"
+    if asked is None:
+        return f"rank {claim.rank} has got no answer {where}"
+    return f"rank {claim.rank} was ended by {asked} {where}" if claim.rank == 0 else None
 
 
 def _resolve(address: str) -> None:
@@ -114,6 +153,13 @@ class StoreCommunicator:
         self._reductions = dist.PrefixStore("maxima", store)
         self._message_round = 0
         self._reduction_round = 0
+        self.limit_seconds: float | None = None
+        self.limit(limit_seconds(world_size))
+
+    def limit(self, seconds: float | None) -> None:
+        """Say how long one wait for the others may take; None: as long as torch itself waits."""
+        self.limit_seconds = seconds
+        self._messages.set_timeout(_LONGEST_WAIT if seconds is None else timedelta(seconds=seconds))
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""
@@ -157,7 +203,17 @@ def _put(store: dist.Store, number: int, rank: int, payload: bytes) -> None:
 
 
 def _take(store: dist.Store, number: int, communicator: StoreCommunicator) -> list[bytes]:
-    parts = store.multi_get([f"{number}/{rank}" for rank in range(communicator.world_size)])
+    keys = [f"{number}/{rank}" for rank in range(communicator.world_size)]
+    try:
+        parts = store.multi_get(keys)
+    except RuntimeError as error:  # torch's DistStoreError is one
+        seconds = communicator.limit_seconds
+        if seconds is None or "timeout" not in str(error).lower():
+            raise
+        there = {rank: 0 for rank, key in enumerate(keys) if store.check([key])}
+        if communicator.rank != min(there):
+            time.sleep(HEAD_START_SECONDS)
+        raise LaunchError(tell_missing(there, len(keys), seconds)) from error
     if number > 0:
         store.delete_key(f"{number - 1}/{communicator.rank}")
     return [bytes.fromhex(part.decode()) for part in parts]

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from hpctrain.config.schema import LaunchSection
+from hpctrain.errors import LaunchError
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, this_process
@@ -25,7 +26,10 @@ from hpctrain.topology import Communicator, Topology, closing_together
 
 if TYPE_CHECKING:
     import torch
+    from mpi4py.MPI import Intracomm
     from torch import distributed as dist
+
+    from hpctrain.launch.mpi_communicator import MPICommunicator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,17 +50,30 @@ class World:
 
 
 @contextmanager
-def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Communicator]]:
+def control_plane(
+    claim: Claim | None = None, part: Intracomm | None = None
+) -> Iterator[tuple[Topology, Communicator]]:
     """Find out who and where all ranks are, and connect them for messages.
 
     Collective: all ranks. Does not import torch where MPI started the job, so that what every
     rank has to know can be checked and shared first.
 
+    Args:
+        claim: what the launcher says of this process; None: asked here.
+        part: mpi4py's communicator of the ranks that are meant, where they are not all.
+
     Raises:
-        LaunchError: if the launcher's claim is broken or MPI sees another world.
+        LaunchError: if the launcher's claim is broken, MPI sees another world, or some ranks do
+            not come.
     """
     quiet_native_libraries()  # read when torch is loaded, which comes next
     raise_open_files()
+    if part is not None:
+        from hpctrain.launch.mpi import mpi_part
+
+        with mpi_part(part) as over_part:
+            yield discover(_claim_of_a_part(over_part), over_part, mpi=over_part.library), over_part
+        return
     claim = this_process() if claim is None else claim
     if claim.launcher is None:
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
@@ -66,7 +83,8 @@ def control_plane(claim: Claim | None = None) -> Iterator[tuple[Topology, Commun
         from hpctrain.launch.mpi import mpi_world
 
         with mpi_world(claim) as over_mpi:
-            yield discover(claim, over_mpi, mpi=over_mpi.library), over_mpi
+            topology = discover(claim, over_mpi, mpi=over_mpi.library, program=over_mpi.program)
+            yield topology, over_mpi
     else:
         from hpctrain.launch.store import store_world
 
@@ -102,6 +120,8 @@ def gathering(
     ) as member:
         if member is not None:
             keeper.watched_by(member)
+        # What takes long from here on is for the watchdog to judge.
+        communicator.limit(None)
         yield meeting
 
 
@@ -125,6 +145,8 @@ def process_group(
         from hpctrain.launch.cores import set_threads
         from hpctrain.launch.device import choose_backend, choose_device
 
+    # Until the first sign of life the watchdog waits for those who load.
+    communicator.limit(section.first_step_timeout_seconds)
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)
     keeper.runs_on(str(device))
@@ -160,6 +182,7 @@ def process_group(
         # Rank 0 holds the store: it stays until everybody has taken leave.
         communicator.barrier()
 
+    communicator.limit(None)
     keeper.wait_until_watched()
     with closing_together(communicator, close):
         yield World(
@@ -173,7 +196,9 @@ def process_group(
 
 
 @contextmanager
-def connect(section: LaunchSection | None = None) -> Iterator[World]:
+def connect(
+    section: LaunchSection | None = None, *, communicator: Intracomm | None = None
+) -> Iterator[World]:
     """Make the world of this job and give it, ready for a training loop of your own.
 
     Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
@@ -184,16 +209,21 @@ def connect(section: LaunchSection | None = None) -> Iterator[World]:
         >>> with hpctrain.connect() as world:
         ...     model = DistributedDataParallel(model.to(world.device))
 
+    Args:
+        section: of the launch; None: as a config without one has it.
+        communicator: mpi4py's, of the ranks that train, where an mpirun has started others too,
+            such as a simulation; None: all ranks. A failure ends all that mpirun has started.
+
     Raises:
         LaunchError: if the processes cannot form one world.
     """
     section = section or LaunchSection()
     success: SystemExit | None = None
     with (
-        control_plane() as (topology, communicator),
+        control_plane(part=communicator) as (topology, messages),
         guard(topology, is_callers=True) as keeper,
-        gathering(topology, communicator, section, keeper) as meeting,
-        process_group(topology, communicator, section, meeting, keeper) as world,
+        gathering(topology, messages, section, keeper) as meeting,
+        process_group(topology, messages, section, meeting, keeper) as world,
     ):
         try:
             yield world
@@ -203,6 +233,21 @@ def connect(section: LaunchSection | None = None) -> Iterator[World]:
             success = asked
     if success is not None:
         raise success
+
+
+def _claim_of_a_part(part: MPICommunicator) -> Claim:
+    """Return what is known of this process in a communicator that it was given."""
+    given = "the communicator that connect() was given"
+    try:
+        launcher = this_process().launcher
+    except LaunchError:  # of a world that is not ours to judge
+        launcher = None
+    return Claim(
+        launcher=launcher,
+        rank=part.rank,
+        world_size=part.world_size,
+        reasons={"rank": given, "world_size": given},
+    )
 
 
 def _store(

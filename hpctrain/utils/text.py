@@ -56,6 +56,17 @@ def percent(part: float, whole: float) -> str:
     return "<1 %" if 0 < share < 0.5 else f"{share:.0f} %"
 
 
+def ranges(numbers: Sequence[int]) -> list[str]:
+    """Return sorted numbers as ranges: "0", "4 to 7"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return [" to ".join(map(str, ends)) for ends in found]
+
+
 def listed(items: Sequence[str], most: int = 4, *, separator: str = ", ") -> str:
     """Return the first of some names, and how many more there are: "a, b and 1,022 more"."""
     more = f" and {len(items) - most:,} more" if items[most:] else ""

@@ -1,0 +1,130 @@
+"""Who has come to a step of the start: asked among those who wait, where the step takes too long.
+
+Ranks that wait for others answer each other, so that each of them knows who is missing. Nothing is
+sent as long as everybody comes in time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from hpctrain.errors import LaunchError
+from hpctrain.utils.text import listed, ranges
+
+logger = logging.getLogger("hpctrain")
+
+QUIET_SECONDS = 1.0
+"""A wait of this length is looked at more closely."""
+
+HEAD_START_SECONDS = 10.0
+"""By then the rank that speaks for all has ended the job."""
+
+# Mostly somebody reads a cold file system: a note tells who is waited for.
+_NOTE_SECONDS = 60.0
+_NOTED_RANKS = 256
+_TAG = 18512
+_ANSWER_SECONDS = 3.0
+_SHOWN = 8
+
+
+class RollCall:
+    """One rank's part in finding out who is missing at one step.
+
+    Args:
+        communicator: mpi4py's, of all ranks that are meant to come.
+        step: number of the step, by which answers of steps before are told apart.
+        limit_seconds: how long to wait before others are asked.
+    """
+
+    def __init__(self, communicator: Any, step: int, limit_seconds: float) -> None:
+        self._communicator = communicator
+        self._step = step
+        self._limit_seconds = limit_seconds
+        self._program = program()
+        self._programs = {communicator.Get_rank(): self._program}
+        self._sent: dict[int, Any] = {}
+        self._asked_at: float | None = None
+        self._has_noted = False
+
+    def attend(self, waited_seconds: float) -> None:
+        """Answer those who ask, and ask when it is time; to be called as long as the wait lasts.
+
+        Raises:
+            LaunchError: naming who is missing, some seconds after the limit.
+        """
+        self._answer()
+        communicator, limit = self._communicator, self._limit_seconds
+        if self._asked_at is None:
+            is_small = communicator.Get_size() <= _NOTED_RANKS
+            if waited_seconds > (min(_NOTE_SECONDS, limit) if is_small else limit):
+                self._asked_at = time.monotonic()
+                for rank in range(communicator.Get_size()):
+                    self._send(rank)
+            return
+        is_reporter = communicator.Get_rank() == min(self._programs)
+        if time.monotonic() - self._asked_at < _ANSWER_SECONDS:
+            return
+        seconds = limit + _ANSWER_SECONDS + (0.0 if is_reporter else HEAD_START_SECONDS)
+        if waited_seconds > seconds:
+            raise LaunchError(tell_missing(self._programs, communicator.Get_size(), limit))
+        if is_reporter and not self._has_noted and waited_seconds < limit:
+            self._has_noted = True
+            text = tell_missing(self._programs, communicator.Get_size(), waited_seconds)
+            logger.warning("%s This is an error after %.0f s.", text, limit)
+
+    def _answer(self) -> None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        while self._communicator.Iprobe(MPI.ANY_SOURCE, _TAG, status):
+            told = array("i", [0, 0])
+            rank = status.Get_source()
+            self._communicator.Recv(told, rank, _TAG)
+            # One that is further on has been here.
+            if told[0] >= self._step:
+                self._programs[rank] = told[1]
+            self._send(rank)
+
+    def _send(self, rank: int) -> None:
+        if rank not in self._sent and rank != self._communicator.Get_rank():
+            told = array("i", [self._step, self._program])
+            # Never waited for: the other may not come. The buffer is kept.
+            self._sent[rank] = (told, self._communicator.Isend(told, rank, _TAG))
+
+
+def program() -> int:
+    """Return which of the programs that one mpirun has started this is, from 0."""
+    from mpi4py import MPI
+
+    number = MPI.COMM_WORLD.Get_attr(MPI.APPNUM)
+    return number if isinstance(number, int) and number > 0 else 0
+
+
+def tell_missing(programs: Mapping[int, int], world_size: int, seconds: float) -> str:
+    """Return a message that names who has not come.
+
+    Args:
+        programs: of the ranks that have.
+        world_size: number of all ranks.
+        seconds: limit that has passed.
+    """
+    missing = [rank for rank in range(world_size) if rank not in programs]
+    if not missing:
+        return (
+            f"all {world_size} ranks have come to this step of the start, and it is not done after "
+            f"{seconds:.0f} s: MPI's network between them does not work"
+        )
+    text = (
+        f"{len(missing)} of {world_size} ranks have not come to the start of this job within "
+        f"{seconds:.0f} s: {listed(ranges(missing), _SHOWN)}."
+    )
+    if len(programs) < world_size and any(programs.values()):
+        text += f" MPI.APPNUM is {max(programs.values())} here: one mpirun has started several."
+    return (
+        f"{text} If they run another program, give hpctrain a communicator of its own ranks: "
+        "hpctrain.connect(communicator=...)."
+    )
