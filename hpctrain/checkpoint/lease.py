@@ -6,71 +6,46 @@ be absent on Lustre, or hold on one node only.
 
 from __future__ import annotations
 
-import itertools
 import json
+import logging
 import os
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
 
-from annotated_types import Ge, Predicate
-
-from hpctrain.errors import CheckpointError
-from hpctrain.utils import proc
-from hpctrain.utils.files import create_file, replace_file, temporary_name
-from hpctrain.utils.json_files import read_checked
-from hpctrain.utils.text import printable
-
-NAME = "lease.json"
-RENEW_SECONDS = 30.0
-_STALE_AFTER = 3 * RENEW_SECONDS
-_READS = 5
-
-# By scheduler: the job's id, and how often it was started again.
-_JOB_VARIABLES = (
-    ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
-    ("LSB_JOBID", ""),
-    ("PBS_JOBID", ""),
+from hpctrain.checkpoint.lease_chain import (
+    NAME,
+    Found,
+    claim_path,
+    end_of_chain,
+    lease_path,
+    now_of,
+    read_found,
+    sweep,
 )
+from hpctrain.checkpoint.lease_holder import this_holder
+from hpctrain.checkpoint.lease_judging import RENEW_SECONDS, STALE_SECONDS, Verdict, judge
+from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import create_file, publish, sync, temporary_name
 
+__all__ = ["NAME", "RENEW_SECONDS", "Lease", "holder_lives"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """Who holds a lease, as its file says.
+logger = logging.getLogger("hpctrain")
 
-    Attributes:
-        job: id of the scheduler's job, None outside of any.
-        restart: how often the scheduler has started it again.
-        started: when the process began, see `proc.start_time`.
-        boot: of the machine.
-        namespace: in which the process id holds; empty if it is not known.
-        token: of the job script's chain, and `attempt` the job's number in it.
-        nonce: of this lease alone.
-        since: for people.
-    """
+_TRIES = 50
+_LOOKS_AT_DAMAGE = 3
+_TRY_AGAIN_SECONDS = 0.05
+_WATCH_SECONDS = STALE_SECONDS
+_LOOK_SECONDS = 1.0
+_ASK_SECONDS = 5.0
+_OVERDUE_SECONDS = 2 * RENEW_SECONDS
 
-    job: str | None = None
-    restart: Annotated[int, Ge(0)] = 0
-    host: str = ""
-    pid: Annotated[int, Ge(0)] = 0
-    started: str | None = None
-    boot: str = ""
-    namespace: str = ""
-    token: str | None = None
-    attempt: Annotated[int, Ge(1)] = 1
-    nonce: Annotated[str, Predicate(str.isalnum)]
-    since: str = ""
-
-
-_UNKNOWN = Holder(nonce="unknown")
-"""Holds a lease whose file is damaged; only its age tells of it."""
+JobIsGone = Callable[[str, str], bool | None]
+"""Whether a scheduler's job is gone, by its id and cluster; None: that cannot be told."""
 
 
 class Lease:
@@ -79,15 +54,23 @@ class Lease:
     Args:
         folder: the run folder; it has to be there.
         environ: where the scheduler's job id is looked up.
+        job_is_gone: asks the scheduler about another job.
     """
 
-    def __init__(self, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
-        self._path = folder / NAME
+    def __init__(
+        self,
+        folder: Path,
+        environ: Mapping[str, str] = os.environ,
+        job_is_gone: JobIsGone = lambda _job, _cluster: None,
+    ) -> None:
+        self._path = lease_path(folder)
         self._folder = folder
-        self._owner = _identity(environ)
-        self._content = json.dumps(asdict(self._owner)).encode()
+        self._environ = environ
+        self._job_is_gone = job_is_gone
+        self._name_anew()
         self._claims: list[Path] = []
-        self._damage = ""
+        self._last_beat = 0.0
+        self._complained = False
         self._released = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="hpctrain-lease", daemon=True)
 
@@ -98,14 +81,10 @@ class Lease:
             CheckpointError: if another job holds it.
         """
         try:
-            if not self._create():
-                self._take_over()
+            self._acquire()
         except OSError as error:
             raise CheckpointError(f"cannot write to {self._folder}: {error.strerror}") from error
-        finally:
-            for claim in self._claims:
-                with suppress(OSError):
-                    claim.unlink()
+        self._last_beat = time.monotonic()
         self._renewer.start()
         return self
 
@@ -117,9 +96,10 @@ class Lease:
     ) -> None:
         self._released.set()
         self._renewer.join()
-        with suppress(OSError, CheckpointError):
-            self.confirm()
-            self._path.unlink()
+        with suppress(OSError):
+            self._retire(self._path)
+            for claim in self._claims:
+                claim.unlink(missing_ok=True)
 
     def confirm(self) -> None:
         """Make sure that the lease is still this job's.
@@ -127,90 +107,164 @@ class Lease:
         Raises:
             CheckpointError: if another job has taken it over.
         """
+        if time.monotonic() - self._last_beat > _OVERDUE_SECONDS:
+            # This process was stopped, and may look dead to others. They claim, then look for a
+            # heartbeat; this one beats, then looks for claims: of two at once one sees the other.
+            self._beat()
         try:
-            holder = self._read()
+            for _ in range(_TRIES):
+                found = end_of_chain(self._folder)
+                if self._is_mine(found):
+                    return
+                if not self._is_mine(read_found(self._path)):
+                    break
+                time.sleep(_TRY_AGAIN_SECONDS)  # who has claimed it may draw back
         except OSError as error:
             raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
-        if holder is None or holder.nonce != self._owner.nonce:
-            raise CheckpointError(
-                f"another job has taken over {self._folder}{_who(holder)}: this one stops writing"
-            )
-
-    def _create(self) -> bool:
-        return create_file(self._path, self._content)
-
-    def _take_over(self) -> None:
-        holder = self._read()
-        age = self._age()
-        if holder is not None and not self._is_stale(holder, age):
-            raise CheckpointError(
-                f"another job trains in {self._folder}{_who(holder)}, last heartbeat {age:.0f} s "
-                f"ago. Wait for it, end it, or choose another run.name{self._damage}"
-            )
-        if holder is None:
-            if self._create():
-                return
-        elif self._claim(holder):
-            # Nobody else replaces this holder; and it is gone, or will notice before it writes.
-            replace_file(self._path, self._content)
-            return
-        raise CheckpointError(f"another job acquired the lease on {self._folder} at the same time")
-
-    def _claim(self, holder: Holder) -> bool:
-        """Win the right to replace a holder: of several jobs that judge it gone, one does."""
-        for number in itertools.count():
-            claim = self._path.with_name(f".{NAME}.{holder.nonce}.{number}")
-            if create_file(claim, self._content):
-                self._claims.append(claim)
-                break
-            # Whoever claimed it before may have been killed on the way.
-            if self._age(claim) <= _STALE_AFTER:
-                return False
-        now = self._read()
-        return now is not None and now.nonce == holder.nonce
-
-    def _is_stale(self, holder: Holder, age: float) -> bool:
-        if age > _STALE_AFTER:
-            return True
-        lives = _lives_here(holder)
-        if lives is not None:
-            return not lives
-        own = self._owner
-        # A job is started again, by the scheduler or by its script, once its processes are gone.
-        is_restarted = holder.job is not None and holder.job == own.job
-        is_next = holder.token is not None and holder.token == own.token
-        return (is_restarted and holder.restart < own.restart) or (
-            is_next and holder.attempt < own.attempt
+        who = "" if found is None or found.damage else f" ({found.holder})"
+        raise CheckpointError(
+            f"another job has taken over {self._folder}{who}: this one stops writing"
         )
 
-    def _age(self, path: Path | None = None) -> float:
-        """Return the seconds since the last heartbeat, by the clock of the file system."""
-        probe = temporary_name(self._path)
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        try:
-            return now - (path or self._path).stat().st_mtime
-        except FileNotFoundError:
-            return float("inf")
+    def _name_anew(self) -> None:
+        """Take another nonce: files that somebody else goes on from may hold the one before."""
+        self._owner = this_holder(self._environ)
+        self._content = json.dumps(asdict(self._owner)).encode()
 
-    def _read(self) -> Holder | None:
-        """Return who holds the lease, None if nobody does."""
-        for attempt in range(_READS):
-            try:
-                return read_checked(self._path, Holder)
-            except FileNotFoundError:
-                return None
-            except ValueError as error:  # made, but not written yet; or damaged
-                self._damage = f" ({self._path} is damaged: {error})"
-                if attempt < _READS - 1:
-                    time.sleep(0.1)
-        return _UNKNOWN
+    def _holds(self) -> bool:
+        return self._is_mine(end_of_chain(self._folder))
+
+    def _is_mine(self, found: Found | None) -> bool:
+        return found is not None and found.nonce == self._owner.nonce
+
+    def _acquire(self) -> None:
+        for number in range(_TRIES):
+            if create_file(self._path, self._content):
+                if self._holds():
+                    sweep(self._folder, STALE_SECONDS)
+                    return
+                continue
+            found = end_of_chain(self._folder, patient=True)
+            if found is None:
+                continue
+            verdict = self._judge(found)
+            if verdict is Verdict.WATCH:
+                verdict = self._watch(found)
+            # Whoever is about to write a file looks like one of those who may have torn it.
+            if verdict is Verdict.HOLDS and (not found.damage or number >= _LOOKS_AT_DAMAGE):
+                raise self._refused(found)
+            if verdict is Verdict.STALE and self._take_over(found):
+                sweep(self._folder, STALE_SECONDS)
+                return
+            time.sleep(_TRY_AGAIN_SECONDS)
+        raise CheckpointError(f"another job acquired the lease on {self._folder} at the same time")
+
+    def _judge(self, found: Found) -> Verdict:
+        holder = found.holder
+        return judge(
+            holder,
+            self._owner,
+            age=self._age(found),
+            lives=found.lives(),
+            job_is_gone=lambda: (
+                self._job_is_gone(holder.job, holder.cluster) if holder.job is not None else None
+            ),
+        )
+
+    def _age(self, found: Found) -> float:
+        return now_of(self._folder) - found.beat / 1e9
+
+    def _watch(self, found: Found) -> Verdict:
+        """Return whether a heartbeat stands still, by the clock of this process alone."""
+        logger.warning(
+            "the lease on %s (%s) may be of a job that is gone: watching for up to %g s whether it "
+            "is renewed",
+            self._folder,
+            found.holder,
+            _WATCH_SECONDS,
+        )
+        began = asked = time.monotonic()
+        while (now := time.monotonic()) - began < _WATCH_SECONDS:
+            time.sleep(_LOOK_SECONDS)
+            latest = end_of_chain(self._folder)
+            if latest is None or latest.nonce != found.nonce:
+                return Verdict.WATCH  # another one by now: judged anew
+            if latest.beat != found.beat:
+                return Verdict.HOLDS
+            if now - asked > _ASK_SECONDS:
+                asked = now
+                if self._judge(latest) is Verdict.STALE:
+                    break
+        return Verdict.STALE
+
+    def _take_over(self, found: Found) -> bool:
+        """Replace a holder that was judged stale; of several that do so one succeeds."""
+        claim = claim_path(self._folder, found.nonce)
+        temporary = temporary_name(self._path)
+        claims = wins = False
+        try:
+            temporary.write_bytes(self._content)
+            sync(temporary)
+            claims = create_file(claim, self._content)
+            # It counts only where it is part of the chain, and the holder has not woken up.
+            if claims and read_found(found.path) == found and self._holds():
+                publish(temporary, self._path)
+                # Where this job was stopped on the way, others may have judged it in turn.
+                wins = self._holds()
+            return wins
+        finally:
+            temporary.unlink(missing_ok=True)
+            if wins:
+                self._claims.append(claim)
+            elif claims:
+                self._retire(claim)
+                self._name_anew()
+
+    def _retire(self, path: Path) -> None:
+        """Remove a file that names this job, unless another one has claimed its place by now.
+
+        A claim of its own keeps the others from doing so meanwhile.
+        """
+        seal = claim_path(self._folder, self._owner.nonce)
+        if not create_file(seal, json.dumps(asdict(this_holder(self._environ))).encode()):
+            return
+        try:
+            if self._is_mine(read_found(path)):
+                path.unlink()
+        finally:
+            seal.unlink()
+
+    def _refused(self, found: Found) -> CheckpointError:
+        age = max(0.0, self._age(found))
+        who = (
+            f" ({found.path} is damaged: {found.damage})" if found.damage else f" ({found.holder})"
+        )
+        return CheckpointError(
+            f"another job trains in {self._folder}{who}, last heartbeat {age:.0f} s ago. Wait for "
+            "it, end it, or choose another run.name"
+        )
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
-            with suppress(OSError):
+            self._beat()
+
+    def _beat(self) -> None:
+        try:
+            # Another job's lease is not to be kept alive.
+            if self._is_mine(read_found(self._path)):
                 os.utime(self._path)
+                self._last_beat = time.monotonic()
+                self._complained = False
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    "the lease on %s cannot be renewed: %s. If that lasts, another job may take "
+                    "the folder over after %g s, and this one then ends",
+                    self._folder,
+                    error.strerror,
+                    STALE_SECONDS,
+                )
 
 
 def holder_lives(folder: Path) -> bool | None:
@@ -220,47 +274,7 @@ def holder_lives(folder: Path) -> bool | None:
     container with process ids of its own.
     """
     try:
-        return _lives_here(read_checked(folder / NAME, Holder))
-    except (OSError, ValueError):
+        found = end_of_chain(folder)
+    except OSError:
         return None
-
-
-def _lives_here(holder: Holder) -> bool | None:
-    namespace = proc.pid_namespace()
-    here = (socket.gethostname(), proc.boot_id(), namespace)
-    # Version 0.1.0 did not note the namespace.
-    if (holder.host, holder.boot, holder.namespace or namespace) != here:
-        return None
-    # A process id is used again; its start time is not.
-    started = proc.start_time(holder.pid)
-    return started is not None and started == holder.started
-
-
-def _identity(environ: Mapping[str, str]) -> Holder:
-    job, restart = None, "0"
-    for job_variable, restart_variable in _JOB_VARIABLES:
-        if job_variable in environ:
-            job, restart = environ[job_variable], environ.get(restart_variable, "0")
-            break
-    attempt = environ.get("HPCTRAIN_ATTEMPT", "")
-    return Holder(
-        token=environ.get("HPCTRAIN_TOKEN") or None,
-        attempt=max(1, int(attempt)) if attempt.isdecimal() else 1,
-        job=job,
-        restart=int(restart) if restart.isdecimal() else 0,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        started=proc.start_time(os.getpid()),
-        boot=proc.boot_id(),
-        namespace=proc.pid_namespace(),
-        nonce=secrets.token_hex(8),
-        since=time.strftime("%Y-%m-%d %H:%M:%S"),
-    )
-
-
-def _who(holder: Holder | None) -> str:
-    if holder is None or holder is _UNKNOWN:
-        return ""
-    job = f"job {holder.job}, " if holder.job else ""
-    text = f" ({job}process {holder.pid} on {holder.host} since {holder.since})"
-    return printable(text)
+    return None if found is None else found.lives()

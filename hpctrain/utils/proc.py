@@ -77,6 +77,49 @@ def pid_namespace() -> str:
         return ""
 
 
+def time_namespace() -> str:
+    """Return what names the clock that start times are given by here; "" if unknown."""
+    try:
+        return str((PROC / "self/ns/time").readlink())
+    except OSError:  # Linux before 5.6
+        return ""
+
+
+def shows_own_processes() -> bool:
+    """Tell whether /proc is that of this process's own ids.
+
+    In a PID namespace made without mounting it anew it shows those of the one above: other
+    processes under the same numbers.
+    """
+    try:
+        return str((PROC / "self").readlink()) == str(os.getpid())
+    except OSError:
+        return False
+
+
+def lives(pid: int, started: str | None) -> bool | None:
+    """Tell whether a process of this PID namespace lives; None if that cannot be told.
+
+    Args:
+        pid: its id, which may be that of another process by now.
+        started: when it began, see `start_time`; None: unknown.
+    """
+    if pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # of another user
+    fields = stat_fields(pid) if shows_own_processes() else []
+    if not fields:
+        return None  # there is one of this number, and /proc hides which
+    if fields[STATE] in "ZX" and not _has_threads(pid):
+        return False
+    return None if started is None else fields[START_TIME] == started
+
+
 def cgroup(root: str, controller: str) -> Path:
     """Return the folder of this process's control group.
 
@@ -93,6 +136,14 @@ def cgroup(root: str, controller: str) -> Path:
         if controller in controllers.split(",") and (controller or not controllers):
             return Path(root, path.lstrip("/"))
     return Path(root)
+
+
+def _has_threads(pid: int) -> bool:
+    """Tell whether threads go on where the first one of a process has ended."""
+    try:
+        return len(list((PROC / str(pid) / "task").iterdir())) > 1
+    except OSError:
+        return False
 
 
 def _stat(pid: int, proc: Path) -> str:
