@@ -267,7 +267,7 @@ def dcp_async(step: TrainStep) -> Method:
         state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict()}
         with quiet():
             future: Any = dcp.async_save(state, checkpoint_id=path)
-        return future.result  # type: ignore[no-any-return]
+        return future.result
 
     return save
 
@@ -292,7 +292,7 @@ def lightning(step: TrainStep) -> Method:
             max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(Module(), DataLoader(torch.randn(2, WIDTH)))
+        trainer.fit(Module(), DataLoader(torch.randn(2, WIDTH)))  # type: ignore[arg-type]
 
     def save(path: Path) -> Callable[[], None]:
         with quiet():

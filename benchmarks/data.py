@@ -281,7 +281,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"a reader ended: {process.args}")
+        raise SystemExit(f"a reader ended: {process.args!r}")
     return line.strip()
 
 

@@ -38,7 +38,8 @@ from hpctrain.observe.progress import Progress
 from hpctrain.training.horizon import Cadence, Place
 from hpctrain.training.loop import Metrics, Plan, fit
 from hpctrain.training.phases import Phases
-from hpctrain.training.run import RankZero, Run
+from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.run import Run
 from hpctrain.training.save_clock import SaveClock
 
 SAMPLES = 32

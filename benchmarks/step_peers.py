@@ -164,7 +164,7 @@ def accelerate(fields: dict[str, Tensor], folder: Path) -> Loop:
 def _outside(environment: Any) -> Any:
     """Return a Lightning environment whose processes exist already."""
 
-    class Outside(environment):  # type: ignore[misc]
+    class Outside(environment):
         @property
         def creates_processes_externally(self) -> bool:
             return True

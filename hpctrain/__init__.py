@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from hpctrain.version import __version__
+
+if TYPE_CHECKING:
+    from hpctrain.launch.world import connect
 
 __all__ = ["__version__", "connect"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Load `connect` when it is asked for: nothing heavy at import."""
     if name == "connect":
         from hpctrain.launch.world import connect
