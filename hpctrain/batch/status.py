@@ -160,8 +160,43 @@ def judge(
     return State.RESUBMIT, ExitCode.STOPPED, f"{how}: submit again"
 
 
-def to_text(folder: Path, status: Status) -> str:
-    """Return a status for people."""
+_FAILURES: Mapping[int, str] = {
+    ExitCode.USAGE: "usage",
+    ExitCode.DATA: "data",
+    ExitCode.LAUNCH: "launch",
+    ExitCode.BUG: "a bug or diverged training",
+    ExitCode.CHECKPOINT_IO: "checkpoint I/O",
+    ExitCode.CONFIG: "config",
+}
+
+
+def ending(status: Status) -> str:
+    """Return in a line how the last job ended, for the end of its script's log."""
+    state, step = State(status.state), f"step {status.step:,}"
+    whole = {
+        State.COMPLETE: f"complete at {step}",
+        State.NOT_REACHED: "this job did not come as far as the run folder: see above",
+        State.RUNNING: "the run's process still lives, though its launcher has ended: see above",
+    }
+    if state in whole:
+        return whole[state]
+    reason = printable(status.reason)
+    if state is State.FAILED:
+        meaning = _FAILURES.get(status.exit_code, "not one of hpctrain's")
+        return f"failed with code {status.code} ({meaning}): {reason}. Saved is {step}"
+    how = f"stopped and saved at {step}, {reason.removeprefix('stopped ')}"
+    if status.code is None:
+        how = f"was killed, and {step} is saved"
+    why_held = {
+        State.HELD: f"; held by the file {STOP_FILE_NAME}: remove it to go on",
+        State.NO_PROGRESS: "; no step was gained, so it is not submitted again",
+        State.TOO_MANY_TRIES: f"; given up after {status.tries} jobs",
+    }
+    return how + why_held.get(state, "")
+
+
+def to_text(folder: Path, status: Status, *, for_script: bool = False) -> str:
+    """Return a status for people; the last row of one for a script is for the end of its log."""
     # What a job says of itself while it runs, or once it is complete, is in the state already.
     known = status.reason in (State.RUNNING.value, State.COMPLETE.value)
     rows = [
@@ -173,6 +208,7 @@ def to_text(folder: Path, status: Status) -> str:
         ("checkpoint", status.checkpoint or "none"),
         *((name, _metrics(record)) for name, record in status.metrics.items()),
         ("since", status.since),
+        *([("ending", ending(status))] if for_script else []),
     ]
     lines = (f"  {printable(label):<11} {printable(value)}\n" for label, value in rows)
     return f"run {folder}\n" + "".join(lines)

@@ -37,7 +37,8 @@ def status(arguments: list[str]) -> int:
         metrics=newest_records(parsed.run / "metrics.jsonl"),
     )
     try:
-        write_out(to_json(found) if parsed.json else to_text(parsed.run, found))
+        text = to_text(parsed.run, found, for_script=parsed.exit_code)
+        write_out(to_json(found) if parsed.json else text)
     except OutputError:
         if not parsed.exit_code:  # a script branches on the code, and its log may be full
             raise

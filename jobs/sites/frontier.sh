@@ -62,6 +62,20 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
+# The log's last line says how it ended, what the code means, and what it has used: by the clock of
+# this script, and Slurm's number of nodes.
+nodes=${SLURM_JOB_NUM_NODES:-1}
+finish() { # CODE HOW
+  local used=$((nodes * SECONDS)) note=
+  case $1 in
+    75) note=' is no failure' ;;
+    1) note=' means that another job would be of no use' ;;
+  esac
+  printf 'hpctrain: %s. Exit code %d%s. Node-hours used: %d.%03d (%d x %d:%02d:%02d).\n' "$2" \
+    "$1" "$note" $((used / 3600)) $((used % 3600 * 10 / 36)) "$nodes" \
+    $((SECONDS / 3600)) $((SECONDS % 3600 / 60)) $((SECONDS % 60))
+  exit "$1"
+}
 # --kill-on-bad-exit: when one rank dies, the others do not wait for it until the limit.
 # The ranks run in the background: bash would hold back a trap until a command in the foreground
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
@@ -84,17 +98,31 @@ while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the rank
 done
 trap 'ended=yes' TERM INT # also while the lines below find out what to do
 trap '' USR1 USR2 URG XCPU
-[[ -z ${HPCTRAIN_CHECK:-} ]] || exit "$code"
+if [[ -n ${HPCTRAIN_CHECK:-} ]]; then
+  [[ $code == 0 ]] && finish 0 "the check found everything ready"
+  finish "$code" "the check found something wrong: see above"
+fi
 
 # The run folder says what to do: launchers mix the exit codes of their ranks. 0: complete. 75:
 # submit again. All else: not again, because it failed, gained no step, is held by STOP, or because
 # 50 jobs are enough.
-"${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50 </dev/null
+told=$("${python[@]}" -m hpctrain status runs/digits --exit-code --max-tries 50 </dev/null)
 next=$?
+[[ -z $told ]] || printf '%s\n' "$told"
+how="the launcher ended with code $code: see above"
+[[ ! $told =~ $'\n  ending '\ *(.*)$ ]] || how=${BASH_REMATCH[1]}
 if [[ $next == 126 || $next == 127 ]]; then
   next=$code # no Python on this node: the launcher's code has to do
 fi
-if [[ $next == 75 && -z $ended ]]; then
-  scontrol requeue "$SLURM_JOB_ID" || echo "This could not be submitted again: see above, and submit it by hand." >&2
+if [[ $next == 75 && -n $ended ]]; then
+  how+=", not submitted again: somebody has ended this job"
+elif [[ $next == 75 ]]; then
+  if taken=$(scontrol requeue "$SLURM_JOB_ID"); then
+    taken=${taken#*<} # of LSF: Job <1234> is submitted
+    how+=", submitted again as $SLURM_JOB_ID"
+  else
+    echo "This could not be submitted again: see above, and submit it by hand." >&2
+    how+=", NOT submitted again: submit it by hand"
+  fi
 fi
-exit "$next"
+finish "$next" "$how"
