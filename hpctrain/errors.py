@@ -28,6 +28,13 @@ class ExitCode(enum.IntEnum):
     CONFIG = 78
 
 
+def one_line(text: str) -> str:
+    """Escape control characters, line feeds, bidi marks: what would garble a terminal or a log."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class HpctrainError(Exception):
     """Root of all failures that hpctrain explains itself.
 
@@ -65,9 +72,24 @@ class LaunchError(HpctrainError):
 
 
 class DatasetError(HpctrainError):
-    """The data are missing, damaged or not what the config says."""
+    """The data are missing, damaged or not what the config says.
+
+    Files are other people's, and so are the names in them and their own: what would garble a
+    terminal, or begin a line that looks like ours, is escaped.
+
+    Args:
+        message: one line.
+        lines: that follow it.
+    """
 
     exit_code = ExitCode.DATA
+
+    def __init__(self, message: str, *lines: str, everywhere: bool = False) -> None:
+        super().__init__(message, everywhere=everywhere)
+        self.args = tuple(one_line(each) for each in (message, *lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class CheckpointError(HpctrainError):

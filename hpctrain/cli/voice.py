@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.launchers import Claim
 from hpctrain.utils.streams import write_out
+from hpctrain.utils.text import printable_lines
 
 
 def tell(error: HpctrainError) -> None:
     """Print a failure, where stderr takes it."""
     with suppress(OSError):
-        sys.stderr.write(f"hpctrain: error: {error}\n")
+        sys.stderr.write(f"hpctrain: error: {printable_lines(str(error))}\n")
         sys.stderr.flush()
 
 

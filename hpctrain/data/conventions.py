@@ -30,6 +30,9 @@ ATTRIBUTES = (
 )
 """What says how numbers are stored. `units` tells times, which are left as they are."""
 
+MOST_NUMBERS = 64
+"""Of one attribute: each number that stands for missing values is looked for in all values."""
+_SHOWN = 100
 _TIME_UNITS = re.compile(r"\s*\w+\s+since\s", re.IGNORECASE)
 
 
@@ -169,6 +172,9 @@ class _Reader:
             if _text(self._said[name]):
                 self._note(name, f"{_shown(self._said[name])} is no number")
             return []
+        if given.size > MOST_NUMBERS:
+            self._problems.append(f"{name} has {given.size:,} numbers, at most {MOST_NUMBERS}")
+            return []
         numbers: list[Number] = given.tolist()
         return numbers
 
@@ -209,4 +215,7 @@ def _text(value: Any) -> str | None:
 
 def _shown(value: Any) -> str:
     text = _text(value)
-    return repr(text) if text is not None else str(np.asarray(value).tolist())
+    if text is not None:
+        return repr(text[:_SHOWN])
+    given = np.asarray(value)
+    return str(given.tolist()) if given.size <= MOST_NUMBERS else f"{given.size:,} values"

@@ -18,7 +18,7 @@ import xxhash
 
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.errors import DatasetError
-from hpctrain.utils.text import nearest
+from hpctrain.utils.text import listed, nearest
 
 SUPPORTED_DTYPES = frozenset(
     ["bool"]
@@ -240,13 +240,16 @@ def require_fields(wanted: Iterable[str], there: Iterable[str], place: str) -> N
     Raises:
         DatasetError: naming one that is not, and what was perhaps meant.
     """
-    names = sorted(there)
+    there = set(there)
     for name in wanted:
-        if name in names:
+        if name in there:
             continue
+        names = sorted(there)
         near = nearest(name, names)
         hint = f' Did you mean "{near}"?' if near else ""
-        raise DatasetError(f'{place}: there is no field "{name}".{hint} It has: {", ".join(names)}')
+        raise DatasetError(
+            f'{place}: there is no field "{name}".{hint} It has: {listed(names, 30)}'
+        )
 
 
 def parse_dtype(text: str) -> np.dtype[Any]:

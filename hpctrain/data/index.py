@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hpctrain.data.claims import require_countable, require_plausible
 from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
 from hpctrain.data.sealing import require_sealed, sealed
@@ -158,6 +159,7 @@ class _Parser:
         if not fields or not shards:
             raise self._wrong("shards" if fields else "fields", "is empty")
         dataset = Dataset(source=str(folder), fields=fields, shards=shards)
+        require_countable(dataset.samples, str(self._path))
         if dataset.samples != self._get(root, "samples", int, ""):
             raise self._wrong("samples", f"is not the sum over the shards, {dataset.samples}")
         return dataset
@@ -218,6 +220,7 @@ class _Parser:
     def _layout(self, value: object, place: str, field: Field, samples: int, size: int) -> Layout:
         layout = self._typed(value, dict, place)
         if "offset" not in layout:
+            require_plausible(place, samples * field.row_bytes, str(self._path), size)
             rows = max(1, self._count(layout.get("chunk_rows"), f"{place}.chunk_rows"))
             return Layout(None, rows, self._get(layout, "reason", str, f"{place}."))
         offset = self._count(layout["offset"], f"{place}.offset")

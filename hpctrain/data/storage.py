@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -175,6 +176,25 @@ def open_hdf5_file(path: str | Path) -> h5py.File:
     """
     require_regular(path)
     return h5py.File(path, "r", locking=False, driver="sec2")
+
+
+MOST_ATTRIBUTE_BYTES = 2**16
+"""Of an attribute that is read. HDF5 itself keeps no longer ones, but in its newest format."""
+
+
+def read_attribute(attributes: h5py.AttributeManager, name: str) -> Any:
+    """Return an attribute, as h5py does.
+
+    Raises:
+        ValueError: if it is too large to say anything of a dataset.
+        TypeError: if it is of a type that h5py does not know.
+        OSError: if it cannot be read.
+    """
+    about = attributes.get_id(name)
+    length = math.prod(about.shape or ()) * about.dtype.itemsize  # an empty one has no shape
+    if max(length, about.get_storage_size()) > MOST_ATTRIBUTE_BYTES:
+        raise ValueError(f"of {length:,} bytes, too large to be read")
+    return attributes[name]
 
 
 class Filter(NamedTuple):

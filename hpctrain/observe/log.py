@@ -19,6 +19,7 @@ from typing import TextIO
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.bar import AboveBar
+from hpctrain.utils.text import printable_lines
 
 LOG_FILE = "log.txt"
 
@@ -75,6 +76,8 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
+        if record.name.split(".")[0] == "hpctrain":  # names from files may be in it
+            message = printable_lines(message)
         if record.levelno < logging.WARNING:
             return message
         origin = "" if record.name.split(".")[0] == "hpctrain" else f"{record.name}: "

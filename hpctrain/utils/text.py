@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from hpctrain.errors import one_line
+
 _DAY_SECONDS = 86_400
 _SIZE_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _LONGEST_WORD = 60
@@ -81,6 +83,7 @@ def first_lines(lines: Sequence[str], most: int, indent: str = "", noun: str = "
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows of text as lines whose columns stand below each other."""
+    rows = [[printable(text) for text in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -107,9 +110,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def printable(text: str) -> str:
     """Escape what would garble a terminal or a log: control characters, line feeds, bidi marks."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return one_line(text)
 
 
 def printable_lines(text: str) -> str:

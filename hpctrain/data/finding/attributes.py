@@ -11,7 +11,7 @@ import h5py
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.conventions import ATTRIBUTES, coding_of
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file, read_attribute
 from hpctrain.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,11 @@ def coding_in(dataset: h5py.Dataset) -> Coding:
 
 def _value(attributes: h5py.AttributeManager, name: str) -> Any:
     try:
-        return attributes[name]
+        return read_attribute(attributes, name)
     except (OSError, TypeError):  # a type that h5py does not know
         return "of a type that cannot be read"
+    except ValueError as error:
+        return str(error)
 
 
 def with_codings(dataset: Dataset) -> Dataset:

@@ -6,7 +6,6 @@ room for it, and `data.train = "era5.json"` stands for the files that it lists.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def _array(facts: _Array, file_bytes: int) -> Array:
     if array.chunks is not None and len(array.chunks) != len(array.shape):
         raise ValueError(f"chunks {array.chunks} of shape {array.shape}")
     if array.offset is not None:
-        end = array.offset + array.dtype.itemsize * math.prod(array.shape)
+        end = array.offset + array.num_bytes
         if end > file_bytes:
             raise ValueError(f"values up to byte {end} of {file_bytes}")
     return array

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpctrain.data.claims import require_plausible
 from hpctrain.data.coding import Coding, without_plain
 from hpctrain.data.dataset import ELSEWHERE, Field, Layout, Shard, require_fields, require_supported
 from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed
 
 LEAST_PIECE_BYTES = 1024
 """Rows that lie in smaller pieces, along a last axis or so, are better collected by HDF5."""
@@ -38,6 +41,11 @@ class Array:
     reason: str
     sources: tuple[str, ...] = ()
     coding: Coding | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values, as memory holds them."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
     @property
     def is_elsewhere(self) -> bool:
@@ -94,6 +102,7 @@ class Contents:
         fields = {name: array.field(axis) for name, array in arrays.items()}
         for name, field in fields.items():
             require_supported(name, field, self.path)
+            self._require_stored(name, arrays[name])
         samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
         layouts = {name: array.layout(axis) for name, array in arrays.items()}
         sources = sorted({source for array in arrays.values() for source in array.sources})
@@ -109,14 +118,33 @@ class Contents:
         )
         return shard, fields
 
+    def _require_stored(self, name: str, array: Array) -> None:
+        """Check that the values of an array fit into what there is."""
+        if array.offset is None:
+            stored = self.size + sum(_size_of(source) for source in array.sources)
+            require_plausible(name, array.num_bytes, self.path, stored)
+        elif array.offset + array.num_bytes > self.size:
+            raise DatasetError(
+                f'{self.path}: field "{name}" ends at byte '
+                f"{array.offset + array.num_bytes:,}, and the file at {self.size:,}: it is "
+                "truncated. Bring the whole file back"
+            )
+
     def _common_rows(self, rows: Mapping[str, int]) -> int:
         for name, count in rows.items():
             if count == 0:
                 raise DatasetError(f'{self.path}: field "{name}" has no rows')
         if len(set(rows.values())) > 1:
-            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+            counts = listed([f"{name} {count}" for name, count in rows.items()], 30)
             raise DatasetError(
                 f"{self.path}: the fields have different numbers of rows: {counts}. "
                 "Name those that belong together"
             )
         return next(iter(rows.values()), 0)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import h5py
 
+from hpctrain.data.claims import require_countable
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.file_order import FileOrder, in_order, order_key
 from hpctrain.data.finding.attributes import coding_in, with_codings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.data.finding.elsewhere import behind_links, is_in, other_files
+from hpctrain.data.finding.walking import objects_in
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
@@ -31,6 +33,7 @@ from hpctrain.data.storage import (
     require_filters,
 )
 from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed, printable
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,9 @@ def _select(dataset: Dataset, names: Sequence[str]) -> Dataset:
     if not asked:
         return dataset.select(names)
     known = dataset.select([name for name in names if name not in asked])
-    logger.info("%s: asking the files about %s", dataset.source, ", ".join(asked))
+    logger.info(
+        "%s: asking the files about %s", dataset.source, listed([printable(name) for name in asked])
+    )
     files = []
     for shard in known.shards:
         more, fields = inspect_file(shard.path, asked)
@@ -206,14 +211,10 @@ def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
     Raises:
         DatasetError: if there are none.
     """
-    there: dict[str, h5py.Dataset] = {}
-
-    def note(name: str | bytes, item: object) -> None:
-        # Bytes are names that are not UTF-8: no config can have them.
-        if isinstance(name, str) and _holds_rows(item):
-            there[name] = item
-
-    file.visititems(note)
+    # Bytes are names that are not UTF-8: no config can have them.
+    there: dict[str, h5py.Dataset] = {
+        name: item for name, item in objects_in(file) if isinstance(name, str) and _holds_rows(item)
+    }
     if not there:
         there = {name: found for name, found in behind_links(file).items() if _holds_rows(found)}
     if not there:
@@ -270,6 +271,7 @@ def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> D
                     f'{shard.path}: field "{name}" is {_describe(others[name])}, but '
                     f"{_describe(field)} in {first.path}: give a pattern of files that fit together"
                 )
+    require_countable(sum(shard.samples for shard, _ in files), source)
     return Dataset(source=source, fields=found, shards=tuple(shard for shard, _ in files))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 
+from hpctrain.data.finding.walking import Budget, identity
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError
 
@@ -72,16 +73,19 @@ def behind_links(file: h5py.File) -> dict[str, h5py.Dataset]:
     to what is not there are passed over.
     """
     found: dict[str, h5py.Dataset] = {}
-    seen = {_identity(file)}
+    budget = Budget(file.filename)
+    seen = {identity(file)}
     # A group's own name would be its path in the file that it is in, so paths are kept here.
     waiting: list[tuple[str, h5py.Group]] = [("", file)]
     while waiting:
         prefix, group = waiting.pop(0)
+        budget.take(len(group))
+        budget.require_depth(prefix.count("/"))
         for name in group:
             item = _followed(group, name)
-            if item is None or _identity(item) in seen:
+            if item is None or identity(item) in seen:
                 continue
-            seen.add(_identity(item))
+            seen.add(identity(item))
             if isinstance(item, h5py.Group):
                 waiting.append((f"{prefix}{name}/", item))
             elif isinstance(item, h5py.Dataset):
@@ -89,18 +93,12 @@ def behind_links(file: h5py.File) -> dict[str, h5py.Dataset]:
     return found
 
 
-def _followed(group: h5py.Group, name: str) -> object | None:
+def _followed(group: h5py.Group, name: str) -> Any:
     """Return what a link leads to, None if nothing is there."""
     try:
-        return group[name]  # type: ignore[no-any-return]
+        return group[name]
     except HDF5_FAILURES:
         return None
-
-
-def _identity(item: Any) -> tuple[int, int]:
-    """Return what an object of HDF5 has whatever path leads to it."""
-    about = h5py.h5o.get_info(item.id)
-    return about.fileno, about.addr
 
 
 def require_sources(dataset: h5py.Dataset) -> list[str]:

@@ -37,6 +37,7 @@ from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import Group, HostGroup, Source
 from hpctrain.data.reading.rows import open_rows, read_rows
+from hpctrain.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ class Delivery:
         self._waited = 0.0
         for name, reason in dataset.slow_fields().items():
             logger.warning(
-                'field "%s" is read through HDF5, which is slower: it is %s', name, reason
+                'field "%s" is read through HDF5, which is slower: it is %s',
+                printable(name),
+                reason,
             )
 
     @property

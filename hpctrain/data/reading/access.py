@@ -43,6 +43,7 @@ from hpctrain.data.reading.pieces import Bytes, Pieces
 from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.data.storage import HDF5_FAILURES, INSTALL
 from hpctrain.errors import DatasetError
+from hpctrain.utils.text import printable
 
 MOST_OPEN_FILES = 1024
 """Open files of one reader, or a quarter of what the system allows a process, if that is less;
@@ -254,7 +255,10 @@ class RowAccess:
         if name not in self._told:
             self._told.add(name)
             logger.warning(
-                'field "%s" is read through HDF5, which is slower: %s: %s', name, shard.path, reason
+                'field "%s" is read through HDF5, which is slower: %s: %s',
+                printable(name),
+                printable(shard.path),
+                reason,
             )
 
     def _read_rows(self, name: str, index: int, first: int, out: Bytes) -> None:

@@ -16,7 +16,7 @@ from hpctrain.data.finding.elsewhere import require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
 from hpctrain.data.sources.source import reading
-from hpctrain.data.storage import open_hdf5_file, require_filters
+from hpctrain.data.storage import open_hdf5_file, read_attribute, require_filters
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_file, require_regular
 
@@ -100,8 +100,8 @@ def plain_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
         if name in ("CLASS", "NAME", "DIMENSION_LABELS") or name.startswith("_Net"):
             continue
         try:
-            value = dataset.attrs[name]
-        except (OSError, TypeError):  # a type that h5py does not know
+            value = read_attribute(dataset.attrs, name)
+        except (OSError, TypeError, ValueError):  # a type that h5py does not know, or too large
             continue
         if isinstance(value, str | bytes | int | float) or (
             isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufcSU"

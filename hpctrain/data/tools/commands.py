@@ -125,7 +125,7 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
         progress=progress,
     )
     if verdict.problems:
-        raise DatasetError(_problems(verdict.source, verdict.problems))
+        raise DatasetError(*_problems(verdict.source, verdict.problems))
     compared = "" if verdict.has_checksums else " (there are no checksums to compare with)"
     return (
         f"{verdict.source}: {plural(verdict.samples, 'sample')} in "
@@ -134,9 +134,9 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
     )
 
 
-def _problems(source: str, problems: Sequence[str]) -> str:
+def _problems(source: str, problems: Sequence[str]) -> list[str]:
     told = first_lines(problems, MOST_PROBLEMS, "  ")
-    return "\n".join([f"{source}: {plural(len(problems), 'problem')}", *told])
+    return [f"{source}: {plural(len(problems), 'problem')}", *told]
 
 
 def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:

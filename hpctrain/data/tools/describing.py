@@ -12,8 +12,10 @@ from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.sources.indexed import read_attributes
 from hpctrain.data.tools.statistics import STATS_NAME
 from hpctrain.errors import DatasetError
-from hpctrain.utils.text import plural, table
+from hpctrain.utils.text import plural, printable, table
 
+MOST_NOTES = 20
+"""Attributes of a field that are shown; `--json` has them all."""
 _MARKS = {"index": "indexed", "checksums": "checksums", "statistics": "statistics"}
 
 
@@ -64,11 +66,14 @@ def description(facts: Mapping[str, Any]) -> str:
     rows = [("field", "dtype", "shape", "stored", "")]
     for name, field in facts["fields"].items():
         shape = " x ".join(str(size) for size in field["shape"]) or "one value"
-        notes = [f"{key}: {_short(value)}" for key, value in field["attributes"].items()]
+        attributes = list(field["attributes"].items())
+        notes = [f"{_short(key)}: {_short(value)}" for key, value in attributes[:MOST_NOTES]]
+        if attributes[MOST_NOTES:]:
+            notes.append(f"and {len(attributes) - MOST_NOTES:,} more")
         if field["decoded"] is not None:
             notes.insert(0, f"decoded {field['decoded']}")
         rows.append((name, field["dtype"], shape, field["layout"], ", ".join(notes)))
-    return "\n".join([*lines, *(f"  {line}" for line in table(rows))])
+    return "\n".join([*map(printable, lines), *(f"  {line}" for line in table(rows))])
 
 
 def _decoded(dataset: Dataset, name: str) -> str | None:
