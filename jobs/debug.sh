@@ -5,6 +5,7 @@
 #   bash jobs/debug.sh                                        2 ranks, configs/run.toml
 #   bash jobs/debug.sh 4                                      4 ranks
 #   bash jobs/debug.sh 4 configs/other.toml training.max_epochs=3
+#   bash jobs/debug.sh 2 launch.device=cpu                    not on the GPU, if there is one
 #
 # Sets up .venv with an embedded MPI, packs real data to HDF5, trains under mpirun.
 set -euo pipefail
@@ -25,6 +26,15 @@ fi
 ensure_environment mpich,digits
 export PATH=$PWD/$VENV/bin:$PATH
 python -m hpctrain data pack digits data/digits
+
+# Ranks of this small run share what GPUs there are, unless told otherwise.
+if command -v nvidia-smi >/dev/null; then
+  gpus=$(nvidia-smi --query-gpu=uuid --format=csv,noheader 2>/dev/null | wc -l)
+  if ((gpus > 0 && gpus < ranks)) && [[ " $* " != *" launch."* ]]; then
+    echo "$ranks ranks share $gpus GPU(s); launch.device=cpu runs on the CPU."
+    set -- "$@" launch.share_device=true
+  fi
+fi
 echo "Running: mpirun -np $ranks python -m hpctrain $config $*"
 # exec: a Ctrl-C or a signal to this script goes to mpirun, and mpirun's exit code comes back. Its
 # stdin is not for it to read: a loop around this script may stand in there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,21 @@ from hypothesis import settings
 # Examples take longer on a busy machine, which is no fault of theirs.
 settings.register_profile("hpctrain", deadline=None)
 settings.load_profile("hpctrain")
+
+
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have all tests compute on the CPU, where there are GPUs too, but those that are of them.
+
+    These are run by themselves: CUDA looks once for devices. Two ranks would take the same one.
+    """
+    named = [Path(each.split("::")[0]).resolve() for each in config.args]
+    of_devices = Path(__file__).parent / "gpu"
+    alone = any(of_devices in (path, *path.parents) for path in named)
+    if not alone and any(driver.exists() for driver in DRIVERS):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def ranks_of(item: pytest.Item) -> int:

@@ -1,4 +1,4 @@
-"""Limits of the process, and of torch's own watch over NCCL, before anything runs into them."""
+"""Limits of the process, and what libraries of a device read once, before they do."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def prepare_nccl(
     if not any(name in environ for name in names):
         environ[names[has_flight_recorder]] = "2000"
     environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds)))
+
+
+def prepare_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have cuBLAS sum in the same order every time; to be called before CUDA starts.
+
+    torch refuses deterministic algorithms without it. What the user has set stays.
+
+    Source: docs of torch.use_deterministic_algorithms; NVIDIA's cuBLAS, "Results Reproducibility".
+    """
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.limits import prepare_deterministic
 from hpctrain.launch.world import World, gathering, process_group
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.finding import Finding
@@ -22,6 +23,8 @@ def connect(checks: Checks, stack: ExitStack) -> World | None:
     """
     checks.add(judging.judge_launcher(checks.topology))
     topology, communicator, section = checks.topology, checks.communicator, checks.config.launch
+    if checks.config.run.deterministic:
+        prepare_deterministic()
     try:
         meeting = stack.enter_context(gathering(topology, communicator, section, checks.guard))
         world = stack.enter_context(

@@ -18,6 +18,7 @@ from hpctrain.batch.watch import Watch, reserve_seconds
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
+from hpctrain.launch.limits import prepare_deterministic
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
@@ -30,7 +31,7 @@ from hpctrain.training.folder import RunFolder
 from hpctrain.training.horizon import Cadence
 from hpctrain.training.loop import Plan, fit
 from hpctrain.training.misfits import explain_misfit
-from hpctrain.training.persistence import restore
+from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
 from hpctrain.training.read_trouble import ReadTrouble
@@ -84,6 +85,8 @@ def train(
         stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
         try:
             stop = _stop_agreement(config, communicator, signals, folder, stack)
+            if config.run.deterministic:
+                prepare_deterministic()
             group = process_group(topology, communicator, config.launch, meeting, guard)
             world = stack.enter_context(group)
             begin_record(folder, world)
@@ -131,8 +134,7 @@ def _train(
     parts = _build(config, world, components, data, changes)
     with raise_together(world.communicator):
         if resumed is not None:
-            restore(world, parts.step, resumed)
-            parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
+            resumed = _restored(world, parts, resumed)
     if resumed is None and config.checkpoint.initialize_from is not None:
         changes.append(start_warm(config.checkpoint, world, parts.step))
     if reasons := stop.settle():
@@ -230,6 +232,13 @@ def _build(
         step.settle()
     notes += _couplings(world, parts, data)
     return parts
+
+
+def _restored(world: World, parts: Parts, resumed: Resumed) -> Resumed:
+    """Put the state back, and return what is still of use of it."""
+    restore(world, parts.step, resumed)
+    parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
+    return resumed.without_tensors()
 
 
 def _couplings(world: World, parts: Parts, data: Data) -> list[str]:

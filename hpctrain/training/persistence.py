@@ -45,6 +45,10 @@ class Resumed:
     config_toml: str
     rows: Rows | None = None
 
+    def without_tensors(self) -> Resumed:
+        """Return the same without what is in model and optimizer by now: it is as large as they."""
+        return replace(self, model={}, training={}, rows=None)
+
     @property
     def place(self) -> Place:
         place = self.values["place"]
