@@ -30,6 +30,7 @@ from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optimization.learning_rate import LearningRate
 from hpctrain.training.optimization.optimizers import build_optimizer, refuse_whole_tensors
 from hpctrain.training.optimizer_trial import try_optimizer
+from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.step.broadcast import broadcast_model
 from hpctrain.training.step.first_release import cast_as_begun
 from hpctrain.training.step.precision import NumberFormat
@@ -162,7 +163,8 @@ def build_parts(
     )
     if tried is not None:
         step.optimizer_state.check = tried.check
-    step.prime(lambda error, fields: explain_misfit(error, fields, config))
+    with ranges_checked(task):
+        step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
     return Parts(

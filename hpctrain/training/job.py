@@ -33,6 +33,7 @@ from hpctrain.training.loop import Plan, fit
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.persistence import Resumed, restore
 from hpctrain.training.phases import Phases
+from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
 from hpctrain.training.read_trouble import ReadTrouble
 from hpctrain.training.recording import begin_record
@@ -170,7 +171,8 @@ def _train(
         save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
     run.begin(place)
-    with run.saves_finished():
+    indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
+    with run.saves_finished(), indices:
         place, complete = fit(
             place,
             plan,
@@ -220,17 +222,19 @@ def _build(
         with raise_together(world.communicator):
             rows = loader.example(MOST_ROWS)
         step = parts.step
-        rehearse(
-            parts.model,
-            parts.task,
-            rows,
-            world,
-            parts.number_format,
-            call=step.call,
-            explain=lambda error, fields: explain_misfit(error, fields, config),
-        )
+        with ranges_checked(parts.task):
+            rehearse(
+                parts.model,
+                parts.task,
+                rows,
+                world,
+                parts.number_format,
+                call=step.call,
+                explain=lambda error, fields: explain_misfit(error, fields, config),
+            )
         step.settle()
-    notes += _couplings(world, parts, data)
+    with ranges_checked(parts.task):
+        notes += _couplings(world, parts, data)
     return parts
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.training.ranges import check_range
 from hpctrain.training.task import Direction, Fields
 
 
@@ -47,6 +48,13 @@ class LanguageModeling:
         self.inputs = tuple(inputs)
         self.counts_samples = ignore_index is None
         self._ignore_index = ignore_index
+        self.checks_ranges = False
+        self._vocabulary = 0
+
+    @property
+    def index_ranges(self) -> dict[str, tuple[int, int | None]]:
+        """How many tokens there are, once that is known, and the one that is not predicted."""
+        return {self.inputs[0]: (self._vocabulary, self._ignored)} if self._vocabulary else {}
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed cross entropy; without ignored tokens, of means over each sample."""
@@ -86,6 +94,8 @@ class LanguageModeling:
             )
         tokens = tokens.long()
         labels = tokens[:, 1:].flatten()
+        if self.checks_ranges:
+            _check_embedded(name, tokens, model)
         logits = model(tokens[:, :-1])
         if logits.ndim != 3 or logits.shape[:2].numel() != labels.numel():
             raise TrainingError(
@@ -93,4 +103,14 @@ class LanguageModeling:
                 f"{tuple(logits.shape)} for {tuple(tokens[:, :-1].shape)} tokens"
             )
         logits = logits.flatten(0, 1)
+        self._vocabulary = logits.shape[1]
+        if self.checks_ranges:
+            check_range(name, labels, self._vocabulary, self._ignored)
         return (logits.float() if logits.element_size() < 4 else logits), labels
+
+
+def _check_embedded(name: str, tokens: Tensor, model: nn.Module) -> None:
+    """Look for tokens that no embedding of the model has a place for, before it looks them up."""
+    sizes = [item.num_embeddings for item in model.modules() if isinstance(item, nn.Embedding)]
+    if sizes:
+        check_range(name, tokens[:, :-1], max(sizes))

@@ -26,6 +26,7 @@ from hpctrain.training.horizon import Place
 from hpctrain.training.loop import Metrics
 from hpctrain.training.persistence import roll_back
 from hpctrain.training.phases import Phases
+from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.recording import made_by
 from hpctrain.training.resuming import reading
@@ -80,6 +81,7 @@ class Run:
         self.evaluation_owed = False
         self._save_agreed = False
         self._confirmed = False
+        self._looks = False
         self._together: TogetherSaver | None = None
         if parts.step.shards is not None:
             self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
@@ -100,6 +102,9 @@ class Run:
             self._parts.step.average.update(place.step)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
+        if self._looks:
+            self._looks = False
+            look_at_ranges(self._parts.task, looks=False)
         if not self._confirmed:
             # Only now the optimizer has all that it keeps.
             self._confirmed = True
@@ -108,6 +113,10 @@ class Run:
     def log(self, place: Place, epoch: int, lr: float) -> None:
         """Write the step that led to `place` to the metrics. Collective: all ranks."""
         numbers = self._read(place)
+        if self._world.device.type != "cpu":
+            # The device has nothing to do at this moment: the next step may look, too.
+            self._looks = True
+            look_at_ranges(self._parts.task, looks=True)
         now = time.perf_counter()
         rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
         self._logged_samples, self._logged_time = place.samples_seen, now
@@ -290,6 +299,12 @@ class Run:
         if steps and ends and self.skipped_steps - self._skipped_before >= steps:
             scale = scaler.scale.item() if scaler.enabled else None
             raise nothing_applied(place.step, steps, scale, self._explain)
+
+    def batches_under_way(self) -> list[tuple[int, int, int]]:
+        """Return epoch, start and size of the newest batches, and of the one that comes next."""
+        place, size = self.place, self._config.data.global_batch_size
+        size = min(size, self._data.train_loader.epoch_size - place.position)
+        return [*self._parts.step.recent_batches(), (place.epoch, place.position, size)]
 
     def _explain(self, step: int) -> str:
         """Return what is known of the newest bad steps. Collective: all ranks."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.masking import mask_of, masked_sum
+from hpctrain.training.ranges import check_range
 
 Fields = Mapping[str, Tensor]
 Direction = Literal["min", "max"]
@@ -34,7 +35,8 @@ class Task(Protocol):
             tokens, class weights), which costs one more reduction a step.
 
     A task whose loss of a sample depends on the others in its pass, as a contrastive one does, says
-    so by a further attribute, `batch_dependent_loss = True`: else the header warns of it.
+    so by a further attribute, `batch_dependent_loss = True`: else the header warns of it. One with
+    classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.ranges`.
     """
 
     inputs: Sequence[str]
@@ -160,6 +162,15 @@ class Classification(Supervised):
         self._ignored = _NO_CLASS if ignore_index is None else ignore_index
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self.counts_samples = ignore_index is None and class_weights is None and mask is None
+        self.checks_ranges = False
+        self._classes = 0
+
+    @property
+    def index_ranges(self) -> dict[str, tuple[int, int | None]]:
+        """How many classes there are, once that is known, and the one that is none."""
+        # Under a mask, what is missing may be any number.
+        is_known = self._classes and self.mask is None
+        return {self.target: (self._classes, self._ignore_index)} if is_known else {}
 
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed cross entropy and the summed weight."""
@@ -233,6 +244,9 @@ class Classification(Supervised):
         return output, target
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        self._classes = logits.shape[1]
+        if self.checks_ranges:
+            check_range(self.target, labels, self._classes, self._ignored)
         try:
             return F.cross_entropy(
                 logits,
@@ -243,12 +257,8 @@ class Classification(Supervised):
                 reduction=reduction,
             )
         except IndexError as error:  # on the CPU; a GPU ends with a device-side assertion
-            raise TrainingError(
-                f'the target "{self.target}" holds classes from {labels.min().item()} to '
-                f"{labels.max().item()}, but the model gives {logits.shape[1]}, counted from 0. "
-                "Correct the data, the number of classes (model.num_classes or what it is called "
-                "in [model]), or task.ignore_index"
-            ) from error
+            check_range(self.target, labels, self._classes, self._ignored)
+            raise TrainingError(f"{self.target}: {error}") from error
 
     def _unmasked(self, labels: Tensor, mask: Tensor) -> Tensor:
         """Return classes, those that are missing ignored: they may be none that there is."""

@@ -20,6 +20,7 @@ from hpctrain.training.datasets import Data
 from hpctrain.training.metric_objects import MetricObjects
 from hpctrain.training.metrics import Part, Totals
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.step.undisturbed import evaluating, kept_generators
 
@@ -67,6 +68,7 @@ def try_real_data(
         validates=validates,
     )
     try:
+        look_at_ranges(parts.task, looks=True)
         share = next(iter(islice(opened.train_loader.epoch(0), 1)))
         # Evaluated before the step: with the weights that a run begins with.
         trouble = _trouble_of_evaluation(config, parts, opened, world) if validates else ""

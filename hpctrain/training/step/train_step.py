@@ -286,6 +286,10 @@ class TrainStep:
             "skipped_steps": skipped,
         }
 
+    def recent_batches(self) -> list[tuple[int, int, int]]:
+        """Return epoch, start and size of the newest batches, oldest first."""
+        return [(epoch, start, size) for epoch, start, size, _ in self._recent]
+
     def bad_batches(self, step: int) -> list[BadBatch]:
         """Return those of the newest batches that were not applied, oldest first.
 
