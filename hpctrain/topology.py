@@ -82,11 +82,14 @@ class Communicator(Protocol):
         ...
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""
+        """Return rank 0's value on every rank. Collective: all ranks.
+
+        It is of the types that `hpctrain.launch.encoding` knows.
+        """
         ...
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, in rank order. Collective: all ranks."""
+        """Return every rank's value, of the same types, in rank order. Collective: all ranks."""
         ...
 
     def barrier(self) -> None:

@@ -11,6 +11,7 @@ Source: pytorch/pytorch issue 108158, on the count of restarts.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hpctrain.errors import LaunchError
-from hpctrain.utils.text import listed
+from hpctrain.utils.text import listed, printable
 
 _PAUSE_SECONDS = 0.01
 # Thousands of ranks ask one store.
@@ -29,6 +30,9 @@ _PREFIX = "hpctrain/generation"
 _COMPLETE = f"{_PREFIX}/complete"
 _HELLOS = f"{_PREFIX}/hellos"
 _NO = "no, the world size is "
+# The store is open to the network: what is no hello is not one of ours.
+_HELLO = re.compile(r"(\d{1,9}) ([0-9a-f]{16}) (\d{1,9})", re.ASCII)
+_MOST_AT_ONCE = 100_000
 
 
 class KeyValueStore(Protocol):
@@ -89,12 +93,13 @@ def _gather(store: KeyValueStore, process: Process, end: float) -> str:
         if time.monotonic() > end:
             raise _somebody_is_missing(process, newest, confirmed)
         time.sleep(_PAUSE_SECONDS)
-        for rank, nonce, world_size in map(str.split, hellos.new()):
-            fits = world_size == str(process.world_size) and 0 < int(rank) < process.world_size
+        for hello in filter(None, map(_HELLO.fullmatch, hellos.new())):
+            rank, nonce, world_size = int(hello[1]), hello[2], int(hello[3])
+            fits = world_size == process.world_size and 0 < rank < process.world_size
             answer = generation if fits else f"{_NO}{process.world_size}"
             store.set(f"{_PREFIX}/answer/{nonce}", answer)
             if fits:
-                newest[int(rank)] = nonce
+                newest[rank] = nonce
         confirmed.update(confirmations.new())
     store.set(_members(generation), f"members {' '.join(newest.values())}")
     store.set(_COMPLETE, generation)
@@ -107,14 +112,14 @@ def _join(store: KeyValueStore, process: Process, end: float) -> str:
     answer_key = f"{_PREFIX}/answer/{process.nonce}"
     generation, pause = "", _PAUSE_SECONDS
     while True:
-        answer = store.get(answer_key).decode() if store.check([answer_key]) else ""
+        answer = _text(store.get(answer_key)) if store.check([answer_key]) else ""
         if answer.startswith(_NO):
-            raise _met_another(process, f"its WORLD_SIZE is {answer.removeprefix(_NO)}")
+            raise _met_another(process, f"its WORLD_SIZE is {printable(answer[len(_NO) :][:20])}")
         if answer != generation:
             generation = answer
             _append(store, _confirmations(generation), process.nonce)
         if generation and store.check([_members(generation)]):
-            if process.nonce not in store.get(_members(generation)).decode().split():
+            if process.nonce not in _text(store.get(_members(generation))).split():
                 raise _met_another(process, f"rank {process.rank} is there twice")
             return generation
         if not generation and not process.may_restart and store.check([_COMPLETE]):
@@ -140,12 +145,16 @@ class _Queue:
 
     def new(self) -> list[str]:
         """Return those that were not there before."""
-        count = self._store.add(self._name, 0)
+        count = min(self._store.add(self._name, 0), self._count + _MOST_AT_ONCE)
         awaited = [*self._awaited, *range(self._count + 1, count + 1)]
         there = [number for number in awaited if self._store.check([f"{self._name}/{number}"])]
         self._count = count
         self._awaited = [number for number in awaited if number not in there]
-        return [self._store.get(f"{self._name}/{number}").decode() for number in there]
+        return [_text(self._store.get(f"{self._name}/{number}")) for number in there]
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", errors="replace")
 
 
 def _append(store: KeyValueStore, name: str, text: str) -> None:

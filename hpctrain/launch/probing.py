@@ -19,25 +19,26 @@ _PAUSE_SECONDS = 0.05
 _BACKLOG = 1024
 
 
-def listen(num_peers: int, ip: str | None = None) -> socket.socket:
-    """Return a socket that listens at a free port of one address, or of all, IPv6 and IPv4 alike.
+def listen(num_peers: int, ip: str | None = None, port: int = 0) -> socket.socket:
+    """Return a socket that listens at one address, or at all, IPv6 and IPv4 alike.
 
     Args:
         num_peers: that may connect at the same time.
         ip: the address; None: every one of this node.
+        port: 0: one that is free.
     """
     backlog = max(_BACKLOG, num_peers)
     if ip is not None:
         is_ipv4 = ipaddress.ip_address(ip).version == 4
         family = socket.AF_INET if is_ipv4 else socket.AF_INET6
-        return socket.create_server((ip, 0), family=family, backlog=backlog)
+        return socket.create_server((ip, port), family=family, backlog=backlog)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         return socket.create_server(
-            ("", 0), family=family, backlog=backlog, dualstack_ipv6=family == socket.AF_INET6
+            ("", port), family=family, backlog=backlog, dualstack_ipv6=family == socket.AF_INET6
         )
     except OSError:  # IPv6 is compiled in, but switched off on this host
-        return socket.create_server(("", 0), backlog=backlog)
+        return socket.create_server(("", port), backlog=backlog)
 
 
 @contextmanager

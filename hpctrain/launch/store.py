@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
-import pickle
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -12,17 +13,18 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.encoding import encode
+from hpctrain.launch.exchange import LONGEST_WAIT, Exchange
 from hpctrain.launch.generation import Process, agree, may_restart
 from hpctrain.launch.launchers import Claim
-from hpctrain.launch.roll_call import HEAD_START_SECONDS, tell_missing
+from hpctrain.launch.probing import listen
 from hpctrain.launch.waits import ended_from_outside, limit_seconds
 from hpctrain.topology import closing_together
 
-# As long as torch itself waits in a collective.
-_LONGEST_WAIT = timedelta(minutes=30)
 _NAME_SECONDS = 5.0
 _LEAVE_SECONDS = 10.0
 
@@ -42,7 +44,7 @@ def store_world(claim: Claim) -> Iterator[StoreCommunicator]:
     seconds = limit_seconds(claim.world_size)
     with ended_from_outside(2 * seconds + _LEAVE_SECONDS, partial(_last_words, claim)):
         store, generation = _meet(claim, f"{address}:{port}", seconds)
-    store.set_timeout(_LONGEST_WAIT)
+    store.set_timeout(LONGEST_WAIT)
     own = dist.PrefixStore(f"hpctrain/{generation}", store)
     communicator = StoreCommunicator(own, claim.rank, claim.world_size)
     with closing_together(communicator, partial(_leave, own, claim.rank, claim.world_size)):
@@ -60,10 +62,10 @@ def _meet(claim: Claim, place: str, seconds: float) -> tuple[dist.Store, str]:
         store = _open(claim, timedelta(seconds=seconds))
     except (dist.DistError, OSError, RuntimeError) as error:
         action = "open" if claim.rank == 0 else "reach"
+        is_taken = "EADDRINUSE" in str(error) or getattr(error, "errno", 0) == errno.EADDRINUSE
         raise LaunchError(
             f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {place}: "
-            f"{str(error).splitlines()[0]}"
-            + (" Choose another MASTER_PORT." if "EADDRINUSE" in str(error) else "")
+            f"{str(error).splitlines()[0]}" + (" Choose another MASTER_PORT." if is_taken else "")
         ) from error
     process = Process(
         rank=claim.rank,
@@ -84,13 +86,23 @@ def _open(claim: Claim, timeout: timedelta) -> dist.Store:
             dist.rendezvous("env://", claim.rank, claim.world_size, timeout=timeout)
         )
         return found[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = None
+    if claim.rank == 0 and _is_on_loopback(claim, address):
+        # torch's own socket listens at all addresses.
+        ip = "127.0.0.1" if address == "localhost" else address
+        listener = listen(claim.world_size, ip, port)
     return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        address,
+        port,
         claim.world_size,
         is_master=claim.rank == 0,
         timeout=timeout,
         wait_for_workers=False,
+        # The store takes the descriptor over and closes it.
+        master_listen_fd=listener.detach() if listener is not None else None,
+        # Until torch 2.8 the libuv kind cannot take one.
+        use_libuv=listener is None or torch.__version__ >= "2.8",
     )
 
 
@@ -101,6 +113,20 @@ def _last_words(claim: Claim, asked: str | None) -> str | None:
     if asked is None:
         return f"rank {claim.rank} has got no answer {where}"
     return f"rank {claim.rank} was ended by {asked} {where}" if claim.rank == 0 else None
+
+
+def _is_on_loopback(claim: Claim, address: str) -> bool:
+    """Tell whether all ranks meet on this host's loopback, at a store that rank 0 makes.
+
+    The name "localhost" alone does not say so: Kubeflow gives it to rank 0, and the name of its
+    host to the others.
+    """
+    if address == "localhost":
+        return claim.local_world_size == claim.world_size
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _resolve(address: str) -> None:
@@ -139,37 +165,29 @@ def _leave(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 class StoreCommunicator:
-    """Messages as keys of a torch.distributed store.
-
-    Every rank writes its part under a key of its own and reads all parts. A rank that has read
-    all parts of one round knows that everybody has left the round before, so it deletes its own
-    part of that one: the store does not grow with the run.
-    """
+    """Messages as keys of a torch.distributed store, of the types that `encoding` knows."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._messages = dist.PrefixStore("messages", store)
-        self._reductions = dist.PrefixStore("maxima", store)
-        self._message_round = 0
-        self._reduction_round = 0
+        self._messages = Exchange(dist.PrefixStore("messages", store), rank, world_size)
+        self._reductions = Exchange(dist.PrefixStore("maxima", store), rank, world_size)
         self.limit_seconds: float | None = None
         self.limit(limit_seconds(world_size))
 
     def limit(self, seconds: float | None) -> None:
         """Say how long one wait for the others may take; None: as long as torch itself waits."""
         self.limit_seconds = seconds
-        self._messages.set_timeout(_LONGEST_WAIT if seconds is None else timedelta(seconds=seconds))
+        self._messages.limit(seconds)
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank; it must pickle. Collective: all ranks."""
-        return self.all_gather(value if self.rank == 0 else None)[0]
+        """Return rank 0's value on every rank. Collective: all ranks."""
+        number = self._messages.put(encode(value if self.rank == 0 else None))
+        return self._messages.take(number)[0]
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order. Collective: all ranks."""
-        number, self._message_round = self._message_round, self._message_round + 1
-        _put(self._messages, number, self.rank, pickle.dumps(value))
-        return [pickle.loads(part) for part in _take(self._messages, number, self)]
+        return self._messages.take(self._messages.put(encode(value)))
 
     def barrier(self) -> None:
         """Return once every rank has come. Collective: all ranks."""
@@ -177,43 +195,17 @@ class StoreCommunicator:
 
     def start_max(self, values: Sequence[int]) -> PendingMaximum:
         """Start an elementwise maximum of int64 values. Collective: all ranks."""
-        number, self._reduction_round = self._reduction_round, self._reduction_round + 1
-        _put(self._reductions, number, self.rank, pickle.dumps(tuple(values)))
-        return PendingMaximum(self._reductions, number, self)
+        return PendingMaximum(self._reductions, self._reductions.put(encode(tuple(values))))
 
 
 class PendingMaximum:
     """A maximum whose own part is in the store already."""
 
-    def __init__(self, store: dist.Store, number: int, communicator: StoreCommunicator) -> None:
-        self._store = store
+    def __init__(self, exchange: Exchange, number: int) -> None:
+        self._exchange = exchange
         self._number = number
-        self._communicator = communicator
 
     def wait(self) -> tuple[int, ...]:
         """Return the elementwise maximum over all ranks."""
-        parts = _take(self._store, self._number, self._communicator)
-        columns = zip(*(pickle.loads(part) for part in parts), strict=True)
+        columns = zip(*self._exchange.take(self._number), strict=True)
         return tuple(max(column) for column in columns)
-
-
-def _put(store: dist.Store, number: int, rank: int, payload: bytes) -> None:
-    # As text: the store's Python binding returns bytes but takes str.
-    store.set(f"{number}/{rank}", payload.hex())
-
-
-def _take(store: dist.Store, number: int, communicator: StoreCommunicator) -> list[bytes]:
-    keys = [f"{number}/{rank}" for rank in range(communicator.world_size)]
-    try:
-        parts = store.multi_get(keys)
-    except RuntimeError as error:  # torch's DistStoreError is one
-        seconds = communicator.limit_seconds
-        if seconds is None or "timeout" not in str(error).lower():
-            raise
-        there = {rank: 0 for rank, key in enumerate(keys) if store.check([key])}
-        if communicator.rank != min(there):
-            time.sleep(HEAD_START_SECONDS)
-        raise LaunchError(tell_missing(there, len(keys), seconds)) from error
-    if number > 0:
-        store.delete_key(f"{number - 1}/{communicator.rank}")
-    return [bytes.fromhex(part.decode()) for part in parts]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
+from hpctrain.launch.decoding import decode
+from hpctrain.launch.encoding import encode
 from hpctrain.launch.world import World
 
 T = TypeVar("T")
@@ -28,12 +26,13 @@ def gather_at_rank_zero(value: T, world: World) -> list[T] | None:
     Small values go over the control plane, large ones the way of gradients.
 
     Args:
-        value: that pickles; tensors in it on the host.
+        value: of the types that `hpctrain.launch.encoding` knows; tensors in it on the host. What
+            comes over the network is never unpickled.
         world: the ranks.
     """
     if world.topology.world_size == 1:
         return [value]
-    payload = b"" if world.topology.is_rank_zero else _pickled(value)
+    payload = b"" if world.topology.is_rank_zero else encode(value)
     small = payload if len(payload) <= _SMALL_BYTES else None
     messages: list[tuple[int, bytes | None]] = world.communicator.all_gather((len(payload), small))
     sizes = [0 if message is not None else size for size, message in messages]
@@ -43,7 +42,7 @@ def gather_at_rank_zero(value: T, world: World) -> list[T] | None:
     payloads = [
         large[rank] if message is None else message for rank, (_, message) in enumerate(messages)
     ]
-    return [value, *(pickle.loads(item) for item in payloads[1:])]
+    return [value, *(decode(item) for item in payloads[1:])]
 
 
 def _gather_bytes(payload: bytes, sizes: Sequence[int], world: World) -> list[bytearray] | None:
@@ -70,23 +69,3 @@ def _gather_bytes(payload: bytes, sizes: Sequence[int], world: World) -> list[by
             count = max(0, min(length, sizes[rank] - start))
             received[rank] += item[:count].cpu().numpy().tobytes()
     return received if is_rank_zero else None
-
-
-def _pickled(value: object) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles a tensor as its own bytes; torch takes all of the memory that it is a view of."""
-
-    def reducer_override(self, value: object) -> Any:
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        data = tensor_bytes(value).numpy()
-        return _tensor, (data, value.dtype, tuple(value.shape))
-
-
-def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(data).view(dtype).view(shape)

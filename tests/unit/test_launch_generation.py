@@ -63,6 +63,17 @@ def test_a_process_that_was_killed_between_two_messages() -> None:
     assert len(set(run(store, [process(rank) for rank in range(3)]))) == 1
 
 
+@pytest.mark.parametrize(
+    "hello",
+    ["", "1", "1 2 3 4", "x y z", "-1 0123456789abcdef 3", "1 ../x 3", "٣ 0123456789abcdef 3"],
+)
+def test_what_others_write_into_the_store_is_no_hello(hello: str) -> None:
+    store = HashStore()
+    number = store.add("hpctrain/generation/hellos", 1)
+    store.set(f"hpctrain/generation/hellos/{number}", hello)
+    assert len(set(run(store, [process(rank) for rank in range(3)]))) == 1
+
+
 def test_a_restart_with_another_number_of_ranks() -> None:
     store = HashStore()
     run(store, [process(rank, 4) for rank in (1, 2, 3)], seconds=0.3)

@@ -113,7 +113,7 @@ def versions(mpi: str | None, cuda: bool) -> dict[str, str]:
     found = {
         "hpctrain": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "h5py": h5py.__version__,
         "HDF5": h5py.version.hdf5_version,

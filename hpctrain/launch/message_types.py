@@ -1,0 +1,113 @@
+"""Which classes may be part of a message between ranks: the closed set of `encoding`.
+
+They only hold values: dataclasses, named tuples, enums, and hpctrain's errors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+_NAMES = {
+    "checkpoint.layout": "UnreadableError",
+    "checkpoint.parts": "Spread",
+    "checkpoint.raw": "RawTensor",
+    "checkpoint.reading": "Rows",
+    "checkpoint.tree": "UnsavableError",
+    "checkpoint.writing": "Written",
+    "config.normalizing": "Normalization",
+    "config.schema": (
+        "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "
+        "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
+        "LaunchSection LoggingSection Config"
+    ),
+    "config.semantics": "Semantics",
+    "data.coding": "Coding",
+    "data.dataset": "Field Layout Shard Dataset",
+    "data.decoding": "FieldDecoding",
+    "data.finding.view": "Part Column View",
+    "data.order.picks": "Spans Picks",
+    "data.sources.arrays": "ArrayFacts",
+    "data.sources.images": "Pictures",
+    "data.sources.indexed": "Indexed",
+    "data.sources.source": "Converted",
+    "data.sources.table": "Part Table",
+    "data.sources.text": "Text",
+    "data.tools.packing": "Written",
+    "data.tools.planning": "Output Plan",
+    "errors": (
+        "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "
+        "TrainingError"
+    ),
+    "launch.cores": "Cores",
+    "launch.device": "Place Owner",
+    "launch.discovery": "Node",
+    "launch.rendezvous": "Address",
+    "preflight.asking": "Answer",
+    "preflight.probes.dataset": "Reading",
+    "preflight.probes.folder": "FolderFacts",
+    "preflight.probes.network": "Lookup",
+    "preflight.probes.numbers": "NumberFacts",
+    "preflight.probes.process": "RankFacts",
+    "preflight.probes.reductions": "Reduction Wrong",
+    "preflight.probes.step": "StepFacts",
+    "training.metrics": "Part",
+    "training.staging": "NodeStage",
+    "training.step.trial": "Findings",
+}
+NAMES = frozenset(
+    f"hpctrain.{module}:{name}" for module, names in _NAMES.items() for name in names.split()
+)
+"""Classes as messages name them, MODULE:CLASS."""
+
+
+class ClassTable:
+    """The classes of the listed modules, by the names that they have in messages."""
+
+    def __init__(self) -> None:
+        self._names: dict[type, bytes] = {}
+        self._found: dict[bytes, tuple[type[Any], tuple[str, ...]]] = {}
+
+    def name_of(self, kind: type) -> bytes:
+        """Return the name of a class.
+
+        Raises:
+            TypeError: if it may not be part of a message.
+        """
+        name = self._names.get(kind)
+        if name is None:
+            name = f"{kind.__module__}:{kind.__qualname__}".encode()
+            try:
+                found = self.find(name)[0]
+            except ValueError:
+                found = None
+            if found is not kind:
+                raise TypeError(
+                    f"{kind.__module__}.{kind.__qualname__} cannot be part of a message between "
+                    "ranks: hpctrain/launch/message_types.py lists the classes that can"
+                )
+            self._names[kind] = name
+        return name
+
+    def find(self, name: bytes) -> tuple[type[Any], tuple[str, ...]]:
+        """Return the class of a name, and the names of its fields.
+
+        Raises:
+            ValueError: if there is none that may be part of a message.
+        """
+        entry = self._found.get(name)
+        if entry is None:
+            text = name.decode("ascii")
+            if text not in NAMES:
+                raise ValueError("a class that is not listed")
+            module, _, kind_name = text.partition(":")
+            kind: Any = getattr(importlib.import_module(module), kind_name)
+            entry = self._found[name] = kind, _field_names(kind)
+        return entry
+
+
+def _field_names(kind: Any) -> tuple[str, ...]:
+    if is_dataclass(kind):
+        return tuple(field.name for field in fields(kind))
+    return tuple(getattr(kind, "_fields", ()))
