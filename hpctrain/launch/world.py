@@ -17,6 +17,7 @@ from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.limits import prepare_nccl, raise_open_files
 from hpctrain.launch.loading import loading
+from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.watchdog.gathering import watched
@@ -40,6 +41,8 @@ class World:
         backend: of the default process group; None in a world of one process, which has none.
         pulse: signs of life. From the first one on, `launch.hang_timeout_seconds` holds: a loop of
             your own calls `world.pulse.step_done(step)` after every step, or never.
+        nccl_log: what NCCL says of its way; None where it does not run, or the user has said how it
+            is to log.
     """
 
     topology: Topology
@@ -47,6 +50,7 @@ class World:
     device: torch.device
     backend: str | None
     pulse: Pulse = field(default_factory=Pulse)
+    nccl_log: NcclLog | None = None
 
 
 @contextmanager
@@ -166,6 +170,7 @@ def process_group(
         seconds=60 + 2 * max(section.hang_timeout_seconds, section.first_step_timeout_seconds)
     )
     prepare_nccl(timeout.total_seconds(), has_flight_recorder=torch.__version__ >= "2.9")
+    nccl_log = NcclLog.begin() if backend == "nccl" else None
     dist.init_process_group(
         backend,
         store=_store(topology, meeting, section, timeout),
@@ -179,6 +184,8 @@ def process_group(
         # A DDP model in a reference cycle would outlive its process group and abort at exit.
         gc.collect()
         dist.destroy_process_group()
+        if nccl_log is not None:
+            nccl_log.close()
         # Rank 0 holds the store: it stays until everybody has taken leave.
         communicator.barrier()
 
@@ -191,6 +198,7 @@ def process_group(
             device=device,
             backend=backend,
             pulse=keeper.pulse,
+            nccl_log=nccl_log,
         )
         keeper.leaving()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hpctrain.launch.nccl_log import Transport, describe
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.judging import network as judging
 from hpctrain.preflight.probes import network as probes
 from hpctrain.preflight.probes.reductions import time_reductions
+from hpctrain.training.transport import gather_transport
 
 _FIX = "see that no firewall is between the nodes; launch.interface names another network"
 
@@ -22,10 +24,12 @@ def check_network(checks: Checks, world: World) -> None:
         checks.skip(["all-reduce", "clocks", "barrier"], "one process")
         return
     table = checks.gather("all-reduce", _FIX, lambda: time_reductions(world))
+    transport = gather_transport(world)  # by now it is connected
     if table is not None:
-        checks.add(
-            judging.judge_reductions(table, world.backend or "", hosts, _carrier(checks, world))
-        )
+        carrier = _carrier(checks, world, transport)
+        checks.add(judging.judge_reductions(table, world.backend or "", hosts, carrier))
+    if transport is not None:
+        checks.add(judging.judge_transport(transport, checks.topology.num_nodes))
     offsets = checks.gather("clocks", HOST_FIX, lambda: probes.clock_offset(checks.communicator))
     if offsets is not None:
         checks.add(judging.judge_clocks(offsets, hosts))
@@ -51,7 +55,9 @@ def _check_names(checks: Checks) -> None:
     checks.add(judging.judge_interface(checks.ranks))
 
 
-def _carrier(checks: Checks, world: World) -> str:
-    """Return what carries reductions, with its version where that is known."""
+def _carrier(checks: Checks, world: World, transport: Transport | None) -> str:
+    """Return what carries reductions, with its version and its way where these are known."""
+    told = describe(transport, checks.topology.num_nodes) if transport is not None else ""
     version = checks.ranks[0].versions.get("NCCL") if checks.ranks else None
-    return f"NCCL {version}" if world.backend == "nccl" and version else world.backend or ""
+    known = f"NCCL {version}" if world.backend == "nccl" and version else world.backend or ""
+    return told or known

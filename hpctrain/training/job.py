@@ -43,6 +43,7 @@ from hpctrain.training.run import Run
 from hpctrain.training.step.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.step.coupling import find_coupling
 from hpctrain.training.telling import complete_text, header_text, summary_text
+from hpctrain.training.transport import transport_notes
 from hpctrain.training.warm_start import start_warm
 
 logger = logging.getLogger("hpctrain")
@@ -235,6 +236,7 @@ def _build(
         step.settle()
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
+    notes += transport_notes(world)
     return parts
 
 

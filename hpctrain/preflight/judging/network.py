@@ -6,6 +6,7 @@ import ipaddress
 import statistics
 from collections.abc import Mapping, Sequence
 
+from hpctrain.launch.nccl_log import Transport, describe, find_trouble
 from hpctrain.preflight.finding import Finding
 from hpctrain.preflight.probes.network import Lookup
 from hpctrain.preflight.probes.process import RankFacts
@@ -184,10 +185,20 @@ def _wrong_reductions(
         status="fail",
         fact=f"{carrier} gives wrong sums of {'; of '.join(stories)}",
         fix="training would learn from wrong gradients and say nothing. Leave these nodes out and "
-        "try again; where others fail too, another version of NCCL, of its network plug-in or of "
-        "the network's library, or no GPUDirect (NCCL_NET_GDR_LEVEL=LOC); give the site this line",
+        "try again; where others fail too: no GPUDirect (NCCL_NET_GDR_LEVEL=LOC, and gdrcopy off), "
+        "or other versions of NCCL, its plug-in and libfabric; give the site this line",
         values={**values, "wrong": found},
     )
+
+
+def judge_transport(transport: Transport, num_nodes: int) -> Finding:
+    """Tell the way that NCCL takes, and look whether a faster one lies idle."""
+    fact = describe(transport, num_nodes) or "not known: NCCL_DEBUG is set, and its log elsewhere"
+    trouble = find_trouble(transport, num_nodes)
+    if trouble is not None:
+        fact, _, fix = trouble.partition(": ")
+        return Finding(name="transport", status="warn", fact=fact, fix=fix)
+    return Finding(name="transport", status="pass", fact=fact)
 
 
 def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
