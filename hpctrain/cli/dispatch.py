@@ -15,7 +15,7 @@ from hpctrain.cli.parsing import usage_error
 from hpctrain.cli.tools import ckpt, job, status
 from hpctrain.cli.voice import point_to_rank_zero, say, tell
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
-from hpctrain.launch.launchers import Claim, may_speak, this_process
+from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.version import __version__
 
 _HEAD_START_SECONDS = 2.0
@@ -27,24 +27,28 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "job": job,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    claim = None
-    # Before the ranks have met, the one that its launcher calls rank 0 speaks for all.
-    speaks = may_speak(os.environ)
     try:
-        claim = claim_for(arguments)
-        speaks = claim.rank in (None, 0)
-        return dispatch(arguments, claim)
+        return dispatch(arguments, claim_for(arguments))
     except HpctrainError as error:
         if not error.told:
-            # What only this rank knows it has to say itself.
-            if speaks or not error.everywhere:
-                tell(error)
-            else:
-                # A launcher ends the job once the first rank leaves: rank 0 is to be heard before.
-                time.sleep(_HEAD_START_SECONDS)
-                if claim is None or not claim.needs_mpi:
-                    point_to_rank_zero()
+            _tell_once(error)
         return error.exit_code
+
+
+def _tell_once(error: HpctrainError) -> None:
+    """Tell a failure: what only this rank knows it has to say itself, else one speaks for all."""
+    if not error.everywhere:
+        tell(error)
+        return
+    from hpctrain.launch.speaking import is_by_hand, let_rank_zero_end, speaks_for_all
+
+    if speaks_for_all():
+        tell(error)
+        let_rank_zero_end()
+    elif is_by_hand(os.environ):
+        # Somebody may read the output of this process alone.
+        time.sleep(_HEAD_START_SECONDS)
+        point_to_rank_zero()
 
 
 def claim_for(arguments: Sequence[str]) -> Claim:
@@ -59,6 +63,8 @@ def claim_for(arguments: Sequence[str]) -> Claim:
         if _is_collective(arguments):
             raise
         # Work for one process; it only matters which one it is.
+        from hpctrain.launch.speaking import may_speak
+
         return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
 
 

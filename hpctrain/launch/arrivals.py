@@ -1,14 +1,15 @@
-"""Who of this node's ranks has come to MPI_Init, seen from outside while it blocks.
+"""How far the ranks of this node have come, seen from outside.
 
 Nothing can be sent before MPI runs. The process tree tells which processes a launcher has started
-here, their environment which ranks they are, and an open file of ours that they wait in MPI_Init.
+here, their environment which ranks they are, and a file in memory that they hold open, a mark, what
+they are at, such as that they wait in MPI_Init.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from hpctrain.launch.table import Launcher
 from hpctrain.utils.proc import PROC, ancestors, parent_of
 from hpctrain.utils.text import listed
 
-_MARK = "hpctrain-in-mpi-init"
+IN_MPI_INIT = "hpctrain-in-mpi-init"
+
+_MARKS = "hpctrain-"
 _SHOWN = 8
 
 
@@ -28,25 +31,32 @@ class Seen:
     Attributes:
         pid: its last process, which is the rank itself where a script starts it.
         name: of that process.
-        is_waiting: it waits in MPI_Init.
+        marks: what it says that it is at.
     """
 
     pid: int
     name: str
-    is_waiting: bool
+    marks: frozenset[str]
+
+    @property
+    def is_waiting(self) -> bool:
+        return IN_MPI_INIT in self.marks
 
 
 @contextmanager
-def waiting_in_mpi_init() -> Iterator[None]:
-    """Have other ranks see that this one waits in MPI_Init."""
-    if not hasattr(os, "memfd_create"):
-        yield
-        return
-    mark = os.memfd_create(_MARK)
+def marked(name: str) -> Iterator[None]:
+    """Have other ranks of this node see what this one is at during the body."""
+    descriptor = mark(name)
     try:
         yield
     finally:
-        os.close(mark)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def mark(name: str) -> int | None:
+    """Have other ranks of this node see what this one is at, until the descriptor is closed."""
+    return os.memfd_create(name) if hasattr(os, "memfd_create") else None
 
 
 def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:
@@ -58,10 +68,10 @@ def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:
     ranks: dict[int, Seen] = {}
     for pid in _descendants(root, proc):
         rank = _rank(launcher, pid, proc)
-        if rank is None or (rank in ranks and ranks[rank].is_waiting):
+        if rank is None or (rank in ranks and ranks[rank].marks):
             continue
         names = names_of(pid, proc)
-        ranks[rank] = Seen(pid, names[-1] if names else "?", _waits(pid, proc))
+        ranks[rank] = Seen(pid, names[-1] if names else "?", _marks_of(pid, proc))
     return ranks
 
 
@@ -111,12 +121,14 @@ def _rank(launcher: Launcher, pid: int, proc: Path) -> int | None:
     return None
 
 
-def _waits(pid: int, proc: Path) -> bool:
-    """Tell whether a process holds the mark of those that wait in MPI_Init."""
-    try:
+def _marks_of(pid: int, proc: Path) -> frozenset[str]:
+    """Return the marks that a process holds."""
+    found = set()
+    with suppress(OSError):
         for descriptor in (proc / str(pid) / "fd").iterdir():
-            if _MARK in str(descriptor.readlink()):
-                return True
-    except OSError:
-        return False
-    return False
+            with suppress(OSError):
+                # "/memfd:NAME (deleted)"
+                name = str(descriptor.readlink()).partition(":")[2].split(" ")[0]
+                if name.startswith(_MARKS):
+                    found.add(name)
+    return frozenset(found)

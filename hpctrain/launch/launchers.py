@@ -19,7 +19,7 @@ from hpctrain.launch.table import LAUNCHERS, Launcher
 Environment = Mapping[str, str]
 
 # ASCII and short: int() would take other scripts' digits, and refuse the very long.
-_WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
+WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 # What an interactive shell on a compute node is started by, as a step of one task.
 _STEPS = ("srun", "flux", "jsrun", "pals")
 _STALE = "Are variables of another job still set in this shell?"
@@ -66,11 +66,11 @@ def detect(env: Environment, above: Sequence[str] = ()) -> Claim:
         LaunchError: if its variables are incomplete, impossible, or those of two launchers that
             disagree; `everywhere` where all processes of the job have to find the same.
     """
-    launchers = _launchers(env)
+    launchers = launchers_in(env)
     if not launchers:
         _refuse_half_a_world(env)
         return _one_process("no launcher in the environment")
-    inner = _nearest(launchers, above) or launchers[0]
+    inner = nearest(launchers, above) or launchers[0]
     claim = _claim(inner, env)
     if inner.name in _STEPS and claim.world_size == 1:
         _refuse_a_larger_world_in_a_step(claim, [_claim(row, env) for row in launchers], env)
@@ -87,16 +87,7 @@ def detect(env: Environment, above: Sequence[str] = ()) -> Claim:
     return claim
 
 
-def may_speak(env: Environment) -> bool:
-    """Return whether no launcher in the environment calls this process anything but rank 0.
-
-    For what has to be said before there is a claim, or where there can be none.
-    """
-    ranks = [env.get(key, "") for key in ("RANK", *(row.rank[0] for row in _launchers(env)))]
-    return all(int(rank) == 0 for rank in ranks if _WHOLE_NUMBER.fullmatch(rank))
-
-
-def _launchers(env: Environment) -> list[Launcher]:
+def launchers_in(env: Environment) -> list[Launcher]:
     """Return the launchers whose variables are set, the likeliest innermost one first."""
     found: dict[str, Launcher] = {}
     for launcher in LAUNCHERS:
@@ -106,7 +97,7 @@ def _launchers(env: Environment) -> list[Launcher]:
     return list(found.values())
 
 
-def _nearest(launchers: Sequence[Launcher], above: Sequence[str]) -> Launcher | None:
+def nearest(launchers: Sequence[Launcher], above: Sequence[str]) -> Launcher | None:
     """Return the launcher whose process is the nearest one above; None if none is seen."""
     for name in above:
         for launcher in launchers:
@@ -264,7 +255,7 @@ def _check_meeting_point(claim: Claim, env: Environment) -> None:
                 everywhere=True,
             )
     port = env["MASTER_PORT"]
-    if not (_WHOLE_NUMBER.fullmatch(port) and 0 < int(port) < 65536):
+    if not (WHOLE_NUMBER.fullmatch(port) and 0 < int(port) < 65536):
         raise LaunchError(
             f"MASTER_PORT={port!r} is no port: it has to be 1 to 65535.", everywhere=True
         )
@@ -272,7 +263,7 @@ def _check_meeting_point(claim: Claim, env: Environment) -> None:
 
 def _number(launcher: Launcher, env: Environment, variable: str) -> int:
     text = env[variable]
-    if not _WHOLE_NUMBER.fullmatch(text):
+    if not WHOLE_NUMBER.fullmatch(text):
         raise LaunchError(
             f"{launcher.label} started this process, but {variable}={text!r} is not a whole "
             f"number from 0. {_STALE}",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hpctrain.launch.arrivals import ranks_of_node, tell_missing, waiting_in_mpi_init
+from hpctrain.launch.arrivals import IN_MPI_INIT, marked, ranks_of_node, tell_missing
 from hpctrain.launch.launchers import Claim
 from hpctrain.launch.waits import ended_from_outside, limit_seconds
 
@@ -28,7 +28,7 @@ def initialize(MPI: Any, claim: Claim) -> None:  # noqa: N803
     seconds = limit_seconds(claim.world_size)
     with (
         _backstop(seconds + _BACKSTOP_SECONDS),
-        waiting_in_mpi_init(),
+        marked(IN_MPI_INIT),
         ended_from_outside(seconds, lambda asked: _last_words(claim, seconds, asked)),
     ):
         _call(MPI)

@@ -133,6 +133,40 @@ def in_mpi_init(mpirun: int) -> psutil.Process | None:
     return None
 
 
+RANK_ZERO_IS_LATE = """
+rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}
+if [[ $rank == 0 ]]; then until [[ -e $0 ]]; do sleep 0.1; done; fi
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize(("mpirun", "library"), [("mpich", "openmpi"), ("openmpi", "mpich")])
+def test_a_failed_start_is_told_once_though_rank_zero_comes_late(
+    mpirun: str, library: str, tmp_path: Path
+) -> None:
+    """Later than its head start, and before the one that has told it has left."""
+    command = mpirun_command(mpirun, library, 4, "-m", "hpctrain", "no.toml")
+    at = next(index for index, word in enumerate(command) if word.endswith("python"))
+    script = ("bash", "-c", RANK_ZERO_IS_LATE, str(tmp_path / "go"))
+    with subprocess.Popen(
+        [*command[:at], *script, *command[at:]],
+        env=mpirun_environment(mpirun),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        try:
+            assert job.stdout is not None
+            first = next(line for line in job.stdout if line.startswith("hpctrain: error"))
+            (tmp_path / "go").touch()
+            rest, _ = job.communicate(timeout=JOB_SECONDS)
+        finally:
+            job.kill()
+    assert "which cannot join its world" in first
+    assert "hpctrain: error" not in rest
+    assert job.returncode == 69
+
+
 def test_a_world_by_hand_names_who_is_missing_and_ends_on_a_signal() -> None:
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
     code, output = run(*TRAIN, env={**world, **SHORT, "RANK": "0"})

@@ -10,9 +10,10 @@ import pytest
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.ancestry import ancestors
-from hpctrain.launch.launchers import Claim, detect, may_speak
+from hpctrain.launch.launchers import Claim, detect
 from hpctrain.launch.mpi import library_family, library_name
 from hpctrain.launch.pmi import check_process_manager
+from hpctrain.launch.speaking import may_speak
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
 

@@ -1,0 +1,127 @@
+"""Which rank tells what all of them know, where they cannot talk to each other.
+
+Rank 0 does, unless it comes late: a launcher ends the job once the first rank leaves, so that
+nothing would have been told. The others give it a head start, and one of them tells it then. What
+ranks of one node are at they see by their marks; of other nodes nothing is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from hpctrain.launch.ancestry import ancestors
+from hpctrain.launch.arrivals import Seen, mark, ranks_of_node
+from hpctrain.launch.launchers import WHOLE_NUMBER, Environment, launchers_in, nearest
+from hpctrain.launch.table import Launcher
+
+INTENDS, TELLS = "hpctrain-is-about-to-tell", "hpctrain-tells"
+
+_HEAD_START_SECONDS = 2.0
+# Rank 0 of another node, or those beside it, are to be first, and rank 1 before others.
+_RANK_ONE_SECONDS = 5.0
+_ELSEWHERE_SECONDS = 8.0
+_SRUN_SECONDS = 12.0
+_LINGER_SECONDS = 20.0
+# A rank that leaves before MPI_Init ends no job of theirs.
+_LET_OTHERS_RUN = ("srun", "mpich", "intelmpi", "mvapich2", "pmi", "flux")
+_PAUSE_SECONDS = 0.25
+
+
+def speaks_for_all() -> bool:
+    """Return whether this process is to tell a failure that all ranks share.
+
+    Returns once that is clear: with rank 0 at once, with the others after its head start, or when
+    it has told it and gone.
+    """
+    launcher, rank = innermost(os.environ, ancestors()) or (None, None)
+    if launcher is None or rank is None or not launcher.processes:
+        return may_speak(os.environ)
+
+    def look() -> dict[int, Seen]:
+        return {other: seen for other, seen in ranks_of_node(launcher).items() if other != rank}
+
+    if rank != 0 and not _rank_zero_is_silent(launcher, rank, look):
+        return False
+    return _is_first(rank, look)
+
+
+def innermost(env: Environment, above: Sequence[str]) -> tuple[Launcher, int | None] | None:
+    """Return which launcher has started this process, and its rank, as far as that can be told.
+
+    For what has to be said where there can be no claim.
+    """
+    launchers = launchers_in(env)
+    if not launchers:
+        return None
+    row = nearest(launchers, above) or launchers[0]
+    told = next((env[key] for key in row.rank if key in env), "")
+    return row, int(told) if WHOLE_NUMBER.fullmatch(told) else None
+
+
+def is_by_hand(env: Environment) -> bool:
+    """Return whether no launcher's process would have told all of its ranks where they are."""
+    found = innermost(env, ())
+    return found is None or not found[0].mpi_families
+
+
+def may_speak(env: Environment) -> bool:
+    """Return whether no launcher in the environment calls this process anything but rank 0.
+
+    For what has to be said before there is a claim, or where there can be none.
+    """
+    ranks = [env.get(key, "") for key in ("RANK", *(row.rank[0] for row in launchers_in(env)))]
+    return all(int(rank) == 0 for rank in ranks if WHOLE_NUMBER.fullmatch(rank))
+
+
+def let_rank_zero_end() -> None:
+    """Return when rank 0 has seen that it was spoken for, where its launcher would let it run."""
+    launcher, rank = innermost(os.environ, ancestors()) or (None, None)
+    if launcher is None or launcher.name not in _LET_OTHERS_RUN or not rank:
+        return
+    end = time.monotonic() + _LINGER_SECONDS
+    while time.monotonic() < end:
+        zero = ranks_of_node(launcher).get(0)
+        if zero is None or INTENDS in zero.marks:
+            return
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _rank_zero_is_silent(
+    launcher: Launcher, rank: int, look: Callable[[], dict[int, Seen]]
+) -> bool:
+    """Give rank 0 its head start, and return whether it has not told anything by then."""
+    is_here = 0 in look()
+    if not is_here and launcher.name == "srun" and os.environ.get("SLURM_NODEID") == "0":
+        return False  # it was here, and has left
+    if is_here:
+        seconds = _HEAD_START_SECONDS
+    elif launcher.name == "srun":
+        seconds = _SRUN_SECONDS
+    else:
+        seconds = _RANK_ONE_SECONDS if rank == 1 else _ELSEWHERE_SECONDS
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(_PAUSE_SECONDS)
+        if is_here and 0 not in look():
+            return False
+    return True
+
+
+def _is_first(rank: int, look: Callable[[], dict[int, Seen]]) -> bool:
+    """Return whether no other rank of this node tells it; at most one of them is the first."""
+    mark(INTENDS)
+    others = look()
+    if any(TELLS in seen.marks for seen in others.values()):
+        return False
+    rivals = [other for other, seen in others.items() if INTENDS in seen.marks]
+    if rivals and min(rivals) < rank:
+        return False
+    if rivals:
+        # They may have looked before this rank's mark was there.
+        time.sleep(_PAUSE_SECONDS)
+        if any(TELLS in seen.marks for seen in look().values()):
+            return False
+    mark(TELLS)
+    return True
