@@ -71,7 +71,7 @@ def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:
         if rank is None or (rank in ranks and ranks[rank].marks):
             continue
         names = names_of(pid, proc)
-        ranks[rank] = Seen(pid, names[-1] if names else "?", _marks_of(pid, proc))
+        ranks[rank] = Seen(pid, names[-1] if names else "?", marks_of(pid, proc))
     return ranks
 
 
@@ -121,7 +121,7 @@ def _rank(launcher: Launcher, pid: int, proc: Path) -> int | None:
     return None
 
 
-def _marks_of(pid: int, proc: Path) -> frozenset[str]:
+def marks_of(pid: int, proc: Path) -> frozenset[str]:
     """Return the marks that a process holds."""
     found = set()
     with suppress(OSError):

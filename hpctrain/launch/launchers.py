@@ -22,6 +22,14 @@ Environment = Mapping[str, str]
 WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 # What an interactive shell on a compute node is started by, as a step of one task.
 _STEPS = ("srun", "flux", "jsrun", "pals")
+# Rank and number of nodes, where each of them is given the same command. Sources: Lightning's
+# LightningEnvironment; the documentation of SkyPilot, dstack and HTCondor's parallel universe.
+_NODES = (
+    ("NODE_RANK", "NNODES", "somebody"),
+    ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SkyPilot"),
+    ("DSTACK_NODE_RANK", "DSTACK_NODES_NUM", "dstack"),
+    ("_CONDOR_PROCNO", "_CONDOR_NPROCS", "HTCondor"),
+)
 _STALE = "Are variables of another job still set in this shell?"
 
 
@@ -182,6 +190,18 @@ def _refuse_half_a_world(env: Environment) -> None:
             "with torchrun --nnodes ... --node-rank $NODE_RANK.",
             everywhere=True,
         )
+    for rank, count, meaning in _NODES:
+        # A count of one node is no world; without a count only whoever set it knows.
+        if rank in env and "WORLD_SIZE" not in env and "RANK" not in env:
+            if env.get(count, "") == "1" or (rank == "NODE_RANK" and "MASTER_ADDR" not in env):
+                continue
+            raise LaunchError(
+                f"{rank}={env[rank]} is set, RANK and WORLD_SIZE are not: {meaning} has started "
+                "this on several nodes, and every process would train alone. Start it on each "
+                f"with: torchrun --nnodes N --node-rank ${rank} --master-addr ... -m hpctrain ...; "
+                f"for one process: env -u {rank} ...",
+                everywhere=True,
+            )
     if "RANK" in env or "WORLD_SIZE" in env:
         there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
         raise LaunchError(

@@ -15,7 +15,7 @@ from hpctrain.launch.containers import WITHOUT_SHARED_MEMORY, is_walled_off
 from hpctrain.launch.launchers import Claim
 from hpctrain.launch.mpi_communicator import MPICommunicator
 from hpctrain.launch.mpi_init import initialize
-from hpctrain.launch.pmi import check_process_manager
+from hpctrain.launch.pmi import check_descriptor, check_process_manager
 from hpctrain.topology import closing_together
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
@@ -54,7 +54,9 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     version = MPI.Get_library_version()
     library = library_name(version)
     _check_library(claim, library)
-    check_process_manager(claim.launcher, os.environ, version)
+    if not MPI.Is_initialized():
+        check_process_manager(claim.launcher, os.environ, version)
+        check_descriptor(claim.launcher, os.environ)
     if MPI.Is_finalized():
         raise LaunchError(
             f"{library} has been finalized in this process, and cannot be started again: MPI runs "

@@ -6,6 +6,9 @@ no room for a message of ours.
 
 from __future__ import annotations
 
+import os
+import stat
+
 from hpctrain.errors import LaunchError
 from hpctrain.launch.launchers import Environment
 from hpctrain.launch.table import Launcher
@@ -35,6 +38,31 @@ def check_process_manager(launcher: Launcher, env: Environment, version: str) ->
             "PMIx: the site's module, or MPI4PY_LIBMPI=/path/to/libmpi.so.",
             everywhere=True,
         )
+
+
+def check_descriptor(launcher: Launcher, env: Environment) -> None:
+    """Check that the connection to the process manager is there: a rank's children have none.
+
+    Python closes it in what it starts, and MPI_Init would write into whatever has its number now.
+
+    Raises:
+        LaunchError: if it is not.
+    """
+    text = env.get("PMI_FD", "")
+    speaks_pmi = launcher.rank[0] == "PMI_RANK" or launcher.name == "srun"
+    if not speaks_pmi or "PMIX_RANK" in env or not text.isdecimal():
+        return
+    try:
+        if stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+            return
+        what = "is something else here"
+    except OSError:
+        what = "is closed here"
+    raise LaunchError(
+        f"PMI_FD={text}, the connection to the process manager, {what}: the variables of a rank "
+        "were inherited by a process that is none. Start it without them: env -u PMI_FD "
+        "-u PMI_RANK -u PMI_SIZE ..."
+    )
 
 
 def _check_step(env: Environment) -> None:

@@ -20,6 +20,12 @@ from hpctrain.launch.loading import loading
 from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.single import SingleCommunicator
+from hpctrain.launch.surroundings import (
+    check_own_place,
+    look_around_alone,
+    spare_login_node,
+    take_place,
+)
 from hpctrain.launch.watchdog.gathering import watched
 from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.observe.native import quiet_native_libraries
@@ -76,24 +82,28 @@ def control_plane(
         from hpctrain.launch.mpi import mpi_part
 
         with mpi_part(part) as over_part:
-            yield discover(_claim_of_a_part(over_part), over_part, mpi=over_part.library), over_part
+            topology = discover(_claim_of_a_part(over_part), over_part, mpi=over_part.library)
+            yield _placed(topology), over_part
         return
     claim = this_process() if claim is None else claim
     if claim.launcher is None:
+        look_around_alone()
         # Without a launcher MPI is not even imported: MPI_Init aborts on some login nodes.
         alone = SingleCommunicator()
-        yield discover(claim, alone, mpi=None), alone
-    elif claim.needs_mpi:
+        yield _placed(discover(claim, alone, mpi=None)), alone
+        return
+    check_own_place(claim.launcher, claim.world_size)
+    if claim.needs_mpi:
         from hpctrain.launch.mpi import mpi_world
 
         with mpi_world(claim) as over_mpi:
             topology = discover(claim, over_mpi, mpi=over_mpi.library, program=over_mpi.program)
-            yield topology, over_mpi
+            yield _placed(topology), over_mpi
     else:
         from hpctrain.launch.store import store_world
 
         with store_world(claim) as over_store:
-            yield discover(claim, over_store, mpi=None), over_store
+            yield _placed(discover(claim, over_store, mpi=None)), over_store
 
 
 @contextmanager
@@ -241,6 +251,14 @@ def connect(
             success = asked
     if success is not None:
         raise success
+
+
+def _placed(topology: Topology) -> Topology:
+    """Return the topology, now that this process has its place."""
+    if topology.world_size > 1:
+        take_place()
+    spare_login_node(topology)
+    return topology
 
 
 def _claim_of_a_part(part: MPICommunicator) -> Claim:

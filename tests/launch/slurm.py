@@ -217,6 +217,10 @@ class Lab:
         """Return the ids of all jobs that are not over."""
         return self.run("squeue", "-h", "-o", "%i").stdout.split()
 
+    def wait_until_over(self, job: str) -> None:
+        """Return once a job is over."""
+        wait_for(lambda: job not in self.jobs(), "end of the job")
+
     def cancel_all(self) -> None:
         """End all jobs and wait until they are gone."""
         if self.jobs():

@@ -1,0 +1,129 @@
+"""Processes that are not where they believe: below ranks, in shells of steps, on other nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.limits import JOB_SECONDS
+from launching import mpirun_command, mpirun_environment
+from slurm import Lab
+
+pytestmark = pytest.mark.ranks(2)
+
+# No torch: from exec to a world.
+WORLD = """
+from hpctrain.errors import LaunchError
+from hpctrain.launch.world import control_plane
+
+try:
+    with control_plane() as (topology, _):
+        print("a world of", topology.world_size, flush=True)
+except LaunchError as error:
+    print("refused:", error, flush=True)
+"""
+
+# A rank of MPI that is none of ours, and what it starts.
+PARENT = """
+import os
+import subprocess
+import sys
+
+from mpi4py import MPI
+
+from hpctrain.launch.ranks import without_rank
+
+if MPI.COMM_WORLD.Get_rank() == 0:
+    for options in ({}, {"close_fds": False}, {"env": without_rank(os.environ)}):
+        subprocess.run([sys.executable, "world.py"], check=True, **options)
+MPI.COMM_WORLD.Barrier()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "world.py").write_text(WORLD, encoding="utf-8")
+    (tmp_path / "parent.py").write_text(PARENT, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mpi", ["mpich", "openmpi"])
+def test_a_child_of_a_rank_does_not_take_its_place(mpi: str, folder: Path) -> None:
+    """It would write into a descriptor that is another file's now, or wait for ever."""
+    result = subprocess.run(
+        mpirun_command(mpi, mpi, 2, "parent.py"),
+        cwd=folder,
+        env=mpirun_environment(mpi),
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    first, second, third = result.stdout.splitlines()
+    for line in (first, second):
+        assert line.startswith("refused: this process was started by process ")
+        assert "nobody can take it twice" in line
+    assert third == "a world of 1"
+
+
+def test_a_descriptor_that_is_gone_is_a_message(folder: Path) -> None:
+    """As below a rank that is no Python process."""
+    env = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "PMI_FD": "77"}
+    result = subprocess.run(
+        [sys.executable, "world.py"],
+        cwd=folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert "refused: PMI_FD=77, the connection to the process manager, is closed here" in (
+        result.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("-n1", ["this shell is itself a task of a step", "--overlap -n", "a world of 1"]),
+        ("-n2 --mpi=pmi2", ["refused: the shell that this was typed in", "srun --overlap -n 2"]),
+    ],
+)
+def test_a_shell_that_is_a_task_says_so(
+    slurm: Lab, folder: Path, options: str, words: list[str]
+) -> None:
+    if shutil.which("script") is None:
+        pytest.skip("script, which makes a terminal, is not installed (bsdutils)")
+    typed = f"{sys.executable} world.py\nexit\n"
+    result = subprocess.run(
+        ["script", "-qec", f"srun {options} --pty bash --norc", "/dev/null"],
+        input=typed,
+        cwd=folder,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    for word in words:
+        assert word in result.stdout.replace("\r\n", ""), result.stdout
+
+
+def test_one_process_of_a_larger_job(slurm: Lab, folder: Path) -> None:
+    """In the script, and by something like ssh on the other node."""
+    script = f"""
+    {sys.executable} world.py
+    srun -w n2 -N1 -n1 env -u SLURM_STEP_ID -u SLURMD_NODENAME {sys.executable} world.py
+    """
+    job = slurm.submit(script, "-N2", "-n4", cwd=folder)
+    slurm.wait_until_over(job)
+    output = (folder / "out").read_text(encoding="utf-8")
+    assert f"this is one process, and job {job} of Slurm has 2 nodes. To use them: srun" in output
+    assert output.count("a world of 1") == 1
+    assert "refused: this process on n2 was started by none of the launchers" in output
