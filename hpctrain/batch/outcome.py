@@ -1,4 +1,16 @@
-"""exit.json: how a run ended, for job scripts; launchers mix the exit codes of their ranks."""
+"""exit.json: how a run ended, for job scripts; launchers mix the exit codes of their ranks.
+
+Several write it: rank 0, ranks that fail, watchdogs of any node. What it says in the end does not
+depend on who comes last. In this order:
+
+1. what all ranks agreed on, as rank 0 says it: complete, or stopped and saved;
+2. of all failures the one that was told first: what follows is mostly an echo of it;
+3. that the job runs.
+
+Whoever ends a job writes its word to a file of its own kind first, which the first of a kind does,
+then looks which words there are, and writes the best to exit.json until no better one has come.
+Standard library only: the watchdog uses it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +18,20 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import CheckpointError
-from hpctrain.utils.files import replace_file
+from hpctrain.errors import CheckpointError, ExitCode
+from hpctrain.utils.files import create_file, replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_name, read_whole
 
 NAME = "exit.json"
+_KINDS = ("agreed", "failed")
+_READS = 20
+_READ_AGAIN_SECONDS = 0.02
 
 _FITTING: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {
     # The system cuts an exit code to a byte: 256 would be none.
@@ -57,14 +73,71 @@ class Outcome:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write exit.json, whole or not at all.
+    """Write exit.json, whole or not at all; for the one that holds the folder, as a job begins.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
-    content = asdict(outcome) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    with _told(folder):
+        replace_file(folder / NAME, _content(outcome))
+
+
+def conclude(folder: Path, outcome: Outcome) -> None:
+    """Write into exit.json how a job ended, unless there is a better word of it; see above.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    words = [folder / f".{NAME}.{outcome.tries}.{kind}" for kind in _KINDS]
+    own = _content(outcome)
+    is_agreed = outcome.code in (ExitCode.DONE, ExitCode.STOPPED)
+    with _told(folder):
+        word = words[0 if is_agreed else 1]
+        if not word.exists():
+            create_file(word, own)
+        path = folder / NAME
+        while (best := next(filter(None, map(_word, words)), own)) != _bytes(path):
+            replace_file(path, best)
+
+
+def _bytes(path: Path) -> bytes | None:
     try:
-        replace_file(folder / NAME, json.dumps(content, indent=1).encode())
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _word(path: Path) -> bytes | None:
+    """Return a word that is whole, None if there is none."""
+    for _ in range(_READS):
+        try:
+            content = path.read_bytes()
+            parse_json(content)
+            return content
+        except FileNotFoundError:
+            return None
+        except ValueError:  # where there are no links it is not whole for a moment
+            time.sleep(_READ_AGAIN_SECONDS)
+    return None
+
+
+def forget_endings(folder: Path) -> None:
+    """Remove the words of jobs before; for the one that holds the folder."""
+    for word in folder.glob(f".{NAME}.*"):
+        if word.suffix.removeprefix(".") in _KINDS:
+            with suppress(OSError):
+                word.unlink()
+
+
+def _content(outcome: Outcome) -> bytes:
+    content = asdict(outcome) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return json.dumps(content, indent=1).encode()
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"cannot write {folder / NAME}: {error.strerror}") from error
 

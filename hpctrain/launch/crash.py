@@ -6,6 +6,7 @@ Standard library only: the watchdog writes these for ranks that no longer can.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -13,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hpctrain.batch.outcome import read_outcome, write_outcome
+from hpctrain.batch.outcome import Outcome, conclude, read_outcome
+from hpctrain.batch.schedulers import job_identity
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import replace_file
 from hpctrain.version import __version__
 
 
@@ -53,20 +56,29 @@ def write_report(
     path = folder / f"crash-rank-{rank}.json"
     reason = f"rank {rank} on {host} failed: see {path.name}"
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
         write_ending(folder, code, reason)
     except OSError as error:
         sys.stderr.write(f"hpctrain: no crash report: {error}\n")
 
 
 def write_ending(folder: Path, code: int, reason: str) -> None:
-    """Write into exit.json how the job ended, if it says that one runs."""
+    """Write into exit.json that the job failed, if it says that this job runs."""
     try:
         running = read_outcome(folder)
-        if running is not None:
-            write_outcome(folder, replace(running, code=code, reason=reason))
+        if running is not None and running.code is None and _is_of_this_job(running):
+            conclude(folder, replace(running, code=code, reason=reason))
     except CheckpointError as error:
         sys.stderr.write(f"hpctrain: {error}\n")
+
+
+def _is_of_this_job(outcome: Outcome) -> bool:
+    """Tell whether a word is of the job of this process, as far as its environment tells.
+
+    The next job may have begun while this one finds out how it ended.
+    """
+    here = job_identity(os.environ)
+    return here is None or outcome.job in (None, here)
 
 
 def versions() -> dict[str, str | None]:

@@ -7,7 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.outcome import Outcome, newest_saved, read_outcome, write_outcome
+from hpctrain.batch.job_state import job_is_gone
+from hpctrain.batch.outcome import (
+    Outcome,
+    conclude,
+    forget_endings,
+    newest_saved,
+    read_outcome,
+    write_outcome,
+)
 from hpctrain.batch.schedulers import job_identity, lineage
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
@@ -36,7 +44,9 @@ class RunFolder:
         self._first_step = 0
         self._last: Outcome | None = None
         self._token: str | None = None
-        self._lease = Lease(path)
+        self._lease = Lease(
+            path, job_is_gone=lambda job, cluster: job_is_gone(job, cluster, os.environ)
+        )
 
     def __enter__(self) -> RunFolder:
         """Make the folder and take its lease.
@@ -59,6 +69,7 @@ class RunFolder:
             # Where the pointer is damaged the folders themselves tell what to go on from.
             with suppress(CheckpointError):
                 self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
+        forget_endings(self.path)
         # Until the job says otherwise: a killed one says nothing more.
         self.end(None, "running")
         return self
@@ -126,7 +137,8 @@ class RunFolder:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        write_outcome(
+        write = write_outcome if code is None else conclude
+        write(
             self.path,
             Outcome(
                 code=code,

@@ -80,7 +80,8 @@ def train(
     path = Path(config.run.directory, config.run.name)
     folder: RunFolder | None = None
     with ExitStack() as stack:
-        with raise_together(communicator):
+        # A lease that cannot be judged at once is watched.
+        with guard.pulse.unhurried(), raise_together(communicator):
             if topology.is_rank_zero:
                 folder = stack.enter_context(RunFolder(path))
         guard.report_to(path)

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
+from hpctrain.batch.outcome import (
+    Outcome,
+    conclude,
+    forget_endings,
+    read_outcome,
+    write_outcome,
+)
+from hpctrain.launch.crash import write_ending
 from hpctrain.utils import files
 
 WRITERS, WRITES = 8, 25
+ENDINGS = 375
 
 
 def test_exit_json_is_whole_while_many_write_it(tmp_path: Path) -> None:
@@ -43,6 +51,69 @@ def test_exit_json_is_whole_while_many_write_it(tmp_path: Path) -> None:
             done.set()
         assert reading.result() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def end(folder: Path, writer: int) -> None:
+    """One of three who end a job: rank 0, a rank that fails, a watchdog."""
+    for number in range(ENDINGS):
+        if writer == 0 and number == ENDINGS // 2:
+            conclude(folder, Outcome(code=75, reason="stopped", step=9, tries=3))
+        reason = f"{writer}-{number} {'x' * (997 * (writer % 2))}"
+        conclude(folder, Outcome(code=70, reason=reason, step=5, tries=3))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_word_of_an_end_stays_whoever_comes_last(tmp_path: Path, links: bool) -> None:
+    """3,000 endings by processes that do not know each other, read all the while."""
+    write_outcome(tmp_path, Outcome(code=None, reason="running", step=5, tries=3))
+    children = []
+    for writer in range(WRITERS):
+        if (child := os.fork()) == 0:
+            if not links:
+                os.link = no_link
+            code = 1
+            try:
+                end(tmp_path, writer)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    reads = []
+    while len(reads) < 200 or os.waitpid(children[0], os.WNOHANG) == (0, 0):
+        found = read_outcome(tmp_path)
+        assert found is not None
+        reads.append(found.code)
+    assert [os.waitpid(child, 0)[1] for child in children[1:]] == [0] * (WRITERS - 1)
+    last = read_outcome(tmp_path)
+    assert last is not None
+    assert (last.code, last.reason, last.step) == (75, "stopped", 9)
+    assert set(reads) <= {None, 70, 75}
+    forget_endings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def no_link(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
+    write_outcome(tmp_path, Outcome(code=None, reason="running", step=5, tries=3))
+    write_ending(tmp_path, 70, "rank 3 failed")
+    conclude(tmp_path, Outcome(code=69, reason="an echo on rank 0", step=5, tries=3))
+    found = read_outcome(tmp_path)
+    assert found is not None
+    assert (found.code, found.reason) == (70, "rank 3 failed")
+
+
+def test_a_late_word_does_not_end_the_job_that_came_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_outcome(tmp_path, Outcome(code=None, reason="x", step=5, tries=4, job="slurm 8.0"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_ending(tmp_path, 70, "rank 3 failed")
+    found = read_outcome(tmp_path)
+    assert found is not None
+    assert found.code is None
 
 
 def test_every_temporary_name_is_one_writers_alone(tmp_path: Path) -> None:
