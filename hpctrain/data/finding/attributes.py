@@ -20,6 +20,26 @@ MANY_FILES = 100
 """So many take a time to open that is worth a word."""
 
 
+_BARE = "This is a netCDF dimension but not a netCDF variable"
+"""Source: netCDF-4's own files; its documentation tells of the attribute NAME only."""
+
+
+def is_bare_dimension(dataset: h5py.Dataset) -> bool:
+    """Tell whether an array is no variable of a netCDF file, but the length of an axis."""
+    return text_attribute(dataset, "NAME").startswith(_BARE)
+
+
+def text_attribute(dataset: h5py.Dataset, name: str) -> str:
+    """Return an attribute that is text; empty: there is none such."""
+    try:
+        value = read_attribute(dataset.attrs, name) if name in dataset.attrs else ""
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else ""
+
+
 def coding_in(dataset: h5py.Dataset) -> Coding:
     """Return how the numbers of an open HDF5 dataset stand for values."""
     if dataset.dtype.kind not in "iuf":

@@ -16,6 +16,11 @@ from hpctrain.data.dataset import ELSEWHERE, Field, Layout, Shard, require_field
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 
+OR_CHOOSE = (
+    ". Or leave it out: `python -m hpctrain data info` shows what can train, and the tools take "
+    "--fields"
+)
+
 LEAST_PIECE_BYTES = 1024
 """Rows that lie in smaller pieces, along a last axis or so, are better collected by HDF5."""
 
@@ -101,7 +106,10 @@ class Contents:
                 )
         fields = {name: array.field(axis) for name, array in arrays.items()}
         for name, field in fields.items():
-            require_supported(name, field, self.path)
+            try:
+                require_supported(name, field, self.path)
+            except DatasetError as error:
+                raise DatasetError(f"{error}{OR_CHOOSE if names is None else ''}") from None
             self._require_stored(name, arrays[name])
         samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
         layouts = {name: array.layout(axis) for name, array in arrays.items()}
@@ -138,7 +146,8 @@ class Contents:
             counts = listed([f"{name} {count}" for name, count in rows.items()], 30)
             raise DatasetError(
                 f"{self.path}: the fields have different numbers of rows: {counts}. "
-                "Name those that belong together"
+                "Name those that belong together: `python -m hpctrain data info` shows what there "
+                "is, and the tools take --fields"
             )
         return next(iter(rows.values()), 0)
 

@@ -13,10 +13,11 @@ import h5py
 from hpctrain.data.claims import require_countable
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.file_order import FileOrder, in_order, order_key
-from hpctrain.data.finding.attributes import coding_in, with_codings
+from hpctrain.data.finding.attributes import coding_in, is_bare_dimension, with_codings
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.data.finding.elsewhere import behind_links, is_in, other_files
+from hpctrain.data.finding.types import type_of
 from hpctrain.data.finding.walking import objects_in
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
@@ -151,7 +152,8 @@ def look_into(path: str, fields: Sequence[str] | None) -> Contents:
     try:
         with open_hdf5_file(path) as file:
             arrays = {
-                name: _array(dataset, path) for name, dataset in _wanted(file, fields).items()
+                name: _array_of_field(name, dataset, path)
+                for name, dataset in _wanted(file, fields).items()
             }
             found = Path(path).stat()
     except HDF5_FAILURES as error:
@@ -181,7 +183,21 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
     return {name: there[name] for name in wanted}
 
 
-def _array(dataset: h5py.Dataset, path: str) -> Array:
+def _array_of_field(name: str, dataset: h5py.Dataset, path: str) -> Array:
+    try:
+        return array_of(dataset, path)
+    except TypeError:
+        raise DatasetError(
+            f'{path}: field "{name}" is {type_of(dataset)}, which cannot become a tensor'
+        ) from None
+
+
+def array_of(dataset: h5py.Dataset, path: str) -> Array:
+    """Return what HDF5 says of an open dataset in the file at a path.
+
+    Raises:
+        DatasetError: if its chunks went through a filter that is not here.
+    """
     if dataset.chunks is not None:
         require_filters(dataset, path)
     if not is_in(dataset, path):
@@ -213,7 +229,9 @@ def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
     """
     # Bytes are names that are not UTF-8: no config can have them.
     there: dict[str, h5py.Dataset] = {
-        name: item for name, item in objects_in(file) if isinstance(name, str) and _holds_rows(item)
+        name: item
+        for name, item in objects_in(file)
+        if isinstance(name, str) and _holds_rows(item) and not is_bare_dimension(item)
     }
     if not there:
         there = {name: found for name, found in behind_links(file).items() if _holds_rows(found)}

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.sources.opening import Reading, open_source
@@ -79,11 +80,33 @@ def _reading(parsed: argparse.Namespace) -> Reading:
 
 
 def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
-    """Tell what a dataset holds."""
-    from hpctrain.data.tools.describing import describe, description
+    """Tell what a dataset holds, or what there is where it is none as it stands."""
+    from hpctrain.data.tools.surveying import parts_of
 
-    facts = describe(open_dataset(parsed.dataset, parsed.fields))
-    return json.dumps(facts, indent=1) if parsed.json else description(facts)
+    parts = parts_of(parsed.dataset)
+    if not parts:
+        told = _told(parsed.dataset, parsed.fields, as_json=parsed.json)
+        return told if isinstance(told, str) else json.dumps(told, indent=1)
+    each = {part: _told(part, parsed.fields, as_json=parsed.json) for part in parts}
+    if parsed.json:
+        return json.dumps({"source": parsed.dataset, "parts": each}, indent=1)
+    return "\n\n".join(map(str, each.values()))
+
+
+def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str | dict[str, Any]:
+    from hpctrain.data.tools.describing import describe, description
+    from hpctrain.data.tools.surveying import look, survey_facts, survey_text
+
+    try:
+        facts = describe(open_dataset(pattern, fields))
+    except DatasetError as problem:
+        if fields is not None:
+            raise
+        found, files = look(pattern, problem)
+        if as_json:
+            return survey_facts(found, files, problem)
+        return survey_text(pattern, found, files, problem)
+    return facts if as_json else description(facts)
 
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings, described
+from hpctrain.data.finding.times import covered
 from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.sources.indexed import read_attributes
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.tools.statistics import STATS_NAME
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import plural, printable, table
@@ -26,6 +28,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         DatasetError: if the first shard cannot be read.
     """
     attributes = read_attributes(dataset)
+    times = [name for name, said in attributes.items() if " since " in str(said.get("units"))]
+    periods = _periods(dataset, times) if times else {}
     decoded = {name: _decoded(dataset, name) for name in dataset.fields}
     folder = Path(dataset.source)
     return {
@@ -46,6 +50,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
                 "layout": _layout(dataset, name),
                 "chunk_rows": max(s.layouts[name].chunk_rows for s in dataset.shards),
                 "decoded": decoded[name],
+                "period": periods.get(name),
                 "attributes": {key: _plain(value) for key, value in attributes[name].items()},
             }
             for name, field in dataset.fields.items()
@@ -70,6 +75,8 @@ def description(facts: Mapping[str, Any]) -> str:
         notes = [f"{_short(key)}: {_short(value)}" for key, value in attributes[:MOST_NOTES]]
         if attributes[MOST_NOTES:]:
             notes.append(f"and {len(attributes) - MOST_NOTES:,} more")
+        if field["period"] is not None:
+            notes.insert(0, field["period"])
         if field["decoded"] is not None:
             notes.insert(0, f"decoded {field['decoded']}")
         rows.append((name, field["dtype"], shape, field["layout"], ", ".join(notes)))
@@ -83,6 +90,20 @@ def _decoded(dataset: Dataset, name: str) -> str | None:
     except DatasetError as error:
         return str(error)
     return None if found is None else described(found)
+
+
+def _periods(dataset: Dataset, names: Sequence[str]) -> dict[str, str | None]:
+    """Return from when to when the times of a dataset are, by field.
+
+    Raises:
+        DatasetError: if its first or last file cannot be read.
+    """
+    ends = [dataset.shards[index].path for index in (0, -1)]
+    try:
+        with open_hdf5_file(ends[0]) as first, open_hdf5_file(ends[1]) as last:
+            return {name: covered(first[name], last[name]) for name in names}
+    except HDF5_FAILURES as error:
+        raise DatasetError(f"{ends[1]}: HDF5 cannot read this file: {error}") from error
 
 
 def _layout(dataset: Dataset, name: str) -> str:
