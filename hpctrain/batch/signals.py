@@ -9,10 +9,10 @@ from types import FrameType, TracebackType
 
 STOP_SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGURG")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGURG")
     if hasattr(signal, name)
 )
-"""Slurm, LSF (URG) and PBS warn by these, a terminal by INT, a CPU limit by XCPU."""
+"""Slurm, LSF (URG) and PBS warn by these, a terminal by INT and HUP, a CPU limit by XCPU."""
 
 _FORCE_AFTER_SECONDS = 2.0
 _STDIN = 0
@@ -33,7 +33,8 @@ class SignalFlag:
 
     def __enter__(self) -> SignalFlag:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if not _is_left_alone(number):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -54,6 +55,16 @@ class SignalFlag:
             self._interrupted_at = now
         elif now - self._interrupted_at >= _FORCE_AFTER_SECONDS and os.isatty(_STDIN):
             os._exit(128 + number)
+
+
+def _is_left_alone(number: int) -> bool:
+    """Return whether a signal is to have no effect: nohup has SIGHUP ignored from the beginning.
+
+    SIGINT is not left alone: a shell that is no terminal's ignores it in all that it starts in the
+    background, and schedulers send it there all the same.
+    """
+    is_hangup = number == getattr(signal, "SIGHUP", None)
+    return is_hangup and signal.getsignal(number) == signal.SIG_IGN
 
 
 def bit(number: int) -> int:

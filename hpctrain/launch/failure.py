@@ -21,6 +21,8 @@ from hpctrain.launch.crash import versions, write_report
 from hpctrain.launch.mpi import abort
 from hpctrain.launch.watchdog.member import Member
 from hpctrain.launch.watchdog.pulse import Pulse
+from hpctrain.launch.watchdog.showing import show_own_stacks
+from hpctrain.launch.watchdog.stacks import Requests
 from hpctrain.topology import Topology
 from hpctrain.utils.streams import finish_out
 
@@ -41,6 +43,7 @@ class Guard:
         self._topology = topology
         self._member: Member | None = None
         self._folder: Path | None = None
+        self._requests: Requests | None = None
         self._about: dict[str, object] = {"mpi": topology.mpi}
 
     def watched_by(self, member: Member) -> None:
@@ -62,6 +65,13 @@ class Guard:
         self._folder = folder
         if self._member is not None and self._topology.is_rank_zero:
             self._member.tell_folder(folder)
+        if self._member is None and self._topology.world_size == 1:
+            self._requests = show_own_stacks(folder)
+
+    def close(self) -> None:
+        """End what goes on in the background."""
+        if self._requests is not None:
+            self._requests.close()
 
     def runs_on(self, device: str) -> None:
         """Take note of the device, for the report."""
@@ -150,6 +160,7 @@ def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
         keeper.end_job(error, error.__traceback__)
     finally:
         threading.excepthook = previous
+        keeper.close()
 
 
 def exit_code(error: BaseException) -> int:

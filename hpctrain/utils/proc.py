@@ -52,12 +52,12 @@ def ancestors(pid: int | None = None, proc: Path = PROC) -> Iterator[int]:
         above = parent_of(above, proc)
 
 
-def start_time(pid: int) -> str | None:
+def start_time(pid: int, proc: Path = PROC) -> str | None:
     """Return when a process began, in clock ticks since the boot; None if there is none.
 
     A process id is used again; together with its start it is not.
     """
-    fields = stat_fields(pid)
+    fields = stat_fields(pid, proc)
     return fields[START_TIME] if fields else None
 
 

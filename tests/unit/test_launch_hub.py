@@ -112,6 +112,8 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     monkeypatch.setattr(hub_module, "say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.spoke.say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._ECHO_SECONDS", 0.0)
+    monkeypatch.setattr("hpctrain.launch.watchdog.judge._LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr("hpctrain.launch.watchdog.showing._ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(hub_module, "_FAREWELL_SECONDS", 0.0)
     yield made
     made.close()
@@ -159,6 +161,10 @@ SENT_AFTER_THE_PROOF = [
     b'{"failing": %b, "rank": 2, "may_be_echo": false}\n' % (b"9" * 30),
     b'{"stands": [[]]}\n',
     b'{"stands": {}}\n',
+    b'{"shown": 1, "missing": [0]}\n',
+    b'{"shown": 3, "missing": []}\n',
+    b'{"launcher_gone": {"name": "prted", "pid": -1, "is_front_end": false}}\n',
+    b'{"launcher_gone": {"name": 7, "pid": 1, "is_front_end": false}}\n',
     b'{"died": null}\n',
     b'{"died": {"rank": 2, "oom_kills": 0, "step": 1, "about": {"a": [[]]}}}\n',
     b'{"end": 0}\n',
@@ -231,6 +237,7 @@ def test_a_hub_that_is_none_is_not_believed(lab: Lab, monkeypatch: pytest.Monkey
         {"stacks": "relative"},
         {"stacks": "/a\0b"},
         {"stacks": 7},
+        {"show_stacks": "relative"},
         {"die": 1},
         {},
     ],
@@ -239,6 +246,31 @@ def test_a_hub_that_is_none_is_not_believed(lab: Lab, monkeypatch: pytest.Monkey
 def test_orders_that_are_none(message: dict[str, object]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         protocol.parse_order(message, GROUPS[2])
+
+
+def test_all_nodes_are_asked_to_show_where_they_are(lab: Lab, tmp_path: Path) -> None:
+    """Once one has answered and the other has not, the user is told so."""
+    (two, heard), (four, _) = lab.spoke(2), lab.spoke(4)
+    lab.until(lambda: lab.hub._door is None)
+    lab.hub.send({"folder": str(tmp_path)})
+    (tmp_path / "STACKS").touch()
+    order = protocol.ShowStacks(tmp_path / "stacks")
+    lab.until(lambda: order in heard and order in lab.orders)
+    assert not (tmp_path / "STACKS").exists()
+    lab.hub.send({"shown": 2, "missing": []})
+    two.send({"shown": 1, "missing": [3]})
+    four.send({"moved": False})  # it is there, but has no stacks to show
+    lab.until(lambda: lab.said)
+    assert "wrote the stacks of 3 ranks to" in lab.said[0]
+    assert "none from rank 3, 4, 5" in lab.said[0]
+
+
+def test_the_end_of_a_launcher_on_another_node_ends_all(lab: Lab) -> None:
+    (two, _), (_, heard) = lab.spoke(2), lab.spoke(4)
+    gone = {"name": "\x1bprted", "pid": 4, "signal": "SIGKILL", "is_front_end": False}
+    two.send({"launcher_gone": gone})
+    lab.until(lambda: protocol.EndRanks(69) in heard)
+    assert "\\x1bprted (process 4 on b), which had started ranks 2 to 3, was killed" in lab.said[0]
 
 
 def test_what_ranks_say_is_escaped(lab: Lab, tmp_path: Path) -> None:

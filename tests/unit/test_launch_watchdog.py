@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,12 @@ from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog import processes
 from hpctrain.launch.watchdog.judge import (
     AskStacks,
+    AskToStop,
     Death,
     End,
     Group,
     Judge,
+    LauncherGone,
     NodeLost,
     Reply,
     Stall,
@@ -38,6 +40,8 @@ from hpctrain.launch.watchdog.pulse import ROW_BYTES, Pulse, Reading, read_row
 from hpctrain.launch.watchdog.telling import main_stack, story
 
 GROUPS = {0: Group(host="a", ranks=(0, 1)), 2: Group(host="b", ranks=(2, 3))}
+GONE = LauncherGone(host="b", ranks=(2, 3), name="hydra_pmi_proxy", pid=41, signal="SIGKILL")
+SCRIPT = LauncherGone(host="a", ranks=(0, 1), name="mpirun", pid=4, is_front_end=True)
 KILLED = Death(rank=3, host="b", signal="SIGKILL", signal_number=9, step=7)
 
 
@@ -91,6 +95,53 @@ class TestJudge:
     def test_a_death_explains_a_lost_node(self, judge: Judge) -> None:
         judge.lost(2, 0.0)
         assert judge.died(KILLED)[0] == Tell(KILLED)
+        assert judge.look(9.0) == []
+
+    def test_a_launcher_that_is_gone_explains_what_follows(self, judge: Judge) -> None:
+        """It takes ranks with it, or their output: then they fail by that."""
+        judge.launcher_gone(GONE, 0.0)
+        assert judge.look(1.9) == []
+        assert judge.died(KILLED) == [Tell(GONE), End(69)]
+        other = Judge(GROUPS, hang_timeout_seconds=60, first_step_timeout_seconds=600)
+        other.launcher_gone(GONE, 0.0)
+        broken_pipe = other.failing(1, 70, False, 0.1)
+        assert broken_pipe == [Reply(1, may_speak=False), Tell(GONE), End(69)]
+
+    def test_ranks_do_not_go_on_without_their_launcher(self, judge: Judge) -> None:
+        judge.launcher_gone(GONE, 0.0)
+        assert judge.look(2.0) == [Tell(GONE), End(69)]
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_of_two_that_are_gone_the_front_end_is_the_cause(
+        self, judge: Judge, order: tuple[int, int]
+    ) -> None:
+        for index in order:
+            judge.launcher_gone((GONE, SCRIPT)[index], 0.0)
+        assert judge.look(2.0) == [Tell(replace(SCRIPT, is_front_end=False)), End(69)]
+
+    def test_ranks_whose_front_end_is_gone_are_asked_to_stop(self, judge: Judge) -> None:
+        """They can still save: what has started them is there."""
+        judge.moved(0, False, 0.0)
+        judge.launcher_gone(SCRIPT, 0.0)
+        assert judge.look(2.0) == [AskToStop(SCRIPT)]
+        assert judge.look(9.0) == []
+        assert judge.failing(1, 74, False, 9.0) == [Reply(1, may_speak=True)]
+
+    def test_a_loop_that_knows_no_stop_ends_by_the_request(self, judge: Judge) -> None:
+        judge.launcher_gone(SCRIPT, 0.0)
+        judge.look(2.0)
+        asked = Death(rank=1, host="a", signal="SIGTERM", signal_number=15)
+        assert judge.died(asked) == [End(69)]
+
+    def test_a_daemon_that_goes_after_its_front_end_ends_the_job(self, judge: Judge) -> None:
+        judge.launcher_gone(SCRIPT, 0.0)
+        judge.look(2.0)
+        judge.launcher_gone(GONE, 3.0)
+        assert judge.look(3.0) == [Tell(replace(SCRIPT, is_front_end=False)), End(69)]
+
+    def test_a_launcher_that_clears_up_is_not_the_cause(self, judge: Judge) -> None:
+        assert judge.died(KILLED) == [Tell(KILLED), End(137)]
+        judge.launcher_gone(GONE, 0.1)
         assert judge.look(9.0) == []
 
     def test_a_loop_that_never_ticks_has_no_limit(self, judge: Judge) -> None:
@@ -180,17 +231,19 @@ def test_laggards(stands: Sequence[Stand], expected: Sequence[int]) -> None:
         (Death(rank=1, host="a", exit_code=0), 70, ["exit code 0 and without a word"]),
         (Death(rank=1, host="a"), 137, ["rank 1@a was killed; the job ends"]),
         (NodeLost(GROUPS[2]), 69, ["node b with ranks 2 to 3 is gone"]),
+        (GONE, 69, ["hydra_pmi_proxy (process 41 on b)", "ranks 2 to 3", "killed by SIGKILL"]),
+        (SCRIPT, 69, ["mpirun (process 4 on a)", "has ended while", "are asked to stop (SIGTERM)"]),
         (NodeLost(Group(host="b", ranks=(5,))), 69, ["with rank 5 is gone"]),
         (NodeLost(Group(host="b", ranks=(1, 3))), 69, ["with ranks 1, 3 is gone"]),
         (
             Stall(300, (stand(0), stand(1, state="T"))),
             70,
-            ["no rank has got on for 300 s", "rank 1@a is stopped", "after step 2"],
+            ["no progress for 300 s (hang timeout)", "rank 1@a is stopped", "after step 2"],
         ),
         (Stall(9, (stand(0), stand(1, progress=4))), 70, ["rank 1@a is behind the others"]),
         (Stall(9, (stand(0), stand(1), stand(2, state="D", stack="x"))), 70, ["waits for a disk"]),
         (Stall(9, (stand(0), stand(1))), 70, ["in different orders?", "Stack of rank 0@a"]),
-        (Stall(9, tuple(stand(rank, state="T") for rank in range(9))), 70, ["no rank has got on"]),
+        (Stall(9, tuple(stand(rank, state="T") for rank in range(9))), 70, ["no progress for 9 s"]),
     ],
 )
 def test_words(verdict: Death | NodeLost | Stall, code: int, words: list[str]) -> None:
@@ -289,6 +342,7 @@ def test_orders_survive_their_way_into_the_process() -> None:
         hub_fd=None,
         hub_address=("::1", 9),
         speaks_for_hub=True,
+        daemons=((41, "7", "prted", True), (40, "6", "mpirun", False)),
         hang_timeout_seconds=60.0,
         first_step_timeout_seconds=600.0,
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.daemons import daemons_above
 from hpctrain.launch.probing import listen
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.launch.watchdog.judge import Group
@@ -62,7 +63,10 @@ def watched(
     Raises:
         LaunchError: on every rank, if a watchdog cannot be started.
     """
-    spaces = communicator.all_gather((topology.node_rank, _spaces()))
+    said = communicator.all_gather(
+        (topology.node_rank, _spaces(), daemons_above(topology.launcher))
+    )
+    spaces = [(node_rank, space) for node_rank, space, _ in said]
     if any(space is None for _, space in spaces):
         yield None
         return
@@ -101,6 +105,7 @@ def watched(
                 hub_fd=None if hub_listener is None else hub_listener.fileno(),
                 hub_address=None if hub_leader else (meeting.ip, port),
                 speaks_for_hub=leader == speaker,
+                daemons=tuple(dict.fromkeys(daemon for rank in own for daemon in said[rank][2])),
                 hang_timeout_seconds=hang_timeout_seconds,
                 first_step_timeout_seconds=first_step_timeout_seconds,
             )

@@ -18,16 +18,19 @@ from hpctrain.launch.watchdog import protocol
 from hpctrain.launch.watchdog.judge import (
     Action,
     AskStacks,
+    AskToStop,
     Death,
     End,
     Group,
     Judge,
+    LauncherGone,
     NodeLost,
     Reply,
     Tell,
     Verdict,
 )
 from hpctrain.launch.watchdog.messages import Channel, Message, notice_silence
+from hpctrain.launch.watchdog.showing import Showing
 from hpctrain.launch.watchdog.stacks import make_private_folder
 from hpctrain.launch.watchdog.telling import story
 
@@ -76,6 +79,7 @@ class Hub:
         self._left: set[int] = {leader}
         self._folder: Path | None = None
         self._stacks: Path | None = None
+        self._showing = Showing(groups, self._post_all)
         self._connect_until = time.monotonic() + CONNECT_SECONDS
         self._owner = {rank: key for key, group in groups.items() for rank in group.ranks}
         self._ended = False
@@ -98,6 +102,8 @@ class Hub:
     def look(self, now: float) -> None:
         """Do what is due by the clock."""
         self._do(self._judge.look(now))
+        if text := self._showing.look(now):
+            say(text)
         if now >= self._connect_until:
             self._connect_until = float("inf")
             for leader in self._awaited:
@@ -178,12 +184,17 @@ class Hub:
             case protocol.Failing():
                 code, may_be_echo = report.code, report.may_be_echo
                 self._do(self._judge.failing(report.rank, code, may_be_echo, now))
+            case LauncherGone():
+                self._judge.launcher_gone(report, now)
             case protocol.Leaving():
                 self._judge.leaving(report.rank, now)
             case protocol.Stands():
                 self._do(self._judge.stands(report.stands))
+            case protocol.Shown():
+                self._showing.hear(leader, report.count, report.missing)
             case protocol.RunFolder():
                 self._folder = report.path
+                self._showing.look_in(report.path)
             case protocol.Bye():
                 self._left.add(leader)
 
@@ -214,6 +225,9 @@ class Hub:
                 self._post(self._owner[action.rank], answer)
             elif isinstance(action, AskStacks):
                 self._ask_stacks()
+            elif isinstance(action, AskToStop):
+                self._tell(action.reason)
+                self._post_all({"stop": True})
             elif isinstance(action, Tell):
                 self._tell(action.verdict)
             elif isinstance(action, End) and not self._ended:
@@ -268,6 +282,11 @@ def say(text: str) -> None:
 
 
 def _write_reports(folder: Path, verdict: Verdict, text: str) -> None:
+    # stderr may end at a launcher that is gone.
+    with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(text)
+    if isinstance(verdict, LauncherGone) and verdict.is_front_end:
+        return  # how the job ends the ranks tell themselves
     if isinstance(verdict, Death):
         write_report(
             folder,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpctrain.errors import ExitCode
+from hpctrain.launch.watchdog.collectives import GroupPosition
 
 # States of a process that gets no time: SIGSTOP, or a debugger. Source: man 5 proc_pid_stat.
 STOPPED = ("T", "t")
@@ -18,6 +19,8 @@ STOPPED = ("T", "t")
 # A collective that fails on one rank is mostly the echo of another rank's end, which gets here at
 # about the same time.
 _ECHO_SECONDS = 0.5
+# Launchers whose own process was killed mostly end the ranks of the other nodes, in their own time.
+_LAUNCHER_SECONDS = 2.0
 # The rank that fails tells its story and ends the job itself; after this the hub does.
 _SPEECH_SECONDS = 5.0
 # Stopped processes answer nothing; the others dump their stacks in milliseconds.
@@ -68,12 +71,32 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherGone:
+    """A process of the launcher that has ended before the ranks that it had started.
+
+    Attributes:
+        signal: that killed it, as a name; None if it ended by itself or nobody knows.
+        is_front_end: what has started the ranks is still there: they can be asked to stop, and
+            their output arrives. So it is with Intel MPI's mpirun, a script that TERM just ends.
+    """
+
+    host: str
+    ranks: tuple[int, ...]
+    name: str
+    pid: int
+    signal: str | None = None
+    is_front_end: bool = False
+    code: int = ExitCode.LAUNCH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stand:
     """Where a rank stands when nobody gets on.
 
     Attributes:
         state: letter of its process.
         stack: of its main thread; "" if it did not answer.
+        collectives: how far it has come in each process group; none if it did not answer.
     """
 
     rank: int
@@ -82,6 +105,7 @@ class Stand:
     step: int
     state: str
     stack: str
+    collectives: tuple[GroupPosition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +122,7 @@ class Stall:
     code: int = ExitCode.BUG
 
 
-Verdict = Death | NodeLost | Stall
+Verdict = Death | NodeLost | LauncherGone | Stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +141,13 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class AskToStop:
+    """Have every rank save and end, as a scheduler would, and tell why."""
+
+    reason: LauncherGone
+
+
+@dataclass(frozen=True, slots=True)
 class AskStacks:
     """Have every rank say where it stands."""
 
@@ -128,7 +159,7 @@ class End:
     code: int
 
 
-Action = Reply | Tell | AskStacks | End
+Action = Reply | Tell | AskToStop | AskStacks | End
 
 
 class Judge:
@@ -149,6 +180,8 @@ class Judge:
         self._speaker: tuple[int, int, float] | None = None  # rank, exit code, since
         self._echoes: dict[int, tuple[int, float]] = {}  # rank to exit code, since
         self._lost: tuple[int, float] | None = None
+        self._launcher_gone: tuple[LauncherGone, float] | None = None
+        self._has_asked_to_stop = False
         self._moved_at: float | None = None  # None: no rank has ever ticked
         self._unhurried: dict[int, bool] = {}
         self._leaving: set[int] = set()
@@ -160,6 +193,9 @@ class Judge:
         """Take note of a rank that fails and asks to tell its story."""
         if self._settled:
             return [Reply(rank, may_speak=False)]
+        if self._launcher_gone is not None and not self._has_asked_to_stop:
+            # Its output and its MPI have lost their other end.
+            return [Reply(rank, may_speak=False), *self._condemn(self._launcher_gone[0])]
         if may_be_echo:
             self._echoes[rank] = (code, now)
             return []
@@ -171,7 +207,29 @@ class Judge:
             return [End(self._speaker[1])]
         if self._settled:
             return []
-        return self._condemn(death)
+        if self._launcher_gone is None:
+            return self._condemn(death)
+        gone = self._launcher_gone[0]
+        if not self._has_asked_to_stop:
+            return self._condemn(gone)
+        if death.signal != "SIGTERM":
+            return self._condemn(death)
+        # It was asked to stop, and does not know how to; that has been told.
+        self._settled = True
+        return [*self._silence_echoes(), End(gone.code)]
+
+    def launcher_gone(self, gone: LauncherGone, now: float) -> None:
+        """Take note of a process of the launcher that has ended before its ranks."""
+        if self._launcher_gone is None:
+            self._launcher_gone = (gone, now)
+            return
+        known, since = self._launcher_gone
+        if known.is_front_end == gone.is_front_end:
+            return
+        # What has started the ranks follows its front end, and mostly not the other way round.
+        cause = known if known.is_front_end else gone
+        self._launcher_gone = (replace(cause, is_front_end=False), since)
+        self._has_asked_to_stop = False
 
     def lost(self, leader: int, now: float) -> None:
         """Take note of a node that cannot be heard any more."""
@@ -206,6 +264,8 @@ class Judge:
         for rank, (code, since) in self._echoes.items():
             if now - since >= _ECHO_SECONDS:
                 return self._give_floor(rank, code, now)
+        if self._launcher_gone is not None and not self._has_asked_to_stop:
+            return self._look_at_launcher(*self._launcher_gone, now)
         # The launcher may be clearing up after a rank whose end is still on its way here.
         if self._lost is not None and now - self._lost[1] >= _ECHO_SECONDS:
             return self._condemn(NodeLost(self._groups[self._lost[0]]))
@@ -213,11 +273,20 @@ class Judge:
 
     def due_seconds(self, now: float) -> float:
         """Return how long it may take until `look` is next worth calling."""
-        waiting = self._echoes or self._lost or self._asked_at is not None
+        launcher = self._launcher_gone is not None and not self._has_asked_to_stop
+        waiting = self._echoes or self._lost or launcher or self._asked_at is not None
         if waiting and not self._settled:
             return 0.1
         since, limit = self._standing_still()
         return 1.0 if since is None else min(1.0, max(0.05, since + limit - now))
+
+    def _look_at_launcher(self, gone: LauncherGone, since: float, now: float) -> Sequence[Action]:
+        if now - since < _LAUNCHER_SECONDS:
+            return []
+        if not gone.is_front_end:
+            return self._condemn(gone)
+        self._has_asked_to_stop = True
+        return [AskToStop(gone)]
 
     def _standing_still(self) -> tuple[float | None, float]:
         """Return since when nobody has got on, None if nobody ever said so, and the limit."""

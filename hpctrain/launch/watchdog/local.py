@@ -9,47 +9,24 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 
 from hpctrain.launch.watchdog import processes, protocol
-from hpctrain.launch.watchdog.judge import Death, Group, Stand
-from hpctrain.launch.watchdog.member import STACKS_SIGNAL, peer_of, proof_of_rank
+from hpctrain.launch.watchdog.evidence import Evidence
+from hpctrain.launch.watchdog.judge import Death, Group
+from hpctrain.launch.watchdog.member import peer_of, proof_of_rank
 from hpctrain.launch.watchdog.messages import Channel, Message, parse_message
 from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
-from hpctrain.launch.watchdog.stacks import make_private_folder, write_stacks
-from hpctrain.launch.watchdog.telling import main_stack
+from hpctrain.launch.watchdog.rank import Rank
 
 # All ranks join at once; one that takes longer has died on the way.
 _JOIN_SECONDS = 20.0
-_STACKS_SECONDS = 0.3
 _KILL_SECONDS = 2.0
-_STACK_CHARACTERS = 4000
 _ACCEPTS_AT_ONCE = 64
 _HELLO_BYTES = 1024
 
 Send = Callable[[Message], None]
-
-
-@dataclass(slots=True)
-class _Rank:
-    """One rank; without a channel it has not joined yet."""
-
-    rank: int
-    index: int
-    channel: Channel | None = None
-    pid: int = 0
-    pidfd: int | None = None
-    stacks: int = -1
-    about: dict[str, object] = field(default_factory=dict)
-    left: bool = False
-    gone: bool = False
-
-    @property
-    def alive(self) -> bool:
-        return self.channel is not None and not (self.left or self.gone)
 
 
 class LocalRanks:
@@ -74,7 +51,7 @@ class LocalRanks:
         """
         self._group = group
         self._secret = secret
-        self._ranks = {rank: _Rank(rank, index) for index, rank in enumerate(group.ranks)}
+        self._ranks = {rank: Rank(rank, index) for index, rank in enumerate(group.ranks)}
         self._listener = listener
         self._selector = selector
         self._send = send
@@ -84,7 +61,7 @@ class LocalRanks:
         self._last_progress: list[int] = [0] * len(group.ranks)
         self._oom_kills = processes.num_oom_kills()
         self._join_until = time.monotonic() + _JOIN_SECONDS
-        self._stacks_at: tuple[float, Path | None] | None = None
+        self._evidence = Evidence(group.host, list(self._ranks.values()), self._readings, send)
         self._kill_at: float | None = None
         listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ, self._accept)
@@ -102,7 +79,13 @@ class LocalRanks:
                 if rank.alive and rank.channel is not None:
                     rank.channel.send({"may_speak": order.may_speak})
             case protocol.DumpStacks():
-                self._ask_stacks(order.folder)
+                self._evidence.collect(order.folder)
+            case protocol.ShowStacks():
+                self._evidence.show(order.folder)
+            case protocol.StopRanks():
+                for rank in self._ranks.values():
+                    if rank.alive:
+                        rank.signal(signal.SIGTERM)
             case protocol.EndRanks():
                 self._end(order.code)
 
@@ -118,19 +101,17 @@ class LocalRanks:
             for rank in self._ranks.values():
                 if rank.channel is None:
                     self._bury(rank)
-        if self._stacks_at is not None and now >= self._stacks_at[0]:
-            folder, self._stacks_at = self._stacks_at[1], None
-            self._send({"stands": [asdict(stand) for stand in self._stands(readings, folder)]})
+        self._evidence.look(now)
         if self._kill_at is not None and now >= self._kill_at:
             # Stopped, or stuck where no thread of theirs gets to run.
             for rank in self._ranks.values():
                 if rank.alive:
-                    _signal(rank, signal.SIGKILL)
+                    rank.signal(signal.SIGKILL)
                 rank.gone = True
 
     def due_seconds(self) -> float:
         """Return how long it may take until `look` is next worth calling."""
-        return 0.05 if self._stacks_at is not None or self._kill_at is not None else 1.0
+        return 0.05 if self._evidence.is_waiting or self._kill_at is not None else 1.0
 
     def _readings(self) -> list[Reading]:
         return [read_row(self._memory, index) for index in range(len(self._ranks))]
@@ -180,7 +161,7 @@ class LocalRanks:
         if all(each.channel is not None for each in self._ranks.values()):
             self._close_door()
 
-    def _introduced(self, hello: Message) -> _Rank:
+    def _introduced(self, hello: Message) -> Rank:
         """Return the rank that says hello.
 
         Raises:
@@ -194,7 +175,7 @@ class LocalRanks:
             raise ValueError("it does not know the secret")
         return rank
 
-    def _hear(self, rank: _Rank) -> None:
+    def _hear(self, rank: Rank) -> None:
         assert rank.channel is not None
         messages = rank.channel.receive()
         if messages is None:
@@ -210,11 +191,17 @@ class LocalRanks:
             else:
                 self._forward(rank, {**message, "rank": rank.rank})
 
-    def _forward(self, rank: _Rank, message: Message) -> None:
+    def _forward(self, rank: Rank, message: Message) -> None:
         """Tell the hub what a rank says of itself, if it is something that a rank may say."""
         try:
             if "about" in message:
                 rank.about = protocol.parse_about(message)
+                return
+            if "shown" in message:
+                rank.has_shown = True
+                return
+            if "collectives" in message:
+                rank.collectives = protocol.parse_collectives(message)
                 return
             report = protocol.parse_report(message, self._group)
         except ValueError:
@@ -223,11 +210,11 @@ class LocalRanks:
         if names_folder or isinstance(report, protocol.Failing | protocol.Leaving):
             self._send(message)
 
-    def _ended(self, rank: _Rank) -> None:
+    def _ended(self, rank: Rank) -> None:
         self._selector.unregister(rank.pidfd or -1)
         self._bury(rank)
 
-    def _bury(self, rank: _Rank) -> None:
+    def _bury(self, rank: Rank) -> None:
         """Tell of a rank that has ended, unless it had taken leave."""
         if rank.gone:
             return
@@ -248,37 +235,6 @@ class LocalRanks:
         )
         self._send({"died": asdict(death)})
 
-    def _ask_stacks(self, folder: Path | None) -> None:
-        for rank in self._ranks.values():
-            if rank.alive and rank.channel is not None:
-                _signal(rank, STACKS_SIGNAL)
-        self._stacks_at = (time.monotonic() + _STACKS_SECONDS, folder)
-
-    def _stands(self, readings: Sequence[Reading], folder: Path | None) -> list[Stand]:
-        stands = []
-        folder = folder or make_private_folder()
-        dumps = {}
-        for rank in self._ranks.values():
-            dump = _read_all(rank.stacks)
-            if rank.alive and rank.channel is not None and folder is not None:
-                # Not before: faulthandler trips over threads that begin to run while it looks.
-                record = folder / f"nccl-rank-{rank.rank}.json"
-                rank.channel.send({"flight_recorder": str(record)})
-            dumps[rank.rank] = dump
-            reading = readings[rank.index]
-            stand = Stand(
-                rank=rank.rank,
-                host=self._group.host,
-                progress=reading.progress,
-                step=reading.step,
-                state=processes.state(rank.pid),
-                stack=main_stack(dump)[:_STACK_CHARACTERS],
-            )
-            stands.append(stand)
-        if folder is not None:
-            write_stacks(folder, dumps)
-        return stands
-
     def _end(self, code: int) -> None:
         for rank in self._ranks.values():
             if rank.alive and rank.channel is not None:
@@ -287,17 +243,3 @@ class LocalRanks:
                 rank.gone = True
         if self._kill_at is None:
             self._kill_at = time.monotonic() + _KILL_SECONDS
-
-
-def _signal(rank: _Rank, number: int) -> None:
-    with suppress(OSError):
-        if rank.pidfd is not None:
-            signal.pidfd_send_signal(rank.pidfd, number)
-        else:
-            os.kill(rank.pid, number)
-
-
-def _read_all(descriptor: int) -> str:
-    if descriptor < 0:
-        return ""
-    return os.pread(descriptor, 1 << 20, 0).decode(errors="replace")

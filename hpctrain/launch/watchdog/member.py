@@ -8,31 +8,31 @@ import hmac
 import json
 import mmap
 import os
-import signal
 import socket
 import struct
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
+from hpctrain.launch.watchdog.collectives import positions
 from hpctrain.launch.watchdog.messages import Channel, Message
 from hpctrain.launch.watchdog.pulse import Pulse
-
-# As in other runtimes: `kill -QUIT` has a process show its stacks. faulthandler does it from C,
-# also while some library holds the GIL.
-STACKS_SIGNAL = signal.SIGQUIT
+from hpctrain.launch.watchdog.stacks import STACKS_SIGNAL, in_time, python_stacks
 
 _ANSWER_SECONDS = 1.5
 _WATCHED_SECONDS = 20.0
+_WRITE_SECONDS = 1.0
 
 
 class Member:
     """Says what the watchdog cannot see, and does what it asks; made by `join`."""
 
-    def __init__(self, connection: socket.socket, pulse: Pulse, index: int) -> None:
+    def __init__(self, connection: socket.socket, pulse: Pulse, index: int, stacks: int) -> None:
         self._connection = connection
+        self._stacks = stacks
         self._channel = Channel(connection)
         self._pulse = pulse
         self._index = index
@@ -97,8 +97,23 @@ class Member:
         if "may_speak" in message:
             self._may_speak = message["may_speak"]
             self._answered.set()
+        if "show_stacks" in message:
+            with suppress(OSError):
+                os.write(self._stacks, python_stacks().encode())
+            self._channel.send({"shown": True})
         if "flight_recorder" in message:
-            _dump_flight_recorder(Path(message["flight_recorder"]))
+            self._send_record(Path(message["flight_recorder"]))
+
+    def _send_record(self, path: Path) -> None:
+        """Tell how far this rank has come in its collectives, and write the whole record."""
+        record = flight_record()
+        known = []
+        if record is not None:
+            with suppress(ValueError, KeyError, TypeError):
+                known = [asdict(position) for position in positions(record)]
+        self._channel.send({"collectives": known})
+        if record is not None:
+            in_time(lambda: path.write_bytes(record), _WRITE_SECONDS)
 
 
 def peer_of(connection: socket.socket) -> tuple[int, bool]:
@@ -135,17 +150,20 @@ def join(address: str, secret: str, rank: int, index: int, pulse: Pulse) -> Memb
         raise OSError(errno.EACCES, "another user's process has taken its address")
     hello = json.dumps({"hello": rank, "proof": proof_of_rank(secret, rank)}).encode() + b"\n"
     socket.send_fds(connection, [hello], [stacks])
-    # faulthandler goes on writing to `stacks`: it stays open as long as the process.
-    return Member(connection, pulse, index)
+    # It stays open as long as the process: faulthandler goes on writing to it.
+    return Member(connection, pulse, index, stacks)
 
 
-def _dump_flight_recorder(path: Path) -> None:
-    """Write NCCL's record of the last collectives, where there is one."""
+def flight_record() -> bytes | None:
+    """Return torch's JSON record of the last collectives of this process; None without one."""
+    torch = sys.modules.get("torch")
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
-        return
-    if distributed.get_backend() != "nccl":
-        return
-    with suppress(OSError, AttributeError, RuntimeError):
-        record = sys.modules["torch"]._C._distributed_c10d._dump_nccl_trace_json()
-        path.write_bytes(record if isinstance(record, bytes) else record.encode())
+    if torch is None or distributed is None or not distributed.is_initialized():
+        return None
+    # Each kind of process group has a recorder of its own; before torch 2.9 gloo had none.
+    is_nccl = distributed.get_backend() == "nccl"
+    name = "_dump_nccl_trace_json" if is_nccl else "_dump_fr_trace_json"
+    with suppress(AttributeError, RuntimeError):
+        record = getattr(torch._C._distributed_c10d, name)()
+        return record if isinstance(record, bytes) else record.encode()
+    return None

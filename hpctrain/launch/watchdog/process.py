@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpctrain.launch.watchdog.daemons import Daemons
 from hpctrain.launch.watchdog.hub import Hub
 from hpctrain.launch.watchdog.judge import Group, Judge
 from hpctrain.launch.watchdog.local import LocalRanks
@@ -31,6 +32,8 @@ class Orders:
         hub_fd: listening socket for the other watchdogs; None where there are none, and elsewhere.
         hub_address: host and port of the hub; None at the hub.
         speaks_for_hub: tells the user if the hub is gone.
+        daemons: the launcher's processes above the ranks of this node: id, start time, name, and
+            whether it started the ranks itself.
     """
 
     leader: int
@@ -40,6 +43,7 @@ class Orders:
     hub_fd: int | None
     hub_address: tuple[str, int] | None
     speaks_for_hub: bool
+    daemons: tuple[tuple[int, str, str, bool], ...]
     hang_timeout_seconds: float
     first_step_timeout_seconds: float
 
@@ -56,6 +60,7 @@ def run(orders: Orders) -> None:
         hub.send,
     )
     hub.obey = ranks.obey
+    daemons = Daemons(orders.daemons, orders.groups[orders.leader], selector, hub.send)
     most = min(1.0, orders.hang_timeout_seconds / 5)
     while not ranks.done:
         wait = min(most, ranks.due_seconds(), hub.due_seconds(time.monotonic()))
@@ -64,6 +69,7 @@ def run(orders: Orders) -> None:
             key.data()
         now = time.monotonic()
         ranks.look(now)
+        daemons.look()
         hub.look(now)
     hub.leave()
 
@@ -103,7 +109,12 @@ def parse_orders(content: dict[str, Any]) -> Orders:
     }
     address = content["hub_address"]
     return Orders(
-        **{**content, "groups": groups, "hub_address": tuple(address) if address else None}
+        **{
+            **content,
+            "groups": groups,
+            "hub_address": tuple(address) if address else None,
+            "daemons": tuple(tuple(daemon) for daemon in content["daemons"]),
+        }
     )
 
 

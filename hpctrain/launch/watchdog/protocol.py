@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hpctrain.launch.watchdog.judge import Death, Group, Stand
+from hpctrain.launch.watchdog.collectives import MOST_GROUPS, GroupPosition
+from hpctrain.launch.watchdog.judge import Death, Group, LauncherGone, Stand
 from hpctrain.launch.watchdog.messages import LONGEST_BYTES, Message
 
 T = TypeVar("T")
@@ -69,7 +70,15 @@ class Bye:
     """All ranks of the group have left."""
 
 
-Report = Here | Moved | Death | Failing | Leaving | Stands | RunFolder | Bye
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Ranks of the group have written their stacks, but for those that are missing."""
+
+    count: int
+    missing: tuple[int, ...]
+
+
+Report = Here | Moved | Death | LauncherGone | Failing | Leaving | Stands | Shown | RunFolder | Bye
 
 
 def longest_report(group: Group) -> int:
@@ -105,13 +114,25 @@ class DumpStacks:
 
 
 @dataclass(frozen=True, slots=True)
+class ShowStacks:
+    """Write the stacks of ranks that go on."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class StopRanks:
+    """Ask all ranks to save and end, as a scheduler would."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndRanks:
     """End all ranks with an exit code."""
 
     code: int
 
 
-Order = Reply | DumpStacks | EndRanks | Bye
+Order = Reply | DumpStacks | ShowStacks | StopRanks | EndRanks | Bye
 
 
 def parse_order(message: Message, group: Group) -> Order:
@@ -124,6 +145,10 @@ def parse_order(message: Message, group: Group) -> Order:
         return Reply(_rank(message, "reply", group), _flag(message, "may_speak"))
     if "stacks" in message:
         return DumpStacks(None if message["stacks"] is None else _path(message, "stacks"))
+    if "show_stacks" in message:
+        return ShowStacks(_path(message, "show_stacks"))
+    if "stop" in message:
+        return StopRanks()
     if "end" in message:
         return EndRanks(_integer(message, "end", most=_LARGEST_CODE))
     if "bye" in message:
@@ -182,7 +207,47 @@ def _stand(facts: object, group: Group) -> Stand:
         step=_integer(facts, "step", least=-_LARGEST),
         state=_get(facts, "state", str),
         stack=_get(facts, "stack", str),
+        collectives=parse_collectives(facts) if "collectives" in facts else (),
     )
+
+
+def parse_collectives(message: Message) -> tuple[GroupPosition, ...]:
+    """Return how far a rank has come in its process groups.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    found = _get(message, "collectives", list)
+    if len(found) > MOST_GROUPS or not all(isinstance(each, dict) for each in found):
+        raise ValueError("collectives are not a short list of objects")
+    return tuple(
+        GroupPosition(
+            group=_get(each, "group", str),
+            last=_integer(each, "last"),
+            pending=_integer(each, "pending"),
+            name=_get(each, "name", str),
+        )
+        for each in found
+    )
+
+
+def _launcher_gone(message: Message, group: Group) -> LauncherGone:
+    facts = _get(message, "launcher_gone", dict)
+    return LauncherGone(
+        host=group.host,
+        ranks=group.ranks,
+        name=_get(facts, "name", str),
+        pid=_integer(facts, "pid"),
+        signal=_optional(facts, "signal", str),
+        is_front_end=_flag(facts, "is_front_end"),
+    )
+
+
+def _shown(message: Message, group: Group) -> Shown:
+    missing = _get(message, "missing", list)
+    if any(rank not in group.ranks for rank in missing):
+        raise ValueError("missing names ranks of other groups")
+    return Shown(_integer(message, "shown", most=len(group.ranks)), tuple(missing))
 
 
 def _run_folder(message: Message, group: Group) -> RunFolder:
@@ -195,6 +260,8 @@ _REPORTS: Mapping[str, Callable[[Message, Group], Report]] = {
     "here": lambda message, group: Here(),
     "moved": lambda message, group: Moved(_flag(message, "moved")),
     "died": _death,
+    "launcher_gone": _launcher_gone,
+    "shown": _shown,
     "failing": _failing,
     "leaving": lambda message, group: Leaving(_rank(message, "rank", group)),
     "stands": _stands,
