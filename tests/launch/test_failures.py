@@ -109,12 +109,15 @@ def test_a_deadlock_shows_where_the_ranks_are(start: Start) -> None:
     output, _ = job.communicate(timeout=JOB_SECONDS)
     assert job.returncode == 70
     assert f"no progress for {HANG_SECONDS} s (hang timeout)" in output
+    assert "ranks 0, 2 wait in gloo:all_reduce of 4 Float" in output
+    assert "; rank 1 has not entered it" in output
     assert "rank 1@" in output
-    assert "stand_still" in output
+    assert "in stand_still (standing.py:" in output
     assert output.count("hpctrain: ") == 1
     folder = Path(output.split("The stacks of all ranks are in ")[1].split(".\n")[0])
     for rank in range(RANKS):
         assert "standing.py" in (folder / f"rank-{rank}.txt").read_text(encoding="utf-8")
+        assert b"all_reduce" in (folder / f"flight-recorder-rank-{rank}.json").read_bytes()
 
 
 def at_start(run: Path) -> bool:

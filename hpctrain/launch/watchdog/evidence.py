@@ -103,7 +103,7 @@ class Evidence:
             self._ask_records(folder)
         if self._stands_at is not None and (now >= self._stands_at or self._has_records()):
             self._stands_at = None
-            self._send({"stands": [asdict(stand) for stand in self._stands()]})
+            self._send({"stands": [_message(stand) for stand in self._stands()]})
         if self._show is not None:
             self._look_at_show(self._show, now)
 
@@ -154,3 +154,8 @@ class Evidence:
         was_written = write_stacks(show.folder, dumps, _WRITE_SECONDS)
         missing = [rank for rank, dump in dumps.items() if not dump or not was_written]
         self._send({"shown": len(dumps) - len(missing), "missing": missing})
+
+
+def _message(stand: Stand) -> Message:
+    """Return a stand as it comes out of JSON, which the hub's own node does not go through."""
+    return {**asdict(stand), "collectives": [asdict(each) for each in stand.collectives]}
