@@ -13,7 +13,7 @@ from hpctrain.cli.help import HELP
 from hpctrain.cli.jobs import check, run
 from hpctrain.cli.parsing import usage_error
 from hpctrain.cli.tools import ckpt, job, status
-from hpctrain.cli.voice import point_to_rank_zero, say, tell
+from hpctrain.cli.voice import point_to_rank_zero, repeat, say, tell
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.version import __version__
@@ -40,11 +40,14 @@ def _tell_once(error: HpctrainError) -> None:
     if not error.everywhere:
         tell(error)
         return
-    from hpctrain.launch.speaking import is_by_hand, let_rank_zero_end, speaks_for_all
+    from hpctrain.launch.speaking import Voice, find_voice, is_by_hand, let_rank_zero_end
 
-    if speaks_for_all():
+    voice = find_voice()
+    if voice is Voice.ALL:
         tell(error)
         let_rank_zero_end()
+    elif voice is Voice.NODE:
+        repeat(error)
     elif is_by_hand(os.environ):
         # Somebody may read the output of this process alone.
         time.sleep(_HEAD_START_SECONDS)

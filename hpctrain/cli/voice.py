@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,15 @@ def tell(error: HpctrainError) -> None:
     """Print a failure, where stderr takes it."""
     with suppress(OSError):
         sys.stderr.write(f"hpctrain: error: {printable_lines(str(error))}\n")
+        sys.stderr.flush()
+
+
+def repeat(error: HpctrainError) -> None:
+    """Print what rank 0 of another node may have told already, and may not."""
+    with suppress(OSError):
+        sys.stderr.write(
+            f"hpctrain: {socket.gethostname()} cannot start this job either: {error}\n"
+        )
         sys.stderr.flush()
 
 

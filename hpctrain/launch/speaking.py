@@ -7,6 +7,7 @@ ranks of one node are at they see by their marks; of other nodes nothing is seen
 
 from __future__ import annotations
 
+import enum
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,15 @@ _LET_OTHERS_RUN = ("srun", "mpich", "intelmpi", "mvapich2", "pmi", "flux")
 _PAUSE_SECONDS = 0.25
 
 
-def speaks_for_all() -> bool:
+class Voice(enum.Enum):
+    """For whom this process is to tell a failure that all ranks share."""
+
+    NOBODY = "another rank tells it"
+    ALL = "no other rank tells it"
+    NODE = "rank 0 is on another node, and may have told it"
+
+
+def find_voice() -> Voice:
     """Return whether this process is to tell a failure that all ranks share.
 
     Returns once that is clear: with rank 0 at once, with the others after its head start, or when
@@ -37,14 +46,17 @@ def speaks_for_all() -> bool:
     """
     launcher, rank = innermost(os.environ, ancestors()) or (None, None)
     if launcher is None or rank is None or not launcher.processes:
-        return may_speak(os.environ)
+        return Voice.ALL if may_speak(os.environ) else Voice.NOBODY
 
     def look() -> dict[int, Seen]:
         return {other: seen for other, seen in ranks_of_node(launcher).items() if other != rank}
 
     if rank != 0 and not _rank_zero_is_silent(launcher, rank, look):
-        return False
-    return _is_first(rank, look)
+        return Voice.NOBODY
+    if not _is_first(rank, look):
+        return Voice.NOBODY
+    # Most launchers end the job once rank 0 has told it and left. srun may let the others be.
+    return Voice.NODE if rank != 0 and launcher.name == "srun" and 0 not in look() else Voice.ALL
 
 
 def innermost(env: Environment, above: Sequence[str]) -> tuple[Launcher, int | None] | None:

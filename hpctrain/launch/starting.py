@@ -72,23 +72,75 @@ STARTERS = (
 )
 
 
+# What each family speaks, the likeliest first; as `srun --mpi=list` names it.
+_MPI_OF_SRUN = {
+    "cray": ("cray_shasta", "pmi2"),
+    "openmpi": ("pmix",),
+    "spectrum": ("pmix",),
+}
+# On the node that this is typed on, also where the shell itself is a step and holds the cores.
+_SRUN_OPTIONS = (
+    *("--overlap", "--nodes=1", "--overcommit", "--cpu-bind=none"),
+    *("--input=none", "--kill-on-bad-exit=1"),
+)
+
+
 def start(num_processes: int, command: Sequence[str]) -> NoReturn:
     """Replace this process by an mpirun of `command` on this node.
 
-    Its signals and its exit code are mpirun's from here on.
+    Its signals and its exit code are mpirun's from here on. In a job without an mpirun that fits,
+    the batch system's own launcher serves.
 
     Raises:
-        LaunchError: if there is no MPI library, or no mpirun that fits it.
+        LaunchError: if there is no MPI library, or nothing that starts its ranks.
     """
     version, library = _ask_for_library()
-    mpirun, starter = _find(version, library)
-    print(  # noqa: T201
-        f"hpctrain: {num_processes} processes under {mpirun}", file=sys.stderr, flush=True
-    )
+    try:
+        mpirun, starter = _find(version, library)
+    except LaunchError as error:
+        launcher = _of_the_batch_system(num_processes, version)
+        if launcher is None:
+            raise
+        _tell(f"{num_processes} processes under {' '.join(launcher)}, for: {error}")
+        _become(launcher[0], [*launcher, *command], dict(os.environ))
+    _tell(f"{num_processes} processes under {mpirun}")
     options = [*starter.options, *(starter.root_options if os.geteuid() == 0 else ())]
     arguments = [str(mpirun), *options, "-np", str(num_processes), *command]
+    _become(str(mpirun), arguments, _environment(mpirun, starter.environment))
+
+
+def _of_the_batch_system(num_processes: int, version: str) -> list[str] | None:
+    """Return how the batch system of this job starts ranks on one node; None outside of jobs."""
+    from hpctrain.launch.mpi import library_family
+
+    srun, mpiexec = shutil.which("srun"), shutil.which("mpiexec")
+    if os.environ.get("SLURM_JOB_ID") and srun is not None:
+        options = [*_SRUN_OPTIONS, f"--ntasks={num_processes}"]
+        options.append(f"--ntasks-per-node={num_processes}")
+        # Under salloc, on a login node, Slurm chooses one.
+        if node := os.environ.get("SLURMD_NODENAME"):
+            options.append(f"--nodelist={node}")
+        wanted = _MPI_OF_SRUN.get(library_family(version), ("pmi2",))
+        there = _said(srun, "--mpi=list")
+        kind = next((kind for kind in wanted if kind in there.split()), None)
+        if kind is not None and "SLURM_MPI_TYPE" not in os.environ:
+            options.append(f"--mpi={kind}")
+        return [srun, *options]
+    if os.environ.get("PBS_JOBID") and mpiexec is not None:
+        said = _said(mpiexec, "--version")
+        if not any(starter.says in said for starter in STARTERS):  # those are another MPI's
+            return [mpiexec, "-n", str(num_processes)]
+    return None
+
+
+def _become(program: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
+    """Replace this process, which leaves its stdin to whom it belongs."""
     _leave_stdin()
-    os.execve(mpirun, arguments, _environment(mpirun, starter.environment))
+    os.execve(program, arguments, environment)
+
+
+def _tell(text: str) -> None:
+    print(f"hpctrain: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _leave_stdin() -> None:
@@ -128,7 +180,7 @@ def _find(version: str, library: str) -> tuple[Path, Starter]:
     starters = [starter for starter in STARTERS if family in starter.families]
     tried = []
     for mpirun in _candidates(library, [name for row in starters for name in row.names]):
-        said = _version_of(mpirun)
+        said = _said(str(mpirun), "--version", _environment(mpirun, {}))
         for starter in starters:
             if starter.says in said:
                 return mpirun, starter
@@ -152,16 +204,18 @@ def _candidates(library: str, names: Sequence[str]) -> Iterator[Path]:
     yield from (path for path in dict.fromkeys(paths) if os.access(path, os.X_OK))
 
 
-def _version_of(mpirun: Path) -> str:
+def _said(program: str, option: str, environment: dict[str, str] | None = None) -> str:
+    """Return what a program prints, to whichever stream; "" if it cannot be run."""
     try:
         return subprocess.run(
-            [mpirun, "--version"],
+            [program, option],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=_ASK_SECONDS,
             check=False,
-            env=_environment(mpirun, {}),
+            env=environment,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -107,16 +107,25 @@ def test_the_main_job(slurm: Lab, site: Path, mpi: str) -> None:
 @pytest.mark.parametrize(
     ("mpi", "options", "words"),
     [
-        ("mpich", "--mpi=none", ["srun claims rank 0 of 3", "sees rank 0 of 1", "--mpi=pmi2"]),
-        ("openmpi", "--mpi=pmi2", ["srun claims rank 0 of 3", "sees rank 0 of 1", "--mpi=pmix"]),
-        ("mpich", "--mpi=cray_shasta", ["srun claims rank 0 of 3", "sees rank 0 of 1"]),
-        ("mpich", "--mpi=pmix", ["srun speaks PMIx", "--mpi=pmi2"]),
+        # Without -K the other node cannot know that rank 0 has told it, and repeats it for itself.
+        (
+            "mpich",
+            "-N2 --mpi=none",
+            [
+                "srun claims rank 0 of 3",
+                "--mpi=pmi2",
+                "n2 cannot start this job either: srun claims",
+            ],
+        ),
+        ("openmpi", "-N1 --mpi=pmi2", ["srun claims rank 0 of 3", "0 of 1", "--mpi=pmix"]),
+        ("mpich", "-N1 --mpi=cray_shasta", ["srun claims rank 0 of 3", "sees rank 0 of 1"]),
+        ("mpich", "-N1 --mpi=pmix", ["srun speaks PMIx", "--mpi=pmi2"]),
     ],
 )
 def test_a_broken_world_is_one_message(
     slurm: Lab, mpi: str, options: str, words: list[str]
 ) -> None:
-    result = srun(slurm, f"-N2 -n3 {options}", "-m", "hpctrain", "no.toml", mpi=mpi)
+    result = srun(slurm, f"-n3 {options}", "-m", "hpctrain", "no.toml", mpi=mpi)
     assert result.returncode == 69, result.stderr
     assert result.stderr.count("hpctrain: error") == 1
     assert "Abort" not in result.stderr

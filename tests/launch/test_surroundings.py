@@ -127,3 +127,22 @@ def test_one_process_of_a_larger_job(slurm: Lab, folder: Path) -> None:
     assert f"this is one process, and job {job} of Slurm has 2 nodes. To use them: srun" in output
     assert output.count("a world of 1") == 1
     assert "refused: this process on n2 was started by none of the launchers" in output
+
+
+def test_np_in_a_job_without_an_mpirun(slurm: Lab, tmp_path: Path) -> None:
+    """In the shell of a step, which holds the cores; bound to a library that came alone."""
+    library = next((Path(sys.prefix) / "lib").rglob("libmpi.so.12"))
+    alone = slurm.folder / "alone" / "deep" / "lib"  # no folder above has a bin with an mpirun
+    alone.mkdir(parents=True)
+    shutil.copy(library.resolve(), alone / "libmpi.so.12")
+    env = {
+        "PATH": os.defpath,
+        "MPI4PY_LIBMPI": str(alone / "libmpi.so.12"),
+        "LD_LIBRARY_PATH": f"{library.parent}:{library.parent / 'mpich'}",
+    }
+    command = f"{sys.executable} -m hpctrain no.toml --np 2; echo code $?"
+    result = slurm.run("srun", "-n1", "bash", "-c", command, env=env, cwd=tmp_path)
+    output = result.stdout + result.stderr
+    assert "code 78" in output, output
+    assert "bin/srun --overlap --nodes=1" in output
+    assert output.count("no.toml: no such file") == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.starting import _find
+from hpctrain.launch.starting import _find, _of_the_batch_system
 
 SAYS = {
     "openmpi": "mpirun (Open MPI) 5.0.11",
@@ -66,3 +66,46 @@ def test_the_mpirun_of_a_library(
     with pytest.raises(LaunchError, match="no mpirun of it is") as caught:
         _find(version, file)
     assert "hpctrain[mpich]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "env", "programs", "expected"),
+    [
+        (
+            "CRAY MPICH version 8",
+            {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n7"},
+            {"srun": "MPI plugin types are...\\n\\tcray_shasta\\n\\tpmi2\\n\\tnone"},
+            ["srun", "--overlap", "--ntasks=3", "--nodelist=n7", "--mpi=cray_shasta"],
+        ),
+        ("MPICH 4", {"SLURM_JOB_ID": "1"}, {"srun": "pmi2 none pmix"}, ["srun", "--mpi=pmi2"]),
+        ("Open MPI v5", {"SLURM_JOB_ID": "1"}, {"srun": "pmi2 none pmix"}, ["srun", "--mpi=pmix"]),
+        ("Open MPI v5", {"SLURM_JOB_ID": "1"}, {"srun": "none"}, ["srun", "--overlap"]),
+        ("CRAY MPICH version 8", {"PBS_JOBID": "1"}, {"mpiexec": "PALS 1.2"}, ["mpiexec", "-n"]),
+        ("CRAY MPICH version 8", {"PBS_JOBID": "1"}, {"mpiexec": SAYS["openmpi"]}, None),
+        ("CRAY MPICH version 8", {"PBS_JOBID": "1"}, {}, None),
+        ("CRAY MPICH version 8", {}, {"srun": "cray_shasta", "mpiexec": "PALS"}, None),
+    ],
+)
+def test_what_the_batch_system_has(
+    version: str,
+    env: dict[str, str],
+    programs: dict[str, str],
+    expected: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '{text}\\n' >&2\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    for name in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_MPI_TYPE", "PBS_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**env, "PATH": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    found = _of_the_batch_system(3, version)
+    if expected is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found[0] == str(tmp_path / expected[0])
+    assert set(expected[1:]) <= set(found)
+    assert ("--mpi" in " ".join(found)) == ("--mpi" in " ".join(expected))
