@@ -323,6 +323,9 @@ class TrainingSection:
     ] = "default"
     """What torch.compile aims at."""
 
+    keep_compiled: bool = False
+    """Keep what is compiled in the run folder, as one archive for later jobs of the run."""
+
     activation_checkpointing: tuple[str, ...] = ()
     """Names of modules, with * and ?, whose activations are computed again to save memory."""
 

@@ -25,6 +25,7 @@ from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.assembly import Components, Parts, build_parts
 from hpctrain.training.changes import rules_and_changes
+from hpctrain.training.compile_cache import keep_on_node, kept_compiled
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import Data, open_data
 from hpctrain.training.folder import RunFolder
@@ -90,6 +91,8 @@ def train(
             stop = _stop_agreement(config, communicator, signals, folder, stack)
             if config.run.deterministic:
                 prepare_deterministic()
+            if config.training.compile:
+                keep_on_node()
             group = process_group(topology, communicator, config.launch, meeting, guard)
             world = stack.enter_context(group)
             begin_record(folder, world)
@@ -134,7 +137,8 @@ def _train(
     if reasons := stop.settle():
         return _stopped_early(reasons, data)
     data.stage(config, world)
-    parts = _build(config, world, components, data, changes)
+    with kept_compiled(config, world):
+        parts = _build(config, world, components, data, changes)
     with raise_together(world.communicator):
         if resumed is not None:
             resumed = _restored(world, parts, resumed)
@@ -161,17 +165,7 @@ def _train(
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
     )
-    training, checkpoint = config.training, config.checkpoint
-    evaluation = Cadence(
-        every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
-    )
-    plan = Plan(
-        horizon=data.horizon,
-        log=Cadence(every_steps=config.logging.every_steps),
-        evaluate=None if data.validation is None or evaluation.is_never else evaluation,
-        check=Cadence(every_steps=training.check_sync_every),
-        save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
-    )
+    plan = _plan(config, data)
     run.begin(place)
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
     with run.saves_finished(), indices:
@@ -201,6 +195,21 @@ def _train(
     if complete:
         return ExitCode.DONE, "complete"
     return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+def _plan(config: Config, data: Data) -> Plan:
+    """Return when the loop does what."""
+    training, checkpoint = config.training, config.checkpoint
+    evaluation = Cadence(
+        every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
+    )
+    return Plan(
+        horizon=data.horizon,
+        log=Cadence(every_steps=config.logging.every_steps),
+        evaluate=None if data.validation is None or evaluation.is_never else evaluation,
+        check=Cadence(every_steps=training.check_sync_every),
+        save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+    )
 
 
 def _build(
