@@ -12,7 +12,7 @@ from hpctrain.cli.datasets import data
 from hpctrain.cli.help import HELP
 from hpctrain.cli.jobs import check, run
 from hpctrain.cli.parsing import usage_error
-from hpctrain.cli.tools import ckpt, job, status
+from hpctrain.cli.tools import bundle, ckpt, job, status
 from hpctrain.cli.voice import point_to_rank_zero, repeat, say, tell
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, this_process
@@ -21,7 +21,12 @@ from hpctrain.version import __version__
 _HEAD_START_SECONDS = 2.0
 
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"status": status, "job": job, "ckpt": ckpt}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "status": status,
+    "job": job,
+    "ckpt": ckpt,
+    "bundle": bundle,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS
        python -m hpctrain data TOOL ...
        python -m hpctrain ckpt ls|verify|diff|export RUN [...]
+       python -m hpctrain bundle RUN [FILE ...] [--output FILE]
 """
 
 HELP = f"""\
@@ -49,6 +50,10 @@ commands:
                     in what two checkpoints differ: config, tensors, numbers
   ckpt export RUN FILE [--average] [--best]
                     the weights as one safetensors file: of the newest checkpoint, or the best
+  bundle RUN [FILE ...]
+                    pack what tells how the run went for a support desk, below 5 MB, and list it:
+                    config, job records, ends, stacks, the last of the log; no data, no weights,
+                    no secrets that can be told by their look. FILE: more, such as a job's log
 
 options:
   --np N            start N processes on this node, under the mpirun of the bound MPI library

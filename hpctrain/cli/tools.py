@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from hpctrain.cli.parsing import Parser, count, number
-from hpctrain.errors import ExitCode, OutputError
+from hpctrain.errors import ExitCode, HpctrainError, OutputError
 from hpctrain.utils.streams import write_out
+from hpctrain.utils.text import printable, size
 
 _ENDING_SECONDS = 10.0
 """A script asks once its launcher has ended, which a killed launcher does before its ranks."""
@@ -53,6 +54,33 @@ def _lives(run: Path, wait_seconds: float) -> bool | None:
     while (lives := holder_lives(run)) and time.monotonic() < end:
         time.sleep(0.2)
     return lives
+
+
+def bundle(arguments: list[str]) -> int:
+    """Pack what tells how a run went, for a support desk."""
+    parser = Parser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("more", type=Path, nargs="*")
+    parser.add_argument("--output", type=Path)
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.batch.status import read_status, to_text
+    from hpctrain.observe.bundle import bundle as pack
+
+    run = parsed.run
+    try:
+        status = to_text(run, read_status(run, {}, lives=_lives(run, 0.0)), for_script=True)
+    except HpctrainError as error:
+        status = f"{error}\n"
+    name = printable(run.resolve().name) or "run"
+    target = parsed.output or Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
+    lines = pack(run, target, status=status, more=tuple(parsed.more))
+    held = size(target.stat().st_size)
+    write_out(
+        "\n".join([*lines, f"{printable(str(target))}: {held}; look into it before you send it"])
+        + "\n"
+    )
+    return ExitCode.DONE
 
 
 def job(arguments: list[str]) -> int:
