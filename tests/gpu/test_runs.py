@@ -99,6 +99,7 @@ def test_a_run_goes_on_to_the_bit(site: Path, precision: str) -> None:
 def test_one_rank_under_a_launcher(site: Path, strategy: str) -> None:
     output = hpctrain(site, 1, f"run.name=one-{strategy}", f"training.strategy={strategy}")
     assert "complete" in output
+    assert "gradients: NCCL" in output, "a world of one has a process group, and NCCL's log is read"
 
 
 @pytest.mark.on_device
