@@ -30,6 +30,7 @@ from hpctrain.utils.json_files import (
     read_whole,
     require_file,
 )
+from hpctrain.utils.text import printable
 
 VERSION = 2
 VERSION_OF_ONE_WRITER = 1
@@ -85,6 +86,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
             )
         parse_checked(content, Meta)
         meta: dict[str, Any] = parse_json(content)
+        for name in meta["files"]:
+            if "/" in name or not name.isprintable() or name in ("", ".", ".."):
+                raise ValueError(f"{printable(name[:60])!r} is not the name of a file beside it")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
     except OSError as error:

@@ -28,7 +28,7 @@ from hpctrain.checkpoint.parts import read_raw
 from hpctrain.checkpoint.raw import RawTensor, difference, write_raw
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replacement
-from hpctrain.utils.text import first_lines, plural
+from hpctrain.utils.text import first_lines, plural, printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,7 +56,7 @@ def listed(run: Path) -> str:
         size = sum(facts["bytes"] for facts in meta["files"].values())
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / META).stat().st_mtime))
         metrics = meta["metrics"] or {}
-        shown = [f"{name} {value:.6g}" for name, value in metrics.items()]
+        shown = [f"{printable(name)} {value:.6g}" for name, value in metrics.items()]
         shown += ["best"] if best is not None and meta["step"] == best.step else []
         shown += ["evaluation weights too"] if "evaluation" in meta.get("weights", ()) else []
         shown += ["latest"] if path.name == latest else []
@@ -146,7 +146,10 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
     elif "evaluation" in meta.get("weights", ()):
         which = "evaluation"
         tensors |= _second_weights(source, meta, EVALUATION)
-    tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
+    try:
+        tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
+    except KeyError as error:
+        raise CheckpointError(f"{source} is damaged: it has no tensor {error}") from error
     try:
         with replacement(target) as temporary:
             facts = {"format": "pt", "step": str(meta["step"]), "weights": which}
@@ -228,24 +231,32 @@ def config_changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
 
 
 def _config_changes(before: Path, after: Path) -> list[str]:
-    texts = [read_file(path, CONFIG, read_meta(path)).decode("utf-8") for path in (before, after)]
+    contents = [read_file(path, CONFIG, read_meta(path)) for path in (before, after)]
+    try:
+        changes = config_changes(*(content.decode("utf-8") for content in contents))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{before} or {after}: {CONFIG} is damaged: {error}") from error
     return [
         f"{key}: {' and '.join('not set' if value is None else str(value) for value in values)}"
-        for key, values in config_changes(*texts).items()
+        for key, values in changes.items()
     ]
 
 
 def _tensor_changes(file: str, before: Path, after: Path) -> list[str]:
     kind = file.removesuffix(".safetensors")
     ours, theirs = (read_raw(path, file, read_meta(path)) for path in (before, after))
-    lines = [f"  {kind}  {name}: only in {before.name}" for name in ours if name not in theirs]
-    lines += [f"  {kind}  {name}: only in {after.name}" for name in theirs if name not in ours]
+    lines = [
+        f"  {kind}  {printable(name)}: only in {before.name}" for name in ours if name not in theirs
+    ]
+    lines += [
+        f"  {kind}  {printable(name)}: only in {after.name}" for name in theirs if name not in ours
+    ]
     both = [name for name in ours if name in theirs]
     changed = []
     for name in both:
         line = _difference(ours[name], theirs[name])
         if line is not None:
-            changed.append(f"{name}: {line}")
+            changed.append(f"{printable(name)}: {line}")
     lines += first_lines(changed, _SHOWN, f"  {kind}  ")
     if lines:
         equal = len(both) - len(changed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from hpctrain.cli.parsing import Parser, count, number
 from hpctrain.errors import ExitCode, HpctrainError, OutputError
 from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import printable, size
+from hpctrain.utils.text import printable, printable_lines, size
 
 _ENDING_SECONDS = 10.0
 """A script asks once its launcher has ended, which a killed launcher does before its ranks."""
@@ -38,7 +38,7 @@ def status(arguments: list[str]) -> int:
         metrics=newest_records(parsed.run / "metrics.jsonl"),
     )
     try:
-        text = to_text(parsed.run, found, for_script=parsed.exit_code)
+        text = printable_lines(to_text(parsed.run, found, for_script=parsed.exit_code))
         write_out(to_json(found) if parsed.json else text)
     except OutputError:
         if not parsed.exit_code:  # a script branches on the code, and its log may be full
@@ -157,5 +157,5 @@ def ckpt(arguments: list[str]) -> int:
         text = tools.compared(parsed.run, other)
     else:
         text = tools.export(parsed.run, other, average=parsed.average, best=parsed.best)
-    write_out(text + "\n")
+    write_out(printable_lines(text) + "\n")
     return ExitCode.DONE

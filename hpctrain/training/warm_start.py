@@ -25,7 +25,7 @@ from hpctrain.training.step.broadcast import broadcast_tensors
 from hpctrain.training.step.train_step import TrainStep
 from hpctrain.training.step.weights import put_weights
 from hpctrain.utils.files import require_regular
-from hpctrain.utils.text import listed
+from hpctrain.utils.text import listed, printable
 
 _SHOWN = 4
 # Under which a file may keep the weights: Lightning's word first.
@@ -145,7 +145,9 @@ def choose(
         "of another shape": [name for name in renamed if name in here and name not in fitting],
     }
     told = "; ".join(
-        f"{what}: {listed(which, _SHOWN)}" for what, which in leftover.items() if which
+        f"{what}: {listed([printable(name) for name in which], _SHOWN)}"
+        for what, which in leftover.items()
+        if which
     )
     if told and (strict or not fitting):
         hint = _hint(list(renamed), here)

@@ -210,7 +210,31 @@ def test_a_job_killed_by_the_limit_loses_little(
     assert records(site) == undisturbed
 
 
+def pack_environment(site: Path) -> str:
+    """Make an archive of an environment; what it brings is the Python of the tests."""
+    (site / "bin").mkdir()
+    (site / "bin" / "python").write_text(
+        f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8"
+    )
+    (site / "bin" / "python").chmod(0o755)
+    subprocess.run(["tar", "-czf", "packed.tar.gz", "bin"], cwd=site, check=True)
+    return "packed.tar.gz"
+
+
+def unpacked(slurm: Any) -> list[str]:
+    """Return what is left of environments on the nodes' own disks."""
+    return [
+        str(path)
+        for node in lab.NODES
+        for path in (slurm.folder / f"tmp.{node}").glob("hpctrain-*/bin/python")
+    ]
+
+
 def test_the_same_script_checks_and_trains_nothing(slurm_lab: Any, site: Path) -> None:
-    submit(slurm_lab, site, HPCTRAIN_CHECK="1")
+    """And each node has a copy of the packed environment for as long as the job runs."""
+    submit(slurm_lab, site, "--environment", pack_environment(site), HPCTRAIN_CHECK="1")
+    wait_for(site, lambda: len(unpacked(slurm_lab)) == 2, "copies")
     wait_for(site, lambda: "\nready: " in logs(site), "report")
     assert not (site / "runs").exists()
+    wait_for(site, lambda: not unpacked(slurm_lab), "end of the copies")
+    assert "may still be" not in logs(site)

@@ -226,6 +226,24 @@ def test_meta_json(checkpoint: Path) -> None:
     hold(checkpoint / "meta.json", read, CheckpointError, signed_meta)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../../x", "a/b", "..", "a\nb", "\x1b[2J"])
+def test_files_of_a_checkpoint_are_beside_its_meta_json(checkpoint: Path, name: str) -> None:
+    meta = json.loads((checkpoint / "meta.json").read_bytes())
+    meta["files"][name] = {"bytes": 2**40, "xxh3_64": "0" * 16}
+    (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not the name of a file beside it") as caught:
+        tools.verified(checkpoint)
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+
+
+def test_names_that_a_checkpoint_does_not_have(checkpoint: Path, tmp_path: Path) -> None:
+    meta = json.loads((checkpoint / "meta.json").read_bytes())
+    meta["aliases"] = {"tied": "\x1b[2J"}
+    (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        tools.export(checkpoint, tmp_path / "weights.safetensors")
+
+
 def test_training_json(checkpoint: Path) -> None:
     path = checkpoint / "training.json"
     meta = json.loads((checkpoint / "meta.json").read_bytes())

@@ -146,6 +146,25 @@ def test_sources_of_virtual_data(spoil: Spoil, tmp_path: Path) -> None:
     refuses(lambda: open_dataset(str(tmp_path / "a.h5"), ["y"]))
 
 
+def test_links_of_hdf5(spoil: Spoil, tmp_path: Path) -> None:
+    """HDF5 opens what they lead to, and holds its lock while it waits."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["plain"] = np.arange(4)
+        file["out"] = h5py.ExternalLink("b.h5", "/x")
+        file["soft"] = h5py.SoftLink("/group/on/x")
+        file["group/on"] = h5py.ExternalLink("c.h5", "/")
+        file["loop"] = h5py.SoftLink("/loop")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["x"] = h5py.ExternalLink("b.h5", "/x")
+    spoil(tmp_path / "b.h5")
+    for name in ("out", "soft", "group/on/x", "loop", "/soft"):
+        refuses(lambda name=name: open_dataset(str(tmp_path / "a.h5"), [name]))
+    assert open_dataset(str(tmp_path / "a.h5"), ["plain"]).samples == 4
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        del file["plain"]
+    refuses(lambda: open_dataset(str(tmp_path / "a.h5")))
+
+
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a-idx3-ubyte", "a-idx1-ubyte.gz", "a.txt"])
 def test_what_is_packed(spoil: Spoil, tmp_path: Path, name: str) -> None:
     spoil(tmp_path / name)

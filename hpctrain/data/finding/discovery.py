@@ -17,6 +17,7 @@ from hpctrain.data.finding.attributes import coding_in, is_bare_dimension, with_
 from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.contents import Array, Contents
 from hpctrain.data.finding.elsewhere import behind_links, is_in, other_files
+from hpctrain.data.finding.links import require_files_behind
 from hpctrain.data.finding.types import type_of
 from hpctrain.data.finding.walking import objects_in
 from hpctrain.data.index import (
@@ -167,6 +168,7 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
         named = {}
         for name in fields:
             try:
+                require_files_behind(file, name)
                 if name in file:
                     named[name] = file[name]
             except ValueError:  # a name that HDF5 cannot have

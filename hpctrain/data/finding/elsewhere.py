@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 
+from hpctrain.data.finding.links import require_files_behind
 from hpctrain.data.finding.walking import Budget, identity
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError
@@ -96,6 +97,7 @@ def behind_links(file: h5py.File) -> dict[str, h5py.Dataset]:
 def _followed(group: h5py.Group, name: str) -> Any:
     """Return what a link leads to, None if nothing is there."""
     try:
+        require_files_behind(group, name)
         return group[name]
     except HDF5_FAILURES:
         return None
@@ -133,6 +135,7 @@ def _source_problem(path: Path, name: str, shape: tuple[int, ...], values: int) 
     """Return what is wrong with the source of a virtual dataset; empty if nothing is."""
     try:
         with open_hdf5_file(path) as file:
+            require_files_behind(file, name)
             if name not in file:
                 return f'has no "{name}"'
             found = file[name].shape

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+from hpctrain.utils.private_folders import new_private_folder
 
 REQUEST_NAME = "STACKS"
 """A file of this name in the run folder: all ranks are to show where they are, and to go on."""
@@ -62,7 +63,7 @@ class Requests:
 def make_private_folder() -> Path | None:
     """Return a new folder on this node, whose name nobody can have guessed and prepared."""
     with suppress(OSError):
-        return Path(tempfile.mkdtemp(prefix="hpctrain-stacks-"))
+        return new_private_folder("hpctrain-stacks-")
     return None
 
 
