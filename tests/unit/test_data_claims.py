@@ -60,7 +60,7 @@ def test_values_that_no_file_holds(tmp_path: Path, name: str) -> None:
     for fields in (None, ["x"]):
         with pytest.raises(DatasetError, match=r'a\.h5: field "x" is said to have .* stored'):
             open_dataset(path, fields)
-    for tool in ("info", "verify", "stats", "index"):
+    for tool in ("verify", "stats", "index"):
         assert main(["data", tool, path if tool != "index" else str(tmp_path)]) == 65
 
 
@@ -195,8 +195,8 @@ def test_names_are_escaped_where_they_are_shown(
     assert main(["data", "verify", str(path)]) == 65
     with h5py.File(path, "r+") as file:
         file[f"{EVIL}2"] = np.arange(9.0)
-    for command in (["info", str(path)], ["info", str(path), "--fields", "other"]):
-        assert main(["data", *command]) == 65
+    assert main(["data", "info", str(path)]) == 0
+    assert main(["data", "verify", str(path), "--fields", "other"]) == 65
     assert main(["data", "info", str(folder / EVIL)]) == 65
     told = capsys.readouterr()
     for text in (told.out, told.err):

@@ -25,6 +25,7 @@ from hpctrain.cli import main
 from hpctrain.config import load
 from hpctrain.config.code_folder import MARKER, use_snapshot
 from hpctrain.data import Writer, open_dataset
+from hpctrain.data.finding.survey import survey
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import HpctrainError
@@ -160,6 +161,7 @@ def test_links_of_hdf5(spoil: Spoil, tmp_path: Path) -> None:
     for name in ("out", "soft", "group/on/x", "loop", "/soft"):
         refuses(lambda name=name: open_dataset(str(tmp_path / "a.h5"), [name]))
     assert open_dataset(str(tmp_path / "a.h5"), ["plain"]).samples == 4
+    assert len(survey(str(tmp_path / "a.h5")).items) == 5
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         del file["plain"]
     refuses(lambda: open_dataset(str(tmp_path / "a.h5")))

@@ -14,9 +14,10 @@ from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import SUPPORTED_DTYPES
 from hpctrain.data.finding.attributes import is_bare_dimension, text_attribute
 from hpctrain.data.finding.discovery import array_of
+from hpctrain.data.finding.links import require_files_behind
 from hpctrain.data.finding.times import covered
 from hpctrain.data.finding.types import type_of
-from hpctrain.data.finding.walking import objects_in
+from hpctrain.data.finding.walking import MOST_OBJECTS, objects_in
 from hpctrain.data.storage import HDF5_FAILURES, filters_of, open_hdf5_file
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import number
@@ -173,16 +174,20 @@ def _decoded(coding: Coding) -> list[str]:
 
 def _links(group: h5py.Group, prefix: str) -> Iterator[Item]:
     """Yield the links of a group to other names and files, followed by nobody."""
-    for raw in sorted(group.id):
+    for raw in sorted(group.id) if len(group) <= MOST_OBJECTS else ():
         if group.id.links.get_info(raw).type == h5py.h5l.TYPE_HARD:
             continue
         path = prefix + raw.decode(errors="backslashreplace")
+        leads = "to what cannot be told"
         try:
             link = group.get(raw, getlink=True)
             at = f"{link.filename}:" if isinstance(link, h5py.ExternalLink) else ""
             leads = f"to {at}{link.path}"
+            require_files_behind(group, raw.decode(errors="surrogateescape"))
             if group.get(raw) is None:
                 leads += ", where there is nothing"
+        except OSError as error:
+            leads += f", which {error.strerror or 'cannot be followed'}"
         except HDF5_FAILURES:
             leads = "of a kind that h5py does not know"
         yield Item(path=path, type="link", notes=(leads,), obstacle="a link: it trains if named")

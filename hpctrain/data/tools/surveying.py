@@ -131,7 +131,7 @@ def _ways(pattern: str, found: Survey, problem: DatasetError) -> list[str]:
         *lines,
         "to train on the first of these sets, copy what is wanted of it:",
         *(f"  {line}" for line in config_lines(pattern, first)),
-        f"  # python -m hpctrain data verify {shlex.quote(pattern)} --fields {fields}",
+        f"  # python -m hpctrain data verify {printable(shlex.quote(pattern))} --fields {fields}",
     ]
 
 
@@ -148,8 +148,9 @@ def config_lines(pattern: str, paths: Sequence[str]) -> list[str]:
 
 
 def _toml(text: str) -> str:
-    """Return a text as TOML has it, whose escapes are those of JSON."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """Return a text as TOML has it, whose escapes are those of JSON and more."""
+    escaped = json.dumps(text, ensure_ascii=False)
+    return "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in escaped)
 
 
 def _has_files(folder: Path) -> bool:
