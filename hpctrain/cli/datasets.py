@@ -8,9 +8,10 @@ from contextlib import closing
 
 from hpctrain.cli.help import PROGRAM
 from hpctrain.cli.parsing import Parser
-from hpctrain.cli.voice import say, telling
+from hpctrain.cli.voice import say
 from hpctrain.errors import ExitCode
 from hpctrain.launch.launchers import Claim
+from hpctrain.launch.voice import telling
 
 
 def data(arguments: list[str], claim: Claim) -> int:

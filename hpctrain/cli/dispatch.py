@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from hpctrain.cli.help import HELP
 from hpctrain.cli.jobs import check, run
 from hpctrain.cli.parsing import usage_error
 from hpctrain.cli.tools import bundle, ckpt, job, status
-from hpctrain.cli.voice import point_to_rank_zero, repeat, say, tell
+from hpctrain.cli.voice import say
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, this_process
+from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
-
-_HEAD_START_SECONDS = 2.0
 
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -36,27 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(arguments, claim_for(arguments))
     except HpctrainError as error:
         if not error.told:
-            _tell_once(error)
+            tell_once(error)
         return error.exit_code
-
-
-def _tell_once(error: HpctrainError) -> None:
-    """Tell a failure: what only this rank knows it has to say itself, else one speaks for all."""
-    if not error.everywhere:
-        tell(error)
-        return
-    from hpctrain.launch.speaking import Voice, find_voice, is_by_hand, let_rank_zero_end
-
-    voice = find_voice()
-    if voice is Voice.ALL:
-        tell(error)
-        let_rank_zero_end()
-    elif voice is Voice.NODE:
-        repeat(error)
-    elif is_by_hand(os.environ):
-        # Somebody may read the output of this process alone.
-        time.sleep(_HEAD_START_SECONDS)
-        point_to_rank_zero()
 
 
 def claim_for(arguments: Sequence[str]) -> Claim:

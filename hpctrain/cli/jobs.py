@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hpctrain.cli.parsing import Parser, usage_error
-from hpctrain.cli.voice import telling
 from hpctrain.config.code_folder import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.launch.launchers import Claim
+from hpctrain.launch.voice import telling
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import write_out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -68,8 +69,19 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
         initialize(MPI, claim)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     communicator = MPICommunicator(MPI.COMM_WORLD, library)
-    with closing_together(communicator, MPI.Finalize if is_ours else communicator.free):
+    is_alone = communicator.world_size == 1
+    if is_ours and is_alone:
+        # It is not collective then, and so can wait until nobody may want to connect again.
+        atexit.register(_finalize, MPI)
+    finalize = is_ours and not is_alone
+    with closing_together(communicator, MPI.Finalize if finalize else communicator.free):
         yield communicator
+
+
+def _finalize(MPI: Any) -> None:  # noqa: N803 - mpi4py's name
+    """Finalize MPI at the end of this process, unless somebody has."""
+    if not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 @contextmanager

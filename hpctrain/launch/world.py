@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.config.schema import LaunchSection
-from hpctrain.errors import LaunchError
+from hpctrain.errors import HpctrainError, LaunchError
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.launchers import Claim, this_process
@@ -26,6 +28,8 @@ from hpctrain.launch.surroundings import (
     spare_login_node,
     take_place,
 )
+from hpctrain.launch.uncaught import end_quietly_if_uncaught
+from hpctrain.launch.voice import telling
 from hpctrain.launch.watchdog.gathering import watched
 from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.observe.native import quiet_native_libraries
@@ -44,7 +48,8 @@ class World:
     """A proven world, ready to train in.
 
     Attributes:
-        backend: of the default process group; None in a world of one process, which has none.
+        backend: of the default process group, which a world of one process has too; None where a
+            preflight goes on without.
         pulse: signs of life. From the first one on, `launch.hang_timeout_seconds` holds: a loop of
             your own calls `world.pulse.step_done(step)` after every step, or never.
         nccl_log: what NCCL says of its way; None where it does not run, or the user has said how it
@@ -164,36 +169,34 @@ def process_group(
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)
     keeper.runs_on(str(device))
-    if meeting is None:
-        yield World(
-            topology=topology,
-            communicator=communicator,
-            device=device,
-            backend=None,
-            pulse=keeper.pulse,
-        )
-        return
-
     backend = choose_backend(section, device)
     # Longer than the watchdog's limits, which can say more about who is late.
     timeout = timedelta(
         seconds=60 + 2 * max(section.hang_timeout_seconds, section.first_step_timeout_seconds)
     )
     prepare_nccl(timeout.total_seconds(), has_flight_recorder=torch.__version__ >= "2.9")
-    nccl_log = NcclLog.begin() if backend == "nccl" else None
-    dist.init_process_group(
-        backend,
-        store=_store(topology, meeting, section, timeout),
-        rank=topology.rank,
-        world_size=topology.world_size,
-        timeout=timeout,
-        device_id=device if backend in ("nccl", "xccl") else None,
-    )
+    nccl_log = NcclLog.begin() if backend == "nccl" and meeting is not None else None
+    # Of one process somebody else may have made the group: a notebook, a test beside ours.
+    is_ours = topology.world_size > 1 or not dist.is_initialized()
+    if is_ours:
+        with _own_interface(meeting):
+            dist.init_process_group(
+                backend,
+                store=_store(topology, meeting, section, timeout),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timeout,
+                # Its communicator is made at once; one process mostly needs none.
+                device_id=device if backend in ("nccl", "xccl") and meeting is not None else None,
+            )
 
     def close() -> None:
+        if not is_ours:
+            return
         # A DDP model in a reference cycle would outlive its process group and abort at exit.
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if nccl_log is not None:
             nccl_log.close()
         # Rank 0 holds the store: it stays until everybody has taken leave.
@@ -237,20 +240,50 @@ def connect(
     """
     section = section or LaunchSection()
     success: SystemExit | None = None
-    with (
-        control_plane(part=communicator) as (topology, messages),
-        guard(topology, is_callers=True) as keeper,
-        gathering(topology, messages, section, keeper) as meeting,
-        process_group(topology, messages, section, meeting, keeper) as world,
-    ):
-        try:
-            yield world
-        except SystemExit as asked:
-            if asked.code not in (0, None):
-                raise
-            success = asked
+    try:
+        with (
+            _alone_in_this_process(),
+            control_plane(part=communicator) as (topology, messages),
+            guard(topology, is_callers=True) as keeper,
+            # One process tells nothing: its failure may be caught.
+            telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
+            gathering(topology, messages, section, keeper) as meeting,
+            process_group(topology, messages, section, meeting, keeper) as world,
+        ):
+            try:
+                yield world
+            except SystemExit as asked:
+                if asked.code not in (0, None):
+                    raise
+                success = asked
+    except HpctrainError as error:
+        end_quietly_if_uncaught(error)
+        raise
     if success is not None:
         raise success
+
+
+_in_use = threading.Lock()
+_LOOPBACK = Path("/sys/class/net/lo")
+
+
+@contextmanager
+def _alone_in_this_process() -> Iterator[None]:
+    """Refuse a second world beside one that is in use: device, process group and MPI are one.
+
+    Raises:
+        LaunchError: if this process is in a world already.
+    """
+    if not _in_use.acquire(blocking=False):
+        raise LaunchError(
+            "connect() was called while another connect() of this process is in use: leave that "
+            "first, or hand its world on.",
+            everywhere=True,
+        )
+    try:
+        yield
+    finally:
+        _in_use.release()
 
 
 def _placed(topology: Topology) -> Topology:
@@ -276,13 +309,29 @@ def _claim_of_a_part(part: MPICommunicator) -> Claim:
     )
 
 
+@contextmanager
+def _own_interface(meeting: Meeting | None) -> Iterator[None]:
+    """Have gloo look up no host name for one process, which has nobody to connect to."""
+    name = "GLOO_SOCKET_IFNAME"
+    if meeting is not None or name in os.environ or not _LOOPBACK.exists():
+        yield
+        return
+    os.environ[name] = _LOOPBACK.name
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _store(
-    topology: Topology, meeting: Meeting, section: LaunchSection, timeout: timedelta
+    topology: Topology, meeting: Meeting | None, section: LaunchSection, timeout: timedelta
 ) -> dist.Store:
     """Return the key-value store through which the process group finds itself."""
     import torch
     from torch import distributed as dist
 
+    if meeting is None:
+        return dist.HashStore()
     if meeting.interface:
         # gloo would look its own host name up, and bind 127.0.1.1 on a Debian host.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)

@@ -157,7 +157,7 @@ def summary(facts: SummaryFacts) -> str:
 
 def _world(facts: HeaderFacts) -> list[str]:
     where = f"{text.plural(facts.world_size, 'rank')} on {text.plural(facts.num_nodes, 'node')}"
-    backend = [facts.backend] if facts.backend else []
+    backend = [facts.backend] if facts.backend and facts.world_size > 1 else []
     return [where, facts.launcher or "no launcher", facts.mpi or "no MPI", *backend]
 
 

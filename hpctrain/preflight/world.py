@@ -36,8 +36,8 @@ def connect(checks: Checks, stack: ExitStack) -> World | None:
         checks.add(Finding(name="process group", status="fail", fact=str(error)))
         return None
     checks.backend = world.backend
-    how = f"ready over {world.backend}" if world.backend else "one process needs none"
-    checks.add(Finding(name="process group", status="pass", fact=how))
+    fact = f"ready over {world.backend}"
+    checks.add(Finding(name="process group", status="pass", fact=fact))
     return world
 
 

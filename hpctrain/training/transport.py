@@ -15,7 +15,7 @@ def gather_transport(world: World) -> Transport | None:
 
     To be called once gradients have been reduced: NCCL connects when it has to.
     """
-    if world.backend != "nccl":
+    if world.backend != "nccl" or world.topology.world_size == 1:
         return None
     found = world.communicator.all_gather(
         Transport() if world.nccl_log is None else world.nccl_log.read()

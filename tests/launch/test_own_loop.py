@@ -11,23 +11,45 @@ from helpers.limits import JOB_SECONDS
 
 pytestmark = pytest.mark.ranks(2)
 
-# MPI runs once a process.
 ALONE = """
-import os
 import sys
 
-import hpctrain
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
-under_mpi = "PMI_RANK" in os.environ
-for attempt in range(1 if under_mpi else 2):
+import hpctrain
+from hpctrain.errors import LaunchError
+
+for attempt in range(2):
     try:
         with hpctrain.connect() as world:
+            model = DistributedDataParallel(torch.nn.Linear(2, 1))
+            model(torch.ones(3, 2)).sum().backward()
+            distributed.barrier()
+            try:
+                with hpctrain.connect():
+                    pass
+            except LaunchError as error:
+                print("refused", error)
             raise ValueError("batch too large, try a smaller one")
     except ValueError as error:
         print("caught", error)
-if not under_mpi:
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+with hpctrain.connect() as world:
+    pass
+assert distributed.is_initialized()  # it was there before
+distributed.destroy_process_group()
+with hpctrain.connect() as world:
+    sys.exit()
+"""
+
+AGAIN = """
+import hpctrain
+
+for attempt in range(2):
     with hpctrain.connect() as world:
-        sys.exit()
+        print("in", world.topology.rank, flush=True)
 """
 
 MPI_FIRST = """
@@ -103,9 +125,20 @@ def test_a_failure_of_one_process_is_its_callers(tmp_path: Path, launcher: tuple
     """A notebook's kernel, pytest and a loop that tries again survive it; sys.exit() is success."""
     ended = run(tmp_path, ALONE, *launcher, sys.executable)
     assert ended.returncode == 0, ended.stderr
-    attempts = 1 if launcher else 2
-    assert ended.stdout.splitlines() == ["caught batch too large, try a smaller one"] * attempts
+    refused, caught = ended.stdout.splitlines()[:2]
+    assert refused.startswith("refused connect() was called while another")
+    assert caught == "caught batch too large, try a smaller one"
+    assert ended.stdout.splitlines() == [refused, caught] * 2
     assert ended.stderr == ""
+
+
+def test_a_launch_that_fails_is_one_message(tmp_path: Path) -> None:
+    """As on the command line, where nobody catches it: MPI runs once a process."""
+    ended = run(tmp_path, AGAIN, *MPIRUN)
+    assert sorted(ended.stdout.splitlines()[:2]) == ["in 0", "in 1"]
+    assert ended.returncode == 69, ended.stderr
+    assert ended.stderr.count("hpctrain: error: MPICH 5.0.2 has been finalized") == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_mpi_that_is_up_is_joined_and_left_as_it_was(tmp_path: Path) -> None:

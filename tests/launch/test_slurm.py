@@ -139,8 +139,8 @@ BODY = f"{sys.executable} {BODIES / 'communicator.py'}"
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (BODY, "passed 1 none None"),  # whatever SLURM_NTASKS says
-        (f"srun -n1 bash -c '{BODY}'", "passed 1 none None"),
+        (BODY, "passed 1 none gloo"),  # whatever SLURM_NTASKS says
+        (f"srun -n1 bash -c '{BODY}'", "passed 1 none gloo"),
         (f"srun --mpi=pmi2 -N1 -n2 -w n2 {BODY}", "passed 2 srun gloo"),
     ],
 )
@@ -166,7 +166,7 @@ def test_variables_of_a_job_in_a_bare_shell(slurm: Lab, tmp_path: Path) -> None:
     environment = dict(entry.split("=", 1) for entry in content.split("\0"))
     assert environment["SLURM_NTASKS"] == "4"
     result = slurm.run(sys.executable, str(BODIES / "communicator.py"), env=environment)
-    assert result.stdout == "passed 1 none None\n", result.stderr
+    assert result.stdout == "passed 1 none gloo\n", result.stderr
 
 
 @pytest.mark.parametrize("mpi", ["mpich", "openmpi"])

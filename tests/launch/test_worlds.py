@@ -42,7 +42,7 @@ def test_the_control_plane_over_mpi(ranks: int) -> None:
 
 def test_the_control_plane_alone() -> None:
     result = start(sys.executable, str(BODIES / "communicator.py"))
-    assert result.stdout == "passed 1 none None\n", result.stderr
+    assert result.stdout == "passed 1 none gloo\n", result.stderr
     assert result.stderr == ""
 
 
