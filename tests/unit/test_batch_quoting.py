@@ -245,10 +245,24 @@ def test_nothing_in_a_name_is_executed(
     assert said[:3] == ["-m", "hpctrain", config]
     assert said[3:7] == ["-m", "hpctrain", "status", "runs/digits"]
     for line in (here / "unpacked").read_text(encoding="utf-8").splitlines():
-        assert re.fullmatch(rf"700 {re.escape(str(place))}/hpctrain-[0-9a-f]{{32}}", line)
+        assert re.fullmatch(rf"700 {re.escape(str(place))}/hpctrain-7\w*-[0-9a-f]{{32}}", line)
     assert (here / "submitted").exists()
     assert not list(place.iterdir())
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_what_this_job_has_left_is_removed_when_it_starts_again(
+    shell: Shell, tmp_path: Path
+) -> None:
+    """Slurm starts nothing on the nodes of a job that somebody else requeues."""
+    place = tmp_path / "place"
+    kept = ("hpctrain-70-" + "a" * 32, "hpctrain-0", "other")
+    for name in (*kept, "hpctrain-7-" + "a" * 32):
+        (place / name / "bin").mkdir(parents=True)
+    (place / ("hpctrain-7-" + "b" * 32)).symlink_to(place / "other")
+    assert shell.run("slurm", TMPDIR=str(place))[0] == 75
+    assert {path.name for path in place.iterdir()} == {*kept, "hpctrain-7-" + "b" * 32}
+    assert (place / "other" / "bin").is_dir()
 
 
 def lay_open(place: Path) -> None:
