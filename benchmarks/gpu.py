@@ -370,6 +370,11 @@ def throughput(name: str, wishes: Wishes, *, compiled: bool) -> None:
             nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
             optimizer.step()
 
+    def tuned(count: int) -> None:
+        torch.backends.cudnn.benchmark = True
+        by_hand(count)
+        torch.backends.cudnn.benchmark = False
+
     def stepping(batches: Iterator[Any]) -> Callable[[int], None]:
         def steps(count: int) -> None:
             for _ in range(count):
@@ -386,6 +391,8 @@ def throughput(name: str, wishes: Wishes, *, compiled: bool) -> None:
             "device memory": stepping(samples.epoch(0, 0)),
             "HDF5": stepping(for_ever(loader)),
         }
+        if name == "resnet" and not compiled:
+            loops["bare, cudnn.benchmark"] = tuned
         seconds = _timed(loops, steps, 2 if wishes.tiny else 5, device)
         waited = loader.wait_seconds
         loader.close()
@@ -393,8 +400,11 @@ def throughput(name: str, wishes: Wishes, *, compiled: bool) -> None:
     ratios = {
         k: statistics.median(b / o for b, o in zip(seconds["bare"], v, strict=True))
         for k, v in seconds.items()
-        if k != "bare"
+        if not k.startswith("bare")
     }
+    if "bare, cudnn.benchmark" in rates:
+        faster = rates["bare, cudnn.benchmark"] / rates["bare"]
+        tell("cudnn.benchmark", times_as_fast=round(faster, 4))
     for k, ratio in ratios.items():
         tell(
             f"{name}{', compiled' if compiled else ''}, from {k}",

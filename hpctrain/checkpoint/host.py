@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -13,6 +13,15 @@ from torch import Tensor
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.errors import CheckpointError
+
+
+def pinned_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return what copies of tensors of a device take of host memory: powers of two.
+
+    Source: aten/src/ATen/core/CachingHostAllocator.h of torch 2.13, allocate.
+    """
+    sizes = [item.numel() * item.element_size() for item in tensors if _is_copied_aside(item)]
+    return sum(1 << max(0, size - 1).bit_length() for size in sizes)
 
 
 class HostCopies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
+from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.world import World
 from hpctrain.preflight.asking import CheckError, ask, failing_together
 from hpctrain.preflight.checks import Checks
@@ -65,6 +66,9 @@ def check_compute(
     checks.add(judging.judge_step(steps))
     nodes = [rank.node_rank for rank in checks.ranks] or [0] * len(steps)
     checks.add(judging.judge_memory(steps, checks.hosts, nodes, world.device.type))
+    if world.device.type == "cuda":
+        free = min(world.communicator.all_gather(host_memory()[0]))
+        checks.add(judging.judge_pinned_memory(steps, checks.hosts, nodes, free))
     _try_real_data(checks, world if spread else alone(world), components, opened)
     return steps
 

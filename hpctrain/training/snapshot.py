@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.checkpoint.format import Snapshot
+from hpctrain.checkpoint.host import pinned_bytes
 from hpctrain.checkpoint.layout import AVERAGE, EVALUATION, MODEL, TRAINING
 from hpctrain.checkpoint.parts import Spread
 from hpctrain.checkpoint.state import rng_to_tensors
@@ -46,6 +47,17 @@ def expected_bytes(step: TrainStep) -> int:
     ranks = 1 if step.shards is None else step.shards.world_size
     evaluation = 0 if step.evaluation is None else model
     return model + (ranks * _bytes(tensors) or 2 * model) + ranks * _bytes(averages) + evaluation
+
+
+def host_bytes(step: TrainStep, *, is_rank_zero: bool) -> int:
+    """Return how much host memory this rank's copies for saves will take, of tensors on a device.
+
+    Rank 0 saves all; where the parameters are spread, every rank its rows.
+    """
+    if step.shards is None and not is_rank_zero:
+        return 0
+    held = [item for _, item in step.held.named_parameters()]
+    return pinned_bytes([*held, *step.optimizer_state.capture(step.held).tensors.values()])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

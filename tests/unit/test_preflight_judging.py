@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from preflight_tables import rank
 
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.preflight.judging.compute import MEMORY_FIX, judge_memory, judge_step, step_fix
+from hpctrain.preflight.judging.compute import (
+    MEMORY_FIX,
+    judge_memory,
+    judge_pinned_memory,
+    judge_step,
+    step_fix,
+)
 from hpctrain.preflight.judging.data import (
     judge_dataset,
     judge_locking,
@@ -188,6 +195,14 @@ def test_the_fix_of_a_failed_step(message: str, memory: bool) -> None:
 def test_memory(device: str, nodes: list[int], free: list[int], status: str, words: str) -> None:
     finding = judge_memory([step_facts(free=each) for each in free], ["a", "b"], nodes, device)
     assert (finding.status, words in finding.fact) == (status, True), finding
+
+
+def test_pinned_memory_of_a_node() -> None:
+    steps = [replace(step_facts(), pinned_bytes=each) for each in (3 * GB, GB, GB)]
+    fine = judge_pinned_memory(steps, ["a", "a", "b"], [0, 0, 1], 8 * GB)
+    assert (fine.status, fine.values["pinned_bytes"]) == ("pass", 4 * GB)
+    assert "4.00 GB of the host's memory on a; 8.00 GB are free" in fine.fact
+    assert judge_pinned_memory(steps, ["a", "a", "b"], [0, 0, 1], 4 * GB).status == "warn"
 
 
 def dataset(reason: str) -> Dataset:

@@ -111,3 +111,36 @@ def judge_memory(
             worst = free / total, finding
     assert worst is not None
     return worst[1]
+
+
+def judge_pinned_memory(
+    steps: Sequence[StepFacts], hosts: Sequence[str], node_ranks: Sequence[int], free_bytes: int
+) -> Finding:
+    """Hold the host memory that devices copy from and to against what a node has.
+
+    Args:
+        steps: of every rank.
+        hosts: of every rank.
+        node_ranks: of every rank.
+        free_bytes: of a node, the least of all.
+    """
+    taken: dict[int, int] = {}
+    for step, node in zip(steps, node_ranks, strict=True):
+        taken[node] = taken.get(node, 0) + step.pinned_bytes
+    worst = max(taken, key=lambda node: taken[node])
+    host = hosts[list(node_ranks).index(worst)]
+    fact = (
+        f"reading ahead and saves pin up to {size(taken[worst])} of the host's memory on {host}; "
+        f"{size(free_bytes)} are free"
+    )
+    tight = taken[worst] > (1 - _LEAST_FREE) * free_bytes
+    return Finding(
+        name="host memory",
+        status="warn" if tight else "pass",
+        fact=fact,
+        fix="lower data.buffer_mb, start fewer ranks per node, or ask for more memory: pinned "
+        "memory is never swapped"
+        if tight
+        else "",
+        values={"pinned_bytes": taken[worst], "free_bytes": free_bytes},
+    )

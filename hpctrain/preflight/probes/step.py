@@ -30,7 +30,7 @@ from hpctrain.training.assembly import (
     seed_generators,
 )
 from hpctrain.training.datasets import Data
-from hpctrain.training.snapshot import expected_bytes
+from hpctrain.training.snapshot import expected_bytes, host_bytes
 from hpctrain.training.step.trial import try_whole
 
 TIMED_SECONDS = 5.0
@@ -89,6 +89,7 @@ class StepFacts:
         used_bytes: the most that the process has taken: of the device, or of host memory.
         free_bytes: that were left there at the end, for all ranks together on a host.
         total_bytes: that there are.
+        pinned_bytes: of host memory that a device copies from and to: reading ahead, saves.
     """
 
     parameters: int
@@ -101,6 +102,7 @@ class StepFacts:
     used_bytes: int
     free_bytes: int
     total_bytes: int
+    pinned_bytes: int = 0
 
 
 def alone(world: World) -> World:
@@ -191,6 +193,9 @@ def take_steps(
     else:
         used, (free, total) = peak_resident_bytes(), host_memory()
     parameters = list(parts.model.parameters())
+    loaders = [each for each in (opened.train_loader, opened.validation_loader) if each is not None]
+    ahead = sum(each.buffer_bytes for each in loaders)
+    saves = host_bytes(step, is_rank_zero=world.topology.is_rank_zero)
     return StepFacts(
         parameters=sum(item.numel() for item in parameters),
         parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
@@ -202,6 +207,7 @@ def take_steps(
         used_bytes=used,
         free_bytes=free,
         total_bytes=total,
+        pinned_bytes=ahead + saves if cuda else 0,
     )
 
 
