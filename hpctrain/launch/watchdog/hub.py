@@ -201,16 +201,16 @@ class Hub:
     def _close_door(self) -> None:
         """Listen no more: whoever is to come is there, or is not waited for."""
         if self._door is not None and self._listener is not None:
-            self._complain(time.monotonic(), is_last=True)
+            self._complain(time.monotonic())
             self._door.close()
             self._listener.close()
             self._door = None
 
-    def _complain(self, now: float, *, is_last: bool = False) -> None:
+    def _complain(self, now: float) -> None:
         """Tell of strangers that were refused, once a minute at most."""
         assert self._door is not None
         told, at = self._complained
-        if self._door.refusals.count > told and (not told or is_last or now >= at):
+        if self._door.refusals.count > told and (not told or now >= at):
             self._complained = self._door.refusals.count, now + _COMPLAINT_SECONDS
             say(f"hpctrain: watchdog on {self._host}: {self._door.refusals}\n")
 
