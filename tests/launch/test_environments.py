@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.limits import JOB_SECONDS
 
@@ -93,6 +94,17 @@ def free_port() -> int:
         return port
 
 
+def listening_at(pid: int) -> list[tuple[str, int]]:
+    """Return where a process and those that it has started listen."""
+    started = psutil.Process(pid)
+    return [
+        (connection.laddr.ip, connection.laddr.port)
+        for process in (started, *started.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 def two_ranks(**changes: str | None) -> list[dict[str, str]]:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     kept = {key: value for key, value in (shared | changes).items() if value is not None}
@@ -123,8 +135,11 @@ def test_a_broken_world_by_hand_is_one_message(changes: dict[str, str | None], w
 
 
 def test_another_jobs_port_is_one_message() -> None:
-    """Both ranks of the second job leave; the first one does not notice."""
-    ranks = two_ranks()
+    """Both ranks of the second job leave; the first one does not notice.
+
+    Being on one host, it listens where no other host comes.
+    """
+    ranks = two_ranks(MASTER_ADDR="127.0.0.1")
     waiting = [[sys.executable, BODY, "hold"]] * 2
     first = [
         subprocess.Popen(
@@ -140,12 +155,15 @@ def test_another_jobs_port_is_one_message() -> None:
     try:
         assert first[0].stdout is not None
         assert first[0].stdout.readline() == "met\n"
+        listening = [address for process in first for address in listening_at(process.pid)]
+        assert len(listening) >= 4  # two stores, and a socket of gloo for each rank
+        assert {ip for ip, _ in listening} == {"127.0.0.1"}, listening
         ends = by_hand(*ranks)
         output = "".join(text for _, text in ends)
         assert [code for code, _ in ends] == [69, 69], output
         assert output.count("hpctrain: error") == 1
         port = ranks[0]["MASTER_PORT"]
-        assert f"rank 0 cannot open MASTER_ADDR:MASTER_PORT = localhost:{port}" in output
+        assert f"rank 0 cannot open MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in output
         assert "Choose another MASTER_PORT." in output
         assert "Traceback" not in output
         for process in first:

@@ -150,6 +150,23 @@ def test_an_address_that_nobody_reaches_is_told_as_a_table(hosts: Path, tmp_path
     assert "Traceback" not in output
 
 
+def test_strangers_at_all_sockets_change_nothing() -> None:
+    """The short form of the benchmark: a third host, and another user of the first one."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    benchmark = str(ROOT / "benchmarks" / "untrusted_input.py")
+    result = subprocess.run(
+        [sys.executable, benchmark, "--jobs", "1"],
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all 1 jobs ended as the undisturbed one" in result.stdout
+
+
 @pytest.fixture
 def ipv6_only(hosts: Path) -> Iterator[Path]:
     """Take the IPv4 addresses from the hosts and give them IPv6 ones."""

@@ -148,6 +148,17 @@ def test_strangers_are_told_of_once_and_end_nothing(lab: Lab) -> None:
     assert spoke._channel is not None
 
 
+def test_a_node_that_never_comes_among_strangers_is_told_with_them(lab: Lab) -> None:
+    stranger = socket.create_connection(lab.address, JOB_SECONDS)
+    lab.sockets.append(stranger)
+    stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    lab.until(lambda: lab.said)
+    lab.hub._connect_until = 0.0
+    lab.until(lambda: len(lab.said) == 2)
+    assert "is gone" in lab.said[1]
+    assert "flooded? 1 connection of strangers refused, the last from 127.0.0.1" in lab.said[1]
+
+
 SENT_AFTER_THE_PROOF = [
     b"GET / HTTP/1.0\r\n",
     b"[]\n",

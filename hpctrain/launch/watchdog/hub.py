@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hpctrain.errors import ExitCode
 from hpctrain.launch.crash import write_ending, write_report
-from hpctrain.launch.handshake import Doorkeeper
+from hpctrain.launch.handshake import Doorkeeper, Refusals
 from hpctrain.launch.watchdog import protocol
 from hpctrain.launch.watchdog.judge import (
     Action,
@@ -85,6 +85,7 @@ class Hub:
         self._ended = False
         self._complained: tuple[int, float] = (0, 0.0)
         self._door: Doorkeeper | None = None
+        self._refusals = Refusals()
         if listener is not None:
             self._door = Doorkeeper(
                 listener,
@@ -94,6 +95,7 @@ class Hub:
                 expected=len(self._awaited),
                 admit=self._admit,
             )
+            self._refusals = self._door.refusals
 
     def send(self, message: Message) -> None:
         """Hear the hub's own node."""
@@ -208,11 +210,10 @@ class Hub:
 
     def _complain(self, now: float) -> None:
         """Tell of strangers that were refused, once a minute at most."""
-        assert self._door is not None
         told, at = self._complained
-        if self._door.refusals.count > told and (not told or now >= at):
-            self._complained = self._door.refusals.count, now + _COMPLAINT_SECONDS
-            say(f"hpctrain: watchdog on {self._host}: {self._door.refusals}\n")
+        if self._refusals.count > told and (not told or now >= at):
+            self._complained = self._refusals.count, now + _COMPLAINT_SECONDS
+            say(f"hpctrain: watchdog on {self._host}: {self._refusals}\n")
 
     @property
     def _host(self) -> str:
@@ -259,12 +260,11 @@ class Hub:
             self._post(leader, message)
 
     def _tell(self, verdict: Verdict) -> None:
-        refusals = "" if self._door is None else str(self._door.refusals)
         self._close_door()  # the reports below may need its descriptors
         stacks = None if self._stacks is None else str(self._stacks)
         text = story(verdict, stacks)
-        if isinstance(verdict, NodeLost) and refusals:
-            text += f"Is the port of the watchdogs flooded? {refusals}.\n"
+        if isinstance(verdict, NodeLost) and self._awaited and self._refusals.count:
+            text += f"Is the port of the watchdogs flooded? {self._refusals}.\n"
         say(text)
         if self._folder is None:
             return
