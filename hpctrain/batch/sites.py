@@ -62,11 +62,13 @@ class Site:
 
 _MIOPEN = (
     Because(
-        line='MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"',
-        reason="MIOpen keeps a database of kernels, which needs file locks: not on Lustre.",
+        line="MIOPEN_USER_DB_PATH; MIOPEN_USER_DB_PATH=/tmp/miopen-$SLURM_JOB_ID-"
+        "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
+        reason="MIOpen keeps a database of kernels, which needs file locks: not on Lustre. "
+        "Nobody can have prepared a folder of this name.",
     ),
     Because(
-        line='MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"',
+        line="MIOPEN_CUSTOM_CACHE_DIR=$MIOPEN_USER_DB_PATH",
         reason="The same for its compiled kernels: node-local, and gone with the job.",
     ),
 )

@@ -46,10 +46,11 @@ python=(python)
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # RCCL is to meet over Slingshot, not over the management network.
 export NCCL_SOCKET_IFNAME=hsn0
-# MIOpen keeps a database of kernels, which needs file locks: not on Lustre.
-export MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"
+# MIOpen keeps a database of kernels, which needs file locks: not on Lustre. Nobody can have
+# prepared a folder of this name.
+export MIOPEN_USER_DB_PATH; MIOPEN_USER_DB_PATH=/tmp/miopen-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 # The same for its compiled kernels: node-local, and gone with the job.
-export MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"
+export MIOPEN_CUSTOM_CACHE_DIR=$MIOPEN_USER_DB_PATH
 
 # Each rank gets the GCD beside its cores, as its only one. Seven cores a rank: the eighth of every
 # die is the system's.

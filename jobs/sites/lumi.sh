@@ -52,10 +52,11 @@ export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3
 export NCCL_NET_GDR_LEVEL=3
 # With Libfabric's default monitor of registered memory RCCL can hang.
 export FI_MR_CACHE_MONITOR=userfaultfd
-# MIOpen keeps a database of kernels, which needs file locks: not on Lustre.
-export MIOPEN_USER_DB_PATH="/tmp/miopen-$SLURM_JOB_ID"
+# MIOpen keeps a database of kernels, which needs file locks: not on Lustre. Nobody can have
+# prepared a folder of this name.
+export MIOPEN_USER_DB_PATH; MIOPEN_USER_DB_PATH=/tmp/miopen-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 # The same for its compiled kernels: node-local, and gone with the job.
-export MIOPEN_CUSTOM_CACHE_DIR="/tmp/miopen-$SLURM_JOB_ID"
+export MIOPEN_CUSTOM_CACHE_DIR=$MIOPEN_USER_DB_PATH
 
 # GCD i is beside these cores of rank i; the first of a die is the system's.
 bind=("--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000")
