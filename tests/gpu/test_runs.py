@@ -99,7 +99,32 @@ def test_a_run_goes_on_to_the_bit(site: Path, precision: str) -> None:
 def test_one_rank_under_a_launcher(site: Path, strategy: str) -> None:
     output = hpctrain(site, 1, f"run.name=one-{strategy}", f"training.strategy={strategy}")
     assert "complete" in output
-    assert "gradients: NCCL" in output, "a world of one has a process group, and NCCL's log is read"
+
+
+NCCL_OF_ONE = """
+import torch, hpctrain
+from torch import distributed as dist
+with hpctrain.connect() as world:
+    tensor = torch.arange(10.0, device=world.device)
+    dist.all_reduce(tensor)
+    assert tensor.tolist() == list(map(float, range(10)))
+    print("backend", world.backend, dist.get_backend(), world.device)
+"""
+
+
+@pytest.mark.on_device
+@pytest.mark.parametrize("launcher", [[], ["mpirun", "-np", "1"]])
+def test_one_process_has_a_group_of_nccl(launcher: list[str]) -> None:
+    result = subprocess.run(
+        [*launcher, sys.executable, "-c", NCCL_OF_ONE],
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "backend nccl nccl cuda:0" in result.stdout
 
 
 @pytest.mark.on_device
