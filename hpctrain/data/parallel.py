@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from hpctrain.utils.cgroups import cpu_budget
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def processors() -> int:
-    """Return how many processors this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Return how many processors this process may use at once."""
+    return cpu_budget()
 
 
 def each(

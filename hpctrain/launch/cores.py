@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from hpctrain.topology import Communicator, Topology
+from hpctrain.utils.cgroups import allowed_cores, cpu_quotas
+from hpctrain.utils.text import plural
 
 logger = logging.getLogger("hpctrain")
 
@@ -29,16 +31,48 @@ UNPINNING = {
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores that a rank may use, of those of its node."""
+    """The cores that a rank may use, of those of its node.
+
+    Attributes:
+        quotas: of its control groups: which group, and as many cores' time for all in it.
+    """
 
     node_rank: int
     allowed: tuple[int, ...]
     num_on_node: int
+    quotas: tuple[tuple[str, float], ...] = ()
 
 
-def thread_budget(cores: int, sharing: int) -> int:
-    """Return the threads of a rank that shares `cores` cores with `sharing - 1` others."""
-    return max(1, cores // sharing)
+def thread_budget(here: Cores, ranks: Sequence[Cores]) -> int:
+    """Return the threads of a rank: its part of the cores and quotas that it shares with others.
+
+    Args:
+        here: of the rank.
+        ranks: of all ranks, this one too.
+    """
+    beside = [cores for cores in ranks if cores.node_rank == here.node_rank]
+    shares = [len(here.allowed) / sum(cores.allowed == here.allowed for cores in beside)]
+    shares += [cpus / _num_in(group, beside) for group, cpus in here.quotas]
+    return max(1, int(min(shares)))
+
+
+def throttling(ranks: Sequence[Cores]) -> str | None:
+    """Return what quota leaves the ranks less than a core each; None if none does."""
+    for rank, cores in enumerate(ranks):
+        beside = [other for other in ranks if other.node_rank == cores.node_rank]
+        for group, cpus in cores.quotas:
+            together = _num_in(group, beside)
+            if cpus < together:
+                return (
+                    f"a quota of {cpus:g} cores (cpu.max of a control group) is there for "
+                    f"{plural(together, 'rank')}, rank {rank} among them: the kernel stops them "
+                    "now and then to keep to it; ask for more, or start fewer ranks per node"
+                )
+    return None
+
+
+def _num_in(group: str, ranks: Sequence[Cores]) -> int:
+    return sum(any(other == group for other, _ in cores.quotas) for cores in ranks)
 
 
 def crowding(ranks: Sequence[Cores]) -> str | None:
@@ -72,19 +106,19 @@ def set_threads(communicator: Communicator, topology: Topology) -> int:
     Returns:
         The threads of this rank.
     """
-    here = Cores(topology.node_rank, tuple(sorted(allowed_cores())), os.cpu_count() or 1)
+    here = Cores(
+        topology.node_rank,
+        tuple(sorted(allowed_cores())),
+        os.cpu_count() or 1,
+        tuple((quota.group, quota.cpus) for quota in cpu_quotas()),
+    )
     ranks: list[Cores] = communicator.all_gather(here)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(thread_budget(len(here.allowed), ranks.count(here)))
+        torch.set_num_threads(thread_budget(here, ranks))
+    if topology.is_rank_zero and (quota := throttling(ranks)) is not None:
+        logger.warning("%s", quota)
     problem = crowding(ranks)
     if problem is not None and topology.is_rank_zero:
         fix = UNPINNING.get(topology.launcher)
         logger.warning("%s%s", problem, "" if fix is None else f"; to change that: {fix}")
     return torch.get_num_threads()
-
-
-def allowed_cores() -> set[int]:
-    """Return the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))

@@ -120,24 +120,6 @@ def lives(pid: int, started: str | None) -> bool | None:
     return None if started is None else fields[START_TIME] == started
 
 
-def cgroup(root: str, controller: str) -> Path:
-    """Return the folder of this process's control group.
-
-    Args:
-        root: where the groups are mounted.
-        controller: of version 1, or "" for version 2.
-    """
-    try:
-        lines = (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(",") and (controller or not controllers):
-            return Path(root, path.lstrip("/"))
-    return Path(root)
-
-
 def _has_threads(pid: int) -> bool:
     """Tell whether threads go on where the first one of a process has ended."""
     try:

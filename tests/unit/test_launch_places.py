@@ -15,7 +15,7 @@ import torch
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import LaunchError
 from hpctrain.launch.containers import is_walled_off
-from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget
+from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget, throttling
 from hpctrain.launch.device import (
     Owner,
     Place,
@@ -278,7 +278,30 @@ def test_pinning_is_told_with_the_fix_of_the_launcher(
     ("cores", "sharing", "threads"), [(8, 2, 4), (2, 16, 1), (7, 2, 3), (1, 1, 1)]
 )
 def test_thread_budget(cores: int, sharing: int, threads: int) -> None:
-    assert thread_budget(cores, sharing) == threads
+    ranks = [Cores(0, tuple(range(cores)), 8)] * sharing
+    elsewhere = [Cores(1, tuple(range(cores)), 8)] * 5
+    assert thread_budget(ranks[0], [*ranks, *elsewhere]) == threads
+
+
+@pytest.mark.parametrize(
+    ("quotas", "threads", "words"),
+    [
+        # The job's group holds both ranks of the node, as under Slurm.
+        ([(("job", 6.0),)] * 2, [3, 3], None),
+        ([(("job", 1.5),)] * 2, [1, 1], "a quota of 1.5 cores"),
+        # A container each.
+        ([(("a", 4.0),), (("b", 2.5),)], [4, 2], None),
+        ([(("a", 4.0), ("pod", 3.0)), (("b", 2.0), ("pod", 3.0))], [1, 1], None),
+        ([(("a", 0.5),), ()], [1, 4], "is there for 1 rank, rank 0"),
+    ],
+)
+def test_quotas_are_shared_by_the_ranks_in_a_group(
+    quotas: list[tuple[tuple[str, float], ...]], threads: list[int], words: str | None
+) -> None:
+    ranks = [Cores(0, tuple(range(8)), 8, own) for own in quotas]
+    assert [thread_budget(rank, ranks) for rank in ranks] == threads
+    told = throttling(ranks)
+    assert (told is None) if words is None else (told is not None and words in told)
 
 
 ADDRESSES = [

@@ -12,6 +12,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.utils.cgroups import allowed_cores, cpu_quotas
+
 MOST_THREADS = 4
 """Of one reader, where nothing else is asked for: memory, not the cores, is the limit by then."""
 LEAST_SHARED_BYTES = 2**19
@@ -26,8 +28,10 @@ def reading_threads(local_world_size: int) -> int:
     A launcher that pins has chosen the rank's cores; ranks that may use all of them divide them.
     """
     cores = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(allowed, cores // local_world_size, MOST_THREADS))
+    # A quota is mostly that of all ranks on the node together.
+    quota = min((quota.cpus for quota in cpu_quotas()), default=float(cores))
+    shared = int(min(cores, quota)) // local_world_size
+    return max(1, min(len(allowed_cores()), shared, MOST_THREADS))
 
 
 class Helpers:

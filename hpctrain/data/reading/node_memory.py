@@ -7,41 +7,18 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.utils.proc import cgroup
+from hpctrain.utils.cgroups import memory_limits
 
 SHARED = Path("/dev/shm")
 
 
 def host_memory() -> tuple[int, int]:
-    """Return free and total bytes of what this job may take: of the node, or of its cgroup."""
+    """Return free and total bytes of what this job may take: of its control groups, or the node."""
     memory = psutil.virtual_memory()
     free, total = memory.available, memory.total
-    for root, controller, limit_name, used_name, cache_name in (
-        ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
-        (
-            "/sys/fs/cgroup/memory",
-            "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        group = cgroup(root, controller)
-        # A scheduler sets the limit of the job, above the group of its step.
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
-                break
-            try:
-                limit = (folder / limit_name).read_text(encoding="ascii").strip()
-                used = int((folder / used_name).read_text(encoding="ascii"))
-                stat = (folder / "memory.stat").read_text(encoding="ascii")
-            except OSError:
-                continue
-            if limit.isdecimal() and int(limit) < total:
-                total = int(limit)
-                # Cached pages of files are given up before anything is killed.
-                cached = dict(line.split() for line in stat.splitlines()).get(cache_name, "0")
-                free = min(free, total - used + int(cached))
+    for group in memory_limits():
+        total = min(total, group.limit)
+        free = min(free, max(0, group.limit - group.used))
     return free, total
 
 

@@ -19,6 +19,7 @@ from hpctrain.launch.watchdog.member import peer_of, proof_of_rank
 from hpctrain.launch.watchdog.messages import Channel, Message, parse_message
 from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
 from hpctrain.launch.watchdog.rank import Rank
+from hpctrain.utils.cgroups import num_oom_kills
 
 # All ranks join at once; one that takes longer has died on the way.
 _JOIN_SECONDS = 20.0
@@ -59,7 +60,7 @@ class LocalRanks:
         os.ftruncate(self._memory_fd, ROW_BYTES * len(group.ranks))
         self._memory = mmap.mmap(self._memory_fd, 0)
         self._last_progress: list[int] = [0] * len(group.ranks)
-        self._oom_kills = processes.num_oom_kills()
+        self._oom_kills = num_oom_kills()
         self._join_until = time.monotonic() + _JOIN_SECONDS
         self._evidence = Evidence(group.host, list(self._ranks.values()), self._readings, send)
         self._kill_at: float | None = None
@@ -229,7 +230,7 @@ class LocalRanks:
             signal=processes.signal_name(number) if number else None,
             signal_number=number or None,
             exit_code=status >> 8 if status is not None and not number else None,
-            oom_kills=processes.num_oom_kills() - self._oom_kills,
+            oom_kills=num_oom_kills() - self._oom_kills,
             step=read_row(self._memory, rank.index).step,
             about=rank.about,
         )

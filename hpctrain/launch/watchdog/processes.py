@@ -6,9 +6,8 @@ import fcntl
 import os
 import signal
 import struct
-from contextlib import suppress
 
-from hpctrain.utils.proc import EXIT_CODE, FLAGS, STATE, cgroup, stat_fields
+from hpctrain.utils.proc import EXIT_CODE, FLAGS, STATE, stat_fields
 
 _EXITING = 0x4  # PF_EXITING of the kernel's sched.h
 
@@ -57,19 +56,6 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def num_oom_kills() -> int:
-    """Return how many processes of this control group the kernel has killed for memory."""
-    for root, controller, name in (
-        ("/sys/fs/cgroup/memory", "memory", "memory.oom_control"),
-        ("/sys/fs/cgroup", "", "memory.events"),
-    ):
-        with suppress(OSError, ValueError, KeyError):
-            events = (cgroup(root, controller) / name).read_text(encoding="ascii")
-            counts = dict(line.split() for line in events.splitlines())
-            return int(counts["oom_kill"])
-    return 0
 
 
 def open_pidfd(pid: int) -> int | None:

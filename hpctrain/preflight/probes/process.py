@@ -19,7 +19,7 @@ import torch
 
 from hpctrain.launch.mpi import HOST_ONLY
 from hpctrain.launch.world import World
-from hpctrain.utils.proc import cgroup
+from hpctrain.utils.cgroups import allowed_cores, folders
 from hpctrain.version import __version__
 
 _NODES = Path("/sys/devices/system/node")
@@ -132,16 +132,14 @@ def versions(mpi: str | None, cuda: bool) -> dict[str, str]:
 
 def affinity() -> tuple[int, ...]:
     """Return the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+    return tuple(sorted(allowed_cores()))
 
 
 def node_cores() -> int:
     """Return how many cores the job may use on this node: those of its cpuset, or all."""
     for path in (
-        cgroup("/sys/fs/cgroup", "") / "cpuset.cpus.effective",
-        cgroup("/sys/fs/cgroup/cpuset", "cpuset") / "cpuset.effective_cpus",
+        *(folder / "cpuset.cpus.effective" for folder in folders("")[:1]),
+        *(folder / "cpuset.effective_cpus" for folder in folders("cpuset")[:1]),
     ):
         try:
             if cores := parse_ranges(path.read_text(encoding="ascii")):
