@@ -26,6 +26,7 @@ from typing import Any
 
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.utils.files import create_file, replace_file
+from hpctrain.utils.group_access import explained
 from hpctrain.utils.json_files import SMALL, parse_json, read_name, read_whole
 
 NAME = "exit.json"
@@ -139,7 +140,8 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder / NAME}: {error.strerror}") from error
+        problem = explained(error, folder)
+        raise CheckpointError(f"cannot write {folder / NAME}: {problem}") from error
 
 
 def read_outcome(folder: Path) -> Outcome | None:
@@ -153,6 +155,8 @@ def read_outcome(folder: Path) -> Outcome | None:
         return _outcome(parse_json(read_whole(path, SMALL)))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {explained(error, path)}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; remove it to go on") from error
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+
+from hpctrain.utils.group_access import explained
 
 
 def fact_of(error: OSError) -> str:
     """Return what failed, and of which file."""
+    if isinstance(error, PermissionError) and error.filename:
+        return explained(error, Path(str(error.filename)))
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{where}"
 

@@ -31,6 +31,7 @@ from hpctrain.checkpoint.lease_holder import this_holder
 from hpctrain.checkpoint.lease_judging import RENEW_SECONDS, STALE_SECONDS, Verdict, judge
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import create_file, publish, sync, temporary_name
+from hpctrain.utils.group_access import explained
 
 __all__ = ["NAME", "RENEW_SECONDS", "Lease", "holder_lives"]
 
@@ -83,7 +84,8 @@ class Lease:
         try:
             self._acquire()
         except OSError as error:
-            raise CheckpointError(f"cannot write to {self._folder}: {error.strerror}") from error
+            problem = explained(error, self._folder)
+            raise CheckpointError(f"cannot write to {self._folder}: {problem}") from error
         self._last_beat = time.monotonic()
         self._renewer.start()
         return self
@@ -120,7 +122,8 @@ class Lease:
                     break
                 time.sleep(_TRY_AGAIN_SECONDS)  # who has claimed it may draw back
         except OSError as error:
-            raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
+            problem = explained(error, self._path)
+            raise CheckpointError(f"{self._path} cannot be read: {problem}") from error
         who = "" if found is None or found.damage else f" ({found.holder})"
         raise CheckpointError(
             f"another job has taken over {self._folder}{who}: this one stops writing"

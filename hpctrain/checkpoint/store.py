@@ -29,6 +29,7 @@ from hpctrain.checkpoint.layout import (
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replace_file, sync
+from hpctrain.utils.group_access import follow_folder, open_tree
 
 _TRIES = 2
 _PAUSE_SECONDS = 1.0
@@ -71,11 +72,13 @@ class CheckpointStore:
         self._failure: CheckpointError | None = None
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
+            follow_folder(self._checkpoints)
             put_back(self._checkpoints)
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
-            raise CheckpointError(f"cannot use {self._checkpoints}: {error}") from error
+            problem = fact_of(error)
+            raise CheckpointError(f"cannot use {self._checkpoints}: {problem}") from error
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy a snapshot to the host, what it lends meanwhile, and write it in the background.
@@ -211,6 +214,8 @@ class CheckpointStore:
         if snapshot.spread is None:
             temporary.mkdir()
         write_files(temporary, snapshot, tied)
+        follow_folder(temporary)
+        open_tree(temporary)
         self._confirm()
         final = self._checkpoints / name
         if final.exists():

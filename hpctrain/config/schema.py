@@ -34,6 +34,9 @@ class RunSection:
     max_seconds: Seconds | None = None
     """Save and stop so long after the job began, whatever its batch system says; none: no limit."""
 
+    group_writable: bool = False
+    """Open the run's folder to its group, so that a colleague can go on with the run."""
+
     deterministic: bool = False
     """Ask torch for deterministic kernels: equal bits twice, at some cost in speed."""
 

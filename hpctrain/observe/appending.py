@@ -8,6 +8,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from hpctrain.utils.group_access import follow_folder
+
 
 class AppendedFile:
     """A file to which whole pieces are appended: all of a piece, or nothing of it.
@@ -20,6 +22,7 @@ class AppendedFile:
 
     def __init__(self, path: Path) -> None:
         self._file = os.fdopen(_open_to_append(path), "ab", buffering=0)
+        follow_folder(path)
         self._good_bytes = self._file.seek(0, os.SEEK_END)
         self._torn = False
 

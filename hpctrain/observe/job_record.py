@@ -22,6 +22,7 @@ from hpctrain.observe import surroundings
 from hpctrain.observe.code import Modules, modules_now, user_modules
 from hpctrain.observe.repository import look_into, root_of
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.group_access import explained, follow_folder
 
 logger = logging.getLogger("hpctrain")
 
@@ -63,11 +64,14 @@ class JobRecord:
         """
         try:
             self._folder.mkdir(exist_ok=True)
+            follow_folder(self._folder)
             taken = [
                 int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdecimal()
             ]
         except OSError as error:
-            logger.warning("this job leaves no record: %s: %s", self._folder, error.strerror)
+            logger.warning(
+                "this job leaves no record: %s: %s", self._folder, explained(error, self._folder)
+            )
             return
         # Only one job at a time holds the run, so nobody else takes the same.
         self.number = max(taken, default=0) + 1

@@ -19,6 +19,7 @@ from typing import TextIO
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.bar import AboveBar
+from hpctrain.utils.group_access import explained
 from hpctrain.utils.text import printable_lines
 
 LOG_FILE = "log.txt"
@@ -150,7 +151,7 @@ def _file_handler(path: Path) -> logging.Handler:
         handler = RunLogHandler(path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the log {path}: {error.strerror}\n"
+            f"cannot write the log {path}: {explained(error, path)}\n"
             "  fix: make the run folder writable, or choose another by run.directory"
         ) from error
     handler.setFormatter(FileFormatter())

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.records import Record, flat, from_line, to_line, to_row
 from hpctrain.utils.files import open_file, replacing
+from hpctrain.utils.group_access import follow_folder
 
 _TAIL_BYTES = 2**18
 """Of metrics.jsonl, in which the newest records are looked for."""
@@ -130,6 +131,7 @@ class TensorBoard:
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
         folder.mkdir(exist_ok=True)
+        follow_folder(folder)
         stamp = f"{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
         self.path = folder / f"events.out.tfevents.{stamp}"
         self._file = AppendedFile(self.path)

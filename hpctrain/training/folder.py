@@ -20,6 +20,7 @@ from hpctrain.batch.schedulers import job_identity, lineage
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 from hpctrain.observe.job_record import JobRecord
+from hpctrain.utils.group_access import explained, is_open, open_folder, open_tree
 
 
 class RunFolder:
@@ -34,8 +35,15 @@ class RunFolder:
         record: of this job, for those who ask later what a checkpoint was made by.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, group_writable: bool = False) -> None:
+        """Prepare; nothing is done before the folder is entered.
+
+        Args:
+            path: of the folder.
+            group_writable: open it to its group, and all that is in it.
+        """
         self.path = path
+        self._group_writable = group_writable
         self.tries = 1
         self.step = 0
         self.save_seconds = 0.0
@@ -56,9 +64,13 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self._group_writable and not is_open(self.path):
+                open_folder(self.path)
         except OSError as error:
-            raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
+            problem = explained(error, self.path)
+            raise CheckpointError(f"cannot make {self.path}: {problem}") from error
         self._lease.__enter__()
+        open_tree(self.path)
         self._last = last = read_outcome(self.path)
         if last is not None:
             self._token = last.token
@@ -80,6 +92,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        open_tree(self.path)
         self._lease.__exit__(kind, error, trace)
 
     def begin(self, step: int) -> None:

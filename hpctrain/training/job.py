@@ -84,7 +84,9 @@ def train(
         # A lease that cannot be judged at once is watched.
         with guard.pulse.unhurried(), raise_together(communicator):
             if topology.is_rank_zero:
-                folder = stack.enter_context(RunFolder(path))
+                folder = stack.enter_context(
+                    RunFolder(path, group_writable=config.run.group_writable)
+                )
         guard.report_to(path)
         stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
         try:

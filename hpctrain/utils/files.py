@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from hpctrain.utils.group_access import follow_folder
+
 _LONGEST_NAME_BYTES = 255
 """Source: NAME_MAX of Linux and of every file system in use on clusters."""
 _PIECE_BYTES = 4 * 2**20
@@ -102,6 +104,7 @@ def create_file(path: Path, content: bytes) -> bool:
     temporary = temporary_name(path)
     try:
         temporary.write_bytes(content)
+        follow_folder(temporary)
         sync(temporary)
         try:
             os.link(temporary, path)
@@ -114,7 +117,8 @@ def create_file(path: Path, content: bytes) -> bool:
             return _create_exclusively(path, content)
         return True
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _create_exclusively(path: Path, content: bytes) -> bool:
@@ -128,6 +132,7 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        follow_folder(path)
     except OSError:
         path.unlink(missing_ok=True)  # an empty file would keep everybody out
         raise
@@ -140,6 +145,7 @@ def publish(temporary: Path, path: Path) -> None:
     Raises:
         OSError: if that fails; `path` is then as it was, or the new one.
     """
+    follow_folder(temporary)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

@@ -55,7 +55,10 @@ def there_and_back(before: Config) -> Config:
 
 def test_every_default_is_written_and_what_is_none_is_left_out() -> None:
     text = to_toml(config({"width": 3, "use": "more", "inner": {"x": [1]}}))
-    head = '[run]\nname = "test"\ndirectory = "runs"\nseed = 1234\ndeterministic = false\n\n'
+    head = (
+        '[run]\nname = "test"\ndirectory = "runs"\nseed = 1234\ngroup_writable = false\n'
+        "deterministic = false\n\n"
+    )
     model = (
         '[model]\nuse = "mlp"\nwidth = 3\n\n[model.inner]\nx = [\n    1,\n]\n\n'
         '[model.arguments]\nuse = "more"\n\n'
