@@ -78,7 +78,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if it cannot be written; `path` is then as it was.
     """
-    with replacement(path) as temporary, temporary.open("wb") as file:
+    with replacement(path) as temporary, temporary.open("xb") as file:
         yield file
 
 
@@ -103,7 +103,8 @@ def create_file(path: Path, content: bytes) -> bool:
     """
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as file:
+            file.write(content)
         follow_folder(temporary)
         sync(temporary)
         try:

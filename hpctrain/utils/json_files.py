@@ -23,8 +23,11 @@ T = TypeVar("T")
 
 SMALL = 2**20
 """Bytes of a file of a few values, at most."""
-LARGE = 2**31
-"""Bytes of a list of very many files or tensors, at most."""
+LARGE = 2**29
+"""Bytes of a list of very many files or tensors, at most: a million shards.
+
+Parsed it takes up to 30 times as much memory.
+"""
 
 _SHOWN_CHARACTERS = 60
 _NAME_BYTES = 4096

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import pickle
 import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding import walking
 from hpctrain.data.finding.discovery import datasets_with_rows
 from hpctrain.data.sealing import sealed
+from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import DatasetError
 from hpctrain.observe import log
 from hpctrain.utils.text import table
@@ -112,6 +115,17 @@ def test_what_an_index_claims(tmp_path: Path, edit: Callable[[dict[str, object]]
     code = main(["data", "verify", str(folder), "--jobs", "1"])
     assert code == 65
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_what_the_header_in_an_archive_claims(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    header = io.BytesIO()
+    about = {"descr": "<f8", "fortran_order": False, "shape": (2**58,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(80))
+    with pytest.raises(DatasetError, match=r"a\.npz: 80 bytes of values in x\.npy, too few"):
+        open_source([str(path)], Reading())
 
 
 def test_files_of_very_many_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def list_arrays(path: str) -> dict[str, ArrayFacts]:
         if path.endswith(".npz"):
             with open_file(path) as file, zipfile.ZipFile(file) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".npy")]
-                return {name[:-4]: _npz_facts(archive, name) for name in names}
+                return {name[:-4]: _npz_facts(path, archive, name) for name in names}
         return _hdf5_facts(path)
 
 
@@ -121,9 +121,15 @@ def _hdf5_facts(path: str) -> dict[str, ArrayFacts]:
         return found
 
 
-def _npz_facts(archive: zipfile.ZipFile, name: str) -> ArrayFacts:
+def _npz_facts(path: str, archive: zipfile.ZipFile, name: str) -> ArrayFacts:
     with archive.open(name) as member:
-        return _npy_facts(member)
+        facts = _npy_facts(member)
+        left = archive.getinfo(name).file_size - member.tell()
+    if left < math.prod(facts.shape) * facts.dtype.itemsize:
+        raise DatasetError(
+            f"{path}: {left} bytes of values in {name}, too few for shape {facts.shape}"
+        )
+    return facts
 
 
 def _npy_facts(file: IO[bytes]) -> ArrayFacts:
