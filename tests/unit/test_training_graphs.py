@@ -13,6 +13,7 @@ import torch
 from helpers.worlds import world_of_one
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torchmetrics import SpearmanCorrCoef
 
 from hpctrain.data.loading.loader import Batch
 from hpctrain.training.evaluation import evaluate
@@ -175,3 +176,35 @@ def test_what_an_evaluation_keeps_is_its_own(dtype: torch.dtype) -> None:
     expected = metrics(recorded=False, reused=False, dtype=dtype)
     assert metrics(recorded=True, reused=True, dtype=dtype) == expected
     assert metrics(recorded=True, reused=False, dtype=dtype) != expected
+
+
+class Ranked(OwnLoss):
+    """Keeps outputs in lists of an object of torchmetrics."""
+
+    metrics = {"correlation": "max"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.correlation = SpearmanCorrCoef()
+
+    def evaluate(self, model: nn.Module, fields: Any) -> dict[str, Any]:
+        output = model(fields["x"])
+        self.correlation.update(output[:, 0], output[:, 1])
+        return {"correlation": self.correlation}
+
+    finish = None  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Spearman")
+def test_lists_of_torchmetrics_are_their_own() -> None:
+    found = [
+        evaluate(
+            Net(recorded=recorded),
+            Ranked(),  # type: ignore[arg-type]
+            batches(3),
+            WORLD,
+            NumberFormat.of("32-true", CPU),
+            reused=reused,
+        )
+        for recorded, reused in ((False, False), (True, True), (True, False))
+    ]
+    assert found[0] == found[1] != found[2]
