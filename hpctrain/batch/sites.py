@@ -73,6 +73,13 @@ _MIOPEN = (
     ),
 )
 
+# Source: NERSC and CSCS docs on NCCL; release notes of LLNL's HPC-launcher, v1.0.4.
+_SLINGSHOT = (
+    "NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:",
+    "aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.",
+    "hpctrain check names the way that is taken, and warns of plain sockets.",
+)
+
 SITES = (
     Site(
         name="perlmutter",
@@ -96,6 +103,7 @@ SITES = (
             ),
         ),
         limits=(Limit(nodes=1792, hours=48),),
+        notes=_SLINGSHOT,
     ),
     Site(
         name="frontier",
@@ -121,7 +129,10 @@ SITES = (
             "the eighth of every die is the system's.",
         ),
         limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9472, hours=12)),
-        notes=("For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.",),
+        notes=(
+            "For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.",
+            *_SLINGSHOT,
+        ),
     ),
     Site(
         name="summit",
@@ -258,6 +269,7 @@ SITES = (
             reason="GCD i is beside these cores of rank i; the first of a die is the system's.",
         ),
         limits=(Limit(nodes=1024, hours=48),),
+        notes=_SLINGSHOT,
     ),
     Site(
         name="juwels",

@@ -14,6 +14,9 @@
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 # Written from docs.olcf.ornl.gov: systems/frontier_user_guide. Not tried on hardware.
 # For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.
+# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:
+# aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.
+# hpctrain check names the way that is taken, and warns of plain sockets.
 
 #SBATCH --job-name=digits
 # EDIT: Whom the time is charged to.
