@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import stat
 import threading
@@ -42,7 +41,7 @@ def temporary_name(path: Path) -> Path:
     a file at once, each writes its own, and the last to be renamed stays. Host, process and
     thread are in it for whoever finds one that a killed writer has left.
     """
-    writer = f".{_short_host()}-{os.getpid()}-{threading.get_native_id()}-{secrets.token_hex(4)}"
+    writer = f".{_short_host()}-{os.getpid()}-{threading.get_native_id()}-{os.urandom(4).hex()}"
     stem = path.name.encode()[: _LONGEST_NAME_BYTES - len(writer) - len("..tmp")]
     return path.with_name(f".{stem.decode(errors='ignore')}{writer}.tmp")
 

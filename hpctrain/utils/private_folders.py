@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,6 +90,8 @@ def new_private_folder(prefix: str, directory: str | Path | None = None) -> Path
     Raises:
         OSError: if it cannot be made there.
     """
+    import tempfile  # takes longer than all else that a watchdog imports
+
     real = require_stable(directory or tempfile.gettempdir())
     return Path(tempfile.mkdtemp(prefix=prefix, dir=real))
 
