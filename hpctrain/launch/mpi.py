@@ -17,6 +17,7 @@ from hpctrain.launch.launchers import Claim
 from hpctrain.launch.mpi_communicator import MPICommunicator
 from hpctrain.launch.mpi_init import initialize
 from hpctrain.launch.pmi import check_descriptor, check_process_manager
+from hpctrain.launch.shared_memory import check_shared_memory
 from hpctrain.topology import closing_together
 
 # MPI carries control messages from host memory only. A GPU-aware MPI would open the device at
@@ -66,6 +67,7 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
         )
     is_ours = not MPI.Is_initialized()
     if is_ours:
+        check_shared_memory(claim, library_family(version), library)
         initialize(MPI, claim)
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     communicator = MPICommunicator(MPI.COMM_WORLD, library)

@@ -53,6 +53,32 @@ with hpctrain.connect() as world:
 """
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=64k", "has 65.5 kB in all, where more than 2.10 MB are needed"),
+        ("ro", "is read-only"),
+    ],
+)
+def test_shared_memory_that_mpi_would_crash_on_is_told(
+    container: str, options: str, words: str
+) -> None:
+    """MPICH ends in MPI_Init, by a bus error or one of UCX."""
+    job = f"{MPIRUNS['MPICH'][0]} -np 2 {sys.executable} -m hpctrain no.toml"
+    ended = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", f"mount -t tmpfs -o {options} none /dev/shm; {job}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 69, ended.stderr
+    assert ended.stderr.count("hpctrain: error: /dev/shm on ") == 1
+    assert words in ended.stderr
+    assert "--shm-size" in ended.stderr
+
+
 @pytest.fixture(scope="module")
 def container(tmp_path_factory: pytest.TempPathFactory) -> str:
     if os.geteuid() != 0:
