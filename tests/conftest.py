@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.rank_budget import room_for
@@ -70,3 +72,25 @@ def disk_path() -> Iterator[Path]:
     """A folder on a disk; `tmp_path` may lie in memory, and a check warns of runs there."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def messages_are_of_listed_types(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have what passes between ranks be what worlds without MPI can send, on one process too."""
+    if Path(request.path).parent.name != "unit" or "hpctrain.launch.single" not in sys.modules:
+        return
+    from hpctrain.launch.encoding import encode
+    from hpctrain.launch.single import SingleCommunicator
+
+    def broadcast(self: SingleCommunicator, value: Any) -> Any:
+        encode(value)
+        return value
+
+    def all_gather(self: SingleCommunicator, value: Any) -> list[Any]:
+        encode(value)
+        return [value]
+
+    monkeypatch.setattr(SingleCommunicator, "broadcast", broadcast)
+    monkeypatch.setattr(SingleCommunicator, "all_gather", all_gather)

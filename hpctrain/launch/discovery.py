@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hpctrain.launch.launchers import Claim
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.proc import boot_id
-from hpctrain.utils.text import listed, ranges
+from hpctrain.utils.text import listed, printable, ranges
 
 logger = logging.getLogger("hpctrain")
 
@@ -84,7 +84,7 @@ def place(
         local_world_size=len(here),
         node_rank=order.index(nodes[rank]),
         num_nodes=len(order),
-        hosts=tuple(node.host for node in order),
+        hosts=tuple(printable(node.host) for node in order),
         launcher=launcher,
         mpi=mpi,
         reasons={**(reasons or {}), "local_rank": by_node, "local_world_size": by_node},

@@ -19,7 +19,7 @@ import psutil
 from hpctrain.errors import LaunchError
 from hpctrain.launch.probing import answering, listen, probe
 from hpctrain.topology import Communicator, Topology
-from hpctrain.utils.text import first_lines, listed
+from hpctrain.utils.text import first_lines, listed, printable_lines
 
 _CONTAINER_BRIDGES = (
     "docker",
@@ -185,7 +185,7 @@ def meet(
         lines = _ring(gaps) if gaps else _table(addresses, probes, topology.hosts[0])
         strangers = {text for _, text in results if text}
         lines += [f"Is the port flooded? {text}." for text in sorted(strangers)[:_SHOWN_FLOODS]]
-        raise LaunchError("\n".join([*lines, _ADVICE]), everywhere=True)
+        raise LaunchError(printable_lines("\n".join([*lines, _ADVICE])), everywhere=True)
     # The way back is the way out: the interface that holds the source of the connection.
     source = probes[topology.node_rank].sources[agreed.ip]
     here = {address.ip: address.interface for address in local_addresses()}
