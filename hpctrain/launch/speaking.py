@@ -51,31 +51,39 @@ def find_voice() -> Voice:
     def look() -> dict[int, Seen]:
         return {other: seen for other, seen in ranks_of_node(launcher).items() if other != rank}
 
+    expected = max(len(look()), _local_world_size(launcher) - 1)
     if rank != 0 and not _rank_zero_is_silent(launcher, rank, look):
         return Voice.NOBODY
     if not _is_first(rank, look):
+        return Voice.NOBODY
+    # One that was here and has left has told it, or left it to another that had.
+    if rank != 0 and len(look()) < expected:
         return Voice.NOBODY
     # Most launchers end the job once rank 0 has told it and left. srun may let the others be.
     return Voice.NODE if rank != 0 and launcher.name == "srun" and 0 not in look() else Voice.ALL
 
 
+def _local_world_size(launcher: Launcher) -> int:
+    told = next((os.environ[key] for key in launcher.local_world_size if key in os.environ), "")
+    return int(told) if WHOLE_NUMBER.fullmatch(told) else 0
+
+
 def innermost(env: Environment, above: Sequence[str]) -> tuple[Launcher, int | None] | None:
-    """Return which launcher has started this process, and its rank, as far as that can be told.
+    """Return which launcher above has started this process, and its rank, if they can be told.
 
     For what has to be said where there can be no claim.
     """
-    launchers = launchers_in(env)
-    if not launchers:
+    row = nearest(launchers_in(env), above)
+    if row is None:
         return None
-    row = nearest(launchers, above) or launchers[0]
     told = next((env[key] for key in row.rank if key in env), "")
     return row, int(told) if WHOLE_NUMBER.fullmatch(told) else None
 
 
 def is_by_hand(env: Environment) -> bool:
-    """Return whether no launcher's process would have told all of its ranks where they are."""
-    found = innermost(env, ())
-    return found is None or not found[0].mpi_families
+    """Return whether each process may have been started alone, with an output of its own."""
+    launchers = launchers_in(env)
+    return not launchers or any(not row.mpi_families for row in launchers)
 
 
 def may_speak(env: Environment) -> bool:
