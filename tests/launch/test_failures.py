@@ -104,6 +104,19 @@ def test_a_rank_that_cannot_speak_is_named(
     assert output.count("hpctrain: ") == 1
 
 
+def test_a_watchdog_that_is_killed_ends_the_job(start: Start) -> None:
+    """Without it a rank that dies would be waited for without end."""
+    job = start("mpich", str(BODIES / "standing.py"), "1", "asleep", str(FOREVER_SECONDS))
+    wait_for(lambda: len(watchdogs_of(job)) == 1 and len(ranks_of(job)) == RANKS, job)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "in step 4\n"
+    watchdogs_of(job)[0].kill()
+    output, _ = job.communicate(timeout=JOB_SECONDS)
+    assert job.returncode != 0
+    assert output.count("hpctrain: the watchdog of ") == 1
+    assert output.count("hpctrain: ") == 1
+
+
 def test_a_deadlock_shows_where_the_ranks_are(start: Start) -> None:
     job = start("mpich", str(BODIES / "standing.py"), "1", "asleep", str(HANG_SECONDS))
     output, _ = job.communicate(timeout=JOB_SECONDS)

@@ -12,11 +12,14 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from hpctrain.errors import ExitCode
+from hpctrain.launch.crash import write_ending
 from hpctrain.launch.watchdog.collectives import positions
 from hpctrain.launch.watchdog.messages import Channel, Message
 from hpctrain.launch.watchdog.pulse import Pulse
@@ -39,6 +42,9 @@ class Member:
         self._watched = threading.Event()
         self._answered = threading.Event()
         self._may_speak = True
+        self._has_left = False
+        self._socket = _inode(connection)
+        self._folder: Path | None = None
         # Blocked until the watchdog has something to say, which is next to never.
         thread = threading.Thread(target=self._listen, name="hpctrain-watchdog", daemon=True)
         thread.start()
@@ -49,6 +55,7 @@ class Member:
 
     def tell_folder(self, folder: Path) -> None:
         """Say where reports go; rank 0's word counts."""
+        self._folder = folder
         self._channel.send({"folder": str(folder.absolute())})
 
     def tell_about(self, about: Mapping[str, object]) -> None:
@@ -74,6 +81,7 @@ class Member:
 
     def leave(self) -> None:
         """Say that this rank ends in good order."""
+        self._has_left = True
         self._channel.send({"bye": True})
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
@@ -90,6 +98,23 @@ class Member:
             while (messages := self._channel.receive()) is not None:
                 for message in messages:
                     self._obey(message)
+        # Code that closes descriptors it does not know has ended the line, not the watchdog.
+        is_open = _inode(self._connection) == self._socket
+        if self._watched.is_set() and not self._has_left and is_open:
+            self._end_unwatched()
+
+    def _end_unwatched(self) -> None:
+        """End this rank, whose watchdog was killed: a job that nobody watches may hang for ever."""
+        if self._index == 0:
+            reason = f"the watchdog of {socket.gethostname()} was killed, and the job ends"
+            with suppress(OSError):
+                os.write(2, f"hpctrain: {reason}.\n".encode())
+            folder = self._folder
+            if folder is not None:
+                in_time(lambda: write_ending(folder, ExitCode.LAUNCH, reason), _WRITE_SECONDS)
+        else:
+            time.sleep(_WRITE_SECONDS + 1)  # launchers end the job with the first rank that leaves
+        os._exit(ExitCode.LAUNCH)
 
     def _obey(self, message: Message) -> None:
         if "end" in message:
@@ -114,6 +139,14 @@ class Member:
         self._channel.send({"collectives": known})
         if record is not None:
             in_time(lambda: path.write_bytes(record), _WRITE_SECONDS)
+
+
+def _inode(connection: socket.socket) -> int | None:
+    """Return what names an open socket; None once its descriptor is closed."""
+    try:
+        return os.fstat(connection.fileno()).st_ino
+    except OSError:
+        return None
 
 
 def peer_of(connection: socket.socket) -> tuple[int, bool]:
