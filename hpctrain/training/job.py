@@ -243,6 +243,7 @@ def _build(
                 world,
                 parts.number_format,
                 call=step.call,
+                eager=step.graphs,
                 explain=lambda error, fields: explain_misfit(error, fields, config),
             )
         step.settle()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ def rehearse(
     number_format: NumberFormat,
     *,
     call: Call | None = None,
+    eager: bool = False,
     explain: Explain = lambda error, fields: None,
 ) -> None:
     """Evaluate some rows, and leave no trace. Collective: all ranks.
@@ -62,6 +64,8 @@ def rehearse(
         world: the ranks.
         number_format: of parameters and arithmetic.
         call: as `evaluate` takes it.
+        eager: run a compiled model as it is written: outputs are kept and compared, and those of a
+            CUDA graph lie where its next ones will.
         explain: as `prime` takes it.
 
     Raises:
@@ -72,6 +76,7 @@ def rehearse(
     rehearsal = _Rehearsal(model, task, rows, world, number_format, call or call_directly(model))
     together = world.communicator
     with (
+        torch.compiler.set_stance("force_eager") if eager else nullcontext(),
         torch.no_grad(),
         kept_generators(world.device),
         kept_model(model, task=task),

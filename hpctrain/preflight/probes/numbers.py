@@ -118,6 +118,7 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
         world,
         parts.number_format,
         call=parts.step.call,
+        eager=parts.step.graphs,
         explain=lambda error, given: explain_misfit(error, given, config),
     )
     each = [
