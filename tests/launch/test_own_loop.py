@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,35 @@ def test_a_rank_that_leaves_the_others_behind_is_named(tmp_path: Path) -> None:
     assert "rank 1 exited connect() while rank 0 is still running" in ended.stderr
     assert "no progress for 4 s (hang timeout)" in ended.stderr
     assert "all_reduce" in ended.stderr  # the stack of the one that runs
+
+
+def test_restarts_over_agents_form_a_world_each(tmp_path: Path) -> None:
+    """Each agent counts its own restarts: only that of the killed rank has had one, or both."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (tmp_path / "loop.py").write_text(RESTARTED, encoding="utf-8")
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--nproc-per-node", "1", "--max-restarts", "2", "--node-rank", str(number)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port), "loop.py"),
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=JOB_SECONDS)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    for number, output in enumerate(outputs):
+        assert f"rank {number} sum 2" in output.splitlines()
 
 
 def test_restarts_of_torchrun_form_a_world_each(tmp_path: Path) -> None:
