@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.allocation import alone_in
 from hpctrain.launch.ancestry import names_of
 from hpctrain.launch.arrivals import mark, marks_of
 from hpctrain.launch.launchers import Environment, launchers_in
@@ -48,6 +47,8 @@ def look_around_alone() -> None:
     Raises:
         LaunchError: if others like it would train alone beside it.
     """
+    from hpctrain.launch.allocation import alone_in  # not where a launcher has started this
+
     step = next((row for row in launchers_in(os.environ) if row.name == "srun"), None)
     is_shells = shell_above(step) is not None
     found = alone_in(os.environ, socket.gethostname(), _read, is_shells=is_shells)
