@@ -146,3 +146,27 @@ def test_np_in_a_job_without_an_mpirun(slurm: Lab, tmp_path: Path) -> None:
     assert "code 78" in output, output
     assert "bin/srun --overlap --nodes=1" in output
     assert output.count("no.toml: no such file") == 1
+
+
+def test_a_login_node_is_spared(folder: Path) -> None:
+    """A batch system that is set up, and no job."""
+    (folder / "sbatch").write_text("#!/bin/sh\n", encoding="utf-8")
+    (folder / "sbatch").chmod(0o755)
+    (folder / "slurm.conf").touch()
+    script = f"{WORLD}\nimport os\nprint('cores', len(os.sched_getaffinity(0)), flush=True)\n"
+    (folder / "world.py").write_text(script, encoding="utf-8")
+    path = f"{folder}:{os.environ['PATH']}"
+    env = {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
+    clean = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
+    result = subprocess.run(
+        [sys.executable, "world.py"],
+        cwd=folder,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    cores = min(2, len(os.sched_getaffinity(0)))
+    assert result.stdout.splitlines() == ["a world of 1", f"cores {cores}"], result.stderr
+    assert result.stderr.count("a login node? This takes 2 cores a process") == 1
