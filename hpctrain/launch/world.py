@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import HpctrainError, LaunchError
 from hpctrain.launch.discovery import discover
 from hpctrain.launch.failure import Guard, guard
+from hpctrain.launch.group_store import group_store, own_interface
 from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.limits import prepare_nccl, raise_open_files
 from hpctrain.launch.loading import loading
@@ -38,7 +37,6 @@ from hpctrain.topology import Communicator, Topology, closing_together
 if TYPE_CHECKING:
     import torch
     from mpi4py.MPI import Intracomm
-    from torch import distributed as dist
 
     from hpctrain.launch.mpi_communicator import MPICommunicator
 
@@ -179,10 +177,10 @@ def process_group(
     # Of one process somebody else may have made the group: a notebook, a test beside ours.
     is_ours = topology.world_size > 1 or not dist.is_initialized()
     if is_ours:
-        with _own_interface(meeting):
+        with own_interface(meeting):
             dist.init_process_group(
                 backend,
-                store=_store(topology, meeting, section, timeout),
+                store=group_store(topology, meeting, section, timeout),
                 rank=topology.rank,
                 world_size=topology.world_size,
                 timeout=timeout,
@@ -264,7 +262,6 @@ def connect(
 
 
 _in_use = threading.Lock()
-_LOOPBACK = Path("/sys/class/net/lo")
 
 
 @contextmanager
@@ -306,47 +303,4 @@ def _claim_of_a_part(part: MPICommunicator) -> Claim:
         rank=part.rank,
         world_size=part.world_size,
         reasons={"rank": given, "world_size": given},
-    )
-
-
-@contextmanager
-def _own_interface(meeting: Meeting | None) -> Iterator[None]:
-    """Have gloo look up no host name for one process, which has nobody to connect to."""
-    name = "GLOO_SOCKET_IFNAME"
-    if meeting is not None or name in os.environ or not _LOOPBACK.exists():
-        yield
-        return
-    os.environ[name] = _LOOPBACK.name
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _store(
-    topology: Topology, meeting: Meeting | None, section: LaunchSection, timeout: timedelta
-) -> dist.Store:
-    """Return the key-value store through which the process group finds itself."""
-    import torch
-    from torch import distributed as dist
-
-    if meeting is None:
-        return dist.HashStore()
-    if meeting.interface:
-        # gloo would look its own host name up, and bind 127.0.1.1 on a Debian host.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
-        # NCCL knows the fast networks better than we do, unless the user has named one.
-        if section.interface or section.address:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={meeting.interface}")
-    return dist.TCPStore(
-        meeting.ip,
-        meeting.port,
-        topology.world_size,
-        is_master=topology.is_rank_zero,
-        timeout=timeout,
-        wait_for_workers=False,
-        # The store takes the descriptor over and closes it.
-        master_listen_fd=meeting.listener.detach() if meeting.listener is not None else None,
-        # Until torch 2.8 the libuv kind cannot take one.
-        use_libuv=torch.__version__ >= "2.8",
     )

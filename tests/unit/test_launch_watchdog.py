@@ -232,6 +232,7 @@ def test_laggards(stands: Sequence[Stand], expected: Sequence[int]) -> None:
         (Death(rank=1, host="a"), 137, ["rank 1@a was killed; the job ends"]),
         (NodeLost(GROUPS[2]), 69, ["node b with ranks 2 to 3 is gone"]),
         (GONE, 69, ["hydra_pmi_proxy (process 41 on b)", "ranks 2 to 3", "killed by SIGKILL"]),
+        (replace(GONE, ranks=(3,)), 69, ["had started rank 3, was killed by SIGKILL while it was"]),
         (SCRIPT, 69, ["mpirun (process 4 on a)", "has ended while", "are asked to stop (SIGTERM)"]),
         (NodeLost(Group(host="b", ranks=(5,))), 69, ["with rank 5 is gone"]),
         (NodeLost(Group(host="b", ranks=(1, 3))), 69, ["with ranks 1, 3 is gone"]),

@@ -43,9 +43,10 @@ def story(verdict: Verdict, stacks_folder: str | None = None) -> str:
 
 def _launcher_gone(gone: LauncherGone) -> str:
     what = f"was killed by {gone.signal}" if gone.signal else "has ended"
+    running = "it was running" if len(gone.ranks) == 1 else "they were running"
     return (
         f"hpctrain: {gone.name} (process {gone.pid} on {gone.host}), which had started "
-        f"{_ranks(gone.ranks)}, {what} while they were running; "
+        f"{_ranks(gone.ranks)}, {what} while {running}; "
         f"{'all ranks are asked to stop (SIGTERM)' if gone.is_front_end else 'the job ends'}.\n"
     )
 
