@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpctrain.launch.watchdog.judge import Group
 from hpctrain.launch.watchdog.messages import Message
 from hpctrain.launch.watchdog.stacks import REQUEST_NAME, Requests, python_stacks, write_stacks
 from hpctrain.utils.text import listed, plural, printable
+
+if TYPE_CHECKING:
+    from hpctrain.launch.watchdog.judge import Group  # one process loads this, and needs no judge
 
 # Longer than a node takes to answer.
 _ANSWER_SECONDS = 6.0
