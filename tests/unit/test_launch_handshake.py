@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -300,6 +301,55 @@ def test_a_flood_to_the_limit_of_descriptors_is_survived() -> None:
             said, _ = process.communicate("\n", timeout=JOB_SECONDS)
     assert said.startswith("1 "), said
     assert "too many open files" in said
+
+
+FULL = """
+import os, resource, sys, time
+sys.path[:0] = {path!r}
+from test_launch_handshake import Door
+
+door = Door()
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+held = []
+try:
+    while True:
+        held.append(os.dup(0))
+except OSError:
+    print(door.address[1], flush=True)
+while door.keeper._paused_until is None:
+    time.sleep(0.001)
+for descriptor in held:
+    os.close(descriptor)
+with door.changed:
+    door.changed.wait_for(lambda: door.admitted, timeout=60)
+print(len(door.admitted), door.keeper.refusals.count, flush=True)
+door.close()
+"""
+
+
+def test_a_process_without_a_descriptor_left_takes_callers_once_it_has_some() -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path.cwd())]
+    with subprocess.Popen(
+        [sys.executable, "-c", FULL.format(path=paths)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        dialling = Dialling(address, "7", SECRET, purpose="test", seconds=JOB_SECONDS)
+        dialling.join(JOB_SECONDS)
+        assert dialling.connection is not None, dialling.failure
+        with dialling.connection:
+            assert process.stdout.read() == "1 0\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"7 "])
+def test_connections_that_are_reset(door: Door, sent: bytes) -> None:
+    for _ in range(20):
+        stranger, _ = greeted(door.address)
+        stranger.sendall(sent)
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
+    door.wait_for_refusals(20)
+    door.call().close()
 
 
 def test_probes_among_strangers() -> None:
