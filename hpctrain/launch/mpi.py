@@ -13,7 +13,7 @@ from typing import Any
 from hpctrain.errors import LaunchError
 from hpctrain.launch.ancestry import ancestors
 from hpctrain.launch.containers import WITHOUT_SHARED_MEMORY, is_walled_off
-from hpctrain.launch.launchers import Claim
+from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.mpi_communicator import MPICommunicator
 from hpctrain.launch.mpi_init import initialize
 from hpctrain.launch.pmi import check_descriptor, check_process_manager
@@ -108,6 +108,21 @@ def mpi_part(given: Any) -> Iterator[MPICommunicator]:
     communicator = MPICommunicator(given, library_name(MPI.Get_library_version()))
     with closing_together(communicator, communicator.free):
         yield communicator
+
+
+def claim_of_part(part: MPICommunicator) -> Claim:
+    """Return what is known of this process in a communicator that it was given."""
+    given = "the communicator that connect() was given"
+    try:
+        launcher = this_process().launcher
+    except LaunchError:  # of a world that is not ours to judge
+        launcher = None
+    return Claim(
+        launcher=launcher,
+        rank=part.rank,
+        world_size=part.world_size,
+        reasons={"rank": given, "world_size": given},
+    )
 
 
 def bound_library() -> tuple[str, str]:

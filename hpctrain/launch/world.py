@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     import torch
     from mpi4py.MPI import Intracomm
 
-    from hpctrain.launch.mpi_communicator import MPICommunicator
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -82,10 +80,10 @@ def control_plane(
     quiet_native_libraries()  # read when torch is loaded, which comes next
     raise_open_files()
     if part is not None:
-        from hpctrain.launch.mpi import mpi_part
+        from hpctrain.launch.mpi import claim_of_part, mpi_part
 
         with mpi_part(part) as over_part:
-            topology = discover(_claim_of_a_part(over_part), over_part, mpi=over_part.library)
+            topology = discover(claim_of_part(over_part), over_part, mpi=over_part.library)
             yield _placed(topology), over_part
         return
     claim = this_process() if claim is None else claim
@@ -289,18 +287,3 @@ def _placed(topology: Topology) -> Topology:
         take_place()
     spare_login_node(topology)
     return topology
-
-
-def _claim_of_a_part(part: MPICommunicator) -> Claim:
-    """Return what is known of this process in a communicator that it was given."""
-    given = "the communicator that connect() was given"
-    try:
-        launcher = this_process().launcher
-    except LaunchError:  # of a world that is not ours to judge
-        launcher = None
-    return Claim(
-        launcher=launcher,
-        rank=part.rank,
-        world_size=part.world_size,
-        reasons={"rank": given, "world_size": given},
-    )
