@@ -9,7 +9,7 @@ from contextlib import closing
 from hpctrain.cli.help import PROGRAM
 from hpctrain.cli.parsing import Parser
 from hpctrain.cli.voice import say
-from hpctrain.errors import ExitCode
+from hpctrain.errors import DatasetError, ExitCode
 from hpctrain.launch.launchers import Claim
 from hpctrain.launch.voice import telling
 
@@ -41,7 +41,13 @@ def data(arguments: list[str], claim: Claim) -> int:
         else:
             from hpctrain.launch.single import SingleCommunicator
 
-            text = parsed.work(parsed, SingleCommunicator(), progress)
+            try:
+                text = parsed.work(parsed, SingleCommunicator(), progress)
+            except MemoryError as error:
+                raise DatasetError(
+                    f"out of memory: {error}: the rows of these data are larger than this machine "
+                    "can hold, or --jobs is more than it can hold them for"
+                ) from error
     return say(claim, f"{text}\n")
 
 

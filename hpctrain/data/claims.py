@@ -13,6 +13,8 @@ MOST_VALUES_PER_BYTE = 2**20
 chunks that were never written, which are fill values, take none at all."""
 ALWAYS_BYTES = 2**40
 """So much may be fill values that are stored nowhere."""
+LARGEST_ROW_BYTES = 2**37
+"""Of a row, which memory is to hold several times: a field of 3,200 x 3,200 x 3,200 numbers."""
 MOST_SAMPLES = 2**42
 """Of a dataset: the order of an epoch is a list of its blocks."""
 
@@ -34,6 +36,19 @@ def require_plausible(name: str, claimed: int, place: str, stored: int) -> None:
             f'{place}: field "{name}" is said to have {size(claimed)} of values, and '
             f"{size(stored)} are stored: the file is damaged, or almost nothing was ever written "
             "to it. Bring the whole file back, or make it as long as its data"
+        )
+
+
+def require_row(name: str, row_bytes: int, place: str) -> None:
+    """Check that memory may hold a row.
+
+    Raises:
+        DatasetError: if that of no node does.
+    """
+    if row_bytes > LARGEST_ROW_BYTES:
+        raise DatasetError(
+            f'{place}: field "{name}" is said to have {size(row_bytes)} in a row, more than memory '
+            "holds several times: let another axis count the samples (axis in [data.fields])"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpctrain.data.claims import require_countable, require_plausible
+from hpctrain.data.claims import require_countable, require_plausible, require_row
 from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
 from hpctrain.data.sealing import require_sealed, sealed
@@ -174,6 +174,7 @@ class _Parser:
             raise self._wrong(f"{place}dtype", f"is wrong: {error}") from error
         field = Field(shape, dtype)
         require_supported(name, field, str(self._path))
+        require_row(name, field.row_bytes, str(self._path))
         return field
 
     def _shard(

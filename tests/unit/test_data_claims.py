@@ -61,10 +61,34 @@ def test_values_that_no_file_holds(tmp_path: Path, name: str) -> None:
     with h5py.File(path, "w") as file:
         create(file, *CLAIMS[name])
     for fields in (None, ["x"]):
-        with pytest.raises(DatasetError, match=r'a\.h5: field "x" is said to have .* stored'):
+        with pytest.raises(DatasetError, match=r'a\.h5: field "x" is said to have .* (stored|row)'):
             open_dataset(path, fields)
     for tool in ("verify", "stats", "index"):
         assert main(["data", tool, path if tool != "index" else str(tmp_path)]) == 65
+
+
+def test_rows_that_no_memory_holds(tmp_path: Path) -> None:
+    """A TB of fill values may be, but not in a few rows."""
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w") as file:
+        create(file, (4, 2**36), (1, 2**20))
+    with pytest.raises(DatasetError, match=r'a\.h5: field "x" is said to have 275 GB in a row'):
+        open_dataset(path)
+
+
+def test_tools_tell_that_memory_is_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "a.h5")
+    with h5py.File(path, "w") as file:
+        create(file, (4, 2**33), (1, 2**20))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, limits[1]))
+    try:
+        assert main(["data", "verify", path, "--jobs", "1"]) == 65
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "out of memory: Unable to allocate 32.0 GiB" in capsys.readouterr().err
 
 
 def test_data_of_which_little_is_written(tmp_path: Path) -> None:

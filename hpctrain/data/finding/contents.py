@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.data.claims import require_plausible
+from hpctrain.data.claims import require_plausible, require_row
 from hpctrain.data.coding import Coding, without_plain
 from hpctrain.data.dataset import ELSEWHERE, Field, Layout, Shard, require_fields, require_supported
 from hpctrain.errors import DatasetError
@@ -110,6 +110,7 @@ class Contents:
                 require_supported(name, field, self.path)
             except DatasetError as error:
                 raise DatasetError(f"{error}{OR_CHOOSE if names is None else ''}") from None
+            require_row(name, field.row_bytes, self.path)
             self._require_stored(name, arrays[name])
         samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
         layouts = {name: array.layout(axis) for name, array in arrays.items()}
