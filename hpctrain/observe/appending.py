@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from hpctrain.utils.group_access import follow_folder
+from hpctrain.utils.group_access import follow_folder, is_open
 
 
 class AppendedFile:
@@ -67,6 +67,8 @@ class AppendedFile:
 def _open_to_append(path: Path) -> int:
     """Open a file, or make it; nothing else under its name, such as a pipe that nobody reads."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+    if is_open(path.parent):
+        flags |= os.O_NOFOLLOW  # others may have put a link there
     descriptor = os.open(path, flags, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -91,6 +91,25 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def put_file(path: Path, content: bytes) -> None:
+    """Write a file whole, in the place of one that is there, without waiting for the disk.
+
+    No link of that name is followed: in a folder of several users it may lead anywhere.
+
+    Raises:
+        OSError: if it cannot be written; `path` is then as it was.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.write_bytes(content)
+        follow_folder(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def create_file(path: Path, content: bytes) -> bool:
     """Write a file whole, unless its name is taken; of several that try, one does.
 

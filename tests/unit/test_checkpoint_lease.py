@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,16 +135,20 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         Lease(tmp_path / "missing", {}).__enter__()
 
 
-def test_a_full_disk_leaves_no_lease_of_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("call", ["fsync", "link"])
+def test_what_the_file_system_refuses_leaves_no_lease_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("hpctrain.checkpoint.lease.os.fsync", full)
-        with pytest.raises(CheckpointError, match="No space left"), Lease(tmp_path):
+        patch.setattr(os, call, refused)
+        told = f"cannot write to {tmp_path}: {os.strerror(number)}"
+        with pytest.raises(CheckpointError, match=re.escape(told)) as caught, Lease(tmp_path):
             pass
+        assert caught.value.exit_code == 74
     assert not list(tmp_path.iterdir())
     with Lease(tmp_path) as lease:
         lease.confirm()

@@ -118,6 +118,7 @@ RELEASES = sorted(
 AS_BEFORE = {
     "training.keep_dtype": "no module is left out of a cast, as before",
     "run.group_writable": "the folder is the user's, as before",
+    "training.keep_compiled": "nothing is kept, as before",
     "training.unused_parameters": "over several ranks it is an error, as before",
 }
 """Keys that came after 0.1.0, and why their default changes no run that has begun."""

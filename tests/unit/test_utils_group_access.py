@@ -14,6 +14,8 @@ import pytest
 
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ExitCode
+from hpctrain.launch.crash import write_report
+from hpctrain.launch.watchdog.stacks import write_stacks
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.training.folder import RunFolder
 from hpctrain.utils import files
@@ -140,6 +142,22 @@ def test_files_elsewhere_follow_the_umask_alone(tmp_path: Path) -> None:
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "abc"]
     assert modes == [0o600, 0o660, 0o660]
+
+
+def test_a_link_that_a_colleague_has_put_there_is_not_followed(tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    open_folder(run)
+    mine.write_bytes(b"mine")
+    for name in ("log.txt", "exit.json", "rank-0.txt", "crash-rank-0.json"):
+        (run / name).symlink_to(mine)
+    with pytest.raises(OSError, match="symbolic links"):
+        AppendedFile(run / "log.txt")
+    files.replace_file(run / "exit.json", b"x")
+    assert write_stacks(run, {0: "stack"}, 300)
+    write_report(run, rank=0, host="n", code=70, story="", step=None, about={})
+    assert mine.read_bytes() == b"mine"
+    assert (run / "rank-0.txt").read_bytes() == b"stack"
 
 
 def test_what_is_no_matter_of_permission_is_said_as_it_is(tmp_path: Path) -> None:

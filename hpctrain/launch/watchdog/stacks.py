@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from hpctrain.utils.files import put_file
+from hpctrain.utils.group_access import follow_folder
 from hpctrain.utils.private_folders import new_private_folder
 
 REQUEST_NAME = "STACKS"
@@ -94,9 +96,10 @@ def write_stacks(folder: Path, dumps: Mapping[int, str], seconds: float) -> bool
 
     def write() -> None:
         folder.mkdir(exist_ok=True)
+        follow_folder(folder)
         for rank, dump in dumps.items():
             if dump:
-                (folder / f"rank-{rank}.txt").write_text(dump, encoding="utf-8")
+                put_file(folder / f"rank-{rank}.txt", dump.encode())
 
     return in_time(write, seconds)
 
