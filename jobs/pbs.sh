@@ -105,12 +105,16 @@ fi
 if [[ $next == 75 && -n $ended ]]; then
   how+=", not submitted again: somebody has ended this job"
 elif [[ $next == 75 ]]; then
-  if taken=$(qsub -v "HPCTRAIN_TOKEN=$HPCTRAIN_TOKEN,HPCTRAIN_ATTEMPT=$((HPCTRAIN_ATTEMPT + 1))" jobs/pbs.sh); then
+  # To a file: what the command leaves running may hold on to a pipe, and be waited for.
+  receipt=$(mktemp) || receipt=/dev/null
+  if qsub -v "HPCTRAIN_TOKEN=$HPCTRAIN_TOKEN,HPCTRAIN_ATTEMPT=$((HPCTRAIN_ATTEMPT + 1))" jobs/pbs.sh >"$receipt"; then
+    taken=$(<"$receipt")
     taken=${taken#*<} # of LSF: Job <1234> is submitted
     how+=", submitted again as $taken"
   else
     echo "This could not be submitted again: see above, and submit it by hand." >&2
     how+=", NOT submitted again: submit it by hand"
   fi
+  [[ $receipt == /dev/null ]] || rm -f -- "$receipt"
 fi
 finish "$next" "$how"

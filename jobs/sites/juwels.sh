@@ -112,12 +112,16 @@ fi
 if [[ $next == 75 && -n $ended ]]; then
   how+=", not submitted again: somebody has ended this job"
 elif [[ $next == 75 ]]; then
-  if taken=$(scontrol requeue "$SLURM_JOB_ID"); then
+  # To a file: what the command leaves running may hold on to a pipe, and be waited for.
+  receipt=$(mktemp) || receipt=/dev/null
+  if scontrol requeue "$SLURM_JOB_ID" >"$receipt"; then
+    taken=$(<"$receipt")
     taken=${taken#*<} # of LSF: Job <1234> is submitted
     how+=", submitted again as $SLURM_JOB_ID"
   else
     echo "This could not be submitted again: see above, and submit it by hand." >&2
     how+=", NOT submitted again: submit it by hand"
   fi
+  [[ $receipt == /dev/null ]] || rm -f -- "$receipt"
 fi
 finish "$next" "$how"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.batch.outcome import Outcome, write_outcome
 from hpctrain.cli import main
@@ -71,6 +73,7 @@ def log_of(here: Path, scheduler: str, *, launcher: str, python: str | None = No
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        timeout=JOB_SECONDS,
     )
     lines = result.stdout.splitlines()
     said = re.search(r"Exit code (\d+)", lines[-1])
@@ -154,6 +157,20 @@ def test_what_cannot_be_submitted_again_is_told(
     lines = log_of(here, "lsf", launcher="exit 75")
     assert "no such project" in lines
     assert ", NOT submitted again: submit it by hand. Exit code 75 is no failure." in lines[-1]
+
+
+def test_what_the_command_leaves_running_is_not_waited_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(75, "stopped by the time limit", "pbs 7.head.0")
+    stays = "tail -f /dev/null 2>/dev/null & echo $! >stays; echo 8.head"
+    monkeypatch.setitem(JOBS, "pbs", (*JOBS["pbs"][:3], stays))
+    monkeypatch.setenv("TMPDIR", str(here / "bin"))
+    try:
+        lines = log_of(here, "pbs", launcher="exit 75")
+    finally:
+        os.kill(int((here / "stays").read_text(encoding="utf-8")), signal.SIGKILL)
+    assert "submitted again as 8.head." in lines[-1]
 
 
 @pytest.mark.parametrize(
