@@ -19,6 +19,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.stranger:
         return be_stranger(asked.stranger[0], attacks_all=asked.stranger[1] == "all")
+    # Hosts are taken down also where the benchmark is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if os.geteuid() != 0:
         print("network namespaces need root")
         return 1
