@@ -19,7 +19,7 @@ import pytest
 from hpctrain.cli import main
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding import walking
-from hpctrain.data.finding.discovery import datasets_with_rows
+from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.sealing import sealed
 from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import DatasetError

@@ -12,8 +12,8 @@ import h5py
 
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import SUPPORTED_DTYPES
+from hpctrain.data.finding.arrays import array_of
 from hpctrain.data.finding.attributes import is_bare_dimension, text_attribute
-from hpctrain.data.finding.discovery import array_of
 from hpctrain.data.finding.links import require_files_behind
 from hpctrain.data.finding.times import covered
 from hpctrain.data.finding.types import type_of

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import h5py
 import numpy as np
 
-from hpctrain.data.finding.discovery import datasets_with_rows
+from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.finding.elsewhere import require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
