@@ -24,6 +24,7 @@ from hpctrain.launch.watchdog.collectives import positions
 from hpctrain.launch.watchdog.messages import Channel, Message
 from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.launch.watchdog.stacks import STACKS_SIGNAL, in_time, python_stacks
+from hpctrain.utils.files import put_file
 
 _ANSWER_SECONDS = 1.5
 _WATCHED_SECONDS = 20.0
@@ -138,7 +139,7 @@ class Member:
                 known = [asdict(position) for position in positions(record)]
         self._channel.send({"collectives": known})
         if record is not None:
-            in_time(lambda: path.write_bytes(record), _WRITE_SECONDS)
+            in_time(lambda: put_file(path, record), _WRITE_SECONDS)
 
 
 def _inode(connection: socket.socket) -> int | None:
