@@ -97,7 +97,7 @@ def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
 
 def test_a_process_that_proc_hides_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under hidepid, where it is of another user."""
-    monkeypatch.setattr(proc, "stat_fields", lambda _: [])
+    monkeypatch.setattr(proc, "stat_fields", lambda *_: [])
     assert proc.lives(os.getpid(), proc.start_time(1)) is None
 
 
