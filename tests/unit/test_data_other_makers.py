@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from hpctrain.data.dataset import SUPPORTED_DTYPES
-from hpctrain.data.finding.discovery import datasets_with_rows, open_dataset
+from hpctrain.data.finding.arrays import datasets_with_rows
+from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.tools.indexing import make_catalogue, make_index
 

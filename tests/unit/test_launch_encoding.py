@@ -144,7 +144,7 @@ class UnknownData:
 @pytest.mark.parametrize(
     "value",
     [Unknown(), UnknownData(), [Unknown], len, nested(MOST_DEPTH + 2), np.array([Unknown()])],
-    ids=repr,
+    ids=["object", "dataclass", "class", "function", "nested", "array"],
 )
 def test_what_no_message_may_hold(value: object) -> None:
     with pytest.raises(TypeError):
