@@ -49,9 +49,9 @@ def out_of_range(field: str, least: float, most: float, count: int) -> str:
     """Return what to say of a field with numbers that index nothing."""
     held = f"{least}" if least == most else f"{least} to {most}"
     return (
-        f'the field "{field}" holds {held}, but the model has {count} of what it counts, from 0. '
-        "Correct the data, the number of classes or tokens (model.num_classes, model.vocabulary, "
-        "or what it is called in [model]), or task.ignore_index"
+        f'the field "{field}" holds {held}, and the model has {count} classes or tokens, 0 to '
+        f"{count - 1}. Correct the data, the number of classes or tokens (model.num_classes, "
+        "model.vocabulary, or what it is called in [model]), or task.ignore_index"
     )
 
 

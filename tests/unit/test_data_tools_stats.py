@@ -139,6 +139,7 @@ def test_description(tmp_path: Path) -> None:
         "layout": "chunked, shuffle, deflate",
         "chunk_rows": 7,
         "decoded": None,
+        "period": None,
         "attributes": {"units": "kelvin", "levels": [1.5, 2.0]},
     }
     text = description(facts)
