@@ -20,8 +20,9 @@ from hpctrain.launch.probing import listen
 from hpctrain.launch.watchdog import hub as hub_module
 from hpctrain.launch.watchdog import protocol
 from hpctrain.launch.watchdog.hub import PURPOSE, Hub
-from hpctrain.launch.watchdog.judge import Group, Judge
+from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.spoke import Spoke
+from hpctrain.launch.watchdog.verdicts import Group
 
 SECRET = "s" * 64
 GROUPS = {

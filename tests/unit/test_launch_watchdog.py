@@ -19,25 +19,24 @@ import pytest
 from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
 from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog import processes
-from hpctrain.launch.watchdog.judge import (
+from hpctrain.launch.watchdog.judge import Judge, laggards
+from hpctrain.launch.watchdog.messages import Channel
+from hpctrain.launch.watchdog.process import Orders, parse_orders
+from hpctrain.launch.watchdog.pulse import ROW_BYTES, Pulse, Reading, read_row
+from hpctrain.launch.watchdog.telling import main_stack, story
+from hpctrain.launch.watchdog.verdicts import (
     AskStacks,
     AskToStop,
     Death,
     End,
     Group,
-    Judge,
     LauncherGone,
     NodeLost,
     Reply,
     Stall,
     Stand,
     Tell,
-    laggards,
 )
-from hpctrain.launch.watchdog.messages import Channel
-from hpctrain.launch.watchdog.process import Orders, parse_orders
-from hpctrain.launch.watchdog.pulse import ROW_BYTES, Pulse, Reading, read_row
-from hpctrain.launch.watchdog.telling import main_stack, story
 
 GROUPS = {0: Group(host="a", ranks=(0, 1)), 2: Group(host="b", ranks=(2, 3))}
 GONE = LauncherGone(host="b", ranks=(2, 3), name="hydra_pmi_proxy", pid=41, signal="SIGKILL")

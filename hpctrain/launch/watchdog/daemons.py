@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from hpctrain.launch.watchdog import processes
-from hpctrain.launch.watchdog.judge import Group, LauncherGone
 from hpctrain.launch.watchdog.messages import Message
+from hpctrain.launch.watchdog.verdicts import Group, LauncherGone
 from hpctrain.utils.proc import start_time
 
 

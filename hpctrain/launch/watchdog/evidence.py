@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpctrain.launch.watchdog import processes
-from hpctrain.launch.watchdog.judge import Stand
 from hpctrain.launch.watchdog.messages import Message
 from hpctrain.launch.watchdog.pulse import Reading
 from hpctrain.launch.watchdog.rank import Rank
@@ -20,6 +19,7 @@ from hpctrain.launch.watchdog.stacks import (
     write_stacks,
 )
 from hpctrain.launch.watchdog.telling import main_stack
+from hpctrain.launch.watchdog.verdicts import Stand
 
 _DUMP_SECONDS = 0.3
 # Together as long as the judge waits for all nodes, less the way there.

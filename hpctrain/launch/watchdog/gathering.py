@@ -18,10 +18,10 @@ from hpctrain.errors import LaunchError
 from hpctrain.launch.daemons import daemons_above
 from hpctrain.launch.probing import listen
 from hpctrain.launch.rendezvous import Meeting
-from hpctrain.launch.watchdog.judge import Group
 from hpctrain.launch.watchdog.member import Member, join
 from hpctrain.launch.watchdog.process import Orders
 from hpctrain.launch.watchdog.pulse import Pulse
+from hpctrain.launch.watchdog.verdicts import Group
 from hpctrain.topology import Communicator, Topology, closing_together, raise_together
 
 _SOURCE = Path(__file__).parents[3]

@@ -15,24 +15,24 @@ from hpctrain.errors import ExitCode
 from hpctrain.launch.crash import write_ending, write_report
 from hpctrain.launch.handshake import Doorkeeper, Refusals
 from hpctrain.launch.watchdog import protocol
-from hpctrain.launch.watchdog.judge import (
+from hpctrain.launch.watchdog.judge import Judge
+from hpctrain.launch.watchdog.messages import Channel, Message, notice_silence
+from hpctrain.launch.watchdog.showing import Showing
+from hpctrain.launch.watchdog.stacks import make_private_folder
+from hpctrain.launch.watchdog.telling import story
+from hpctrain.launch.watchdog.verdicts import (
     Action,
     AskStacks,
     AskToStop,
     Death,
     End,
     Group,
-    Judge,
     LauncherGone,
     NodeLost,
     Reply,
     Tell,
     Verdict,
 )
-from hpctrain.launch.watchdog.messages import Channel, Message, notice_silence
-from hpctrain.launch.watchdog.showing import Showing
-from hpctrain.launch.watchdog.stacks import make_private_folder
-from hpctrain.launch.watchdog.telling import story
 
 PURPOSE = "watchdog"
 CONNECT_SECONDS = 20.0

@@ -14,11 +14,11 @@ from dataclasses import asdict
 
 from hpctrain.launch.watchdog import processes, protocol
 from hpctrain.launch.watchdog.evidence import Evidence
-from hpctrain.launch.watchdog.judge import Death, Group
 from hpctrain.launch.watchdog.member import peer_of, proof_of_rank
 from hpctrain.launch.watchdog.messages import Channel, Message, parse_message
 from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
 from hpctrain.launch.watchdog.rank import Rank
+from hpctrain.launch.watchdog.verdicts import Death, Group
 from hpctrain.utils.cgroups import num_oom_kills
 
 # All ranks join at once; one that takes longer has died on the way.

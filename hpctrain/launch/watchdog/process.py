@@ -14,9 +14,10 @@ from typing import Any
 
 from hpctrain.launch.watchdog.daemons import Daemons
 from hpctrain.launch.watchdog.hub import Hub
-from hpctrain.launch.watchdog.judge import Group, Judge
+from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.local import LocalRanks
 from hpctrain.launch.watchdog.spoke import Spoke
+from hpctrain.launch.watchdog.verdicts import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpctrain.launch.watchdog.collectives import MOST_GROUPS, GroupPosition
-from hpctrain.launch.watchdog.judge import Death, Group, LauncherGone, Stand
 from hpctrain.launch.watchdog.messages import LONGEST_BYTES, Message
+from hpctrain.launch.watchdog.verdicts import Death, Group, LauncherGone, Stand
 
 T = TypeVar("T")
 

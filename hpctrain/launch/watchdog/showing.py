@@ -14,7 +14,7 @@ from hpctrain.launch.watchdog.stacks import REQUEST_NAME, Requests, python_stack
 from hpctrain.utils.text import listed, plural, printable
 
 if TYPE_CHECKING:
-    from hpctrain.launch.watchdog.judge import Group  # one process loads this, and needs no judge
+    from hpctrain.launch.watchdog.verdicts import Group
 
 # Longer than a node takes to answer.
 _ANSWER_SECONDS = 6.0

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from hpctrain.launch.watchdog.collectives import HeldUp, held_up
-from hpctrain.launch.watchdog.judge import (
+from hpctrain.launch.watchdog.judge import laggards
+from hpctrain.launch.watchdog.verdicts import (
     STOPPED,
     Death,
     LauncherGone,
@@ -15,7 +16,6 @@ from hpctrain.launch.watchdog.judge import (
     Stall,
     Stand,
     Verdict,
-    laggards,
 )
 from hpctrain.utils.text import first_lines, printable_lines
 
