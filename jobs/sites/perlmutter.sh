@@ -83,15 +83,20 @@ finish() { # CODE HOW
 # ends. What the batch system sends to this script alone goes on to them as USR1, which every
 # launcher forwards; TERM some take as an order to kill. Launchers read what stands in their stdin,
 # which may be the rest of this script.
-srun --kill-on-bad-exit=1 "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml </dev/null &
-ranks=$!
+ranks='' asked=''
 # shellcheck disable=SC2317,SC2329 # the traps call it
-pass_on() { kill -s USR1 "$ranks" 2>/dev/null; }
+pass_on() {
+  asked=yes
+  [[ -z $ranks ]] || kill -s USR1 "$ranks" 2>/dev/null
+}
 # TERM to this script means that somebody ends the job (scancel, bkill, qdel, a preemption): it
 # saves, and does not come back by itself.
 ended=
 trap 'ended=yes; pass_on' TERM INT
 trap pass_on USR1 USR2 URG XCPU
+srun --kill-on-bad-exit=1 "${python[@]}" -m hpctrain ${HPCTRAIN_CHECK:+check} configs/run.toml </dev/null &
+ranks=$!
+[[ -z $asked ]] || pass_on # it came before they were started
 wait "$ranks"
 code=$?
 while kill -0 "$ranks" 2>/dev/null; do # a trap has ended the wait, not the ranks
