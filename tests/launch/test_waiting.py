@@ -44,8 +44,10 @@ else:
         total = torch.tensor([float(MPI.COMM_WORLD.Get_rank())])
         torch.distributed.all_reduce(total)
         if world.topology.is_rank_zero:
-            print(world.topology.world_size, int(total), world.topology.reasons["rank"], flush=True)
-print("both", MPI.COMM_WORLD.allreduce(1), flush=True)
+            topology = world.topology
+            sys.stdout.write(f"{topology.world_size} {int(total)} {topology.reasons['rank']}\\n")
+# In one piece: print() writes its words one by one where stdout is not buffered.
+sys.stdout.write(f"both {MPI.COMM_WORLD.allreduce(1)}\\n")
 """
 
 
