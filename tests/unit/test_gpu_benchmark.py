@@ -84,7 +84,7 @@ def test_what_tests_of_a_device_need_no_device_for_passes(tmp_path: Path) -> Non
     With a budget of ranks of its own: in the common one it would wait behind a test that waits for
     this one.
     """
-    files = ["tests/gpu/test_delivery.py", "tests/gpu/test_step.py"]
+    files = ["tests/gpu/test_delivery.py", "tests/gpu/test_steps_on_device.py"]
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TMPDIR=str(tmp_path))
     assert "passed" in output
     assert "needs a CUDA device" in output

@@ -66,7 +66,7 @@ def test_an_assertion_is_explained_by_what_is_stored(loader: TrainLoader) -> Non
 
 def test_what_is_ignored_is_none(loader: TrainLoader) -> None:
     with (
-        pytest.raises(TrainingError, match="holds 7, but the model has 3"),
+        pytest.raises(TrainingError, match="holds 7, and the model has 3"),
         explained_indices(classified(ignore_index=-1), loader, batches),
     ):
         raise RuntimeError(ASSERTION)
@@ -97,7 +97,7 @@ def test_classes_are_looked_at_before_the_device_meets_them() -> None:
     task = Classification(["x"], "y")
     fields = {"x": torch.zeros(3, 2), "y": torch.tensor([0, 2, 5])}
     model = nn.Linear(2, CLASSES)
-    with ranges_checked(task), pytest.raises(TrainingError, match='field "y" holds 5, but the'):
+    with ranges_checked(task), pytest.raises(TrainingError, match='field "y" holds 5, and the'):
         task.loss(model, fields)
     ignoring = Classification(["x"], "y", ignore_index=5)
     with ranges_checked(ignoring):
@@ -137,7 +137,7 @@ def test_tokens_are_looked_at_before_they_are_looked_up() -> None:
     task.loss(model, {"tokens": torch.tensor([[1, 2, 3, 4, 5]])})
     assert task.index_ranges == {"tokens": (16, -1)}
     with ranges_checked(task):
-        with pytest.raises(TrainingError, match='field "tokens" holds 16, but the model has 16'):
+        with pytest.raises(TrainingError, match='field "tokens" holds 16, and the model has 16'):
             task.loss(model, {"tokens": torch.tensor([[1, 2, 16, 4, 5]])})
         with pytest.raises(TrainingError, match="holds 99"):  # it is predicted, not looked up
             task.loss(model, {"tokens": torch.tensor([[1, 2, 3, 4, 99]])})
