@@ -79,7 +79,8 @@ def test_a_program_that_knows_nothing_of_us_is_named() -> None:
     other = "from mpi4py import MPI; MPI.COMM_WORLD.Barrier()"
     both = ("-np", "1", sys.executable, "-c", other, ":", "-np", "2", *TRAIN)
     code, output = run("mpirun", *both, env=SHORT)
-    assert code == 69, output
+    # Hydra kills the ones that wait, and may give that of one of them.
+    assert code in (69, signal.SIGKILL), output
     told = "1 of 3 ranks have not come to the start of this job within 3 s: 0."
     assert output.count(f"hpctrain: error: {told}") == 1
     assert "MPI.APPNUM is 1 here" in output
