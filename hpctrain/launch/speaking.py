@@ -54,10 +54,11 @@ def find_voice() -> Voice:
     expected = max(len(look()), _local_world_size(launcher) - 1)
     if rank != 0 and not _rank_zero_is_silent(launcher, rank, look):
         return Voice.NOBODY
-    if not _is_first(rank, look):
-        return Voice.NOBODY
-    # One that was here and has left has told it, or left it to another that had.
+    # One that was here and has left has told it, or left it to another. To be looked at before this
+    # rank leaves its own mark, for which others leave too: then nobody would tell it.
     if rank != 0 and len(look()) < expected:
+        return Voice.NOBODY
+    if not _is_first(rank, look):
         return Voice.NOBODY
     # Most launchers end the job once rank 0 has told it and left. srun may let the others be.
     return Voice.NODE if rank != 0 and launcher.name == "srun" and 0 not in look() else Voice.ALL
