@@ -19,7 +19,7 @@ from hpctrain.launch.table import Launcher
 
 INTENDS, TELLS = "hpctrain-is-about-to-tell", "hpctrain-tells"
 
-_HEAD_START_SECONDS = 2.0
+HEAD_START_SECONDS = 2.0
 # Rank 0 of another node, or those beside it, are to be first, and rank 1 before others.
 _RANK_ONE_SECONDS = 5.0
 _ELSEWHERE_SECONDS = 8.0
@@ -117,7 +117,7 @@ def _rank_zero_is_silent(
     if not is_here and launcher.name == "srun" and os.environ.get("SLURM_NODEID") == "0":
         return False  # it was here, and has left
     if is_here:
-        seconds = _HEAD_START_SECONDS
+        seconds = HEAD_START_SECONDS
     elif launcher.name == "srun":
         seconds = _SRUN_SECONDS
     else:

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from hpctrain.errors import HpctrainError
 from hpctrain.utils.text import printable_lines
 
-_HEAD_START_SECONDS = 2.0
-
 
 def tell(error: HpctrainError) -> None:
     """Print a failure, where stderr takes it."""
@@ -62,7 +60,13 @@ def tell_once(error: HpctrainError) -> None:
     if not error.everywhere:
         tell(error)
         return
-    from hpctrain.launch.speaking import Voice, find_voice, is_by_hand, let_rank_zero_end
+    from hpctrain.launch.speaking import (
+        HEAD_START_SECONDS,
+        Voice,
+        find_voice,
+        is_by_hand,
+        let_rank_zero_end,
+    )
 
     voice = find_voice()
     if voice is Voice.ALL:
@@ -72,5 +76,5 @@ def tell_once(error: HpctrainError) -> None:
         repeat(error)
     elif is_by_hand(os.environ):
         # Somebody may read the output of this process alone.
-        time.sleep(_HEAD_START_SECONDS)
+        time.sleep(HEAD_START_SECONDS)
         point_to_rank_zero()

@@ -42,9 +42,10 @@ def objects_in(file: h5py.File) -> Iterator[tuple[str | bytes, h5py.Group | h5py
             continue  # a named type
         is_group = isinstance(opened, h5py.h5g.GroupID)
         item = h5py.Group(opened) if is_group else h5py.Dataset(opened)
-        if identity(item) in seen:
+        known_as = identity(item)
+        if known_as in seen:
             continue
-        seen.add(identity(item))
+        seen.add(known_as)
         path = prefix + raw
         yield _text(path), item
         if is_group:
