@@ -11,8 +11,8 @@ from typing import Any
 
 from hpctrain.batch.outcome import NAME, Outcome, newest_saved, read_outcome
 from hpctrain.batch.reasons import STOP_FILE_NAME
-from hpctrain.batch.schedulers import job_identity
 from hpctrain.errors import ConfigError, ExitCode
+from hpctrain.utils.batch_job import job_identity
 from hpctrain.utils.text import metric, printable
 
 DO_NOT_SUBMIT = 1

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.deadline import Deadline
 from hpctrain.batch.reasons import DEADLINE, STOP_FILE, STOP_FILE_NAME
+from hpctrain.batch.scheduler import Deadline
 
 MARGIN_SECONDS = 10.0
 """For what nobody measures: leaving MPI, closing files, the launcher's own end."""

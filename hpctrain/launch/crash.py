@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpctrain.batch.outcome import Outcome, conclude, read_outcome
-from hpctrain.batch.schedulers import job_identity
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.batch_job import job_identity
 from hpctrain.utils.files import replace_file
 from hpctrain.version import __version__
 

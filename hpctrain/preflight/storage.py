@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from hpctrain.batch.deadline import Deadline
+from hpctrain.batch.scheduler import Deadline
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.judging import storage as judging
 from hpctrain.preflight.judging.walltime import WALLTIME_FIX, judge_walltime

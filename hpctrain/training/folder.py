@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.job_state import job_is_gone
 from hpctrain.batch.outcome import (
     Outcome,
     conclude,
@@ -16,10 +15,11 @@ from hpctrain.batch.outcome import (
     read_outcome,
     write_outcome,
 )
-from hpctrain.batch.schedulers import job_identity, lineage
+from hpctrain.batch.scheduler import job_is_gone
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 from hpctrain.observe.job_record import JobRecord
+from hpctrain.utils.batch_job import job_identity, lineage
 from hpctrain.utils.group_access import explained, is_open, open_folder, open_tree
 
 

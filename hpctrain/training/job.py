@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.batch.deadline import Deadline
 from hpctrain.batch.reasons import describe
+from hpctrain.batch.scheduler import Deadline
 from hpctrain.batch.signals import SignalFlag
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.batch.watch import Watch, reserve_seconds

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import torch
 
-from hpctrain.batch.schedulers import job_identity
 from hpctrain.checkpoint.layout import read_meta
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
@@ -24,6 +23,7 @@ from hpctrain.observe.job_record import JobRecord, timestamp
 from hpctrain.observe.surroundings import without_secrets
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.persistence import Resumed
+from hpctrain.utils.batch_job import job_identity
 from hpctrain.version import __version__
 
 

@@ -1,19 +1,30 @@
-"""The time left: what schedulers print, who is asked and how often."""
+"""The time left and whether a job is gone: what schedulers print, who is asked and how often."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import time
 from pathlib import Path
 
 import pytest
 
-from hpctrain.batch.deadline import ASK_AGAIN_SECONDS, ASK_EVERY_SECONDS, Deadline, ask
-from hpctrain.batch.schedulers import job_identity, scheduler_of
-from hpctrain.batch.time_left import from_bjobs, from_qstat, from_squeue, from_user
+from hpctrain.batch.scheduler import (
+    ASK_AGAIN_SECONDS,
+    ASK_EVERY_SECONDS,
+    SCHEDULERS,
+    Deadline,
+    ask,
+    end_of_user,
+    job_is_gone,
+    time_left_of_bjobs,
+    time_left_of_qstat,
+    time_left_of_squeue,
+)
 from hpctrain.errors import ConfigError
+from hpctrain.utils.batch_job import batch_job, job_identity
 
 
 @pytest.mark.parametrize(
@@ -33,7 +44,7 @@ from hpctrain.errors import ConfigError
     ],
 )
 def test_squeue(text: str, seconds: float | None) -> None:
-    assert from_squeue(text) == seconds
+    assert time_left_of_squeue(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -53,7 +64,7 @@ def test_squeue(text: str, seconds: float | None) -> None:
     ],
 )
 def test_bjobs(text: str, seconds: float | None) -> None:
-    assert from_bjobs(text) == seconds
+    assert time_left_of_bjobs(text) == seconds
 
 
 def qstat(**job: object) -> str:
@@ -104,7 +115,7 @@ LIMIT = {"walltime": "02:00:00", "select": "2:mpiprocs=4"}
     ],
 )
 def test_qstat(text: str, seconds: float | None) -> None:
-    assert from_qstat(text, NOW) == seconds
+    assert time_left_of_qstat(text, NOW) == seconds
 
 
 @pytest.mark.parametrize(
@@ -121,13 +132,13 @@ def test_qstat(text: str, seconds: float | None) -> None:
     ],
 )
 def test_what_users_say(text: str, end: float) -> None:
-    assert from_user(text, began=1_700_000_000) == end
+    assert end_of_user(text, began=1_700_000_000) == end
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-5", "nan", "inf", "2:00:00", "2026-13-01T00:00"])
 def test_what_users_say_wrongly(text: str) -> None:
     with pytest.raises(ConfigError, match="HPCTRAIN_DEADLINE"):
-        from_user(text, began=0)
+        end_of_user(text, began=0)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +160,13 @@ def test_what_users_say_wrongly(text: str) -> None:
 def test_schedulers(
     environ: dict[str, str], name: str | None, identity: str | None, question: str | None
 ) -> None:
-    scheduler = scheduler_of(environ)
-    assert (scheduler and scheduler.name) == name
+    job = batch_job(environ)
+    assert (job and job.scheduler) == name
     assert job_identity(environ) == identity
     if question is not None:
-        assert scheduler is not None
-        assert " ".join(scheduler.question(environ)) == question
+        assert job is not None
+        (scheduler,) = (item for item in SCHEDULERS if item.name == name)
+        assert " ".join(scheduler.question(job)) == question
 
 
 class Site:
@@ -269,3 +281,54 @@ def test_the_earliest_end_counts(site: Site) -> None:
     assert deadline.seconds_left() == 40
     site.now += 100
     assert deadline.seconds_left() == -60
+
+
+SLURM = {"SLURM_JOB_ID": "9", "SLURM_CLUSTER_NAME": "alps"}
+PBS = {"PBS_JOBID": "9.head"}
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+UNREACHABLE = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "job", "cluster", "prints", "gone"),
+    [
+        (SLURM, "7", "alps", "echo RUNNING", False),
+        (SLURM, "7", "alps", "echo COMPLETING", False),
+        (SLURM, "7", "alps", "echo PENDING", False),
+        (SLURM, "7", "alps", "true", True),
+        (SLURM, "7", "alps", INVALID, True),
+        (SLURM, "7", "alps", UNREACHABLE, None),
+        # A number of another cluster, or of nobody knows which.
+        (SLURM, "7", "jura", INVALID, None),
+        (SLURM, "7", "", INVALID, None),
+        ({"SLURM_JOB_ID": "9"}, "7", "", INVALID, None),
+        # No option is made of what a file says.
+        (SLURM, "--help", "alps", "true", None),
+        (SLURM, "7 --help", "alps", "true", None),
+        (PBS, "7.head", "head", """echo '{"Jobs":{"7.head":{"job_state":"R"}}}'""", False),
+        (PBS, "7.head", "head", """echo '{"Jobs":{"7.head":{"job_state":"E"}}}'""", False),
+        (PBS, "7.head", "head", """echo '{"Jobs":{"7.head":{"job_state":"F"}}}'""", True),
+        (PBS, "7.head", "head", "echo 'qstat: Unknown Job Id 7.head' >&2; exit 153", True),
+        (PBS, "7.head", "head", "echo 'qstat: 7.head Job has finished, use' >&2; exit 35", True),
+        (PBS, "7.head", "head", "echo 'qstat: cannot connect to server' >&2; exit 111", None),
+        (PBS, "7.head", "head", "echo nonsense", None),
+        (PBS, "7.other", "other", "exit 153", None),
+        ({"LSB_JOBID": "9"}, "7", "", "true", None),
+        ({}, "7", "alps", "true", None),
+    ],
+)
+def test_whether_another_job_is_gone(
+    tmp_path: Path,
+    environ: dict[str, str],
+    job: str,
+    cluster: str,
+    prints: str,
+    gone: bool | None,
+) -> None:
+    for name in ("squeue", "qstat"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{prints}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", path["PATH"])
+        assert job_is_gone(job, cluster, environ | path) is gone

@@ -1,0 +1,317 @@
+"""What Slurm, LSF and PBS tell: the time that a job has left, and whether another job is gone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from hpctrain.errors import ConfigError
+from hpctrain.utils.batch_job import BatchJob, batch_job
+
+DEADLINE_VARIABLE = "HPCTRAIN_DEADLINE"
+ASK_EVERY_SECONDS = 600.0
+"""Limits are changed while jobs run, but schedulers serve thousands of jobs."""
+ASK_AGAIN_SECONDS = 60.0
+"""After no answer: a busy scheduler may answer the next time."""
+
+_LONGEST_ANSWER_SECONDS = 30.0
+_LONGEST_ANSWER_ON_A_JOB_SECONDS = 10.0
+
+Answer = float | None
+"""Seconds left, infinite where a job has no limit; None where the text does not tell."""
+
+_SLURM = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
+_LSF = re.compile(r"(?P<hours>\d+):(?P<minutes>\d+)(?::(?P<seconds>\d+))?(?:\s*(?P<status>[LEX]))?")
+_CLOCK = re.compile(r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)")
+_PBS_STATE = re.compile(r'"job_state"\s*:\s*"(\w+)"')
+
+_FIRST_UNIX_TIME = 1e9
+"""September 2001: a larger number is a date, a smaller one a length of time."""
+
+
+def time_left_of_squeue(text: str, _now: float = 0.0) -> Answer:
+    """Read `squeue -h -o %L`: "1-02:03:04", "59:58", "UNLIMITED", "INVALID"."""
+    word = text.strip()
+    if word == "UNLIMITED":
+        return math.inf
+    return _seconds(_SLURM.fullmatch(word))
+
+
+def time_left_of_bjobs(text: str, _now: float = 0.0) -> Answer:
+    """Read `bjobs -noheader -o time_left`: "1:59 L", or "01:59:59 L" under LSB_HMS_TIME_FORMAT.
+
+    L is a limit, E an estimate that LSF enforces no more than X, one that is exceeded; "-" is a job
+    without any.
+
+    Source: IBM Spectrum LSF 10.1, command reference, bjobs -WL.
+    """
+    word = text.strip()
+    if word == "-":
+        return math.inf
+    match = _LSF.fullmatch(word)
+    return None if match is None or match["status"] in ("E", "X") else _seconds(match)
+
+
+def time_left_of_qstat(text: str, now: float) -> Answer:
+    """Read `qstat -f -F json JOB`: the limit, less the time since the start.
+
+    `resources_used.walltime` is some minutes old on many sites and does not count suspensions;
+    `stime` is exact. The one that leaves less time counts.
+    """
+    try:
+        # OpenPBS 19 writes numbers such as 007 and control characters into values of -v.
+        job = next(iter(json.loads(text, strict=False)["Jobs"].values()))
+        limit = _seconds(_CLOCK.fullmatch(job["Resource_List"]["walltime"]))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+        return _time_left_of_damaged_qstat(text)
+    if limit is None:
+        return None
+    used = _seconds(_CLOCK.fullmatch(str(_walltime_used(job))))
+    since = _since(str(job.get("stime", "")), now)
+    known = [value for value in (used, since) if value is not None]
+    return limit - max(known) if known else None
+
+
+def _walltime_used(job: Mapping[str, Any]) -> object:
+    used = job.get("resources_used")
+    return used.get("walltime") if isinstance(used, dict) else None
+
+
+def _time_left_of_damaged_qstat(text: str) -> Answer:
+    """Read the two times alone: variables of the job can make PBS's JSON invalid."""
+    times = re.findall(r'"walltime"\s*:\s*"(\d+:\d+:\d+)"', text)
+    if len(times) != 2:
+        return None
+    # resources_used and Resource_List come in either order; the limit is the longer one.
+    one, other = (_seconds(_CLOCK.fullmatch(item)) or 0.0 for item in times)
+    return abs(one - other)
+
+
+def _since(started: str, now: float) -> float | None:
+    try:
+        then = time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y"))
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, now - then)
+
+
+def _seconds(match: re.Match[str] | None) -> Answer:
+    if match is None:
+        return None
+    parts = {name: int(value or 0) for name, value in match.groupdict().items() if name != "status"}
+    minutes = (parts.get("days", 0) * 24 + parts.get("hours", 0)) * 60 + parts["minutes"]
+    return 60.0 * minutes + parts["seconds"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """How one batch system is asked for the time that a job has left.
+
+    Attributes:
+        end: variable with the job's end in Unix time, where there is one.
+        question: the command, as a function of the job.
+        answer: reads what that command prints.
+    """
+
+    name: str
+    end: str = ""
+    question: Callable[[BatchJob], tuple[str, ...]]
+    answer: Callable[[str, float], Answer]
+
+
+SCHEDULERS = (
+    Scheduler(
+        name="slurm",
+        end="SLURM_JOB_END_TIME",
+        question=lambda job: ("squeue", "-h", "-j", job.name, "-o", "%L"),
+        answer=time_left_of_squeue,
+    ),
+    Scheduler(
+        name="lsf",
+        question=lambda job: ("bjobs", "-noheader", "-o", "time_left", job.name),
+        answer=time_left_of_bjobs,
+    ),
+    Scheduler(
+        name="pbs",
+        question=lambda job: ("qstat", "-f", "-F", "json", job.name),
+        answer=time_left_of_qstat,
+    ),
+)
+
+
+class Deadline:
+    """The earliest end that anybody names: the user, the config, or the scheduler.
+
+    For rank 0 only. Nothing here communicates; `refresh` is the one method that may take long.
+
+    Args:
+        max_seconds: the config's own limit, from the beginning of the job; None: none.
+        environ: names the job; HPCTRAIN_DEADLINE in it is believed before any scheduler, and works
+            in containers without its commands.
+        began: when this job began, Unix time.
+        tell: is told, once, if the scheduler does not say.
+        clock: Unix time.
+
+    Raises:
+        ConfigError: if HPCTRAIN_DEADLINE is no time.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_seconds: float | None,
+        environ: Mapping[str, str],
+        began: float,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._environ = environ
+        self._tell = tell
+        self._clock = clock
+        self._own = math.inf if max_seconds is None else began + max_seconds
+        self._job: BatchJob | None = None
+        self._scheduled = math.inf
+        self._ask_at = math.inf
+        self._told = False
+        if environ.get(DEADLINE_VARIABLE):
+            self._own = min(self._own, end_of_user(environ[DEADLINE_VARIABLE], began))
+            return
+        self._job = batch_job(environ)
+        if self._job is None:
+            return
+        self._scheduler = next(item for item in SCHEDULERS if item.name == self._job.scheduler)
+        self._ask_at = clock()
+        end = environ.get(self._scheduler.end, "") if self._scheduler.end else ""
+        if end.isdecimal():
+            self._scheduled = float(end)
+            self._ask_at += ASK_EVERY_SECONDS
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the job has to be over; infinite where no end is known."""
+        return min(self._own, self._scheduled) - self._clock()
+
+    def refresh(self) -> None:
+        """Ask the scheduler if it is time to. May wait for it: not for the training thread."""
+        if self._job is None or self._clock() < self._ask_at:
+            return
+        question = self._scheduler.question(self._job)
+        text, problem = ask(question, self._environ)
+        now = self._clock()
+        left = self._scheduler.answer(text, now) if problem is None else None
+        if left is not None:
+            self._scheduled = now + left
+            self._ask_at = now + ASK_EVERY_SECONDS
+            return
+        self._ask_at = now + ASK_AGAIN_SECONDS
+        if not self._told:
+            self._told = True
+            reason = problem or f"says {text.strip()[:80]!r}"
+            known = "" if math.isinf(self._scheduled) else "; the limit known so far stays"
+            self._tell(
+                f"the time left is unknown: {' '.join(question)} {reason}{known}. Set "
+                f"{DEADLINE_VARIABLE} in the job script, or rely on its signal before the limit"
+            )
+
+
+def end_of_user(text: str, began: float) -> float:
+    """Return the end in Unix time that HPCTRAIN_DEADLINE names.
+
+    Args:
+        text: an ISO time ("2026-11-21T18:00", local unless it has a zone), a Unix time, or the
+            seconds that the job may take from its beginning.
+        began: when this process began, Unix time.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    word = text.strip()
+    try:
+        number = float(word)
+    except ValueError:
+        pass
+    else:
+        if math.isfinite(number) and number > 0:
+            return number if number >= _FIRST_UNIX_TIME else began + number
+    try:
+        # Python 3.10 reads no "Z".
+        return datetime.fromisoformat(re.sub(r"Z$", "+00:00", word)).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{DEADLINE_VARIABLE}={text!r} is no time: give an ISO time (2026-11-21T18:00), a Unix "
+            "time, or seconds from the start of the job"
+        ) from error
+
+
+def job_is_gone(job: str, cluster: str, environ: Mapping[str, str]) -> bool | None:
+    """Tell whether another job has ended, with all its processes; None if that cannot be told.
+
+    Args:
+        job: its id, as its own environment had it.
+        cluster: that the id is of; the same number means another job on another cluster.
+        environ: of the job that asks.
+    """
+    own = batch_job(environ)
+    if own is None or not re.fullmatch(r"\w[\w.\[\]-]*", job):
+        return None
+    # LSF names its cluster neither in the id nor in the environment.
+    if not cluster or cluster != own.cluster:
+        return None
+    limit = _LONGEST_ANSWER_ON_A_JOB_SECONDS
+    if own.scheduler == "slurm":
+        return _gone_by_squeue(*ask(("squeue", "-h", "-j", job, "-o", "%T"), environ, limit))
+    return _gone_by_qstat(*ask(("qstat", "-f", "-F", "json", job), environ, limit))
+
+
+def _gone_by_squeue(text: str, problem: str | None) -> bool | None:
+    """Read the state of a job that squeue shows while it waits, runs or completes."""
+    if problem is not None:
+        return True if "Invalid job id" in problem else None
+    return not text.strip()
+
+
+def _gone_by_qstat(text: str, problem: str | None) -> bool | None:
+    """Read the state of a job: F and X are finished, E still is about to."""
+    if problem is not None:
+        return True if re.search("Unknown Job Id|has finished", problem) else None
+    found = _PBS_STATE.search(text)
+    return None if found is None else found[1] in ("F", "X")
+
+
+def ask(
+    command: tuple[str, ...],
+    environ: Mapping[str, str],
+    longest_seconds: float = _LONGEST_ANSWER_SECONDS,
+) -> tuple[str, str | None]:
+    """Return what a command prints, and what went wrong, None if nothing.
+
+    Python starts it by vfork, which copies no page of this process: after MPI_Init, memory that
+    the network has registered must not be copied on write.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            env={**environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=longest_seconds,
+            check=False,
+        )
+    except FileNotFoundError:
+        return "", "is not installed here"
+    except subprocess.TimeoutExpired:
+        return "", f"has not answered within {longest_seconds:g} s"
+    except OSError as error:
+        return "", f"cannot be run: {error.strerror}"
+    if result.returncode:
+        said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[0]
+        return "", f"fails with code {result.returncode}: {said[:120]}"
+    return result.stdout, None

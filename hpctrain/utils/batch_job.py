@@ -1,0 +1,74 @@
+"""The batch job that this process belongs to, as its environment says. Standard library only.
+
+Read here for all: for the time left, the lease on a run folder, and what exit.json says of a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_VARIABLES = (
+    # Scheduler, the job's id, how often it was started again, and the cluster of the id.
+    ("slurm", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"),
+    ("lsf", "LSB_JOBID", "", ""),
+    ("pbs", "PBS_JOBID", "", ""),
+)
+"""Set in a job's script and in all its ranks. LSF and PBS give a job that they start again another
+id; PBS names its server in the id, LSF its cluster nowhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchJob:
+    """A job of a batch system, and which start of it this is.
+
+    Attributes:
+        scheduler: "slurm", "lsf" or "pbs".
+        id: of the job; under LSF that of the whole array.
+        element: index in LSF's array, empty outside of one.
+        restart: how often the scheduler itself has started the job again.
+        cluster: that the id is of; empty if that is not known.
+    """
+
+    scheduler: str
+    id: str
+    element: str = ""
+    restart: int = 0
+    cluster: str = ""
+
+    @property
+    def name(self) -> str:
+        """Id by which the scheduler's commands know it: `8[3]` for an element of LSF's array."""
+        return f"{self.id}[{self.element}]" if self.element else self.id
+
+
+def batch_job(environ: Mapping[str, str]) -> BatchJob | None:
+    """Return the job that a process with this environment is of, None outside of any."""
+    for scheduler, id_variable, restart_variable, cluster_variable in _VARIABLES:
+        if job := environ.get(id_variable):
+            restart = environ.get(restart_variable, "")
+            index = environ.get("LSB_JOBINDEX", "") if scheduler == "lsf" else ""
+            return BatchJob(
+                scheduler=scheduler,
+                id=job,
+                element="" if index == "0" else index,
+                restart=int(restart) if restart.isdecimal() else 0,
+                cluster=environ.get(cluster_variable, "") or job.partition(".")[2],
+            )
+    return None
+
+
+def job_identity(environ: Mapping[str, str]) -> str | None:
+    """Return what names this job and this start of it, such as "slurm 4711.1"."""
+    job = batch_job(environ)
+    return None if job is None else f"{job.scheduler} {job.name}.{job.restart}"
+
+
+def lineage(environ: Mapping[str, str]) -> tuple[str | None, int]:
+    """Return what names the chain of jobs that this one belongs to, and its number in it, from 1.
+
+    Job scripts say so; None and 1 where there is none of ours.
+    """
+    attempt = environ.get("HPCTRAIN_ATTEMPT", "")
+    number = int(attempt) if attempt.isdecimal() else 1
+    return environ.get("HPCTRAIN_TOKEN") or None, max(1, number)
