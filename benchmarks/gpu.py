@@ -449,7 +449,7 @@ def images(wishes: Wishes, device: Any) -> Case:
     import torch
     import torch.nn.functional as F
 
-    from hpctrain.data.loading.finishing import Finishing, Scale
+    from hpctrain.data.loading.batch_transform import BatchTransform, Scale
     from hpctrain.models.resnet import resnet20, resnet50
 
     batch, size, count, classes = (4, 32, 16, 10) if wishes.tiny else (256, 224, 2048, 1000)
@@ -464,11 +464,11 @@ def images(wishes: Wishes, device: Any) -> Case:
         pixels = draw.integers(0, 256, (count, 3, size, size), np.uint8)
         stored = {"image": pixels, "label": draw.integers(0, classes, count)}
 
-        def finishing(fields: Any) -> Any:
+        def batch_transform(fields: Any) -> Any:
             scale = Scale.of(fields, "image", [127.5], [127.5], device)
-            return Finishing(scales={"image": scale})
+            return BatchTransform(scales={"image": scale})
 
-        return hdf5(folder, stored, batch, world, finishing)
+        return hdf5(folder, stored, batch, world, batch_transform)
 
     return Case(
         model=f'use = "{net.__name__}"\nnum_classes = {classes}',
@@ -494,7 +494,7 @@ def texts(wishes: Wishes, device: Any) -> Case:
     import torch
     import torch.nn.functional as F
 
-    from hpctrain.data.loading.finishing import Finishing
+    from hpctrain.data.loading.batch_transform import BatchTransform
     from hpctrain.models.transformer import Transformer
 
     batch, length, count = (2, 16, 8) if wishes.tiny else (16, 1024, 512)
@@ -504,7 +504,7 @@ def texts(wishes: Wishes, device: Any) -> Case:
 
     def loader(folder: Path, world: Any) -> Any:
         stored = {"tokens": draw.integers(0, vocabulary, (count, length + 1)).astype(np.int32)}
-        return hdf5(folder, stored, batch, world, lambda fields: Finishing())
+        return hdf5(folder, stored, batch, world, lambda fields: BatchTransform())
 
     def loss(model: Any, tokens: Any) -> Any:
         logits = model(tokens[:, :-1])
@@ -531,7 +531,7 @@ def hdf5(
     stored: dict[str, Any],
     batch: int,
     world: Any,
-    finishing: Callable[[Any], Any],
+    batch_transform: Callable[[Any], Any],
 ) -> Any:
     """Return a loader of samples that are stored in shards."""
     from hpctrain.data import Order, Writer, open_dataset
@@ -552,7 +552,7 @@ def hdf5(
         device=world.device,
         buffer_mb=1024.0,
         threads=4,
-        finishing=finishing(dataset.fields),
+        batch_transform=batch_transform(dataset.fields),
     )
 
 

@@ -47,7 +47,7 @@ def check_compute(
         largest_share=opened.train_loader.largest_share,
         smallest_share=opened.train_loader.smallest_share,
         device=world.device,
-        finishing=opened.transforms.finishing,
+        batch_transform=opened.transforms.batch_transform,
     )
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
     together = checks.topology.world_size > 1

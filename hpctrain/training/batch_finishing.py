@@ -12,16 +12,16 @@ from hpctrain.config.fields import needed_fields
 from hpctrain.config.normalizing import Normalization
 from hpctrain.config.transforms import build_transform
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.finishing import Finishing, Missing, Scale, Transform
+from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale, Transform
 
 
-def build_finishing(
+def build_batch_transform(
     config: Config,
     fields: Mapping[str, Field],
     missing: Mapping[str, Missing],
     normalizations: Mapping[str, Normalization],
     device: torch.device,
-) -> Finishing:
+) -> BatchTransform:
     """Return what is done to every batch, in training and evaluation alike.
 
     Args:
@@ -39,7 +39,7 @@ def build_finishing(
         name: Scale.of(fields, name, each.mean, each.std, device, dtype)
         for name, each in normalizations.items()
     }
-    return Finishing(scales, _transform(config), tuple(needed_fields(config)), missing)
+    return BatchTransform(scales, _transform(config), tuple(needed_fields(config)), missing)
 
 
 def _transform(config: Config) -> Transform | None:

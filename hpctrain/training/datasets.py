@@ -128,7 +128,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
             "threads": threads,
             "read_retries": section.read_retries,
             "locate": staging.locate,
-            "finishing": transforms.finishing,
+            "batch_transform": transforms.batch_transform,
         }
         train_loader = TrainLoader(
             train,

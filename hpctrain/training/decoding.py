@@ -12,8 +12,8 @@ from hpctrain.config import Config
 from hpctrain.config.fields import integer_fields
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decodings
+from hpctrain.data.loading.batch_transform import Missing
 from hpctrain.data.loading.decoder import Decoder, Decoding
-from hpctrain.data.loading.finishing import Missing
 from hpctrain.errors import ConfigError
 
 

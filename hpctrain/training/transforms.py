@@ -10,13 +10,13 @@ from hpctrain.config import Config
 from hpctrain.config.components import resolve_transform
 from hpctrain.config.normalizing import Normalization
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.launch.ranks import without_rank
 from hpctrain.launch.world import World
-from hpctrain.training.batch_finishing import build_finishing
+from hpctrain.training.batch_finishing import build_batch_transform
 from hpctrain.training.decoding import Decodings
 
 _KEY = "data.sample_transform"
@@ -29,7 +29,7 @@ class Transforms:
     Attributes:
         train: what is done to every sample to train with; None: nothing.
         validation: the same, to evaluate with.
-        finishing: what is done to batches on the device.
+        batch_transform: what is done to batches on the device.
         decoding: what is decoded, of what to train with.
         validation_decoding: the same, of what to evaluate with.
         fields: by name, as they are once decoded, of what to train with.
@@ -39,7 +39,7 @@ class Transforms:
     validation: SamplePreparation | None
     decoding: Decoding
     validation_decoding: Decoding
-    finishing: Finishing
+    batch_transform: BatchTransform
     fields: Mapping[str, Field]
     _crew: Crew | None
 
@@ -98,7 +98,7 @@ class Transforms:
             validation=validates,
             decoding=decoding(0, prepares),
             validation_decoding=decoding(1, validates),
-            finishing=build_finishing(
+            batch_transform=build_batch_transform(
                 config, decoded, decodings.of_floats(decoded), normalizations, world.device
             ),
             fields=decoded,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hpctrain.accelerator import Streams
 from hpctrain.data import Dataset, Order, Writer, open_dataset
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import DEVICE_ALIGNMENT_BYTES
 from hpctrain.data.loading.device_copies import Copying
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.loader import TrainLoader
 
 SAMPLES = 3001
@@ -74,7 +74,7 @@ def loader(dataset: Dataset, device: torch.device, buffer_mb: float) -> TrainLoa
         world_size=1,
         device=device,
         buffer_mb=buffer_mb,
-        finishing=Finishing(transform=keyed),
+        batch_transform=BatchTransform(transform=keyed),
     )
 
 

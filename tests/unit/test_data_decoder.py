@@ -18,10 +18,10 @@ from hpctrain.data import Dataset, Order, open_dataset
 from hpctrain.data.coding import Coding
 from hpctrain.data.decoding import FieldDecoding, decodings
 from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale
 from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.finishing import Finishing, Missing, Scale
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.reading.rows import read_rows
@@ -206,8 +206,8 @@ def test_a_transform_of_samples_sees_values(files: Path) -> None:
 def test_missing_values_become_a_number_and_a_mask(files: Path) -> None:
     dataset = open_dataset(str(files))
     scale = Scale(torch.tensor([3.0]), torch.tensor([2.0]))
-    finishing = Finishing({"x": scale}, missing={"x": Missing(0.0, "x_mask")})
-    samples = served(dataset, decode(dataset), finishing=finishing)
+    batch_transform = BatchTransform({"x": scale}, missing={"x": Missing(0.0, "x_mask")})
+    samples = served(dataset, decode(dataset), batch_transform=batch_transform)
     for number, values in enumerate(expected(files)):
         is_missing = np.isnan(values)
         assert np.array_equal(samples[number]["x_mask"], (~is_missing).astype("f4"))

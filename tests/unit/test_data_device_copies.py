@@ -17,6 +17,7 @@ from torch import Tensor
 from hpctrain.accelerator import Streams
 from hpctrain.data import Dataset, Order, Writer, open_dataset
 from hpctrain.data.dataset import Field
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     BufferPool,
     MemoryPlan,
@@ -25,7 +26,6 @@ from hpctrain.data.loading.buffers import (
     slabs_in_powers_of_two,
 )
 from hpctrain.data.loading.device_copies import MOST_COPIES, DeviceCopies
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.loader import TrainLoader
 
 SAMPLES = 600
@@ -143,9 +143,9 @@ def test_batches_are_whole_however_late_copies_come(
 ) -> None:
     """With tiny buffers too, and a consumer that holds on to batches."""
     streams = LateStreams()
-    finishing = Finishing(transform=drawing)
-    expected = list(_plain(dataset, finishing))
-    loader = loader_on(streams, dataset, buffer_mb, finishing=finishing)
+    batch_transform = BatchTransform(transform=drawing)
+    expected = list(_plain(dataset, batch_transform))
+    loader = loader_on(streams, dataset, buffer_mb, batch_transform=batch_transform)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     found = []
     for batch in loader.epoch(0):
@@ -162,8 +162,8 @@ def test_batches_are_whole_however_late_copies_come(
     assert streams.lent > 0
 
 
-def _plain(dataset: Dataset, finishing: Finishing) -> Iterator[list[Tensor]]:
-    loader = loader_on(LateStreams(), dataset, 64.0, finishing=finishing)
+def _plain(dataset: Dataset, batch_transform: BatchTransform) -> Iterator[list[Tensor]]:
+    loader = loader_on(LateStreams(), dataset, 64.0, batch_transform=batch_transform)
     loader._delivery._copies = None
     for batch in loader.epoch(0):
         yield [batch.fields[name].clone() for name in ("id", "wide", "drawn")]

@@ -18,8 +18,8 @@ import torch
 import xxhash
 
 from hpctrain.data import Dataset, Order, Writer, draws, open_dataset
+from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.finishing import Finishing, Scale
 from hpctrain.data.loading.loader import Batch, TrainLoader
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.state import from_state, to_state
@@ -158,24 +158,24 @@ def augment(
     return {**fields, "image": image}
 
 
-def finishing(dataset: Dataset) -> Finishing:
+def batch_transform(dataset: Dataset) -> BatchTransform:
     scale = Scale.of(dataset.fields, "image", [100.0, 120.0, 130.0], [60.0, 70.0, 73.0], CPU)
-    return Finishing({"image": scale}, augment, ("image", "id"))
+    return BatchTransform({"image": scale}, augment, ("image", "id"))
 
 
 @in_every_order
 def test_the_same_finished_batches_at_any_world_size_and_after_restarts(
     dataset: Dataset, order: Order
 ) -> None:
-    finished = finishing(dataset)
-    expected = global_batches(dataset, order, 1, finishing=finished)
+    finished = batch_transform(dataset)
+    expected = global_batches(dataset, order, 1, batch_transform=finished)
     assert expected != global_batches(dataset, order, 1)
     for world_size in (2, 3, 4):
-        assert global_batches(dataset, order, world_size, finishing=finished) == expected
-    assert global_batches(dataset, order, 2, buffer_mb=0.004, finishing=finished) == expected
+        assert global_batches(dataset, order, world_size, batch_transform=finished) == expected
+    assert global_batches(dataset, order, 2, buffer_mb=0.004, batch_transform=finished) == expected
     for start, world_size in ((64, 3), (448, 1), (960, 2)):
         rest = {position: each for position, each in expected.items() if position >= start}
-        assert global_batches(dataset, order, world_size, start, finishing=finished) == rest
+        assert global_batches(dataset, order, world_size, start, batch_transform=finished) == rest
 
 
 def test_what_is_drawn_in_an_evaluation_is_the_same_every_time(dataset: Dataset) -> None:
@@ -190,7 +190,7 @@ def test_what_is_drawn_in_an_evaluation_is_the_same_every_time(dataset: Dataset)
                 batch_size=batch_size,
                 device=CPU,
                 buffer_mb=64.0,
-                finishing=finishing(dataset),
+                batch_transform=batch_transform(dataset),
                 seed=3,
             )
             for _ in range(2):
@@ -202,7 +202,9 @@ def test_what_is_drawn_in_an_evaluation_is_the_same_every_time(dataset: Dataset)
     expected = evaluate(100, 1)
     assert torch.equal(evaluate(7, 1), expected)
     assert torch.equal(evaluate(64, 3), expected)
-    unflipped = Finishing(finishing(dataset).scales).scales["image"].apply(torch.tensor(IMAGES))
+    unflipped = (
+        BatchTransform(batch_transform(dataset).scales).scales["image"].apply(torch.tensor(IMAGES))
+    )
     changed = (expected != unflipped).flatten(1).any(1).float().mean()
     assert 0.4 < changed < 0.6  # flipped, and without noise
 

@@ -29,7 +29,7 @@ from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner
 from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
 from hpctrain.errors import ConfigError, DatasetError
-from hpctrain.training.batch_finishing import build_finishing
+from hpctrain.training.batch_finishing import build_batch_transform
 from hpctrain.training.normalizing import find_normalizations
 
 CPU = torch.device("cpu")
@@ -74,9 +74,9 @@ def config(**data: Any) -> Config:
 
 def finished(dataset: Dataset, config: Config) -> torch.Tensor:
     normalizations = find_normalizations(config, dataset, {})
-    finishing = build_finishing(config, dataset.fields, {}, normalizations, CPU)
+    batch_transform = build_batch_transform(config, dataset.fields, {}, normalizations, CPU)
     fields = {"image": torch.from_numpy(IMAGES.copy()), "label": torch.arange(300)}
-    return finishing.apply(fields, KEYS, training=True)["image"]
+    return batch_transform.apply(fields, KEYS, training=True)["image"]
 
 
 def test_normalised_by_the_statistics_of_the_training_data(
@@ -134,7 +134,7 @@ def test_a_transform_that_is_refused(
 ) -> None:
     refused = config(transform=f"{__name__}:{name}", transform_arguments=arguments)
     with pytest.raises(ConfigError, match=message):
-        build_finishing(refused, dataset.fields, {}, {}, CPU)
+        build_batch_transform(refused, dataset.fields, {}, {}, CPU)
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

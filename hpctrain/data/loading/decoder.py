@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.decoding import FieldDecoding
+from hpctrain.data.loading.batch_transform import Missing
 from hpctrain.data.loading.coding_table import CodingTable, seen_numbers, torch_dtype_of
-from hpctrain.data.loading.finishing import Missing
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.errors import ConfigError
 
@@ -66,7 +66,7 @@ class Decoder:
 
         Args:
             decodings: of the fields.
-            missing: what is made of missing values; of floats that is for `Finishing`.
+            missing: what is made of missing values; of floats that is for `BatchTransform`.
             device: where batches are.
 
         Raises:

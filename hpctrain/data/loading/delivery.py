@@ -16,6 +16,7 @@ import torch
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     ALIGNMENT_BYTES,
     DEVICE_ALIGNMENT_BYTES,
@@ -27,7 +28,6 @@ from hpctrain.data.loading.buffers import (
 )
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.device_copies import DeviceCopies
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.refusing import Refusing, require_all
@@ -102,7 +102,7 @@ class Delivery:
         locate: Locate,
         preparation: SamplePreparation | None,
         decoding: Decoding,
-        finishing: Finishing,
+        batch_transform: BatchTransform,
         training: bool,
         threads: int,
     ) -> None:
@@ -110,7 +110,7 @@ class Delivery:
         self.access = open_rows(dataset, retries=read_retries, locate=locate, helpers=self.helpers)
         self._preparation = preparation
         self._decoding = decoding
-        self._finishing = finishing
+        self._batch_transform = batch_transform
         self._training = training
         self._fields = dataset.fields if preparation is None else preparation.fields
         self._dtypes = {name: torch_dtype(field) for name, field in self._fields.items()}
@@ -252,7 +252,7 @@ class Delivery:
         own_codes = {name: each[own] for name, each in arrived.codes.items()}
         fields = self._decoding.on_device.apply(fields, own_codes)
         own_keys = None if arrived.keys is None else arrived.keys[own]
-        return self._finishing.apply(fields, own_keys, training=self._training)
+        return self._batch_transform.apply(fields, own_keys, training=self._training)
 
     def _on_device(self, host: HostGroup) -> _Arrived:
         """Return a group on the device, or on its way to it."""
@@ -283,7 +283,7 @@ class Delivery:
 
     def _beside(self, group: Group) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Return what goes to the device beside the samples, on the host: codings and keys."""
-        wanted = group.keys is not None and self._finishing.needs_keys
+        wanted = group.keys is not None and self._batch_transform.needs_keys
         return (
             self._decoding.on_device.codes(group.rows),
             torch.from_numpy(group.keys) if wanted else None,

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.order.permutation import Int64s
@@ -42,7 +42,7 @@ class EvaluationLoader:
         read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
-        finishing: Finishing | None = None,
+        batch_transform: BatchTransform | None = None,
         seed: int = 0,
         threads: int = 1,
     ) -> None:
@@ -61,7 +61,7 @@ class EvaluationLoader:
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
-            finishing: what is done to batches on the device; None: nothing.
+            batch_transform: what is done to batches on the device; None: nothing.
             seed: of the run: what its transform draws is the same in every evaluation.
 
         Raises:
@@ -83,8 +83,8 @@ class EvaluationLoader:
         )
         self._group_batches = memory.group_batches
         rows = batch_size * memory.group_batches
-        decoding, finishing = decoding or Decoding(), finishing or Finishing()
-        self._needs_keys = preparation is not None or finishing.needs_keys
+        decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
+        self._needs_keys = preparation is not None or batch_transform.needs_keys
         self._delivery = Delivery(
             self._dataset,
             rows,
@@ -94,7 +94,7 @@ class EvaluationLoader:
             locate=locate,
             preparation=preparation,
             decoding=decoding,
-            finishing=finishing,
+            batch_transform=batch_transform,
             training=False,
             threads=threads,
         )

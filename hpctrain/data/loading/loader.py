@@ -11,10 +11,10 @@ import torch
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
+from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
-from hpctrain.data.loading.finishing import Finishing
 from hpctrain.data.loading.grouping import group_bounds, sample_bytes
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.order.lane_windows import LaneWindows, RowStream
@@ -63,7 +63,7 @@ class TrainLoader:
         read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
-        finishing: Finishing | None = None,
+        batch_transform: BatchTransform | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -85,7 +85,7 @@ class TrainLoader:
             read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
-            finishing: what is done to batches on the device; None: nothing.
+            batch_transform: what is done to batches on the device; None: nothing.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -140,8 +140,8 @@ class TrainLoader:
             each.largest_share(global_batch_size * spent.group_batches, world_size)
             for each in (order, *self._begun.values())
         )
-        decoding, finishing = decoding or Decoding(), finishing or Finishing()
-        self._needs_keys = preparation is not None or finishing.needs_keys
+        decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
+        self._needs_keys = preparation is not None or batch_transform.needs_keys
         self._needs_rows = self._needs_keys or decoding.needs_samples
         self._decoding = decoding
         self._delivery = Delivery(
@@ -153,7 +153,7 @@ class TrainLoader:
             locate=locate,
             preparation=preparation,
             decoding=decoding,
-            finishing=finishing,
+            batch_transform=batch_transform,
             training=True,
             threads=threads,
         )

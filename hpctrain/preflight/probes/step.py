@@ -16,8 +16,8 @@ from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
+from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
 from hpctrain.data.loading.delivery import Batch, torch_dtype
-from hpctrain.data.loading.finishing import Finishing, keys_on
 from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
@@ -46,14 +46,14 @@ class SyntheticLoader:
         largest_share: the most samples of any rank in any batch.
         smallest_share: the fewest.
         device: where the rows are wanted.
-        finishing: what is done to batches there.
+        batch_transform: what is done to batches there.
     """
 
     fields: Mapping[str, Field]
     largest_share: int
     smallest_share: int
     device: torch.device
-    finishing: Finishing
+    batch_transform: BatchTransform
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return one row of every field, (1, *shape) on the device."""
@@ -71,7 +71,7 @@ class SyntheticLoader:
                 tensor = torch.zeros(shape, dtype=dtype)
             fields[name] = tensor.to(self.device)
         keys = keys_on(self.device, np.arange(count, dtype=np.uint64))
-        return self.finishing.apply(fields, keys, training=True)
+        return self.batch_transform.apply(fields, keys, training=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

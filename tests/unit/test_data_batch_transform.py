@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.data import Field, draws
-from hpctrain.data.loading.finishing import Finishing, Scale
+from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.order.permutation import derive_keys, hash_items
 from hpctrain.data.order.shuffle import sample_keys
 from hpctrain.errors import ConfigError, TrainingError
@@ -129,9 +129,9 @@ def test_the_transform_sees_normalised_fields_and_the_rest_as_stored() -> None:
         return {**fields, "image": fields["image"] + 1}
 
     scale = Scale.of(FIELDS, "image", [10.0], [2.0], CPU)
-    finishing = Finishing({"image": scale}, transform, ("image", "label"))
+    batch_transform = BatchTransform({"image": scale}, transform, ("image", "label"))
     fields = {"image": torch.full((2, 3, 4, 5), 12, dtype=torch.uint8), "label": torch.ones(2)}
-    finished = finishing.apply(fields, ON_DEVICE[:2], training=False)
+    finished = batch_transform.apply(fields, ON_DEVICE[:2], training=False)
     assert (seen["image"] == 1.0).all()
     assert seen["label"] is fields["label"]
     assert torch.equal(seen["keys"], ON_DEVICE[:2])
@@ -139,7 +139,9 @@ def test_the_transform_sees_normalised_fields_and_the_rest_as_stored() -> None:
     assert (finished["image"] == 2.0).all()
     empty = {name: tensor[:0] for name, tensor in fields.items()}
     seen.clear()
-    assert finishing.apply(empty, ON_DEVICE[:0], training=True)["image"].dtype == torch.float32
+    assert (
+        batch_transform.apply(empty, ON_DEVICE[:0], training=True)["image"].dtype == torch.float32
+    )
     assert not seen
 
 
@@ -155,6 +157,6 @@ def test_the_transform_sees_normalised_fields_and_the_rest_as_stored() -> None:
     ],
 )
 def test_what_a_transform_must_not_return(returned: Any, message: str) -> None:
-    finishing = Finishing({}, lambda **_: returned, ("image",))
+    batch_transform = BatchTransform({}, lambda **_: returned, ("image",))
     with pytest.raises(TrainingError, match=re.escape(message)):
-        finishing.apply({"image": torch.ones(2)}, ON_DEVICE[:2], training=True)
+        batch_transform.apply({"image": torch.ones(2)}, ON_DEVICE[:2], training=True)

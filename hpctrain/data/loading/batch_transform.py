@@ -120,7 +120,7 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Finishing:
+class BatchTransform:
     """Makes of a batch as it was decoded one as the task wants it.
 
     Attributes:
