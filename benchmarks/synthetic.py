@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.config.source import parse
-from hpctrain.config.validation import validate
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.world import World
 from hpctrain.training.assembly import Parts, build_parts

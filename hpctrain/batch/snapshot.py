@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpctrain.config.code_folder import MARKER
+from hpctrain.config.importing import MARKER
 from hpctrain.errors import UsageError
 from hpctrain.utils.files import temporary_name
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hpctrain.cli.parsing import Parser, usage_error
-from hpctrain.config.code_folder import use_snapshot
+from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.launch.launchers import Claim

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpctrain.config.loading import load
-    from hpctrain.config.rendering import to_toml
     from hpctrain.config.schema import Config
+    from hpctrain.config.toml import to_toml
+    from hpctrain.config.validate import load
 
 __all__ = ["Config", "load", "to_toml"]
 
-_HOMES = {"Config": "schema", "load": "loading", "to_toml": "rendering"}
+_HOMES = {"Config": "schema", "load": "validate", "to_toml": "toml"}
 
 
 def __getattr__(name: str) -> object:

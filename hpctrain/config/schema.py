@@ -1,6 +1,6 @@
 """The config: one frozen dataclass a section, a docstring under every field.
 
-Plain data. `hpctrain.config.validation` builds it from TOML and explains what does not fit.
+Plain data. `hpctrain.config.validate` builds it from TOML and explains what does not fit.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class DataSection:
     stage_directory: Text | None = None
     """Directory for that, in which $NAMES are replaced; none: the job's own, as sites have it."""
     normalize: dict[str, Any] = field(default_factory=dict)
-    """Fields that become (value - mean) / std on the device; see `hpctrain.config.normalizing`."""
+    """Fields that become (value - mean) / std on the device; see `hpctrain.config.fields`."""
 
     sample_transform: Text | None = None
     """Import path of what is done to every sample on the host, before `normalize`."""

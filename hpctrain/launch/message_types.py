@@ -16,7 +16,7 @@ _NAMES = {
     "checkpoint.reading": "Rows",
     "checkpoint.tree": "UnsavableError",
     "checkpoint.writing": "Written",
-    "config.normalizing": "Normalization",
+    "config.fields": "Normalization",
     "config.schema": (
         "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "
         "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "

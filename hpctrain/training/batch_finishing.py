@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from hpctrain.config import Config
-from hpctrain.config.components import resolve_transform
-from hpctrain.config.fields import needed_fields
-from hpctrain.config.normalizing import Normalization
-from hpctrain.config.transforms import build_transform
+from hpctrain.config.fields import Normalization, needed_fields
+from hpctrain.config.importing import build_transform
+from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale, Transform
 

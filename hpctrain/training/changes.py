@@ -8,8 +8,8 @@ from hpctrain.checkpoint.tools import config_changes
 from hpctrain.config import Config, to_toml
 from hpctrain.config.messages import shown
 from hpctrain.config.semantics import CHOOSABLE, Semantics, older_rules, settle
-from hpctrain.config.source import parse
-from hpctrain.config.validation import validate
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
 from hpctrain.errors import ConfigError
 from hpctrain.training.persistence import Resumed
 from hpctrain.utils.text import first_lines

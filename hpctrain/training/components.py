@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpctrain.config import Config
-from hpctrain.config.code_folder import snapshot
-from hpctrain.config.components import placed_error, resolve_all
+from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake
+from hpctrain.config.registry import placed_error, resolve_all
 from hpctrain.config.schema import OptimizerSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.loading import loading

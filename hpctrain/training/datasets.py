@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.config import Config
-from hpctrain.config.fields import stored_fields
-from hpctrain.config.normalizing import Normalization
+from hpctrain.config.fields import Normalization, stored_fields
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics
 from hpctrain.data import Dataset, Order

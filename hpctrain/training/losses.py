@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpctrain.config.components import resolve
+from hpctrain.config.registry import resolve
 from hpctrain.config.schema import ComponentSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.utils.text import did_you_mean

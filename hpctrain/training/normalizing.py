@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.config import Config
-from hpctrain.config.normalizing import Normalization, normalization_of
+from hpctrain.config.fields import Normalization, normalization_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.finding.view import View

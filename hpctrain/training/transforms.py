@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpctrain.config import Config
-from hpctrain.config.components import resolve_transform
-from hpctrain.config.normalizing import Normalization
+from hpctrain.config.fields import Normalization
+from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.crew import Crew

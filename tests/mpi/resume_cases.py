@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.checkpoint import store as checkpoint_store
-from hpctrain.config.source import parse
-from hpctrain.config.validation import validate
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
 from hpctrain.data import Writer
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ExitCode, HpctrainError, TrainingError

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.config.checks import CHECKS
-from hpctrain.config.overrides import apply_overrides
-from hpctrain.config.source import parse
+from hpctrain.config.rules import CHECKS
+from hpctrain.config.toml import apply_overrides, parse
 
 VALID = """\
 [run]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hpctrain.config import Config, load
-from hpctrain.config.components import BUILTINS, bind, resolve, resolve_all, resolve_transform
-from hpctrain.config.locating import is_reference
+from hpctrain.config.importing import is_reference
+from hpctrain.config.registry import BUILTINS, bind, resolve, resolve_all, resolve_transform
 from hpctrain.config.schema import ComponentSection
 from hpctrain.errors import ConfigError
 

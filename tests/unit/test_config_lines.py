@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpctrain.config.lines import deepest_line, locate_keys
+from hpctrain.config.toml import deepest_line, locate_keys
 
 
 @pytest.mark.parametrize(

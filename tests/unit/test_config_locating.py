@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.config.locating import is_reference, problem_of
+from hpctrain.config.importing import is_reference, problem_of
 
 MODULES = {
     "mine.py": """

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.config.overrides import apply_overrides
-from hpctrain.config.source import Source
+from hpctrain.config.toml import Source, apply_overrides
 
 
 def overridden(*overrides: str) -> tuple[dict[str, Any], list[str]]:

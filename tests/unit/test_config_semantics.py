@@ -28,8 +28,8 @@ from hpctrain.config.semantics import (
     older_rules,
     settle,
 )
-from hpctrain.config.source import parse
-from hpctrain.config.validation import validate
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
 from hpctrain.errors import CheckpointError, ConfigError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.config.source import DEEPEST, parse, read, refuse_depth
+from hpctrain.config.toml import DEEPEST, parse, read, refuse_depth
 from hpctrain.errors import ConfigError
 
 

@@ -23,7 +23,7 @@ from hpctrain.checkpoint import tools
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main
 from hpctrain.config import load
-from hpctrain.config.code_folder import MARKER, use_snapshot
+from hpctrain.config.importing import MARKER, use_snapshot
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding.survey import survey
 from hpctrain.data.reading.rows import read_rows

@@ -14,6 +14,7 @@ import tomllib
 import torch
 
 from hpctrain.config import Config
+from hpctrain.config.importing import build_transform
 from hpctrain.config.schema import (
     ComponentSection,
     DataSection,
@@ -23,7 +24,6 @@ from hpctrain.config.schema import (
     TaskSection,
     TrainingSection,
 )
-from hpctrain.config.transforms import build_transform
 from hpctrain.data import Dataset, Writer, open_dataset
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner

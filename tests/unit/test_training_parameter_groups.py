@@ -11,7 +11,7 @@ from torch import nn
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.config import load, to_toml
-from hpctrain.config.components import BUILTINS, resolve
+from hpctrain.config.registry import BUILTINS, resolve
 from hpctrain.config.schema import ComponentSection, ParameterGroup
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet

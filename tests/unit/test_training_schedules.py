@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpctrain.config.components import BUILTINS, resolve
+from hpctrain.config.registry import BUILTINS, resolve
 from hpctrain.config.schema import SchedulerSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.horizon import Horizon, Place

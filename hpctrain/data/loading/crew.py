@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe, reduction
 from typing import Any, NamedTuple, Protocol
 
-from hpctrain.config.transforms import build_transform
+from hpctrain.config.importing import build_transform
 from hpctrain.data.loading.samples import SampleError, SampleRunner, SampleTransform
 from hpctrain.data.loading.slots import Slot
 from hpctrain.data.loading.worker import IGNORED

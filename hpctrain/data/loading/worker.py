@@ -16,7 +16,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
-from hpctrain.config.transforms import build_transform
+from hpctrain.config.importing import build_transform
 from hpctrain.data.loading.samples import SampleError, SampleRunner
 from hpctrain.data.loading.slots import Slot
 from hpctrain.errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpctrain.config.components import bind, resolve, unknown_name
+from hpctrain.config.registry import bind, resolve, unknown_name
 from hpctrain.config.schema import ComponentSection
 from hpctrain.errors import ConfigError
 from hpctrain.training.optimization.schedules import Factor

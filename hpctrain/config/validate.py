@@ -1,6 +1,7 @@
-"""A table to a Config, by the schema: names, types, ranges. All mistakes at once.
+"""A config file to a Config: names, types and ranges by the schema, then the rules.
 
-pydantic decides what fits a type; what is wrong is said in our words, from the schema itself.
+pydantic decides what fits a type; what is wrong is said in our words, from the schema itself, and
+all mistakes at once.
 """
 
 from __future__ import annotations
@@ -10,18 +11,52 @@ import datetime
 import functools
 import json
 import math
+import types
 import typing
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from hpctrain.config.expectations import choices, expectation
-from hpctrain.config.messages import KeyPath, Mistake
+from annotated_types import Ge, Gt, Interval, MinLen
+
+from hpctrain.config.messages import KeyPath, Mistake, config_error
+from hpctrain.config.rules import CHECKS
 from hpctrain.config.schema import ComponentSection, Config
-from hpctrain.config.source import Source, Table
-from hpctrain.config.tables import inside, unknown_inside
+from hpctrain.config.toml import Source, Table, apply_overrides, read, refuse_depth
 from hpctrain.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    tuple: "a list of strings",
+    dict: "a table",
+}
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply `section.key=value` overrides and check all of it.
+
+    Import paths are located, not imported, and the paths of data and checkpoints looked for, from
+    the current directory and on this host only.
+
+    Raises:
+        ConfigError: with every mistake, each with its line and what would be right.
+    """
+    source = read(path)
+    mistakes = apply_overrides(source, overrides)
+    refuse_depth(source)
+    config, against_schema = validate(source)
+    mistakes += against_schema
+    misfits = {mistake.key for mistake in mistakes}
+    for check in CHECKS:
+        mistakes += [mistake for mistake in check(source) if mistake.key not in misfits]
+    if config is None or mistakes:
+        raise config_error(path, mistakes)
+    return config
 
 
 def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
@@ -46,7 +81,7 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
                 if inner is not None:
                     problem = f"expected {expectation(inner)}"
                     if isinstance(value := source.get(*key), str):
-                        problem += did_you_mean(value, choices(inner), quote='"')
+                        problem += did_you_mean(value, _choices(inner), quote='"')
                     mistakes.append(source.mistake(key, problem))
                 elif len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
                     mistakes.append(_item_misfit(source, key, kind, item["loc"][2:4], missing))
@@ -92,11 +127,11 @@ def _place(where: KeyPath) -> tuple[KeyPath, Any]:
     """Return the key that pydantic speaks of, and what it expects if it is inside of a table."""
     if len(where) < 3 or where[1] not in (fields := _fields(where[0])):
         return where[:2], None
-    within, inner = inside(fields[where[1]], where[2:])
+    within, inner = _inside(fields[where[1]], where[2:])
     return (*where[:2], *within), inner
 
 
-def is_component(section: str) -> bool:
+def _is_component(section: str) -> bool:
     """Tell whether further keys of a section are arguments of what it names."""
     return issubclass(_sections()[section], ComponentSection)
 
@@ -145,10 +180,10 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
         for key, value in known[section].items():
             if (kind := _item_type(section, key)) is not None and isinstance(value, list):
                 mistakes += _unknown_in_items(source, (section, key), kind, value)
-            for within, near in unknown_inside(_fields(section)[key], value).items():
+            for within, near in _unknown_inside(_fields(section)[key], value).items():
                 mistakes.append(source.mistake((section, key, *within), f"unknown key{near}"))
         further = [key for key in given if key not in reserved]
-        if not is_component(section):
+        if not _is_component(section):
             mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]
             continue
         named = given.get("arguments", {})
@@ -168,13 +203,13 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
     annotation = _fields(key[0])[key[1]]
     problem = f"expected {expectation(annotation)}"
     if missing:
-        beside = source.get(key[0]) if is_component(key[0]) else ()
+        beside = source.get(key[0]) if _is_component(key[0]) else ()
         near = nearest(key[1], set(beside) - set(reserved_keys(key[0])))
         slip = "" if near is None else f"; is {key[0]}.{near} a slip for it?"
         return source.mistake(key, f"missing; {problem}{slip}")
     value = source.get(*key)
     if isinstance(value, str):
-        problem += did_you_mean(value, choices(annotation), quote='"')
+        problem += did_you_mean(value, _choices(annotation), quote='"')
         if annotation is bool and value.lower() in ("true", "false", "yes", "no", "on", "off"):
             word = "true" if value.lower() in ("true", "yes", "on") else "false"
             problem += f"; did you mean {word}?"
@@ -253,3 +288,103 @@ def _without_echoes(mistakes: list[Mistake]) -> list[Mistake]:
         for mistake in mistakes
         if not (mistake.problem.startswith("missing") and mistake.key in meant)
     ]
+
+
+def _inside(annotation: Any, where: KeyPath) -> tuple[KeyPath, Any]:
+    """Return how far a path into a table leads to keys, and what the last of them expects.
+
+    Nothing and None where the annotation is not that of a table, or of tables by name.
+    """
+    kind, is_named = _table(annotation)
+    if kind is None:
+        return (), None
+    if is_named and len(where) == 1:
+        return where, kind
+    depth = 1 if is_named else 0
+    keys = typing.get_type_hints(kind, include_extras=True)
+    if len(where) <= depth or where[depth] not in keys:
+        return (), None
+    return where[: depth + 1], keys[where[depth]]
+
+
+def _unknown_inside(annotation: Any, value: Any) -> dict[KeyPath, str]:
+    """Return the keys that a value should not have, and what was perhaps meant."""
+    kind, is_named = _table(annotation)
+    if kind is None or not isinstance(value, dict):
+        return {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    tables = {(name,): table for name, table in value.items()} if is_named else {(): value}
+    return {
+        (*path, key): did_you_mean(key, known)
+        for path, table in tables.items()
+        if isinstance(table, dict)
+        for key in table
+        if key not in known
+    }
+
+
+def _table(annotation: Any) -> tuple[type | None, bool]:
+    """Return the dataclass of a table, and whether there is one by each name."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation, False
+    if typing.get_origin(annotation) is dict:
+        kind = typing.get_args(annotation)[1]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind, True
+    return None, False
+
+
+def expectation(annotation: Any) -> str:
+    """Return what values an annotation allows, such as "a whole number from 1"."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        kind, *constraints = typing.get_args(annotation)
+        text = expectation(kind)
+        for constraint in constraints:
+            text = _limited(text, constraint)
+        return text
+    if origin in (Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return " or ".join(expectation(kind) for kind in kinds)
+    if origin is Literal:
+        words = [f'"{word}"' for word in typing.get_args(annotation)]
+        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+    if dataclasses.is_dataclass(annotation):
+        return "a table"
+    return _collection(annotation) or _KINDS[origin or annotation]
+
+
+def _collection(annotation: Any) -> str | None:
+    """Return what a list or table of one kind of thing allows."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple and dataclasses.is_dataclass(arguments[0]):
+        keys = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
+        return f"a list of tables with the keys {keys}"
+    if origin is tuple and arguments[0] is int:
+        return f"a list of {len(arguments)} whole numbers"
+    if origin is dict and arguments[1] is str:
+        return "a table of strings"
+    return None
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Return the words that an annotation allows, if it allows only some."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return tuple(word for inner in typing.get_args(annotation) for word in _choices(inner))
+
+
+def _limited(text: str, constraint: Any) -> str:
+    if isinstance(constraint, Ge):
+        return f"{text} from {constraint.ge}"
+    if isinstance(constraint, Gt):
+        return f"{text} above {constraint.gt}"
+    if isinstance(constraint, Interval) and constraint.gt is None and constraint.lt is None:
+        return f"{text} from {constraint.ge} to {constraint.le}"
+    if isinstance(constraint, Interval) and constraint.ge is None and constraint.le is None:
+        return f"{text} above {constraint.gt} and below {constraint.lt}"
+    if isinstance(constraint, Interval) and constraint.gt is None and constraint.le is None:
+        return f"{text} from {constraint.ge} and below {constraint.lt}"
+    if isinstance(constraint, MinLen) and constraint.min_length == 1:
+        return text.replace("a ", "a non-empty ", 1)
+    raise TypeError(f"no words for {constraint!r}")

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from hpctrain.config.importing import imported
-from hpctrain.config.locating import is_reference
+from hpctrain.config.importing import imported, is_reference
 from hpctrain.config.messages import Mistake, config_error
-from hpctrain.config.overrides import apply_overrides
 from hpctrain.config.schema import ComponentSection, Config
-from hpctrain.config.source import read
+from hpctrain.config.toml import apply_overrides, read
 from hpctrain.errors import ConfigError
 from hpctrain.utils.text import did_you_mean
 
