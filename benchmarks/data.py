@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
+from hpctrain.convert.timing import forget
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
 from hpctrain.data.reading.helpers import reading_threads
-from hpctrain.data.tools.timing import forget
 
 HERE = Path(__file__).parent
 STORAGES = {

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.convert.parallel import each, processors
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import join_files
-from hpctrain.data.parallel import each, processors
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 

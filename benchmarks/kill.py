@@ -31,7 +31,7 @@ from pathlib import Path
 import psutil
 
 from hpctrain.checkpoint.layout import is_whole, newest_first, step_of
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY, EVALUATE_EVERY = 5, 7

@@ -28,14 +28,14 @@ _NAMES = {
     "data.decoding": "FieldDecoding",
     "data.finding.view": "Part Column View",
     "data.order.picks": "Spans Picks",
-    "data.sources.arrays": "ArrayFacts",
-    "data.sources.images": "Pictures",
-    "data.sources.indexed": "Indexed",
-    "data.sources.source": "Converted",
-    "data.sources.table": "Part Table",
-    "data.sources.text": "Text",
-    "data.tools.packing": "Written",
-    "data.tools.planning": "Output Plan",
+    "convert.sources.arrays": "ArrayFacts",
+    "convert.sources.images": "Pictures",
+    "convert.sources.indexed": "Indexed",
+    "convert.sources.source": "Converted",
+    "convert.sources.table": "Part Table",
+    "convert.sources.text": "Text",
+    "convert.packing": "Written",
+    "convert.planning": "Output Plan",
     "errors": (
         "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "
         "TrainingError"

@@ -12,7 +12,7 @@ from hpctrain.config.fields import Normalization, normalization_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.finding.view import View
-from hpctrain.data.tools.statistics import STATS_NAME, read_stats
+from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.errors import ConfigError
 
 logger = logging.getLogger("hpctrain")

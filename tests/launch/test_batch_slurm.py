@@ -20,7 +20,7 @@ import pytest
 from helpers import waiting
 from test_batch import metrics, train_whole
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(4)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

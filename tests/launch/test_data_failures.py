@@ -14,9 +14,9 @@ from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 from test_main_job import ROOT, command, hpctrain
 
+from hpctrain.convert.digits import pack_digits
+from hpctrain.convert.sources.indexed import Indexed
 from hpctrain.data import Writer
-from hpctrain.data.digits import pack_digits
-from hpctrain.data.sources.indexed import Indexed
 
 pytestmark = pytest.mark.ranks(2)
 

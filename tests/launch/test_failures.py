@@ -15,7 +15,7 @@ from helpers import waiting
 from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
 from launching import BODIES, ROOT, mpirun_command, mpirun_environment
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from launching import BODIES, FOLDERS, LABELS, ROOT, mpirun_command, mpirun_environment
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

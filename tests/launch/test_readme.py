@@ -21,8 +21,8 @@ from PIL import Image
 
 from hpctrain.cli import main
 from hpctrain.config import Config, load
+from hpctrain.convert.digits import pack_digits
 from hpctrain.data import open_dataset
-from hpctrain.data.digits import pack_digits
 from hpctrain.errors import ConfigError
 
 pytestmark = pytest.mark.ranks(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

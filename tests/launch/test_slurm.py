@@ -14,7 +14,7 @@ from helpers.waiting import wait_for
 from slurm import Lab
 from test_mpis import BODIES, FOLDERS, LABELS, ROOT
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

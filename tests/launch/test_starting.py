@@ -12,7 +12,7 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.data.digits import pack_digits
+from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection
+from hpctrain.convert.verifying import verify
 from hpctrain.data import Order, Writer
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.reading import steady
 from hpctrain.data.reading.rows import open_rows
-from hpctrain.data.tools.verifying import verify
 from hpctrain.errors import DatasetError, ExitCode
 
 ROWS = 40

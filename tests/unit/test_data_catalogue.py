@@ -12,13 +12,13 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert import indexing
+from hpctrain.convert.indexing import make_catalogue, make_index
+from hpctrain.convert.verifying import verify
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Part, View
 from hpctrain.data.sealing import sealed
-from hpctrain.data.tools import indexing
-from hpctrain.data.tools.indexing import make_catalogue, make_index
-from hpctrain.data.tools.verifying import verify
 from hpctrain.errors import DatasetError, UsageError
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from hpctrain.cli import main
+from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding import walking
 from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.sealing import sealed
-from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import DatasetError
 from hpctrain.observe import log
 from hpctrain.utils.text import table

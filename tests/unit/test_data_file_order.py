@@ -13,14 +13,14 @@ import pytest
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import FIRST, NEWEST
+from hpctrain.convert.indexing import make_catalogue, make_index
+from hpctrain.convert.planning import Packing, prepare
+from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data.file_order import in_order
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.index import INDEX_NAME
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.sources.opening import Reading, open_source
-from hpctrain.data.tools.indexing import make_catalogue, make_index
-from hpctrain.data.tools.planning import Packing, prepare
 from hpctrain.errors import DatasetError
 
 FILES, ROWS = 12, 5

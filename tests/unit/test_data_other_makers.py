@@ -13,11 +13,11 @@ import hdf5plugin
 import numpy as np
 import pytest
 
+from hpctrain.convert.indexing import make_catalogue, make_index
 from hpctrain.data.dataset import SUPPORTED_DTYPES
 from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.tools.indexing import make_catalogue, make_index
 
 EARLY, INCREMENTAL = h5py.h5d.ALLOC_TIME_EARLY, h5py.h5d.ALLOC_TIME_INCR
 FIXED, GROWS_ONCE, GROWS = 0, 1, 2

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert.indexing import make_catalogue, make_index
 from hpctrain.data.finding.catalogue import read_catalogue
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset
@@ -18,7 +19,6 @@ from hpctrain.data.finding.view import Part, View
 from hpctrain.data.index import INDEX_NAME, parse_index
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sealing import sealed
-from hpctrain.data.tools.indexing import make_catalogue, make_index
 from hpctrain.errors import DatasetError
 
 

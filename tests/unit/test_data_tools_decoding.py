@@ -18,7 +18,7 @@ from hpctrain.data.decoding import decoded_rows, decodings
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sealing import sealed
-from hpctrain.data.tools.statistics import STATS_NAME, read_stats
+from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.errors import DatasetError
 
 FILL = np.int16(-99)

@@ -15,13 +15,13 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert import packing
+from hpctrain.convert.packing import pack
+from hpctrain.convert.planning import Packing
+from hpctrain.convert.sources.opening import Reading, open_source
+from hpctrain.convert.splitting import parse_splits, select
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools import packing
-from hpctrain.data.tools.packing import pack
-from hpctrain.data.tools.planning import Packing
-from hpctrain.data.tools.splitting import parse_splits, select
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.launch.single import SingleCommunicator
 

@@ -11,12 +11,13 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert.describing import describe, description
+from hpctrain.convert.moments import Moments
+from hpctrain.convert.statistics import measure, summary
+from hpctrain.convert.timing import bench
 from hpctrain.data import Writer, open_dataset
+from hpctrain.data.stats import read_stats, write_stats
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools.describing import describe, description
-from hpctrain.data.tools.moments import Moments
-from hpctrain.data.tools.statistics import measure, read_stats, summary, write_stats
-from hpctrain.data.tools.timing import bench
 from hpctrain.errors import DatasetError
 
 

@@ -15,13 +15,13 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert.indexing import make_index
+from hpctrain.convert.parallel import each
+from hpctrain.convert.verifying import verify
 from hpctrain.data import Writer
 from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.parallel import each
 from hpctrain.data.sealing import sealed
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools.indexing import make_index
-from hpctrain.data.tools.verifying import verify
 from hpctrain.errors import DatasetError
 
 ROWS = 30

@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
+from hpctrain.convert.digits import pack_digits
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.digits import pack_digits
 from hpctrain.data.index import INDEX_VERSION, damaged_shards
 from hpctrain.data.sealing import sealed
 from hpctrain.data.storage import Storage
@@ -328,7 +328,7 @@ def test_tools_start_without_torch() -> None:
         "import sys, hpctrain.data;"
         "assert not {'torch', 'numpy', 'h5py'} & set(sys.modules);"
         "from hpctrain.data import Dataset, Field, Order, Writer, default_lanes, open_dataset;"
-        "import hpctrain.data.digits, hpctrain.data.reading.reader, hpctrain.data.tools.declaring;"
+        "import hpctrain.convert.digits, hpctrain.data.reading.reader, hpctrain.convert.declaring;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -24,12 +24,13 @@ from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.convert.indexing import make_catalogue
+from hpctrain.convert.planning import _begun
+from hpctrain.convert.statistics import measure
 from hpctrain.data.finding.catalogue import read_catalogue
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.index import read_index, read_origin
-from hpctrain.data.tools.indexing import make_catalogue
-from hpctrain.data.tools.planning import _begun
-from hpctrain.data.tools.statistics import measure, read_stats, write_stats
+from hpctrain.data.stats import read_stats, write_stats
 from hpctrain.data.writing import Writer
 from hpctrain.errors import CheckpointError, ConfigError, DatasetError, HpctrainError
 from hpctrain.observe.records import from_line

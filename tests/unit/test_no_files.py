@@ -24,10 +24,10 @@ from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main
 from hpctrain.config import load
 from hpctrain.config.importing import MARKER, use_snapshot
+from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding.survey import survey
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.sources.opening import Reading, open_source
 from hpctrain.errors import HpctrainError
 from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.log import LOG_FILE

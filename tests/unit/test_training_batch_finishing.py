@@ -24,10 +24,11 @@ from hpctrain.config.schema import (
     TaskSection,
     TrainingSection,
 )
+from hpctrain.convert.statistics import measure
 from hpctrain.data import Dataset, Writer, open_dataset
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner
-from hpctrain.data.tools.statistics import STATS_NAME, measure, write_stats
+from hpctrain.data.stats import STATS_NAME, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.batch_finishing import build_batch_transform
 from hpctrain.training.normalizing import find_normalizations

@@ -22,9 +22,10 @@ from hpctrain.config.schema import (
     TrainingSection,
 )
 from hpctrain.config.semantics import FIRST, NEWEST, RECORD, settle
+from hpctrain.convert.statistics import measure
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.finding.opening import open_datasets
-from hpctrain.data.tools.statistics import STATS_NAME, measure, read_stats, write_stats
+from hpctrain.data.stats import STATS_NAME, read_stats, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training import begun_decoding, normalizing
 from hpctrain.training.begun_decoding import decoding_to_record, refuse_other_decoding

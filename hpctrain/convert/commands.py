@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpctrain.convert import packing
+from hpctrain.convert.planning import Packing
+from hpctrain.convert.progress import Progress
+from hpctrain.convert.sources.opening import Reading, open_source
+from hpctrain.convert.sources.source import Source
 from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.sources.opening import Reading, open_source
-from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools import packing
-from hpctrain.data.tools.planning import Packing
-from hpctrain.data.tools.progress import Progress
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.topology import Communicator, on_rank_zero
 from hpctrain.utils.text import first_lines, plural
@@ -41,7 +41,7 @@ def _packing(parsed: argparse.Namespace) -> Packing:
 def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
     """Pack a source. Collective: all ranks."""
     if parsed.source == DIGITS:
-        from hpctrain.data.digits import pack_digits
+        from hpctrain.convert.digits import pack_digits
 
         if _packing(parsed) != Packing() or _reading(parsed) != Reading():
             raise UsageError(
@@ -58,7 +58,7 @@ def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progr
 
 def again(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
     """Write a dataset anew, in parts or stored otherwise. Collective: all ranks."""
-    from hpctrain.data.sources.indexed import Indexed
+    from hpctrain.convert.sources.indexed import Indexed
 
     return packing.pack(
         lambda: Indexed.open(parsed.source),
@@ -81,7 +81,7 @@ def _reading(parsed: argparse.Namespace) -> Reading:
 
 def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
     """Tell what a dataset holds, or what there is where it is none as it stands."""
-    from hpctrain.data.tools.surveying import parts_of
+    from hpctrain.convert.surveying import parts_of
 
     parts = parts_of(parsed.dataset)
     if not parts:
@@ -94,8 +94,8 @@ def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
 
 
 def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str | dict[str, Any]:
-    from hpctrain.data.tools.describing import describe, description
-    from hpctrain.data.tools.surveying import look, survey_facts, survey_text
+    from hpctrain.convert.describing import describe, description
+    from hpctrain.convert.surveying import look, survey_facts, survey_text
 
     try:
         facts = describe(open_dataset(pattern, fields))
@@ -111,7 +111,7 @@ def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str |
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Make an index."""
-    from hpctrain.data.tools.indexing import make_catalogue, make_index
+    from hpctrain.convert.indexing import make_catalogue, make_index
 
     if parsed.out is not None:
         files = make_catalogue(
@@ -136,7 +136,7 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
     Raises:
         DatasetError: if there is any.
     """
-    from hpctrain.data.tools.verifying import verify
+    from hpctrain.convert.verifying import verify
 
     verdict = verify(
         parsed.dataset,
@@ -164,7 +164,8 @@ def _problems(source: str, problems: Sequence[str]) -> list[str]:
 
 def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Measure values and write them down."""
-    from hpctrain.data.tools.statistics import STATS_NAME, measure, summary, write_stats
+    from hpctrain.convert.statistics import measure, summary
+    from hpctrain.data.stats import STATS_NAME, write_stats
 
     dataset = open_dataset(parsed.dataset, parsed.fields)
     if parsed.stored:
@@ -179,8 +180,8 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     """Measure speed."""
     import dataclasses
 
+    from hpctrain.convert.timing import bench
     from hpctrain.data.reading.helpers import reading_threads
-    from hpctrain.data.tools.timing import bench
 
     speed = bench(
         open_dataset(parsed.dataset, parsed.fields),

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from hpctrain.convert.sources.arrays import holds_arrays, list_arrays
+from hpctrain.convert.sources.images import Pictures, pictures_in
+from hpctrain.convert.sources.indexed import Indexed
+from hpctrain.convert.sources.source import Converted, Source
+from hpctrain.convert.sources.table import Part, Table, make_part
+from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import require_fields
 from hpctrain.data.file_order import in_order
 from hpctrain.data.index import HDF5_SUFFIXES
-from hpctrain.data.sources.arrays import holds_arrays, list_arrays
-from hpctrain.data.sources.images import Pictures, pictures_in
-from hpctrain.data.sources.indexed import Indexed
-from hpctrain.data.sources.source import Converted, Source
-from hpctrain.data.sources.table import Part, Table, make_part
-from hpctrain.data.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.errors import DatasetError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")

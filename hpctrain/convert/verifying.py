@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.convert.blocks import blocks_of, one_shard
+from hpctrain.convert.parallel import each, processors
+from hpctrain.convert.progress import Progress, silent
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
@@ -18,9 +21,6 @@ from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.finding.checking import describe, unlike_listed
 from hpctrain.data.finding.discovery import find_files, inspect_file, require_finished
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
-from hpctrain.data.parallel import each, processors
-from hpctrain.data.tools.blocks import blocks_of, one_shard
-from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum
 

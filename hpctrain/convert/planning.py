@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpctrain.convert.sources.source import Source
+from hpctrain.convert.splitting import split_sizes
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin
 from hpctrain.data.shard_file import SHARD_BYTES, cannot_write, rows_of_shard
-from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools.splitting import split_sizes
 from hpctrain.data.writing import require_vacant
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file

@@ -11,6 +11,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.convert.sources.arrays import ArrayFacts, close_array, open_array
+from hpctrain.convert.sources.source import Arrays, identity_of, native, reading
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.conventions import coding_of, without_coding
 from hpctrain.data.dataset import Field
@@ -18,8 +20,6 @@ from hpctrain.data.decoding import decoded_dtype
 from hpctrain.data.file_order import in_order
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.sound_chunks import SoundChunks
-from hpctrain.data.sources.arrays import ArrayFacts, close_array, open_array
-from hpctrain.data.sources.source import Arrays, identity_of, native, reading
 from hpctrain.errors import DatasetError
 
 WIDEST_GAP_ROWS = 32

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpctrain.convert.sources.indexed import read_attributes
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings, described
 from hpctrain.data.finding.times import covered
 from hpctrain.data.index import INDEX_NAME
-from hpctrain.data.sources.indexed import read_attributes
+from hpctrain.data.stats import STATS_NAME
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
-from hpctrain.data.tools.statistics import STATS_NAME
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import plural, printable, table
 

@@ -6,75 +6,30 @@ does not depend on the number of processes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from annotated_types import Ge, Gt, Lt, MinLen
 
-from hpctrain.config.semantics import FIRST, NEWEST
+from hpctrain.config.semantics import NEWEST
+from hpctrain.convert.blocks import decoded_blocks_of, one_shard
+from hpctrain.convert.moments import FACTS, Moments
+from hpctrain.convert.parallel import each, processors
+from hpctrain.convert.progress import Progress, silent
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.decoding import decoding_record, decodings
-from hpctrain.data.file_order import FileOrder, order_key
-from hpctrain.data.parallel import each, processors
-from hpctrain.data.shard_file import cannot_write
-from hpctrain.data.tools.blocks import decoded_blocks_of, one_shard
-from hpctrain.data.tools.moments import FACTS, Moments
-from hpctrain.data.tools.progress import Progress, silent
+from hpctrain.data.stats import STATS_VERSION
 from hpctrain.errors import DatasetError
-from hpctrain.utils.files import replace_file
-from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole
 from hpctrain.utils.text import table
 
-STATS_NAME = "stats.json"
-STATS_VERSION = 1
 MOST_CHANNELS = 4096
 """The first axis of a sample is its channels, up to so many."""
 
 TOLD_CHANNELS = 8
 PART_VALUES = 2**16
-
-
-_Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
-_Deviation = Annotated[float, Ge(0), Lt(math.inf)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Channels:
-    """Facts of each channel, as JSON has them; null for one without a value."""
-
-    mean: Annotated[list[_Finite | None], MinLen(1)]
-    std: Annotated[list[_Deviation | None], MinLen(1)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Facts:
-    """Facts of a field, as far as training goes by them."""
-
-    mean: _Finite
-    std: _Deviation
-    channels: _Channels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stats:
-    """`stats.json`.
-
-    Attributes:
-        semantics: version of the rules by which files become values; 0.1.0 wrote none.
-    """
-
-    fingerprint: str
-    fields: dict[str, _Facts]
-    semantics: Annotated[int, Ge(1)] = FIRST.version
 
 
 class _Task(NamedTuple):
@@ -154,92 +109,6 @@ def summary(stats: Mapping[str, Any]) -> str:
             for i in range(number if 1 < number <= TOLD_CHANNELS else 0)
         )
     return "\n".join(table(rows))
-
-
-def write_stats(stats: Mapping[str, Any], path: Path) -> None:
-    """Write statistics so that a reader sees the old ones, or the new ones whole.
-
-    Raises:
-        DatasetError: if they cannot be written.
-    """
-    try:
-        replace_file(path, (json.dumps(stats, indent=1) + "\n").encode())
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def read_stats(
-    path: Path,
-    dataset: Dataset,
-    fields: Sequence[str],
-    decoding: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Return the statistics of some fields, by name.
-
-    Args:
-        path: of the file.
-        dataset: whose statistics they are to be.
-        fields: that are wanted.
-        decoding: by field, the record of how they are decoded; None: as the dataset says.
-
-    Raises:
-        DatasetError: if they are not there, or are those of another dataset, or of its numbers as
-            they are stored where values are wanted, or the reverse.
-    """
-    remake = f"Make them: python -m hpctrain data stats {dataset.source}"
-    try:
-        content = read_whole(path, LARGE)
-        stats = parse_checked(content, _Stats)
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path}: there are no statistics. {remake}") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
-    if stats.semantics > NEWEST.version:
-        raise DatasetError(
-            f"{path}: a newer hpctrain has measured these, by rules of version {stats.semantics}, "
-            f"and this one knows those up to {NEWEST.version}: update hpctrain. {remake}"
-        )
-    if stats.fingerprint not in _fingerprints(dataset):
-        raise DatasetError(f"{path}: these are the statistics of another dataset. {remake}")
-    for name in fields:
-        if name not in stats.fields:
-            raise DatasetError(f"{path}: {name!r} is not in these statistics. {remake}")
-        channels = stats.fields[name].channels
-        if len(channels.mean) != len(channels.std):
-            raise DatasetError(
-                f"{path}: {name!r} has {len(channels.mean)} means and {len(channels.std)} "
-                f"deviations of channels. {remake}"
-            )
-    found = parse_json(content)["fields"]
-    wanted = {name: found[name] for name in fields}
-    for name, facts in wanted.items():
-        record = decoding_record(dataset, name) if decoding is None else decoding.get(name, "")
-        if facts.get("decoding", "") != record:
-            kind = "values decoded in another way" if record else "decoded values"
-            if "decoding" not in facts:
-                kind = "numbers as they are stored"
-            option = "" if record else " --stored"
-            raise DatasetError(
-                f'{path}: the statistics of "{name}" are those of {kind}, and not of what is '
-                f"trained on. {remake}{option}"
-            )
-    return wanted
-
-
-def _fingerprints(dataset: Dataset) -> set[str]:
-    """Return the fingerprints of a dataset's files in any order: their statistics are the same.
-
-    A run that 0.1.0 has begun takes files in another order than `data stats` does today.
-    """
-    by_path = {shard.path: shard for shard in dataset.shards}
-    orders = [sorted(by_path, key=order_key(order)) for order in get_args(FileOrder)]
-    same = [
-        dataclasses.replace(dataset, shards=tuple(by_path[path] for path in paths))
-        for paths in orders
-    ]
-    return {each.fingerprint for each in [dataset, *same]}
 
 
 def _number(value: float | None) -> str:

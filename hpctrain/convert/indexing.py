@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from hpctrain.convert.parallel import each, processors
+from hpctrain.convert.progress import Progress, silent
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.finding.arrays import look_into
 from hpctrain.data.finding.catalogue import CATALOGUE_SUFFIX, write_catalogue
 from hpctrain.data.finding.contents import Contents
 from hpctrain.data.finding.discovery import find_files, join_files, require_finished
 from hpctrain.data.index import HDF5_SUFFIXES, INDEX_NAME, file_problems, is_shard_name, write_index
-from hpctrain.data.parallel import each, processors
 from hpctrain.data.shard_file import cannot_write
-from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.utils.files import file_checksum
 

@@ -11,11 +11,11 @@ from typing import IO, Any, NamedTuple
 import h5py
 import numpy as np
 
+from hpctrain.convert.sources.idx import idx_field, idx_shape, is_idx, read_idx
+from hpctrain.convert.sources.source import reading
 from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.finding.elsewhere import require_sources
 from hpctrain.data.index import HDF5_SUFFIXES
-from hpctrain.data.sources.idx import idx_field, idx_shape, is_idx, read_idx
-from hpctrain.data.sources.source import reading
 from hpctrain.data.storage import open_hdf5_file, read_attribute, require_filters
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_file, require_regular

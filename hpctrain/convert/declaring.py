@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpctrain.convert import arguments, commands
+from hpctrain.convert.commands import Work
+from hpctrain.convert.splitting import parse_splits
 from hpctrain.data.shard_file import SHARD_BYTES
 from hpctrain.data.storage import CHUNK_BYTES, FILTERS, Storage
-from hpctrain.data.tools import arguments, commands
-from hpctrain.data.tools.commands import Work
-from hpctrain.data.tools.splitting import parse_splits
 
 COLLECTIVE = frozenset({"pack", "split", "repack"})
 """Tools that all ranks of a job share; of the others rank 0 does all."""

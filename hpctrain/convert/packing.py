@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hpctrain.convert.planning import Output, Packing, Plan, prepare
+from hpctrain.convert.progress import Progress, silent
+from hpctrain.convert.sources.source import Source
+from hpctrain.convert.splitting import Selection, select
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.finding.discovery import inspect_file
 from hpctrain.data.index import UNFINISHED_NAME, write_index
@@ -20,11 +24,7 @@ from hpctrain.data.shard_file import (
     shard_name,
     write_shard,
 )
-from hpctrain.data.sources.source import Source
 from hpctrain.data.storage import Storage
-from hpctrain.data.tools.planning import Output, Packing, Plan, prepare
-from hpctrain.data.tools.progress import Progress, silent
-from hpctrain.data.tools.splitting import Selection, select
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 

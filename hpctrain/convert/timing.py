@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
+from hpctrain.convert.progress import Progress, silent
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.prefetch import Prefetch
@@ -25,7 +26,6 @@ from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.reader import BlockSource, Group, RowSource, Source
 from hpctrain.data.reading.row_reader import RowReader
 from hpctrain.data.reading.rows import open_rows
-from hpctrain.data.tools.progress import Progress, silent
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 
