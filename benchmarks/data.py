@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.convert.timing import forget
+from hpctrain.convert.bench import forget
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
 from hpctrain.data.reading.helpers import reading_threads
 

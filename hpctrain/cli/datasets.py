@@ -16,7 +16,7 @@ from hpctrain.launch.voice import telling
 
 def data(arguments: list[str], claim: Claim) -> int:
     """Work on datasets: collective for the tools that share the work, else on rank 0 alone."""
-    from hpctrain.convert.declaring import COLLECTIVE, declare
+    from hpctrain.convert.options import COLLECTIVE, declare
 
     asks_help = not {"-h", "--help"}.isdisjoint(arguments)
     is_collective = bool(COLLECTIVE.intersection(arguments[:1])) and not asks_help

@@ -57,7 +57,7 @@ def claim_for(arguments: Sequence[str]) -> Claim:
 
 def _is_collective(arguments: Sequence[str]) -> bool:
     """Tell whether a command line is work for all ranks together."""
-    from hpctrain.convert.declaring import COLLECTIVE
+    from hpctrain.convert.options import COLLECTIVE
 
     if arguments[:1] == ["data"]:
         return not COLLECTIVE.isdisjoint(arguments[1:2])

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpctrain.convert import packing
-from hpctrain.convert.planning import Packing
-from hpctrain.convert.progress import Progress
+from hpctrain.convert import pack as packing
+from hpctrain.convert.pack import Packing
+from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.sources.source import Source
 from hpctrain.data.finding.discovery import open_dataset
@@ -81,7 +81,7 @@ def _reading(parsed: argparse.Namespace) -> Reading:
 
 def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
     """Tell what a dataset holds, or what there is where it is none as it stands."""
-    from hpctrain.convert.surveying import parts_of
+    from hpctrain.convert.info import parts_of
 
     parts = parts_of(parsed.dataset)
     if not parts:
@@ -94,8 +94,7 @@ def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
 
 
 def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str | dict[str, Any]:
-    from hpctrain.convert.describing import describe, description
-    from hpctrain.convert.surveying import look, survey_facts, survey_text
+    from hpctrain.convert.info import describe, description, look, survey_facts, survey_text
 
     try:
         facts = describe(open_dataset(pattern, fields))
@@ -111,7 +110,7 @@ def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str |
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Make an index."""
-    from hpctrain.convert.indexing import make_catalogue, make_index
+    from hpctrain.convert.index import make_catalogue, make_index
 
     if parsed.out is not None:
         files = make_catalogue(
@@ -136,7 +135,7 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
     Raises:
         DatasetError: if there is any.
     """
-    from hpctrain.convert.verifying import verify
+    from hpctrain.convert.verify import verify
 
     verdict = verify(
         parsed.dataset,
@@ -164,7 +163,7 @@ def _problems(source: str, problems: Sequence[str]) -> list[str]:
 
 def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Measure values and write them down."""
-    from hpctrain.convert.statistics import measure, summary
+    from hpctrain.convert.stats import measure, summary
     from hpctrain.data.stats import STATS_NAME, write_stats
 
     dataset = open_dataset(parsed.dataset, parsed.fields)
@@ -180,7 +179,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     """Measure speed."""
     import dataclasses
 
-    from hpctrain.convert.timing import bench
+    from hpctrain.convert.bench import bench
     from hpctrain.data.reading.helpers import reading_threads
 
     speed = bench(

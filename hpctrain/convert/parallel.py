@@ -1,4 +1,4 @@
-"""One function over many files, in processes of this machine."""
+"""One function over many files, in processes of this machine, and how far they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from hpctrain.utils.cgroups import cpu_budget
 
@@ -15,9 +15,48 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class Progress(Protocol):
+    """Is told how much of the work is done; the command line draws a bar of it."""
+
+    def __call__(self, done: int, total: int) -> object:
+        """Note that `done` of `total` are done, in whatever unit."""
+        ...
+
+
+def silent(done: int, total: int) -> None:
+    """Show nothing."""
+
+
 def processors() -> int:
     """Return how many processors this process may use at once."""
     return cpu_budget()
+
+
+def for_each(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    jobs: int,
+    progress: Progress,
+    crashed: Callable[[T, BrokenProcessPool], R],
+) -> list[R]:
+    """Return what a function makes of every item, in their order.
+
+    Args:
+        function: importable by its name, without state.
+        items: small; they are pickled.
+        jobs: processes at the same time; 0: one a processor.
+        progress: is told how many items are done.
+        crashed: returns what stands for an item on which the process crashed, or raises.
+    """
+    found: dict[int, R] = {}
+    progress(0, len(items))
+    for index, result in each(function, items, jobs or processors()):
+        if isinstance(result, BrokenProcessPool):
+            found[index] = crashed(items[index], result)
+        else:
+            found[index] = result
+        progress(len(found), len(items))
+    return [found[index] for index in range(len(items))]
 
 
 def each(

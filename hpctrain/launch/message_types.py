@@ -34,8 +34,7 @@ _NAMES = {
     "convert.sources.source": "Converted",
     "convert.sources.table": "Part Table",
     "convert.sources.text": "Text",
-    "convert.packing": "Written",
-    "convert.planning": "Output Plan",
+    "convert.pack": "Written Output Plan",
     "errors": (
         "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "
         "TrainingError"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection
-from hpctrain.convert.verifying import verify
+from hpctrain.convert.verify import verify
 from hpctrain.data import Order, Writer
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.opening import open_datasets

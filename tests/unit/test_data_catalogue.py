@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert import indexing
-from hpctrain.convert.indexing import make_catalogue, make_index
-from hpctrain.convert.verifying import verify
+from hpctrain.convert import index as indexing
+from hpctrain.convert.index import make_catalogue, make_index
+from hpctrain.convert.verify import verify
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.finding.view import Part, View

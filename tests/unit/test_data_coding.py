@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert.indexing import make_index
+from hpctrain.convert.index import make_index
 from hpctrain.data import open_dataset
 from hpctrain.data.coding import PLAIN, Coding, coding_from
 from hpctrain.data.conventions import coding_of

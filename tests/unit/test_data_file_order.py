@@ -13,8 +13,8 @@ import pytest
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import FIRST, NEWEST
-from hpctrain.convert.indexing import make_catalogue, make_index
-from hpctrain.convert.planning import Packing, prepare
+from hpctrain.convert.index import make_catalogue, make_index
+from hpctrain.convert.pack import Packing, prepare
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data.file_order import in_order
 from hpctrain.data.finding.discovery import open_dataset

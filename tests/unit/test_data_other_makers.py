@@ -13,7 +13,7 @@ import hdf5plugin
 import numpy as np
 import pytest
 
-from hpctrain.convert.indexing import make_catalogue, make_index
+from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.data.dataset import SUPPORTED_DTYPES
 from hpctrain.data.finding.arrays import datasets_with_rows
 from hpctrain.data.finding.discovery import open_dataset

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert.indexing import make_catalogue, make_index
+from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.data.finding.catalogue import read_catalogue
 from hpctrain.data.finding.checking import verify_share
 from hpctrain.data.finding.discovery import open_dataset

@@ -15,11 +15,10 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert import packing
-from hpctrain.convert.packing import pack
-from hpctrain.convert.planning import Packing
+from hpctrain.convert import pack as packing
+from hpctrain.convert.pack import Packing, pack
 from hpctrain.convert.sources.opening import Reading, open_source
-from hpctrain.convert.splitting import parse_splits, select
+from hpctrain.convert.splits import parse_splits, select
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError, UsageError

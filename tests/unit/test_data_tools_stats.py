@@ -11,10 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert.describing import describe, description
-from hpctrain.convert.moments import Moments
-from hpctrain.convert.statistics import measure, summary
-from hpctrain.convert.timing import bench
+from hpctrain.convert.bench import bench
+from hpctrain.convert.info import describe, description
+from hpctrain.convert.stats import Moments, measure, summary
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.stats import read_stats, write_stats
 from hpctrain.data.storage import Storage

@@ -15,9 +15,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.convert.indexing import make_index
+from hpctrain.convert.index import make_index
 from hpctrain.convert.parallel import each
-from hpctrain.convert.verifying import verify
+from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.sealing import sealed

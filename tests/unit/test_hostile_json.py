@@ -24,9 +24,9 @@ from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.reading import load
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.convert.indexing import make_catalogue
-from hpctrain.convert.planning import _begun
-from hpctrain.convert.statistics import measure
+from hpctrain.convert.index import make_catalogue
+from hpctrain.convert.pack import _begun
+from hpctrain.convert.stats import measure
 from hpctrain.data.finding.catalogue import read_catalogue
 from hpctrain.data.finding.discovery import open_dataset
 from hpctrain.data.index import read_index, read_origin

@@ -24,7 +24,7 @@ from hpctrain.config.schema import (
     TaskSection,
     TrainingSection,
 )
-from hpctrain.convert.statistics import measure
+from hpctrain.convert.stats import measure
 from hpctrain.data import Dataset, Writer, open_dataset
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner

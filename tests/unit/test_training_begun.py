@@ -22,7 +22,7 @@ from hpctrain.config.schema import (
     TrainingSection,
 )
 from hpctrain.config.semantics import FIRST, NEWEST, RECORD, settle
-from hpctrain.convert.statistics import measure
+from hpctrain.convert.stats import measure
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.stats import STATS_NAME, read_stats, write_stats

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from hpctrain.convert.progress import Progress, silent
+from hpctrain.convert.parallel import Progress, silent
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.prefetch import Prefetch

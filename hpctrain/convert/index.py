@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NoReturn
 
-from hpctrain.convert.parallel import each, processors
-from hpctrain.convert.progress import Progress, silent
+from hpctrain.convert.parallel import Progress, for_each, silent
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.finding.arrays import look_into
 from hpctrain.data.finding.catalogue import CATALOGUE_SUFFIX, write_catalogue
@@ -101,14 +101,11 @@ def make_catalogue(
 
 
 def _checksums(paths: Sequence[str], jobs: int, progress: Progress) -> list[str]:
-    found: dict[int, str] = {}
-    progress(0, len(paths))
-    for index, result in each(file_checksum, paths, jobs or processors()):
-        if isinstance(result, BrokenProcessPool):
-            raise result
-        found[index] = result
-        progress(len(found), len(paths))
-    return [found[index] for index in range(len(paths))]
+    return for_each(file_checksum, paths, jobs, progress, _crashed)
+
+
+def _crashed(_: str, error: BrokenProcessPool) -> NoReturn:
+    raise error
 
 
 def _folder_of(pattern: str, paths: Sequence[str]) -> Path:

@@ -1,19 +1,33 @@
-"""`python -m hpctrain data TOOL`: the tools and their options. To declare them reads no file."""
+"""`python -m hpctrain data TOOL`: the tools, their options, and what the values of these mean.
+
+To declare them reads no file.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from hpctrain.convert import arguments, commands
+import numpy as np
+
+from hpctrain.convert import commands
 from hpctrain.convert.commands import Work
-from hpctrain.convert.splitting import parse_splits
+from hpctrain.convert.splits import parse_splits
+from hpctrain.data.dataset import SUPPORTED_DTYPES
 from hpctrain.data.shard_file import SHARD_BYTES
 from hpctrain.data.storage import CHUNK_BYTES, FILTERS, Storage
+from hpctrain.errors import UsageError
 
 COLLECTIVE = frozenset({"pack", "split", "repack"})
 """Tools that all ranks of a job share; of the others rank 0 does all."""
+T = TypeVar("T")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmg]i?|)b?", re.IGNORECASE)
+_PIXELS = re.compile(r"(\d+)x(\d+)")
+_LIMITS = re.compile(r"([^=]+)=(-?[\d.e+-]+):(-?[\d.e+-]+)")
 
 
 def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
@@ -66,14 +80,14 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
         "--range",
         action="append",
         default=[],
-        type=arguments.limits,
+        type=limits,
         metavar="FIELD=LEAST:LARGEST",
         help="no value of this field may be outside, such as label=0:9",
     )
     checking.add_argument(
         "--allow-nan",
         default=[],
-        type=arguments.names,
+        type=names,
         metavar="FIELDS",
         help="these may hold NaN and Inf",
     )
@@ -94,11 +108,9 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
         )
 
     timing = _declare_dataset(tool("bench", commands.bench, "Time file system and dataset."))
-    timing.add_argument("--batch", type=arguments.count, default=256, help="samples (256)")
-    timing.add_argument(
-        "--seconds", type=arguments.count, default=3, help="of one turn; there are six (3)"
-    )
-    timing.add_argument("--buffer-mb", type=arguments.count, default=512, help="memory (512)")
+    timing.add_argument("--batch", type=count, default=256, help="samples (256)")
+    timing.add_argument("--seconds", type=count, default=3, help="of one turn; there are six (3)")
+    timing.add_argument("--buffer-mb", type=count, default=512, help="memory (512)")
     timing.add_argument("--cold", action="store_true", help="empty the page cache before each turn")
     timing.add_argument("--json", action="store_true", help="for scripts")
 
@@ -109,9 +121,9 @@ def _declare_dataset(
     parser: argparse.ArgumentParser, jobs: bool = False
 ) -> argparse.ArgumentParser:
     parser.add_argument("dataset", help="a folder of shards, or a pattern of HDF5 files")
-    parser.add_argument("--fields", type=arguments.names, help="such as image,label; all")
+    parser.add_argument("--fields", type=names, help="such as image,label; all")
     if jobs:
-        parser.add_argument("--jobs", type=arguments.count, default=0, help="processes; one a core")
+        parser.add_argument("--jobs", type=count, default=0, help="processes; one a core")
     return parser
 
 
@@ -120,36 +132,32 @@ def _declare_output(parser: argparse.ArgumentParser, needs_split: bool = False) 
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-size",
-        type=arguments.num_bytes,
+        type=num_bytes,
         default=SHARD_BYTES,
         metavar="SIZE",
         help="values in one shard, about (256MiB)",
     )
-    size.add_argument(
-        "--shard-rows", type=arguments.count, metavar="ROWS", help="samples in one shard"
-    )
+    size.add_argument("--shard-rows", type=count, metavar="ROWS", help="samples in one shard")
     parser.add_argument(
         "--split",
-        type=arguments.explained(parse_splits),
+        type=explained(parse_splits),
         default={},
         required=needs_split,
         metavar="NAME=FRACTION,...",
         help="such as train=0.9,validation=0.1, each to a folder of its own",
     )
-    parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of --split and --shuffle (0)"
-    )
+    parser.add_argument("--seed", type=seed, default=0, help="of --split and --shuffle (0)")
     parser.add_argument("--shuffle", action="store_true", help="write in a random order")
     parser.add_argument(
         "--filter",
-        type=arguments.explained(Storage.parse),
+        type=explained(Storage.parse),
         default=Storage(),
         metavar="NAME[:LEVEL]",
         help=f"compress: {', '.join(FILTERS)}",
     )
     parser.add_argument(
         "--chunk",
-        type=arguments.num_bytes,
+        type=num_bytes,
         default=0,
         metavar="SIZE",
         help=f"values in one chunk, about ({CHUNK_BYTES // 2**10}KiB with a filter)",
@@ -161,7 +169,7 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
         "--axis",
         action="append",
         default=[],
-        type=arguments.axis,
+        type=axis,
         metavar="[FIELD=]AXIS",
         help="of the samples (0)",
     )
@@ -169,14 +177,106 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         action="append",
         default=[],
-        type=arguments.dtype,
+        type=dtype,
         metavar="FIELD=DTYPE",
         help="store as, if every value fits",
     )
-    parser.add_argument("--size", type=arguments.pixels, help="scale pictures, such as 224x224")
+    parser.add_argument("--size", type=pixels, help="scale pictures, such as 224x224")
     parser.add_argument("--grey", action="store_true", help="pictures in one channel")
     parser.add_argument(
         "--tokens",
-        type=arguments.count,
+        type=count,
         help="bytes of text in one sample (1025); any file is text",
     )
+
+
+def explained(convert: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a converter whose UsageErrors argparse tells with the name of the option."""
+
+    def converter(text: str) -> T:
+        try:
+            return convert(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return converter
+
+
+@explained
+def num_bytes(text: str) -> int:
+    """Return the bytes of a size such as 512, 64MB or 1GiB."""
+    match = _SIZE.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text}: write a size as 256MiB or 1GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@explained
+def count(text: str) -> int:
+    """Return a number of things, at least one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise UsageError(f"{text}: this has to be a whole number above 0")
+    return int(text)
+
+
+@explained
+def seed(text: str) -> int:
+    """Return a seed, 0 to 2**64 - 1."""
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise UsageError(f"{text}: a seed is a whole number from 0 to 2**64 - 1")
+    return int(text)
+
+
+@explained
+def names(text: str) -> list[str]:
+    """Return the names of a list such as image,label."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise UsageError(f"{text}: write fields as image,label")
+    return found
+
+
+@explained
+def pixels(text: str) -> tuple[int, int]:
+    """Return the rows and columns of a text such as 224x224."""
+    match = _PIXELS.fullmatch(text)
+    if match is None or "0" in match.groups():
+        raise UsageError(f"{text}: write rows and columns as 224x224")
+    return int(match[1]), int(match[2])
+
+
+@explained
+def axis(text: str) -> tuple[str, int]:
+    """Return field and axis of a text such as temperature=1; a number alone is for all others."""
+    field, _, number = text.rpartition("=")
+    if not re.fullmatch(r"-?\d+", number):
+        raise UsageError(f"{text}: write an axis as 1, or as temperature=1")
+    return field, int(number)
+
+
+@explained
+def dtype(text: str) -> tuple[str, np.dtype[Any]]:
+    """Return field and dtype of a text such as label=int64."""
+    field, _, name = text.partition("=")
+    if not field or name not in SUPPORTED_DTYPES:
+        raise UsageError(f"{text}: write a dtype as label=int64, one of {_joined_dtypes()}")
+    return field, np.dtype(name)
+
+
+@explained
+def limits(text: str) -> tuple[str, tuple[float, float]]:
+    """Return field and range of a text such as label=0:9."""
+    match = _LIMITS.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        least, largest = float(match[2]), float(match[3])
+        if least > largest:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{text}: write a range as label=0:9") from None
+    return match[1], (least, largest)
+
+
+def _joined_dtypes() -> str:
+    return ", ".join(sorted(SUPPORTED_DTYPES))

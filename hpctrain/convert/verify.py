@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.blocks import blocks_of, one_shard
-from hpctrain.convert.parallel import each, processors
-from hpctrain.convert.progress import Progress, silent
+from hpctrain.convert.parallel import Progress, for_each, silent
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
@@ -132,7 +131,7 @@ def verify(
         has_checksums = all(file.checksum is not None for file in files)
     else:
         tasks = [task(path, None) for path in find_files(pattern)]
-    found = _check(tasks, jobs, progress)
+    found = for_each(check_shard, tasks, jobs, progress, _crashed)
     problems += [problem for each_ in found for problem in each_.problems]
     if not (folder / INDEX_NAME).exists():
         problems += _differences(tasks, found)
@@ -146,17 +145,8 @@ def verify(
     )
 
 
-def _check(tasks: Sequence[_Task], jobs: int, progress: Progress) -> list[_Found]:
-    found: dict[int, _Found] = {}
-    progress(0, len(tasks))
-    for index, result in each(check_shard, tasks, jobs or processors()):
-        if isinstance(result, BrokenProcessPool):
-            result = _Found(  # noqa: PLW2901 - what it stands for
-                [f"{tasks[index].path}: HDF5 crashed while it read this file: it is damaged"]
-            )
-        found[index] = result
-        progress(len(found), len(tasks))
-    return [found[index] for index in range(len(tasks))]
+def _crashed(task: _Task, _: BrokenProcessPool) -> _Found:
+    return _Found([f"{task.path}: HDF5 crashed while it read this file: it is damaged"])
 
 
 def check_shard(task: _Task) -> _Found:
