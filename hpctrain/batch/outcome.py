@@ -26,8 +26,8 @@ from typing import Any
 
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.utils.files import create_file, replace_file
-from hpctrain.utils.group_access import explained
 from hpctrain.utils.json_files import SMALL, parse_json, read_name, read_whole
+from hpctrain.utils.permissions import explained
 
 NAME = "exit.json"
 _KINDS = ("agreed", "failed")

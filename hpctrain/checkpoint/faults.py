@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from hpctrain.utils.group_access import explained
+from hpctrain.utils.permissions import explained
 
 
 def fact_of(error: OSError) -> str:

@@ -31,7 +31,7 @@ from hpctrain.checkpoint.lease_holder import this_holder
 from hpctrain.checkpoint.lease_judging import RENEW_SECONDS, STALE_SECONDS, Verdict, judge
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import create_file, publish, sync, temporary_name
-from hpctrain.utils.group_access import explained
+from hpctrain.utils.permissions import explained
 
 __all__ = ["NAME", "RENEW_SECONDS", "Lease", "holder_lives"]
 

@@ -29,7 +29,7 @@ from hpctrain.checkpoint.layout import (
 from hpctrain.checkpoint.retention import Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replace_file, sync
-from hpctrain.utils.group_access import follow_folder, open_tree
+from hpctrain.utils.permissions import follow_folder, open_tree_to_group
 
 _TRIES = 2
 _PAUSE_SECONDS = 1.0
@@ -215,7 +215,7 @@ class CheckpointStore:
             temporary.mkdir()
         write_files(temporary, snapshot, tied)
         follow_folder(temporary)
-        open_tree(temporary)
+        open_tree_to_group(temporary)
         self._confirm()
         final = self._checkpoints / name
         if final.exists():

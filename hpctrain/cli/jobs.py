@@ -72,8 +72,8 @@ def check(arguments: list[str], claim: Claim) -> int:
     if parsed.code is not None:
         use_snapshot(parsed.code)
 
-    from hpctrain.observe.streams import reserved_stdout
     from hpctrain.preflight.report import start_failed_json
+    from hpctrain.utils.streams import reserved_stdout
 
     with reserved_stdout(parsed.json) as out:
         try:

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
-from hpctrain.utils.cgroups import cpu_budget
+from hpctrain.utils.proc import cpu_budget
 
 T = TypeVar("T")
 R = TypeVar("R")

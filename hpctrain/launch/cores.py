@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hpctrain.topology import Communicator, Topology
-from hpctrain.utils.cgroups import allowed_cores, cpu_quotas
+from hpctrain.utils.proc import allowed_cores, cpu_quotas
 from hpctrain.utils.text import plural
 
 logger = logging.getLogger("hpctrain")

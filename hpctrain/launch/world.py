@@ -31,8 +31,8 @@ from hpctrain.launch.uncaught import end_quietly_if_uncaught
 from hpctrain.launch.voice import telling
 from hpctrain.launch.watchdog.gathering import watched
 from hpctrain.launch.watchdog.pulse import Pulse
-from hpctrain.observe.native import quiet_native_libraries
 from hpctrain.topology import Communicator, Topology, closing_together
+from hpctrain.utils.streams import quiet_native_libraries
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from hpctrain.observe import surroundings
 from hpctrain.observe.code import Modules, modules_now, user_modules
 from hpctrain.observe.repository import look_into, root_of
 from hpctrain.utils.files import replace_file
-from hpctrain.utils.group_access import explained, follow_folder
+from hpctrain.utils.permissions import explained, follow_folder
 
 logger = logging.getLogger("hpctrain")
 

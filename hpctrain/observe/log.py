@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TextIO
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.bar import AboveBar
-from hpctrain.utils.group_access import explained
+from hpctrain.utils.files import AppendedFile
+from hpctrain.utils.permissions import explained
 from hpctrain.utils.text import printable_lines
 
 LOG_FILE = "log.txt"

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.records import Record, flat, from_line, to_line, to_row
-from hpctrain.utils.files import open_file, replacing
-from hpctrain.utils.group_access import follow_folder
+from hpctrain.utils.files import AppendedFile, open_file, replacing
+from hpctrain.utils.permissions import follow_folder
 
 _TAIL_BYTES = 2**18
 """Of metrics.jsonl, in which the newest records are looked for."""

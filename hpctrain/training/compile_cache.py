@@ -20,7 +20,7 @@ from hpctrain.config import Config
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
 from hpctrain.utils.files import replace_file
-from hpctrain.utils.private_folders import open_directory, open_private, require_stable
+from hpctrain.utils.permissions import open_directory, open_private, require_stable
 
 logger = logging.getLogger("hpctrain")
 

@@ -20,7 +20,12 @@ from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.utils.batch_job import job_identity, lineage
-from hpctrain.utils.group_access import explained, is_open, open_folder, open_tree
+from hpctrain.utils.permissions import (
+    explained,
+    is_open_to_group,
+    open_to_group,
+    open_tree_to_group,
+)
 
 
 class RunFolder:
@@ -64,13 +69,13 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._group_writable and not is_open(self.path):
-                open_folder(self.path)
+            if self._group_writable and not is_open_to_group(self.path):
+                open_to_group(self.path)
         except OSError as error:
             problem = explained(error, self.path)
             raise CheckpointError(f"cannot make {self.path}: {problem}") from error
         self._lease.__enter__()
-        open_tree(self.path)
+        open_tree_to_group(self.path)
         self._last = last = read_outcome(self.path)
         if last is not None:
             self._token = last.token
@@ -92,7 +97,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        open_tree(self.path)
+        open_tree_to_group(self.path)
         self._lease.__exit__(kind, error, trace)
 
     def begin(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, their checksums, and what file system they are on.
+"""Files: written whole or not at all, opened only if regular, checksums, and their file system.
 
 The watchdog uses it too: what is not of the standard library is imported where it is needed.
 """
@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from hpctrain.utils.group_access import follow_folder
+from hpctrain.utils.permissions import follow_folder, is_open_to_group
 
 _LONGEST_NAME_BYTES = 255
 """Source: NAME_MAX of Linux and of every file system in use on clusters."""
+
 _PIECE_BYTES = 4 * 2**20
 
 # What file systems answer that sync no folders; they keep renames by themselves.
@@ -156,6 +157,75 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
         path.unlink(missing_ok=True)  # an empty file would keep everybody out
         raise
     return True
+
+
+class AppendedFile:
+    """A file to which whole pieces are appended: all of a piece, or nothing of it.
+
+    Nothing stays in a buffer of the process: what was appended outlives its death.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.fdopen(_open_to_append(path), "ab", buffering=0)
+        follow_folder(path)
+        self._good_bytes = self._file.seek(0, os.SEEK_END)
+        self._torn = False
+
+    def append(self, piece: bytes) -> None:
+        """Append a piece.
+
+        Raises:
+            OSError: if it does not fit; what was written of it does not stay.
+        """
+        if self._torn:
+            self._file.truncate(self._good_bytes)
+            self._torn = False
+        rest = memoryview(piece)
+        try:
+            while rest:
+                written = self._file.write(rest)
+                assert written is not None  # None is for files opened as non-blocking
+                rest = rest[written:]
+        except OSError:
+            # A full disk takes a part. To shorten a file needs no space, but may fail as well.
+            self._torn = True
+            with suppress(OSError):
+                self._file.truncate(self._good_bytes)
+                self._torn = False
+            raise
+        self._good_bytes += len(piece)
+
+    def close(self) -> None:
+        """Close the file once it is on the disk.
+
+        Raises:
+            OSError: if it did not get there.
+        """
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _open_to_append(path: Path) -> int:
+    """Open a file, or make it; nothing else under its name, such as a pipe that nobody reads."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+    if is_open_to_group(path.parent):
+        flags |= os.O_NOFOLLOW  # others may have put a link there
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def publish(temporary: Path, path: Path) -> None:

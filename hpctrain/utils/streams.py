@@ -1,15 +1,18 @@
-"""Standard streams that may be closed, full, or read by nobody any more."""
+"""Standard streams: closed, full, read by nobody any more, or kept for one report."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from hpctrain.errors import OutputError
 
 _NAMES = ("stdin", "stdout", "stderr")
+
+_STDOUT, _STDERR = 1, 2
 
 
 def open_missing() -> None:
@@ -48,12 +51,43 @@ def write_out(text: str, out: TextIO | None = None) -> None:
         raise OutputError(f"cannot write to stdout: {error.strerror}") from error
 
 
+@contextmanager
+def reserved_stdout(reserved: bool) -> Iterator[TextIO]:
+    """Give a stream to stdout; where it is reserved, all other output there goes to stderr.
+
+    That of C libraries, child processes and users' modules too: the file descriptor is exchanged.
+    """
+    if not reserved:
+        yield sys.stdout
+        return
+    finish_out()
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream:
+            yield stream
+    finally:
+        finish_out()
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
 def finish_out() -> None:
     """Write what was printed on stdout; what does not fit is lost without a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
         _lead_nowhere(sys.stdout)
+
+
+def quiet_native_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Ask torch's C++ side for errors only, where the user has not set a level.
+
+    It writes its warnings to stderr by itself, once per rank. Those seen at start-up concern what
+    hpctrain has settled: "Unable to resolve hostname ... using the loopback address" (gloo).
+    Torch reads this when it is imported, so it has to be called before.
+    """
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _lead_nowhere(stream: TextIO) -> None:

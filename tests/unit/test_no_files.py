@@ -29,12 +29,12 @@ from hpctrain.data import Writer, open_dataset
 from hpctrain.data.finding.survey import survey
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import HpctrainError
-from hpctrain.observe.appending import AppendedFile
 from hpctrain.observe.log import LOG_FILE
 from hpctrain.observe.log import start as start_log
 from hpctrain.observe.sinks import cut_back, newest_records
 from hpctrain.preflight.probes.dataset import try_lock
 from hpctrain.training.warm_start import read_weights
+from hpctrain.utils.files import AppendedFile
 
 LIMIT_SECONDS = 120
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from helpers.limits import JOB_SECONDS
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import log
-from hpctrain.observe.native import quiet_native_libraries
 from hpctrain.observe.progress import Progress
+from hpctrain.utils.streams import quiet_native_libraries
 
 ours = logging.getLogger("hpctrain.training.job")
 theirs = logging.getLogger("some.library")

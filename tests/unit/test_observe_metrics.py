@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe import appending, metrics, records, sinks
-from hpctrain.observe.appending import AppendedFile
+from hpctrain.observe import metrics, records, sinks
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import from_line, to_line
-from hpctrain.utils.files import replacing
+from hpctrain.utils import files
+from hpctrain.utils.files import AppendedFile, replacing
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_a_failed_cut_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(appending.os, "fsync", fsync)
+        patch.setattr(files.os, "fsync", fsync)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
             MetricsWriter(tmp_path, 1)
     assert "run.directory" in str(caught.value)
@@ -224,14 +224,14 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free: float = math.inf
-        original = appending.AppendedFile.__init__
+        original = files.AppendedFile.__init__
 
         def opened(file: AppendedFile, path: Path) -> None:
             original(file, path)
             if path.suffix == ".jsonl":
                 file._file = _Limited(file._file, self)  # type: ignore[assignment]
 
-        monkeypatch.setattr(appending.AppendedFile, "__init__", opened)
+        monkeypatch.setattr(files.AppendedFile, "__init__", opened)
 
 
 class _Limited:
@@ -321,7 +321,7 @@ def test_new_columns_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(appending.os, "fsync", fsync)
+        patch.setattr(files.os, "fsync", fsync)
         writer.write(evaluation(1))
     assert (tmp_path / "metrics.csv").read_bytes() == before
     writer.write(train(2))

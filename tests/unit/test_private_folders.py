@@ -20,7 +20,7 @@ from hpctrain.data.staging.copier import copy_whole
 from hpctrain.data.staging.disks import Disk, look_at
 from hpctrain.data.staging.folder import StageFolder, sweep
 from hpctrain.data.staging.plan import Copy, plan_copies
-from hpctrain.utils.private_folders import new_private_folder, require_stable
+from hpctrain.utils.permissions import new_private_folder, require_stable
 
 ROOT = Path(__file__).parents[2]
 OURS = f"hpctrain-{os.geteuid()}"
@@ -201,7 +201,7 @@ def test_a_container_shows_another_owner_of_what_is_roots() -> None:
     """In a user namespace nobody stands for root outside; /tmp is to be of use all the same."""
     require_root()
     code = (
-        "import ctypes, os, sys; from hpctrain.utils.private_folders import require_stable;"
+        "import ctypes, os, sys; from hpctrain.utils.permissions import require_stable;"
         "require_stable('/');"
         f"os.setresuid({STRANGER}, {STRANGER}, {STRANGER});"
         "ctypes.CDLL(None).unshare(0x10000000) and sys.exit('no namespaces');"

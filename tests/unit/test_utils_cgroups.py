@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.utils.cgroups import cpu_quotas, folders, memory_limits, num_oom_kills
+from hpctrain.utils.proc import cgroup_folders, cpu_quotas, memory_limits, num_oom_kills
 
 GB = 2**30
 V1 = "31 23 0:28 {root} {mount} rw,relatime - cgroup cgroup rw,{controller}\n"
@@ -156,7 +156,7 @@ import sys
 from pathlib import Path
 
 Path(sys.argv[1], "cgroup.procs").write_text("0")
-from hpctrain.utils.cgroups import allowed_cores, cpu_budget, cpu_quotas
+from hpctrain.utils.proc import allowed_cores, cpu_budget, cpu_quotas
 
 print([quota.cpus for quota in cpu_quotas()][:2], cpu_budget(), len(allowed_cores()))
 """
@@ -166,7 +166,7 @@ def test_a_group_of_this_machine(tmp_path: Path) -> None:
     """A quota on the group above; the process's own has none."""
     if os.geteuid() != 0:
         pytest.skip("making control groups needs root")
-    found = folders("cpu")
+    found = cgroup_folders("cpu")
     if not found or not (found[-1] / "cpu.cfs_quota_us").parent.is_dir():
         pytest.skip("the cpu controller of version 1 is not mounted")
     outer = found[-1] / f"hpctrain-test-{os.getpid()}"

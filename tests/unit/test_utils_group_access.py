@@ -16,10 +16,10 @@ from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog.stacks import write_stacks
-from hpctrain.observe.appending import AppendedFile
 from hpctrain.training.folder import RunFolder
 from hpctrain.utils import files
-from hpctrain.utils.group_access import explained, follow_folder, is_open, open_folder
+from hpctrain.utils.files import AppendedFile
+from hpctrain.utils.permissions import explained, follow_folder, is_open_to_group, open_to_group
 
 ALICE, BOB, PROJECT = 4321, 4322, 4400
 
@@ -134,8 +134,8 @@ def test_files_elsewhere_follow_the_umask_alone(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         files.replace_file(tmp_path / "a", b"x")
-        open_folder(tmp_path)
-        assert is_open(tmp_path)
+        open_to_group(tmp_path)
+        assert is_open_to_group(tmp_path)
         files.replace_file(tmp_path / "b", b"x")
         files.create_file(tmp_path / "c", b"x")
     finally:
@@ -147,7 +147,7 @@ def test_files_elsewhere_follow_the_umask_alone(tmp_path: Path) -> None:
 def test_a_link_that_a_colleague_has_put_there_is_not_followed(tmp_path: Path) -> None:
     run, mine = tmp_path / "run", tmp_path / "mine"
     run.mkdir()
-    open_folder(run)
+    open_to_group(run)
     mine.write_bytes(b"mine")
     for name in ("log.txt", "exit.json", "rank-0.txt", "crash-rank-0.json"):
         (run / name).symlink_to(mine)

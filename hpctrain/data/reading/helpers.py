@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.utils.cgroups import allowed_cores, cpu_quotas
+from hpctrain.utils.proc import allowed_cores, cpu_quotas
 
 MOST_THREADS = 4
 """Of one reader, where nothing else is asked for: memory, not the cores, is the limit by then."""

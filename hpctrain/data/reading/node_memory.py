@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.utils.cgroups import memory_limits
+from hpctrain.utils.proc import memory_limits
 
 SHARED = Path("/dev/shm")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.utils.files import filesystem_of
-from hpctrain.utils.private_folders import require_stable
+from hpctrain.utils.permissions import require_stable
 
 VARIABLES = ("SLURM_TMPDIR", "PBS_JOBFS", "LOCAL_SCRATCH", "TMPDIR")
 """Directories that sites make for a job, in the order in which they are tried.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpctrain.data.staging.plan import COPY_NAME, Copy
 from hpctrain.utils.files import file_checksum, temporary_name
-from hpctrain.utils.private_folders import (
+from hpctrain.utils.permissions import (
     names_in,
     open_directory,
     open_private,

@@ -19,7 +19,7 @@ from hpctrain.launch.watchdog.messages import Channel, Message, parse_message
 from hpctrain.launch.watchdog.pulse import ROW_BYTES, Reading, read_row
 from hpctrain.launch.watchdog.rank import Rank
 from hpctrain.launch.watchdog.verdicts import Death, Group
-from hpctrain.utils.cgroups import num_oom_kills
+from hpctrain.utils.proc import num_oom_kills
 
 # All ranks join at once; one that takes longer has died on the way.
 _JOIN_SECONDS = 20.0

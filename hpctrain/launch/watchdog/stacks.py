@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from hpctrain.utils.files import put_file
-from hpctrain.utils.group_access import follow_folder
-from hpctrain.utils.private_folders import new_private_folder
+from hpctrain.utils.permissions import follow_folder, new_private_folder
 
 REQUEST_NAME = "STACKS"
 """A file of this name in the run folder: all ranks are to show where they are, and to go on."""

@@ -19,7 +19,7 @@ import torch
 
 from hpctrain.launch.mpi import HOST_ONLY
 from hpctrain.launch.world import World
-from hpctrain.utils.cgroups import allowed_cores, folders
+from hpctrain.utils.proc import allowed_cores, cgroup_folders
 from hpctrain.version import __version__
 
 _NODES = Path("/sys/devices/system/node")
@@ -138,8 +138,8 @@ def affinity() -> tuple[int, ...]:
 def node_cores() -> int:
     """Return how many cores the job may use on this node: those of its cpuset, or all."""
     for path in (
-        *(folder / "cpuset.cpus.effective" for folder in folders("")[:1]),
-        *(folder / "cpuset.effective_cpus" for folder in folders("cpuset")[:1]),
+        *(folder / "cpuset.cpus.effective" for folder in cgroup_folders("")[:1]),
+        *(folder / "cpuset.effective_cpus" for folder in cgroup_folders("cpuset")[:1]),
     ):
         try:
             if cores := parse_ranges(path.read_text(encoding="ascii")):
