@@ -31,6 +31,22 @@ class Callee(nn.Module):
         return method(self.module, fields)
 
 
+class UnhookedCallee(Callee):
+    """A callee without hooks, which torch need not look for in every pass."""
+
+    bare: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.__dict__["bare"] = module  # found without the search of nn.Module
+
+    def forward(self, method: Method, fields: Mapping[str, Tensor]) -> Any:
+        """Return what the method makes of the bare model and the fields."""
+        return method(self.bare, fields)
+
+    __call__ = forward
+
+
 def call_directly(model: nn.Module) -> Call:
     """Return the call that nobody watches."""
     return lambda method, fields: method(model, fields)

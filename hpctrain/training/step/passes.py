@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,9 @@ class Passes:
     """Runs the task on parts of a rank's share, and sums up what it returns.
 
     Attributes:
-        loss_sum: of the passes since `begin`, detached, (); None where there were no samples.
-        weight: of the same.
+        loss_sum: of the passes of a step, detached, (); None where there were no samples; to be
+            set back before each.
+        weight: of the same, 0 before.
         moves: whether a forward pass changes parameters, such as a teacher's.
     """
 
@@ -66,6 +68,8 @@ class Passes:
         self._task = task
         self._loss = differentiable(task.loss, replica.unused, spread=replica.spread)
         self._replica = replica
+        self._alone = None if replica.distributed else partial(self._loss, replica.model)
+        self._count_uses = replica.count_uses
         self._format = number_format
         self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()
         self._scaler = scaler
@@ -77,26 +81,25 @@ class Passes:
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def begin(self) -> None:
-        """Forget the passes of the step before."""
-        self.loss_sum, self.weight = None, 0
-
     def forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Run one pass over some of the rank's samples. Under FSDP, collective: all ranks.
 
         Returns:
             The sum of the losses, and the gradient to begin the backward pass with.
         """
-        self._replica.count_uses(first < stop)
+        if self._count_uses is not None:
+            self._count_uses(first < stop)
         if first == stop:
             return self._forward_without_samples()
         fields: Fields = batch.fields
         if stop - first < batch.size:
             fields = {name: tensor[first:stop] for name, tensor in fields.items()}
         with self._arithmetic:
-            loss_sum, weight = self._replica.call(
-                self._loss, self._format.cast(fields, self._task.inputs)
-            )
+            cast = self._format.cast(fields, self._task.inputs)
+            if self._alone is not None:
+                loss_sum, weight = self._alone(cast)
+            else:
+                loss_sum, weight = self._replica.call(self._loss, cast)
         detached = loss_sum.detach()
         if self._reused:
             detached = detached.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from hpctrain.training.step.call import Call, Callee, Method, call_directly
+from hpctrain.training.step.call import Call, Method, UnhookedCallee, call_directly
 from hpctrain.training.step.plain_names import PlainNames
 from hpctrain.training.step.unused import UnusedParameters, reaching_all, unreduced
 
@@ -60,6 +60,7 @@ class Replica:
         self.call: Call = call_directly(model)
         self.call_alone = self.call
         self.parameters = [item for item in model.parameters() if item.requires_grad]
+        self._count = len(self.parameters)
         self._complex = [item for item in self.parameters if item.is_complex()]
         self._names = [name for name, item in model.named_parameters() if item.requires_grad]
         self.unused = UnusedParameters(unused_parameters, world_size)
@@ -72,6 +73,10 @@ class Replica:
             self._wrap()
 
     spread = False
+    # Where every rank has the whole gradient there is nothing to do in a step.
+    count_uses: Callable[[bool], None] | None = None
+    counted: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
+    reduce_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def distributed(self) -> bool:
@@ -89,19 +94,12 @@ class Replica:
         """Return what this rank holds of every parameter, all of it, by plain names."""
         return PlainNames(self.model).of(self.model.named_parameters())
 
-    def begin(self) -> None:
-        """Forget all gradients: a step begins."""
-        self.clear_gradients()
-
     def local(self) -> AbstractContextManager[object]:
         """Return the context of passes that only add to the gradients of this rank."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
     def agree(self) -> None:
         """Do nothing: the others wait for gradients only, which DDP looks after."""
-
-    def count_uses(self, counts: bool) -> None:
-        """Do nothing: a pass without samples comes to no parameter."""
 
     def settle_graph(self) -> None:
         """Have a static graph taken for one, after a pass that reduced nothing, before others.
@@ -118,6 +116,9 @@ class Replica:
         """Forget all gradients; DDP makes the next ones views of its buckets again."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    begin = clear_gradients
+    """A step begins."""
 
     def backward(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
         """Run backward from `loss`, (), whose own gradient is `seed`, ()."""
@@ -146,18 +147,10 @@ class Replica:
             if item.grad is not None and item.grad.is_conj():
                 item.grad = item.grad.resolve_conj()  # optimizers take them for pairs of numbers
         found = [item.grad for item in self.parameters if item.grad is not None]
-        if len(found) < len(self.parameters):
+        if len(found) < self._count:
             each = zip(self._names, self.parameters, strict=True)
             self.unused.met([name for name, item in each if item.grad is None], len(self._names))
         return found
-
-    def counted(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return those of the gradients that no other rank counts in the norm: all."""
-        return gradients
-
-    def reduce_norm(self, norm: torch.Tensor) -> torch.Tensor:
-        """Return the norm of the whole gradient, which every rank has already."""
-        return norm
 
     def reaching(self, method: Method) -> Method:
         """Return a loss from which DDP's first passes come to every parameter, used or not.
@@ -195,7 +188,7 @@ class Replica:
     def _wrap(self, *, static_graph: bool = False) -> None:
         # Without device_ids: inputs are on the device, DDP need not look for some to move.
         self._ddp = DistributedDataParallel(
-            Callee(self.model),
+            UnhookedCallee(self.model),
             bucket_cap_mb=self._bucket_mb,
             gradient_as_bucket_view=True,
             static_graph=static_graph,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 
@@ -17,6 +18,7 @@ def count_passes(largest_share: int, micro_batch_size: int | None) -> int:
     return max(1, -(-largest_share // micro_batch_size))
 
 
+@functools.cache  # a run has two or three shares, and asks in every step
 def cut(share: int, passes: int) -> tuple[tuple[int, int], ...]:
     """Cut `share` samples into `passes` ranges of sizes as equal as can be.
 

@@ -239,7 +239,7 @@ class TrainStep:
         """Update the parameters by one global batch. Collective: all ranks."""
         self._pulse.tick()  # a batch has come
         self._replica.begin()
-        self._passes.begin()
+        self._passes.loss_sum, self._passes.weight = None, 0
         *before, last = cut(batch.size, self.grad_accum_steps)
         if before:
             with self._replica.local():

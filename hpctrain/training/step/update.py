@@ -35,8 +35,8 @@ class Update:
         clip_value: float | None = None,
         scaler: LossScale,
         device: torch.device,
-        counted: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients,
-        reduce_norm: Callable[[Tensor], Tensor] = lambda norm: norm,
+        counted: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        reduce_norm: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._counted = counted
@@ -80,7 +80,7 @@ class Update:
             factor = factor.to(self._norm_dtype)
         if self._scaler.enabled:
             factor = (self._one if factor is None else factor) / self._scaler.scale
-        norm = self._norm(self._counted(gradients))
+        norm = self._norm(gradients)
         if factor is not None:
             norm = norm * factor
         self.grad_norm = norm
@@ -110,10 +110,13 @@ class Update:
             self._scaler.update(bad)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        if not gradients:  # no parameter had a part in this step
-            return self._reduce_norm(self._zero)
-        norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
-        return self._reduce_norm(torch.linalg.vector_norm(torch.stack(norms)))
+        if self._counted is not None:
+            gradients = self._counted(gradients)
+        norm = self._zero
+        if gradients:  # else no parameter had a part in this step
+            norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        return norm if self._reduce_norm is None else self._reduce_norm(norm)
 
     def _constant(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a tensor: a Python number is made one in every operation, slowly."""
