@@ -6,7 +6,6 @@ reason; no link is followed, nothing but plain files is opened, and of long ones
 
 from __future__ import annotations
 
-import errno
 import gzip
 import io
 import json
@@ -21,6 +20,7 @@ from typing import Any
 
 from hpctrain.errors import ConfigError, OutputError
 from hpctrain.observe.redacting import redact
+from hpctrain.utils.files import open_regular
 from hpctrain.utils.text import printable, size, table
 
 MOST_BYTES = 4_500_000
@@ -157,17 +157,15 @@ def _item(folder: int | None, name: str, path: str, most_bytes: int) -> Item:
     """Return a file as it goes into the archive: its end, as text, without secrets."""
     shown = printable(path)
     try:
-        # A pipe would keep this waiting, a link may lead anywhere.
-        flags = os.O_RDONLY | os.O_NONBLOCK | (os.O_NOFOLLOW if folder is not None else 0)
-        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                return Item(shown, None, "not a regular file")
+        # A link in the run folder may lead anywhere; what the user names is taken as it is.
+        descriptor = open_regular(name, follow_links=folder is None, folder=folder)
+        with os.fdopen(descriptor, "rb") as file:
+            facts = os.fstat(descriptor)
             start = max(0, facts.st_size - most_bytes)
             file.seek(start)
             content = file.read(most_bytes)
     except OSError as error:
-        return Item(shown, None, "a link" if error.errno == errno.ELOOP else str(error.strerror))
+        return Item(shown, None, str(error.strerror))
     notes = [f"the last {size(len(content))} of {size(facts.st_size)}"] if start else []
     if start:  # no half of a line, in which half a secret would not be known for one
         content = content.partition(b"\n")[2]

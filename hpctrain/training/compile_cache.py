@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from hpctrain.config import Config
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
-from hpctrain.utils.files import replace_file
+from hpctrain.utils.files import open_regular, replace_file
 from hpctrain.utils.permissions import open_directory, open_private, require_stable
 
 logger = logging.getLogger("hpctrain")
@@ -113,10 +112,8 @@ def _read(path: Path) -> bytes | None:
     if not hasattr(torch.compiler, "load_cache_artifacts"):
         return None
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(open_regular(path, follow_links=False), "rb") as file:
             facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise PermissionError("it is not a regular file")
             if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
                 raise PermissionError("others own it or may write to it, and what is in it is run")
             return file.read()

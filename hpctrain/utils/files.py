@@ -169,7 +169,11 @@ class AppendedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.fdopen(_open_to_append(path), "ab", buffering=0)
+        # In a folder of several users somebody may have put a link there.
+        follow = not is_open_to_group(path.parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = open_regular(path, flags, follow_links=follow)
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
         follow_folder(path)
         self._good_bytes = self._file.seek(0, os.SEEK_END)
         self._torn = False
@@ -212,22 +216,6 @@ class AppendedFile:
             self._file.close()
 
 
-def _open_to_append(path: Path) -> int:
-    """Open a file, or make it; nothing else under its name, such as a pipe that nobody reads."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-    if is_open_to_group(path.parent):
-        flags |= os.O_NOFOLLOW  # others may have put a link there
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        os.set_blocking(descriptor, True)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def publish(temporary: Path, path: Path) -> None:
     """Give a file its name once its content is on disk.
 
@@ -257,16 +245,38 @@ def sync(path: Path) -> None:
             raise
 
 
-def open_regular(path: str | Path) -> int:
-    """Open a file for reading, and nothing that only has its name, such as a pipe or a device.
+def open_regular(
+    path: str | Path,
+    flags: int = os.O_RDONLY,
+    *,
+    follow_links: bool = True,
+    folder: int | None = None,
+    mode: int = 0o666,
+) -> int:
+    """Open a file, and nothing that only has its name, such as a pipe or a device.
 
     A pipe would keep a reader waiting for ever, a tape would be rewound.
 
+    Args:
+        path: of the file.
+        flags: of `os.open`; with O_CREAT the file need not be there.
+        follow_links: False where others may have put a link under this name.
+        folder: descriptor of the one that a relative path begins in; None: the current one.
+        mode: of a file that is made, less the umask.
+
     Raises:
-        OSError: if it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, is no regular file, or is a link that is not to be
+            followed, then with ELOOP.
     """
-    require_regular(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        facts = os.stat(path, dir_fd=folder, follow_symlinks=follow_links)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    else:
+        _require_regular(facts, path)
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, mode, dir_fd=folder)
     try:
         _require_regular(os.fstat(descriptor), path)  # it may have been exchanged
         os.set_blocking(descriptor, True)
@@ -297,6 +307,8 @@ def require_regular(path: str | Path) -> os.stat_result:
 
 
 def _require_regular(facts: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISLNK(facts.st_mode):
+        raise OSError(errno.ELOOP, "is a link", str(path))
     if stat.S_ISDIR(facts.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a directory, not a file", str(path))
     if not stat.S_ISREG(facts.st_mode):

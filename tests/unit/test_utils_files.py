@@ -180,3 +180,38 @@ def test_a_file_that_cannot_be_synced_is_a_failure(
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="Input/output"):
         files.sync(tmp_path / "a")
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT])
+def test_what_only_has_the_name_of_a_file_is_not_opened(tmp_path: Path, flags: int) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"abc")
+    (tmp_path / "link").symlink_to(plain)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    try:
+        for name, reason in (
+            ("link", errno.ELOOP),
+            ("nowhere", errno.ELOOP),
+            ("pipe", errno.EINVAL),
+            ("folder", errno.EISDIR),
+        ):
+            for place, beside in ((name, folder), (tmp_path / name, None)):
+                with pytest.raises(OSError) as caught:  # noqa: PT011 - by its number
+                    files.open_regular(place, flags, follow_links=False, folder=beside)
+                assert caught.value.errno == reason, name
+        os.close(files.open_regular("plain", flags, follow_links=False, folder=folder))
+        os.close(files.open_regular("link", flags, folder=folder))
+        assert not (tmp_path / "absent").exists()
+    finally:
+        os.close(folder)
+
+
+def test_a_file_that_is_made_has_the_mode_asked_for(tmp_path: Path) -> None:
+    flags = os.O_RDWR | os.O_CREAT
+    os.close(files.open_regular(tmp_path / "lock", flags, follow_links=False, mode=0o600))
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileNotFoundError):
+        files.open_regular(tmp_path / "absent", os.O_RDWR)

@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import secrets
-import stat
 from collections.abc import Mapping
 from contextlib import closing
 
@@ -25,6 +24,7 @@ from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.steady import READ_RETRIES
 from hpctrain.errors import ConfigError
 from hpctrain.topology import Communicator, Topology, on_all_ranks
+from hpctrain.utils.files import open_regular
 
 SPARE = 1 / 16
 """Of the free memory, left to the training itself at the least."""
@@ -126,10 +126,9 @@ def _open_own(name: str) -> int:
     Raises:
         OSError: if it is not there, or not this user's alone.
     """
-    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = open_regular(name, os.O_RDWR, follow_links=False)
     facts = os.fstat(descriptor)
-    is_file = stat.S_ISREG(facts.st_mode)
-    if not is_file or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
         os.close(descriptor)
         raise PermissionError(errno.EPERM, "it is somebody else's", name)
     return descriptor

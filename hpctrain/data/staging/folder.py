@@ -13,13 +13,12 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpctrain.data.staging.plan import COPY_NAME, Copy
-from hpctrain.utils.files import file_checksum, temporary_name
+from hpctrain.utils.files import file_checksum, open_regular, temporary_name
 from hpctrain.utils.permissions import (
     names_in,
     open_directory,
@@ -31,7 +30,6 @@ LEFT = ".left-"
 """Before the name of a file that a dead job has left, until its checksum has been looked at."""
 _LOCK = ".lock"
 _KEY = re.compile(r"\w{1,64}", re.ASCII)
-_OPEN_LOCK = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -226,11 +224,8 @@ def _remove(key: str, root: int, path: Path) -> None:
 
 
 def _open_lock(key: str, root: int, create: int = 0) -> int:
-    lock = os.open(key + _LOCK, _OPEN_LOCK | create, 0o600, dir_fd=root)
-    if not stat.S_ISREG(os.fstat(lock).st_mode):
-        os.close(lock)
-        raise PermissionError(f"{key}{_LOCK} is not a file")
-    return lock
+    flags = os.O_RDWR | create
+    return open_regular(key + _LOCK, flags, follow_links=False, folder=root, mode=0o600)
 
 
 def _take(lock: int, how: int) -> bool:
