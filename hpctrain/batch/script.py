@@ -13,7 +13,7 @@ from hpctrain.batch.geometry import geometry
 from hpctrain.batch.quoting import path_word, plain_value, quoted_path, require_line
 from hpctrain.batch.sites import SITES, Because, Site, longest_hours
 from hpctrain.batch.snapshot import in_snapshot
-from hpctrain.batch.watch import reserve_seconds
+from hpctrain.batch.stop import reserve_seconds
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, UsageError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.outcome import NAME, Outcome, newest_saved, read_outcome
-from hpctrain.batch.reasons import STOP_FILE_NAME
 from hpctrain.errors import ConfigError, ExitCode
 from hpctrain.utils.batch_job import job_identity
+from hpctrain.utils.run_folder import STOP_FILE_NAME
 from hpctrain.utils.text import metric, printable
 
 DO_NOT_SUBMIT = 1

@@ -1,13 +1,171 @@
-"""A stop that all ranks make at the same boundary, whoever was asked, at no cost a step."""
+"""Stops: signals, the time limit and the file STOP, and one boundary at which all ranks act.
+
+Signals set a flag, and rank 0 watches the time limit and its run folder; the reasons are bits, on
+which all ranks agree now and then, at no cost a step. A save that is due is agreed on the same way.
+"""
 
 from __future__ import annotations
 
 import enum
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
 
-from hpctrain.batch.reasons import NUM_BITS
+from hpctrain.batch.scheduler import Deadline
 from hpctrain.topology import Communicator, Pending
+from hpctrain.utils.run_folder import STOP_FILE_NAME
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGURG")
+    if hasattr(signal, name)
+)
+"""Slurm, LSF (URG) and PBS warn by these, a terminal by INT and HUP, a CPU limit by XCPU."""
+
+DEADLINE = 1 << len(STOP_SIGNALS)
+STOP_FILE = DEADLINE << 1
+SAVE_DUE = STOP_FILE << 1
+"""No stop: a save, which all ranks have to make at the same step too."""
+
+NUM_BITS = len(STOP_SIGNALS) + 3
+
+MARGIN_SECONDS = 10.0
+"""For what nobody measures: leaving MPI, closing files, the launcher's own end."""
+
+_SAFETY = 1.5
+_LOOK_EVERY_SECONDS = 1.0
+_FORCE_AFTER_SECONDS = 2.0
+_STDIN = 0
+_SLOW_SECONDS = 1.0
+_FORGET = 0.9
+
+
+def bit(number: int) -> int:
+    """Return the bit of a signal among the reasons to stop."""
+    return 1 << STOP_SIGNALS.index(signal.Signals(number))
+
+
+def describe(reasons: int) -> str:
+    """Return the reasons in words, such as "SIGTERM and the time limit"."""
+    words = [item.name for item in STOP_SIGNALS if reasons & bit(item)]
+    if reasons & DEADLINE:
+        words.append("the time limit")
+    if reasons & STOP_FILE:
+        words.append(f"the file {STOP_FILE_NAME}")
+    return " and ".join(words)
+
+
+class SignalFlag:
+    """Stop signals as bits; a context manager for the main thread.
+
+    A handler sets a flag and does nothing else: saving in one is what deadlocks jobs.
+
+    Repeated and different signals are one request: launchers forward them, and schedulers send
+    several. Only a second SIGINT at a terminal, some time after the first, ends the process at
+    once.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._previous: dict[int, object] = {}
+        self._interrupted_at: float | None = None
+
+    def __enter__(self) -> SignalFlag:
+        for number in STOP_SIGNALS:
+            if not _is_left_alone(number):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.value |= bit(number)
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at >= _FORCE_AFTER_SECONDS and os.isatty(_STDIN):
+            os._exit(128 + number)
+
+
+def _is_left_alone(number: int) -> bool:
+    """Return whether a signal is to have no effect: nohup has SIGHUP ignored from the beginning.
+
+    SIGINT is not left alone: a shell that is no terminal's ignores it in all that it starts in the
+    background, and schedulers send it there all the same.
+    """
+    is_hangup = number == getattr(signal, "SIGHUP", None)
+    return is_hangup and signal.getsignal(number) == signal.SIG_IGN
+
+
+def reserve_seconds(reaction_seconds: float, save_seconds: float) -> float:
+    """Return how long before the end of a job its last save has to be asked for.
+
+    Args:
+        reaction_seconds: from the request until all ranks act on it.
+        save_seconds: of one save, from its first copy until it is on disk. Another one may still
+            be under way and is waited for.
+    """
+    return _SAFETY * (reaction_seconds + 2 * save_seconds) + MARGIN_SECONDS
+
+
+class Watch:
+    """Looks for reasons to stop beyond signals; a context manager, for rank 0.
+
+    Args:
+        folder: of the run, in which somebody may put a file named STOP.
+        deadline: of this job.
+        reserve: seconds before the deadline at which to stop.
+    """
+
+    def __init__(self, folder: Path, deadline: Deadline, reserve: Callable[[], float]) -> None:
+        self._file = folder / STOP_FILE_NAME
+        self._deadline = deadline
+        self._reserve = reserve
+        self._file_seen = False
+        self._ended = threading.Event()
+        # A daemon: a scheduler or file system that does not answer must not keep the job alive.
+        self._thread = threading.Thread(target=self._look, name="hpctrain-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+
+    def reasons(self) -> int:
+        """Return what is known at this moment, as bits; costs no system call but the clock."""
+        found = STOP_FILE if self._file_seen else 0
+        if self._deadline.seconds_left() < self._reserve():
+            found |= DEADLINE
+        return found
+
+    def _look(self) -> None:
+        while True:
+            with suppress(OSError):  # a file system in trouble is no wish of the user
+                self._file_seen = self._file.exists()
+            self._deadline.refresh()
+            if self._ended.wait(_LOOK_EVERY_SECONDS):
+                return
 
 
 class Boundary(enum.IntEnum):
@@ -30,7 +188,7 @@ class StopAgreement:
 
     Args:
         communicator: all ranks.
-        reasons: of this rank to stop, as bits of `hpctrain.batch.reasons`; 0 is none.
+        reasons: of this rank to stop, as bits; 0 is none.
         every_seconds: between two agreements; the same on all ranks.
         clock: seconds, monotonic.
 
@@ -128,7 +286,3 @@ class StopAgreement:
         self._pending = self._communicator.start_max(
             [bits >> index & 1 for index in range(NUM_BITS)] + means + [-self._count()]
         )
-
-
-_SLOW_SECONDS = 1.0
-_FORGET = 0.9

@@ -37,7 +37,7 @@ def run(arguments: list[str], claim: Claim) -> int:
     if parsed.code is not None:
         use_snapshot(parsed.code)
 
-    from hpctrain.batch.signals import SignalFlag
+    from hpctrain.batch.stop import SignalFlag
     from hpctrain.launch.loading import loading
     from hpctrain.launch.world import gathering
 

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.batch.reasons import describe
 from hpctrain.batch.scheduler import Deadline
-from hpctrain.batch.signals import SignalFlag
-from hpctrain.batch.stop import StopAgreement
-from hpctrain.batch.watch import Watch, reserve_seconds
+from hpctrain.batch.stop import SignalFlag, StopAgreement, Watch, describe, reserve_seconds
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard

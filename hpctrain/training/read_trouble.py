@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from hpctrain.batch.reasons import SAVE_DUE
+from hpctrain.batch.stop import SAVE_DUE
 
 LEAST_SECONDS = 60.0
 """Between two saves for this reason: trouble that comes and goes is not to fill the disk."""

@@ -9,8 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from hpctrain.batch.reasons import SAVE_DUE
-from hpctrain.batch.stop import Boundary, StopAgreement
+from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.reading import Loaded, load_newest
 from hpctrain.checkpoint.trial import try_snapshot

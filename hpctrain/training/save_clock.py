@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hpctrain.batch.reasons import SAVE_DUE
+from hpctrain.batch.stop import SAVE_DUE
 
 
 class SaveClock:

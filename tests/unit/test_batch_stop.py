@@ -14,11 +14,20 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.batch.reasons import DEADLINE, STOP_FILE, describe
 from hpctrain.batch.scheduler import Deadline
-from hpctrain.batch.signals import STOP_SIGNALS, SignalFlag, bit
-from hpctrain.batch.stop import Boundary, StopAgreement
-from hpctrain.batch.watch import MARGIN_SECONDS, Watch, reserve_seconds
+from hpctrain.batch.stop import (
+    DEADLINE,
+    MARGIN_SECONDS,
+    STOP_FILE,
+    STOP_SIGNALS,
+    Boundary,
+    SignalFlag,
+    StopAgreement,
+    Watch,
+    bit,
+    describe,
+    reserve_seconds,
+)
 
 
 def test_signals_only_set_bits() -> None:

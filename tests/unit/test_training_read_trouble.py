@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from hpctrain.batch.reasons import SAVE_DUE
+from hpctrain.batch.stop import SAVE_DUE
 from hpctrain.training.read_trouble import LEAST_SECONDS, ReadTrouble
 
 
