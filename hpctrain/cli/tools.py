@@ -25,7 +25,7 @@ def status(arguments: list[str]) -> int:
     parser.add_argument("--max-tries", type=count)
     parsed = parser.parse_args(arguments)
 
-    from hpctrain.batch.status import read_status, to_json, to_text
+    from hpctrain.batch.exit_status import read_status, to_json, to_text
     from hpctrain.observe.sinks import newest_records
 
     # A person may ask from any job, a script asks about its own.
@@ -64,7 +64,7 @@ def bundle(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args(arguments)
 
-    from hpctrain.batch.status import read_status, to_text
+    from hpctrain.batch.exit_status import read_status, to_text
     from hpctrain.observe.bundle import bundle as pack
 
     run = parsed.run
@@ -103,7 +103,7 @@ def job(arguments: list[str]) -> int:
     parser.add_argument("--snapshot", action="store_true")
     parsed = parser.parse_intermixed_args(arguments)
 
-    from hpctrain.batch.outcome import read_outcome
+    from hpctrain.batch.exit_status import read_outcome
     from hpctrain.batch.snapshot import take_snapshot
     from hpctrain.batch.submit import submit
     from hpctrain.config import load

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hpctrain.batch.outcome import Outcome, conclude, read_outcome
+from hpctrain.batch.exit_status import Outcome, conclude, read_outcome
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.batch_job import job_identity
 from hpctrain.utils.files import replace_file

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from hpctrain.batch.outcome import (
+from hpctrain.batch.exit_status import (
     Outcome,
     conclude,
     forget_endings,

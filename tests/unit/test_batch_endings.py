@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.batch.outcome import Outcome, write_outcome
+from hpctrain.batch.exit_status import Outcome, write_outcome
 from hpctrain.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
-from hpctrain.batch.status import State, judge, read_status, to_json, to_text
+from hpctrain.batch.exit_status import (
+    Outcome,
+    State,
+    judge,
+    read_outcome,
+    read_status,
+    to_json,
+    to_text,
+    write_outcome,
+)
 from hpctrain.checkpoint.lease import Lease, holder_lives
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.batch.outcome import Outcome, write_outcome
+from hpctrain.batch.exit_status import Outcome, write_outcome
 from hpctrain.data.writing import Writer
 
 ROOT = Path(__file__).parents[2]

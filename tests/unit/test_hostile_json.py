@@ -15,8 +15,7 @@ import pytest
 import torch
 import xxhash
 
-from hpctrain.batch.outcome import Outcome, newest_saved, write_outcome
-from hpctrain.batch.status import read_status, to_text
+from hpctrain.batch.exit_status import Outcome, newest_saved, read_status, to_text, write_outcome
 from hpctrain.checkpoint import tools
 from hpctrain.checkpoint.format import Snapshot
 from hpctrain.checkpoint.layout import read_meta, resolved

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.batch.outcome import Outcome, read_outcome, write_outcome
+from hpctrain.batch.exit_status import Outcome, read_outcome, write_outcome
 from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog import processes
 from hpctrain.launch.watchdog.judge import Judge, laggards

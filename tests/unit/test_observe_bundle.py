@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.batch.outcome import Outcome, write_outcome
+from hpctrain.batch.exit_status import Outcome, write_outcome
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main
 from hpctrain.observe.redacting import REDACTED, redact

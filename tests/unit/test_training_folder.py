@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpctrain.batch.outcome import Outcome, write_outcome
-from hpctrain.batch.status import State, read_status
+from hpctrain.batch.exit_status import Outcome, State, read_status, write_outcome
 from hpctrain.training.folder import RunFolder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.batch.outcome import (
+from hpctrain.batch.exit_status import (
     Outcome,
     conclude,
     forget_endings,
