@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpctrain.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Because:
@@ -306,6 +308,19 @@ SITES = (
         notes=("The limits are those of the quality of service that --time leads to: see qos.",),
     ),
 )
+
+
+def find_site(name: str) -> Site:
+    """Return a site by its name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    for site in SITES:
+        if site.name == name:
+            return site
+    known = ", ".join(site.name for site in SITES)
+    raise UsageError(f"--site {name}: not known; known are {known}. Leave it out for a generic one")
 
 
 def longest_hours(site: Site, nodes: int) -> float | None:

@@ -85,12 +85,12 @@ def bundle(arguments: list[str]) -> int:
 
 def job(arguments: list[str]) -> int:
     """Print or submit a job script."""
-    from hpctrain.batch import script
+    from hpctrain.batch import job_script
 
     parser = Parser()
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--scheduler", choices=script.SCHEDULERS)
+    parser.add_argument("--scheduler", choices=job_script.SCHEDULERS)
     for option in ("site", "account", "queue", "environment"):
         parser.add_argument(f"--{option}")
     parser.add_argument("--time", required=True)
@@ -105,14 +105,13 @@ def job(arguments: list[str]) -> int:
 
     from hpctrain.batch.exit_status import read_outcome
     from hpctrain.batch.snapshot import take_snapshot
-    from hpctrain.batch.submit import submit
     from hpctrain.config import load
     from hpctrain.data.order.partition import default_lanes
 
     config = load(parsed.config, parsed.overrides)
-    wanted = script.plan(config, vars(parsed))
+    wanted = job_script.plan(config, vars(parsed))
     before = read_outcome(Path(wanted.run_folder))
-    script.check(
+    job_script.check(
         wanted,
         lanes=config.data.lanes or default_lanes(config.data.global_batch_size),
         save_seconds=0.0 if before is None else before.save_seconds,
@@ -120,14 +119,14 @@ def job(arguments: list[str]) -> int:
     if parsed.snapshot:
         taken = take_snapshot(Path(wanted.run_folder), Path(config.run.directory))
         wanted = dataclasses.replace(wanted, code=str(taken))
-    text = script.render(wanted)
+    text = job_script.render(wanted)
     if parsed.output is None and not parsed.submit:
         write_out(text)
         return ExitCode.DONE
     path = Path(wanted.script)
-    script.write(path, text)
+    job_script.write(path, text)
     if parsed.submit:
-        jobs = submit(path, wanted.scheduler, wanted.chain)
+        jobs = job_script.submit(path, wanted.scheduler, wanted.chain)
         write_out("".join(f"{item}\n" for item in jobs))
     return ExitCode.DONE
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpctrain.batch.exit_status import Outcome, read_outcome, write_outcome
 from hpctrain.batch.geometry import Geometry, geometry
-from hpctrain.batch.script import find_site
+from hpctrain.batch.sites import find_site
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import ConfigError, UsageError
 from hpctrain.training.folder import RunFolder

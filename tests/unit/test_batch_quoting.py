@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
+from hpctrain.batch.job_script import Job, render
 from hpctrain.batch.quoting import path_word
-from hpctrain.batch.script import Job, render
 from hpctrain.batch.sites import SITES
 from hpctrain.cli import main
 from hpctrain.errors import UsageError

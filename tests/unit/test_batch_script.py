@@ -14,9 +14,8 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.batch.script import parse_time
+from hpctrain.batch.job_script import parse_time, submit
 from hpctrain.batch.sites import SITES, longest_hours
-from hpctrain.batch.submit import submit
 from hpctrain.cli import main
 from hpctrain.errors import LaunchError, UsageError
 

@@ -1,21 +1,23 @@
-"""A job script for a config: what has to hold for it to run, and the script itself."""
+"""Job scripts: what is asked for, whether that can run, the script itself, and its submission."""
 
 from __future__ import annotations
 
 import re
+import secrets
 import shlex
-from collections.abc import Iterable, Mapping
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.geometry import geometry
 from hpctrain.batch.quoting import path_word, plain_value, quoted_path, require_line
-from hpctrain.batch.sites import SITES, Because, Site, longest_hours
+from hpctrain.batch.sites import Because, Site, find_site, longest_hours
 from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.batch.stop import reserve_seconds
 from hpctrain.config.schema import Config
-from hpctrain.errors import ConfigError, UsageError
+from hpctrain.errors import ConfigError, LaunchError, UsageError
 
 SCHEDULERS = ("slurm", "lsf", "pbs")
 ACCOUNT = "my_account"
@@ -94,19 +96,6 @@ class Job:
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
-
-
-def find_site(name: str) -> Site:
-    """Return a site by its name.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    for site in SITES:
-        if site.name == name:
-            return site
-    known = ", ".join(site.name for site in SITES)
-    raise UsageError(f"--site {name}: not known; known are {known}. Leave it out for a generic one")
 
 
 def plan(config: Config, wishes: Mapping[str, Any]) -> Job:
@@ -294,3 +283,84 @@ def _pairs(lines: Iterable[Because], job: Job) -> list[tuple[str, str]]:
 
 def _clock(seconds: int) -> str:
     return f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """How one batch system takes jobs.
+
+    Attributes:
+        command: without the script.
+        after: options that let a job start when another has ended, however it did.
+        telling: options that give a job variables beside those of its own.
+        from_stdin: the script is read from standard input, not named.
+        job: finds the job's id in what the command prints.
+    """
+
+    command: tuple[str, ...]
+    after: Callable[[str], tuple[str, ...]]
+    telling: Callable[[str], tuple[str, ...]]
+    from_stdin: bool = False
+    job: re.Pattern[str]
+
+
+SUBMISSIONS = {
+    "slurm": Submission(
+        command=("sbatch", "--parsable"),
+        after=lambda job: (f"--dependency=afterany:{job}",),
+        telling=lambda variables: (f"--export=ALL,{variables}",),
+        job=re.compile(r"^(\d+)", re.MULTILINE),
+    ),
+    "lsf": Submission(
+        command=("bsub",),
+        after=lambda job: ("-w", f"ended({job})"),
+        telling=lambda variables: ("-env", f"all,{variables}"),
+        from_stdin=True,
+        job=re.compile(r"^Job <(\d+)> is submitted", re.MULTILINE),
+    ),
+    "pbs": Submission(
+        command=("qsub",),
+        after=lambda job: ("-W", f"depend=afterany:{job}"),
+        telling=lambda variables: ("-v", variables),
+        job=re.compile(r"^(\d+\S*)$", re.MULTILINE),
+    ),
+}
+
+
+def submit(script: Path, scheduler: str, chain: int = 1) -> list[str]:
+    """Submit a script so many times, each job after the one before; return the jobs' ids.
+
+    Raises:
+        LaunchError: if the batch system is not here, or does not take it; the message names the
+            jobs that it has taken.
+    """
+    submission = SUBMISSIONS[scheduler]
+    jobs: list[str] = []
+    token = f"chain-{secrets.token_hex(8)}"
+    for attempt in range(1, chain + 1):
+        after = submission.after(jobs[-1]) if jobs else ()
+        if chain > 1:
+            variables = f"HPCTRAIN_TOKEN={token},HPCTRAIN_ATTEMPT={attempt}"
+            after = (*after, *submission.telling(variables))
+        named = () if submission.from_stdin else (path_word(str(script)),)
+        command = (*submission.command, *after, *named)
+        problem = ""
+        try:
+            result = subprocess.run(
+                command,
+                input=script.read_text(encoding="utf-8") if submission.from_stdin else "",
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError as error:
+            problem = error.strerror or str(error)
+        else:
+            found = submission.job.search(result.stdout)
+            if result.returncode == 0 and found is not None:
+                jobs.append(found[1])
+                continue
+            problem = (result.stderr or result.stdout).strip() or f"code {result.returncode}"
+        taken = f" (submitted before: {' '.join(jobs)})" if jobs else ""
+        raise LaunchError(f"cannot submit {script} by {' '.join(command)}{taken}: {problem}")
+    return jobs
