@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.checkpoint.lease import NAME, Lease
-from hpctrain.checkpoint.lease_holder import Holder, this_holder
+from hpctrain.checkpoint.lease_rules import Holder, this_holder
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_checked
 

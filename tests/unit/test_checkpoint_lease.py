@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.checkpoint import lease as lease_module
-from hpctrain.checkpoint.lease import NAME, Lease, holder_lives
-from hpctrain.checkpoint.lease_chain import claim_path
+from hpctrain.checkpoint.lease import NAME, Lease, claim_path, holder_lives
 from hpctrain.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpctrain.checkpoint.lease_holder import Holder, lives_here, this_holder
-from hpctrain.checkpoint.lease_judging import Verdict, judge
+from hpctrain.checkpoint.lease_rules import Holder, Verdict, judge, lives_here, this_holder
 from hpctrain.utils import proc
 
 HOLDS, STALE, WATCH = Verdict.HOLDS, Verdict.STALE, Verdict.WATCH

@@ -1,26 +1,26 @@
-"""Who holds a lease: what a job writes about itself, and whether it still lives."""
+"""Who holds a lease, and whether it is stale: rules, apart from the files that they are about."""
 
 from __future__ import annotations
 
+import enum
 import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge, Predicate
 
 from hpctrain.utils import proc
+from hpctrain.utils.batch_job import batch_job, lineage
 from hpctrain.utils.text import printable
 
-# By scheduler: the job's id, how often it was started again, and what names the cluster.
-_JOB_VARIABLES = (
-    ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"),
-    ("LSB_JOBID", "", ""),
-    ("PBS_JOBID", "", ""),
-)
+RENEW_SECONDS = 30.0
+STALE_SECONDS = 3 * RENEW_SECONDS
+AHEAD_SECONDS = 5.0
+"""A heartbeat further in the future than this is by a clock that goes otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +60,60 @@ class Holder:
         return printable(text) if self.pid else "unknown"
 
 
+class Verdict(enum.Enum):
+    """What a job may do about a lease that another one has."""
+
+    HOLDS = "holds"
+    STALE = "stale"
+    WATCH = "watch"
+    """It cannot be told by looking once: stale if its heartbeat stands still for long enough."""
+
+
+def judge(
+    holder: Holder,
+    own: Holder,
+    *,
+    age: float,
+    lives: bool | None,
+    job_is_gone: Callable[[], bool | None],
+) -> Verdict:
+    """Return what is to be thought of a lease.
+
+    Args:
+        holder: has it.
+        own: would like to.
+        age: seconds since the last heartbeat, by the clock of the file system; negative: it is in
+            the future.
+        lives: whether the holder's process does; None: that cannot be told from here.
+        job_is_gone: asks the scheduler whether the holder's job is; None: it does not say.
+    """
+    if age > STALE_SECONDS:
+        return Verdict.STALE
+    if lives is not None:
+        return Verdict.HOLDS if lives else Verdict.STALE
+    is_same_job = holder.job is not None and holder.job == own.job
+    if is_same_job and holder.restart < own.restart:
+        return Verdict.STALE  # the scheduler starts a job again once its processes are gone
+    gone = None if is_same_job else job_is_gone()
+    if gone:
+        return Verdict.STALE
+    if holder.token is not None and holder.token == own.token and holder.attempt < own.attempt:
+        # The script has seen the earlier step end, or the scheduler the earlier job of a chain;
+        # where it still shows that job, somebody may have undone the order of the two.
+        return Verdict.STALE if gone is None else Verdict.WATCH
+    return Verdict.WATCH if age < -AHEAD_SECONDS else Verdict.HOLDS
+
+
 def this_holder(environ: Mapping[str, str]) -> Holder:
     """Return who this process is, with a nonce of its own each time."""
-    job, restart, cluster = None, "0", ""
-    for job_variable, restart_variable, cluster_variable in _JOB_VARIABLES:
-        if job_variable in environ:
-            job, restart = environ[job_variable], environ.get(restart_variable, "0")
-            # PBS names its server in the id.
-            cluster = environ.get(cluster_variable, "") or job.partition(".")[2]
-            break
-    attempt = environ.get("HPCTRAIN_ATTEMPT", "")
+    job = batch_job(environ)
+    token, attempt = lineage(environ)
     return Holder(
-        token=environ.get("HPCTRAIN_TOKEN") or None,
-        attempt=max(1, int(attempt)) if attempt.isdecimal() else 1,
-        job=job,
-        restart=int(restart) if restart.isdecimal() else 0,
-        cluster=cluster,
+        token=token,
+        attempt=attempt,
+        job=None if job is None else job.id,
+        restart=0 if job is None else job.restart,
+        cluster="" if job is None else job.cluster,
         host=socket.gethostname(),
         pid=os.getpid(),
         started=proc.start_time(os.getpid()) if proc.shows_own_processes() else None,
