@@ -40,11 +40,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import hpctrain
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.layout import newest_first
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.format import newest_first
+from hpctrain.checkpoint.load import load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
@@ -353,7 +352,7 @@ def save_for_ever(run: str, first: int) -> None:
 def kill(times: int, folder: Path) -> None:
     """Kill a process that saves, again and again; every folder with a final name has to load."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["hpctrain.checkpoint.store"])
+    processes.set_forkserver_preload(["hpctrain.checkpoint.manager"])
     draw, torn, looked_at, newest = random.Random(0), 0, 0, 0
     for number in range(times):
         writer: BaseProcess = processes.Process(

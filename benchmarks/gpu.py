@@ -256,9 +256,8 @@ def save(wishes: Wishes) -> None:
     import torch
 
     from hpctrain.accelerator import synchronize
-    from hpctrain.checkpoint.format import Snapshot
-    from hpctrain.checkpoint.retention import Retention
-    from hpctrain.checkpoint.store import CheckpointStore
+    from hpctrain.checkpoint.manager import CheckpointStore, Retention
+    from hpctrain.checkpoint.save import Snapshot
 
     world = _world(wishes)
     device, pin = world.device, wishes.device == "cuda"

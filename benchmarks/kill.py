@@ -30,8 +30,9 @@ from pathlib import Path
 
 import psutil
 
-from hpctrain.checkpoint.layout import is_whole, newest_first, step_of
+from hpctrain.checkpoint.format import is_whole, newest_first
 from hpctrain.convert.digits import pack_digits
+from hpctrain.utils.run_folder import step_of
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY, EVALUATE_EVERY = 5, 7

@@ -1,225 +1,387 @@
-"""Tensors and texts to the files of a checkpoint, see `hpctrain.checkpoint.layout`."""
+"""What a checkpoint is on disk: a folder of safetensors and JSON, and meta.json written last.
+
+step-00000120/
+  model.safetensors      parameters and buffers; loads anywhere
+  training.safetensors   optimizer state and random generators
+  training.json          everything else of the training state
+  config.toml            the resolved config
+  meta.json              step, sizes and checksums of the files above, versions
+
+Where every rank writes its own rows of the parameters, as under FSDP, there are instead
+
+  model-00000.safetensors      rank 0's rows of every parameter, and all that is not spread
+  model-00001.safetensors      rank 1's rows
+  training-00000.safetensors   the same of the optimizer's state
+  ...
+
+and meta.json has the number of ranks and the shapes of the whole tensors as `spread`. Of a tensor
+of n rows rank r of W has rows r c up to (r + 1) c, where c is n / W rounded up; it has no tensor
+where these are none. Without torch: the tools that inspect checkpoints use it.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-import safetensors
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+from annotated_types import Ge, Lt
 
-from hpctrain.checkpoint.best import Preference
-from hpctrain.checkpoint.layout import (
-    CONFIG,
-    EVALUATION,
-    FORMAT,
-    META,
-    MODEL,
-    TRAINING,
-    VALUES,
-    VERSION,
-    VERSION_OF_ONE_WRITER,
-    checksum_of_meta,
-)
-from hpctrain.checkpoint.parts import Spread, part_name
-from hpctrain.checkpoint.raw import RawTensor, paired_names, texts_of, write_raw
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
-from hpctrain.checkpoint.writing import Written, write_file
 from hpctrain.errors import CheckpointError
-from hpctrain.utils.files import sync
-from hpctrain.version import __version__
+from hpctrain.utils.files import checksum, file_checksum
+from hpctrain.utils.json_files import (
+    LARGE,
+    parse_checked,
+    parse_json,
+    read_whole,
+    require_file,
+)
+from hpctrain.utils.run_folder import CHECKPOINTS, LATEST, read_latest, step_of
+from hpctrain.utils.text import printable
 
-# As safetensors calls them, see `RawTensor`.
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex32: "C32",
-    torch.complex64: "C64",
-    torch.complex128: "C128",
-}
+VERSION = 2
+VERSION_OF_ONE_WRITER = 1
+"""What older readers understand; the later one may be spread over its writers, see `Spread`."""
+FORMAT = "hpctrain checkpoint"
+META = "meta.json"
+MODEL, TRAINING = "model.safetensors", "training.safetensors"
+VALUES, CONFIG = "training.json", "config.toml"
+AVERAGE = "average/"
+"""Begins the names of the moving averages among the tensors of the training state."""
+EVALUATION = "evaluation/"
+"""The same of the weights that an optimizer with `train()` and `eval()` evaluates with."""
+
+_REPLACED = ".replaced"
+
+T = TypeVar("T")
+Count = Annotated[int, Ge(0), Lt(2**63)]
+Shapes = dict[str, list[Count]]
 
 
-def storable_dtype(dtype: torch.dtype) -> bool:
-    """Tell whether a checkpoint can hold tensors of a dtype."""
-    return dtype in _NAMES
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but that cannot be read here and now.
+
+    The permission is missing, the disk or the network fails, or it is of a newer hpctrain. Unlike
+    one that is damaged it is not to be passed over: it would be lost to a run that begins anew.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Everything that a checkpoint holds.
+class MetaHead:
+    """What meta.json of any version has."""
+
+    format: str
+    version: Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFacts:
+    """A file of a checkpoint, as it was written."""
+
+    bytes: Count
+    xxh3_64: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """A module of the user's own, as it was."""
+
+    file: str
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBy:
+    """The job that saved a checkpoint.
 
     Attributes:
-        step: the last one that is part of it.
-        model: parameters and buffers by name. Tied tensors, which share memory, are stored once.
-        training: generators and what else there is, by name.
-        lent: more of `training`, such as optimizer state, that stays as it is for a while.
-        lend: takes a function; calls it, and lets it return, before anything changes what is lent.
-        values: the rest of the training state; JSON.
-        config_toml: the resolved config.
-        metrics: of an evaluation at this very step.
-        made_by: what there is to say of the job that saves it; JSON.
-        preference: by which the run keeps its best checkpoint; None: it keeps none.
-        tied: further names of tensors, besides those that share memory here.
-        spread: of whole tensors, where `model` and `training` are rank 0's part of them.
-        others: waits for the parts of the other ranks, and returns the files of each.
+        job: its number among those of the run.
+        modules: the user's own that were imported, by name.
+        versions: of what it ran on.
     """
 
-    step: int
-    model: Mapping[str, Tensor]
-    training: Mapping[str, Tensor]
-    values: Mapping[str, Any]
-    config_toml: str
-    lent: Mapping[str, Tensor] = field(default_factory=dict)
-    lend: Callable[[Callable[[], None]], None] = lambda wait: wait()
-    metrics: Mapping[str, float] | None = None
-    made_by: Mapping[str, Any] = field(default_factory=dict)
-    preference: Preference | None = None
-    tied: Mapping[str, str] = field(default_factory=dict)
-    spread: Spread | None = None
-    others: Callable[[], Sequence[Mapping[str, Written]]] = tuple
+    job: Count | None
+    modules: dict[str, Module] | None
+    versions: dict[str, str]
 
 
-def aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return, for every tensor that is another one under a second name, the first name."""
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and first.setdefault(place, name) != name:
-            tied[name] = first[place]
-    return tied
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """meta.json.
+
+    Attributes:
+        made_by: None where 0.1.0 has written it, or no job of a run.
+        weights: the sets of them that it holds: those of "training", and for "evaluation".
+        versions: of what has written it.
+        aliases: further names of tensors, and the names that they are stored under.
+        metrics: of an evaluation at this very step.
+        keep_best: metric and mode by which the run keeps its best checkpoint.
+        spread: number of writers as `ranks`, and by file the shapes of what is spread over them.
+        xxh3_64: checksum of all the rest.
+    """
+
+    step: Count
+    files: dict[str, FileFacts]
+    aliases: dict[str, str]
+    metrics: dict[str, float] | None
+    made_by: MadeBy | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    keep_best: dict[str, str] | None = None
+    weights: list[str] = field(default_factory=lambda: ["training"])
+    spread: dict[str, Annotated[int, Ge(1), Lt(2**24)] | Shapes] | None = None
+    xxh3_64: str
 
 
-def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
-    """Write all files of a checkpoint to an existing folder and sync them; meta.json last.
-
-    Args:
-        folder: for this checkpoint only.
-        snapshot: its tensors on the host, contiguous, each of them once.
-        tied: further names of tensors, see `aliases`.
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return meta.json.
 
     Raises:
-        OSError: if they cannot be written.
-        CheckpointError: if a tensor is of a type that safetensors does not have.
+        CheckpointError: if it is missing, damaged, or cannot be read for now.
     """
-    spread = snapshot.spread
-    evaluated = any(name.startswith(EVALUATION) for name in snapshot.training)
-    written = {
-        **write_part(folder, snapshot.model, snapshot.training, None if spread is None else 0),
-        VALUES: write_file(folder / VALUES, json.dumps(dict(snapshot.values), indent=1).encode()),
-        CONFIG: write_file(folder / CONFIG, snapshot.config_toml.encode()),
-    }
-    for files in snapshot.others():
-        written |= files
-    meta = {
-        "format": FORMAT,
-        "version": VERSION_OF_ONE_WRITER if spread is None else VERSION,
-        "step": snapshot.step,
-        "files": {
-            name: {"bytes": file.num_bytes, "xxh3_64": file.xxh3_64}
-            for name, file in written.items()
-        },
-        "aliases": dict(tied),
-        "weights": ["training", *(["evaluation"] if evaluated else [])],
-        **({} if spread is None else {"spread": spread.to_json()}),
-        **({} if snapshot.preference is None else {"keep_best": snapshot.preference.to_json()}),
-        "metrics": snapshot.metrics
-        and {name: value for name, value in snapshot.metrics.items() if math.isfinite(value)},
-        "made_by": dict(snapshot.made_by) or None,
-        "versions": {
-            "hpctrain": __version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    meta["xxh3_64"] = checksum_of_meta(meta)
-    write_file(folder / META, json.dumps(meta, indent=1).encode())
-    sync(folder)
+    path = folder / META
+    try:
+        content = read_whole(path, LARGE)
+        head = parse_checked(content, MetaHead)
+        if head.format != FORMAT:
+            raise ValueError("it is not the meta.json of a checkpoint")
+        if head.version > VERSION:
+            raise UnreadableError(
+                f"{folder} has format version {head.version}, and this hpctrain reads up to "
+                f"{VERSION}: update hpctrain"
+            )
+        parse_checked(content, Meta)
+        meta: dict[str, Any] = parse_json(content)
+        for name in meta["files"]:
+            if "/" in name or not name.isprintable() or name in ("", ".", ".."):
+                raise ValueError(f"{printable(name[:60])!r} is not the name of a file beside it")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if meta.pop("xxh3_64") != checksum_of_meta(meta):
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
+    return meta
 
 
-def write_part(
-    folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor], rank: int | None
-) -> dict[str, Written]:
-    """Write tensors to a folder, on disk when this returns.
+def read_file(folder: Path, name: str, meta: Mapping[str, Any]) -> bytes:
+    """Return the content of a file of a checkpoint, compared with meta.json.
 
-    Args:
-        folder: of the checkpoint.
-        model: on the host, contiguous, each of them once.
-        training: the same.
-        rank: whose part this is; None: all there is.
+    Raises:
+        CheckpointError: if it is missing, cut or changed.
+    """
+    path = folder / name
+    expected = _expected(folder, name, meta)
+    with _reading(path):
+        content = read_whole(path, expected["bytes"])
+    _compare(path, len(content), checksum(content), expected)
+    return content
+
+
+def checksum_of_meta(meta: Mapping[str, Any]) -> str:
+    """Return the checksum that meta.json has of its own content."""
+    return checksum(json.dumps(meta, sort_keys=True).encode())
+
+
+def check_file(folder: Path, name: str, meta: Mapping[str, Any]) -> int:
+    """Compare a file of a checkpoint with meta.json, a piece at a time.
 
     Returns:
-        The files by name.
+        Its bytes.
 
     Raises:
-        OSError: if they cannot be written.
-        CheckpointError: if a tensor is of a type that safetensors does not have.
+        CheckpointError: if it is missing, cut or changed.
     """
-    files = {}
-    for file, tensors in ((MODEL, model), (TRAINING, training)):
-        name = file if rank is None else part_name(file, rank)
-        files[name] = write_raw(folder / name, raw_of(tensors), {"format": "pt"})
-    if rank is not None:
-        sync(folder)
-    return files
+    path = folder / name
+    expected = _expected(folder, name, meta)
+    with _reading(path):
+        length = require_file(path, expected["bytes"])
+        digest = file_checksum(path)
+    _compare(path, length, digest, expected)
+    return length
 
 
-def raw_of(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
-    """Return host tensors as the bytes that they are in memory, without a copy."""
-    raw = {}
-    for name, tensor in tensors.items():
-        dtype = _NAMES.get(tensor.dtype)
-        if dtype is None or tensor.layout is not torch.strided:
-            raise CheckpointError(
-                f"{name} is a tensor of {tensor.dtype}, {tensor.layout}: a checkpoint holds plain "
-                "numbers only"
-            )
-        flat = tensor_bytes(tensor)
-        raw[name] = RawTensor(dtype, tuple(tensor.shape), flat.numpy().data)
-    return raw
+def _expected(folder: Path, name: str, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what meta.json says of a file."""
+    try:
+        return meta["files"][name]  # type: ignore[no-any-return]
+    except KeyError as error:
+        raise CheckpointError(f"{folder / META} is damaged: it has no file {name}") from error
 
 
-def tensors_of(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the host.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell what the system does not let read from what is not there (any more)."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _compare(path: Path, length: int, digest: str, expected: Mapping[str, Any]) -> None:
+    if length != expected["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: {length} bytes, {expected['bytes']} were written"
+        )
+    if digest != expected["xxh3_64"]:
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of what was written")
+
+
+def newest_first(checkpoints: Path) -> Iterator[Path]:
+    """Yield the folders of checkpoints, whole or not, the newest first.
 
     Raises:
-        CheckpointError: if it is none; `path` is for the message.
+        CheckpointError: if they cannot be listed; none, where there is no such folder.
     """
     try:
-        tensors: dict[str, Tensor] = load(content)
-        return joined_pairs(tensors, texts_of(content))
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        found = list(checkpoints.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UnreadableError(f"{checkpoints} cannot be listed: {error.strerror}") from error
+    steps = [(step, path) for path in found if (step := step_of(path.name)) is not None]
+    for _, path in sorted(steps, reverse=True):
+        yield path
 
 
-def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """Return tensors of a file with complex numbers where it has them as pairs.
+def evaluations(checkpoints: Path) -> list[tuple[int, Mapping[str, float] | None]]:
+    """Return (step, metrics of an evaluation at that step) of every checkpoint that is whole.
+
+    Raises:
+        CheckpointError: if they cannot be listed.
+    """
+    found = []
+    for path in newest_first(checkpoints):
+        with suppress(CheckpointError):
+            meta = read_meta(path)
+            found.append((meta["step"], meta["metrics"]))
+    return found
+
+
+def set_aside(path: Path) -> None:
+    """Move a checkpoint out of the way of a new one of the same step."""
+    os.replace(path, path.with_name(f".{path.name}.{time.time_ns()}{_REPLACED}"))
+
+
+def those_aside(checkpoints: Path) -> list[Path]:
+    """Return the folders of checkpoints in whose place new ones were to come."""
+    return sorted(checkpoints.glob(f".*{_REPLACED}"), reverse=True)
+
+
+def put_back(checkpoints: Path) -> None:
+    """Give checkpoints their names back where a job was killed before the new ones had them."""
+    for aside in those_aside(checkpoints):
+        path = aside.with_name(aside.name[1:].partition(".")[0])
+        if is_whole(aside) and not path.exists():
+            os.replace(aside, path)
+
+
+def resolved(path: Path) -> Path:
+    """Return a checkpoint's folder, from that or from a run folder, whose `latest` is meant.
+
+    Raises:
+        CheckpointError: if a run folder has none.
+    """
+    if not (path / CHECKPOINTS).is_dir():
+        return path
+    name = read_latest(path)
+    if name is None:
+        raise CheckpointError(f"{path} has no checkpoint yet: there is no {path / LATEST}")
+    return path / CHECKPOINTS / name
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a checkpoint was finished; its bytes are not looked at."""
+    return (path / META).is_file()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How the tensors of a checkpoint are spread over its writers.
+
+    Attributes:
+        ranks: that have written it.
+        shapes: of all whole tensors that are spread, by the name of the file and their own.
+    """
+
+    ranks: int
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Spread | None:
+        """Return what meta.json says; None of a checkpoint of one writer."""
+        found = meta.get("spread")
+        if found is None:
+            return None
+        shapes = {
+            file: {name: tuple(shape) for name, shape in found[file].items()}
+            for file in (MODEL, TRAINING)
+        }
+        return cls(ranks=found["ranks"], shapes=shapes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what meta.json is to say."""
+        return {"ranks": self.ranks, **{file: dict(self.shapes[file]) for file in self.shapes}}
+
+    def pieces(self, file: str, name: str, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield where rows of a tensor are: (rank, first and stop row within its part)."""
+        length = self.shapes[file][name][0]
+        for rank in range(self.ranks):
+            begin, end = rows_of(length, self.ranks, rank)
+            low, high = max(begin, first), min(end, stop)
+            if low < high:
+                yield rank, low - begin, high - begin
+
+
+def rows_of(length: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return the first row of a rank, and the one after its last.
+
+    Source: torch.chunk, by which FSDP2 cuts parameters.
+    """
+    each = -(-length // ranks)
+    return min(rank * each, length), min((rank + 1) * each, length)
+
+
+def part_name(file: str, rank: int) -> str:
+    """Return the name of a rank's part of `model.safetensors` or `training.safetensors`."""
+    stem, dot, kind = file.partition(".")
+    return f"{stem}-{rank:05d}{dot}{kind}"
+
+
+def join(
+    spread: Spread,
+    file: str,
+    read: Callable[[str], dict[str, T]],
+    concatenate: Callable[[Sequence[T], tuple[int, ...]], T],
+) -> dict[str, T]:
+    """Return the whole tensors of all parts of a file.
 
     Args:
-        tensors: of the file, or some of their rows.
-        texts: that the file has beside them.
+        spread: says where rows are.
+        file: `model.safetensors` or `training.safetensors`.
+        read: returns the tensors of one part by its name.
+        concatenate: makes a whole tensor of its parts, one after the other, of a shape.
+
+    Raises:
+        CheckpointError: if a part lacks a tensor.
     """
-    paired = [name for name in paired_names(texts) if name in tensors]
-    return tensors | {name: torch.view_as_complex(tensors[name]) for name in paired}
+    parts = [read(part_name(file, rank)) for rank in range(spread.ranks)]
+    shapes = spread.shapes[file]
+    tensors = {name: item for name, item in parts[0].items() if name not in shapes}
+    for name, shape in shapes.items():
+        try:
+            rows = [parts[rank][name] for rank, *_ in spread.pieces(file, name, 0, shape[0])]
+        except KeyError as error:
+            raise CheckpointError(f"a part of {file} has no {name}") from error
+        tensors[name] = concatenate(rows, shape)
+    return tensors

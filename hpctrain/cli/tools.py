@@ -146,15 +146,15 @@ def ckpt(arguments: list[str]) -> int:
     if (parsed.average or parsed.best) and tool != "export":
         parser.error("--average and --best belong to ckpt export")
 
-    from hpctrain.checkpoint import tools
+    from hpctrain.checkpoint import inspect
 
     if tool == "ls":
-        text = tools.listed(parsed.run)
+        text = inspect.listed(parsed.run)
     elif tool == "verify":
-        text = tools.verified(parsed.run)
+        text = inspect.verified(parsed.run)
     elif tool == "diff":
-        text = tools.compared(parsed.run, other)
+        text = inspect.compared(parsed.run, other)
     else:
-        text = tools.export(parsed.run, other, average=parsed.average, best=parsed.best)
+        text = inspect.export(parsed.run, other, average=parsed.average, best=parsed.best)
     write_out(printable_lines(text) + "\n")
     return ExitCode.DONE

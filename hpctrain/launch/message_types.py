@@ -10,12 +10,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 _NAMES = {
-    "checkpoint.layout": "UnreadableError",
-    "checkpoint.parts": "Spread",
-    "checkpoint.raw": "RawTensor",
-    "checkpoint.reading": "Rows",
-    "checkpoint.tree": "UnsavableError",
-    "checkpoint.writing": "Written",
+    "checkpoint.format": "UnreadableError Spread",
+    "checkpoint.load": "Rows",
+    "checkpoint.safetensors_files": "RawTensor Written",
+    "checkpoint.state": "UnsavableError",
     "config.fields": "Normalization",
     "config.schema": (
         "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpctrain.checkpoint.tools import config_changes
+from hpctrain.checkpoint.inspect import config_changes
 from hpctrain.config import Config, to_toml
 from hpctrain.config.messages import shown
 from hpctrain.config.semantics import CHOOSABLE, Semantics, older_rules, settle

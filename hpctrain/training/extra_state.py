@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from hpctrain.checkpoint.tree import Json, UnsavableError, decode, encode
+from hpctrain.checkpoint.state import Json, UnsavableError, decode, encode
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.step.plain_names import PlainNames, plain_state
 

@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from hpctrain.checkpoint.optimizer_groups import OWN
-from hpctrain.checkpoint.optimizer_state import (
-    OptimizerState,
-    SavedOptimizer,
-    slot_names,
-)
-from hpctrain.checkpoint.state import HasParameters
-from hpctrain.checkpoint.tree import UnsavableError
+from hpctrain.checkpoint.optimizer_state import OWN, OptimizerState, SavedOptimizer, slot_names
+from hpctrain.checkpoint.state import HasParameters, UnsavableError
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.attributes import Attributes

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hpctrain.checkpoint.layout import AVERAGE, MODEL, TRAINING
-from hpctrain.checkpoint.names import fitting_names
+from hpctrain.checkpoint.format import AVERAGE, MODEL, TRAINING
+from hpctrain.checkpoint.load import Loaded, Rows, fitting_names
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
-from hpctrain.checkpoint.reading import Loaded, Rows
 from hpctrain.checkpoint.state import restore_rng
 from hpctrain.errors import CheckpointError, TrainingError
 from hpctrain.launch.world import World

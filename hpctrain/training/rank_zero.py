@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
 from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.metrics import MetricsWriter

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from hpctrain.checkpoint.layout import read_meta
+from hpctrain.checkpoint.format import read_meta
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
 from hpctrain.observe.code import module_changes

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hpctrain.checkpoint.layout import LATEST, check_file, newest_first, step_of
-from hpctrain.checkpoint.reading import Loaded, load, load_newest, load_outline, load_values
+from hpctrain.checkpoint.format import check_file, newest_first
+from hpctrain.checkpoint.load import Loaded, load, load_newest, load_outline, load_values
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
@@ -18,6 +18,7 @@ from hpctrain.training.persistence import Resumed, share
 from hpctrain.training.saved_values import check_values
 from hpctrain.training.step.preparation import is_spread
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.run_folder import LATEST, step_of
 
 logger = logging.getLogger("hpctrain")
 

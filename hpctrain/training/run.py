@@ -10,9 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.reading import Loaded, load_newest
-from hpctrain.checkpoint.trial import try_snapshot
+from hpctrain.checkpoint.load import Loaded, load_newest
+from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
 from hpctrain.launch.world import World

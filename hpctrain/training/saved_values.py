@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
-from hpctrain.checkpoint.layout import VALUES
-from hpctrain.checkpoint.reading import Loaded
-from hpctrain.checkpoint.schema import Count
+from hpctrain.checkpoint.format import VALUES, Count
+from hpctrain.checkpoint.load import Loaded
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import checked
 
@@ -43,7 +42,7 @@ class _Normalization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """What a group of parameters has learned, see `hpctrain.checkpoint.optimizer_groups`."""
+    """What a group of parameters has learned, see `hpctrain.checkpoint.optimizer_state`."""
 
     parameters: list[str]
     learned: dict[str, Any]

@@ -10,10 +10,9 @@ from dataclasses import replace
 from threading import Event
 
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.part_writer import Outcome, PartWriter
-from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.checkpoint.writing import Written
+from hpctrain.checkpoint.manager import CheckpointStore, Outcome, PartWriter
+from hpctrain.checkpoint.safetensors_files import Written
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together

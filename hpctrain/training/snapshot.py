@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.host import pinned_bytes
-from hpctrain.checkpoint.layout import AVERAGE, EVALUATION, MODEL, TRAINING
-from hpctrain.checkpoint.parts import Spread
+from hpctrain.checkpoint.format import AVERAGE, EVALUATION, MODEL, TRAINING, Spread
+from hpctrain.checkpoint.host_copies import pinned_bytes
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.checkpoint.state import rng_to_tensors
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World

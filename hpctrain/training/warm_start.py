@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.format import joined_pairs
-from hpctrain.checkpoint.layout import EVALUATION
-from hpctrain.checkpoint.names import fitting_names
-from hpctrain.checkpoint.reading import Loaded, load
+from hpctrain.checkpoint.format import EVALUATION
+from hpctrain.checkpoint.load import Loaded, fitting_names, load
+from hpctrain.checkpoint.tensors import joined_pairs
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.world import World

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers.worlds import world_of_one
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.host import HostCopies
+from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.world import World

@@ -18,8 +18,8 @@ from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 from test_main_job import digits, hpctrain, losses, metrics, site, train
 
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.tools import verified
+from hpctrain.checkpoint.inspect import verified
+from hpctrain.checkpoint.load import load
 
 pytestmark = pytest.mark.ranks(3)
 

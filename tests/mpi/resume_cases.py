@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint import store as checkpoint_store
+from hpctrain.checkpoint import manager
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.data import Writer
@@ -307,7 +307,7 @@ def config_of(
 @contextmanager
 def failing(where: str) -> Iterator[None]:
     """Make jobs fail: at the end of the second epoch or while a checkpoint is written."""
-    save, write_files = Run.save, checkpoint_store.write_files
+    save, write_files = Run.save, manager.write_files
 
     def no_save(self: Run, place: Any, metrics: Any) -> None:
         if place.step >= 2 * EPOCH_STEPS:  # the evaluation of this step is done
@@ -323,12 +323,12 @@ def failing(where: str) -> Iterator[None]:
     if where == "before a save":
         Run.save = no_save  # type: ignore[method-assign]
     else:
-        checkpoint_store.write_files = half_a_save
+        manager.write_files = half_a_save
     try:
         yield
     finally:
         Run.save = save  # type: ignore[method-assign]
-        checkpoint_store.write_files = write_files
+        manager.write_files = write_files
 
 
 def check(site: Site, stop: str, **settings: Any) -> str | None:
@@ -415,7 +415,7 @@ def elastic(site: Site, last_step: int) -> None:
 
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
-    checkpoint_store._PAUSE_SECONDS = 0.0
+    manager._PAUSE_SECONDS = 0.0
     defaults: Any = StopAgreement.__init__.__kwdefaults__
     defaults["every_seconds"] = 0.0  # every boundary is an agreement
     with control_plane() as (topology, communicator), guard(topology) as keeper:

@@ -19,11 +19,9 @@ from step_world import alone, batch_of, samples
 
 import hpctrain
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint.layout import MODEL, TRAINING
-from hpctrain.checkpoint.parts import part_name
-from hpctrain.checkpoint.reading import load, load_newest
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.format import MODEL, TRAINING, part_name
+from hpctrain.checkpoint.load import load, load_newest
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together

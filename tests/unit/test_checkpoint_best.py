@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from hpctrain.checkpoint import tools
+from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.best import Best, Preference
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.layout import checksum_of_meta
-from hpctrain.checkpoint.raw import raw_tensors
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.format import checksum_of_meta
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.safetensors_files import raw_tensors
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError
 from hpctrain.training.optimization.plateau import Plateau
@@ -76,7 +75,7 @@ def test_all_name_the_same_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert store.best() == Best("accuracy", 0.9, 2)
     names = sorted(path.name for path in store.folder.iterdir())
     assert names == ["step-00000002", "step-00000005"]
-    lines = tools.listed(tmp_path).splitlines()
+    lines = inspect.listed(tmp_path).splitlines()
     assert [line.split()[0] for line in lines if " best" in line] == ["step-00000002"]
     assert [line.split()[0] for line in lines if " latest" in line] == ["step-00000005"]
     target = tmp_path / "best.safetensors"
@@ -90,14 +89,14 @@ def test_without_a_best_there_is_none_to_export(tmp_path: Path) -> None:
     save(tmp_path, [0.5])
     newest = tmp_path / "checkpoints" / "step-00000001"
     with pytest.raises(CheckpointError, match="not the folder of a run"):
-        tools.export(newest, tmp_path / "x", best=True)
+        inspect.export(newest, tmp_path / "x", best=True)
     meta = json.loads((newest / "meta.json").read_text())
     del meta["keep_best"], meta["xxh3_64"]
     meta["xxh3_64"] = checksum_of_meta(meta)
     (newest / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="no best checkpoint"):
-        tools.export(tmp_path, tmp_path / "x", best=True)
-    assert " best" not in tools.listed(tmp_path)
+        inspect.export(tmp_path, tmp_path / "x", best=True)
+    assert " best" not in inspect.listed(tmp_path)
 
 
 def test_a_plateau_counts_by_the_same_comparison() -> None:

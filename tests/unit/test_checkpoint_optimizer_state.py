@@ -15,11 +15,12 @@ from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpctrain.checkpoint.format import tensors_of, write_part
-from hpctrain.checkpoint.host import HostCopies
-from hpctrain.checkpoint.layout import TRAINING
+from hpctrain.checkpoint.format import TRAINING
+from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.checkpoint.optimizer_state import OptimizerState, SavedOptimizer
-from hpctrain.checkpoint.tree import UnsavableError, decode, encode
+from hpctrain.checkpoint.save import write_part
+from hpctrain.checkpoint.state import UnsavableError, decode, encode
+from hpctrain.checkpoint.tensors import tensors_of
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
 from hpctrain.training.optimization.evaluation_weights import EvaluationWeights

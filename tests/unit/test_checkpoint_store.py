@@ -21,13 +21,11 @@ import torch
 from helpers.waiting import wait_for
 from torch import Tensor
 
-from hpctrain.checkpoint import format as checkpoint_format
-from hpctrain.checkpoint import host
-from hpctrain.checkpoint import store as checkpoint_store
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.reading import load, load_newest
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint import host_copies, manager
+from hpctrain.checkpoint import save as saving
+from hpctrain.checkpoint.load import load, load_newest
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.errors import CheckpointError, ExitCode
 
 
@@ -114,13 +112,13 @@ def test_what_is_lent_is_copied_until_somebody_wants_to_change_it(
 ) -> None:
     """A save returns before, and what waits for it returns only after."""
     may_copy, waits = threading.Event(), []
-    copy = host._copy
+    copy = host_copies._copy
 
     def slow(buffer: Tensor, tensor: Tensor) -> None:
         assert may_copy.wait(60)
         copy(buffer, tensor)
 
-    monkeypatch.setattr(host, "_copy", slow)
+    monkeypatch.setattr(host_copies, "_copy", slow)
     store = make_store()
     lent = {f"optimizer/{name}": tensor for name, tensor in tensors(7).items() if name != "tied"}
     store.save(replace(snapshot(7), lent=lent, lend=waits.append))
@@ -148,7 +146,7 @@ def test_a_copy_that_fails_is_told(
     def fail(*_: object) -> None:
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(host, "_copy", fail)
+    monkeypatch.setattr(host_copies, "_copy", fail)
     store = make_store()
     store.save(replace(snapshot(1), lent=tensors(1)))
     with pytest.raises(CheckpointError, match="cannot copy what is to be saved: the device is"):
@@ -250,8 +248,8 @@ def test_a_full_disk_leaves_the_older_checkpoints(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_format, "sync", full)
-    monkeypatch.setattr(checkpoint_store, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "sync", full)
+    monkeypatch.setattr(manager, "_PAUSE_SECONDS", 0.0)
     store.save(snapshot(2))
     with pytest.raises(CheckpointError, match="No space left") as raised:
         store.finish()
@@ -327,7 +325,7 @@ def test_nothing_is_deleted_before_the_new_one_was_read_back(
             path.write_bytes(path.read_bytes()[:-1] + b"?")
 
     monkeypatch.setattr(os, "fsync", lying)
-    monkeypatch.setattr(checkpoint_store, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(manager, "_PAUSE_SECONDS", 0.0)
     store.save(snapshot(2))
     with pytest.raises(CheckpointError, match=r"read back, .*model.safetensors is damaged"):
         store.finish()
@@ -370,9 +368,9 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.save import Snapshot
+from hpctrain.checkpoint.manager import Retention
+from hpctrain.checkpoint.manager import CheckpointStore
 
 store = CheckpointStore(
     Path(sys.argv[1]), retention=Retention(keep_last=2), confirm=lambda: None, tell=print

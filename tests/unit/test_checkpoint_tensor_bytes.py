@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
-from hpctrain.checkpoint.trial import _try_bytes
+from hpctrain.checkpoint.save import _try_bytes
+from hpctrain.checkpoint.tensors import tensor_bytes
 
 NUMBERS = torch.arange(24, dtype=torch.float32)
 

@@ -14,12 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.raw import difference, raw_tensors, write_raw
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.checkpoint.tools import compared, export, listed, verified
+from hpctrain.checkpoint.inspect import compared, difference, export, listed, verified
+from hpctrain.checkpoint.load import load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.safetensors_files import raw_tensors, write_raw
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.training.warm_start import read_weights

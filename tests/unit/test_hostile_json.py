@@ -16,13 +16,12 @@ import torch
 import xxhash
 
 from hpctrain.batch.exit_status import Outcome, newest_saved, read_status, to_text, write_outcome
-from hpctrain.checkpoint import tools
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.layout import read_meta, resolved
+from hpctrain.checkpoint import inspect
+from hpctrain.checkpoint.format import read_meta, resolved
 from hpctrain.checkpoint.lease import Lease
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.load import load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.convert.index import make_catalogue
 from hpctrain.convert.pack import _begun
 from hpctrain.convert.stats import measure
@@ -220,7 +219,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_meta_json(checkpoint: Path) -> None:
     def read() -> None:
         read_meta(checkpoint)
-        tools.listed(checkpoint.parents[1])
+        inspect.listed(checkpoint.parents[1])
         load(checkpoint)
 
     hold(checkpoint / "meta.json", read, CheckpointError, signed_meta)
@@ -232,7 +231,7 @@ def test_files_of_a_checkpoint_are_beside_its_meta_json(checkpoint: Path, name: 
     meta["files"][name] = {"bytes": 2**40, "xxh3_64": "0" * 16}
     (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is not the name of a file beside it") as caught:
-        tools.verified(checkpoint)
+        inspect.verified(checkpoint)
     assert all(line.isprintable() for line in str(caught.value).splitlines())
 
 
@@ -241,7 +240,7 @@ def test_names_that_a_checkpoint_does_not_have(checkpoint: Path, tmp_path: Path)
     meta["aliases"] = {"tied": "\x1b[2J"}
     (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
-        tools.export(checkpoint, tmp_path / "weights.safetensors")
+        inspect.export(checkpoint, tmp_path / "weights.safetensors")
 
 
 def test_training_json(checkpoint: Path) -> None:

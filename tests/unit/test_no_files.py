@@ -19,7 +19,7 @@ import torch
 
 from hpctrain.batch.exit_status import read_status
 from hpctrain.batch.snapshot import in_snapshot
-from hpctrain.checkpoint import tools
+from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main
 from hpctrain.config import load
@@ -178,7 +178,7 @@ def test_run_folders(spoil: Spoil, tmp_path: Path, name: str) -> None:
     (tmp_path / "checkpoints").mkdir()
     spoil(tmp_path / name)
     refuses(lambda: read_status(tmp_path, {}))
-    refuses(lambda: tools.verified(tmp_path))
+    refuses(lambda: inspect.verified(tmp_path))
 
 
 def test_leases(spoil: Spoil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_headers_of_safetensors_bound_nothing(tmp_path: Path, name: str) -> None
     path = tmp_path / "weights.safetensors"
     path.write_bytes(PLANTED[name])
     refuses(lambda: read_weights(path))
-    refuses(lambda: tools.compared(path, path))
+    refuses(lambda: inspect.compared(path, path))
 
 
 def test_weights_that_torch_cannot_make_sense_of(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import torch
 from test_training_step import CPU, WORLD, batch, make_step
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
-from hpctrain.checkpoint.tools import compared, export
+from hpctrain.checkpoint.inspect import compared, export
+from hpctrain.checkpoint.load import load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.models.mlp import MLP

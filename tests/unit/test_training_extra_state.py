@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.tree import UnsavableError
-from hpctrain.checkpoint.trial import try_snapshot
+from hpctrain.checkpoint.save import Snapshot, try_snapshot
+from hpctrain.checkpoint.state import UnsavableError
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.extra_state import (
     capture_extra_states,

@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 from test_training_step import WORLD, batch, make_step
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.names import fitting_names
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.load import fitting_names, load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
 from hpctrain.training.horizon import Place

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.worlds import world_of_one
 
-from hpctrain.checkpoint.layout import META, checksum_of_meta
+from hpctrain.checkpoint.format import META, checksum_of_meta
 from hpctrain.launch.world import World
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.training.persistence import Resumed

@@ -9,10 +9,9 @@ import pytest
 import torch
 from helpers.worlds import world_of_one
 
-from hpctrain.checkpoint.format import Snapshot
-from hpctrain.checkpoint.layout import UnreadableError
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint.format import UnreadableError
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config import load
 from hpctrain.errors import CheckpointError
 from hpctrain.training.resuming import find_checkpoint

@@ -10,8 +10,7 @@ import schedulefree
 import torch
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.layout import MODEL, TRAINING
-from hpctrain.checkpoint.parts import Spread, part_name, rows_of
+from hpctrain.checkpoint.format import MODEL, TRAINING, Spread, part_name, rows_of
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.resnet import resnet18

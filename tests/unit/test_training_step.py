@@ -16,10 +16,9 @@ from helpers.worlds import world_of_one
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpctrain.checkpoint import host
-from hpctrain.checkpoint.reading import load
-from hpctrain.checkpoint.retention import Retention
-from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.checkpoint import host_copies
+from hpctrain.checkpoint.load import load
+from hpctrain.checkpoint.manager import CheckpointStore, Retention
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
@@ -494,13 +493,13 @@ def test_a_save_holds_the_state_from_before_the_next_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, precision: Any
 ) -> None:
     """Also where training goes on at once, and the copies of what is lent take their time."""
-    copy = host._copy
+    copy = host_copies._copy
 
     def slow(buffer: Tensor, tensor: Tensor) -> None:
         time.sleep(0.005)
         copy(buffer, tensor)
 
-    monkeypatch.setattr(host, "_copy", slow)
+    monkeypatch.setattr(host_copies, "_copy", slow)
     step = make_step(MLP(6, 3, [8]), precision=precision, optimizer=optimizer)
     store = CheckpointStore(
         tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None

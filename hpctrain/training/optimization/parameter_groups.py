@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain.checkpoint.names import without_compile
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import ConfigError
@@ -45,7 +44,7 @@ def parameter_groups(
             continue
         factor, decay = 1.0, None if decay_norms_and_biases or parameter.ndim > 1 else 0.0
         for index, group in enumerate(groups):
-            if fnmatch.fnmatchcase(without_compile(name), without_compile(group.pattern)):
+            if fnmatch.fnmatchcase(_without_compile(name), _without_compile(group.pattern)):
                 fitting.add(index)
                 factor = group.lr_factor
                 decay = decay if group.weight_decay is None else group.weight_decay
@@ -65,3 +64,8 @@ def parameter_groups(
                 f'"{names[0] if names else "layers.0.weight"}")'
             )
     return list(found.values())
+
+
+def _without_compile(name: str) -> str:
+    """Return a name, or a pattern of names, without what torch.compile has put into it."""
+    return name.replace("_orig_mod.", "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
+from hpctrain.checkpoint.tensors import tensor_bytes
 from hpctrain.launch.world import World
 
 

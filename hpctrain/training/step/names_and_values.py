@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
+from hpctrain.checkpoint.tensors import tensor_bytes
 
 
 class Names:

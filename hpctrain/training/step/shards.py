@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from hpctrain.checkpoint.tensor_bytes import tensor_bytes
+from hpctrain.checkpoint.tensors import tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World

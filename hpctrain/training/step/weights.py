@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpctrain.checkpoint.layout import AVERAGE, EVALUATION, MODEL, TRAINING
-from hpctrain.checkpoint.optimizer_groups import OWN
-from hpctrain.checkpoint.optimizer_state import PARTS, SLOTS
-from hpctrain.checkpoint.parts import rows_of
-from hpctrain.checkpoint.reading import Rows
+from hpctrain.checkpoint.format import AVERAGE, EVALUATION, MODEL, TRAINING, rows_of
+from hpctrain.checkpoint.load import Rows
+from hpctrain.checkpoint.optimizer_state import OWN, PARTS, SLOTS
 from hpctrain.training.step.plain_names import PlainNames, load_plain_state
 from hpctrain.training.step.train_step import TrainStep
 

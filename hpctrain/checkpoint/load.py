@@ -1,8 +1,9 @@
-"""Checkpoints back from disk: verified, or refused in words."""
+"""Checkpoints back from disk: verified against their checksums, or refused with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,26 +13,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hpctrain.checkpoint.format import joined_pairs, tensors_of
-from hpctrain.checkpoint.layout import (
+from hpctrain.checkpoint.format import (
     CONFIG,
     MODEL,
     TRAINING,
     VALUES,
+    Spread,
     UnreadableError,
+    join,
     newest_first,
+    part_name,
     put_back,
     read_file,
     read_meta,
     resolved,
 )
-from hpctrain.checkpoint.parts import Spread, join, part_name
+from hpctrain.checkpoint.tensors import joined_pairs, tensors_of
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_json
 from hpctrain.utils.text import first_lines, plural
 
 _SHOWN = 8
 _ANEW = 'or begin anew with checkpoint.resume = "never", which keeps them under another name'
+
+_OF_WRAPPERS = frozenset(
+    {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+"""What torch.compile, DataParallel and its like, FSDP and activation checkpointing add."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,3 +241,28 @@ def load_newest(
             f"or bring back one of them, {_ANEW}{reasons}"
         )
     return None
+
+
+def fitting_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Return the names that tensors should have, by the ones they have, where these differ.
+
+    Args:
+        wanted: names in the model.
+        there: names in a file.
+
+    Returns:
+        Of those that are no other than what wrappers have put into them, without ambiguity.
+    """
+    wanted, there = set(wanted), set(there)
+    here, given = ({name: _bare(name) for name in names} for names in (wanted, there))
+    free = {bare: name for name, bare in here.items() if name not in there}
+    counts = [Counter(here.values()), Counter(given.values())]
+    return {
+        name: free[bare]
+        for name, bare in given.items()
+        if name not in wanted and bare in free and all(count[bare] == 1 for count in counts)
+    }
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)

@@ -1,33 +1,37 @@
-"""Checkpoints looked at, compared and handed on from the command line, without torch."""
+"""Checkpoints listed, verified, compared and exported from the command line, without torch."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpctrain.checkpoint.best import Best, Preference
-from hpctrain.checkpoint.layout import (
+from hpctrain.checkpoint.format import (
     AVERAGE,
     CONFIG,
     EVALUATION,
     META,
     MODEL,
     TRAINING,
+    Spread,
     check_file,
     evaluations,
-    folder_name,
+    join,
     newest_first,
     read_file,
     read_meta,
     resolved,
 )
-from hpctrain.checkpoint.parts import read_raw
-from hpctrain.checkpoint.raw import RawTensor, difference, write_raw
+from hpctrain.checkpoint.safetensors_files import RawTensor, raw_tensors, write_raw
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replacement
+from hpctrain.utils.run_folder import CHECKPOINTS, folder_name
 from hpctrain.utils.text import first_lines, plural, printable
 
 if sys.version_info >= (3, 11):
@@ -73,7 +77,7 @@ def verified(path: Path) -> str:
     Raises:
         CheckpointError: naming each that is not.
     """
-    paths = _of_run(path) if (path / "checkpoints").is_dir() else [path]
+    paths = _of_run(path) if (path / CHECKPOINTS).is_dir() else [path]
     good, bad, total = [], [], 0
     for each in paths:
         try:
@@ -172,9 +176,26 @@ def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> di
     }
 
 
+def read_raw(folder: Path, file: str, meta: Mapping[str, Any]) -> dict[str, RawTensor]:
+    """Return the whole tensors of a checkpoint, verified, whoever has written them.
+
+    Raises:
+        CheckpointError: if a file is missing, or is not what was written.
+    """
+
+    def read(name: str) -> dict[str, RawTensor]:
+        return raw_tensors(read_file(folder, name, meta), folder / name)
+
+    def concatenate(rows: Sequence[RawTensor], shape: tuple[int, ...]) -> RawTensor:
+        return RawTensor(rows[0].dtype, shape, b"".join(item.data for item in rows))
+
+    spread = Spread.of(meta)
+    return read(file) if spread is None else join(spread, file, read, concatenate)
+
+
 def _of_run(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = list(newest_first(run / "checkpoints"))[::-1]
+    found = list(newest_first(run / CHECKPOINTS))[::-1]
     if not found:
         raise CheckpointError(f"{run} has no checkpoints: is it the folder of a run?")
     return found
@@ -182,7 +203,7 @@ def _of_run(run: Path) -> list[Path]:
 
 def _best(run: Path) -> Best | None:
     """Return the best checkpoint of a run as its newest says, None if it keeps none."""
-    checkpoints = run / "checkpoints"
+    checkpoints = run / CHECKPOINTS
     for path in newest_first(checkpoints):
         try:
             preference = Preference.of(read_meta(path))
@@ -193,7 +214,7 @@ def _best(run: Path) -> Best | None:
 
 
 def _best_checkpoint(run: Path) -> Path:
-    if not (run / "checkpoints").is_dir():
+    if not (run / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{run} is not the folder of a run: only a run has a best checkpoint")
     best = _best(run)
     if best is None:
@@ -201,7 +222,7 @@ def _best_checkpoint(run: Path) -> Path:
             f"{run} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
             "or none has an evaluation"
         )
-    return run / "checkpoints" / folder_name(best.step)
+    return run / CHECKPOINTS / folder_name(best.step)
 
 
 def _latest(run: Path) -> str | None:
@@ -273,3 +294,44 @@ def _difference(ours: RawTensor, theirs: RawTensor) -> str | None:
     numbers = "" if found.largest is None else f", by at most {found.largest:.3g}"
     relative = "" if found.relative is None else f", {found.relative:.3g} of its norm"
     return f"{found.differing:,} of {found.elements:,} elements differ{numbers}{relative}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How one tensor differs from another of its name.
+
+    Attributes:
+        differing: elements, of `elements`.
+        largest: absolute difference of any two elements; None where numpy has no such numbers.
+        relative: norm of the difference, as a part of the norm of the first.
+    """
+
+    differing: int
+    elements: int
+    largest: float | None
+    relative: float | None
+
+
+def difference(first: RawTensor, second: RawTensor) -> Difference | None:
+    """Compare two tensors of the same dtype and shape; None if they are equal to the bit."""
+    if first.data == second.data:
+        return None
+    ours, theirs = first.values(), second.values()
+    if ours is None or theirs is None:
+        return Difference(differing=1, elements=1, largest=None, relative=None)
+    bytes_of = [np.frombuffer(tensor.data, np.uint8) for tensor in (first, second)]
+    unequal = int(np.count_nonzero(bytes_of[0] != bytes_of[1]))
+    wide = np.complex128 if np.iscomplexobj(ours) else np.float64
+    before, after = ours.astype(wide), theirs.astype(wide)
+    with np.errstate(invalid="ignore", over="ignore"):
+        change = np.abs(after - before)
+        norm = float(np.linalg.norm(before))
+        relative = float(np.linalg.norm(change)) / norm if norm else None
+        differing = int(np.count_nonzero(~(before == after)))
+        largest = float(change.max())
+    return Difference(
+        differing=differing or min(unequal, before.size),
+        elements=before.size,
+        largest=largest,
+        relative=relative,
+    )

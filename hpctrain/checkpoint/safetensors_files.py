@@ -1,19 +1,24 @@
-"""Tensors of safetensors files as plain bytes: read, compared and written without torch."""
+"""Safetensors files as plain bytes, without torch: read, and written so that they are on disk.
+
+Checksums are taken on the way, of what is in memory.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from safetensors import SafetensorError, deserialize
 
-from hpctrain.checkpoint.writing import DurableFile, Written
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_json
 
@@ -37,6 +42,9 @@ _NUMPY = {
 _PAIRS = {"C32": "F16", "C128": "F64"}
 PAIRED = "complex"
 """Key of a file's own texts: the names of its tensors that are such pairs, as JSON."""
+
+_PIECE_BYTES = 8 * 2**20
+_AHEAD_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,42 +177,78 @@ def _element_bytes(tensor: RawTensor) -> int:
     return len(tensor.data) // max(1, math.prod(tensor.shape))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """How one tensor differs from another of its name.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written to a file.
 
     Attributes:
-        differing: elements, of `elements`.
-        largest: absolute difference of any two elements; None where numpy has no such numbers.
-        relative: norm of the difference, as a part of the norm of the first.
+        xxh3_64: checksum of it, as hexadecimal digits.
     """
 
-    differing: int
-    elements: int
-    largest: float | None
-    relative: float | None
+    num_bytes: int
+    xxh3_64: str
 
 
-def difference(first: RawTensor, second: RawTensor) -> Difference | None:
-    """Compare two tensors of the same dtype and shape; None if they are equal to the bit."""
-    if first.data == second.data:
-        return None
-    ours, theirs = first.values(), second.values()
-    if ours is None or theirs is None:
-        return Difference(differing=1, elements=1, largest=None, relative=None)
-    bytes_of = [np.frombuffer(tensor.data, np.uint8) for tensor in (first, second)]
-    unequal = int(np.count_nonzero(bytes_of[0] != bytes_of[1]))
-    wide = np.complex128 if np.iscomplexobj(ours) else np.float64
-    before, after = ours.astype(wide), theirs.astype(wide)
-    with np.errstate(invalid="ignore", over="ignore"):
-        change = np.abs(after - before)
-        norm = float(np.linalg.norm(before))
-        relative = float(np.linalg.norm(change)) / norm if norm else None
-        differing = int(np.count_nonzero(~(before == after)))
-        largest = float(change.max())
-    return Difference(
-        differing=differing or min(unequal, before.size),
-        elements=before.size,
-        largest=largest,
-        relative=relative,
-    )
+class DurableFile:
+    """A new file; a context manager at whose end every byte is on disk.
+
+    Checksums are taken of what is in memory, on the way to the file: what a disk loses or changes
+    does not fit them. The system is told to write out what it has every few pieces, so that the
+    disk works while the rest is still being copied, and the page cache stays with the data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = xxhash.xxh3_64()
+        self._length = self._handed_on = 0
+
+    def __enter__(self) -> DurableFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    @property
+    def written(self) -> Written:
+        return Written(self._length, self._digest.hexdigest())
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            OSError: if there is no space, or the file system is gone.
+        """
+        view = memoryview(content)
+        for begin in range(0, len(view), _PIECE_BYTES):
+            piece = view[begin : begin + _PIECE_BYTES]
+            self._digest.update(piece)
+            self._file.write(piece)
+            self._length += len(piece)
+            if self._length - self._handed_on >= _AHEAD_BYTES:
+                self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Have the system begin to write out what it holds of this file."""
+        if hasattr(os, "posix_fadvise"):
+            descriptor, length = self._file.fileno(), self._length - self._handed_on
+            os.posix_fadvise(descriptor, self._handed_on, length, os.POSIX_FADV_DONTNEED)
+            self._handed_on = self._length
+
+
+def write_file(path: Path, content: bytes) -> Written:
+    """Write a file, on disk when this returns.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with DurableFile(path) as file:
+        file.write(content)
+    return file.written

@@ -1,38 +1,81 @@
-"""Saving: a host copy at once, the rest in a thread; whole under the final name or not there."""
+"""Saving: a host copy at once, the rest in a thread; whole under the final name or not there.
+
+Rank 0 has a `CheckpointStore`, which decides what stays too; where every rank writes its own part,
+the others have a `PartWriter`.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpctrain.checkpoint.best import Best
-from hpctrain.checkpoint.faults import advice_on, fact_of
-from hpctrain.checkpoint.format import Snapshot, aliases, write_files
-from hpctrain.checkpoint.host import HostCopies
-from hpctrain.checkpoint.layout import (
-    LATEST,
+from torch import Tensor
+
+from hpctrain.checkpoint.best import Best, Mode, Preference
+from hpctrain.checkpoint.format import (
     check_file,
     evaluations,
-    folder_name,
     newest_first,
     put_back,
     read_meta,
     set_aside,
-    step_of,
     those_aside,
 )
-from hpctrain.checkpoint.retention import Retention
+from hpctrain.checkpoint.host_copies import HostCopies
+from hpctrain.checkpoint.safetensors_files import Written
+from hpctrain.checkpoint.save import Snapshot, aliases, write_files, write_part
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replace_file, sync
-from hpctrain.utils.permissions import follow_folder, open_tree_to_group
+from hpctrain.utils.permissions import explained, follow_folder, open_tree_to_group
+from hpctrain.utils.run_folder import CHECKPOINTS, LATEST, folder_name, step_of
 
 _TRIES = 2
 _PAUSE_SECONDS = 1.0
+
+Outcome = dict[str, Written] | str
+"""The files of a part, or why they could not be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What to keep.
+
+    Attributes:
+        keep_last: so many of the newest.
+        keep_every: also those of every so many steps, for ever; 0: none.
+        metric: also the best by this metric of the evaluation at its step; None: no best.
+        mode: which direction of the metric is better.
+    """
+
+    keep_last: int
+    keep_every: int = 0
+    metric: str | None = None
+    mode: Mode = "min"
+
+    @property
+    def preference(self) -> Preference | None:
+        """By what the best is found; None: no best."""
+        return None if self.metric is None else Preference(self.metric, self.mode)
+
+    def surplus(self, checkpoints: Sequence[tuple[int, Mapping[str, float] | None]]) -> list[int]:
+        """Return the steps to delete.
+
+        Args:
+            checkpoints: (step, metrics of an evaluation at that step) of every whole one.
+        """
+        steps = sorted(step for step, _ in checkpoints)
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        if self.preference is not None and (best := self.preference.best_of(checkpoints)):
+            kept.add(best.step)
+        return [step for step in steps if step not in kept]
 
 
 class CheckpointStore:
@@ -62,7 +105,7 @@ class CheckpointStore:
         self.stall_seconds = 0.0
         self.newest: Path | None = None
         self._run_folder = run_folder
-        self.folder = self._checkpoints = run_folder / "checkpoints"
+        self.folder = self._checkpoints = run_folder / CHECKPOINTS
         self._retention = retention
         self._confirm = confirm
         self._tell = tell
@@ -77,7 +120,7 @@ class CheckpointStore:
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
-            problem = fact_of(error)
+            problem = _fact_of(error)
             raise CheckpointError(f"cannot use {self._checkpoints}: {problem}") from error
 
     def save(self, snapshot: Snapshot) -> None:
@@ -191,15 +234,15 @@ class CheckpointStore:
             except OSError as error:
                 if attempt < _TRIES:
                     self._tell(
-                        f"saving step {snapshot.step} failed, trying again: {fact_of(error)}"
+                        f"saving step {snapshot.step} failed, trying again: {_fact_of(error)}"
                     )
                     time.sleep(_PAUSE_SECONDS)
                     continue
                 shutil.rmtree(self._temporary(snapshot.step), ignore_errors=True)
                 self._failure = CheckpointError(
                     f"cannot save step {snapshot.step} to {self._checkpoints}: "
-                    f"{fact_of(error)}. What was saved before is untouched; {advice_on(error)}, or "
-                    "set run.directory"
+                    f"{_fact_of(error)}. What was saved before is untouched; {_advice_on(error)}, "
+                    "or set run.directory"
                 )
             else:
                 self._took(time.perf_counter() - begin)
@@ -297,3 +340,77 @@ class CheckpointStore:
             shutil.rmtree(hidden, ignore_errors=True)
         for leftover in those_aside(self._checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+class PartWriter:
+    """Writes the parts of one rank, other than rank 0. Its thread never communicates.
+
+    Attributes:
+        done: so many parts have been written, or have failed.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.done = 0
+        self._rank = rank
+        self._host = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome = {}
+
+    def write(self, folder: Path, snapshot: Snapshot) -> None:
+        """Copy tensors to the host, what is lent meanwhile, and write them in the background.
+
+        One part at a time.
+        """
+        model = self._host.copy("model", snapshot.model)
+        training = self._host.copy("training", snapshot.training)
+        lent = self._host.copy_later("lent", snapshot.lent)
+
+        def write() -> None:
+            try:
+                lent.make()
+                self._outcome = self._write(folder, model, training | lent.host)
+            except (OSError, CheckpointError) as error:
+                self._outcome = str(error)
+            self.done += 1
+
+        self._thread = threading.Thread(target=write, name="hpctrain-checkpoint")
+        self._thread.start()
+        snapshot.lend(lent.wait)
+
+    def finish(self) -> Outcome:
+        """Wait for the part that is being written, and return what has come of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._outcome
+
+    def _write(
+        self, folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor]
+    ) -> dict[str, Written]:
+        """Write the part; once more if the file system fails."""
+        try:
+            return write_part(folder, model, training, self._rank)
+        except OSError:
+            time.sleep(_PAUSE_SECONDS)
+            return write_part(folder, model, training, self._rank)
+
+
+def _fact_of(error: OSError) -> str:
+    """Return what failed, and of which file."""
+    if isinstance(error, PermissionError) and error.filename:
+        return explained(error, Path(str(error.filename)))
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _advice_on(error: OSError) -> str:
+    """Return what helps against a fault of the file system."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return "let nobody remove the folders of a running job"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the folder writable"
+        case errno.ENOSPC | errno.EDQUOT | None:
+            return "free some space"
+        case _:
+            return "have the file system looked at"
