@@ -257,6 +257,24 @@ def test_a_file_with_too_many_objects_is_told_in_part(
     assert "more than" in found.cut
 
 
+def test_links_count_like_all_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walking, "MOST_OBJECTS", 5)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for path in ("a/1", "a/2", "b/1", "b/2"):
+            file[path] = h5py.SoftLink("/gone")
+    found = survey(str(tmp_path / "a.h5"))
+    assert [item.path for item in found.items] == ["a/1", "a/2"]
+    assert "more than" in found.cut
+
+
+def test_chunks_are_told_of_all_arrays(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("field", data=np.zeros((8, 6)), chunks=(2, 3), compression="gzip")
+        file.create_dataset("text", data=np.array([b"a"] * 8), chunks=(4,))
+    found = {item.path: item.stored for item in survey(str(tmp_path / "a.h5")).items}
+    assert found == {"field": "chunks of 2 x 3, deflate", "text": "chunks of 4"}
+
+
 def test_alike_groups_are_one_at_every_level(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for subject in range(3):

@@ -5,7 +5,7 @@ Nothing is refused here: what cannot become a tensor is listed with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import h5py
@@ -17,7 +17,7 @@ from hpctrain.data.finding.attributes import is_bare_dimension, text_attribute
 from hpctrain.data.finding.links import require_files_behind
 from hpctrain.data.finding.times import covered
 from hpctrain.data.finding.types import type_of
-from hpctrain.data.finding.walking import MOST_OBJECTS, objects_in
+from hpctrain.data.finding.walking import Link, objects_in
 from hpctrain.data.storage import HDF5_FAILURES, filters_of, open_hdf5_file
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import number
@@ -92,14 +92,13 @@ def survey(path: str) -> Survey:
     cut = ""
     try:
         with open_hdf5_file(path) as file:
-            items += _links(file, "")
             try:
                 for name, found in objects_in(file):
                     text = name if isinstance(name, str) else name.decode(errors="backslashreplace")
                     if isinstance(found, h5py.Dataset):
                         items.append(_item(text, found, path, has_name=isinstance(name, str)))
-                    else:
-                        items += _links(found, f"{text}/")
+                    elif isinstance(found, Link):
+                        items.append(_link_item(text, found))
             except DatasetError as error:  # there are too many objects, or too deep ones
                 cut = str(error)
     except HDF5_FAILURES as error:
@@ -121,10 +120,11 @@ def _item(path: str, dataset: h5py.Dataset, place: str, *, has_name: bool) -> It
     if (period := covered(dataset, dataset)) is not None:
         notes = [period]
     try:
-        stored = _stored(dataset)
         if obstacle:
+            stored = _stored(dataset)
             return replace(item, stored=stored, notes=tuple(notes), obstacle=obstacle)
         array = array_of(dataset, place)
+        stored = _stored(dataset, array.reason)
         if array.dtype.name not in SUPPORTED_DTYPES:
             return replace(item, stored=stored, notes=tuple(notes), obstacle=_NO_TENSOR)
         if array.coding is not None:
@@ -132,7 +132,7 @@ def _item(path: str, dataset: h5py.Dataset, place: str, *, has_name: bool) -> It
             notes += _decoded(array.coding)
         return replace(
             item,
-            stored=array.reason or "contiguous",
+            stored=stored,
             notes=tuple(notes),
             obstacle=obstacle,
             num_bytes=array.num_bytes,
@@ -155,9 +155,15 @@ def _obstacle_of_shape(dataset: h5py.Dataset) -> str:
     return ""
 
 
-def _stored(dataset: h5py.Dataset) -> str:
+def _stored(dataset: h5py.Dataset, reason: str = "") -> str:
+    """Return where the values of an array lie, in words.
+
+    Args:
+        dataset: the array.
+        reason: why they are not contiguous, if there are no chunks and somebody has found out.
+    """
     if dataset.chunks is None:
-        return "contiguous"
+        return reason or "contiguous"
     shape = " x ".join(map(str, dataset.chunks))
     return ", ".join([f"chunks of {shape}", *map(str, filters_of(dataset))])
 
@@ -172,25 +178,22 @@ def _decoded(coding: Coding) -> list[str]:
     return ([f"decoded: {', '.join(words)}"] if words else []) + list(coding.unused)
 
 
-def _links(group: h5py.Group, prefix: str) -> Iterator[Item]:
-    """Yield the links of a group to other names and files, followed by nobody."""
-    for raw in sorted(group.id) if len(group) <= MOST_OBJECTS else ():
-        if group.id.links.get_info(raw).type == h5py.h5l.TYPE_HARD:
-            continue
-        path = prefix + raw.decode(errors="backslashreplace")
-        leads = "to what cannot be told"
-        try:
-            link = group.get(raw, getlink=True)
-            at = f"{link.filename}:" if isinstance(link, h5py.ExternalLink) else ""
-            leads = f"to {at}{link.path}"
-            require_files_behind(group, raw.decode(errors="surrogateescape"))
-            if group.get(raw) is None:
-                leads += ", where there is nothing"
-        except OSError as error:
-            leads += f", which {error.strerror or 'cannot be followed'}"
-        except HDF5_FAILURES:
-            leads = "of a kind that h5py does not know"
-        yield Item(path=path, type="link", notes=(leads,), obstacle="a link: it trains if named")
+def _link_item(path: str, link: Link) -> Item:
+    """Return a link to another name or file: where it leads, and whether anything is there."""
+    group, raw = link
+    leads = "to what cannot be told"
+    try:
+        found = group.get(raw, getlink=True)
+        at = f"{found.filename}:" if isinstance(found, h5py.ExternalLink) else ""
+        leads = f"to {at}{found.path}"
+        require_files_behind(group, raw.decode(errors="surrogateescape"))
+        if group.get(raw) is None:
+            leads += ", where there is nothing"
+    except OSError as error:
+        leads += f", which {error.strerror or 'cannot be followed'}"
+    except HDF5_FAILURES:
+        leads = "of a kind that h5py does not know"
+    return Item(path=path, type="link", notes=(leads,), obstacle="a link: it trains if named")
 
 
 def _folded(items: Sequence[Item]) -> list[Item]:

@@ -7,6 +7,7 @@ of each object from the root. Here both are bounded.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import h5py
 
@@ -18,10 +19,24 @@ DEEPEST = 100
 """Levels of groups."""
 
 
-def objects_in(file: h5py.File) -> Iterator[tuple[str | bytes, h5py.Group | h5py.Dataset]]:
+class Link(NamedTuple):
+    """An entry of a group that is no object but leads to one: a soft, external or unknown link.
+
+    Attributes:
+        group: that it is in.
+        name: in the group.
+    """
+
+    group: h5py.Group
+    name: bytes
+
+
+def objects_in(
+    file: h5py.File,
+) -> Iterator[tuple[str | bytes, h5py.Group | h5py.Dataset | Link]]:
     """Yield each group and dataset of a file once, with its first path, in the order of names.
 
-    Links to elsewhere are not followed. A path is bytes where it is not UTF-8.
+    Links are yielded and not followed. A path is bytes where it is not UTF-8.
 
     Raises:
         DatasetError: if there are more than anybody looks at.
@@ -35,7 +50,9 @@ def objects_in(file: h5py.File) -> Iterator[tuple[str | bytes, h5py.Group | h5py
             waiting.pop()
             continue
         raw = names.pop()
+        path = prefix + raw
         if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
+            yield _text(path), Link(h5py.Group(group), raw)
             continue
         opened = h5py.h5o.open(group, raw)
         if not isinstance(opened, h5py.h5g.GroupID | h5py.h5d.DatasetID):
@@ -46,7 +63,6 @@ def objects_in(file: h5py.File) -> Iterator[tuple[str | bytes, h5py.Group | h5py
         if known_as in seen:
             continue
         seen.add(known_as)
-        path = prefix + raw
         yield _text(path), item
         if is_group:
             budget.require_depth(len(waiting))
