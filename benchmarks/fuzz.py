@@ -29,8 +29,7 @@ import numpy.typing as npt
 
 from hpctrain.convert.parallel import each, processors
 from hpctrain.data import Dataset, Storage, Writer, open_dataset
-from hpctrain.data.finding.checking import verify_share
-from hpctrain.data.finding.discovery import join_files
+from hpctrain.data.discovery import join_files, verify_share
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 

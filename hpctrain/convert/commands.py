@@ -13,7 +13,7 @@ from hpctrain.convert.pack import Packing
 from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.sources.source import Source
-from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.discovery import open_dataset
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.topology import Communicator, on_rank_zero

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.discovery import open_dataset
 from hpctrain.data.index import INDEX_NAME, damaged_shards
 from hpctrain.data.order.permutation import derive_key, permutation
 from hpctrain.data.writing import Writer

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.convert.sources.indexed import read_attributes
+from hpctrain.convert.survey import ANY, Item, Survey, covered, survey
+from hpctrain.data.catalogue import is_catalogue
+from hpctrain.data.contents import OR_CHOOSE
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings, described
-from hpctrain.data.finding.catalogue import is_catalogue
-from hpctrain.data.finding.contents import OR_CHOOSE
-from hpctrain.data.finding.discovery import find_files
-from hpctrain.data.finding.survey import ANY, Item, Survey, survey
-from hpctrain.data.finding.times import covered
+from hpctrain.data.discovery import find_files
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME
 from hpctrain.data.stats import STATS_NAME
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file

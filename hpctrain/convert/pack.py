@@ -17,7 +17,7 @@ from hpctrain.convert.parallel import Progress, silent
 from hpctrain.convert.sources.source import Source
 from hpctrain.convert.splits import Selection, select, split_sizes
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.finding.discovery import inspect_file
+from hpctrain.data.discovery import inspect_file
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin, write_index
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.shard_file import (

@@ -13,12 +13,17 @@ import numpy.typing as npt
 
 from hpctrain.convert.blocks import blocks_of, one_shard
 from hpctrain.convert.parallel import Progress, for_each, silent
+from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
-from hpctrain.data.finding.catalogue import is_catalogue, read_catalogue
-from hpctrain.data.finding.checking import describe, unlike_listed
-from hpctrain.data.finding.discovery import find_files, inspect_file, require_finished
+from hpctrain.data.discovery import (
+    describe,
+    find_files,
+    inspect_file,
+    require_finished,
+    unlike_listed,
+)
 from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum

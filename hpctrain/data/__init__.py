@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpctrain.data.dataset import Dataset, Field
-    from hpctrain.data.finding.discovery import open_dataset
+    from hpctrain.data.discovery import open_dataset
     from hpctrain.data.order.partition import Order, default_lanes
     from hpctrain.data.storage import Storage
     from hpctrain.data.writing import Writer
@@ -23,7 +23,7 @@ _HOMES = {
     "Storage": "storage",
     "Writer": "writing",
     "default_lanes": "order.partition",
-    "open_dataset": "finding.discovery",
+    "open_dataset": "discovery",
 }
 
 

@@ -102,7 +102,7 @@ class Shard:
         layouts: by field.
         sources: other files that values come from: of virtual datasets, and external storage.
         codings: of the fields whose numbers do not all stand for themselves; None: nobody has
-            looked, `hpctrain.data.finding.attributes.with_codings` does.
+            looked, `hpctrain.data.contents.with_codings` does.
     """
 
     path: str

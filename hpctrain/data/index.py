@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
+
 from hpctrain.data.claims import require_countable, require_plausible, require_row
 from hpctrain.data.coding import Coding, coding_from
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
-from hpctrain.data.sealing import require_sealed, sealed
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum, is_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_json, read_whole
@@ -20,10 +22,11 @@ UNFINISHED_NAME = "index.json.unfinished"
 """Lies in a folder as long as its shards are being written."""
 INDEX_VERSION = 2
 HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
-
 _REMAKE = "Write the dataset anew, or remove the index to read the files as plain HDF5"
-
 T = TypeVar("T")
+CHECKSUM = "checksum"
+UNSEALED_VERSION = 1
+"""Of an index and of a catalogue of 0.1.0, which had no checksum."""
 
 
 def write_index(dataset: Dataset, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
@@ -288,3 +291,30 @@ def file_problems(dataset: Dataset, folder: Path) -> dict[str, str]:
             "Move what does not belong here away, or write the dataset anew"
         )
     return problems
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """Return a document as JSON, with its checksum."""
+    whole = {**document, CHECKSUM: checksum_of(document)}
+    return (json.dumps(whole, indent=1) + "\n").encode()
+
+
+def require_sealed(document: Mapping[str, Any]) -> None:
+    """Check that a document says what it said when it was written.
+
+    Those of 0.1.0 have no checksum. A version and a key that were altered do not make another one
+    of them.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if document.get("version") == UNSEALED_VERSION and CHECKSUM not in document:
+        return
+    if document.get(CHECKSUM) != checksum_of(document):
+        raise ValueError("its checksum is not that of what it says: it was damaged, or edited")
+
+
+def checksum_of(document: Mapping[str, Any]) -> str:
+    """Return the xxh3-64 of all that a document says but its checksum, hexadecimal."""
+    said = {key: value for key, value in document.items() if key != CHECKSUM}
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(said).encode()))

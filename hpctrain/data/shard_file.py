@@ -11,7 +11,7 @@ import h5py
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.finding.discovery import inspect_file
+from hpctrain.data.discovery import inspect_file
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError

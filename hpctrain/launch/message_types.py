@@ -24,7 +24,7 @@ _NAMES = {
     "data.coding": "Coding",
     "data.dataset": "Field Layout Shard Dataset",
     "data.decoding": "FieldDecoding",
-    "data.finding.view": "Part Column View",
+    "data.view": "Part Column View",
     "data.order.picks": "Spans Picks",
     "convert.sources.arrays": "ArrayFacts",
     "convert.sources.images": "Pictures",

@@ -11,8 +11,8 @@ from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
-from hpctrain.data.finding.view import View
 from hpctrain.data.stats import STATS_NAME, read_stats
+from hpctrain.data.view import View
 from hpctrain.errors import ConfigError
 
 logger = logging.getLogger("hpctrain")

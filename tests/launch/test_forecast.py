@@ -11,7 +11,7 @@ import pytest
 from test_main_job import ROOT, hpctrain, metrics
 
 from hpctrain.config import load
-from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.open_datasets import open_datasets
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -14,9 +14,9 @@ from filter_chains import CHAINS, properties_of
 
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data import open_dataset
-from hpctrain.data.finding.view import Part
 from hpctrain.data.reading.axis_access import AxisAccess
 from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
 
 ROWS, WIDTH = 4, 1024

@@ -15,10 +15,9 @@ import pytest
 from hpctrain.convert import index as indexing
 from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.verify import verify
-from hpctrain.data.finding.checking import verify_share
-from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.finding.view import Part, View
-from hpctrain.data.sealing import sealed
+from hpctrain.data.discovery import open_dataset, verify_share
+from hpctrain.data.index import sealed
+from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError, UsageError
 
 

@@ -17,13 +17,13 @@ from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.data import Dataset, Order, open_dataset
 from hpctrain.data.coding import Coding
 from hpctrain.data.decoding import FieldDecoding, decodings
-from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale
 from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError
 

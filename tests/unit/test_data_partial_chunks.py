@@ -13,9 +13,9 @@ import pytest
 from filter_chains import CHAINS, properties_of
 
 from hpctrain.data import open_dataset
-from hpctrain.data.finding.view import Part
 from hpctrain.data.reading import access, axis_access, libraries
 from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.view import Part
 
 SHAPE, CHUNK = (25, 7, 9), (10, 4, 4)
 

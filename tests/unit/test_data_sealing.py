@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 
 from hpctrain.convert.index import make_catalogue, make_index
-from hpctrain.data.finding.catalogue import read_catalogue
-from hpctrain.data.finding.checking import verify_share
-from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.finding.view import Part, View
-from hpctrain.data.index import INDEX_NAME, parse_index
+from hpctrain.data.catalogue import read_catalogue
+from hpctrain.data.discovery import open_dataset, verify_share
+from hpctrain.data.index import INDEX_NAME, parse_index, sealed
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.sealing import sealed
+from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError
 
 

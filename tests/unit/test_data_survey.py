@@ -18,9 +18,8 @@ import xarray as xr
 from h5py import h5d, h5s, h5t
 
 from hpctrain.cli import main
-from hpctrain.data import open_dataset
-from hpctrain.data.finding import walking
-from hpctrain.data.finding.survey import Item, survey
+from hpctrain.convert.survey import Item, survey
+from hpctrain.data import open_dataset, walking
 from hpctrain.errors import DatasetError
 
 if sys.version_info >= (3, 11):

@@ -19,8 +19,8 @@ from hpctrain.convert.index import make_index
 from hpctrain.convert.parallel import each
 from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
-from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.sealing import sealed
+from hpctrain.data.discovery import open_dataset
+from hpctrain.data.index import sealed
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
 

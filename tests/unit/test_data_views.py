@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
-from hpctrain.data import Dataset, Order
-from hpctrain.data.finding import contents
-from hpctrain.data.finding.opening import open_datasets
-from hpctrain.data.finding.view import View
+from hpctrain.data import Dataset, Order, contents
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.reading import axis_access
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 
 ROWS = (7, 2, 11)

@@ -16,8 +16,7 @@ import pytest
 
 from hpctrain.convert.digits import pack_digits
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.index import INDEX_VERSION, damaged_shards
-from hpctrain.data.sealing import sealed
+from hpctrain.data.index import INDEX_VERSION, damaged_shards, sealed
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
 from hpctrain.launch.single import SingleCommunicator

@@ -25,8 +25,8 @@ from hpctrain.cli import main
 from hpctrain.config import load
 from hpctrain.config.importing import MARKER, use_snapshot
 from hpctrain.convert.sources.opening import Reading, open_source
+from hpctrain.convert.survey import survey
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.finding.survey import survey
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import HpctrainError
 from hpctrain.observe.log import LOG_FILE

@@ -26,8 +26,8 @@ from hpctrain.config.schema import (
 )
 from hpctrain.convert.stats import measure
 from hpctrain.data import Dataset, Writer, open_dataset
-from hpctrain.data.finding.opening import open_datasets
 from hpctrain.data.loading.samples import SampleRunner
+from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.batch_finishing import build_batch_transform

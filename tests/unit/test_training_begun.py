@@ -24,7 +24,7 @@ from hpctrain.config.schema import (
 from hpctrain.config.semantics import FIRST, NEWEST, RECORD, settle
 from hpctrain.convert.stats import measure
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.finding.opening import open_datasets
+from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, read_stats, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training import begun_decoding, normalizing

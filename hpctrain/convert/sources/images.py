@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hpctrain.convert.parallel import processors
 from hpctrain.convert.sources.source import Arrays, identity_of, reading
 from hpctrain.data.dataset import Field
-from hpctrain.data.file_order import in_order
+from hpctrain.data.discovery import in_order
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import require_regular

@@ -14,7 +14,7 @@ from hpctrain.convert.sources.source import Arrays, identity_of, native
 from hpctrain.data.conventions import without_coding
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
-from hpctrain.data.finding.discovery import open_dataset
+from hpctrain.data.discovery import open_dataset
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.storage import open_hdf5_file

@@ -18,7 +18,7 @@ from hpctrain.convert.sources.source import Converted, Source
 from hpctrain.convert.sources.table import Part, Table, make_part
 from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import require_fields
-from hpctrain.data.file_order import in_order
+from hpctrain.data.discovery import in_order
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.errors import DatasetError
 

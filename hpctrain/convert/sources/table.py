@@ -17,7 +17,7 @@ from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.conventions import coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
-from hpctrain.data.file_order import in_order
+from hpctrain.data.discovery import in_order
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.errors import DatasetError

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.finding.view import Part
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError, damaged_rows
@@ -23,6 +22,7 @@ from hpctrain.data.reading.sound_chunks import SoundChunks
 from hpctrain.data.reading.staged import scatter_by_runs
 from hpctrain.data.reading.vectors import MOST_VECTORS
 from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
 
 READ_BYTES = 32 * 2**20

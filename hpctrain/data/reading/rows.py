@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.finding.view import Part, View
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.reading.axis_access import AxisAccess
@@ -18,6 +17,7 @@ from hpctrain.data.reading.helpers import Helpers
 from hpctrain.data.reading.row_reader import SteadyReader
 from hpctrain.data.reading.steady import READ_RETRIES, SteadyAccess
 from hpctrain.data.reading.view_access import ViewAccess
+from hpctrain.data.view import Part, View
 
 
 def open_rows(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpctrain.data.finding.view import Column, Part, View
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.ragged import groups_of, within
 from hpctrain.data.reading.destinations import Destinations
@@ -15,6 +14,7 @@ from hpctrain.data.reading.pieces import Bytes
 from hpctrain.data.reading.row_reader import SteadyReader
 from hpctrain.data.reading.staged import scatter_by_runs
 from hpctrain.data.reading.targets import LEAST_DIRECT_BYTES
+from hpctrain.data.view import Column, Part, View
 
 SCRATCH_BYTES = 32 * 2**20
 """Rows of overlapping windows that are read at once, and gathered from, about."""

@@ -13,9 +13,7 @@ from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
-from hpctrain.data.file_order import FileOrder
-from hpctrain.data.finding.discovery import open_dataset
-from hpctrain.data.finding.view import Column, Part, View
+from hpctrain.data.discovery import FileOrder, open_dataset
 from hpctrain.data.order.permutation import Int64s
 from hpctrain.data.order.picks import (
     MOST_SPANS,
@@ -30,6 +28,7 @@ from hpctrain.data.order.picks import (
     split_pieces,
 )
 from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.view import Column, Part, View
 from hpctrain.errors import DatasetError
 
 Purpose = Literal["train", "validation"]

@@ -1,0 +1,417 @@
+"""What one HDF5 file holds, as far as training needs to know: asked of HDF5 once.
+
+Which of its arrays have rows, where their values lie, what their attributes say of their numbers,
+and their types in words, also those that a tensor has no counterpart for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5t
+
+from hpctrain.data.claims import require_plausible, require_row
+from hpctrain.data.coding import PLAIN, Coding, without_plain
+from hpctrain.data.conventions import ATTRIBUTES, coding_of
+from hpctrain.data.dataset import (
+    ELSEWHERE,
+    Field,
+    Layout,
+    Shard,
+    require_fields,
+    require_supported,
+)
+from hpctrain.data.storage import (
+    HDF5_FAILURES,
+    filters_of,
+    is_stored_as_in_memory,
+    open_hdf5_file,
+    read_attribute,
+    require_filters,
+)
+from hpctrain.data.walking import behind_links, is_in, objects_in, other_files, require_files_behind
+from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed, printable
+
+OR_CHOOSE = (
+    ". Or leave it out: `python -m hpctrain data info` shows what can train, and the tools take "
+    "--fields"
+)
+LEAST_PIECE_BYTES = 1024
+"""Rows that lie in smaller pieces, along a last axis or so, are better collected by HDF5."""
+_BARE = "This is a netCDF dimension but not a netCDF variable"
+"""Source: netCDF-4's own files; its documentation tells of the attribute NAME only."""
+_MOST_MEMBERS = 6
+"""Of a compound type or an enumeration that are shown."""
+_DEEPEST = 4
+"""Levels of types inside of types that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """One HDF5 dataset.
+
+    Attributes:
+        shape: all axes.
+        dtype: as stored.
+        chunks: shape of a chunk; None without chunks.
+        offset: bytes from the start of the file, where all of it lies there as in memory.
+        reason: why only HDF5 can read it, if there is no offset.
+        sources: other files that its values come from.
+        coding: how its numbers stand for values; None: nobody has looked.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...] | None
+    offset: int | None
+    reason: str
+    sources: tuple[str, ...] = ()
+    coding: Coding | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values, as memory holds them."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the values are in other files, which may come and go by themselves."""
+        return self.reason in ELSEWHERE
+
+    def field(self, axis: int) -> Field:
+        """Return what a sample is where this axis counts the samples."""
+        return Field(self.shape[:axis] + self.shape[axis + 1 :], self.dtype)
+
+    def layout(self, axis: int) -> Layout:
+        """Return where the rows lie along this axis."""
+        chunk_rows = 1 if self.chunks is None else self.chunks[axis]
+        if axis:
+            piece_bytes = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+            base = self.offset if piece_bytes >= LEAST_PIECE_BYTES else None
+            return Layout(None, chunk_rows, f"along axis {axis}", base)
+        return Layout(self.offset, chunk_rows, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """One HDF5 file.
+
+    Attributes:
+        path: of the file.
+        size: of the file, bytes.
+        modified_ns: when it was last written to.
+        checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
+        arrays: by path inside of the file.
+    """
+
+    path: str
+    size: int
+    modified_ns: int
+    checksum: str | None
+    arrays: Mapping[str, Array]
+
+    def shard(self, names: Sequence[str] | None, axis: int) -> tuple[Shard, dict[str, Field]]:
+        """Return this file as a shard of these fields; None: of all that it holds.
+
+        Raises:
+            DatasetError: if a field is not there or cannot become a tensor, or has other rows.
+        """
+        wanted = list(self.arrays) if names is None else list(names)
+        require_fields(wanted, self.arrays, self.path)
+        arrays = {name: self.arrays[name] for name in wanted}
+        for name, array in arrays.items():
+            if axis >= len(array.shape):
+                raise DatasetError(
+                    f'{self.path}: field "{name}" has the shape {array.shape}, and no axis {axis}: '
+                    f"the first one is 0, the last {len(array.shape) - 1}"
+                )
+        fields = {name: array.field(axis) for name, array in arrays.items()}
+        for name, field in fields.items():
+            try:
+                require_supported(name, field, self.path)
+            except DatasetError as error:
+                raise DatasetError(f"{error}{OR_CHOOSE if names is None else ''}") from None
+            require_row(name, field.row_bytes, self.path)
+            self._require_stored(name, arrays[name])
+        samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
+        layouts = {name: array.layout(axis) for name, array in arrays.items()}
+        sources = sorted({source for array in arrays.values() for source in array.sources})
+        codings = {name: array.coding for name, array in arrays.items() if array.coding is not None}
+        shard = Shard(
+            path=self.path,
+            samples=samples,
+            size=self.size,
+            checksum=self.checksum,
+            layouts=layouts,
+            sources=tuple(sources),
+            codings=without_plain(codings) if len(codings) == len(arrays) else None,
+        )
+        return shard, fields
+
+    def _require_stored(self, name: str, array: Array) -> None:
+        """Check that the values of an array fit into what there is."""
+        if array.offset is None:
+            stored = self.size + sum(_size_of(source) for source in array.sources)
+            require_plausible(name, array.num_bytes, self.path, stored)
+        elif array.offset + array.num_bytes > self.size:
+            raise DatasetError(
+                f'{self.path}: field "{name}" ends at byte '
+                f"{array.offset + array.num_bytes:,}, and the file at {self.size:,}: it is "
+                "truncated. Bring the whole file back"
+            )
+
+    def _common_rows(self, rows: Mapping[str, int]) -> int:
+        for name, count in rows.items():
+            if count == 0:
+                raise DatasetError(f'{self.path}: field "{name}" has no rows')
+        if len(set(rows.values())) > 1:
+            counts = listed([f"{name} {count}" for name, count in rows.items()], 30)
+            raise DatasetError(
+                f"{self.path}: the fields have different numbers of rows: {counts}. "
+                "Name those that belong together: `python -m hpctrain data info` shows what there "
+                "is, and the tools take --fields"
+            )
+        return next(iter(rows.values()), 0)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
+
+
+def look_into(path: str, fields: Sequence[str] | None) -> Contents:
+    """Return what HDF5 says of one file, of these of its datasets or of all.
+
+    Raises:
+        DatasetError: if it cannot be read, or a field is not there.
+    """
+    try:
+        with open_hdf5_file(path) as file:
+            arrays = {
+                name: _array_of_field(name, dataset, path)
+                for name, dataset in _wanted(file, fields).items()
+            }
+            found = Path(path).stat()
+    except HDF5_FAILURES as error:
+        raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
+    return Contents(path, found.st_size, found.st_mtime_ns, None, arrays)
+
+
+def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
+    """Return HDF5 datasets of an open file by their paths, links followed for those named."""
+    if fields is not None:
+        named = {}
+        for name in fields:
+            try:
+                require_files_behind(file, name)
+                if name in file:
+                    named[name] = file[name]
+            except ValueError:  # a name that HDF5 cannot have
+                continue
+            except (KeyError, OSError, RuntimeError) as error:
+                raise DatasetError(
+                    f'{file.filename}: field "{name}" is a link that leads to nothing: {error}'
+                ) from error
+        if len(named) == len(fields) and all(map(_holds_rows, named.values())):
+            return named
+    there = datasets_with_rows(file)
+    wanted = list(there) if fields is None else list(fields)
+    require_fields(wanted, there, file.filename)
+    return {name: there[name] for name in wanted}
+
+
+def _array_of_field(name: str, dataset: h5py.Dataset, path: str) -> Array:
+    try:
+        return array_of(dataset, path)
+    except TypeError:
+        raise DatasetError(
+            f'{path}: field "{name}" is {type_of(dataset)}, which cannot become a tensor'
+        ) from None
+
+
+def array_of(dataset: h5py.Dataset, path: str) -> Array:
+    """Return what HDF5 says of an open dataset in the file at a path.
+
+    Raises:
+        DatasetError: if its chunks went through a filter that is not here.
+    """
+    if dataset.chunks is not None:
+        require_filters(dataset, path)
+    if not is_in(dataset, path):
+        reason = "in another file, by a link"
+    elif dataset.chunks is not None:
+        reason = ", ".join(["chunked", *map(str, filters_of(dataset))])
+    else:
+        reason = _obstacle(dataset)
+    offset = None if reason else dataset.id.get_offset()
+    sources = tuple(other_files(dataset, path))
+    return Array(
+        shape=dataset.shape,
+        dtype=dataset.dtype,
+        chunks=dataset.chunks,
+        offset=offset,
+        reason=reason,
+        sources=sources,
+        coding=coding_in(dataset),
+    )
+
+
+def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the datasets of an open file that have an axis, by one of the paths to each.
+
+    A file may be nothing but links to others: then those that they lead to.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    # Bytes are names that are not UTF-8: no config can have them.
+    there: dict[str, h5py.Dataset] = {
+        name: item
+        for name, item in objects_in(file)
+        if isinstance(name, str) and _holds_rows(item) and not is_bare_dimension(item)
+    }
+    if not there:
+        there = {name: found for name, found in behind_links(file).items() if _holds_rows(found)}
+    if not there:
+        raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
+    return there
+
+
+def _holds_rows(item: object) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape is not None and item.ndim > 0
+
+
+def _obstacle(dataset: h5py.Dataset) -> str:
+    """Return why the rows of a dataset without chunks do not lie in the file as in memory."""
+    if dataset.is_virtual:
+        return "virtual"
+    if dataset.external:
+        return "in an external file"
+    if dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        # The offset that HDF5 reports may then be a number that means nothing.
+        return "without storage, all fill value"
+    if dataset.id.get_offset() is None:
+        return "compact"
+    if not is_stored_as_in_memory(dataset):
+        return "in a number format that only HDF5 converts"
+    return ""
+
+
+def is_bare_dimension(dataset: h5py.Dataset) -> bool:
+    """Tell whether an array is no variable of a netCDF file, but the length of an axis."""
+    return text_attribute(dataset, "NAME").startswith(_BARE)
+
+
+def text_attribute(dataset: h5py.Dataset, name: str) -> str:
+    """Return an attribute that is text; empty: there is none such."""
+    try:
+        value = read_attribute(dataset.attrs, name) if name in dataset.attrs else ""
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else ""
+
+
+def coding_in(dataset: h5py.Dataset) -> Coding:
+    """Return how the numbers of an open HDF5 dataset stand for values."""
+    if dataset.dtype.kind not in "iuf":
+        return PLAIN
+    there = dataset.attrs
+    said = {name: _value(there, name) for name in ATTRIBUTES if name in there}
+    if said and "units" in there:
+        said["units"] = _value(there, "units")
+    return coding_of(dataset.dtype, said)
+
+
+def _value(attributes: h5py.AttributeManager, name: str) -> Any:
+    try:
+        return read_attribute(attributes, name)
+    except (OSError, TypeError):  # a type that h5py does not know
+        return "of a type that cannot be read"
+    except ValueError as error:
+        return str(error)
+
+
+def type_of(dataset: h5py.Dataset) -> str:
+    """Return the type of a dataset's values in words, such as "compound {pt: float32}"."""
+    return type_text(dataset.id.get_type())
+
+
+def type_text(kind: h5t.TypeID, depth: int = 0) -> str:
+    """Return an HDF5 type in words. Never fails: of what is not known, its size is told.
+
+    Args:
+        kind: the type as stored.
+        depth: levels of types around it.
+    """
+    if depth > _DEEPEST:
+        return "..."
+    try:
+        return _text(kind, depth)
+    except (TypeError, ValueError, RuntimeError, OSError):
+        return f"a type of {kind.get_size()} bytes that h5py does not know"
+
+
+def _text(kind: h5t.TypeID, depth: int) -> str:
+    words = _WORDS.get(kind.get_class())
+    if words is not None:
+        return words(kind, depth)
+    name: str = kind.dtype.name  # also of what is new, such as the complex numbers of HDF5 2.0
+    return name
+
+
+def _opaque(kind: h5t.TypeOpaqueID, _: int) -> str:
+    tag = _name(kind.get_tag())
+    return f"opaque of {kind.get_size()} bytes" + (f" ({tag})" if tag else "")
+
+
+def _compound(kind: h5t.TypeCompoundID, depth: int) -> str:
+    names = [kind.get_member_name(i) for i in range(min(kind.get_nmembers(), _MOST_MEMBERS))]
+    if names == [b"r", b"i"] and kind.get_nmembers() == 2:
+        return str(kind.dtype)  # complex, as h5py writes it
+    kinds = [type_text(kind.get_member_type(i), depth + 1) for i in range(len(names))]
+    members = [f"{_name(name)}: {text}" for name, text in zip(names, kinds, strict=True)]
+    more = kind.get_nmembers() - len(members)
+    return "compound {" + ", ".join(members) + (f", and {more} more" if more else "") + "}"
+
+
+def _enumeration(kind: h5t.TypeEnumID, depth: int) -> str:
+    if kind.dtype.name == "bool":
+        return "bool"
+    count = kind.get_nmembers()
+    shown = [_name(kind.get_member_name(i)) for i in range(min(count, _MOST_MEMBERS + 1))]
+    return f"{type_text(kind.get_super(), depth + 1)}, one of {listed(shown, _MOST_MEMBERS)}"
+
+
+def _array(kind: h5t.TypeArrayID, depth: int) -> str:
+    shape = " x ".join(map(str, kind.get_array_dims()))
+    return f"arrays {shape} of {type_text(kind.get_super(), depth + 1)}"
+
+
+def _name(raw: bytes) -> str:
+    return printable(raw.decode(errors="replace"))
+
+
+_WORDS: dict[int, Callable[[Any, int], str]] = {
+    h5t.STRING: lambda kind, _: (
+        "text" if kind.is_variable_str() else f"text of {kind.get_size()} bytes"
+    ),
+    h5t.BITFIELD: lambda kind, _: f"bitfield of {8 * kind.get_size()} bits",
+    h5t.OPAQUE: _opaque,
+    h5t.COMPOUND: _compound,
+    h5t.REFERENCE: lambda _, __: "reference",
+    h5t.ENUM: _enumeration,
+    h5t.VLEN: lambda kind, depth: f"sequences of {type_text(kind.get_super(), depth + 1)}",
+    h5t.ARRAY: _array,
+    h5t.TIME: lambda kind, _: f"time of {kind.get_size()} bytes",
+}
