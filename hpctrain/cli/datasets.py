@@ -33,7 +33,7 @@ def data(arguments: list[str], claim: Claim) -> int:
     except SystemExit:  # argparse has told its help
         return ExitCode.DONE
 
-    from hpctrain.observe.tool_progress import ToolProgress
+    from hpctrain.observe.progress import ToolProgress
 
     with closing(ToolProgress.of_job(f"{arguments[0]}:")) as progress:
         if is_collective:

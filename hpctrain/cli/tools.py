@@ -26,7 +26,7 @@ def status(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
 
     from hpctrain.batch.exit_status import read_status, to_json, to_text
-    from hpctrain.observe.sinks import newest_records
+    from hpctrain.observe.records import newest_records
 
     # A person may ask from any job, a script asks about its own.
     environ = os.environ if parsed.exit_code else {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.bar import AboveBar
+from hpctrain.observe.progress import AboveBar
 from hpctrain.utils.files import AppendedFile
 from hpctrain.utils.permissions import explained
 from hpctrain.utils.text import printable_lines

@@ -1,36 +1,37 @@
 """The metrics of a run, in its folder: for programs, for spreadsheets, for TensorBoard.
 
 Training does not end for want of metrics. What cannot be written waits in memory, is told once,
-and is tried again.
+and is tried again. Each file takes records, all or none.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import itertools
 import logging
+import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.records import Record
-from hpctrain.observe.sinks import (
-    CsvTable,
-    JsonLines,
-    Sink,
-    TensorBoard,
-    cut_back,
-    read_records,
-)
+from hpctrain.observe.records import Record, cut_back, flat, read_records, to_line, to_row
 from hpctrain.utils import text
+from hpctrain.utils.files import AppendedFile, replacing
+from hpctrain.utils.permissions import follow_folder
 
 JSONL_FILE = "metrics.jsonl"
+
 CSV_FILE = "metrics.csv"
+
 TENSORBOARD_FOLDER = "tensorboard"
 
 RETRY_SECONDS = 30.0
+
 MAX_WAITING = 10_000
 """Records that wait for a disk; then the oldest are given up."""
 
@@ -85,41 +86,6 @@ class MetricsWriter:
             queue.close()
 
 
-def _open(folder: Path, resume_step: int | None, again: str | None) -> list[Sink]:
-    lines = folder / JSONL_FILE
-    if resume_step is None:
-        _put_aside(lines)
-    elif lines.exists():
-        num_cut = cut_back(lines, resume_step, again)
-        if num_cut:
-            _logger.info(
-                "%s: %s after step %s cut off",
-                lines.name,
-                text.plural(num_cut, "line"),
-                resume_step,
-            )
-    json_lines = JsonLines(lines)
-    # The table is made anew from the lines, so that the two agree whatever happened to it.
-    sinks: list[Sink] = [json_lines, CsvTable(folder / CSV_FILE, lambda: read_records(lines))]
-    first_step = 0 if resume_step is None else resume_step + 1
-    try:
-        sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, first_step))
-    except ModuleNotFoundError as error:
-        if error.name != "tensorboard":
-            _logger.warning("no TensorBoard events: it is installed, but not whole: %s", error)
-    return sinks
-
-
-def _put_aside(path: Path) -> None:
-    """Rename a file that holds something to the first free name of its kind."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    names = (path.with_name(f"{path.stem}-old-{i}{path.suffix}") for i in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    path.rename(aside)
-    _logger.info("metrics of an older run are now in %s", aside)
-
-
 class _Queue:
     """Records on their way to a sink: none waits, unless the sink has failed."""
 
@@ -171,3 +137,187 @@ class _Queue:
             written = text.plural(len(self._waiting), "record")
             _logger.info("%s can be written again: %s added", self._sink.path, written)
         self._waiting.clear()
+
+
+def _open(folder: Path, resume_step: int | None, again: str | None) -> list[Sink]:
+    lines = folder / JSONL_FILE
+    if resume_step is None:
+        _put_aside(lines)
+    elif lines.exists():
+        num_cut = cut_back(lines, resume_step, again)
+        if num_cut:
+            _logger.info(
+                "%s: %s after step %s cut off",
+                lines.name,
+                text.plural(num_cut, "line"),
+                resume_step,
+            )
+    json_lines = JsonLines(lines)
+    # The table is made anew from the lines, so that the two agree whatever happened to it.
+    sinks: list[Sink] = [json_lines, CsvTable(folder / CSV_FILE, lambda: read_records(lines))]
+    first_step = 0 if resume_step is None else resume_step + 1
+    try:
+        sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, first_step))
+    except ModuleNotFoundError as error:
+        if error.name != "tensorboard":
+            _logger.warning("no TensorBoard events: it is installed, but not whole: %s", error)
+    return sinks
+
+
+def _put_aside(path: Path) -> None:
+    """Rename a file that holds something to the first free name of its kind."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    names = (path.with_name(f"{path.stem}-old-{i}{path.suffix}") for i in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    _logger.info("metrics of an older run are now in %s", aside)
+
+
+class Sink(Protocol):
+    """Something that takes records."""
+
+    path: Path
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Take all of the records.
+
+        Raises:
+            OSError: if it took none of them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up the file.
+
+        Raises:
+            OSError: if it may not have got to the disk.
+        """
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = AppendedFile(path)
+
+    def append(self, records: Sequence[Record]) -> None:
+        self._file.append(b"".join(map(to_line, records)))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class CsvTable:
+    """metrics.csv: the same as a table, with a column for every key that ever came.
+
+    Args:
+        path: the file; what it holds is replaced.
+        history: the records to begin with, each time from the start.
+    """
+
+    def __init__(self, path: Path, history: Callable[[], Iterable[Record]]) -> None:
+        self.path = path
+        columns: dict[str, None] = {}
+        for record in history():
+            columns.update(dict.fromkeys(flat(record)))
+        self._columns = list(columns)
+        with replacing(path) as file:
+            file.write(to_row(self._columns) if self._columns else b"")
+            for record in history():
+                file.write(self._row(flat(record)))
+        self._file = AppendedFile(path)
+
+    def append(self, records: Sequence[Record]) -> None:
+        rows = [flat(record) for record in records]
+        columns = dict.fromkeys(self._columns)
+        for row in rows:
+            columns.update(dict.fromkeys(row))
+        if len(columns) > len(self._columns):
+            self._widen(list(columns))
+        self._file.append(b"".join(map(self._row, rows)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _row(self, row: dict[str, Any]) -> bytes:
+        return to_row([row.get(column) for column in self._columns])
+
+    def _widen(self, columns: list[str]) -> None:
+        """Write the file anew with more columns, at the right, empty in the rows that are there.
+
+        Can be repeated, should it fail on the way.
+        """
+        with (
+            self.path.open(encoding="utf-8", newline="") as old,
+            replacing(self.path) as new,
+        ):
+            new.write(to_row(columns))
+            rows = csv.reader(old)
+            next(rows, None)
+            for row in rows:
+                new.write(to_row(row + [""] * (len(columns) - len(row))))
+        opened = AppendedFile(self.path)
+        self._file.close()
+        self._file, self._columns = opened, columns
+
+
+class TensorBoard:
+    """TensorBoard's event files, by its own message types; without TensorFlow and threads.
+
+    A file a job. The first says from which step on this job's values hold, so that TensorBoard
+    drops those of an earlier job that had gone further.
+
+    Args:
+        folder: of all event files of this run.
+        first_step: the first step of this job.
+
+    Raises:
+        ModuleNotFoundError: named "tensorboard" where that is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._record_writer = RecordWriter
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        follow_folder(folder)
+        stamp = f"{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
+        self.path = folder / f"events.out.tfevents.{stamp}"
+        self._file = AppendedFile(self.path)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(
+            [
+                self._event(wall_time=time.time(), file_version="brain.Event:2"),
+                self._event(wall_time=time.time(), step=first_step, session_log=start),
+            ]
+        )
+
+    def append(self, records: Sequence[Record]) -> None:
+        self._write([self._scalars(record) for record in records])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _scalars(self, record: Record) -> Any:
+        group = record.get("split", record["kind"])
+        values = [
+            self._summary.Value(tag=f"{group}/{key.replace('.', '/')}", simple_value=value)
+            for key, value in flat(record).items()
+            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
+        return self._event(
+            wall_time=time.time(), step=record["step"], summary=self._summary(value=values)
+        )
+
+    def _write(self, events: Sequence[Any]) -> None:
+        buffer = io.BytesIO()
+        writer = self._record_writer(buffer)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._file.append(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Metrics records as text: strict JSON for programs, flat rows for spreadsheets. Pure."""
+"""Records of metrics.jsonl: as lines of strict JSON and flat rows; read again, and cut back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hpctrain.utils.files import open_file, replacing
 from hpctrain.utils.json_files import parse_json
 
 Record = Mapping[str, Any]
@@ -16,6 +18,10 @@ Record = Mapping[str, Any]
 
 NONFINITE = "nonfinite"
 """Key of a line that tells which of its nulls stand for what: {"seconds.data": "inf"}."""
+
+
+_TAIL_BYTES = 2**18
+"""Of metrics.jsonl, in which the newest records are looked for."""
 
 
 def to_line(record: Record) -> bytes:
@@ -96,3 +102,54 @@ def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
     return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def read_records(path: Path) -> Iterable[dict[str, Any]]:
+    """Yield the whole records of a metrics.jsonl, in its order.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open_file(path) as file:
+        for line in file:
+            if (record := from_line(line)) is not None:
+                yield record
+
+
+def newest_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest records of training and of each evaluation, flat; none without a file."""
+    try:
+        with open_file(path) as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.readlines()
+    except OSError:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for line in reversed(lines):
+        record = from_line(line)
+        if record is not None:
+            found.setdefault(str(record.get("split", record["kind"])), flat(record))
+    return dict(sorted(found.items()))
+
+
+def cut_back(path: Path, last_step: int, again: str | None = None) -> int:
+    """Take from a metrics.jsonl what lies after a step, and torn lines; return how many lines.
+
+    Records of the kind `again` at the step itself go too: they are about to be written once more.
+
+    Raises:
+        OSError: if it cannot be read or replaced; it is then as it was.
+    """
+
+    def kept(line: bytes) -> bool:
+        record = from_line(line)
+        if record is None or record["step"] > last_step:
+            return False
+        return again is None or record["step"] < last_step or record["kind"] != again
+
+    with open_file(path) as file:
+        num_cut = sum(not kept(line) for line in file)
+    if num_cut:
+        with open_file(path) as old, replacing(path) as new:
+            new.writelines(filter(kept, old))
+    return num_cut

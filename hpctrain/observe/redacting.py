@@ -6,6 +6,16 @@ import re
 
 REDACTED = "[redacted]"
 
+_SECRET_VARIABLE = re.compile(
+    r"TOKEN|PASS|SECRET|KEY|CRED|AUTH|COOKIE|PRIVATE|SIGN|JWT", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(r"://[^/\s]*@|\bBearer\b|-----BEGIN", re.IGNORECASE)
+_SECRET_WORD = re.compile(
+    r"((?:^|[\W_])(?:token|password|passwd|secret|credentials?|(?:api|access|secret)_?key)\s*=).*",
+    re.IGNORECASE | re.DOTALL,
+)
+_NOT_RECORDED = "(not recorded)"
+
 # All repetitions have a bound, and what comes before a name stays in any case, so it is not looked
 # for: no text takes longer than its length asks for.
 _SECRET_NAME = (
@@ -58,3 +68,14 @@ def _replaced(found: re.Match[str]) -> str:
     if value == REDACTED or is_count or _PLAIN.fullmatch(value):
         return found[0]
     return found[1] + REDACTED
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Tell whether an environment variable looks like one that could open a door."""
+    return _SECRET_VARIABLE.search(name) is not None or _SECRET_VALUE.search(value) is not None
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """Return a command line with what looks like a secret in it left out."""
+    hidden = [_SECRET_WORD.sub(rf"\1{_NOT_RECORDED}", word) for word in words]
+    return [_NOT_RECORDED if _SECRET_VALUE.search(word) else word for word in hidden]

@@ -20,7 +20,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
 from hpctrain.observe.code import module_changes
 from hpctrain.observe.job_record import JobRecord, timestamp
-from hpctrain.observe.surroundings import without_secrets
+from hpctrain.observe.redacting import without_secrets
 from hpctrain.training.folder import RunFolder
 from hpctrain.training.persistence import Resumed
 from hpctrain.utils.batch_job import job_identity

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.observe import job_record, repository, surroundings
-from hpctrain.observe.code import module_changes, modules_now, user_modules
+from hpctrain.observe import code, job_record, redacting
+from hpctrain.observe.code import look_into, module_changes, modules_now, root_of, user_modules
 from hpctrain.observe.job_record import JobRecord
-from hpctrain.observe.repository import look_into, root_of
 
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "protocol.file.allow=always")
 
@@ -103,7 +102,7 @@ def test_changes_inside_a_submodule_are_part_of_the_diff(project: Path, tmp_path
 
 
 def test_a_large_diff_is_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "MOST_DIFF_BYTES", 1000)
+    monkeypatch.setattr(code, "MOST_DIFF_BYTES", 1000)
     found = look_into(changed(project, "x = 1\n" * 100_000))
     assert found.diff_is_cut
     assert len(found.diff) == 1000
@@ -190,13 +189,13 @@ def test_variables_that_open_doors_are_not_noted() -> None:
         "PIP_INDEX_URL": "https://me:word@host/simple",
         "ANYTHING": "x",
     }
-    assert surroundings.variables(kept | secret) == kept
+    assert job_record.variables(kept | secret) == kept
 
 
 def test_what_looks_like_a_secret_in_a_command_is_left_out() -> None:
     words = ["python", "run.toml", "model.vocab_tokens=50", "logging.api_key=abc", "x.token = y"]
     words += ["data.train=https://me:word@host/x", "--password=a\nb"]
-    found = surroundings.without_secrets(words)
+    found = redacting.without_secrets(words)
     assert found[:3] == words[:3]
     assert found[3] == "logging.api_key=(not recorded)"
     assert not any(secret in " ".join(found) for secret in ("abc", "word@", "= y", "a\nb"))
@@ -207,12 +206,12 @@ def test_packages_are_those_that_would_be_imported(
 ) -> None:
     from importlib.metadata import version
 
-    assert surroundings.packages()["numpy"] == version("numpy")
+    assert job_record.packages()["numpy"] == version("numpy")
     (tmp_path / "numpy-0.0.1.dist-info").mkdir()
     (tmp_path / "my_package-1.2.dev3+g1a.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert surroundings.packages()["numpy"] == "0.0.1"
-    assert surroundings.packages()["my-package"] == "1.2.dev3+g1a"
+    assert job_record.packages()["numpy"] == "0.0.1"
+    assert job_record.packages()["my-package"] == "1.2.dev3+g1a"
 
 
 def test_driver_and_image_as_their_makers_name_them(tmp_path: Path) -> None:
@@ -222,10 +221,10 @@ def test_driver_and_image_as_their_makers_name_them(tmp_path: Path) -> None:
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n",
         encoding="utf-8",
     )
-    assert surroundings.driver(tmp_path, tmp_path) == "NVIDIA 580.95.05"
-    assert surroundings.driver(tmp_path / "none", tmp_path / "none") is None
-    assert surroundings.image({"APPTAINER_CONTAINER": "/images/a.sif"}, tmp_path) == "/images/a.sif"
-    assert surroundings.image({}, tmp_path) is None
+    assert job_record.driver(tmp_path, tmp_path) == "NVIDIA 580.95.05"
+    assert job_record.driver(tmp_path / "none", tmp_path / "none") is None
+    assert job_record.image({"APPTAINER_CONTAINER": "/images/a.sif"}, tmp_path) == "/images/a.sif"
+    assert job_record.image({}, tmp_path) is None
 
 
 def read(run: Path, number: int) -> dict[str, object]:
@@ -281,7 +280,7 @@ def test_nothing_that_goes_wrong_is_more_than_a_warning(
     def broken(environ: object) -> str:
         raise ZeroDivisionError("unheard of")
 
-    monkeypatch.setattr(surroundings, "image", broken)
+    monkeypatch.setattr(job_record, "image", broken)
     record = JobRecord(tmp_path)
     record.begin({"run": "x"})
     record.end(reason="complete")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe import metrics, records, sinks
+from hpctrain.observe import metrics, records
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import from_line, to_line
 from hpctrain.utils import files
@@ -394,5 +394,5 @@ def test_broken_tensorboard_is_told(
 def test_cut_back_counts_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(to_line(train(1)) + b"garbage\n" + to_line(train(5)) + b'{"step": 1')
-    assert sinks.cut_back(path, 4) == 3
+    assert records.cut_back(path, 4) == 3
     assert path.read_bytes() == to_line(train(1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.observe.terminal import Process, columns_watched
+from hpctrain.observe.progress import Process, columns_watched
 
 SHELL = (Process(20, "bash"), Process(10, "sshd"), Process(1, "systemd"))
 
@@ -64,7 +64,7 @@ def test_nothing_above_the_launcher_is_read() -> None:
     assert columns_watched(None, ancestors(), {5: 77}.get) == 77
 
 
-ASK = "from hpctrain.observe.terminal import terminal_columns; print(terminal_columns())"
+ASK = "from hpctrain.observe.progress import terminal_columns; print(terminal_columns())"
 
 
 def ask(command: list[str], stderr: int, term: str = "xterm") -> str:

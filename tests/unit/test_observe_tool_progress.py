@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from hpctrain.observe.tool_progress import EVERY_SECONDS, ToolProgress
+from hpctrain.observe.progress import TOOL_LINE_SECONDS, ToolProgress
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("seconds", [0.0, EVERY_SECONDS - 1])
+@pytest.mark.parametrize("seconds", [0.0, TOOL_LINE_SECONDS - 1])
 def test_what_is_quick_tells_nothing(seconds: float) -> None:
     clock, stream = Clock(), io.StringIO()
     progress = ToolProgress("pack:", clock=clock, stream=stream)
