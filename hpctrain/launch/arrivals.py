@@ -59,10 +59,15 @@ def mark(name: str) -> int | None:
     return os.memfd_create(name) if hasattr(os, "memfd_create") else None
 
 
+def process_of(launcher: Launcher, proc: Path = PROC) -> int | None:
+    """Return the launcher's process above this one; None if it cannot be seen."""
+    above = (pid for pid in ancestors(proc=proc) if launcher.processes & {*names_of(pid, proc)})
+    return next(above, None)
+
+
 def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:
     """Return the ranks that the launcher's process above this one has started; empty if unseen."""
-    above = (pid for pid in ancestors(proc=proc) if launcher.processes & {*names_of(pid, proc)})
-    root = next(above, None)
+    root = process_of(launcher, proc)
     if root is None:
         return {}
     ranks: dict[int, Seen] = {}

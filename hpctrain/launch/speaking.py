@@ -1,23 +1,24 @@
 """Which rank tells what all of them know, where they cannot talk to each other.
 
 Rank 0 does, unless it comes late: a launcher ends the job once the first rank leaves, so that
-nothing would have been told. The others give it a head start, and one of them tells it then. What
-ranks of one node are at they see by their marks; of other nodes nothing is seen.
+nothing would have been told. The others give it a head start, and then the one tells it that gets
+the lock of this node's ranks. Of other nodes nothing is seen.
 """
 
 from __future__ import annotations
 
 import enum
+import fcntl
 import os
 import time
 from collections.abc import Callable, Sequence
 
 from hpctrain.launch.ancestry import ancestors
-from hpctrain.launch.arrivals import Seen, mark, ranks_of_node
+from hpctrain.launch.arrivals import Seen, mark, process_of, ranks_of_node
 from hpctrain.launch.launchers import WHOLE_NUMBER, Environment, launchers_in, nearest
 from hpctrain.launch.table import Launcher
 
-INTENDS, TELLS = "hpctrain-is-about-to-tell", "hpctrain-tells"
+_LEAVES_IT = "hpctrain-leaves-it-to-another-rank"
 
 HEAD_START_SECONDS = 2.0
 # Rank 0 of another node, or those beside it, are to be first, and rank 1 before others.
@@ -54,11 +55,10 @@ def find_voice() -> Voice:
     expected = max(len(look()), _local_world_size(launcher) - 1)
     if rank != 0 and not _rank_zero_is_silent(launcher, rank, look):
         return Voice.NOBODY
-    # One that was here and has left has told it, or left it to another. To be looked at before this
-    # rank leaves its own mark, for which others leave too: then nobody would tell it.
-    if rank != 0 and len(look()) < expected:
+    if not _has_lock(process_of(launcher)):
         return Voice.NOBODY
-    if not _is_first(rank, look):
+    # None leaves before the one that has the lock: one that was here and has left has told it.
+    if rank != 0 and len(look()) < expected:
         return Voice.NOBODY
     # Most launchers end the job once rank 0 has told it and left. srun may let the others be.
     return Voice.NODE if rank != 0 and launcher.name == "srun" and 0 not in look() else Voice.ALL
@@ -104,7 +104,7 @@ def let_rank_zero_end() -> None:
     end = time.monotonic() + _LINGER_SECONDS
     while time.monotonic() < end:
         zero = ranks_of_node(launcher).get(0)
-        if zero is None or INTENDS in zero.marks:
+        if zero is None or _LEAVES_IT in zero.marks:
             return
         time.sleep(_PAUSE_SECONDS)
 
@@ -130,19 +130,31 @@ def _rank_zero_is_silent(
     return True
 
 
-def _is_first(rank: int, look: Callable[[], dict[int, Seen]]) -> bool:
-    """Return whether no other rank of this node tells it; at most one of them is the first."""
-    mark(INTENDS)
-    others = look()
-    if any(TELLS in seen.marks for seen in others.values()):
-        return False
-    rivals = [other for other, seen in others.items() if INTENDS in seen.marks]
-    if rivals and min(rivals) < rank:
-        return False
-    if rivals:
-        # They may have looked before this rank's mark was there.
+def _has_lock(launcher: int | None) -> bool:
+    """Return whether this is the first of the node's ranks to lock their launcher's process.
+
+    The others return when it has ended: many launchers end a job with the first rank that leaves,
+    and the one that has the lock may not have told it yet. The lock lasts as long as this process.
+    """
+    if launcher is None:
+        return True
+    try:
+        folder = os.open(f"/proc/{launcher}", os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return True
+    if _locks(folder):
+        return True
+    # After the try: for the mark of a late rank 0 the one that has the lock may wait, and leave.
+    mark(_LEAVES_IT)
+    end = time.monotonic() + _LINGER_SECONDS
+    while time.monotonic() < end and not _locks(folder):
         time.sleep(_PAUSE_SECONDS)
-        if any(TELLS in seen.marks for seen in look().values()):
-            return False
-    mark(TELLS)
+    return False
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
