@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 RANKS_PER_CORE = 4
@@ -34,9 +34,9 @@ def room_for(ranks: int) -> Iterator[None]:
     folder.mkdir(mode=0o700, exist_ok=True)
     wanted = min(ranks, budget())
     with ExitStack() as held:
-        # One at a time gathers its places, in the order of coming: a large job is not starved by
-        # small ones, and no two wait for each other's.
-        with _locked(folder / "gate"):
+        # One at a time gathers many places, in the order of coming: no two wait for each other's,
+        # and what it has gathered it keeps, so that it is not starved by those that want only one.
+        with _locked(folder / "gate") if wanted > 1 else nullcontext():
             taken = 0
             while True:
                 for number in range(budget()):
