@@ -42,7 +42,7 @@ def ranks_of(item: pytest.Item) -> int:
         pytest.UsageError: if a test among those that start jobs does not say it.
     """
     mark = item.get_closest_marker("ranks")
-    if Path(item.path).parent.name == "launch":
+    if Path(item.path).parent == Path(__file__).parent / "launch":
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "ranks" in callspec.params:
             return max(1, int(callspec.params["ranks"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_step import WORLD, make_step
+from helpers.steps import WORLD, make_step
 from torch import Tensor, nn
 
 from hpctrain.config import load

@@ -26,7 +26,7 @@ class FusedKernels:
         device: type of device.
         dtypes: of the parameters.
         measured: versions of torch whose kernels were compared with the plain optimizers, see
-            tests/unit/test_training_fused.py.
+            tests/unit/training/test_fused.py.
         read: first and last version of torch whose source was read, and not run.
     """
 

@@ -21,7 +21,7 @@ _ELEMENTWISE = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
-# The same of others' packages; compared in tests/unit/test_training_sharding.py.
+# The same of others' packages; compared in tests/unit/training/test_sharding.py.
 _ELEMENTWISE_OF_OTHERS = {
     ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 }

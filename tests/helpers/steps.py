@@ -1,0 +1,57 @@
+"""A step of a small model on one process, and batches for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpctrain.data.loading.loader import Batch
+from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.step.casting import cast_model
+from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.task import Classification
+
+from .worlds import world_of_one
+
+CPU = torch.device("cpu")
+WORLD = world_of_one("test")
+
+
+def fields(count: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return {
+        "x": torch.randn(count, 6, generator=generator, dtype=dtype),
+        "y": torch.randint(3, (count,), generator=generator),
+    }
+
+
+def batch(count: int = 8, **kwargs: Any) -> Batch:
+    return Batch(fields=fields(count, **kwargs), size=count, global_size=count, epoch=0, start=0)
+
+
+def make_step(
+    model: nn.Module,
+    *,
+    precision: Any = "32-true",
+    task: Any = None,
+    optimizer: Any = torch.optim.AdamW,
+    arguments: dict[str, Any] | None = None,
+    example: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> TrainStep:
+    number_format = NumberFormat.of(precision, CPU)
+    cast_model(model, number_format, None)
+    number_format = number_format.for_model(model)
+    chosen: dict[str, Any] = {"clip_norm": None, "micro_batch_size": None, "largest_share": 8}
+    return TrainStep(
+        model,
+        task or Classification(["x"], "y"),
+        build_optimizer(optimizer, model, 0.02, arguments or {}),
+        WORLD,
+        number_format=number_format,
+        example=example or fields(1),
+        **(chosen | options),
+    )

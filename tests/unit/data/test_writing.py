@@ -1,0 +1,333 @@
+"""Writing a dataset, its index, and the digits."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from hpctrain.convert.digits import pack_digits
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.index import INDEX_VERSION, damaged_shards, sealed
+from hpctrain.data.storage import Storage
+from hpctrain.errors import DatasetError
+from hpctrain.launch.single import SingleCommunicator
+
+SAMPLES = {
+    "x": np.arange(60, dtype="f4").reshape(10, 2, 3),
+    "y": np.arange(10, dtype=">u2"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset of 10 samples in shards of 4, 4 and 2."""
+    folder = tmp_path / "data"
+    with Writer(folder, shard_bytes=4 * 26, attributes={"x": {"units": "kelvin"}}) as writer:
+        for i in range(3):
+            writer.append({name: values[i] for name, values in SAMPLES.items()})
+        writer.extend({name: values[3:] for name, values in SAMPLES.items()})
+    return folder
+
+
+def test_shards_are_plain_hdf5(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.json",
+        "shard-000000.h5",
+        "shard-000001.h5",
+        "shard-000002.h5",
+    ]
+    parts = []
+    for path in sorted(folder.glob("*.h5")):
+        with h5py.File(path) as file:
+            assert file["x"].chunks is None
+            assert file["x"].attrs["units"] == "kelvin"
+            assert file["y"].dtype == np.dtype("=u2")
+            parts.append(file["x"][...])
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert (np.concatenate(parts) == SAMPLES["x"]).all()
+
+
+def test_index_says_what_hdf5_says(folder: Path) -> None:
+    indexed = open_dataset(str(folder))
+    (folder / "index.json").unlink()
+    inspected = open_dataset(str(folder))
+    assert indexed.fields == inspected.fields
+    for one, other in zip(indexed.shards, inspected.shards, strict=True):
+        assert (one.path, one.samples, one.size) == (other.path, other.samples, other.size)
+        assert one.layouts == other.layouts
+    assert damaged_shards(indexed) == []
+
+
+def test_select(folder: Path) -> None:
+    dataset = open_dataset(str(folder), ["y"])
+    assert list(dataset.fields) == list(dataset.shards[0].layouts) == ["y"]
+    assert dataset.fingerprint == open_dataset(str(folder)).fingerprint
+    with pytest.raises(DatasetError, match=r'there is no field "z"\. It has: x, y'):
+        open_dataset(str(folder), ["z"])
+
+
+def test_flipped_byte_is_found_by_checksum(folder: Path) -> None:
+    path = folder / "shard-000001.h5"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert damaged_shards(open_dataset(str(folder))) == [str(path)]
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "index.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_bytes(sealed(document))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "shard-000001.h5").unlink(), r"shard-000001\.h5: this shard is missing"),
+        (
+            lambda f: (f / "shard-000001.h5").write_bytes(b"short"),
+            r"shard-000001\.h5: 5 bytes, where index\.json says \d+: it is truncated",
+        ),
+        (
+            lambda f: (f / "shard-000001.h5").write_bytes(bytes(10**5)),
+            r"100000 bytes, .*the index is older than the file",
+        ),
+        (lambda f: (f / "more.h5").touch(), r"index\.json does not list more\.h5"),
+        (lambda f: (f / "index.json").write_text("{"), r"index\.json: .*it is not JSON"),
+        (lambda f: (f / "index.json").write_bytes(b"\xff"), r"index\.json: .*it is not JSON"),
+        (lambda f: (f / "index.json").write_text("[]"), r"the document is list, not dict"),
+        (lambda f: (f / "index.json.unfinished").touch(), r"still being written"),
+        (edit(lambda d: d.update(version=INDEX_VERSION + 1)), r"newer hpctrain.*update hpctrain"),
+        (edit(lambda d: d.pop("version")), r"version is missing"),
+        (edit(lambda d: d.update(version=True)), r"version is bool, not int"),
+        (edit(lambda d: d.update(samples=11)), r"samples is not the sum over the shards, 10"),
+        (edit(lambda d: d.update(shards=[])), r"shards is empty"),
+        (edit(lambda d: d.update(fields={})), r"shards\[0\]\.layouts is not about"),
+        (edit(lambda d: d["fields"]["x"].update(dtype="f3")), r"fields\.x\.dtype .*is not a dtype"),
+        (edit(lambda d: d["fields"]["x"].update(dtype="S3")), r'field "x" has dtype \|S3'),
+        (edit(lambda d: d["fields"]["x"].update(shape=[-1])), r"fields\.x\.shape is -1"),
+        (edit(lambda d: d["shards"][1].update(samples="4")), r"shards\[1\]\.samples is str"),
+        (edit(lambda d: d["shards"][1].update(samples=0)), r"shards\[1\]\.samples is 0"),
+        (edit(lambda d: d["shards"][1].update(file="../x.h5")), r"shards\[1\]\.file is not"),
+        (
+            edit(lambda d: d["shards"][1].update(file="shard-000000.h5")),
+            r"shard-000000\.h5: this shard is missing, or listed twice",
+        ),
+        (
+            edit(lambda d: d["shards"][1]["layouts"]["y"].update(offset=10**6)),
+            r"shards\[1\]\.layouts\.y\.offset leads past the end",
+        ),
+    ],
+)
+def test_index_that_does_not_hold(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(DatasetError, match=message) as caught:
+        open_dataset(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_writer_refuses_to_overwrite(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DatasetError, match="there is a dataset, or a part of one"), Writer(folder):
+        pass
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_exception_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+
+    def write_and_fail() -> None:
+        with Writer(folder, shard_bytes=8) as writer:
+            writer.extend({"x": np.arange(10)})
+            assert (folder / "shard-000000.h5").exists()
+            with pytest.raises(DatasetError, match="still being written"):
+                open_dataset(str(folder))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"x": np.zeros(3)}, r"sample 1 has x float64 \(3,\); the first one had x float32 \(2,\)"),
+        ({"x": np.zeros(2)}, r"x float64 \(2,\)"),
+        ({"y": np.zeros(2, "f4")}, r"y float32"),
+        ({}, r"different numbers of samples"),
+    ],
+)
+def test_samples_that_do_not_fit(
+    tmp_path: Path, second: dict[str, np.ndarray], message: str
+) -> None:
+    with Writer(tmp_path / "data") as writer:
+        writer.append({"x": np.zeros(2, "f4")})
+        with pytest.raises(DatasetError, match=message):
+            writer.append(second)
+
+
+@pytest.mark.parametrize(
+    ("samples", "attributes", "message"),
+    [
+        ({"x": np.array(["a"])}, {}, r'field "x" has dtype <U1'),
+        ({"x": np.zeros(3), "y": np.zeros(2)}, {}, r"different numbers of samples"),
+        ({"x": np.zeros(3)}, {"z": {"units": "m"}}, r"attributes for z"),
+        ({"x": np.zeros(0)}, {}, r"no sample was written"),
+    ],
+)
+def test_first_samples_that_cannot_be(
+    tmp_path: Path,
+    samples: dict[str, np.ndarray],
+    attributes: dict[str, dict[str, str]],
+    message: str,
+) -> None:
+    with (
+        pytest.raises(DatasetError, match=message),
+        Writer(tmp_path / "data", attributes=attributes) as writer,
+    ):
+        writer.extend(samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"shard_rows": 3}, [3, 3, 3, 1]),
+        ({"shard_rows": 10}, [10]),
+        ({"shard_bytes": 52}, [2, 2, 2, 2, 2]),
+        ({"shard_bytes": 1}, [1] * 10),
+        ({"shard_bytes": 52, "shard_rows": 9}, [9, 1]),
+    ],
+)
+def test_shards_of_rows_or_bytes(tmp_path: Path, options: dict[str, int], rows: list[int]) -> None:
+    with Writer(tmp_path / "data", **options) as writer:
+        writer.extend(SAMPLES)
+    assert [shard.samples for shard in open_dataset(str(tmp_path / "data")).shards] == rows
+
+
+def test_chunks_and_filters(tmp_path: Path) -> None:
+    storage = Storage("gzip", level=1, chunk_bytes=48)
+    with Writer(tmp_path / "data", shard_rows=6, storage=storage) as writer:
+        writer.extend(SAMPLES)
+    with h5py.File(tmp_path / "data" / "shard-000001.h5") as file:
+        assert (file["x"].chunks, file["y"].chunks) == ((2, 2, 3), (2,))
+        assert (file["x"].compression, file["x"].compression_opts) == ("gzip", 1)
+        assert (file["x"][...] == SAMPLES["x"][6:]).all()
+
+
+def test_shards_are_whole_chunks_and_small_fields_contiguous(tmp_path: Path) -> None:
+    values = {"x": np.zeros((40, 100), "u1"), "label": np.arange(40, dtype="u1")}
+    storage = Storage("lzf", chunk_bytes=700)
+    with Writer(tmp_path / "data", shard_bytes=2000, storage=storage) as writer:
+        writer.extend(values)
+    dataset = open_dataset(str(tmp_path / "data"))
+    assert [shard.samples for shard in dataset.shards] == [14, 14, 12]
+    assert dataset.slow_fields() == {}
+    assert dataset.chunk_rows == 7
+
+
+def test_a_collective_of_one(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with Writer(folder, shard_rows=6, communicator=SingleCommunicator()) as writer:
+        writer.extend(SAMPLES)
+    dataset = open_dataset(str(folder))
+    assert [shard.name for shard in dataset.shards] == [
+        "shard-000000-000000.h5",
+        "shard-000000-000001.h5",
+    ]
+    assert (dataset.samples, damaged_shards(dataset)) == (10, [])
+
+
+def test_large_fields_are_aligned(tmp_path: Path) -> None:
+    with Writer(tmp_path / "data") as writer:
+        writer.extend({"x": np.zeros((5, 2**22), "u1"), "label": np.zeros(5)})
+    shard = open_dataset(str(tmp_path / "data")).shards[0]
+    assert shard.layouts["x"].offset == 2**20
+    assert shard.size < 1.07 * 5 * 2**22
+
+
+def test_digits_are_packed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    assert "packed train 1438 samples in 8 shards" in pack_digits(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "are packed already: train 1438" in pack_digits(folder)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+    labels, images = {}, {}
+    for split in ("train", "validation"):
+        dataset = open_dataset(str(folder / split))
+        assert dataset.fields["image"].shape == (1, 8, 8)
+        files = [h5py.File(shard.path) for shard in dataset.shards]
+        labels[split] = np.concatenate([file["label"][...] for file in files])
+        images[split] = np.concatenate([file["image"][...] for file in files])
+        for file in files:
+            file.close()
+    counts = {split: np.bincount(each) for split, each in labels.items()}
+    fractions = counts["validation"] / (counts["train"] + counts["validation"])
+    assert (np.abs(fractions - 0.2) < 0.01).all()
+    everything = np.concatenate(list(images.values()))
+    assert (everything.min(), everything.max()) == (0.0, 1.0)
+    assert len(np.unique(everything, axis=0)) == 1797
+
+    again = tmp_path / "again"
+    pack_digits(again)
+    for path in folder.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes()
+
+
+def test_digits_notice_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    pack_digits(folder)
+    path = folder / "validation" / "shard-000001.h5"
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"shard-000001\.h5: the checksum .* Remove .*digits"):
+        pack_digits(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(DatasetError, match=r"train: there is no dataset here, yet .* not empty"):
+        pack_digits(tmp_path / "other")
+    with pytest.raises(DatasetError, match=r"notes\.txt: Not a directory"):
+        pack_digits(tmp_path / "other" / "notes.txt")
+
+
+def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *arguments: Any) -> Any:
+        if name.startswith("sklearn"):
+            raise ModuleNotFoundError(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DatasetError, match=r"pip install 'hpctrain\[digits\]'"):
+        pack_digits(tmp_path / "digits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tools_start_without_torch() -> None:
+    code = (
+        "import sys, hpctrain.data;"
+        "assert not {'torch', 'numpy', 'h5py'} & set(sys.modules);"
+        "from hpctrain.data import Dataset, Field, Order, Writer, default_lanes, open_dataset;"
+        "import hpctrain.convert.digits, hpctrain.data.reading.reader, hpctrain.convert.options;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

@@ -1,0 +1,129 @@
+"""One process in larger jobs: what is said, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.environments import recorded
+
+from hpctrain.errors import LaunchError
+from hpctrain.launch.allocation import alone_in, expand
+from hpctrain.launch.launchers import detect
+from hpctrain.launch.surroundings import is_login_node
+
+PBS = {"PBS_JOBID": "41.pbs", "PBS_NODEFILE": "nodes", "PBS_TASKNUM": "1"}
+LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "h1 4 h2 4", "LSB_DJOB_NUMPROC": "8"}
+GRID_ENGINE = {"JOB_ID": "3", "PE_HOSTFILE": "hosts", "NSLOTS": "8"}
+FILES = {"nodes": "x1.a.b\nx1.a.b\nx2.a.b\nx2.a.b\n", "hosts": "h1.s 4 q UNDEFINED\nh2.s 4 q -\n"}
+
+
+@pytest.mark.parametrize(
+    ("env", "host", "words", "is_refused"),
+    [
+        # the script of a job, which forgot its launcher
+        (recorded("sbatch"), "n1", "job 11 of Slurm has 2 nodes. To use them: srun", False),
+        (recorded("salloc"), "login", "job 8 of Slurm has 2 nodes", False),
+        (PBS, "x1", "job 41.pbs of PBS has 2 nodes. To use them: mpiexec -n 4", False),
+        (LSF, "h1", "job 7 of LSF has 2 nodes. To use them: mpirun -np 8", False),
+        (GRID_ENGINE, "h1", "job 3 of Grid Engine has 2 nodes. To use them: mpirun -np 8", False),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "1"},
+            "n1",
+            "job 1 of Slurm has 4 tasks",
+            False,
+        ),
+        # on other nodes: ssh, pbsdsh, blaunch
+        (recorded("sbatch"), "n2.cluster", "as by ssh, pbsdsh or blaunch", True),
+        (PBS | {"PBS_TASKNUM": "3"}, "x1", "Start all of them from the script: mpiexec -n 4", True),
+        (PBS, "x2", "job 41.pbs of PBS of 2 nodes", True),
+        (LSF, "h2", "job 7 of LSF of 2 nodes", True),
+        (GRID_ENGINE, "h2.s", "job 3 of Grid Engine of 2 nodes", True),
+        # by Slurm itself, which may run the script on any node
+        (recorded("sbatch") | {"SLURMD_NODENAME": "n2"}, "n2", "this is one process", False),
+        # nothing to say
+        ({}, "here", None, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "n1"}, "n1", None, False),
+        (PBS | {"PBS_NODEFILE": "none"}, "x1", None, False),
+        (LSF | {"LSB_MCPU_HOSTS": "h1 8"}, "h1", None, False),  # cores for one process
+        (recorded("srun-shell"), "n1", None, False),
+    ],
+)
+def test_one_process_of_a_job(
+    env: dict[str, str], host: str, words: str | None, is_refused: bool
+) -> None:
+    found = alone_in(env, host, lambda path: FILES.get(path, ""), is_shells=False)
+    if words is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert words in found.text
+        assert found.is_refused == is_refused
+
+
+def test_a_shell_that_is_a_task() -> None:
+    found = alone_in(recorded("srun-shell"), "n1", str, is_shells=True)
+    assert found is not None
+    assert not found.is_refused
+    for words in ("itself a task", "srun --overlap -n", "env -u SLURM_STEP_ID -u SLURM_PROCID"):
+        assert words in found.text
+    interactive = recorded("srun-shell") | {"SLURM_STEP_ID": "4294967290"}
+    found = alone_in(interactive, "n1", str, is_shells=True)
+    assert found is not None
+    assert "srun -n" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ("n1",)),
+        ("n[1-2],login", ("n1", "n2", "login")),
+        ("r1n[08-10,12]-ib", ("r1n08-ib", "r1n09-ib", "r1n10-ib", "r1n12-ib")),
+        ("", ()),
+        ("r[1-2]n[3-4]", ()),
+        ("n[a-b]", ()),
+    ],
+)
+def test_lists_of_nodes(text: str, names: tuple[str, ...]) -> None:
+    assert expand(text) == names
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK=1 is set, RANK and WORLD_SIZE are not"),
+        ({"NODE_RANK": "0", "MASTER_ADDR": "a", "NNODES": "2"}, "--node-rank $NODE_RANK"),
+        ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "2"}, "SkyPilot has started this"),
+        ({"DSTACK_NODE_RANK": "1", "DSTACK_NODES_NUM": "2"}, "dstack"),
+        ({"_CONDOR_PROCNO": "1", "_CONDOR_NPROCS": "4"}, "HTCondor"),
+        ({"NODE_RANK": "0", "MASTER_ADDR": "a", "NNODES": "1"}, None),
+        ({"NODE_RANK": "0"}, None),
+        ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "1"}, None),
+    ],
+)
+def test_nodes_that_are_given_one_command(env: dict[str, str], words: str | None) -> None:
+    if words is None:
+        assert detect(env).launcher is None
+        return
+    with pytest.raises(LaunchError) as caught:
+        detect(env)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "group", "expected"),
+    [
+        ({}, "0::/user.slice", True),
+        ({"SLURM_JOB_ID": "1"}, "0::/user.slice", False),
+        ({"SLURM_CONF": ""}, "0::/user.slice", False),  # a client that leads nowhere
+        ({"PATH": "/nowhere"}, "0::/user.slice", False),
+        ({}, "0::/system.slice/slurmstepd.scope/job_42/step_extern", False),  # by ssh
+    ],
+)
+def test_login_nodes(changes: dict[str, str], group: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(f"{group}\n", encoding="utf-8")
+    (tmp_path / "sbatch").write_text("", encoding="utf-8")
+    (tmp_path / "sbatch").chmod(0o755)
+    env = {"PATH": str(tmp_path), "SLURM_CONF": "/opt/slurm.conf"} | changes
+    assert is_login_node(env, tmp_path) == expected

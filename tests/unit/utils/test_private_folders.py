@@ -1,0 +1,224 @@
+"""Folders of ours in directories of all: what strangers plant there is neither used nor removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.limits import JOB_SECONDS
+from helpers.strangers import STRANGER, directory_of_all, require_root, stranger_does
+
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.reading.node_cache import _open_own
+from hpctrain.data.staging.copier import copy_whole
+from hpctrain.data.staging.disks import Disk, look_at
+from hpctrain.data.staging.folder import StageFolder, sweep
+from hpctrain.data.staging.plan import Copy, plan_copies
+from hpctrain.utils.permissions import new_private_folder, require_stable
+
+ROOT = Path(__file__).parents[3]
+OURS = f"hpctrain-{os.geteuid()}"
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    with directory_of_all() as place:
+        yield place
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What a link might lead to: folders beside files that look like locks of ours."""
+    folder = tmp_path / "project"
+    for name in ("key", "uv"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "thesis.tex").touch()
+        (folder / f"{name}.lock").touch()
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    with Writer(tmp_path / "shared") as writer:
+        writer.extend({"x": np.arange(8)})
+    (only,) = plan_copies([open_dataset(str(tmp_path / "shared"))])
+    return only
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        "ln -s PROJECT NAME",
+        "ln -s nothing NAME",
+        "mkdir NAME",
+        "mkdir NAME; ln -s PROJECT/key NAME/key; touch NAME/key.lock",
+        "mkdir -p NAME/key; ln -s PROJECT/uv NAME/key/uv; touch NAME/key.lock",
+        "touch NAME",
+        "mkfifo NAME",
+        "mkdir NAME; mkfifo NAME/key.lock",
+    ],
+)
+def test_what_a_stranger_has_planted(disk: Path, project: Path, plant: str) -> None:
+    before = files(project)
+    stranger_does(plant.replace("NAME", OURS).replace("PROJECT", str(project)), where=disk)
+    planted = files(disk)
+    sweep(str(disk))
+    with pytest.raises(PermissionError, match="not this user's own"):
+        StageFolder(str(disk), "key").join()
+    assert files(project) == before
+    assert files(disk) == planted
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o2775])
+@pytest.mark.parametrize("above", [False, True])
+def test_directories_where_others_may_rename(disk: Path, mode: int, above: bool) -> None:
+    """Without the sticky bit a folder of ours can be exchanged at any time."""
+    place = disk / "a" / "b"
+    place.mkdir(parents=True)
+    (place.parent if above else place).chmod(mode)
+    looked = look_at(str(place), "data.stage_directory")
+    assert "others can exchange what is in" in str(looked)
+    with pytest.raises(PermissionError, match="without the sticky bit"):
+        StageFolder(str(place), "key").join()
+    assert not list(place.iterdir())
+    (place.parent if above else place).chmod(mode | 0o1000)
+    assert isinstance(look_at(str(place), "data.stage_directory"), Disk)
+
+
+def test_directories_of_a_stranger(disk: Path) -> None:
+    stranger_does("mkdir -p theirs/deep", where=disk)
+    assert f"belongs to user {STRANGER}" in str(look_at(str(disk / "theirs" / "deep"), ""))
+    (disk / "link").symlink_to(disk / "theirs" / "deep")
+    with pytest.raises(PermissionError, match="theirs"):
+        new_private_folder("x-", disk / "link")
+
+
+def test_a_folder_that_was_laid_open_is_not_trusted(disk: Path) -> None:
+    folder = StageFolder(str(disk), "key")
+    folder.join()
+    folder.path.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="its mode is 0777"):
+        StageFolder(str(disk), "key").join()
+    folder.path.parent.chmod(0o755)  # others could see, and do nothing
+    StageFolder(str(disk), "key").join()
+    assert folder.path.parent.stat().st_mode & 0o777 == 0o700
+    folder.leave()
+
+
+def test_a_folder_exchanged_while_it_is_held(disk: Path, project: Path, copy: Copy) -> None:
+    """By another job of this user, say; what is done goes by the descriptor, or not at all."""
+    before = files(project)
+    folder = StageFolder(str(disk), "key")
+    folder.join()
+    (disk / OURS).rename(disk / "aside")
+    (disk / OURS).symlink_to(project)
+    assert copy_whole(copy, folder, lambda: False)
+    assert (disk / "aside" / "key" / copy.name).stat().st_size == copy.size
+    folder.leave()
+    sweep(str(disk))
+    assert files(project) == before
+
+
+def test_only_names_of_ours_are_removed(disk: Path, copy: Copy) -> None:
+    folder = StageFolder(str(disk), "key")
+    folder.join()
+    assert copy_whole(copy, folder, lambda: False)
+    (folder.path / "thesis.tex").touch()
+    (folder.path / f".left-{copy.name}").symlink_to(folder.path / "thesis.tex")
+    (folder.path.parent / "notes.txt").touch()
+    folder.leave()
+    sweep(str(disk))
+    assert files(disk) == {
+        OURS,
+        f"{OURS}/key",
+        f"{OURS}/key.lock",
+        f"{OURS}/key/thesis.tex",
+        f"{OURS}/notes.txt",
+    }
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_lock_that_is_none(disk: Path, tmp_path: Path, kind: str) -> None:
+    (disk / OURS).mkdir(mode=0o700)
+    lock = disk / OURS / "key.lock"
+    if kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(tmp_path / "made")
+    with pytest.raises(OSError, match=r"is a link|is not a regular file"):
+        StageFolder(str(disk), "key").join()
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_checksum_of_an_index_leads_elsewhere(tmp_path: Path) -> None:
+    with Writer(tmp_path / "shared") as writer:
+        writer.extend({"x": np.arange(8)})
+    dataset = open_dataset(str(tmp_path / "shared"))
+    for checksum in ("../../../evil", "/evil", "a/b", "", ".", "0" * 17):
+        shard = dataclasses.replace(dataset.shards[0], checksum=checksum or None)
+        for plan in plan_copies([dataclasses.replace(dataset, shards=(shard,))]):
+            assert "/" not in plan.name
+
+
+def test_a_source_that_has_become_a_pipe_is_not_waited_for(disk: Path, copy: Copy) -> None:
+    Path(copy.source).unlink()
+    os.mkfifo(copy.source)
+    folder = StageFolder(str(disk), "key")
+    folder.join()
+    with pytest.raises(OSError, match="is not a regular file"):
+        copy_whole(copy, folder, lambda: False)
+    assert not list(folder.path.iterdir())
+    folder.leave()
+
+
+@pytest.mark.parametrize("plant", ["touch NAME", "ln -s PROJECT/uv.lock NAME", "mkfifo NAME"])
+def test_memory_of_a_stranger_is_not_shared(disk: Path, project: Path, plant: str) -> None:
+    stranger_does(plant.replace("NAME", "memory").replace("PROJECT", str(project)), where=disk)
+    with pytest.raises(OSError, match=r"somebody else|is a link|is not a regular file"):
+        _open_own(str(disk / "memory"))
+    (disk / "memory").unlink()
+    os.close(os.open(disk / "memory", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    os.close(_open_own(str(disk / "memory")))
+
+
+def test_new_folders_have_names_that_nobody_knows(disk: Path) -> None:
+    made = [new_private_folder("x-", disk) for _ in range(2)]
+    assert made[0] != made[1]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 2
+
+
+def test_a_container_shows_another_owner_of_what_is_roots() -> None:
+    """In a user namespace nobody stands for root outside; /tmp is to be of use all the same."""
+    require_root()
+    code = (
+        "import ctypes, os, sys; from hpctrain.utils.permissions import require_stable;"
+        "require_stable('/');"
+        f"os.setresuid({STRANGER}, {STRANGER}, {STRANGER});"
+        "ctypes.CDLL(None).unshare(0x10000000) and sys.exit('no namespaces');"
+        "assert os.stat('/tmp').st_uid == 65534; require_stable('/tmp')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    if "no namespaces" in ended.stderr:
+        pytest.skip("no user namespaces here")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_usual_places_are_of_use() -> None:
+    assert require_stable("/tmp") == Path("/tmp").resolve()
