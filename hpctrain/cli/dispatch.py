@@ -7,12 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpctrain.cli.datasets import data
-from hpctrain.cli.help import HELP
 from hpctrain.cli.jobs import check, run
-from hpctrain.cli.parsing import usage_error
-from hpctrain.cli.tools import bundle, ckpt, job, status
-from hpctrain.cli.voice import say
+from hpctrain.cli.tools import bundle, ckpt, data, job, status
+from hpctrain.cli.usage import HELP, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.launchers import Claim, this_process
 from hpctrain.launch.voice import tell_once

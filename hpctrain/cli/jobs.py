@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpctrain.cli.parsing import Parser, usage_error
+from hpctrain.cli.usage import Parser, usage_error
 from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError

@@ -1,14 +1,22 @@
-"""The commands of one process: runs, job scripts and checkpoints."""
+"""The tools: runs, job scripts, checkpoints, bundles and datasets.
+
+They are of one process, but for those for datasets that share their work among all ranks.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
-from hpctrain.cli.parsing import Parser, count, number
-from hpctrain.errors import ExitCode, HpctrainError, OutputError
+from hpctrain.cli.usage import PROGRAM, Parser, count, number, say
+from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
+from hpctrain.launch.launchers import Claim
+from hpctrain.launch.voice import telling
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import printable, printable_lines, size
 
@@ -158,3 +166,62 @@ def ckpt(arguments: list[str]) -> int:
         text = inspect.export(parsed.run, other, average=parsed.average, best=parsed.best)
     write_out(printable_lines(text) + "\n")
     return ExitCode.DONE
+
+
+def data(arguments: list[str], claim: Claim) -> int:
+    """Work on datasets: collective for the tools that share the work, else on rank 0 alone."""
+    from hpctrain.convert.options import COLLECTIVE, declare
+
+    asks_help = not {"-h", "--help"}.isdisjoint(arguments)
+    is_collective = bool(COLLECTIVE.intersection(arguments[:1])) and not asks_help
+    if claim.rank not in (None, 0) and not is_collective:
+        return ExitCode.DONE
+    parser = Parser(prog=f"{PROGRAM} data", add_help=True)
+    tools = declare(parser)
+    try:
+        if arguments[:1] and arguments[0] in tools:
+            # Options may stand between the names of files.
+            parsed = tools[arguments[0]].parse_intermixed_args(arguments[1:])
+        else:
+            parsed = parser.parse_args(arguments)
+    except SystemExit:  # argparse has told its help
+        return ExitCode.DONE
+
+    from hpctrain.observe.progress import ToolProgress
+
+    with closing(ToolProgress.of_job(f"{arguments[0]}:")) as progress:
+        if is_collective:
+            text = _data_on_all_ranks(parsed, claim, progress)
+        else:
+            from hpctrain.launch.single import SingleCommunicator
+
+            try:
+                text = parsed.work(parsed, SingleCommunicator(), progress)
+            except MemoryError as error:
+                raise DatasetError(
+                    f"out of memory: {error}: the rows of these data are larger than this machine "
+                    "can hold, or --jobs is more than it can hold them for"
+                ) from error
+    return say(claim, f"{text}\n")
+
+
+def _data_on_all_ranks(
+    parsed: argparse.Namespace, claim: Claim, progress: Callable[[int, int], None]
+) -> str:
+    """Do the work of a tool that ranks share. Collective: all ranks."""
+    from hpctrain.config.schema import LaunchSection
+    from hpctrain.launch.failure import guard
+    from hpctrain.launch.world import control_plane, gathering
+
+    with (
+        control_plane(claim) as (topology, communicator),
+        telling(topology.is_rank_zero),
+        guard(topology) as keeper,
+        gathering(topology, communicator, LaunchSection(), keeper),
+    ):
+        shown = progress if topology.is_rank_zero else _silent
+        return str(parsed.work(parsed, communicator, shown))
+
+
+def _silent(done: int, total: int) -> None:
+    """Leave it to rank 0 to tell how far it is."""

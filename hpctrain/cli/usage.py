@@ -1,6 +1,13 @@
-"""What `python -m hpctrain --help` says."""
+"""What the command line takes: help, arguments, and what is said of those that do not fit."""
 
 from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from hpctrain.errors import ExitCode, UsageError
+from hpctrain.launch.launchers import Claim
+from hpctrain.utils.streams import write_out
 
 PROGRAM = "python -m hpctrain"
 
@@ -65,3 +72,43 @@ exit codes:
   0 complete   75 stopped early and saved: submit again
   64 usage   65 data   69 launch   70 bug or diverged training   74 checkpoint I/O   78 config
 """
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in our voice: mistakes are UsageErrors, and options are never guessed."""
+
+    def __init__(self, **options: Any) -> None:
+        ours = {"prog": PROGRAM, "add_help": False, "allow_abbrev": False}
+        super().__init__(**{**ours, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise usage_error(message, USAGE if self.prog == PROGRAM else self.format_usage())
+
+
+def usage_error(message: str, usage: str = USAGE) -> UsageError:
+    """Return the failure of a command line that does not fit."""
+    # Every rank was given the same words.
+    return UsageError(f"{message}\n{usage}", everywhere=True)
+
+
+def number(text: str) -> int:
+    """Return a number from 0 on; a type for arguments."""
+    found = int(text)
+    if found < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return found
+
+
+def count(text: str) -> int:
+    """Return a number from 1 on; a type for arguments."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def say(claim: Claim, text: str) -> int:
+    """Print a text once, whatever the number of ranks."""
+    if claim.rank in (None, 0):
+        write_out(text)
+    return ExitCode.DONE
