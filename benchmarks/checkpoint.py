@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 import hpctrain
 from hpctrain.checkpoint.format import newest_first
 from hpctrain.checkpoint.load import load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
@@ -217,8 +217,8 @@ class Ours:
 
     def __init__(self, step: TrainStep, world: World, run: Path) -> None:
         self.step, self.world = step, world
-        self.store = CheckpointStore(
-            run, retention=Retention(keep_last=2), confirm=nothing, tell=print
+        self.store = CheckpointManager(
+            run, retention=Retention(keep_last=2), confirm=nothing, warn=print
         )
 
     def __call__(self, path: Path) -> Callable[[], None]:
@@ -331,8 +331,8 @@ KILLED_LAYERS, KILLED_WIDTH = 20, 512
 
 def save_for_ever(run: str, first: int) -> None:
     """Save one checkpoint after the other: every number of it is its step."""
-    store = CheckpointStore(
-        Path(run), retention=Retention(keep_last=2), confirm=nothing, tell=lambda _: None
+    store = CheckpointManager(
+        Path(run), retention=Retention(keep_last=2), confirm=nothing, warn=lambda _: None
     )
     for step in range(first, first + 100_000):
         store.save(

@@ -256,7 +256,7 @@ def save(wishes: Wishes) -> None:
     import torch
 
     from hpctrain.accelerator import synchronize
-    from hpctrain.checkpoint.manager import CheckpointStore, Retention
+    from hpctrain.checkpoint.manager import CheckpointManager, Retention
     from hpctrain.checkpoint.save import Snapshot
 
     world = _world(wishes)
@@ -278,11 +278,11 @@ def save(wishes: Wishes) -> None:
     del host
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        store = CheckpointStore(
+        store = CheckpointManager(
             Path(folder),
             retention=Retention(keep_last=1),
             confirm=lambda: None,
-            tell=lambda _: None,
+            warn=lambda _: None,
         )
         stalls = []
         for number in range(1, 4):

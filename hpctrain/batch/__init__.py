@@ -1,1 +1,1 @@
-"""Life in a batch system: signals, the agreed stop, and word of how a run ended."""
+"""Life in a batch system: the time left, the agreed stop, exit.json and job scripts."""

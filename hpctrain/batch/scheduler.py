@@ -1,4 +1,4 @@
-"""What Slurm, LSF and PBS tell: the time that a job has left, and whether another job is gone."""
+"""What Slurm, LSF and PBS are asked: the time that a job has left, and whether a job is gone."""
 
 from __future__ import annotations
 
@@ -156,11 +156,11 @@ class Deadline:
         environ: names the job; HPCTRAIN_DEADLINE in it is believed before any scheduler, and works
             in containers without its commands.
         began: when this job began, Unix time.
-        tell: is told, once, if the scheduler does not say.
+        warn: takes a line, once, if the scheduler does not say.
         clock: Unix time.
 
     Raises:
-        ConfigError: if HPCTRAIN_DEADLINE is no time.
+        ConfigError: if HPCTRAIN_DEADLINE is not a time.
     """
 
     def __init__(
@@ -169,17 +169,17 @@ class Deadline:
         max_seconds: float | None,
         environ: Mapping[str, str],
         began: float,
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._environ = environ
-        self._tell = tell
+        self._warn = warn
         self._clock = clock
         self._own = math.inf if max_seconds is None else began + max_seconds
         self._job: BatchJob | None = None
         self._scheduled = math.inf
         self._ask_at = math.inf
-        self._told = False
+        self._warned = False
         if environ.get(DEADLINE_VARIABLE):
             self._own = min(self._own, end_of_user(environ[DEADLINE_VARIABLE], began))
             return
@@ -210,11 +210,11 @@ class Deadline:
             self._ask_at = now + ASK_EVERY_SECONDS
             return
         self._ask_at = now + ASK_AGAIN_SECONDS
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             reason = problem or f"says {text.strip()[:80]!r}"
             known = "" if math.isinf(self._scheduled) else "; the limit known so far stays"
-            self._tell(
+            self._warn(
                 f"the time left is unknown: {' '.join(question)} {reason}{known}. Set "
                 f"{DEADLINE_VARIABLE} in the job script, or rely on its signal before the limit"
             )
@@ -244,8 +244,8 @@ def end_of_user(text: str, began: float) -> float:
         return datetime.fromisoformat(re.sub(r"Z$", "+00:00", word)).timestamp()
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{DEADLINE_VARIABLE}={text!r} is no time: give an ISO time (2026-11-21T18:00), a Unix "
-            "time, or seconds from the start of the job"
+            f"{DEADLINE_VARIABLE}={text!r} is not a time: give an ISO time (2026-11-21T18:00), a "
+            "Unix time, or seconds from the start of the job"
         ) from error
 
 

@@ -34,7 +34,7 @@ class Site:
     Attributes:
         source: what its lines and limits were taken from.
         queue: partition, queue or quality of service that its limits are of.
-        queue_option: how the scheduler is told of it.
+        queue_option: option that names it to the scheduler.
         gpus_per_node: that the scheduler is asked for; None: in the site's own `directives`.
         directives: of the scheduler, without their prefix; {nodes} is the number of nodes.
         exports: variables, without the word export.

@@ -97,8 +97,8 @@ def _of_git(root: Path) -> Iterator[Path]:
     try:
         result = subprocess.run(command, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", b"").decode(errors="replace").strip()
-        raise UsageError(f"--snapshot: git does not list {root}: {told or error}") from error
+        said = getattr(error, "stderr", b"").decode(errors="replace").strip()
+        raise UsageError(f"--snapshot: git does not list {root}: {said or error}") from error
     for name in dict.fromkeys(result.stdout.decode(errors="surrogateescape").split("\0")):
         path = root / name
         if name and path.is_dir() and (path / ".git").exists():

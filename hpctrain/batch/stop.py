@@ -179,7 +179,7 @@ class StopAgreement:
     """All ranks post their reasons now and then, and read the result one interval later.
 
     Whoever polled and acted early would leave the others waiting in the next step; so what was
-    posted at one agreement is looked at, by all ranks, at the next and not before.
+    posted at one agreement is read, by all ranks, at the next and not before.
 
     An interval is `every_seconds` long, counted in boundaries: each weighs what its kind was last
     agreed to take, so that all ranks meet at the same one. A slow-down makes the running interval
@@ -244,8 +244,8 @@ class StopAgreement:
         self._post()
         return self.flush() if self._weights[kind] >= _SLOW_SECONDS else 0
 
-    def settle(self) -> int:
-        """Return the agreed reasons to stop, by now. Collective: all ranks.
+    def agree(self) -> int:
+        """Agree now, and return the reasons to stop. Collective: all ranks.
 
         For the end of a phase, at which all ranks meet anyway.
         """

@@ -114,7 +114,7 @@ def compared(first: Path, second: Path | None) -> str:
     lines += [f"  config  {line}" for line in _config_changes(before, after)]
     for file in (MODEL, TRAINING):
         lines += _tensor_changes(file, before, after)
-    return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal to the bit"])
+    return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal bit for bit"])
 
 
 def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
@@ -313,7 +313,7 @@ class Difference:
 
 
 def difference(first: RawTensor, second: RawTensor) -> Difference | None:
-    """Compare two tensors of the same dtype and shape; None if they are equal to the bit."""
+    """Compare two tensors of the same dtype and shape; None if they are equal bit for bit."""
     if first.data == second.data:
         return None
     ours, theirs = first.values(), second.values()

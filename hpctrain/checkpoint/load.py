@@ -180,7 +180,7 @@ def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None])
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """Read of a checkpoint what is no tensor.
+    """Read the values of a checkpoint that are not tensors.
 
     Raises:
         CheckpointError: if it is not what was written.
@@ -208,13 +208,13 @@ def _config(path: Path, meta: Mapping[str, Any]) -> str:
 
 
 def load_newest(
-    checkpoints: Path, tell: Callable[[str], None], read: Callable[[Path], Loaded] = load
+    checkpoints: Path, warn: Callable[[str], None], read: Callable[[Path], Loaded] = load
 ) -> Loaded | None:
     """Read the newest whole checkpoint of a folder; None if there is none at all.
 
     Args:
         checkpoints: the folder of all of them.
-        tell: is told of every newer one that is damaged.
+        warn: takes a line on every newer one that is damaged.
         read: reads one.
 
     Raises:
@@ -233,7 +233,7 @@ def load_newest(
             raise UnreadableError(f"{error}. It may be whole: make it readable, {_ANEW}") from error
         except CheckpointError as error:
             damaged.append(str(error))
-            tell(f"skipped: {error}")
+            warn(f"skipped: {error}")
     if damaged:
         reasons = "".join(f"\n  {line}" for line in first_lines(damaged, _SHOWN))
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Saving: a host copy at once, the rest in a thread; whole under the final name or not there.
 
-Rank 0 has a `CheckpointStore`, which decides what stays too; where every rank writes its own part,
-the others have a `PartWriter`.
+Rank 0 has a `CheckpointManager`, which decides what stays too; where every rank writes its own
+part, the others have a `PartWriter`.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ class Retention:
         return [step for step in steps if step not in kept]
 
 
-class CheckpointStore:
+class CheckpointManager:
     """The checkpoints of one run. For rank 0 only.
 
     Args:
         run_folder: holds `checkpoints/` and the pointer `latest`.
         retention: which checkpoints stay.
         confirm: called before every rename; raises if this job no longer owns the folder.
-        tell: is told what a user should know.
-        took: is told the seconds of every save, from its first copy until it is on disk.
+        warn: takes what a user should know.
+        saved_within: takes the seconds of every save, from its first copy until it is on disk.
 
     Attributes:
         stall_seconds: how long training has waited for saves so far.
@@ -99,8 +99,8 @@ class CheckpointStore:
         *,
         retention: Retention,
         confirm: Callable[[], None],
-        tell: Callable[[str], None],
-        took: Callable[[float], None] = lambda _: None,
+        warn: Callable[[str], None],
+        saved_within: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.stall_seconds = 0.0
         self.newest: Path | None = None
@@ -108,8 +108,8 @@ class CheckpointStore:
         self.folder = self._checkpoints = run_folder / CHECKPOINTS
         self._retention = retention
         self._confirm = confirm
-        self._tell = tell
-        self._took = took
+        self._warn = warn
+        self._saved_within = saved_within
         self._host = HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -126,13 +126,13 @@ class CheckpointStore:
     def save(self, snapshot: Snapshot) -> None:
         """Copy a snapshot to the host, what it lends meanwhile, and write it in the background.
 
-        Waits for a save that is still running, and tells so.
+        Waits for a save that is still running, and warns of it.
 
         Raises:
             CheckpointError: if the save before has failed.
         """
         begin = time.perf_counter()
-        self.tell_waiting()
+        self.report_waiting()
         self.finish()
         tied = {**aliases(snapshot.model), **snapshot.tied}
         single = {name: item for name, item in snapshot.model.items() if name not in tied}
@@ -168,10 +168,10 @@ class CheckpointStore:
 
         snapshot.lend(wait)
 
-    def tell_waiting(self) -> None:
-        """Say that training waits for a save, if one is still being written."""
+    def report_waiting(self) -> None:
+        """Warn that training waits for a save, if one is still being written."""
         if self._thread is not None and self._thread.is_alive():
-            self._tell("the save before is still being written: training waits for it")
+            self._warn("the save before is still being written: training waits for it")
 
     @property
     def failed(self) -> bool:
@@ -179,9 +179,9 @@ class CheckpointStore:
         return self._failure is not None
 
     def require_space(self, needed: int) -> None:
-        """Look for space before there is anything to lose.
+        """Check for space before there is anything to lose.
 
-        Tells where there is not enough for all the checkpoints that are to be kept.
+        Warns where there is not enough for all the checkpoints that are to be kept.
 
         Args:
             needed: bytes of one checkpoint, about.
@@ -192,7 +192,9 @@ class CheckpointStore:
         try:
             free = shutil.disk_usage(self._checkpoints).free
         except OSError as error:
-            raise CheckpointError(f"cannot look at {self._checkpoints}: {error}") from error
+            raise CheckpointError(
+                f"cannot tell the free space of {self._checkpoints}: {error}"
+            ) from error
         there = len(list(newest_first(self._checkpoints)))
         # One more than stays: the oldest goes only after the newest is whole.
         wanted = max(1, self._retention.keep_last + 1 - there) * needed
@@ -203,7 +205,7 @@ class CheckpointStore:
         if free < needed:
             raise CheckpointError(f"{facts}: free some space, or set run.directory")
         if free < wanted:
-            self._tell(
+            self._warn(
                 f"{facts}, and checkpoint.keep_last = {self._retention.keep_last} with one more "
                 f"while it is written take {wanted / 1e6:,.0f} MB"
             )
@@ -233,7 +235,7 @@ class CheckpointStore:
                 return
             except OSError as error:
                 if attempt < _TRIES:
-                    self._tell(
+                    self._warn(
                         f"saving step {snapshot.step} failed, trying again: {_fact_of(error)}"
                     )
                     time.sleep(_PAUSE_SECONDS)
@@ -245,14 +247,14 @@ class CheckpointStore:
                     "or set run.directory"
                 )
             else:
-                self._took(time.perf_counter() - begin)
+                self._saved_within(time.perf_counter() - begin)
                 return
 
     def _write_once(self, snapshot: Snapshot, tied: Mapping[str, str]) -> None:
         name = folder_name(snapshot.step)
         temporary = self._temporary(snapshot.step)
         if snapshot.spread is None:
-            shutil.rmtree(temporary, ignore_errors=True)  # before space is looked for
+            shutil.rmtree(temporary, ignore_errors=True)  # before space is checked
         self._require_space(snapshot)
         if snapshot.spread is None:
             temporary.mkdir()
@@ -285,7 +287,7 @@ class CheckpointStore:
         return temporary
 
     def _temporary(self, step: int) -> Path:
-        # In the same folder: only there a rename is one, and there is the space to look at.
+        # In the same folder: only there a rename is one, and its space is what is checked.
         return self._checkpoints / f".{folder_name(step)}.tmp"
 
     def _require_space(self, snapshot: Snapshot) -> None:
@@ -413,4 +415,4 @@ def _advice_on(error: OSError) -> str:
         case errno.ENOSPC | errno.EDQUOT | None:
             return "free some space"
         case _:
-            return "have the file system looked at"
+            return "have the file system checked"

@@ -81,7 +81,7 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
     try:
         found: list[tuple[str, Mapping[str, Any]]] = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise CheckpointError(f"{where} is no safetensors file: {error}") from error
+        raise CheckpointError(f"{where} is not a safetensors file: {error}") from error
     tensors = {
         name: RawTensor(facts["dtype"], tuple(facts["shape"]), bytes(facts["data"]))
         for name, facts in found
@@ -91,7 +91,7 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
         for name in paired_names(texts_of(content)):
             pairs = tensors[name]
             if pairs.shape[-1:] != (2,):
-                raise ValueError(f"{name} is no tensor of pairs")
+                raise ValueError(f"{name} is not a tensor of pairs")
             tensors[name] = RawTensor(complex_of[pairs.dtype], pairs.shape[:-1], pairs.data)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
@@ -193,7 +193,7 @@ class DurableFile:
     """A new file; a context manager at whose end every byte is on disk.
 
     Checksums are taken of what is in memory, on the way to the file: what a disk loses or changes
-    does not fit them. The system is told to write out what it has every few pieces, so that the
+    does not fit them. The system is asked to write out what it has every few pieces, so that the
     disk works while the rest is still being copied, and the page cache stays with the data.
     """
 

@@ -46,7 +46,7 @@ def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFact
             max_seconds=checks.config.run.max_seconds,
             environ=os.environ,
             began=time.time(),
-            tell=problems.append,
+            warn=problems.append,
         )
         deadline.refresh()
         return deadline.seconds_left(), problems[0] if problems else None

@@ -133,7 +133,7 @@ def _train(
             folder.step = place.step
         return ExitCode.DONE, "complete"
 
-    if reasons := stop.settle():
+    if reasons := stop.agree():
         return _stopped_early(reasons, data)
     data.stage(config, world)
     with kept_compiled(config, world):
@@ -143,7 +143,7 @@ def _train(
             resumed = _restored(world, parts, resumed)
     if resumed is None and config.checkpoint.initialize_from is not None:
         changes.append(start_warm(config.checkpoint, world, parts.step))
-    if reasons := stop.settle():
+    if reasons := stop.agree():
         return _stopped_early(reasons, data)
     with raise_together(world.communicator):
         rank_zero = None
@@ -284,7 +284,7 @@ def _stop_agreement(
                 max_seconds=config.run.max_seconds,
                 environ=os.environ,
                 began=psutil.Process().create_time(),
-                tell=logger.warning,
+                warn=logger.warning,
             )
             watch = Watch(
                 folder.path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.metrics import MetricsWriter
@@ -26,7 +26,7 @@ class RankZero:
     """The folder, the metrics and the terminal."""
 
     folder: RunFolder
-    store: CheckpointStore
+    store: CheckpointManager
     save_clock: SaveClock
     writer: MetricsWriter
     progress: Progress
@@ -60,7 +60,7 @@ def prepare_rank_zero(
     section = config.checkpoint
     keep_best = section.keep_best
     mode = directions(config, parts.task)[keep_best] if keep_best else "min"
-    store = CheckpointStore(
+    store = CheckpointManager(
         folder.path,
         retention=Retention(
             keep_last=section.keep_last,
@@ -69,8 +69,8 @@ def prepare_rank_zero(
             mode=mode,
         ),
         confirm=folder.confirm,
-        tell=logger.warning,
-        took=folder.saved_within,
+        warn=logger.warning,
+        saved_within=folder.saved_within,
     )
     state_bytes = expected_bytes(parts.step)
     store.require_space(state_bytes)

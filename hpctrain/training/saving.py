@@ -10,7 +10,7 @@ from dataclasses import replace
 from threading import Event
 
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.checkpoint.manager import CheckpointStore, Outcome, PartWriter
+from hpctrain.checkpoint.manager import CheckpointManager, Outcome, PartWriter
 from hpctrain.checkpoint.safetensors_files import Written
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.errors import HpctrainError
@@ -52,7 +52,7 @@ class TogetherSaver:
     0's thread, which has waited for that, then writes meta.json and renames.
     """
 
-    def __init__(self, world: World, stop: StopAgreement, store: CheckpointStore | None) -> None:
+    def __init__(self, world: World, stop: StopAgreement, store: CheckpointManager | None) -> None:
         """Take part in the agreement.
 
         Args:
@@ -77,7 +77,7 @@ class TogetherSaver:
             CheckpointError: on every rank, if the one before has failed or this one cannot begin.
         """
         if self._open and self._store is not None:
-            self._store.tell_waiting()
+            self._store.report_waiting()
         self.finish()
         folder = None
         with raise_together(self._world.communicator):

@@ -21,7 +21,7 @@ import hpctrain
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.checkpoint.format import MODEL, TRAINING, part_name
 from hpctrain.checkpoint.load import load, load_newest
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
@@ -41,14 +41,14 @@ class Saves:
     def __init__(self, world: World, folder: Path, told: list[str]) -> None:
         self.world, self.folder, self.told = world, folder, told
         self.stop = StopAgreement(world.communicator, lambda: 0)
-        self.store: CheckpointStore | None = None
+        self.store: CheckpointManager | None = None
         if world.topology.is_rank_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            self.store = CheckpointStore(
+            self.store = CheckpointManager(
                 folder,
                 retention=Retention(keep_last=100),
                 confirm=lambda: None,
-                tell=told.append,
+                warn=told.append,
             )
         world.communicator.barrier()
         self.together = TogetherSaver(world, self.stop, self.store)

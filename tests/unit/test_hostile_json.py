@@ -20,7 +20,7 @@ from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.format import read_meta, resolved
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.load import load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.convert.index import make_catalogue
 from hpctrain.convert.pack import _begun
@@ -185,8 +185,8 @@ def signed_meta(document: Any) -> Any:
 def checkpoint(tmp_path: Path) -> Path:
     weight = torch.arange(6.0).reshape(2, 3)
     place = {"step": 4, "epoch": 0, "position": 8, "samples_seen": 8}
-    store = CheckpointStore(
-        tmp_path, retention=Retention(keep_last=1), confirm=lambda: None, tell=print
+    store = CheckpointManager(
+        tmp_path, retention=Retention(keep_last=1), confirm=lambda: None, warn=print
     )
     store.save(
         Snapshot(

@@ -192,7 +192,7 @@ class Site:
             max_seconds=max_seconds,
             environ={"PATH": f"{self.folder}", **environ},
             began=self.now - 60,
-            tell=self.told.append,
+            warn=self.told.append,
             clock=lambda: self.now,
         )
 

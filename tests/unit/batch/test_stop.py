@@ -214,10 +214,10 @@ def test_phases_end_in_an_agreement_at_once() -> None:
     flag, clock = 0, Clock()
     agreement = StopAgreement(MemoryCommunicator(Memory(1), 0), lambda: flag, clock=clock)
     clock.now += 600  # compiling
-    assert agreement.settle() == 0
+    assert agreement.agree() == 0
     assert agreement.reaction_seconds == 0
     flag = STOP_FILE
-    assert agreement.settle() == STOP_FILE
+    assert agreement.agree() == STOP_FILE
 
 
 def test_nothing_is_left_behind_at_the_end() -> None:
@@ -243,7 +243,7 @@ def test_the_reserve_covers_reaction_and_two_saves(
 
 def test_rank_zero_watches_the_file_and_the_time(tmp_path: Path) -> None:
     clock, reserve = Clock(), 20.0
-    deadline = Deadline(max_seconds=100, environ={}, began=0, tell=pytest.fail, clock=clock)
+    deadline = Deadline(max_seconds=100, environ={}, began=0, warn=pytest.fail, clock=clock)
     with Watch(tmp_path, deadline, lambda: reserve) as watch:
         assert watch.reasons() == 0
         clock.now = 79

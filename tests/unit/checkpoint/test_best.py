@@ -12,7 +12,7 @@ import torch
 from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.best import Best, Preference
 from hpctrain.checkpoint.format import checksum_of_meta
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
@@ -47,12 +47,12 @@ def test_the_first_of_equals_is_the_best(mode: Any, values: list[Any], step: int
     assert kept == {len(values)} | ({step} if step else set())
 
 
-def save(run: Path, values: list[float]) -> CheckpointStore:
-    store = CheckpointStore(
+def save(run: Path, values: list[float]) -> CheckpointManager:
+    store = CheckpointManager(
         run,
         retention=Retention(keep_last=1, metric="accuracy", mode="max"),
         confirm=lambda: None,
-        tell=print,
+        warn=print,
     )
     for step, value in enumerate(values, 1):
         store.save(

@@ -24,7 +24,7 @@ from torch import Tensor
 from hpctrain.checkpoint import host_copies, manager
 from hpctrain.checkpoint import save as saving
 from hpctrain.checkpoint.load import load, load_newest
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.errors import CheckpointError, ExitCode
 
@@ -61,15 +61,15 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def make_store(tmp_path: Path, told: list[str]) -> Callable[..., CheckpointStore]:
+def make_store(tmp_path: Path, told: list[str]) -> Callable[..., CheckpointManager]:
     def make(
         retention: Retention | None = None, confirm: Callable[[], None] = lambda: None
-    ) -> CheckpointStore:
-        return CheckpointStore(
+    ) -> CheckpointManager:
+        return CheckpointManager(
             tmp_path,
             retention=retention or Retention(keep_last=100),
             confirm=confirm,
-            tell=told.append,
+            warn=told.append,
         )
 
     return make
@@ -80,7 +80,7 @@ def names(run: Path) -> list[str]:
 
 
 def test_what_comes_back_is_what_was_saved(
-    tmp_path: Path, make_store: Callable[..., CheckpointStore]
+    tmp_path: Path, make_store: Callable[..., CheckpointManager]
 ) -> None:
     store = make_store()
     store.save(snapshot(120))
@@ -97,7 +97,7 @@ def test_what_comes_back_is_what_was_saved(
 
 
 def test_training_may_go_on_while_a_save_is_written(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     store, live = make_store(), snapshot(1)
     store.save(live)
@@ -108,7 +108,7 @@ def test_training_may_go_on_while_a_save_is_written(
 
 
 def test_what_is_lent_is_copied_until_somebody_wants_to_change_it(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_store: Callable[..., CheckpointManager], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save returns before, and what waits for it returns only after."""
     may_copy, waits = threading.Event(), []
@@ -141,7 +141,7 @@ def test_what_is_lent_is_copied_until_somebody_wants_to_change_it(
 
 
 def test_a_copy_that_fails_is_told(
-    make_store: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+    make_store: Callable[..., CheckpointManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("the device is lost")
@@ -154,7 +154,7 @@ def test_a_copy_that_fails_is_told(
 
 
 def test_buffers_are_kept_from_save_to_save(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     store = make_store()
     for step in (1, 2, 3):
@@ -166,7 +166,7 @@ def test_buffers_are_kept_from_save_to_save(
 
 
 def test_the_model_file_loads_anywhere(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
@@ -179,7 +179,7 @@ def test_the_model_file_loads_anywhere(
 
 
 def test_every_damaged_byte_is_noticed(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path, told: list[str]
+    make_store: Callable[..., CheckpointManager], tmp_path: Path, told: list[str]
 ) -> None:
     """Flipped, cut or missing: the checkpoint is refused and the one before it is taken."""
     store = make_store()
@@ -213,7 +213,7 @@ def test_every_damaged_byte_is_noticed(
 
 
 def test_a_metric_that_is_no_number_never_wins(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     store = make_store(Retention(keep_last=1, metric="loss"))
     for step, loss in [(1, 3.0), (2, float("nan")), (3, 5.0)]:
@@ -223,7 +223,7 @@ def test_a_metric_that_is_no_number_never_wins(
 
 
 def test_a_newer_format_is_refused_in_words(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     store = make_store()
     store.save(snapshot(1))
@@ -236,7 +236,7 @@ def test_a_newer_format_is_refused_in_words(
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(
-    make_store: Callable[..., CheckpointStore],
+    make_store: Callable[..., CheckpointManager],
     tmp_path: Path,
     told: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(
 
 
 def test_a_lost_lease_stops_the_writer(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     def lost() -> None:
         raise CheckpointError("another job has taken over")
@@ -274,7 +274,7 @@ def test_a_lost_lease_stops_the_writer(
 
 
 def test_a_folder_of_the_same_name_that_is_not_whole_is_replaced(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path
+    make_store: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
     torn = tmp_path / "checkpoints" / "step-00000001"
     torn.mkdir(parents=True)
@@ -288,7 +288,7 @@ def test_a_folder_of_the_same_name_that_is_not_whole_is_replaced(
 
 @pytest.mark.parametrize("what", ["nothing", "the new one"])
 def test_killed_between_the_renames_of_a_step_saved_anew(
-    make_store: Callable[..., CheckpointStore], tmp_path: Path, told: list[str], what: str
+    make_store: Callable[..., CheckpointManager], tmp_path: Path, told: list[str], what: str
 ) -> None:
     """The old one was out of the way and the new one not yet there: the old one comes back."""
     store = make_store(Retention(keep_last=1))
@@ -307,7 +307,7 @@ def test_killed_between_the_renames_of_a_step_saved_anew(
 
 
 def test_nothing_is_deleted_before_the_new_one_was_read_back(
-    make_store: Callable[..., CheckpointStore],
+    make_store: Callable[..., CheckpointManager],
     tmp_path: Path,
     told: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -332,7 +332,7 @@ def test_nothing_is_deleted_before_the_new_one_was_read_back(
     assert load_newest(tmp_path / "checkpoints", told.append).step == 1  # type: ignore[union-attr]
 
 
-def test_retention_on_disk(make_store: Callable[..., CheckpointStore], tmp_path: Path) -> None:
+def test_retention_on_disk(make_store: Callable[..., CheckpointManager], tmp_path: Path) -> None:
     store = make_store(Retention(keep_last=2, metric="accuracy", mode="max"))
     for step, accuracy in [(1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, 0.2)]:
         store.save(snapshot(step, None if accuracy is None else {"accuracy": accuracy}))
@@ -370,10 +370,10 @@ from pathlib import Path
 import torch
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.checkpoint.manager import Retention
-from hpctrain.checkpoint.manager import CheckpointStore
+from hpctrain.checkpoint.manager import CheckpointManager
 
-store = CheckpointStore(
-    Path(sys.argv[1]), retention=Retention(keep_last=2), confirm=lambda: None, tell=print
+store = CheckpointManager(
+    Path(sys.argv[1]), retention=Retention(keep_last=2), confirm=lambda: None, warn=print
 )
 for step in range(1, 100000):
     model = {f"layer{index}": torch.full((256, 256), float(step)) for index in range(8)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpctrain.checkpoint.inspect import compared, difference, export, listed, verified
 from hpctrain.checkpoint.load import load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors, write_raw
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
@@ -39,8 +39,8 @@ def net(step: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    store = CheckpointStore(
-        tmp_path / "run", retention=Retention(keep_last=9), confirm=lambda: None, tell=print
+    store = CheckpointManager(
+        tmp_path / "run", retention=Retention(keep_last=9), confirm=lambda: None, warn=print
     )
     for step in (1, 2, 3):
         average = {"average/changed": torch.full((5,), float(step))} if step > 1 else {}
@@ -97,7 +97,7 @@ def test_a_comparison_names_keys_and_tensors(run: Path) -> None:
     first, second = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     assert "average/changed: only in step-00000002" in compared(first, second)
     assert compared(run, first).splitlines()[0].endswith("step-00000001:")
-    assert "equal to the bit" in compared(first, first)
+    assert "equal bit for bit" in compared(first, first)
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -117,8 +117,8 @@ def test_weights_to_evaluate_with_are_those_that_leave(tmp_path: Path) -> None:
     """Where the optimizer trains with others: exported, said so, and begun from."""
     run = tmp_path / "run"
     second = {"evaluation/weight": net(1)["weight"] + 1}
-    store = CheckpointStore(
-        run, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    store = CheckpointManager(
+        run, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None
     )
     for step, training in ((1, {}), (2, second)):
         store.save(Snapshot(step=step, model=net(1), training=training, values={}, config_toml=""))
@@ -233,8 +233,8 @@ def test_space_is_looked_for_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    store = CheckpointStore(
-        tmp_path, retention=Retention(keep_last=3), confirm=lambda: None, tell=told.append
+    store = CheckpointManager(
+        tmp_path, retention=Retention(keep_last=3), confirm=lambda: None, warn=told.append
     )
     store.require_space(1000)
     assert not told

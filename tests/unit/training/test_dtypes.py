@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpctrain.checkpoint.inspect import compared, export
 from hpctrain.checkpoint.load import load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.models.mlp import MLP
@@ -209,8 +209,8 @@ def test_complex_numbers_are_saved_and_restored(tmp_path: Path, dtype: torch.dty
     first = make()
     for _ in range(2):
         first(batch(), 0.1)
-    store = CheckpointStore(
-        tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    store = CheckpointManager(
+        tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None
     )
     for number in (1, 2):
         snapshot = capture(

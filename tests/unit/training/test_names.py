@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpctrain.checkpoint.load import fitting_names, load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
@@ -60,8 +60,8 @@ WRAPPED = [compiled_inside, compiled, parallel]
 
 
 def saved(step: TrainStep, folder: Path, change: Callable[[Snapshot], Snapshot]) -> Path:
-    store = CheckpointStore(
-        folder, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    store = CheckpointManager(
+        folder, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None
     )
     snapshot = capture(WORLD, step, Place(step=1), data={}, extra={}, config_toml="", metrics=None)
     assert snapshot is not None

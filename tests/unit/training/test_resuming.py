@@ -10,7 +10,7 @@ import torch
 from helpers.worlds import world_of_one
 
 from hpctrain.checkpoint.format import UnreadableError
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config import load
 from hpctrain.errors import CheckpointError
@@ -21,8 +21,8 @@ WORLD = world_of_one("none")
 
 
 def save(run: Path, *steps: int, keep_last: int = 9) -> None:
-    store = CheckpointStore(
-        run, retention=Retention(keep_last=keep_last), confirm=lambda: None, tell=print
+    store = CheckpointManager(
+        run, retention=Retention(keep_last=keep_last), confirm=lambda: None, warn=print
     )
     for step in steps:
         values: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpctrain.checkpoint import host_copies
 from hpctrain.checkpoint.load import load
-from hpctrain.checkpoint.manager import CheckpointStore, Retention
+from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
@@ -459,8 +459,8 @@ def test_a_save_holds_the_state_from_before_the_next_update(
 
     monkeypatch.setattr(host_copies, "_copy", slow)
     step = make_step(MLP(6, 3, [8]), precision=precision, optimizer=optimizer)
-    store = CheckpointStore(
-        tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, tell=lambda _: None
+    store = CheckpointManager(
+        tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None
     )
     for number in range(1, 4):
         step(batch(), 0.02)
