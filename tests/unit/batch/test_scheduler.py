@@ -24,7 +24,7 @@ from hpctrain.batch.scheduler import (
     time_left_of_squeue,
 )
 from hpctrain.errors import ConfigError
-from hpctrain.utils.batch_job import batch_job, job_identity
+from hpctrain.utils.batch_job import batch_job
 
 
 @pytest.mark.parametrize(
@@ -142,31 +142,19 @@ def test_what_users_say_wrongly(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "name", "identity", "question"),
+    ("environ", "question"),
     [
-        ({}, None, None, None),
-        ({"SLURM_JOB_ID": "7"}, "slurm", "slurm 7.0", "squeue -h -j 7 -o %L"),
-        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, "slurm", "slurm 7.2", None),
-        ({"LSB_JOBID": "8"}, "lsf", "lsf 8.0", "bjobs -noheader -o time_left 8"),
-        (
-            {"LSB_JOBID": "8", "LSB_JOBINDEX": "3"},
-            "lsf",
-            "lsf 8[3].0",
-            "bjobs -noheader -o time_left 8[3]",
-        ),
-        ({"PBS_JOBID": "9.head"}, "pbs", "pbs 9.head.0", "qstat -f -F json 9.head"),
+        ({"SLURM_JOB_ID": "7"}, "squeue -h -j 7 -o %L"),
+        ({"LSB_JOBID": "8"}, "bjobs -noheader -o time_left 8"),
+        ({"LSB_JOBID": "8", "LSB_JOBINDEX": "3"}, "bjobs -noheader -o time_left 8[3]"),
+        ({"PBS_JOBID": "9.head"}, "qstat -f -F json 9.head"),
     ],
 )
-def test_schedulers(
-    environ: dict[str, str], name: str | None, identity: str | None, question: str | None
-) -> None:
+def test_what_the_schedulers_are_asked(environ: dict[str, str], question: str) -> None:
     job = batch_job(environ)
-    assert (job and job.scheduler) == name
-    assert job_identity(environ) == identity
-    if question is not None:
-        assert job is not None
-        (scheduler,) = (item for item in SCHEDULERS if item.name == name)
-        assert " ".join(scheduler.question(job)) == question
+    assert job is not None
+    (scheduler,) = (item for item in SCHEDULERS if item.name == job.scheduler)
+    assert " ".join(scheduler.question(job)) == question
 
 
 class Site:
