@@ -321,7 +321,15 @@ def accumulation(wishes: Wishes) -> None:
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         parameters = sum(item.numel() * 4 for item in model.parameters())
         rows = torch.randn(16, width, device=device)
+
+        def storages() -> dict[int, int]:
+            gradients = [item.grad for item in model.parameters() if item.grad is not None]
+            found = [each.untyped_storage() for each in gradients]
+            return {each.data_ptr(): each.nbytes() for each in found}
+
         peaks = {}
+        buckets: dict[int, int] = {}
+        beside = 0
         for passes in (1, 2):
             for _ in range(3):
                 model.zero_grad()
@@ -330,11 +338,18 @@ def accumulation(wishes: Wishes) -> None:
                 if passes == 2:
                     with ddp.no_sync():
                         ddp(rows).sum().backward()
+                    beside = sum(n for at, n in storages().items() if at not in buckets)
                 ddp(rows).sum().backward()
+                buckets = storages()
             if device.type == "cuda":
                 peaks[passes] = torch.cuda.max_memory_allocated() / parameters
         dist.destroy_process_group()
-    tell("accumulation", parameter_bytes=parameters, peak_over_parameters_by_passes=peaks)
+    tell(
+        "accumulation",
+        parameter_bytes=parameters,
+        beside_buckets_over_parameters=round(beside / parameters, 3),
+        peak_over_parameters_by_passes=peaks,
+    )
 
 
 def throughput(name: str, wishes: Wishes, *, compiled: bool) -> None:

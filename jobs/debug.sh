@@ -28,12 +28,10 @@ export PATH=$PWD/$VENV/bin:$PATH
 python -m hpctrain data pack digits data/digits
 
 # Ranks of this small run share what GPUs there are, unless told otherwise.
-if command -v nvidia-smi >/dev/null; then
-  gpus=$(nvidia-smi --query-gpu=uuid --format=csv,noheader 2>/dev/null | wc -l)
-  if ((gpus > 0 && gpus < ranks)) && [[ " $* " != *" launch."* ]]; then
-    echo "$ranks ranks share $gpus GPU(s); launch.device=cpu runs on the CPU."
-    set -- "$@" launch.share_device=true
-  fi
+override=$(sharing "$ranks" "$@")
+if [[ -n $override ]]; then
+  echo "There are fewer GPUs than ranks, which share them; launch.device=cpu runs on the CPU."
+  set -- "$@" "$override"
 fi
 echo "Running: mpirun -np $ranks python -m hpctrain $config $*"
 # exec: a Ctrl-C or a signal to this script goes to mpirun, and mpirun's exit code comes back. Its

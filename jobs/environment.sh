@@ -4,6 +4,7 @@
 #
 #   source jobs/environment.sh
 #   ensure_environment mpich,digits
+#   override=$(sharing 2 training.max_epochs=3)
 #
 # Settings: PYTHON (the interpreter to build from), VENV (the folder, .venv).
 
@@ -47,4 +48,30 @@ ensure_environment() {
     return 69
   }
   echo "$wanted" >"$stamp"
+}
+
+# sharing RANKS ARGUMENTS...: prints the override that has the ranks of a run share GPUs, where there
+# are fewer of these than ranks, and no argument says what to compute on.
+sharing() {
+  local ranks=$1 gpus
+  shift
+  if [[ " $*" == *" launch.device="* || " $*" == *" launch.share_device="* ]]; then
+    return
+  fi
+  gpus=$(_gpus)
+  if ((gpus > 0 && gpus < ranks)); then
+    echo launch.share_device=true
+  fi
+}
+
+# How many GPUs torch sees; it takes its time to load, and is not asked where there is no driver.
+_gpus() {
+  local driver
+  for driver in /dev/nvidiactl /dev/dxg /dev/kfd /dev/dri/renderD*; do
+    if [[ -e $driver ]]; then
+      python -c 'import torch; print(torch.accelerator.device_count())'
+      return
+    fi
+  done
+  echo 0
 }
