@@ -242,6 +242,7 @@ def render(job: Job) -> str:
     )
     environment.filters["path"] = quoted_path
     site = job.site
+    image = job.environment if Path(job.environment or "").suffix == ".sif" else None
     text = environment.get_template(f"{job.scheduler}.sh.j2").render(
         job=job,
         title=site.title if site else None,
@@ -252,12 +253,13 @@ def render(job: Job) -> str:
         queue=job.queue or (site.queue if site else None),
         queue_option=(site.queue_option if site else "") or "--partition",
         directives=_pairs(site.directives if site else (), job),
+        modules=_pairs((site.image_modules if image else site.modules) if site else (), job),
         exports=_pairs(site.exports if site else (), job),
         launcher=_pairs((site.launcher,), job)[0] if site and site.launcher else None,
         clock=_clock(job.seconds),
         minutes=f"{job.seconds // 3600}:{job.seconds % 3600 // 60:02}",
         signal_seconds=max(10, min(_SIGNAL_SECONDS, job.seconds // 6)),
-        image=job.environment if Path(job.environment or "").suffix == ".sif" else None,
+        image=image,
         max_tries=MAX_TRIES,
         train=job.train,
     )

@@ -37,6 +37,8 @@ class Site:
         queue_option: option that names it to the scheduler.
         gpus_per_node: that the scheduler is asked for; None: in the site's own `directives`.
         directives: of the scheduler, without their prefix; {nodes} is the number of nodes.
+        modules: commands that bring what NCCL or RCCL lacks, to ranks that run in no image.
+        image_modules: the same for ranks in an image.
         exports: variables, without the word export.
         launch: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
         limits: by number of nodes, ascending; the first that holds a job counts. Empty: unknown.
@@ -54,6 +56,8 @@ class Site:
     cpus_per_rank: int
     gpus_per_node: int | None
     directives: tuple[Because, ...] = ()
+    modules: tuple[Because, ...] = ()
+    image_modules: tuple[Because, ...] = ()
     exports: tuple[Because, ...] = ()
     launcher: Because | None = None
     notes: tuple[str, ...] = ()
@@ -75,12 +79,7 @@ _MIOPEN = (
     ),
 )
 
-# Source: NERSC and CSCS docs on NCCL; release notes of LLNL's HPC-launcher, v1.0.4.
-_SLINGSHOT = (
-    "NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:",
-    "aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.",
-    "hpctrain check names the way that is taken, and warns of plain sockets.",
-)
+_WAY = "hpctrain check names the way that is taken, and warns of plain sockets."
 
 SITES = (
     Site(
@@ -105,7 +104,13 @@ SITES = (
             ),
         ),
         limits=(Limit(nodes=1792, hours=48),),
-        notes=_SLINGSHOT,
+        notes=(
+            # Source: job scripts of NERSC's users, 2024 to 2026; no page of NERSC itself was found.
+            "NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, which is in NERSC's modules",
+            "pytorch/... and nccl/...: load nccl/VERSION-cu12 or -cu13, by the CUDA of your torch,",
+            "before you submit. Under Shifter: --module=gpu,nccl-plugin.",
+            _WAY,
+        ),
     ),
     Site(
         name="frontier",
@@ -118,6 +123,25 @@ SITES = (
         ranks_per_node=8,
         cpus_per_rank=7,
         gpus_per_node=None,
+        directives=(
+            Because(
+                line="--network=disable_rdzv_get",
+                reason="The plug-in for RCCL below sends large messages by a protocol of its own, "
+                "alt_read.",
+            ),
+        ),
+        # Source: docs.olcf.ornl.gov, software/analytics/pytorch_frontier, as of 2026 (cpe/26.03).
+        modules=(
+            Because(
+                line="[[ ${LOADEDMODULES:-} == *rocm/* ]] || module load rocm",
+                reason="RCCL reaches Slingshot by a plug-in alone, else it takes plain sockets. "
+                "Its module wants ROCm's before it: yours, if you have loaded one.",
+            ),
+            Because(
+                line="module load rccl-net-plugin",
+                reason="The plug-in, and what libfabric has to be told for it.",
+            ),
+        ),
         exports=(
             Because(
                 line="NCCL_SOCKET_IFNAME=hsn0",
@@ -133,7 +157,9 @@ SITES = (
         limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9472, hours=12)),
         notes=(
             "For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.",
-            *_SLINGSHOT,
+            "An image has to bring RCCL's plug-in for Slingshot itself: aws-ofi-nccl, or, before",
+            "ROCm 7, aws-ofi-rccl.",
+            _WAY,
         ),
     ),
     Site(
@@ -186,12 +212,40 @@ SITES = (
                 reason="The job waits while one of these is down, instead of failing on it.",
             ),
         ),
+        # Source: docs.alcf.anl.gov, polaris/applications-and-libraries/libraries/nccl, of 2024-10.
+        # NCCL_NET is left out: with a plug-in of another name NCCL would not start.
+        exports=(
+            Because(
+                line="LD_LIBRARY_PATH=/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:"
+                "/soft/libraries/hwloc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}",
+                reason="NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, else it takes "
+                "plain sockets. The site's module conda sets this and what follows itself.",
+            ),
+            Because(
+                line="NCCL_NET_GDR_LEVEL=PHB",
+                reason="GPUs send to the network by themselves, not by way of host memory.",
+            ),
+            Because(line="NCCL_CROSS_NIC=1", reason="Rings may change the card between nodes."),
+            Because(
+                line="FI_MR_CACHE_MONITOR=userfaultfd",
+                reason="With Libfabric's default monitor of registered memory NCCL can hang.",
+            ),
+            Because(
+                line="FI_CXI_DISABLE_HOST_REGISTER=1",
+                reason="Registering host memory with CUDA can deadlock beside NCCL.",
+            ),
+            Because(
+                line="FI_CXI_DEFAULT_CQ_SIZE=131072",
+                reason="The default queue of completions is too short for many ranks.",
+            ),
+        ),
         launcher=Because(
             line="--depth {cpus} --cpu-bind depth",
             reason="Each rank is bound to its own cores, in the order of the ranks.",
         ),
         notes=(
             "Fewer than 10 nodes: --queue debug-scaling (1 h) or preemptable (72 h, no warning).",
+            _WAY,
         ),
         limits=(Limit(nodes=24, hours=3), Limit(nodes=99, hours=6), Limit(nodes=496, hours=24)),
         fewest_nodes=10,
@@ -250,6 +304,16 @@ SITES = (
         ranks_per_node=8,
         cpus_per_rank=7,
         gpus_per_node=8,
+        image_modules=(
+            Because(
+                line="module use /appl/local/laifs/modules",
+                reason="The site's own place for modules of images.",
+            ),
+            Because(
+                line="module load lumi-aif-singularity-bindings",
+                reason="What an image has to see of the node, its network above all.",
+            ),
+        ),
         exports=(
             Because(
                 line="NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3",
@@ -271,7 +335,14 @@ SITES = (
             reason="GCD i is beside these cores of rank i; the first of a die is the system's.",
         ),
         limits=(Limit(nodes=1024, hours=48),),
-        notes=_SLINGSHOT,
+        notes=(
+            # Source: LUMI AI Guide, 05-multi-gpu-and-node, as of 2026; LUMI's EasyBuild recipes.
+            "RCCL reaches Slingshot by its plug-in alone: aws-ofi-nccl, or, before ROCm 7,",
+            "aws-ofi-rccl. The site's images have it (--environment IMAGE):",
+            "/appl/local/laifs/containers/lumi-multitorch-*.sif. Without an image, build the",
+            "module aws-ofi-rccl by EasyBuild, and load it before you submit.",
+            _WAY,
+        ),
     ),
     Site(
         name="juwels",

@@ -14,8 +14,8 @@
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 # Written from docs.olcf.ornl.gov: systems/frontier_user_guide. Not tried on hardware.
 # For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.
-# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:
-# aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.
+# An image has to bring RCCL's plug-in for Slingshot itself: aws-ofi-nccl, or, before
+# ROCm 7, aws-ofi-rccl.
 # hpctrain check names the way that is taken, and warns of plain sockets.
 
 #SBATCH --job-name=digits
@@ -27,6 +27,8 @@
 # One rank a GPU, each with its own CPUs: for its reader thread too.
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=7
+# The plug-in for RCCL below sends large messages by a protocol of its own, alt_read.
+#SBATCH --network=disable_rdzv_get
 #SBATCH --time=02:00:00
 # USR1 goes to all ranks so many seconds before the limit. hpctrain asks for the time left by itself
 # and may stop earlier; this is for where squeue does not answer.
@@ -37,6 +39,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
+
+set +u # modules read variables that are not set
+# RCCL reaches Slingshot by a plug-in alone, else it takes plain sockets. Its module wants ROCm's
+# before it: yours, if you have loaded one.
+[[ ${LOADEDMODULES:-} == *rocm/* ]] || module load rocm
+# The plug-in, and what libfabric has to be told for it.
+module load rccl-net-plugin
+set -u
 
 # Whatever brings Python, torch and mpi4py here: a module, or an environment beside the config.
 if [[ -f .venv/bin/activate ]]; then

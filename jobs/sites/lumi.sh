@@ -13,8 +13,10 @@
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 # Written from docs.lumi-supercomputer.eu: runjobs/scheduled-jobs; the LUMI AI guide. Not tried on hardware.
-# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:
-# aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.
+# RCCL reaches Slingshot by its plug-in alone: aws-ofi-nccl, or, before ROCm 7,
+# aws-ofi-rccl. The site's images have it (--environment IMAGE):
+# /appl/local/laifs/containers/lumi-multitorch-*.sif. Without an image, build the
+# module aws-ofi-rccl by EasyBuild, and load it before you submit.
 # hpctrain check names the way that is taken, and warns of plain sockets.
 
 #SBATCH --job-name=digits

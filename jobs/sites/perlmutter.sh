@@ -13,8 +13,9 @@
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 # Written from docs.nersc.gov: systems/perlmutter/running-jobs, jobs/policy. Not tried on hardware.
-# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone (RCCL before ROCm 7:
-# aws-ofi-rccl): put the site's libnccl-net.so on LD_LIBRARY_PATH, by its module or container.
+# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, which is in NERSC's modules
+# pytorch/... and nccl/...: load nccl/VERSION-cu12 or -cu13, by the CUDA of your torch,
+# before you submit. Under Shifter: --module=gpu,nccl-plugin.
 # hpctrain check names the way that is taken, and warns of plain sockets.
 
 #SBATCH --job-name=digits

@@ -14,6 +14,7 @@
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
 # Written from docs.alcf.anl.gov: polaris/running-jobs. Not tried on hardware.
 # Fewer than 10 nodes: --queue debug-scaling (1 h) or preemptable (72 h, no warning).
+# hpctrain check names the way that is taken, and warns of plain sockets.
 
 #PBS -N digits
 # EDIT: Whom the time is charged to.
@@ -42,6 +43,20 @@ if [[ -f .venv/bin/activate ]]; then
   source .venv/bin/activate
 fi
 python=(python)
+
+# NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, else it takes plain sockets. The site's
+# module conda sets this and what follows itself.
+export LD_LIBRARY_PATH=/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:/soft/libraries/hwloc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+# GPUs send to the network by themselves, not by way of host memory.
+export NCCL_NET_GDR_LEVEL=PHB
+# Rings may change the card between nodes.
+export NCCL_CROSS_NIC=1
+# With Libfabric's default monitor of registered memory NCCL can hang.
+export FI_MR_CACHE_MONITOR=userfaultfd
+# Registering host memory with CUDA can deadlock beside NCCL.
+export FI_CXI_DISABLE_HOST_REGISTER=1
+# The default queue of completions is too short for many ranks.
+export FI_CXI_DEFAULT_CQ_SIZE=131072
 
 # PBS sets it to the CPUs of the whole chunk: each rank would start as many threads as all together.
 export OMP_NUM_THREADS=8

@@ -66,6 +66,42 @@ def test_the_scripts_in_jobs_are_what_is_printed(here: Path, path: str) -> None:
     assert (here / path).stat().st_mode & stat.S_IXUSR
 
 
+@pytest.mark.parametrize(
+    ("site", "environment", "loaded", "expected"),
+    [
+        ("frontier", [], "craype", ["load rocm", "load rccl-net-plugin"]),
+        ("frontier", [], "craype:rocm/7.1.1", ["load rccl-net-plugin"]),
+        ("frontier", ["--environment", "my image.sif"], "", []),
+        (
+            "lumi",
+            ["--environment", "my image.sif"],
+            "",
+            ["use /appl/local/laifs/modules", "load lumi-aif-singularity-bindings"],
+        ),
+        ("lumi", [], "", []),
+    ],
+)
+def test_modules_that_bring_the_plug_in(
+    here: Path, site: str, environment: list[str], loaded: str, expected: list[str]
+) -> None:
+    """They are loaded before Python is looked for; sites' functions read what is not set."""
+    assert job("--site", site, *ASKED, *environment, "--output", "job.sh") == 0
+    assert_is_sound("job.sh")
+    script = Path("job.sh").read_text(encoding="utf-8")
+    before_python = script[: script.index("\npython=")]
+    modules = 'module() { [[ $NOT_SET ]]; echo "module $*"; }\n'
+    result = subprocess.run(
+        ["bash", "-c", modules + before_python + "\necho at the end $-"],
+        env={"PATH": os.environ["PATH"], "LOADEDMODULES": loaded},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *told, last = result.stdout.splitlines()
+    assert told == [f"module {each}" for each in expected]
+    assert "u" in last.split()[-1]  # again
+
+
 def test_nothing_else_is_in_jobs_sites() -> None:
     assert {f"jobs/sites/{path.name}" for path in (ROOT / "jobs" / "sites").iterdir()} == {
         path for path in SHIPPED if path.startswith("jobs/sites/")
