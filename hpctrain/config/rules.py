@@ -308,6 +308,18 @@ def check_best(source: Source) -> list[Mistake]:
     return [source.mistake(("checkpoint", "keep_best"), problem)]
 
 
+def check_deterministic(source: Source) -> list[Mistake]:
+    """Check that no kernel is to be chosen by the clock where bits are to be equal."""
+    asked = source.get("training", "cudnn_benchmark") is True
+    if not asked or source.get("run", "deterministic") is not True:
+        return []
+    problem = (
+        "the fastest algorithm may be another one next time, and run.deterministic = true asks for "
+        "equal bits"
+    )
+    return [source.mistake(("training", "cudnn_benchmark"), problem)]
+
+
 def check_capabilities(source: Source) -> list[Mistake]:
     """Check that precision, device and backend go together, as far as they are set."""
     found = unsupported(
@@ -355,5 +367,6 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_batch_sizes,
     check_warmup,
     check_best,
+    check_deterministic,
     check_capabilities,
 )

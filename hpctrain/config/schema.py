@@ -338,6 +338,9 @@ class TrainingSection:
     tf32: bool | None = None
     """Round float32 products to TF32 on a GPU; none: as torch does it, convolutions only."""
 
+    cudnn_benchmark: bool = False
+    """Time the algorithms of convolutions on a GPU at every new shape, and take the fastest."""
+
     sync_batchnorm: bool = False
     """Make batch norms take their statistics over all ranks."""
 

@@ -43,7 +43,8 @@ def prepare_nccl(
 def prepare_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
     """Have cuBLAS sum in the same order every time; to be called before CUDA starts.
 
-    torch refuses deterministic algorithms without it. What the user has set stays.
+    torch 2.6 to 2.9 refuse deterministic algorithms without it; newer ones do without (pull request
+    161749), where it changes nothing. What the user has set stays.
 
     Source: docs of torch.use_deterministic_algorithms; NVIDIA's cuBLAS, "Results Reproducibility".
     """

@@ -43,6 +43,8 @@ def prepare_model(
     if section.tf32 is not None and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = section.tf32
         torch.backends.cudnn.allow_tf32 = section.tf32
+    if section.cudnn_benchmark and device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     if section.sync_batchnorm and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     spread = is_spread(section, world_size)

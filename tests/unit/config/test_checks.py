@@ -172,6 +172,16 @@ def test_nccl_without_gpus() -> None:
     ]
 
 
+def test_the_fastest_kernel_and_the_same_bits() -> None:
+    asked = "training.cudnn_benchmark=true"
+    assert told(VALID, asked) == []
+    (line,) = told(VALID, asked, "run.deterministic=true")
+    assert line == (
+        "training.cudnn_benchmark = true: the fastest algorithm may be another one next time, and "
+        "run.deterministic = true asks for equal bits"
+    )
+
+
 def test_a_run_folder_in_the_way(tmp_path: Path) -> None:
     assert told(VALID, "run.directory=.", "run.name=plain") == [
         'run.name = "plain": plain is a file, and has to be a folder'

@@ -27,7 +27,7 @@ from hpctrain.launch.device import (
 )
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.launchers import detect
-from hpctrain.launch.limits import prepare_nccl, raise_open_files
+from hpctrain.launch.limits import prepare_deterministic, prepare_nccl, raise_open_files
 from hpctrain.launch.rendezvous import Address, candidates
 
 A, B = Node("boot-a", "a"), Node("boot-b", "b")
@@ -379,3 +379,10 @@ def test_open_files_are_raised_to_the_hard_limit() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_what_cublas_is_told_stays_if_the_user_has_said_it(given: str | None) -> None:
+    environ = {} if given is None else {"CUBLAS_WORKSPACE_CONFIG": given}
+    prepare_deterministic(environ)
+    assert environ == {"CUBLAS_WORKSPACE_CONFIG": given or ":4096:8"}

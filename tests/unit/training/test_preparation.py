@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,3 +107,31 @@ def test_the_smallest_share_is_that_of_some_batch(samples: int, world_size: int)
     assert smallest <= min(shares)
     if samples % 16:
         assert smallest == min(shares)
+
+
+@pytest.fixture
+def of_devices() -> Iterator[Callable[[], list[bool]]]:
+    """What torch knows of arithmetic on GPUs: put back at the end, as another test may ask."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def found() -> list[bool]:
+        return [cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark]
+
+    before = found()
+    cuda.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+    yield found
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def test_what_a_gpu_is_told_of_its_arithmetic(of_devices: Callable[[], list[bool]]) -> None:
+    """Nothing is on it yet: what is to be spread over ranks stays on the host."""
+
+    def told(device: str, **section: Any) -> list[bool]:
+        chosen = TrainingSection(max_steps=1, strategy="fsdp", **section)
+        number_format = NumberFormat.of("32-true", CPU)
+        prepare_model(ConvNet(2, 3), chosen, number_format, torch.device(device), 2)
+        return of_devices()
+
+    assert told("cpu", cudnn_benchmark=True, tf32=True) == [False, False, False]
+    assert told("cuda") == [False, False, False]
+    assert told("cuda", cudnn_benchmark=True, tf32=True) == [True, True, True]
