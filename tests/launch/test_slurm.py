@@ -202,6 +202,17 @@ def test_scancel_with_a_signal_stops_the_run(slurm: Lab, site: Path) -> None:
     check_stopped(site, "SIGUSR1")
 
 
+def test_a_step_daemon_that_is_killed(slurm: Lab, site: Path) -> None:
+    """Its rank would train on, out of reach; all end, and the run folder says why."""
+    job = slurm.submit(f"srun --mpi=pmi2 {MANY}", "-N2", "-n2", cwd=site)
+    wait_for(lambda: steps(site), "step")
+    slurm.processes(f"slurmstepd: [{job}.0]")[0].kill()
+    wait_for(lambda: outcome(site)["code"] is not None, "end of the ranks")
+    ended = outcome(site)
+    assert ended["code"] == 69
+    assert ended["reason"].startswith("slurmstepd (process ")
+
+
 def check_stopped(site: Path, signal: str) -> None:
     output = (site / "out").read_text(encoding="utf-8")
     assert "code 75" in output.splitlines()

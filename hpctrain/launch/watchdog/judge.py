@@ -102,8 +102,11 @@ class Judge:
         known, since = self._launcher_gone
         if known.is_front_end == gone.is_front_end:
             return
-        # What has started the ranks follows its front end, and mostly not the other way round.
-        cause = known if known.is_front_end else gone
+        # What has started the ranks follows its front end; a front end that ends by itself after it
+        # has given up for a daemon that was killed, as Open MPI's does.
+        front_end, daemon = (known, gone) if known.is_front_end else (gone, known)
+        was_first_to_go = daemon is known and daemon.signal and not front_end.signal
+        cause = daemon if was_first_to_go else front_end
         self._launcher_gone = (replace(cause, is_front_end=False), since)
         self._has_asked_to_stop = False
 

@@ -40,7 +40,9 @@ from hpctrain.launch.watchdog.verdicts import (
 
 GROUPS = {0: Group(host="a", ranks=(0, 1)), 2: Group(host="b", ranks=(2, 3))}
 GONE = LauncherGone(host="b", ranks=(2, 3), name="hydra_pmi_proxy", pid=41, signal="SIGKILL")
-SCRIPT = LauncherGone(host="a", ranks=(0, 1), name="mpirun", pid=4, is_front_end=True)
+SCRIPT = LauncherGone(
+    host="a", ranks=(0, 1), name="mpirun", pid=4, signal="SIGKILL", is_front_end=True
+)
 KILLED = Death(rank=3, host="b", signal="SIGKILL", signal_number=9, step=7)
 
 
@@ -117,6 +119,11 @@ class TestJudge:
         for index in order:
             judge.launcher_gone((GONE, SCRIPT)[index], 0.0)
         assert judge.look(2.0) == [Tell(replace(SCRIPT, is_front_end=False)), End(69)]
+
+    def test_a_front_end_that_gives_up_for_a_daemon_is_not_the_cause(self, judge: Judge) -> None:
+        judge.launcher_gone(GONE, 0.0)
+        judge.launcher_gone(replace(SCRIPT, signal=None), 0.1)
+        assert judge.look(2.0) == [Tell(GONE), End(69)]
 
     def test_ranks_whose_front_end_is_gone_are_asked_to_stop(self, judge: Judge) -> None:
         """They can still save: what has started them is there."""
@@ -231,8 +238,16 @@ def test_laggards(stands: Sequence[Stand], expected: Sequence[int]) -> None:
         (Death(rank=1, host="a"), 137, ["rank 1@a was killed; the job ends"]),
         (NodeLost(GROUPS[2]), 69, ["node b with ranks 2 to 3 is gone"]),
         (GONE, 69, ["hydra_pmi_proxy (process 41 on b)", "ranks 2 to 3", "killed by SIGKILL"]),
-        (replace(GONE, ranks=(3,)), 69, ["had started rank 3, was killed by SIGKILL while it was"]),
-        (SCRIPT, 69, ["mpirun (process 4 on a)", "has ended while", "are asked to stop (SIGTERM)"]),
+        (
+            replace(GONE, signal=None, ranks=(3,)),
+            69,
+            ["had started rank 3, has ended while it was"],
+        ),
+        (
+            SCRIPT,
+            69,
+            ["mpirun (process 4 on a)", "killed by SIGKILL", "are asked to stop (SIGTERM)"],
+        ),
         (NodeLost(Group(host="b", ranks=(5,))), 69, ["with rank 5 is gone"]),
         (NodeLost(Group(host="b", ranks=(1, 3))), 69, ["with ranks 1, 3 is gone"]),
         (
