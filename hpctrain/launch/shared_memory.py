@@ -1,8 +1,14 @@
 """/dev/shm, looked at before MPI_Init: MPI libraries that cannot live with it crash there.
 
-Measured on tmpfs of several sizes: MPICH 5.0.2 (ch4:ucx) ends by a bus error in MPI_Init where
-/dev/shm has up to 1 MiB a rank of the node, by a UCX error where it is read-only, both for one rank
-too. Intel MPI 2021.18 needs more than 2 MiB for two ranks and more. Open MPI 5.0.11 does without.
+Measured on tmpfs of 1 to 90 MiB with 1 to 16 ranks of a node, each of which sent and received
+messages of up to 32 MB:
+
+- MPICH 5.0.2 (ch4:ucx) ends by a bus error in MPI_Init with up to 1 MiB a rank. Below 16 MiB it
+  does without shared memory then; from there on UCX takes 5.15 MiB a rank, at first 16 MiB at once,
+  and ends by a segmentation fault where they are not there. Where /dev/shm is read-only it ends by
+  a UCX error. All of this holds for one rank too. So the 64 MB of a container serve 12 ranks.
+- Intel MPI 2021.18 takes up to 8 MiB for 2 to 12 ranks, most of it as messages grow; one rank none.
+- Open MPI 5.0.11 does without.
 """
 
 from __future__ import annotations
@@ -13,11 +19,14 @@ from pathlib import Path
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.launchers import Claim
-from hpctrain.utils.text import size
+from hpctrain.utils.text import plural, size
 
 _SHARED = Path("/dev/shm")
-_MPICH_BYTES_PER_RANK = 2**20
-_INTEL_BYTES = 2**21
+_MPICH_LEAST_BYTES_PER_RANK = 2**20
+_UCX_FROM_BYTES = 16 * 2**20
+_UCX_BYTES_PER_RANK = 5.25 * 2**20
+_INTEL_BYTES = 6 * 2**20
+_INTEL_BYTES_PER_RANK = 2**18
 _FIX = (
     "Give the container more (docker run --shm-size=8g or --ipc=host, in Kubernetes an emptyDir "
     "with medium: Memory at /dev/shm), or remove what dead jobs have left there."
@@ -65,13 +74,27 @@ def trouble(family: str, ranks: int, *, total: int, free: int, is_read_only: boo
 
     Ranks that were faster have taken their part already: what is free counts for the own one alone.
     """
-    if family == "mpich" and is_read_only:
-        return "is read-only"
-    needed = {"mpich": _MPICH_BYTES_PER_RANK * ranks, "intel": _INTEL_BYTES if ranks > 1 else 0}
-    if family not in needed or is_read_only:
-        return None
-    if total <= needed[family]:
-        return f"has {size(total)} in all, where more than {size(needed[family])} are needed"
-    if family == "mpich" and free < _MPICH_BYTES_PER_RANK:
-        return f"has {size(free)} free of {size(total)}"
+    if is_read_only:
+        return "is read-only" if family == "mpich" else None
+    needed = _needed(family, ranks, total)
+    if total <= needed:
+        return (
+            f"has {size(total)} in all, where {plural(ranks, 'rank')} on this node need more than "
+            f"{size(needed)}"
+        )
+    own = _needed(family, 1, total) if ranks == 1 else _MPICH_LEAST_BYTES_PER_RANK
+    if family == "mpich" and free <= own:
+        return f"has {size(free)} free of {size(total)}, where more than {size(own)} are needed"
     return None
+
+
+def _needed(family: str, ranks: int, total: int) -> int:
+    """Return what ranks need more than, where shared memory has so many bytes in all."""
+    if family == "mpich":
+        least = ranks * _MPICH_LEAST_BYTES_PER_RANK
+        if total < _UCX_FROM_BYTES:
+            return least
+        return max(_UCX_FROM_BYTES + least, int(ranks * _UCX_BYTES_PER_RANK))
+    if family == "intel" and ranks > 1:
+        return _INTEL_BYTES + ranks * _INTEL_BYTES_PER_RANK
+    return 0

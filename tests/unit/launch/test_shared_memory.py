@@ -29,9 +29,24 @@ MB = 2**20
         ("mpich", 4, 4 * MB, False),
         ("mpich", 4, 5 * MB, True),
         ("intel", 1, MB // 16, True),
-        ("intel", 2, 2 * MB, False),
-        ("intel", 3, 2 * MB, False),
-        ("intel", 8, 4 * MB, True),
+        # UCX takes part from 16 MiB on.
+        ("mpich", 1, 14 * MB, True),
+        ("mpich", 1, 16 * MB, False),
+        ("mpich", 1, 18 * MB, True),
+        ("mpich", 4, 14 * MB, True),
+        ("mpich", 4, 18 * MB, False),
+        ("mpich", 4, 22 * MB, True),
+        ("mpich", 8, 14 * MB, True),
+        ("mpich", 8, 16 * MB, False),
+        ("mpich", 8, 32 * MB, False),
+        ("mpich", 8, 40 * MB, False),
+        ("mpich", 8, 44 * MB, True),
+        ("mpich", 12, 64 * MB, True),
+        ("mpich", 16, 64 * MB, False),
+        ("intel", 2, 5 * MB, False),
+        ("intel", 8, 6 * MB, False),
+        ("intel", 12, 7 * MB, False),
+        ("intel", 12, 10 * MB, True),
         ("openmpi", 8, MB // 16, True),
     ],
 )
@@ -50,7 +65,9 @@ def test_read_only(family: str, works: bool) -> None:
 
 def test_what_dead_jobs_have_left_and_what_faster_ranks_have_taken() -> None:
     full = trouble("mpich", 2, total=64 * MB, free=MB // 2, is_read_only=False)
-    assert full == "has 524 kB free of 67.1 MB"
+    assert full == "has 524 kB free of 67.1 MB, where more than 1.05 MB are needed"
+    alone = trouble("mpich", 1, total=64 * MB, free=16 * MB, is_read_only=False)
+    assert alone == "has 16.8 MB free of 67.1 MB, where more than 17.8 MB are needed"
     assert trouble("mpich", 4, total=5 * MB, free=2 * MB, is_read_only=False) is None
 
 
