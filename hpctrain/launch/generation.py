@@ -51,12 +51,14 @@ class Process:
     Attributes:
         place: of the store, for messages.
         may_restart: an agent may start all processes again, and holds the store meanwhile.
+        is_on_loopback: the store is there, where no other host comes.
     """
 
     rank: int
     world_size: int
     place: str
     may_restart: bool
+    is_on_loopback: bool = False
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -184,7 +186,13 @@ def _somebody_is_missing(
 ) -> LaunchError:
     missing = [rank for rank in range(1, process.world_size) if newest.get(rank) not in confirmed]
     shown = listed([str(rank) for rank in missing], _SHOWN)
-    return LaunchError(
+    text = (
         f"{len(missing)} of {process.world_size} ranks have not come to MASTER_ADDR:MASTER_PORT = "
         f"{process.place} in time: {shown}"
     )
+    if process.is_on_loopback:
+        text += (
+            ". That is loopback, which no other host reaches: for ranks on several hosts set "
+            "MASTER_ADDR to an address of rank 0's host"
+        )
+    return LaunchError(text)

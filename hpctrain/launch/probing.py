@@ -41,6 +41,13 @@ def listen(num_peers: int, ip: str | None = None, port: int = 0) -> socket.socke
         return socket.create_server(("", port), backlog=backlog)
 
 
+def is_loopback(ip: str) -> bool:
+    """Return whether an address leads to this host alone."""
+    parsed = ipaddress.ip_address(ip.partition("%")[0])
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
+
+
 @contextmanager
 def answering(
     listener: socket.socket | None, secret: str, expected: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import psutil
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.probing import answering, listen, probe
+from hpctrain.launch.probing import answering, is_loopback, listen, probe
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.text import first_lines, listed, printable_lines
 
@@ -140,7 +140,7 @@ def meet(
     only_at = None
     if topology.is_rank_zero:
         addresses = candidates(local_addresses(), topology.num_nodes, interface=interface, ip=ip)
-        if addresses and all(ipaddress.ip_address(each.ip).is_loopback for each in addresses):
+        if addresses and all(is_loopback(each.ip) for each in addresses):
             # Nobody else needs to reach this job.
             addresses = addresses[:1]
             only_at = addresses[0].ip

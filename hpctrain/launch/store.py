@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -21,12 +21,18 @@ from hpctrain.launch.encoding import encode
 from hpctrain.launch.exchange import LONGEST_WAIT, Exchange
 from hpctrain.launch.generation import Process, agree, may_restart
 from hpctrain.launch.launchers import Claim
-from hpctrain.launch.probing import listen
+from hpctrain.launch.probing import is_loopback, listen
 from hpctrain.launch.waits import ended_from_outside, limit_seconds
 from hpctrain.topology import closing_together
 
 _NAME_SECONDS = 5.0
 _LEAVE_SECONDS = 10.0
+# Source: RFC 6761, section 6.3; the /etc/hosts of Debian and of Red Hat.
+_LOCALHOST = re.compile(
+    r"(?:[\w.-]+\.)?localhost[46]?(?:\.localdomain[46]?)?\.?|ip6-(?:localhost|loopback)",
+    re.IGNORECASE,
+)
+_IN_A_POD = "KUBERNETES_SERVICE_HOST"
 
 
 @contextmanager
@@ -67,11 +73,13 @@ def _meet(claim: Claim, place: str, seconds: float) -> tuple[dist.Store, str]:
             f"rank {claim.rank} cannot {action} MASTER_ADDR:MASTER_PORT = {place}: "
             f"{str(error).splitlines()[0]}" + (" Choose another MASTER_PORT." if is_taken else "")
         ) from error
+    is_agents = may_restart(os.environ)
     process = Process(
         rank=claim.rank,
         world_size=claim.world_size,
         place=place,
-        may_restart=may_restart(os.environ),
+        may_restart=is_agents,
+        is_on_loopback=not is_agents and loopback_of(claim, os.environ) is not None,
     )
     return store, agree(store, process, longest_seconds=seconds)
 
@@ -88,9 +96,9 @@ def _open(claim: Claim, timeout: timedelta) -> dist.Store:
         return found[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = None
-    if claim.rank == 0 and _is_on_loopback(claim, address):
+    ip = loopback_of(claim, os.environ)
+    if claim.rank == 0 and ip is not None:
         # torch's own socket listens at all addresses.
-        ip = "127.0.0.1" if address == "localhost" else address
         listener = listen(claim.world_size, ip, port)
     return dist.TCPStore(
         address,
@@ -115,18 +123,24 @@ def _last_words(claim: Claim, asked: str | None) -> str | None:
     return f"rank {claim.rank} was ended by {asked} {where}" if claim.rank == 0 else None
 
 
-def _is_on_loopback(claim: Claim, address: str) -> bool:
-    """Tell whether all ranks meet on this host's loopback, at a store that rank 0 makes.
+def loopback_of(claim: Claim, env: Mapping[str, str]) -> str | None:
+    """Return the address of this host's loopback where all ranks meet; None: they meet elsewhere.
 
-    The name "localhost" alone does not say so: Kubeflow gives it to rank 0, and the name of its
-    host to the others.
+    In a pod the name "localhost" alone does not say so: Kubeflow gives it to rank 0, and the name
+    of its host to the others. A host's own name may mean loopback on that host alone.
     """
-    if address == "localhost":
-        return claim.local_world_size == claim.world_size
+    name = env["MASTER_ADDR"]
+    is_one_host = claim.local_world_size == claim.world_size
+    is_named = _LOCALHOST.fullmatch(name) and (is_one_host or _IN_A_POD not in env)
     try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+        found = socket.getaddrinfo(name, None, flags=0 if is_named else socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):  # a name, or none at all
+        return None
+    # IPv4 first, as it is where a name has both.
+    ips = sorted(
+        {str(address[0]).removeprefix("::ffff:") for *_, address in found}, key=lambda ip: ":" in ip
+    )
+    return ips[0] if ips and all(map(is_loopback, ips)) else None
 
 
 def _resolve(address: str) -> None:

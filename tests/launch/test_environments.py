@@ -139,7 +139,7 @@ def test_another_jobs_port_is_one_message() -> None:
 
     Being on one host, it listens where no other host comes.
     """
-    ranks = two_ranks(MASTER_ADDR="127.0.0.1")
+    ranks = two_ranks()
     waiting = [[sys.executable, BODY, "hold"]] * 2
     first = [
         subprocess.Popen(
@@ -163,7 +163,7 @@ def test_another_jobs_port_is_one_message() -> None:
         assert [code for code, _ in ends] == [69, 69], output
         assert output.count("hpctrain: error") == 1
         port = ranks[0]["MASTER_PORT"]
-        assert f"rank 0 cannot open MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in output
+        assert f"rank 0 cannot open MASTER_ADDR:MASTER_PORT = localhost:{port}" in output
         assert "Choose another MASTER_PORT." in output
         assert "Traceback" not in output
         for process in first:
