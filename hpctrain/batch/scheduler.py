@@ -249,21 +249,24 @@ def end_of_user(text: str, began: float) -> float:
         ) from error
 
 
-def job_is_gone(job: str, cluster: str, environ: Mapping[str, str]) -> bool | None:
+def job_is_gone(job: str, cluster: str, host: str, environ: Mapping[str, str]) -> bool | None:
     """Tell whether another job has ended, with all its processes; None if that cannot be told.
 
     Args:
         job: its id, as its own environment had it.
         cluster: that the id is of; the same number means another job on another cluster.
+        host: that the job has run on.
         environ: of the job that asks.
     """
     own = batch_job(environ)
     if own is None or not re.fullmatch(r"\w[\w.\[\]-]*", job):
         return None
-    # LSF names its cluster neither in the id nor in the environment.
+    limit = _LONGEST_ANSWER_ON_A_JOB_SECONDS
+    if own.scheduler == "lsf":
+        question = ("bjobs", "-noheader", "-o", "stat exec_host delimiter='^'", job)
+        return _gone_by_bjobs(*ask(question, environ, limit), host)
     if not cluster or cluster != own.cluster:
         return None
-    limit = _LONGEST_ANSWER_ON_A_JOB_SECONDS
     if own.scheduler == "slurm":
         return _gone_by_squeue(*ask(("squeue", "-h", "-j", job, "-o", "%T"), environ, limit))
     return _gone_by_qstat(*ask(("qstat", "-f", "-F", "json", job), environ, limit))
@@ -274,6 +277,22 @@ def _gone_by_squeue(text: str, problem: str | None) -> bool | None:
     if problem is not None:
         return True if "Invalid job id" in problem else None
     return not text.strip()
+
+
+def _gone_by_bjobs(text: str, problem: str | None, host: str) -> bool | None:
+    """Read the state of a job and its hosts: "DONE^4*n1:n2".
+
+    LSF names its cluster neither in the id nor in the environment: the host tells whether it is the
+    job that is meant. ZOMBI and UNKWN are jobs on hosts that do not answer. An hour after its end
+    (CLEAN_PERIOD) a job is not found, as one of another cluster is.
+
+    Source: IBM Spectrum LSF 10.1, command reference, bjobs; not seen on a cluster.
+    """
+    words = text.strip().split("^")
+    if problem is not None or len(words) != 2:
+        return None
+    hosts = [entry.rpartition("*")[2].partition(".")[0] for entry in words[1].split(":")]
+    return words[0] in ("DONE", "EXIT") if host.partition(".")[0] in hosts else None
 
 
 def _gone_by_qstat(text: str, problem: str | None) -> bool | None:

@@ -54,8 +54,8 @@ _READ_AGAIN_SECONDS = 0.1
 _LONGEST_CHAIN = 1000
 _MADE_TOGETHER_SECONDS = 5.0
 
-JobIsGone = Callable[[str, str], bool | None]
-"""Whether a scheduler's job is gone, by its id and cluster; None: that cannot be told."""
+JobIsGone = Callable[[str, str, str], bool | None]
+"""Whether a scheduler's job is gone, by its id, cluster and host; None: that cannot be told."""
 
 
 class Lease:
@@ -71,7 +71,7 @@ class Lease:
         self,
         folder: Path,
         environ: Mapping[str, str] = os.environ,
-        job_is_gone: JobIsGone = lambda _job, _cluster: None,
+        job_is_gone: JobIsGone = lambda _job, _cluster, _host: None,
     ) -> None:
         self._path = lease_path(folder)
         self._folder = folder
@@ -179,7 +179,9 @@ class Lease:
             age=self._age(found),
             lives=found.lives(),
             job_is_gone=lambda: (
-                self._job_is_gone(holder.job, holder.cluster) if holder.job is not None else None
+                None
+                if holder.job is None
+                else self._job_is_gone(holder.job, holder.cluster, holder.host)
             ),
         )
 

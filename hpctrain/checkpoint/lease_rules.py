@@ -111,7 +111,7 @@ def this_holder(environ: Mapping[str, str]) -> Holder:
     return Holder(
         token=token,
         attempt=attempt,
-        job=None if job is None else job.id,
+        job=None if job is None else job.name,
         restart=0 if job is None else job.restart,
         cluster="" if job is None else job.cluster,
         host=socket.gethostname(),

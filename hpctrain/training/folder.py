@@ -58,7 +58,8 @@ class RunFolder:
         self._last: Outcome | None = None
         self._token: str | None = None
         self._lease = Lease(
-            path, job_is_gone=lambda job, cluster: job_is_gone(job, cluster, os.environ)
+            path,
+            job_is_gone=lambda job, cluster, host: job_is_gone(job, cluster, host, os.environ),
         )
 
     def __enter__(self) -> RunFolder:

@@ -273,6 +273,7 @@ def test_the_earliest_end_counts(site: Site) -> None:
 
 SLURM = {"SLURM_JOB_ID": "9", "SLURM_CLUSTER_NAME": "alps"}
 PBS = {"PBS_JOBID": "9.head"}
+LSF = {"LSB_JOBID": "9"}
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 UNREACHABLE = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
 
@@ -301,7 +302,18 @@ UNREACHABLE = "echo 'slurm_load_jobs error: Unable to contact slurm controller' 
         (PBS, "7.head", "head", "echo 'qstat: cannot connect to server' >&2; exit 111", None),
         (PBS, "7.head", "head", "echo nonsense", None),
         (PBS, "7.other", "other", "exit 153", None),
-        ({"LSB_JOBID": "9"}, "7", "", "true", None),
+        (LSF, "7", "", "echo RUN^4*n1:4*n2", False),
+        (LSF, "7", "", "echo SSUSP^n1", False),
+        (LSF, "7", "", "echo EXIT^4*n1:n2", True),
+        (LSF, "7[3]", "", "echo DONE^n2.cluster.org:4*n1.cluster.org", True),
+        # A number of another cluster, hosts that do not answer, a job that has not begun.
+        (LSF, "7", "", "echo DONE^n7", None),
+        (LSF, "7", "", "echo ZOMBI^n1", False),
+        (LSF, "7", "", "echo UNKWN^n1", False),
+        (LSF, "7", "", "echo PEND^-", None),
+        (LSF, "7", "", "echo 'Job <7> is not found' >&2; exit 255", None),
+        (LSF, "7", "", "echo 'Job <7> is not found' >&2", None),
+        (LSF, "7", "", "printf 'RUN^n1\\nDONE^n1\\n'", None),  # an array
         ({}, "7", "alps", "true", None),
     ],
 )
@@ -313,10 +325,10 @@ def test_whether_another_job_is_gone(
     prints: str,
     gone: bool | None,
 ) -> None:
-    for name in ("squeue", "qstat"):
+    for name in ("squeue", "qstat", "bjobs"):
         (tmp_path / name).write_text(f"#!/bin/sh\n{prints}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", path["PATH"])
-        assert job_is_gone(job, cluster, environ | path) is gone
+        assert job_is_gone(job, cluster, "n1.other.domain", environ | path) is gone
