@@ -1,21 +1,47 @@
-"""Batch training for MPI clusters: launch, sharded HDF5, DDP, checkpoints, life in a queue."""
+"""Batch training for MPI clusters: launch, sharded HDF5, DDP, checkpoints, life in a queue.
+
+Public are the names of `__all__` here and in `hpctrain.data`; all else is private and may change.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.version import __version__
 
 if TYPE_CHECKING:
-    from hpctrain.launch.world import connect
+    from hpctrain.config.validate import load as load_config
+    from hpctrain.launch.world import World, connect
+    from hpctrain.training.language_modeling import LanguageModeling
+    from hpctrain.training.regression import Regression
+    from hpctrain.training.task import Classification, Task
 
-__all__ = ["__version__", "connect"]
+__all__ = [
+    "Classification",
+    "LanguageModeling",
+    "Regression",
+    "Task",
+    "World",
+    "__version__",
+    "connect",
+    "load_config",
+]
+
+_HOMES = {
+    "Classification": "hpctrain.training.task:Classification",
+    "LanguageModeling": "hpctrain.training.language_modeling:LanguageModeling",
+    "Regression": "hpctrain.training.regression:Regression",
+    "Task": "hpctrain.training.task:Task",
+    "World": "hpctrain.launch.world:World",
+    "connect": "hpctrain.launch.world:connect",
+    "load_config": "hpctrain.config.validate:load",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load `connect` when it is asked for: nothing heavy at import."""
-    if name == "connect":
-        from hpctrain.launch.world import connect
-
-        return connect
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is asked for: nothing heavy at import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -120,7 +120,7 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
     from hpctrain.launch.world import control_plane
 
     # One rank reads the file; the others hear from it what is in it.
-    config = load_config(path, overrides) if claim.rank in (None, 0) else None
+    config = _config_or_error(path, overrides) if claim.rank in (None, 0) else None
     if claim.launcher is None and isinstance(config, ConfigError):
         raise config
     with (
@@ -154,7 +154,7 @@ def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> No
     start(num_processes, [sys.executable, "-m", "hpctrain", *arguments])
 
 
-def load_config(path: str, overrides: Sequence[str]) -> Config | ConfigError:
+def _config_or_error(path: str, overrides: Sequence[str]) -> Config | ConfigError:
     """Return the config, or what is wrong with it, as all ranks are about to hear it."""
     from hpctrain.config import load
 
