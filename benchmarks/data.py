@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from hpctrain.convert.bench import forget
-from hpctrain.data import Dataset, Storage, Writer, open_dataset
+from hpctrain.data import Storage, Writer, open_dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.reading.helpers import reading_threads
 
 HERE = Path(__file__).parent

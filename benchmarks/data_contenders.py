@@ -85,8 +85,9 @@ def training(
 ) -> Passes:
     import torch
 
-    from hpctrain.data import Order, open_dataset
+    from hpctrain.data import open_dataset
     from hpctrain.data.loading.loader import TrainLoader
+    from hpctrain.data.order.partition import Order
 
     dataset = open_dataset(str(folder))
     order = Order.for_dataset(

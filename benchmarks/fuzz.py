@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.parallel import each, processors
-from hpctrain.data import Dataset, Storage, Writer, open_dataset
+from hpctrain.data import Storage, Writer, open_dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import join_files, verify_share
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError

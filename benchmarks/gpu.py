@@ -548,8 +548,9 @@ def hdf5(
     batch_transform: Callable[[Any], Any],
 ) -> Any:
     """Return a loader of samples that are stored in shards."""
-    from hpctrain.data import Order, Writer, open_dataset
+    from hpctrain.data import Writer, open_dataset
     from hpctrain.data.loading.loader import TrainLoader
+    from hpctrain.data.order.partition import Order
 
     count = len(next(iter(stored.values())))
     with Writer(folder / "data") as writer:

@@ -17,7 +17,7 @@ import numpy as np
 from hpctrain.data.order.partition import Order, default_block_rows, default_lanes, lanes_of_rank
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.reading.access import MOST_OPEN_FILES
-from hpctrain.data.shard_file import SHARD_BYTES
+from hpctrain.data.writer import SHARD_BYTES
 
 RANKS = (1, 4, 16, 64, 256, 1024, 4096)
 WINDOW = 4

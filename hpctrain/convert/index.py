@@ -14,7 +14,7 @@ from hpctrain.data.contents import Contents, look_into
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import find_files, join_files, require_finished
 from hpctrain.data.index import HDF5_SUFFIXES, INDEX_NAME, file_problems, is_shard_name, write_index
-from hpctrain.data.shard_file import cannot_write
+from hpctrain.data.writer import cannot_write
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.utils.files import file_checksum
 

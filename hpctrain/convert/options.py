@@ -17,8 +17,8 @@ from hpctrain.convert import commands
 from hpctrain.convert.commands import Work
 from hpctrain.convert.splits import parse_splits
 from hpctrain.data.dataset import SUPPORTED_DTYPES
-from hpctrain.data.shard_file import SHARD_BYTES
 from hpctrain.data.storage import CHUNK_BYTES, FILTERS, Storage
+from hpctrain.data.writer import SHARD_BYTES
 from hpctrain.errors import UsageError
 
 COLLECTIVE = frozenset({"pack", "split", "repack"})

@@ -20,16 +20,16 @@ from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.discovery import inspect_file
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin, write_index
 from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.shard_file import (
+from hpctrain.data.storage import Storage
+from hpctrain.data.writer import (
     SHARD_BYTES,
     cannot_write,
     inspect_shard,
+    require_vacant,
     rows_of_shard,
     shard_name,
     write_shard,
 )
-from hpctrain.data.storage import Storage
-from hpctrain.data.writing import require_vacant
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 from hpctrain.utils.files import replace_file

@@ -16,15 +16,15 @@ import h5py
 import numpy as np
 from h5py import h5t
 
-from hpctrain.data.claims import require_plausible, require_row
-from hpctrain.data.coding import PLAIN, Coding, without_plain
-from hpctrain.data.conventions import ATTRIBUTES, coding_of
+from hpctrain.data.coding import ATTRIBUTES, PLAIN, Coding, coding_of, without_plain
 from hpctrain.data.dataset import (
     ELSEWHERE,
     Field,
     Layout,
     Shard,
     require_fields,
+    require_plausible,
+    require_row,
     require_supported,
 )
 from hpctrain.data.storage import (

@@ -15,10 +15,9 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from hpctrain.data.catalogue import is_catalogue, read_catalogue
-from hpctrain.data.claims import require_countable
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.contents import Contents, coding_in, look_into
-from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_fields
+from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_countable, require_fields
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,

@@ -10,9 +10,18 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from hpctrain.data.claims import require_countable, require_plausible, require_row
 from hpctrain.data.coding import Coding, coding_from
-from hpctrain.data.dataset import Dataset, Field, Layout, Shard, parse_dtype, require_supported
+from hpctrain.data.dataset import (
+    Dataset,
+    Field,
+    Layout,
+    Shard,
+    parse_dtype,
+    require_countable,
+    require_plausible,
+    require_row,
+    require_supported,
+)
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum, is_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_json, read_whole

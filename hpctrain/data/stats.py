@@ -19,7 +19,7 @@ from hpctrain.config.semantics import FIRST, NEWEST
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import FileOrder, order_key
-from hpctrain.data.shard_file import cannot_write
+from hpctrain.data.writer import cannot_write
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole

@@ -11,12 +11,12 @@ from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, stored_fields
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics
-from hpctrain.data import Dataset, Order
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import verify_share
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order.partition import served_samples
+from hpctrain.data.order.partition import Order, served_samples
 from hpctrain.data.reading.helpers import reading_threads
 from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.state import from_state

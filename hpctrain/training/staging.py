@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpctrain.config import Config
-from hpctrain.data import Dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.staging.copier import Copier
 from hpctrain.data.staging.disks import Disk, candidates, choose, look_at
 from hpctrain.data.staging.folder import StageFolder, sweep

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from hpctrain.accelerator import Streams
-from hpctrain.data import Dataset, Order, Writer, open_dataset
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import DEVICE_ALIGNMENT_BYTES
 from hpctrain.data.loading.device_copies import Copying
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.order.partition import Order
 
 SAMPLES = 3001
 CYCLES = 50_000_000

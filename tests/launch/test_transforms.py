@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ranks(3)
 MODULE = """
 import os, signal, sys
 import numpy as np
-from hpctrain.data import draws
+from hpctrain.data import random
 
 RANK = any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
@@ -35,7 +35,7 @@ def shift(fields, generator, *, training, fail=""):
 
 def noise(fields, keys, *, training):
     image = fields["image"]
-    image += 0.1 * draws.normal(keys, *image.shape[1:]).float()
+    image += 0.1 * random.normal(keys, *image.shape[1:]).float()
     return fields
 
 batches = []

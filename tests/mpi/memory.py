@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 import hpctrain
-from hpctrain.data import Order, Storage, Writer, open_dataset
+from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.order.partition import Order
 from hpctrain.data.reading.node_cache import hold_on_node
 from hpctrain.data.reading.node_memory import SHARED
 from hpctrain.errors import DatasetError, HpctrainError

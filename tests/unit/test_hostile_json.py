@@ -29,7 +29,7 @@ from hpctrain.data.catalogue import read_catalogue
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.index import read_index, read_origin
 from hpctrain.data.stats import read_stats, write_stats
-from hpctrain.data.writing import Writer
+from hpctrain.data.writer import Writer
 from hpctrain.errors import CheckpointError, ConfigError, DatasetError, HpctrainError
 from hpctrain.observe.records import from_line
 from hpctrain.training.saved_values import check_values

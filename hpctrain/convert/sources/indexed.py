@@ -11,7 +11,7 @@ import numpy as np
 
 from hpctrain.convert.sources.arrays import plain_attributes
 from hpctrain.convert.sources.source import Arrays, identity_of, native
-from hpctrain.data.conventions import without_coding
+from hpctrain.data.coding import without_coding
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
 from hpctrain.data.discovery import open_dataset

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from hpctrain.convert.sources.arrays import ArrayFacts, close_array, open_array
 from hpctrain.convert.sources.source import Arrays, identity_of, native, reading
-from hpctrain.data.coding import PLAIN, Coding
-from hpctrain.data.conventions import coding_of, without_coding
+from hpctrain.data.coding import PLAIN, Coding, coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
 from hpctrain.data.discovery import in_order

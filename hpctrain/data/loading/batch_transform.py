@@ -26,8 +26,8 @@ class Transform(Protocol):
         """Return the fields that the task will see.
 
         Which samples a batch holds depends on the number of ranks. So each sample is to be made of
-        itself and its key alone (`hpctrain.data.draws` draws from keys): then it comes out the same
-        at any world size, after a restart and in any micro batch.
+        itself and its key alone (`hpctrain.data.random` draws from keys): then it comes out the
+        same at any world size, after a restart and in any micro batch.
 
         Args:
             fields: by name, (samples, *shape) on the device; the callee's to change.

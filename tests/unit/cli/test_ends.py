@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hpctrain.batch.exit_status import Outcome, write_outcome
-from hpctrain.data.writing import Writer
+from hpctrain.data.writer import Writer
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "run.toml"

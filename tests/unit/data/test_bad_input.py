@@ -17,10 +17,11 @@ import torch
 
 from hpctrain.config.schema import DataSection
 from hpctrain.convert.verify import verify
-from hpctrain.data import Order, Writer
+from hpctrain.data import Writer
 from hpctrain.data.discovery import verify_share
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.order.partition import Order
 from hpctrain.data.reading import steady
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError, ExitCode

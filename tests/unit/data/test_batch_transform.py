@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpctrain.data import Field, draws
+from hpctrain.data import random
+from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.order.permutation import derive_keys, hash_items
 from hpctrain.data.order.shuffle import sample_keys
@@ -29,7 +30,7 @@ FIELDS = {
 
 
 def test_draws_are_the_hashes_of_the_order() -> None:
-    drawn = draws.hashes(ON_DEVICE, 3, 2, stream=4).view(torch.uint64).numpy()
+    drawn = random.hashes(ON_DEVICE, 3, 2, stream=4).view(torch.uint64).numpy()
     keys = np.array([derive_keys(int(key), np.array([4]))[0] for key in KEYS[:9]], np.uint64)
     assert (drawn[:9].reshape(9, 6) == hash_items(keys, 6)).all()
     assert len(np.unique(drawn)) == drawn.size
@@ -38,10 +39,10 @@ def test_draws_are_the_hashes_of_the_order() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda keys: draws.uniform(keys, 3),
-        lambda keys: draws.normal(keys, 3),
-        lambda keys: draws.integers(keys, -5, 6, 2, 2),
-        draws.normal,
+        lambda keys: random.uniform(keys, 3),
+        lambda keys: random.normal(keys, 3),
+        lambda keys: random.integers(keys, -5, 6, 2, 2),
+        random.normal,
     ],
     ids=["uniform", "normal", "integers", "one each"],
 )
@@ -53,7 +54,7 @@ def test_what_a_sample_draws_does_not_depend_on_its_batch(draw: Callable[[Tensor
 
 
 def test_draws_are_spread_as_they_say() -> None:
-    uniform, normal = draws.uniform(ON_DEVICE, 20), draws.normal(ON_DEVICE, 20)
+    uniform, normal = random.uniform(ON_DEVICE, 20), random.normal(ON_DEVICE, 20)
     assert 0 <= uniform.min() < 1e-4
     assert 1 - 1e-4 < uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 0.005
@@ -61,10 +62,10 @@ def test_draws_are_spread_as_they_say() -> None:
     assert abs(normal.mean()) < 0.02
     assert abs(normal.var() - 1) < 0.03
     assert abs((normal**4).mean() - 3) < 0.2
-    counts = draws.integers(ON_DEVICE, -5, 6, 20).add(5).ravel().bincount()
+    counts = random.integers(ON_DEVICE, -5, 6, 20).add(5).ravel().bincount()
     assert len(counts) == 11
     assert counts.min() > 0.95 * 100_000 / 11
-    streams = draws.uniform(ON_DEVICE, 20, stream=1)
+    streams = random.uniform(ON_DEVICE, 20, stream=1)
     assert abs(torch.corrcoef(torch.stack([uniform.ravel(), streams.ravel()]))[0, 1]) < 0.02
     neighbours = torch.corrcoef(torch.stack([uniform[:-1].ravel(), uniform[1:].ravel()]))
     assert abs(neighbours[0, 1]) < 0.02

@@ -16,9 +16,8 @@ from helpers.packed_variables import F4, RANGES, ROWS, VARIABLES, stored
 from hpctrain.convert.index import make_index
 from hpctrain.data import open_dataset
 from hpctrain.data.catalogue import read_catalogue, write_catalogue
-from hpctrain.data.coding import PLAIN, Coding, coding_from
+from hpctrain.data.coding import PLAIN, Coding, coding_from, coding_of
 from hpctrain.data.contents import look_into
-from hpctrain.data.conventions import coding_of
 from hpctrain.data.decoding import FieldDecoding, decoding_record, decodings
 from hpctrain.errors import DatasetError
 

@@ -14,8 +14,9 @@ import torch
 from helpers.packed_variables import F4, RANGES, VARIABLES, stored
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
-from hpctrain.data import Dataset, Order, open_dataset
+from hpctrain.data import open_dataset
 from hpctrain.data.coding import Coding
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import FieldDecoding, decodings
 from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale
 from hpctrain.data.loading.crew import Crew
@@ -24,6 +25,7 @@ from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.order.partition import Order
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError
 

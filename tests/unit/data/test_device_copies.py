@@ -15,8 +15,8 @@ from helpers.waiting import wait_for
 from torch import Tensor
 
 from hpctrain.accelerator import Streams
-from hpctrain.data import Dataset, Order, Writer, open_dataset
-from hpctrain.data.dataset import Field
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     BufferPool,
@@ -27,6 +27,7 @@ from hpctrain.data.loading.buffers import (
 )
 from hpctrain.data.loading.device_copies import MOST_COPIES, DeviceCopies
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.order.partition import Order
 
 SAMPLES = 600
 IDS = np.arange(SAMPLES, dtype=np.int64)

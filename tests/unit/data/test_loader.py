@@ -17,10 +17,13 @@ import pytest
 import torch
 import xxhash
 
-from hpctrain.data import Dataset, Order, Writer, draws, open_dataset
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data import random as random_of_samples
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import Batch, TrainLoader
+from hpctrain.data.order.partition import Order
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
@@ -151,8 +154,8 @@ def test_restart_anywhere(dataset: Dataset, order: Order) -> None:
 def augment(
     *, fields: dict[str, torch.Tensor], keys: torch.Tensor, training: bool
 ) -> dict[str, torch.Tensor]:
-    noise = draws.normal(keys, 3, 5).float()
-    flip = draws.uniform(keys, stream=1) < 0.5
+    noise = random_of_samples.normal(keys, 3, 5).float()
+    flip = random_of_samples.uniform(keys, stream=1) < 0.5
     image = fields["image"] + (noise if training else 0.0)
     image[flip] = image[flip].flip(-1)
     return {**fields, "image": image}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.data import Order, open_dataset
+from hpctrain.data import open_dataset
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.order.partition import Order
 
 SHARDS, SHARD_ROWS, SHAPE = 8, 200_000, (3, 64, 64)
 BATCH = 256

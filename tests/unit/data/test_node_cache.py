@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.data import Dataset, Order, Storage, Writer, open_dataset
-from hpctrain.data.order.partition import resident_block_rows
+from hpctrain.data import Storage, Writer, open_dataset
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.order.partition import Order, resident_block_rows
 from hpctrain.data.order.shuffle import Epoch
 from hpctrain.data.reading import node_cache
 from hpctrain.data.reading.node_cache import hold_on_node, plan, require_room, share

@@ -19,12 +19,14 @@ import torch
 import xxhash
 from helpers.waiting import wait_for
 
-from hpctrain.data import Dataset, Order, Writer, open_dataset
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.order.partition import Order
 from hpctrain.errors import TrainingError
 
 CPU = torch.device("cpu")
@@ -317,7 +319,7 @@ def test_workers_ignore_what_the_scheduler_sends_and_end_with_the_crew(dataset: 
 
 RANK = """
 import os, time, numpy as np, psutil
-from hpctrain.data import Field
+from hpctrain.data.dataset import Field
 from hpctrain.data.loading.crew import Crew, Job
 from hpctrain.data.loading.slots import Slot, SlotLayout
 

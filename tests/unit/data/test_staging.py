@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from helpers.waiting import wait_for
 
-from hpctrain.data import Dataset, Writer, open_dataset
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.reading.access import RowAccess
 from hpctrain.data.staging.copier import Copier, copy_whole
 from hpctrain.data.staging.disks import Disk, candidates, choose, look_at

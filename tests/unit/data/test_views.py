@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
-from hpctrain.data import Dataset, Order, contents
+from hpctrain.data import contents
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.order.partition import Order
 from hpctrain.data.reading import axis_access
 from hpctrain.data.reading.destinations import Destinations
 from hpctrain.data.reading.rows import open_rows

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpctrain.data import Order, Writer, open_dataset
+from hpctrain.data import Writer, open_dataset
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.order.partition import Order
 from hpctrain.errors import TrainingError
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.language_modeling import LanguageModeling
