@@ -11,10 +11,18 @@ from dataclasses import dataclass
 
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.staging.copier import Copier
-from hpctrain.data.staging.disks import Disk, candidates, choose, look_at
-from hpctrain.data.staging.folder import StageFolder, sweep
-from hpctrain.data.staging.plan import Copy, count_fitting, key_of, plan_copies, share_of
+from hpctrain.data.staging import Copier, StageFolder, sweep
+from hpctrain.data.staging_plan import (
+    Copy,
+    Disk,
+    candidates,
+    choose,
+    count_fitting,
+    key_of,
+    look_at,
+    plan_copies,
+    share_of,
+)
 from hpctrain.launch.world import World
 from hpctrain.utils.text import duration, listed, plural, size
 

@@ -17,10 +17,18 @@ from helpers.waiting import wait_for
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.reading.access import RowAccess
-from hpctrain.data.staging.copier import Copier, copy_whole
-from hpctrain.data.staging.disks import Disk, candidates, choose, look_at
-from hpctrain.data.staging.folder import LEFT, StageFolder, sweep
-from hpctrain.data.staging.plan import Copy, count_fitting, key_of, plan_copies, share_of
+from hpctrain.data.staging import LEFT, Copier, StageFolder, copy_whole, sweep
+from hpctrain.data.staging_plan import (
+    Copy,
+    Disk,
+    candidates,
+    choose,
+    count_fitting,
+    key_of,
+    look_at,
+    plan_copies,
+    share_of,
+)
 from hpctrain.errors import DatasetError
 
 ROWS = 40
@@ -192,7 +200,7 @@ def test_a_stop_ends_a_copy_and_leaves_nothing(copies: tuple[Copy, ...], disk: s
 
 HOLD = """
 import sys, time
-from hpctrain.data.staging.folder import StageFolder
+from hpctrain.data.staging import StageFolder
 folder = StageFolder(sys.argv[1], sys.argv[2])
 folder.join()
 print("joined", flush=True)

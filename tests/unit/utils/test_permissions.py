@@ -21,10 +21,8 @@ from helpers.strangers import STRANGER, directory_of_all, require_root, stranger
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.reading.node_cache import _open_own
-from hpctrain.data.staging.copier import copy_whole
-from hpctrain.data.staging.disks import Disk, look_at
-from hpctrain.data.staging.folder import StageFolder, sweep
-from hpctrain.data.staging.plan import Copy, plan_copies
+from hpctrain.data.staging import StageFolder, copy_whole, sweep
+from hpctrain.data.staging_plan import Copy, Disk, look_at, plan_copies
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog.stacks import write_stacks
