@@ -1,5 +1,5 @@
 """The preflight: everything that a run needs, tried under the real launcher, without training.
 
-`probes` measure one rank, `judging` turns the measurements of all ranks into findings and is pure,
-and `world`, `network`, `compute`, `data`, `storage` do the communicating in between, by `Checks`.
+A file a family of checks. In each, `check_...` communicates by `Checks`, what measures one rank
+follows, and `judge_...` turns the measurements of all ranks into findings: pure, tables in.
 """

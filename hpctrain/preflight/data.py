@@ -1,21 +1,34 @@
-"""The checks of the data: opened, seen by every node, locked, read."""
+"""The checks of the data: opened, seen by every node, locked, read fast enough."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from hpctrain.config.semantics import settle
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described
+from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.launch.world import World
 from hpctrain.preflight.checks import Checks
-from hpctrain.preflight.judging import data as judging
-from hpctrain.preflight.probes.dataset import read_batches, try_lock, unseen_shards
-from hpctrain.preflight.probes.step import StepFacts
+from hpctrain.preflight.compute import StepFacts
+from hpctrain.preflight.report import Finding
 from hpctrain.training.datasets import Data, open_data
 from hpctrain.training.resuming import values_to_go_on_from
-from hpctrain.utils.files import filesystem_of
+from hpctrain.utils.files import filesystem_of, open_regular
+from hpctrain.utils.text import listed, number, plural, size
+
+DATASET_FIX = "correct data.train, data.validation or the task's fields, or write the dataset anew"
+READING_FIX = "bring the file back, or write the dataset anew"
+
+_READ_SECONDS = 3.0
+_MOST_BATCHES = 50
+_MOST_SHARDS = 256
 
 
 def open_and_check(checks: Checks, world: World) -> Data | None:
@@ -24,14 +37,14 @@ def open_and_check(checks: Checks, world: World) -> Data | None:
     begun = world.communicator.broadcast(begun)
     opened = checks.keep(
         "dataset",
-        judging.DATASET_FIX,
+        DATASET_FIX,
         lambda: open_data(checks.config, world, settle(checks.config, begun), None),
     )
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")
         return None
     decoded = {name: described(each) for name, each in opened.transforms.decoding.all.items()}
-    checks.add(judging.judge_dataset(opened.train, opened.validation, decoded))
+    checks.add(judge_dataset(opened.train, opened.validation, decoded))
     _check_shards(checks, opened)
     _check_locking(checks, [shard.path for shard in opened.train.shards])
     return opened
@@ -44,7 +57,7 @@ def check_reading(checks: Checks, opened: Data | None, steps: Sequence[StepFacts
         return
     readings = checks.gather(
         "reading",
-        judging.READING_FIX,
+        READING_FIX,
         lambda: read_batches(opened.train_loader, opened.train.bytes_per_sample),
     )
     if readings is None:
@@ -52,19 +65,17 @@ def check_reading(checks: Checks, opened: Data | None, steps: Sequence[StepFacts
     rate = None
     if steps is not None:
         rate = checks.config.data.global_batch_size / max(step.seconds for step in steps)
-    checks.add(judging.judge_reading(readings, rate))
+    checks.add(judge_reading(readings, rate))
 
 
 def _check_shards(checks: Checks, opened: Data) -> None:
     looks = checks.topology.local_rank == 0
     unseen = checks.gather(
-        "shards", judging.DATASET_FIX, lambda: unseen_shards(opened.train) if looks else None
+        "shards", DATASET_FIX, lambda: unseen_shards(opened.train) if looks else None
     )
     if unseen is not None:
         by_host = zip(checks.hosts, unseen, strict=True)
-        checks.add(
-            judging.judge_visibility({host: each for host, each in by_host if each is not None})
-        )
+        checks.add(judge_visibility({host: each for host, each in by_host if each is not None}))
 
 
 def _check_locking(checks: Checks, paths: Sequence[str]) -> None:
@@ -74,6 +85,171 @@ def _check_locking(checks: Checks, paths: Sequence[str]) -> None:
         switch = os.environ.get("HDF5_USE_FILE_LOCKING", "").upper()
         return try_lock(paths[0]), filesystem_of(Path(paths[0])), switch in ("FALSE", "0")
 
-    tried = checks.gather("HDF5 file locking", judging.READING_FIX, try_here)
+    tried = checks.gather("HDF5 file locking", READING_FIX, try_here)
     if tried is not None and tried[0] is not None:
-        checks.add(judging.judge_locking(*tried[0]))
+        checks.add(judge_locking(*tried[0]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one rank has read: its shares of the first global batches."""
+
+    samples: int
+    batches: int
+    num_bytes: int
+    seconds: float
+
+
+def read_batches(loader: TrainLoader, bytes_per_sample: int) -> Reading:
+    """Read real batches for some seconds.
+
+    Raises:
+        DatasetError: naming file, field and row that cannot be read.
+    """
+    samples = batches = 0
+    begin = time.perf_counter()
+    try:
+        for batch in islice(loader.epoch(0), _MOST_BATCHES):
+            samples += batch.size
+            batches += 1
+            if time.perf_counter() - begin > _READ_SECONDS:
+                break
+        seconds = time.perf_counter() - begin
+    finally:
+        loader.close()
+    return Reading(
+        samples=samples, batches=batches, num_bytes=samples * bytes_per_sample, seconds=seconds
+    )
+
+
+def unseen_shards(dataset: Dataset) -> list[str]:
+    """Return what this node does not see of the shards, evenly chosen where there are many."""
+    every = max(1, len(dataset.shards) // _MOST_SHARDS)
+    wrong = []
+    for shard in dataset.shards[::every]:
+        try:
+            size = Path(shard.path).stat().st_size
+            if size != shard.size:
+                wrong.append(f"{shard.path}: {size} bytes here, {shard.size} on rank 0")
+            elif not os.access(shard.path, os.R_OK):
+                wrong.append(f"{shard.path}: not readable here")
+        except OSError as error:
+            wrong.append(f"{shard.path}: {error.strerror}")
+    return wrong
+
+
+def try_lock(path: str) -> str | None:
+    """Return what the lock that HDF5 takes for reading fails of; None: it works."""
+    descriptor = open_regular(path)
+    try:
+        # What HDF5 itself calls; through h5py HDF5_USE_FILE_LOCKING would decide it.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def judge_dataset(
+    train: Dataset, validation: Dataset | None, decoded: Mapping[str, str] | None = None
+) -> Finding:
+    """Tell what the datasets hold, and which fields are read the slow way.
+
+    Args:
+        train: to train with.
+        validation: to evaluate with.
+        decoded: by field, what becomes of its numbers.
+    """
+    fields = ", ".join(
+        f"{name} {field.dtype}{list(field.shape) or ''}" for name, field in train.fields.items()
+    )
+    if decoded:
+        fields += "; decoded: " + "; ".join(f"{name} {how}" for name, how in decoded.items())
+    other = "no validation" if validation is None else f"{validation.samples:,} for validation"
+    fact = (
+        f"{plural(train.samples, 'sample')} in {plural(len(train.shards), 'shard')} ({fields}), "
+        f"{other}"
+    )
+    slow = train.slow_fields()
+    if slow:
+        return Finding(
+            name="dataset",
+            status="warn",
+            fact=f"{fact}; only HDF5 can read "
+            + listed([f"{name} ({reason})" for name, reason in slow.items()]),
+            fix="for speed write it anew by hpctrain.data.Writer, uncompressed and contiguous",
+        )
+    return Finding(name="dataset", status="pass", fact=fact)
+
+
+def judge_visibility(unseen: Mapping[str, Sequence[str]]) -> Finding:
+    """Name nodes that see other files than rank 0, or none.
+
+    Args:
+        unseen: of every host, what it does not see.
+    """
+    wrong = {host: each for host, each in unseen.items() if each}
+    nodes = plural(len(unseen), "node")
+    if wrong:
+        host, each = next(iter(wrong.items()))
+        return Finding(
+            name="shards",
+            status="fail",
+            fact=f"{len(wrong)} of {nodes} do not see the dataset: {host}: {listed(each, 2)}",
+            fix="put the data on a file system that all nodes mount, under the same path",
+        )
+    everywhere = f"all {nodes} see" if len(unseen) > 1 else "the node sees"
+    return Finding(name="shards", status="pass", fact=f"{everywhere} every file at its size")
+
+
+def judge_reading(readings: Sequence[Reading], step_samples_per_second: float | None) -> Finding:
+    """Hold the speed of reading against that of a step.
+
+    Args:
+        readings: of every rank.
+        step_samples_per_second: of all ranks, as measured; None: no step was possible.
+    """
+    rate = sum(each.samples / max(each.seconds, 1e-9) for each in readings)
+    moved = sum(each.num_bytes / max(each.seconds, 1e-9) for each in readings)
+    fact = (
+        f"{plural(readings[0].batches, 'batch', 'batches')} read, {number(rate)} samples/s "
+        f"({size(round(moved))}/s) over all ranks"
+    )
+    values = {"samples_per_second": rate, "bytes_per_second": moved}
+    if step_samples_per_second is not None:
+        fact += f"; steps take {number(step_samples_per_second)} samples/s"
+        if rate < step_samples_per_second:
+            return Finding(
+                name="reading",
+                status="warn",
+                fact=f"{fact}: training will wait for data",
+                fix="stage the data to node-local storage, store it uncompressed, or use a file "
+                "system with more stripes; a first read is slower than the next",
+                values=values,
+            )
+    return Finding(name="reading", status="pass", fact=fact, values=values)
+
+
+def judge_locking(failure: str | None, filesystem: str, switched_off: bool) -> Finding:
+    """Tell whether HDF5's file locks work. hpctrain reads without them.
+
+    Args:
+        failure: what a lock failed of; None: it works.
+        filesystem: its type.
+        switched_off: by HDF5_USE_FILE_LOCKING.
+    """
+    if failure is None:
+        fact = f"works on the data's {filesystem}; hpctrain reads without locks"
+        return Finding(name="HDF5 file locking", status="pass", fact=fact)
+    fact = f"does not work on the data's {filesystem}: {failure}; hpctrain reads without locks"
+    if switched_off:
+        fact += ", and HDF5_USE_FILE_LOCKING switches them off for everything else"
+        return Finding(name="HDF5 file locking", status="pass", fact=fact)
+    return Finding(
+        name="HDF5 file locking",
+        status="warn",
+        fact=fact,
+        fix="export HDF5_USE_FILE_LOCKING=FALSE for your own h5py, also in a transform",
+    )

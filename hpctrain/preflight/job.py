@@ -17,9 +17,8 @@ from hpctrain.observe import log
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import check_compute
 from hpctrain.preflight.data import check_reading, open_and_check
-from hpctrain.preflight.finding import exit_code
 from hpctrain.preflight.network import check_network
-from hpctrain.preflight.report import to_json, verdict
+from hpctrain.preflight.report import exit_code, to_json, verdict
 from hpctrain.preflight.storage import check_storage, check_walltime
 from hpctrain.preflight.world import check_world, connect
 from hpctrain.topology import Communicator, Topology

@@ -1,20 +1,22 @@
-"""The report: a table of the ranks and a line a finding, or one JSON object."""
+"""What checks find, and how it is reported: a line a finding, a table of the ranks, or JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from hpctrain.errors import HpctrainError
-from hpctrain.preflight.finding import Finding, Status, exit_code, overall, ranges
+from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.topology import Topology
 from hpctrain.version import __version__
 
-if TYPE_CHECKING:
-    from hpctrain.preflight.probes.process import RankFacts
+if TYPE_CHECKING:  # loads torch, which a job that has failed to start can do without
+    from hpctrain.preflight.rank_facts import RankFacts
+
+Status = Literal["pass", "warn", "fail", "skip"]
 
 COLUMNS = 100
 _MOST_ROWS = 32
@@ -27,6 +29,48 @@ _WORDS: dict[Status, str] = {
     "skip": "skipped",
 }
 _HEADS = ("rank", "host", "local", "device", "UUID", "cores", "NUMA", "interface")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: of the check, such as "all-reduce".
+        status: "fail" where training would not start, or not end well; "warn" where it works but
+            not as it could; "skip" where there is nothing to check, or nothing to check it with.
+        fact: what was found, with its place.
+        fix: what to do about it; empty where nothing needs to be done.
+        values: the numbers behind the fact, for machines; JSON.
+    """
+
+    name: str
+    status: Status
+    fact: str
+    fix: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def overall(findings: Iterable[Finding]) -> Literal["pass", "warn", "fail"]:
+    """Return the worst status there is; what was skipped does not count."""
+    found = {finding.status for finding in findings}
+    return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+
+
+def exit_code(findings: Iterable[Finding]) -> ExitCode:
+    """Return what a job script branches on: 0, also with warnings, or 69."""
+    return ExitCode.LAUNCH if overall(findings) == "fail" else ExitCode.DONE
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return whole numbers as the kernel writes them: "0-7,64"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def world_table(ranks: Sequence[RankFacts]) -> str:
@@ -52,13 +96,7 @@ def finding_text(finding: Finding) -> str:
 def verdict(findings: Sequence[Finding]) -> str:
     """Return the last line."""
     counts = Counter(finding.status for finding in findings)
-    told: dict[Status, str] = {
-        "fail": "failed",
-        "warn": "to look at",
-        "pass": "passed",
-        "skip": "skipped",
-    }
-    counted = ", ".join(f"{counts[key]} {word}" for key, word in told.items() if counts[key])
+    counted = ", ".join(f"{counts[key]} {word}" for key, word in _WORDS.items() if counts[key])
     ending = {"fail": "not ready", "warn": "ready", "pass": "ready"}[overall(findings)]
     return f"{ending}: {counted}"
 

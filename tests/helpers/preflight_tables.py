@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpctrain.preflight.probes.process import RankFacts
+from hpctrain.preflight.rank_facts import RankFacts
 from hpctrain.topology import Topology
 
 GIB = 2**30

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hpctrain.launch.world import World
-from hpctrain.preflight.judging.network import judge_reductions
-from hpctrain.preflight.probes import reductions
-from hpctrain.preflight.probes.reductions import Reduction, time_reductions
+from hpctrain.preflight import reductions
+from hpctrain.preflight.reductions import Reduction, judge_reductions, time_reductions
 
 SIZES = (8, 2**14, 2**18 + 8)
 CHANGED = {"SIZES": SIZES, "_MOST_REPEATS": 2, "_PART_ELEMENTS": 2**14}

@@ -32,7 +32,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.observe.log import LOG_FILE
 from hpctrain.observe.log import start as start_log
 from hpctrain.observe.metrics import cut_back, newest_records
-from hpctrain.preflight.probes.dataset import try_lock
+from hpctrain.preflight.data import try_lock
 from hpctrain.training.warm_start import read_weights
 from hpctrain.utils.files import AppendedFile
 

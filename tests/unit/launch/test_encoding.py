@@ -35,7 +35,7 @@ from hpctrain.launch.encoding import MOST_DEPTH, encode
 from hpctrain.launch.message_types import NAMES
 from hpctrain.launch.rendezvous import Address
 from hpctrain.launch.store import StoreCommunicator
-from hpctrain.preflight.asking import Answer
+from hpctrain.preflight.checks import Answer
 from hpctrain.training.metrics import Part
 
 

@@ -15,7 +15,7 @@ from hpctrain.launch.nccl_log import (
     find_trouble,
     parse,
 )
-from hpctrain.preflight.judging.network import judge_transport
+from hpctrain.preflight.network import judge_transport
 
 # NVIDIA/nccl issues 226 (2.4), 1357 (IBext plug-in), 1189 and nccl-tests 185 (InfiniBand), 1267
 # (one process), 1538 (2.22), 2057 (2.29); aws/aws-ofi-nccl issues 161 and 715; ROCm/rccl 1026.

@@ -10,8 +10,8 @@ from helpers.preflight_tables import topology
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from hpctrain.preflight import asking
-from hpctrain.preflight.asking import failing_together
+from hpctrain.preflight import checks
+from hpctrain.preflight.checks import failing_together
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_where_some_fail_the_job_ends_and_says_of_what() -> None:
     with ThreadPoolExecutor(2) as pool:
         found: Any = list(pool.map(fails, range(2), [3] * 2, [0.3] * 2))
     for rank, error in enumerate(found):
-        assert isinstance(error, asking._FailedAloneError)
+        assert isinstance(error, checks._FailedAloneError)
         assert not isinstance(error, Exception), "no check takes it for its own"
         assert f"2 of 3 ranks failed, and the others wait for them. Rank {rank} on" in str(error)
         assert str(error).endswith("MemoryError: out of memory")

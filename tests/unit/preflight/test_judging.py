@@ -10,34 +10,37 @@ import pytest
 from helpers.preflight_tables import rank
 
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.preflight.judging.compute import (
+from hpctrain.preflight.compute import (
     MEMORY_FIX,
+    StepFacts,
     judge_memory,
     judge_pinned_memory,
     judge_step,
     step_fix,
 )
-from hpctrain.preflight.judging.data import (
+from hpctrain.preflight.data import (
+    Reading,
     judge_dataset,
     judge_locking,
     judge_reading,
     judge_visibility,
 )
-from hpctrain.preflight.judging.network import (
+from hpctrain.preflight.network import (
+    Lookup,
     judge_arrival,
     judge_clocks,
     judge_interface,
     judge_names,
-    judge_reductions,
     judge_speed,
 )
-from hpctrain.preflight.judging.storage import judge_folder, judge_shared, judge_space
-from hpctrain.preflight.judging.walltime import judge_walltime
-from hpctrain.preflight.probes.dataset import Reading
-from hpctrain.preflight.probes.folder import FolderFacts
-from hpctrain.preflight.probes.network import Lookup
-from hpctrain.preflight.probes.reductions import Reduction
-from hpctrain.preflight.probes.step import StepFacts
+from hpctrain.preflight.reductions import Reduction, judge_reductions
+from hpctrain.preflight.storage import (
+    FolderFacts,
+    judge_folder,
+    judge_shared,
+    judge_space,
+    judge_walltime,
+)
 
 MB, GB = 10**6, 10**9
 

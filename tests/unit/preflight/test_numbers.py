@@ -13,8 +13,7 @@ from hpctrain.config.semantics import settle
 from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
-from hpctrain.preflight.judging.compute import judge_numbers
-from hpctrain.preflight.probes.numbers import NumberFacts, try_real_data
+from hpctrain.preflight.numbers import NumberFacts, judge_numbers, try_real_data
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import open_data
 

@@ -13,23 +13,23 @@ from helpers.preflight_tables import gpu, rank, topology
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
 from hpctrain.errors import CheckpointError, DatasetError
 from hpctrain.launch.single import SingleCommunicator
-from hpctrain.preflight.asking import Answer, CheckError, ask
-from hpctrain.preflight.finding import Finding, Status, exit_code, overall, ranges
-from hpctrain.preflight.probes.dataset import unseen_shards
-from hpctrain.preflight.probes.folder import (
-    filesystem_of,
-    nearest_folder,
-    trial_folder,
-    try_folder,
-)
+from hpctrain.preflight.checks import Answer, CheckError, ask
+from hpctrain.preflight.data import unseen_shards
 from hpctrain.preflight.report import (
     COLUMNS,
+    Finding,
+    Status,
+    exit_code,
     finding_text,
+    overall,
+    ranges,
     start_failed_json,
     to_json,
     verdict,
     world_table,
 )
+from hpctrain.preflight.storage import nearest_folder, trial_folder, try_folder
+from hpctrain.utils.files import filesystem_of
 
 
 def finding(status: Status, **changed: Any) -> Finding:
@@ -148,8 +148,8 @@ def test_the_nearest_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert nearest_folder(tmp_path / "a" / "b") == tmp_path
     for name in ("file", "file/digits"):
-        with pytest.raises(CheckpointError, match="file is no folder"):
+        with pytest.raises(CheckpointError, match="file is not a directory"):
             nearest_folder(tmp_path / name)
     (tmp_path / "dangling").symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match="dangling is no folder"):
+    with pytest.raises(CheckpointError, match="dangling is not a directory"):
         nearest_folder(tmp_path / "dangling")

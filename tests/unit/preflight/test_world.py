@@ -8,20 +8,18 @@ import pytest
 from helpers.preflight_tables import GIB, VERSIONS, gpu, rank, topology
 
 from hpctrain.launch.launchers import LAUNCHERS
-from hpctrain.preflight.judging import node as judging_node
-from hpctrain.preflight.judging.node import (
+from hpctrain.preflight import world
+from hpctrain.preflight.rank_facts import RankFacts, parse_ranges
+from hpctrain.preflight.world import (
     judge_cores,
-    judge_open_files,
-    judge_shared_memory,
-)
-from hpctrain.preflight.judging.world import (
     judge_devices,
     judge_gpu_aware,
     judge_launcher,
+    judge_open_files,
     judge_peers,
+    judge_shared_memory,
     judge_versions,
 )
-from hpctrain.preflight.probes.process import RankFacts, parse_ranges
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_pinning_is_undone_in_the_words_of_the_launcher(launcher: str, fix: str)
 
 
 def test_every_launcher_with_an_option_is_one_that_hpctrain_knows() -> None:
-    assert set(judging_node._PINNING) <= {launcher.label for launcher in LAUNCHERS}
+    assert set(world._PINNING) <= {launcher.label for launcher in LAUNCHERS}
 
 
 @pytest.mark.parametrize(

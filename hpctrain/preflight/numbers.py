@@ -1,9 +1,10 @@
-"""Takes one step on real data and evaluates real rows: are loss, gradient and metrics finite?"""
+"""The check of the numbers: a step on real data, real rows of an evaluation; are they finite?"""
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from hpctrain.config import Config
 from hpctrain.data.loading.delivery import Batch
 from hpctrain.launch.world import World
+from hpctrain.preflight.checks import Checks, failing_together
+from hpctrain.preflight.report import Finding
 from hpctrain.training.assembly import Components, Parts, build_parts
 from hpctrain.training.bad_batches import listed_rows
 from hpctrain.training.datasets import Data
@@ -23,6 +26,25 @@ from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.step.undisturbed import evaluating, kept_generators
+from hpctrain.utils.text import metric
+
+STEP_FIX = "the same happens in training: start one process on a small config to see its traceback"
+
+
+def check_numbers(checks: Checks, world: World, components: Components, opened: Data) -> None:
+    """Take a step on real data, each rank by itself or all together. Collective: all ranks."""
+    gc.collect()
+    facts = checks.gather(
+        "numbers",
+        STEP_FIX,
+        failing_together(
+            "numbers",
+            world.topology,
+            lambda: try_real_data(checks.config, world, components, opened),
+        ),
+    )
+    if facts is not None:
+        checks.add(judge_numbers(facts, checks.hosts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +189,29 @@ def _not_finite(part: Part) -> list[str]:
 def _rows_that_are_not_finite(values: Tensor) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
     return bad.cpu().numpy()
+
+
+def judge_numbers(facts: Sequence[NumberFacts], hosts: Sequence[str]) -> Finding:
+    """Tell what a step on real data and real rows of an evaluation have led to."""
+    bad = [(rank, each.trouble) for rank, each in enumerate(facts) if each.trouble]
+    values = {
+        "loss": [each.loss for each in facts],
+        "grad_norm": [each.grad_norm for each in facts],
+        "ranks": [rank for rank, _ in bad],
+    }
+    if bad:
+        rank, trouble = bad[0]
+        more = f" (and {len(bad) - 1} more of {len(facts)})" if bad[1:] else ""
+        return Finding(
+            name="numbers",
+            status="fail",
+            fact=f"rank {rank} on {hosts[rank]}{more}: {trouble}",
+            fix="mend the data or mask what is missing there; where the data are right, look for "
+            "logarithms, divisions and the scale of initial weights and of data.normalize",
+            values=values,
+        )
+    stepped = [each for each in facts if each.samples]
+    samples = sum(each.samples for each in stepped)
+    loss = sum(each.loss * each.samples for each in stepped) / max(1, samples)
+    fact = f"the first batch has the loss {metric(loss)}; gradients and metrics are finite"
+    return Finding(name="numbers", status="pass", fact=fact, values=values)

@@ -7,7 +7,7 @@ import platform
 import resource
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +69,9 @@ class RankFacts:
     gpu_aware: Mapping[str, str]
     peers: tuple[bool, ...]
     visible_devices: int
+
+
+Ranks = Sequence[RankFacts]
 
 
 def rank_facts(world: World) -> RankFacts:

@@ -1,7 +1,8 @@
-"""Times all-reduces of the sizes that gradients have, and looks at every number that comes out.
+"""The check of all-reduces: their time, and every number that comes out.
 
-Networks have been seen to reduce wrongly without a word: nobody looks at a gradient. So what is
-summed here differs from rank to rank and from element to element, and its sum is known exactly.
+Networks have been seen to reduce wrongly without an error message: nobody looks at a gradient. So
+what is summed here differs from rank to rank and from element to element, and its sum is known
+exactly.
 
 Source: corrupted results of NCCL over Slingshot with GPUDirect, NVIDIA/nccl issue 2001.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import distributed as dist
 from hpctrain.accelerator import synchronize
 from hpctrain.data.reading.node_memory import host_memory
 from hpctrain.launch.world import World
+from hpctrain.preflight.report import Finding
+from hpctrain.utils.text import listed, number, size
 
 SIZES = (8, 64 * 2**10, 2**20, 16 * 2**20, 64 * 2**20, 256 * 2**20)
 """Bytes of the gradients that are summed over all ranks."""
@@ -37,6 +40,12 @@ _LOOKED_AT_BYTES = 2**20
 _SHIFTS = 61
 _PART_ELEMENTS = 2**22
 """Compared at once: what they should be takes memory, too."""
+_LATENCY_SECONDS = {"nccl": 0.002}
+_LATENCY_SECONDS_ELSE = 0.02
+"""Of 8 bytes: above it, ranks are starved of their cores, or the network is not the fast one."""
+_BYTES_PER_SECOND = {"nccl": 1e9}
+_BYTES_PER_SECOND_ELSE = 50e6
+"""Bus bandwidth of the largest size: below it, less than gigabit Ethernet, or NCCL over TCP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +158,8 @@ class _Trial:
 
     def run(self, *, looks: bool) -> float:
         """Return the time of one reduction, s; compare what comes out if it `looks`."""
-        for number, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
-            torch.add(self._mine[: len(part)], number % _SHIFTS, out=part)
+        for position, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
+            torch.add(self._mine[: len(part)], position % _SHIFTS, out=part)
         synchronize(self._device)
         begin = time.perf_counter()
         self._reduce(self._tensor)
@@ -162,15 +171,15 @@ class _Trial:
 
     def _look(self) -> None:
         count, first = 0, None
-        for number, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
-            expected = self._sum[: len(part)] + self._ranks * (number % _SHIFTS)
+        for position, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
+            expected = self._sum[: len(part)] + self._ranks * (position % _SHIFTS)
             if torch.equal(part, expected):
                 continue
             places = (part != expected).nonzero().flatten()
             count += len(places)
             if first is None:
                 place = int(places[0])
-                at = number * _PART_ELEMENTS + place
+                at = position * _PART_ELEMENTS + place
                 first = at, float(part[place]), float(expected[place])
         if first is not None and (self.wrong is None or count > self.wrong.count):
             self.wrong = Wrong(count=count, index=first[0], value=first[1], expected=first[2])
@@ -179,3 +188,102 @@ class _Trial:
 def _factor(rank: int) -> int:
     """Return a number of a rank's own: below 256, so that sums over 10,000 ranks stay exact."""
     return 1 + rank * 157 % 251
+
+
+def judge_reductions(
+    table: Sequence[Sequence[Reduction]],
+    backend: str,
+    hosts: Sequence[str] = (),
+    carrier: str = "",
+) -> Finding:
+    """Look for wrong sums, and hold latency and bandwidth against what any working network has.
+
+    Args:
+        table: of every rank, the same sizes.
+        backend: that carries them.
+        hosts: of every rank.
+        carrier: the backend with its version, and its way where that is known.
+    """
+    ranks = len(table)
+    rows = []
+    for column in zip(*table, strict=True):
+        seconds = max(each.seconds for each in column)
+        moved = 2 * (ranks - 1) / ranks * column[0].num_bytes
+        rows.append((column[0].num_bytes, seconds, moved / seconds, column[0].repeats))
+    latency, bandwidth = rows[0][1], rows[-1][2]
+    most_latency = _LATENCY_SECONDS.get(backend, _LATENCY_SECONDS_ELSE)
+    least_bandwidth = _BYTES_PER_SECOND.get(backend, _BYTES_PER_SECOND_ELSE)
+    shown = ", ".join(
+        f"{_binary(count)} {number(seconds * 1000)} ms ({size(round(rate))}/s)"
+        if count > 8
+        else f"{_binary(count)} {number(seconds * 1e6)} us"
+        for count, seconds, rate, _ in rows
+    )
+    values = {
+        "backend": backend,
+        "sizes": [
+            {"bytes": c, "seconds": s, "bus_bytes_per_second": r, "repeats": n}
+            for c, s, r, n in rows
+        ],
+    }
+    if any(each.wrong for rank in table for each in rank):
+        return _wrong_reductions(table, hosts, carrier or backend, values)
+    slow = []
+    if latency > most_latency:
+        slow.append(f"latency above {number(most_latency * 1000)} ms")
+    if bandwidth < least_bandwidth:
+        slow.append(f"bandwidth below {size(int(least_bandwidth))}/s")
+    if not slow:
+        return Finding(name="all-reduce", status="pass", fact=f"{backend}: {shown}", values=values)
+    fix = (
+        "NCCL_DEBUG=INFO shows the transport; NET/Socket means that its plug-in for the site's "
+        "network is missing"
+        if backend == "nccl"
+        else "give every rank a core of its own, and name the fast network by launch.interface"
+    )
+    return Finding(
+        name="all-reduce",
+        status="warn",
+        fact=f"{backend}: {shown}; {' and '.join(slow)}",
+        fix=fix,
+        values=values,
+    )
+
+
+def _wrong_reductions(
+    table: Sequence[Sequence[Reduction]],
+    hosts: Sequence[str],
+    carrier: str,
+    values: Mapping[str, object],
+) -> Finding:
+    """Name the ranks, nodes and sizes of sums that came out wrong."""
+    stories, found = [], []
+    for column in zip(*table, strict=True):
+        wrong = {rank: each.wrong for rank, each in enumerate(column) if each.wrong is not None}
+        for rank, each in wrong.items():
+            found.append({"bytes": column[0].num_bytes, "rank": rank, "wrong": each.count})
+        if wrong:
+            rank, first = next(iter(wrong.items()))
+            names = listed([str(rank) for rank in wrong], 8)
+            nodes = listed(list(dict.fromkeys(hosts[rank] for rank in wrong)), 8) if hosts else "?"
+            stories.append(
+                f"{_binary(column[0].num_bytes)} on rank {names} ({nodes}): on rank {rank} "
+                f"{first.count:,} of {column[0].num_bytes // 4:,} elements, the first at "
+                f"{first.index:,}: {first.value:g} in place of {first.expected:g}"
+            )
+    return Finding(
+        name="all-reduce",
+        status="fail",
+        fact=f"{carrier} gives wrong sums of {'; of '.join(stories)}",
+        fix="training would learn from wrong gradients and say nothing. Leave these nodes out and "
+        "try again; where others fail too: no GPUDirect (NCCL_NET_GDR_LEVEL=LOC, and gdrcopy off), "
+        "or other versions of NCCL, its plug-in and libfabric; give the site this line",
+        values={**values, "wrong": found},
+    )
+
+
+def _binary(num_bytes: int) -> str:
+    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes // factor} {unit}"
+    return f"{num_bytes} B"

@@ -1,1 +1,0 @@
-"""Judges what the probes have measured. Pure: tables in, findings out."""

@@ -1,1 +1,0 @@
-"""What the preflight measures. Nothing here judges."""
