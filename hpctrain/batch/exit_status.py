@@ -58,13 +58,13 @@ class Outcome:
 
     Attributes:
         code: exit code; None while a job runs, and for ever if it was killed.
-        reason: in words.
-        step: the last one that is saved.
-        tries: jobs of this run so far.
+        reason: cause, for people.
+        step: last step that is saved.
+        tries: number of jobs of this run so far.
         first_step: the step at which the last of them began.
         job: the last of them, as its batch system names it.
-        save_seconds: what a save takes here, 0 if unknown.
-        token: names the chain of jobs that the last one belongs to, None outside of any.
+        save_seconds: seconds that a save takes here, 0 if unknown.
+        token: name of the chain of jobs that the last one belongs to, None outside of any.
         skipped_steps: steps of the run up to the last job's end that were not applied.
     """
 
@@ -218,9 +218,9 @@ class Status:
     """A run, as its folder tells it.
 
     Attributes:
-        exit_code: that `status --exit-code` ends with; 0, 75, 1, or the failure's own.
+        exit_code: code of `status --exit-code`: 0, 75, 1, or the failure's own.
         code: exit code of the last job; None while one runs, and for ever if it was killed.
-        step: the newest one that is saved.
+        step: newest step that is saved.
         gained: steps that the last job has added to what was saved.
         skipped_steps: steps of the run that were not applied.
         checkpoint: name of the newest one.
@@ -253,10 +253,10 @@ def read_status(
     """Return what is known of a run.
 
     Args:
-        folder: of the run.
-        environ: of the caller; a job script asks about its own job.
+        folder: the run's folder.
+        environ: the caller's environment; a job script asks about its own job.
         max_tries: jobs after which the run is given up; None: no bound.
-        lives: whether the process that holds the folder does; None: that cannot be told from here.
+        lives: whether the process that holds the folder lives; None: that cannot be told from here.
         metrics: see `Status`.
 
     Raises:
@@ -305,7 +305,7 @@ def judge(
     max_tries: int | None,
     lives: bool | None = None,
 ) -> tuple[State, int, str]:
-    """Return what a run needs now, the exit code that says so, and both in words.
+    """Return what a run needs now, its exit code, and an explanation of both.
 
     Args:
         outcome: the last report of its last job.
@@ -313,7 +313,7 @@ def judge(
         held: a file STOP is in the folder.
         job: the caller, if it is a batch job; the last report has to be from it.
         max_tries: jobs after which the run is given up.
-        lives: whether the process that holds the folder does; None: that cannot be told from here.
+        lives: whether the process that holds the folder lives; None: that cannot be told from here.
     """
     if job is not None and outcome.job != job:
         why = f"the job that asks ({job}) has not come as far as this folder: see its own messages"

@@ -18,7 +18,7 @@ class Geometry:
     """What each node of a job has.
 
     Attributes:
-        gpus: that the scheduler is asked for; 0: none; None: the site asks for them by itself.
+        gpus: number that the scheduler is asked for; 0: none; None: the site's lines ask for them.
     """
 
     ranks: int
@@ -33,9 +33,9 @@ def geometry(
 
     Args:
         site: None: a cluster that is not known.
-        ranks: as asked for; None: what follows from the rest.
-        cpus_per_rank: the same.
-        gpus: the same; 0: train on CPUs.
+        ranks: ranks a node as asked for; None: what follows from the rest.
+        cpus_per_rank: CPUs a rank, likewise.
+        gpus: GPUs a node, likewise; 0: train on CPUs.
 
     Raises:
         UsageError: if the numbers contradict each other, or what the nodes of the site have.

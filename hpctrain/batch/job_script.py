@@ -20,9 +20,9 @@ from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, LaunchError, UsageError
 
 SCHEDULERS = ("slurm", "lsf", "pbs")
-ACCOUNT = "my_account"
-MAX_TRIES = 50
-ENVIRONMENTS = (".sif", ".tar", ".tar.gz", ".tgz")
+_ACCOUNT = "my_account"
+_MAX_TRIES = 50
+_ENVIRONMENTS = (".sif", ".tar", ".tar.gz", ".tgz")
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 _SIGNAL_SECONDS = 300
@@ -34,10 +34,10 @@ class Job:
 
     Attributes:
         command: the config and its overrides, as they follow `python -m hpctrain`.
-        run_folder: of the run.
+        run_folder: path of the run's folder.
         script: the file that the script will be in; it submits itself again.
         site: one of the table, None: a generic cluster.
-        gpus_per_node: that the scheduler is asked for; None: none, or as the site asks.
+        gpus_per_node: number that the scheduler is asked for; None: none, or as the site asks.
         chain: jobs that are submitted at once, each after the one before; 1: none, the script
             submits itself again instead.
         code: a snapshot of the project to run from; None: the project as it is then.
@@ -53,7 +53,7 @@ class Job:
     site: Site | None = None
     nodes: int
     seconds: int
-    account: str = ACCOUNT
+    account: str = _ACCOUNT
     queue: str | None = None
     ranks_per_node: int
     cpus_per_rank: int
@@ -139,10 +139,10 @@ def plan(config: Config, wishes: Mapping[str, Any]) -> Job:
 
 def _require_environment(path: Path) -> None:
     """Check that an environment is there, and of a kind that the script can bring to the nodes."""
-    if not path.name.endswith(ENVIRONMENTS):
+    if not path.name.endswith(_ENVIRONMENTS):
         raise UsageError(
             f"--environment {path}: neither an image nor a packed environment by its name "
-            f"({', '.join(ENVIRONMENTS)})"
+            f"({', '.join(_ENVIRONMENTS)})"
         )
     if not path.is_file():
         raise UsageError(f"--environment {path}: no such file")
@@ -183,9 +183,9 @@ def check(job: Job, *, lanes: int, save_seconds: float) -> None:
     """Refuse a job that cannot run.
 
     Args:
-        job: as asked for.
-        lanes: the most ranks that can train.
-        save_seconds: of a save of this run, 0 if there was none yet.
+        job: the job that is asked for.
+        lanes: largest number of ranks that can train.
+        save_seconds: seconds of a save of this run, 0 if there was none yet.
 
     Raises:
         ConfigError: with everything that stands against it.
@@ -249,7 +249,7 @@ def render(job: Job) -> str:
         source=site.source if site else None,
         container_gpus=site.container_gpus if site else "--nv",
         notes=site.notes if site else (),
-        edit="EDIT: " if job.account == ACCOUNT else "",
+        edit="EDIT: " if job.account == _ACCOUNT else "",
         queue=job.queue or (site.queue if site else None),
         queue_option=(site.queue_option if site else "") or "--partition",
         directives=_pairs(site.directives if site else (), job),
@@ -260,7 +260,7 @@ def render(job: Job) -> str:
         minutes=f"{job.seconds // 3600}:{job.seconds % 3600 // 60:02}",
         signal_seconds=max(10, min(_SIGNAL_SECONDS, job.seconds // 6)),
         image=image,
-        max_tries=MAX_TRIES,
+        max_tries=_MAX_TRIES,
         train=job.train,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -288,11 +288,11 @@ def _clock(seconds: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
+class _Submission:
     """How one batch system takes jobs.
 
     Attributes:
-        command: without the script.
+        command: command line without the script.
         after: options that let a job start when another has ended, however it did.
         telling: options that give a job variables beside those of its own.
         from_stdin: the script is read from standard input, not named.
@@ -306,21 +306,21 @@ class Submission:
     job: re.Pattern[str]
 
 
-SUBMISSIONS = {
-    "slurm": Submission(
+_SUBMISSIONS = {
+    "slurm": _Submission(
         command=("sbatch", "--parsable"),
         after=lambda job: (f"--dependency=afterany:{job}",),
         telling=lambda variables: (f"--export=ALL,{variables}",),
         job=re.compile(r"^(\d+)", re.MULTILINE),
     ),
-    "lsf": Submission(
+    "lsf": _Submission(
         command=("bsub",),
         after=lambda job: ("-w", f"ended({job})"),
         telling=lambda variables: ("-env", f"all,{variables}"),
         from_stdin=True,
         job=re.compile(r"^Job <(\d+)> is submitted", re.MULTILINE),
     ),
-    "pbs": Submission(
+    "pbs": _Submission(
         command=("qsub",),
         after=lambda job: ("-W", f"depend=afterany:{job}"),
         telling=lambda variables: ("-v", variables),
@@ -336,7 +336,7 @@ def submit(script: Path, scheduler: str, chain: int = 1) -> list[str]:
         LaunchError: if the batch system is not here, or does not take it; the message names the
             jobs that it has taken.
     """
-    submission = SUBMISSIONS[scheduler]
+    submission = _SUBMISSIONS[scheduler]
     jobs: list[str] = []
     token = f"chain-{secrets.token_hex(8)}"
     for attempt in range(1, chain + 1):

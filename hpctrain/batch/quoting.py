@@ -12,9 +12,9 @@ import shlex
 
 from hpctrain.errors import UsageError
 
-LONGEST_VALUE = 255
+_LONGEST_VALUE = 255
 """Characters of an account, a queue or a job's name; schedulers take fewer."""
-LONGEST_WORD = 4096
+_LONGEST_WORD = 4096
 """Characters of a path, by Linux, and of whatever else a script names."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@/+=-]*", re.ASCII)
@@ -31,11 +31,11 @@ def plain_value(text: str, what: str) -> str:
     Raises:
         UsageError: if it is empty, or not one plain word.
     """
-    if len(text) > LONGEST_VALUE or not _PLAIN.fullmatch(text):
+    if len(text) > _LONGEST_VALUE or not _PLAIN.fullmatch(text):
         raise UsageError(
             f"{what} {_shown(text)}: expected one word of letters, digits and _ . , : @ / + = -, "
-            f"at most {LONGEST_VALUE}, that begins with a letter, a digit or _: it becomes part of "
-            "the script's directives"
+            f"at most {_LONGEST_VALUE}, that begins with a letter, a digit or _: it becomes part "
+            "of the script's directives"
         )
     return text
 
@@ -50,10 +50,10 @@ def require_line(text: str, what: str) -> str:
     Raises:
         UsageError: if it is not one line of characters that can be seen.
     """
-    if not text or len(text) > LONGEST_WORD or not text.isprintable():
+    if not text or len(text) > _LONGEST_WORD or not text.isprintable():
         problem = "is empty" if not text else "has characters that cannot stand in a job script"
-        if len(text) > LONGEST_WORD:
-            problem = f"has {len(text):,} characters, and a job script takes {LONGEST_WORD:,}"
+        if len(text) > _LONGEST_WORD:
+            problem = f"has {len(text):,} characters, and a job script takes {_LONGEST_WORD:,}"
         raise UsageError(f"{what} {_shown(text)}: it {problem}")
     return text
 

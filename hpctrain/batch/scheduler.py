@@ -15,7 +15,7 @@ from typing import Any
 from hpctrain.errors import ConfigError
 from hpctrain.utils.batch_job import BatchJob, batch_job
 
-DEADLINE_VARIABLE = "HPCTRAIN_DEADLINE"
+_DEADLINE_VARIABLE = "HPCTRAIN_DEADLINE"
 ASK_EVERY_SECONDS = 600.0
 """Limits are changed while jobs run, but schedulers serve thousands of jobs."""
 ASK_AGAIN_SECONDS = 60.0
@@ -153,10 +153,10 @@ class Deadline:
 
     Args:
         max_seconds: the config's own limit, from the beginning of the job; None: none.
-        environ: names the job; HPCTRAIN_DEADLINE in it is believed before any scheduler, and works
-            in containers without its commands.
-        began: when this job began, Unix time.
-        warn: takes a line, once, if the scheduler does not say.
+        environ: variables that name the job; HPCTRAIN_DEADLINE among them counts before any
+            scheduler, and works in containers without its commands.
+        began: begin of this job, Unix time.
+        warn: sink of one line if the scheduler does not say.
         clock: Unix time.
 
     Raises:
@@ -180,8 +180,8 @@ class Deadline:
         self._scheduled = math.inf
         self._ask_at = math.inf
         self._warned = False
-        if environ.get(DEADLINE_VARIABLE):
-            self._own = min(self._own, end_of_user(environ[DEADLINE_VARIABLE], began))
+        if environ.get(_DEADLINE_VARIABLE):
+            self._own = min(self._own, end_of_user(environ[_DEADLINE_VARIABLE], began))
             return
         self._job = batch_job(environ)
         if self._job is None:
@@ -216,7 +216,7 @@ class Deadline:
             known = "" if math.isinf(self._scheduled) else "; the limit known so far stays"
             self._warn(
                 f"the time left is unknown: {' '.join(question)} {reason}{known}. Set "
-                f"{DEADLINE_VARIABLE} in the job script, or rely on its signal before the limit"
+                f"{_DEADLINE_VARIABLE} in the job script, or rely on its signal before the limit"
             )
 
 
@@ -244,7 +244,7 @@ def end_of_user(text: str, began: float) -> float:
         return datetime.fromisoformat(re.sub(r"Z$", "+00:00", word)).timestamp()
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{DEADLINE_VARIABLE}={text!r} is not a time: give an ISO time (2026-11-21T18:00), a "
+            f"{_DEADLINE_VARIABLE}={text!r} is not a time: give an ISO time (2026-11-21T18:00), a "
             "Unix time, or seconds from the start of the job"
         ) from error
 
@@ -253,10 +253,10 @@ def job_is_gone(job: str, cluster: str, host: str, environ: Mapping[str, str]) -
     """Tell whether another job has ended, with all its processes; None if that cannot be told.
 
     Args:
-        job: its id, as its own environment had it.
-        cluster: that the id is of; the same number means another job on another cluster.
-        host: that the job has run on.
-        environ: of the job that asks.
+        job: id of the other job, as its own environment had it.
+        cluster: home of that id; the same number means another job on another cluster.
+        host: one that the job has run on.
+        environ: environment of the job that asks.
     """
     own = batch_job(environ)
     if own is None or not re.fullmatch(r"\w[\w.\[\]-]*", job):

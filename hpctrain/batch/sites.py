@@ -32,17 +32,18 @@ class Site:
     """One machine.
 
     Attributes:
-        source: what its lines and limits were taken from.
+        source: documents that its lines and limits were taken from.
         queue: partition, queue or quality of service that its limits are of.
         queue_option: option that names it to the scheduler.
-        gpus_per_node: that the scheduler is asked for; None: in the site's own `directives`.
-        directives: of the scheduler, without their prefix; {nodes} is the number of nodes.
+        gpus_per_node: number that the scheduler is asked for; None: in the site's own `directives`.
+        directives: lines for the scheduler, without their prefix; {nodes} is the number of nodes.
         modules: commands that bring what NCCL or RCCL lacks, to ranks that run in no image.
         image_modules: the same for ranks in an image.
         exports: variables, without the word export.
-        launch: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
-        limits: by number of nodes, ascending; the first that holds a job counts. Empty: unknown.
-        fewest_nodes: that a job of its queue may have.
+        launcher: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
+        limits: hours by number of nodes, ascending; the first that holds a job counts; empty: not
+            known.
+        fewest_nodes: smallest number of nodes that a job of its queue may have.
         container_gpus: option of Apptainer that brings the GPUs into a container; empty: none.
     """
 

@@ -16,7 +16,7 @@ from hpctrain.utils.files import temporary_name
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.text import first_lines, size
 
-FOLDER = "code"
+_FOLDER = "code"
 MOST_BYTES = 200 * 10**6
 
 _DATA = {
@@ -34,7 +34,7 @@ def take_snapshot(run_folder: Path, runs: Path) -> Path:
     directory. Data, environments and runs are left out.
 
     Args:
-        run_folder: of the run, in which the snapshot goes.
+        run_folder: the run's folder, in which the snapshot goes.
         runs: the folder of all runs.
 
     Returns:
@@ -59,7 +59,7 @@ def take_snapshot(run_folder: Path, runs: Path) -> Path:
             f"{size(MOST_BYTES)} of code; name what is none in .gitignore:\n"
             + "\n".join(first_lines(lines, 5, indent="  "))
         )
-    target = run_folder.resolve() / FOLDER / time.strftime("%Y%m%d-%H%M%S")
+    target = run_folder.resolve() / _FOLDER / time.strftime("%Y%m%d-%H%M%S")
     temporary = temporary_name(target)
     try:
         for path in files:

@@ -115,19 +115,19 @@ def reserve_seconds(reaction_seconds: float, save_seconds: float) -> float:
     """Return how long before the end of a job its last save has to be asked for.
 
     Args:
-        reaction_seconds: from the request until all ranks act on it.
-        save_seconds: of one save, from its first copy until it is on disk. Another one may still
-            be under way and is waited for.
+        reaction_seconds: seconds from the request until all ranks act on it.
+        save_seconds: seconds of one save, from its first copy until it is on disk. Another one
+            may still be under way and is waited for.
     """
     return _SAFETY * (reaction_seconds + 2 * save_seconds) + MARGIN_SECONDS
 
 
 class Watch:
-    """Looks for reasons to stop beyond signals; a context manager, for rank 0.
+    """The time limit and the file STOP, watched by a thread; a context manager, for rank 0.
 
     Args:
-        folder: of the run, in which somebody may put a file named STOP.
-        deadline: of this job.
+        folder: the run's folder, in which somebody may put a file named STOP.
+        deadline: end of this job.
         reserve: seconds before the deadline at which to stop.
     """
 
@@ -188,12 +188,12 @@ class StopAgreement:
 
     Args:
         communicator: all ranks.
-        reasons: of this rank to stop, as bits; 0 is none.
-        every_seconds: between two agreements; the same on all ranks.
+        reasons: this rank's reasons to stop, as bits; 0 is none.
+        every_seconds: seconds between two agreements; the same on all ranks.
         clock: seconds, monotonic.
 
     Attributes:
-        reaction_seconds: from a request until all ranks act on it, at most, as measured of late.
+        reaction_seconds: longest time of late from a request until all ranks acted on it.
         least: the smallest of all ranks' counts, see `count`, as they agreed last.
     """
 

@@ -102,7 +102,7 @@ class MadeBy:
     Attributes:
         job: its number among those of the run.
         modules: the user's own that were imported, by name.
-        versions: of what it ran on.
+        versions: of the packages and libraries that it ran on.
     """
 
     job: Count | None
@@ -116,10 +116,10 @@ class Meta:
 
     Attributes:
         made_by: None where 0.1.0 has written it, or no job of a run.
-        weights: the sets of them that it holds: those of "training", and for "evaluation".
-        versions: of what has written it.
+        weights: sets of weights that it holds: "training", and "evaluation" where there are two.
+        versions: of the packages that wrote it.
         aliases: further names of tensors, and the names that they are stored under.
-        metrics: of an evaluation at this very step.
+        metrics: results of an evaluation at this very step.
         keep_best: metric and mode by which the run keeps its best checkpoint.
         spread: number of writers as `ranks`, and by file the shapes of what is spread over them.
         xxh3_64: checksum of all the rest.
@@ -301,7 +301,7 @@ def resolved(path: Path) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether a checkpoint was finished; its bytes are not looked at."""
+    """Tell whether a checkpoint was finished; its bytes are not checked."""
     return (path / META).is_file()
 
 
@@ -310,8 +310,8 @@ class Spread:
     """How the tensors of a checkpoint are spread over its writers.
 
     Attributes:
-        ranks: that have written it.
-        shapes: of all whole tensors that are spread, by the name of the file and their own.
+        ranks: number of writers.
+        shapes: whole shapes of the tensors that are spread, by file and name.
     """
 
     ranks: int
@@ -367,10 +367,10 @@ def join(
     """Return the whole tensors of all parts of a file.
 
     Args:
-        spread: says where rows are.
+        spread: which rank has which rows.
         file: `model.safetensors` or `training.safetensors`.
-        read: returns the tensors of one part by its name.
-        concatenate: makes a whole tensor of its parts, one after the other, of a shape.
+        read: reader of the tensors of one part, by its file's name.
+        concatenate: maker of a whole tensor of a shape from its parts in order.
 
     Raises:
         CheckpointError: if a part lacks a tensor.

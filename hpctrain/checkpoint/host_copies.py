@@ -16,7 +16,7 @@ from hpctrain.errors import CheckpointError
 
 
 def pinned_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return what copies of tensors of a device take of host memory: powers of two.
+    """Return the bytes of host memory that copies of a device's tensors take: powers of two.
 
     Source: aten/src/ATen/core/CachingHostAllocator.h of torch 2.13, allocate.
     """
@@ -83,7 +83,7 @@ class LaterCopies:
     calls `make` does.
 
     Attributes:
-        host: by name; whole when `make` has returned.
+        host: copies by name; whole when `make` has returned.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LaterCopies:
             self._originals.clear()
 
     def wait(self) -> None:
-        """Return as soon as the originals may change; what the device is told next waits itself."""
+        """Return once the originals may change; the device's next kernels wait by themselves."""
         self._copied.wait()
         for streams, done in self._on_device:
             streams.current().wait_event(done)

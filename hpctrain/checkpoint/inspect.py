@@ -98,7 +98,7 @@ def compared(first: Path, second: Path | None) -> str:
 
     Args:
         first: a checkpoint, or a run, whose newest is meant.
-        second: the same; None: the checkpoint of the first run before its newest.
+        second: another one; None: the checkpoint of the first run before its newest.
 
     Raises:
         CheckpointError: if one of them is not whole, or there is no second.
@@ -139,7 +139,7 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
     """
     source = _best_checkpoint(path) if best else resolved(path)
     meta = read_meta(source)
-    tensors = read_raw(source, MODEL, meta)
+    tensors = _read_raw(source, MODEL, meta)
     which = "training"
     if average:
         which = "average"
@@ -171,12 +171,12 @@ def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> di
     """Return the weights of a checkpoint that are not those of training, by their names."""
     return {
         name.removeprefix(beginning): item
-        for name, item in read_raw(source, TRAINING, meta).items()
+        for name, item in _read_raw(source, TRAINING, meta).items()
         if name.startswith(beginning)
     }
 
 
-def read_raw(folder: Path, file: str, meta: Mapping[str, Any]) -> dict[str, RawTensor]:
+def _read_raw(folder: Path, file: str, meta: Mapping[str, Any]) -> dict[str, RawTensor]:
     """Return the whole tensors of a checkpoint, verified, whoever has written them.
 
     Raises:
@@ -232,18 +232,18 @@ def _latest(run: Path) -> str | None:
         return None
 
 
-def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys of nested tables with dots between, and their values."""
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 def config_changes(before: str, after: str) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which two configs differ, with both values; None where one has none."""
-    ours, theirs = (dict(flattened(tomllib.loads(text))) for text in (before, after))
+    ours, theirs = (dict(_flattened(tomllib.loads(text))) for text in (before, after))
     return {
         key: (ours.get(key), theirs.get(key))
         for key in [*ours, *(key for key in theirs if key not in ours)]
@@ -265,7 +265,7 @@ def _config_changes(before: Path, after: Path) -> list[str]:
 
 def _tensor_changes(file: str, before: Path, after: Path) -> list[str]:
     kind = file.removesuffix(".safetensors")
-    ours, theirs = (read_raw(path, file, read_meta(path)) for path in (before, after))
+    ours, theirs = (_read_raw(path, file, read_meta(path)) for path in (before, after))
     lines = [
         f"  {kind}  {printable(name)}: only in {before.name}" for name in ours if name not in theirs
     ]

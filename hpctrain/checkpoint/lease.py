@@ -63,8 +63,8 @@ class Lease:
 
     Args:
         folder: the run folder; it has to be there.
-        environ: where the scheduler's job id is looked up.
-        job_is_gone: asks the scheduler about another job.
+        environ: variables that name the scheduler's job.
+        job_is_gone: question to the scheduler about another job.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Lease:
         environ: Mapping[str, str] = os.environ,
         job_is_gone: JobIsGone = lambda _job, _cluster, _host: None,
     ) -> None:
-        self._path = lease_path(folder)
+        self._path = _lease_path(folder)
         self._folder = folder
         self._environ = environ
         self._job_is_gone = job_is_gone
@@ -124,10 +124,10 @@ class Lease:
             self._beat()
         try:
             for _ in range(_TRIES):
-                found = end_of_chain(self._folder)
+                found = _end_of_chain(self._folder)
                 if self._is_mine(found):
                     return
-                if not self._is_mine(read_found(self._path)):
+                if not self._is_mine(_read_found(self._path)):
                     break
                 time.sleep(_TRY_AGAIN_SECONDS)  # who has claimed it may draw back
         except OSError as error:
@@ -144,19 +144,19 @@ class Lease:
         self._content = json.dumps(asdict(self._owner)).encode()
 
     def _holds(self) -> bool:
-        return self._is_mine(end_of_chain(self._folder))
+        return self._is_mine(_end_of_chain(self._folder))
 
-    def _is_mine(self, found: Found | None) -> bool:
+    def _is_mine(self, found: _Found | None) -> bool:
         return found is not None and found.nonce == self._owner.nonce
 
     def _acquire(self) -> None:
         for number in range(_TRIES):
             if create_file(self._path, self._content):
                 if self._holds():
-                    sweep(self._folder, STALE_SECONDS)
+                    _sweep(self._folder, STALE_SECONDS)
                     return
                 continue
-            found = end_of_chain(self._folder, patient=True)
+            found = _end_of_chain(self._folder, patient=True)
             if found is None:
                 continue
             verdict = self._judge(found)
@@ -166,12 +166,12 @@ class Lease:
             if verdict is Verdict.HOLDS and (not found.damage or number >= _LOOKS_AT_DAMAGE):
                 raise self._refused(found)
             if verdict is Verdict.STALE and self._take_over(found):
-                sweep(self._folder, STALE_SECONDS)
+                _sweep(self._folder, STALE_SECONDS)
                 return
             time.sleep(_TRY_AGAIN_SECONDS)
         raise CheckpointError(f"another job acquired the lease on {self._folder} at the same time")
 
-    def _judge(self, found: Found) -> Verdict:
+    def _judge(self, found: _Found) -> Verdict:
         holder = found.holder
         return judge(
             holder,
@@ -185,10 +185,10 @@ class Lease:
             ),
         )
 
-    def _age(self, found: Found) -> float:
-        return now_of(self._folder) - found.beat / 1e9
+    def _age(self, found: _Found) -> float:
+        return _now_of(self._folder) - found.beat / 1e9
 
-    def _watch(self, found: Found) -> Verdict:
+    def _watch(self, found: _Found) -> Verdict:
         """Return whether a heartbeat stands still, by the clock of this process alone."""
         logger.warning(
             "the lease on %s (%s) may be of a job that is gone: watching for up to %g s whether it "
@@ -200,7 +200,7 @@ class Lease:
         began = asked = time.monotonic()
         while (now := time.monotonic()) - began < _WATCH_SECONDS:
             time.sleep(_LOOK_SECONDS)
-            latest = end_of_chain(self._folder)
+            latest = _end_of_chain(self._folder)
             if latest is None or latest.nonce != found.nonce:
                 return Verdict.WATCH  # another one by now: judged anew
             if latest.beat != found.beat:
@@ -211,7 +211,7 @@ class Lease:
                     break
         return Verdict.STALE
 
-    def _take_over(self, found: Found) -> bool:
+    def _take_over(self, found: _Found) -> bool:
         """Replace a holder that was judged stale; of several that do so one succeeds."""
         claim = claim_path(self._folder, found.nonce)
         temporary = temporary_name(self._path)
@@ -221,7 +221,7 @@ class Lease:
             sync(temporary)
             claims = create_file(claim, self._content)
             # It counts only where it is part of the chain, and the holder has not woken up.
-            if claims and read_found(found.path) == found and self._holds():
+            if claims and _read_found(found.path) == found and self._holds():
                 publish(temporary, self._path)
                 # Where this job was stopped on the way, others may have judged it in turn.
                 wins = self._holds()
@@ -243,12 +243,12 @@ class Lease:
         if not create_file(seal, json.dumps(asdict(this_holder(self._environ))).encode()):
             return
         try:
-            if self._is_mine(read_found(path)):
+            if self._is_mine(_read_found(path)):
                 path.unlink()
         finally:
             seal.unlink()
 
-    def _refused(self, found: Found) -> CheckpointError:
+    def _refused(self, found: _Found) -> CheckpointError:
         age = max(0.0, self._age(found))
         who = (
             f" ({found.path} is damaged: {found.damage})" if found.damage else f" ({found.holder})"
@@ -265,7 +265,7 @@ class Lease:
     def _beat(self) -> None:
         try:
             # Another job's lease is not to be kept alive.
-            if self._is_mine(read_found(self._path)):
+            if self._is_mine(_read_found(self._path)):
                 os.utime(self._path)
                 self._last_beat = time.monotonic()
                 self._complained = False
@@ -288,20 +288,20 @@ def holder_lives(folder: Path) -> bool | None:
     container with process ids of its own.
     """
     try:
-        found = end_of_chain(folder)
+        found = _end_of_chain(folder)
     except OSError:
         return None
     return None if found is None else found.lives()
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class _Found:
     """A holder as a file names it.
 
     Attributes:
-        beat: when it was last renewed, by the clock of the file system, in nanoseconds.
-        damage: what is wrong with the file; its holder then has no more than a nonce.
-        makers: who may have been killed while they wrote a damaged file.
+        beat: time of the last renewal, by the clock of the file system, in nanoseconds.
+        damage: fault of the file, whose holder then has no more than a nonce; empty: none.
+        makers: holders that may have been killed while they wrote a damaged file.
     """
 
     holder: Holder
@@ -322,7 +322,7 @@ class Found:
         return False if gone and all(gone) else None
 
 
-def lease_path(folder: Path) -> Path:
+def _lease_path(folder: Path) -> Path:
     """Return the file that the chain of a folder begins with."""
     return folder / NAME
 
@@ -332,7 +332,7 @@ def claim_path(folder: Path, nonce: str) -> Path:
     return folder / f".{NAME}.{nonce}"
 
 
-def end_of_chain(folder: Path, *, patient: bool = False) -> Found | None:
+def _end_of_chain(folder: Path, *, patient: bool = False) -> _Found | None:
     """Return who holds the lease on a folder, None if nobody does.
 
     Args:
@@ -342,17 +342,17 @@ def end_of_chain(folder: Path, *, patient: bool = False) -> Found | None:
     Raises:
         OSError: if a file of the chain cannot be read.
     """
-    found = read_found(lease_path(folder), patient=patient)
+    found = _read_found(_lease_path(folder), patient=patient)
     for _ in range(_LONGEST_CHAIN):
         claim = None if found is None else claim_path(folder, found.nonce)
-        following = None if claim is None else read_found(claim, patient=patient)
+        following = None if claim is None else _read_found(claim, patient=patient)
         if following is None:
             break
         found = following
     return found
 
 
-def read_found(path: Path, *, patient: bool = False) -> Found | None:
+def _read_found(path: Path, *, patient: bool = False) -> _Found | None:
     """Return the holder that a file names, None if there is no such file.
 
     Raises:
@@ -367,7 +367,7 @@ def read_found(path: Path, *, patient: bool = False) -> Found | None:
     return found
 
 
-def _read_once(path: Path) -> Found | None:
+def _read_once(path: Path) -> _Found | None:
     try:
         # A pipe of this name would keep a reader waiting.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -380,12 +380,12 @@ def _read_once(path: Path) -> Found | None:
             if not stat.S_ISREG(facts.st_mode):
                 raise ValueError("it is not a regular file")
             content = file.read(SMALL)
-            return Found(parse_checked(content, Holder), path, facts.st_mtime_ns)
+            return _Found(parse_checked(content, Holder), path, facts.st_mtime_ns)
         except ValueError as error:
             # Named after the file as it is now, so that nobody replaces one that is whole by then.
             nonce = f"damaged{facts.st_ino:x}m{facts.st_mtime_ns:x}"
             makers = tuple(_makers(path, content, facts.st_mtime))
-            return Found(Holder(nonce=nonce), path, facts.st_mtime_ns, str(error), makers)
+            return _Found(Holder(nonce=nonce), path, facts.st_mtime_ns, str(error), makers)
 
 
 def _makers(path: Path, torn: bytes, made: float) -> Iterator[Holder]:
@@ -403,13 +403,13 @@ def _makers(path: Path, torn: bytes, made: float) -> Iterator[Holder]:
                 yield parse_checked(content, Holder)
 
 
-def now_of(folder: Path) -> float:
+def _now_of(folder: Path) -> float:
     """Return the time by the clock of a folder's file system, in seconds.
 
     Raises:
         OSError: if nothing can be written there.
     """
-    probe = temporary_name(lease_path(folder))
+    probe = temporary_name(_lease_path(folder))
     probe.touch()
     try:
         return probe.stat().st_mtime
@@ -417,19 +417,19 @@ def now_of(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, older_than_seconds: float) -> None:
+def _sweep(folder: Path, older_than_seconds: float) -> None:
     """Remove what killed jobs have left: claims that no chain leads to, files half written."""
     with suppress(OSError):
         attached: set[Path] = set()
-        found = read_found(lease_path(folder))
+        found = _read_found(_lease_path(folder))
         while found is not None and len(attached) < _LONGEST_CHAIN:
             attached.add(claim_path(folder, found.nonce))
-            found = read_found(claim_path(folder, found.nonce))
+            found = _read_found(claim_path(folder, found.nonce))
         left = [*folder.glob(f".{NAME}.*"), *folder.glob(f"..{NAME}.*.tmp")]
         left = [path for path in left if path not in attached]
         if not left:
             return
-        limit = now_of(folder) - older_than_seconds
+        limit = _now_of(folder) - older_than_seconds
         for path in left:
             with suppress(OSError):
                 if path.lstat().st_mtime < limit:

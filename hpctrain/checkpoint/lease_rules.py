@@ -29,15 +29,15 @@ class Holder:
 
     Attributes:
         job: id of the scheduler's job, None outside of any.
-        restart: how often the scheduler has started it again.
-        cluster: that the id is of; empty if that is not known.
-        started: when the process began, see `proc.start_time`.
-        boot: of the machine.
-        namespace: in which the process id holds; empty if it is not known.
-        clock: namespace of the clock that `started` is by.
-        token: of the job script's chain, and `attempt` the job's number in it.
-        nonce: of this lease alone.
-        since: for people.
+        restart: number of times that the scheduler has started it again.
+        cluster: home of the job's id; empty if it is not known.
+        started: time at which the process began, see `proc.start_time`.
+        boot: id of the machine's present boot.
+        namespace: PID namespace that the process id is of; empty if it is not known.
+        clock: time namespace that `started` is by.
+        token: name of the job script's chain; `attempt` is the job's number in it.
+        nonce: name of this one lease.
+        since: local time at which it was taken, for people.
     """
 
     job: str | None = None
@@ -77,15 +77,15 @@ def judge(
     lives: bool | None,
     job_is_gone: Callable[[], bool | None],
 ) -> Verdict:
-    """Return what is to be thought of a lease.
+    """Return whether a lease holds or is stale.
 
     Args:
-        holder: has it.
-        own: would like to.
+        holder: job that has it.
+        own: job that wants it.
         age: seconds since the last heartbeat, by the clock of the file system; negative: it is in
             the future.
-        lives: whether the holder's process does; None: that cannot be told from here.
-        job_is_gone: asks the scheduler whether the holder's job is; None: it does not say.
+        lives: whether the holder's process lives; None: that cannot be told from here.
+        job_is_gone: question to the scheduler about the holder's job; None: it does not say.
     """
     if age > STALE_SECONDS:
         return Verdict.STALE

@@ -47,7 +47,7 @@ class Loaded:
     """A checkpoint in host memory, every byte compared with its checksum.
 
     Attributes:
-        rows: what was left on disk, see `load_outline`; None: nothing.
+        rows: tensors that were left on disk, see `load_outline`; None: there are none.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class Rows:
     """The tensors of a checkpoint that are still on disk, to be read as far as they are needed.
 
     Attributes:
-        path: of the checkpoint.
-        spread: says where rows are.
+        path: folder of the checkpoint.
+        spread: which rank has which rows.
         aliases: further names of tensors, and the names that they are stored under.
-        stored: names under which tensors are in the files, where that is not what they are called.
+        stored: names of tensors in the files, where they differ from their names here.
     """
 
     path: Path
@@ -148,8 +148,8 @@ def load_outline(path: Path, compare: Callable[[Path, Mapping[str, Any]], None])
     """Read of a checkpoint what is not spread over its parts; all of one of a single writer.
 
     Args:
-        path: of the checkpoint.
-        compare: compares all its files with its meta.json, and raises where they differ.
+        path: folder of the checkpoint.
+        compare: check of all its files against its meta.json, which raises where they differ.
 
     Raises:
         CheckpointError: if any file of it is missing or is not what was written.
@@ -214,8 +214,8 @@ def load_newest(
 
     Args:
         checkpoints: the folder of all of them.
-        warn: takes a line on every newer one that is damaged.
-        read: reads one.
+        warn: sink of a line on every newer one that is damaged.
+        read: reader of one.
 
     Raises:
         CheckpointError: if the folder cannot be used, none of its checkpoints is whole, or one

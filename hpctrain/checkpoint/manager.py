@@ -44,13 +44,13 @@ Outcome = dict[str, Written] | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """What to keep.
+    """Which checkpoints stay; pure.
 
     Attributes:
-        keep_last: so many of the newest.
-        keep_every: also those of every so many steps, for ever; 0: none.
-        metric: also the best by this metric of the evaluation at its step; None: no best.
-        mode: which direction of the metric is better.
+        keep_last: number of the newest that stay.
+        keep_every: steps between those that stay for ever; 0: none.
+        metric: name of the evaluation's metric by which the best stays too; None: no best.
+        mode: direction of the metric that is better.
     """
 
     keep_last: int
@@ -60,7 +60,7 @@ class Retention:
 
     @property
     def preference(self) -> Preference | None:
-        """By what the best is found; None: no best."""
+        """Metric and direction by which the best is found; None: no best."""
         return None if self.metric is None else Preference(self.metric, self.mode)
 
     def surplus(self, checkpoints: Sequence[tuple[int, Mapping[str, float] | None]]) -> list[int]:
@@ -83,14 +83,14 @@ class CheckpointManager:
 
     Args:
         run_folder: holds `checkpoints/` and the pointer `latest`.
-        retention: which checkpoints stay.
+        retention: rule for which checkpoints stay.
         confirm: called before every rename; raises if this job no longer owns the folder.
-        warn: takes what a user should know.
-        saved_within: takes the seconds of every save, from its first copy until it is on disk.
+        warn: sink of what a user should know.
+        saved_within: sink of the seconds of every save, from its first copy until it is on disk.
 
     Attributes:
-        stall_seconds: how long training has waited for saves so far.
-        folder: of all checkpoints.
+        stall_seconds: seconds that training has waited for saves so far.
+        folder: home of all checkpoints.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class CheckpointManager:
             )
 
     def poll(self) -> None:
-        """Raise what the last save failed of, if it did."""
+        """Raise the failure of the last save, if it failed."""
         if self._failure is not None:
             raise self._failure
 
@@ -348,7 +348,7 @@ class PartWriter:
     """Writes the parts of one rank, other than rank 0. Its thread never communicates.
 
     Attributes:
-        done: so many parts have been written, or have failed.
+        done: number of parts that have been written, or have failed.
     """
 
     def __init__(self, rank: int) -> None:

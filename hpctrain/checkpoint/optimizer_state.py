@@ -45,7 +45,7 @@ class SavedOptimizer:
     """An optimizer as a checkpoint holds it.
 
     Attributes:
-        tensors: by names that begin with `SLOTS`, `PARTS` or `OWN`; the optimizer's own memory.
+        tensors: the optimizer's own memory, by names that begin with `SLOTS`, `PARTS` or `OWN`.
         values: JSON; None: of a checkpoint that holds slots only.
     """
 
@@ -58,7 +58,7 @@ class OptimizerState:
 
     Attributes:
         optimizer: the optimizer.
-        check: looks at what is to be put back, and raises where it cannot be gone on from.
+        check: check of what is to be put back, which raises where training cannot go on from it.
     """
 
     def __init__(self, optimizer: Optimizer, *, rows: bool = False) -> None:
@@ -71,14 +71,14 @@ class OptimizerState:
         self.optimizer = optimizer
         self._rows = rows
         self.check: Callable[[SavedOptimizer], None] = lambda saved: None
-        self._groups = LearnedGroups(optimizer)
+        self._groups = _LearnedGroups(optimizer)
         self._built_with: set[Any] = {key for key, content in optimizer.state.items() if content}
 
     def capture(self, model: HasParameters) -> SavedOptimizer:
         """Return the state.
 
         Args:
-            model: names the parameters.
+            model: module whose parameters' names are saved.
 
         Raises:
             UnsavableError: naming what a checkpoint cannot hold.
@@ -269,7 +269,7 @@ def _usual_strides(tensor: Tensor, parameter: Tensor | None) -> tuple[int, ...]:
     return torch.empty(tensor.shape, device="meta").stride()
 
 
-class LearnedGroups:
+class _LearnedGroups:
     """Values of an optimizer's groups that no config gives: what it has found out.
 
     Arguments of its class come from the config, unless the optimizer itself changes one: that is
@@ -277,12 +277,12 @@ class LearnedGroups:
     the optimizer changes any of it; if not, it is what the code that built the optimizer says.
 
     Attributes:
-        arguments: names that the class takes when it is built.
+        arguments: names of the arguments of the class's constructor.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Take note of how an optimizer was built, before its first step."""
-        self.arguments = constructor_arguments(type(optimizer))
+        self.arguments = _constructor_arguments(type(optimizer))
         self._optimizer = optimizer
         self._built = [
             {key: _BuiltValue.of(value) for key, value in group.items() if key not in _NOT_LEARNED}
@@ -295,8 +295,8 @@ class LearnedGroups:
         """Return what each group has learned, as JSON.
 
         Args:
-            names: of the parameters.
-            tensors: takes those among the values.
+            names: names of the parameters.
+            tensors: takes the tensors among the values.
             facts: see `encode`.
 
         Raises:
@@ -352,7 +352,7 @@ class LearnedGroups:
 
     def _is_as_built(self, index: int, key: str, value: object) -> bool:
         first = self._first(index, key)
-        # An argument that is no number cannot be looked into, and the config gives it again.
+        # An argument that is not a number cannot be compared, and the config gives it again.
         return first.is_still(value) or (
             key in self.arguments and not first.savable and value is first.value
         )
@@ -431,7 +431,7 @@ class _BuiltValue:
         return cls(None, encoded, {name: item.clone() for name, item in tensors.items()})
 
     def is_still(self, value: object) -> bool:
-        """Tell whether a value is the same, without a look at numbers on a device."""
+        """Tell whether a value is the same, without reading numbers on a device."""
         if not self.savable:
             # A function has nothing that a step could change.
             return value is self.value and callable(value)
@@ -459,7 +459,7 @@ class _BuiltValue:
 _ABSENT = _BuiltValue(None, None, {}, savable=False)
 
 
-def constructor_arguments(kind: type) -> frozenset[str]:
+def _constructor_arguments(kind: type) -> frozenset[str]:
     """Return all names that a class, and those that it hands its arguments on to, is built with."""
     names: set[str] = set()
     for each in kind.__mro__:

@@ -40,7 +40,7 @@ _NUMPY = {
 }
 # Complex numbers that the format has no name for stand in it as pairs, along a last axis of 2.
 _PAIRS = {"C32": "F16", "C128": "F64"}
-PAIRED = "complex"
+_PAIRED = "complex"
 """Key of a file's own texts: the names of its tensors that are such pairs, as JSON."""
 
 _PIECE_BYTES = 8 * 2**20
@@ -52,8 +52,8 @@ class RawTensor:
     """A tensor as it stands in a file.
 
     Attributes:
-        dtype: as safetensors calls it, such as "BF16"; complex numbers of 32 and 128 bits, which
-            it has not, are "C32" and "C128".
+        dtype: safetensors' name for it, such as "BF16"; complex numbers of 32 and 128 bits, which
+            it does not have, are "C32" and "C128".
         data: little-endian, row after row; a view is of bytes.
     """
 
@@ -62,7 +62,7 @@ class RawTensor:
     data: bytes | memoryview
 
     def values(self) -> npt.NDArray[Any] | None:
-        """Return the numbers, None of a dtype that numpy has not."""
+        """Return the numbers; None of a dtype that numpy does not have."""
         if self.dtype == "BF16":  # the upper half of a float32
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
@@ -104,14 +104,14 @@ def paired_names(texts: Mapping[str, str] | None) -> list[str]:
     """Return the names of tensors that are pairs of the parts of complex numbers.
 
     Args:
-        texts: that a file has beside its tensors, see `PAIRED`.
+        texts: metadata that a file has beside its tensors, see `_PAIRED`.
 
     Raises:
         ValueError: if they say no such thing.
     """
-    names = parse_json((texts or {}).get(PAIRED, "[]").encode())
+    names = parse_json((texts or {}).get(_PAIRED, "[]").encode())
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'"{PAIRED}" is not a list of names')
+        raise ValueError(f'"{_PAIRED}" is not a list of names')
     return names
 
 
@@ -126,9 +126,9 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
     """Write a safetensors file, on disk when this returns.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        facts: texts that the file has beside them.
+        path: the new file.
+        tensors: content of the file, by name.
+        facts: metadata that the file has beside them.
 
     Returns:
         How long it is, and its checksum.
@@ -136,7 +136,7 @@ def write_raw(path: Path, tensors: Mapping[str, RawTensor], facts: Mapping[str, 
     Raises:
         OSError: if it cannot be written.
     """
-    with DurableFile(path) as file:
+    with _DurableFile(path) as file:
         for piece in pieces_of_file(tensors, facts):
             file.write(piece)
     return file.written
@@ -153,7 +153,7 @@ def pieces_of_file(
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
     paired = sorted(name for name, tensor in tensors.items() if tensor.dtype in _PAIRS)
-    texts = {**facts, **({PAIRED: json.dumps(paired)} if paired else {})}
+    texts = {**facts, **({_PAIRED: json.dumps(paired)} if paired else {})}
     header: dict[str, Any] = {"__metadata__": texts}
     offset = 0
     # The widest elements first, so that each tensor begins at a multiple of its own.
@@ -179,17 +179,17 @@ def _element_bytes(tensor: RawTensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written to a file.
+    """Size and checksum of a file that was written.
 
     Attributes:
-        xxh3_64: checksum of it, as hexadecimal digits.
+        xxh3_64: checksum, as hexadecimal digits.
     """
 
     num_bytes: int
     xxh3_64: str
 
 
-class DurableFile:
+class _DurableFile:
     """A new file; a context manager at whose end every byte is on disk.
 
     Checksums are taken of what is in memory, on the way to the file: what a disk loses or changes
@@ -202,7 +202,7 @@ class DurableFile:
         self._digest = xxhash.xxh3_64()
         self._length = self._handed_on = 0
 
-    def __enter__(self) -> DurableFile:
+    def __enter__(self) -> _DurableFile:
         return self
 
     def __exit__(
@@ -249,6 +249,6 @@ def write_file(path: Path, content: bytes) -> Written:
     Raises:
         OSError: if it cannot be written.
     """
-    with DurableFile(path) as file:
+    with _DurableFile(path) as file:
         file.write(content)
     return file.written

@@ -38,8 +38,8 @@ from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import sync
 from hpctrain.version import __version__
 
-MOST_BYTES = 64 * 2**20
-MOST_SECONDS = 1.0
+_MOST_TRIED_BYTES = 64 * 2**20
+_MOST_TRIED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,19 +47,19 @@ class Snapshot:
     """Everything that a checkpoint holds.
 
     Attributes:
-        step: the last one that is part of it.
+        step: last step that is part of it.
         model: parameters and buffers by name. Tied tensors, which share memory, are stored once.
-        training: generators and what else there is, by name.
+        training: state of random generators and other tensors of the training state, by name.
         lent: more of `training`, such as optimizer state, that stays as it is for a while.
-        lend: takes a function; calls it, and lets it return, before anything changes what is lent.
+        lend: hook for a function that is to be called, and to return, before `lent` changes.
         values: the rest of the training state; JSON.
         config_toml: the resolved config.
-        metrics: of an evaluation at this very step.
-        made_by: what there is to say of the job that saves it; JSON.
-        preference: by which the run keeps its best checkpoint; None: it keeps none.
+        metrics: results of an evaluation at this very step.
+        made_by: facts of the job that saves it; JSON.
+        preference: metric and direction of the run's best checkpoint; None: it keeps none.
         tied: further names of tensors, besides those that share memory here.
-        spread: of whole tensors, where `model` and `training` are rank 0's part of them.
-        others: waits for the parts of the other ranks, and returns the files of each.
+        spread: rows by rank, where `model` and `training` are rank 0's part of whole tensors.
+        others: wait for the parts of the other ranks, which returns the files of each.
     """
 
     step: int
@@ -92,8 +92,8 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
     """Write all files of a checkpoint to an existing folder and sync them; meta.json last.
 
     Args:
-        folder: for this checkpoint only.
-        snapshot: its tensors on the host, contiguous, each of them once.
+        folder: new folder of this checkpoint.
+        snapshot: content, its tensors on the host, contiguous, each of them once.
         tied: further names of tensors, see `aliases`.
 
     Raises:
@@ -142,10 +142,10 @@ def write_part(
     """Write tensors to a folder, on disk when this returns.
 
     Args:
-        folder: of the checkpoint.
-        model: on the host, contiguous, each of them once.
-        training: the same.
-        rank: whose part this is; None: all there is.
+        folder: folder of the checkpoint.
+        model: tensors on the host, contiguous, each of them once.
+        training: more such tensors.
+        rank: writer of this part; None: the only one.
 
     Returns:
         The files by name.
@@ -164,10 +164,10 @@ def write_part(
 
 
 def try_snapshot(snapshot: Snapshot) -> None:
-    """Look at all that a checkpoint would hold, and send a part of it there and back.
+    """Check all that a checkpoint would hold, and send a part of it there and back.
 
     Names, types, shapes and layouts of everything; the bytes of the smallest tensors, of which the
-    unusual ones are, as far as `MOST_BYTES` and `MOST_SECONDS` go.
+    unusual ones are, up to 64 MiB and for a second at most.
 
     Raises:
         CheckpointError: naming what could not be saved, or would come back as something else.
@@ -180,7 +180,7 @@ def try_snapshot(snapshot: Snapshot) -> None:
     chosen: dict[str, Tensor] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes):
         taken += tensor.nbytes
-        if taken > MOST_BYTES or time.monotonic() - begin > MOST_SECONDS:
+        if taken > _MOST_TRIED_BYTES or time.monotonic() - begin > _MOST_TRIED_SECONDS:
             break
         chosen[name] = tensor
     _try_bytes(chosen)

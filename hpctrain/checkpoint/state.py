@@ -91,9 +91,9 @@ def encode(
             defaultdict, deque, set, frozenset, tensors, numpy's arrays and numbers, and torch's
             sizes, dtypes and devices, in one another. Of these very types: another class would not
             come back as itself.
-        name: of the whole, for the names of its tensors, and for messages.
+        name: name of the whole, for the names of its tensors, and for messages.
         tensors: takes the tensors of the tree.
-        facts: says of a tensor what is to stand beside its name.
+        facts: more that is to stand beside a tensor's name.
 
     Raises:
         UnsavableError: naming what is of another type.
@@ -184,8 +184,8 @@ def decode(
 
     Args:
         value: the JSON.
-        tensors: by name.
-        place: is given a tensor and what stands beside its name; returns it where it belongs.
+        tensors: tensors of the tree, by name.
+        place: function of a tensor and what stands beside its name, which puts it where it belongs.
 
     Raises:
         CheckpointError: if it is not what `encode` gives, or a tensor is missing.
@@ -279,7 +279,7 @@ def rng_to_tensors(device: torch.device) -> tuple[dict[str, Tensor], Any]:
 
 
 def restore_rng(tensors: Mapping[str, Tensor], values: Any, device: torch.device) -> None:
-    """Put the generators back; that of another type of device has nothing to say here."""
+    """Put the generators back; that of another type of device does not matter here."""
     torch.set_rng_state(tensors["torch"])
     if device.type in tensors:
         set_generator_state(device, tensors[device.type])

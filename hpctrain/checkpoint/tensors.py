@@ -91,8 +91,8 @@ def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) ->
     """Return tensors of a file with complex numbers where it has them as pairs.
 
     Args:
-        tensors: of the file, or some of their rows.
-        texts: that the file has beside them.
+        tensors: tensors of the file, or some of their rows.
+        texts: metadata of the file.
     """
     paired = [name for name in paired_names(texts) if name in tensors]
     return tensors | {name: torch.view_as_complex(tensors[name]) for name in paired}

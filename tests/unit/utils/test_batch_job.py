@@ -48,7 +48,7 @@ def test_the_job_of_an_environment(
     assert job_identity(environ) == identity
     # The lease names the same job, by the id that its scheduler's commands are asked with.
     holder = this_holder(environ)
-    assert holder.job == (None if job is None else job.id)
+    assert holder.job == (None if job is None else job.name)
     assert (holder.restart, holder.cluster) == ((job.restart, job.cluster) if job else (0, ""))
 
 
