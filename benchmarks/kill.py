@@ -6,7 +6,7 @@
 SIGKILL hits a rank, mpirun, or everything at once: at a random step, in a save, around its renames,
 in an evaluation, in start-up. After each, the newest whole checkpoint has to be the last save that
 was asked for or the one before, and the next start has to go on from there. At the end, metrics and
-model have to be those of an uninterrupted run, to the bit. The killed run reads its data from
+model have to be those of an uninterrupted run, bit for bit. The killed run reads its data from
 copies on node-local disk, of which nothing may be left.
 """
 

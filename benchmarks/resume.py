@@ -50,7 +50,7 @@ def main() -> int:
         print(f"{ranks} ranks, {precision}: {counts.total() // len(AXES)} cases, {seconds:.0f} s")
     for name, count in sorted(counts.items()):
         print(f"  {name:<30}{count:>5}")
-    print(f"{len(cases)} cases, {len(cases) - differing} equal to the bit, {differing} not")
+    print(f"{len(cases)} cases, {len(cases) - differing} equal bit for bit, {differing} not")
     return int(differing > 0)
 
 

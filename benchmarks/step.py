@@ -10,7 +10,7 @@ process; the table gives the tenth percentile and the median over blocks, micros
 and the medians of differences and ratios within a round.
 
 hpctrain runs its own loop with all that a run has on: clipping, a schedule, metrics.jsonl and .csv
-every ten steps, progress, the agreement to stop, signs of life. Peers clip, schedule and log as
+every ten steps, progress, the agreement to stop, heartbeats. Peers clip, schedule and log as
 often; Lightning's Trainer with its logger, and once more with its bar and checkpoints.
 """
 

@@ -51,7 +51,7 @@ def bit(number: int) -> int:
 
 
 def describe(reasons: int) -> str:
-    """Return the reasons in words, such as "SIGTERM and the time limit"."""
+    """Return the reasons, such as "SIGTERM and the time limit"."""
     words = [item.name for item in STOP_SIGNALS if reasons & bit(item)]
     if reasons & DEADLINE:
         words.append("the time limit")

@@ -47,7 +47,7 @@ commands:
                     --output FILE  --submit: submit it, and print the ids of the jobs
                     --snapshot: run from a copy of the code as it is now
   data pack SOURCE... FOLDER
-                    pack arrays, pictures, text or other HDF5 to shards; under mpirun on all ranks
+                    pack arrays, images, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
                     pack scikit-learn's handwritten digits
   data TOOL ...     info, index, verify, stats, split, repack, bench; each knows --help

@@ -59,7 +59,7 @@ def use_snapshot(root: Path) -> None:
     """Have modules of the project come from a snapshot, in this process and those it starts.
 
     Raises:
-        ConfigError: if that is no snapshot.
+        ConfigError: if that is not a snapshot.
     """
     root = root.resolve()
     project, here = _project_of(root), Path.cwd().resolve()
@@ -81,7 +81,7 @@ def _project_of(root: Path) -> Path:
         return Path(parse_json(read_whole(root / MARKER, SMALL))["project"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--code {root}: this is no snapshot that `job --snapshot` has made: {error}"
+            f"--code {root}: this is not a snapshot that `job --snapshot` has made: {error}"
         ) from error
 
 

@@ -168,7 +168,7 @@ class DataSection:
     """Try so many times more what cannot be read, after longer and longer waits."""
 
     verify: Literal["never", "start"] = "never"
-    """At the start, hold every shard against its checksum; the ranks share the reading."""
+    """At the start, verify every shard against its checksum; the ranks share the reading."""
 
     fields: dict[str, FieldTable] = field(default_factory=dict)
     """Where the fields of the task are, if not in `train` under their own names."""
@@ -418,7 +418,7 @@ class LaunchSection:
     """Address of rank 0 to meet at; none: every one is tried."""
 
     hang_timeout_seconds: Seconds = 300.0
-    """With all ranks alive, the job ends when none of them gets on for so long."""
+    """With all ranks alive, the job ends when none makes progress for so long (hang)."""
 
     first_step_timeout_seconds: Seconds = 1800.0
     """The same until a first step is done, and in a save: loading, compiling, writing take long."""

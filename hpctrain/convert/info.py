@@ -223,7 +223,7 @@ def _row(item: Item) -> tuple[str, str, str, str, str, str]:
 
 
 def _ways(pattern: str, found: Survey, problem: DatasetError) -> list[str]:
-    """Return why this is no dataset as it stands, and how to train on a part of it."""
+    """Return why this is not a dataset as it stands, and how to train on a part of it."""
     said = str(problem).splitlines()[0].removeprefix(f"{found.path}: ").removesuffix(OR_CHOOSE)
     lines = [f"not a dataset as it stands: {said}"]
     sets = found.trainable()

@@ -43,11 +43,11 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
         made.set_defaults(work=work)
         return made
 
-    packing = tool("pack", commands.pack, "Pack arrays, pictures, text or HDF5 to shards.")
+    packing = tool("pack", commands.pack, "Pack arrays, images, text or HDF5 to shards.")
     packing.add_argument(
         "source",
         nargs="+",
-        help="[NAME=]FILES[:FIELD]: .npy, .npz, IDX, HDF5, text, a folder of pictures; or: digits",
+        help="[NAME=]FILES[:FIELD]: .npy, .npz, IDX, HDF5, text, a folder of images; or: digits",
     )
     _declare_output(packing)
     _declare_reading(packing)

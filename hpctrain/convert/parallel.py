@@ -107,5 +107,5 @@ def _in_pool(
 
 
 def _end_silently() -> None:
-    """Have an interrupt at a terminal, which goes to all processes, end this one without a word."""
+    """Have an interrupt at a terminal, which goes to all processes, end this one silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -92,7 +92,7 @@ def survey(path: str) -> Survey:
     """Return what one HDF5 file holds. Reads two values of each time, no others.
 
     Raises:
-        DatasetError: if it is no HDF5 file, or cannot be read.
+        DatasetError: if it is not an HDF5 file, or cannot be read.
     """
     items: list[Item] = []
     cut = ""

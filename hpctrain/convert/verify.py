@@ -90,7 +90,7 @@ def verify(
     jobs: int = 0,
     progress: Progress = silent,
 ) -> Verdict:
-    """Read every byte of a dataset and hold it against its index, and against sense.
+    """Read every byte of a dataset and check it against its index, and against sense.
 
     Checked are: missing, surplus and truncated shards; checksums; that HDF5 opens them and shapes,
     dtypes and places are those of the index, or of the first file; NaN and Inf; and ranges. Of the

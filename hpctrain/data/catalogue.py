@@ -93,7 +93,7 @@ def write_catalogue(path: Path, files: Sequence[Contents]) -> None:
 
 
 def read_catalogue(path: Path) -> list[Contents]:
-    """Read a catalogue and hold the files' sizes and times against it.
+    """Read a catalogue and check the files' sizes and times against it.
 
     Raises:
         DatasetError: if it is broken or newer than this version, or a file is not there or was
@@ -103,7 +103,7 @@ def read_catalogue(path: Path) -> list[Contents]:
         content = read_whole(path, LARGE)
         head = parse_checked(content, _Head)
         if head.kind != _KIND:
-            raise ValueError("it is no catalogue")
+            raise ValueError("it is not a catalogue")
         if head.version > CATALOGUE_VERSION:
             raise DatasetError(
                 f"{path}: version {head.version} was written by a newer hpctrain; this one reads "

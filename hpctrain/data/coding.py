@@ -333,7 +333,7 @@ class _Reader:
         given = np.ravel(np.asarray(self._said[name]))
         if given.dtype.kind not in "iuf":
             if _text(self._said[name]):
-                self._note(name, f"{_shown(self._said[name])} is no number")
+                self._note(name, f"{_shown(self._said[name])} is not a number")
             return []
         if given.size > MOST_NUMBERS:
             self._problems.append(f"{name} has {given.size:,} numbers, at most {MOST_NUMBERS}")

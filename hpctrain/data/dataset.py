@@ -1,7 +1,7 @@
 """What a dataset is: shards, fields, and where in the files the rows lie. No I/O.
 
-A file of 1 KB may claim 2^60 rows: what is said of sizes is held against the bytes that are there,
-before anything is allocated, planned or read for hours because a file says so.
+A file of 1 KB may claim 2^60 rows: what it says of sizes is checked against the bytes that are
+there, before anything is allocated, planned or read for hours because a file says so.
 """
 
 from __future__ import annotations

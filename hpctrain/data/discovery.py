@@ -1,7 +1,7 @@
 """From what a user calls a dataset to a Dataset: an indexed folder, or any HDF5 files.
 
-Files are found, put in their order, joined, and held against what an index or a catalogue says of
-them. A run keeps the order of files that it began with, so who opens files says which one it is.
+Files are found, put in their order, joined, and checked against what an index or a catalogue says.
+A run keeps the order of files that it began with, so who opens files says which one it is.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> D
 
 
 def verify_share(datasets: Sequence[Dataset], rank: int, world_size: int) -> None:
-    """Hold a rank's share of the shards against what is listed of them; it reads them whole.
+    """Check a rank's share of the shards against what is listed of them; it reads them whole.
 
     Bytes against their checksums; and rows, shapes, dtypes and places of the fields, which lead
     readers past HDF5, against what HDF5 says of the file.

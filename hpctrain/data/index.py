@@ -70,7 +70,7 @@ def write_index(dataset: Dataset, folder: Path, origin: Mapping[str, Any] | None
 
 
 def read_index(folder: Path) -> Dataset:
-    """Read the index of a folder and hold the files' sizes against it.
+    """Read the index of a folder and check the files' sizes against it.
 
     Raises:
         DatasetError: if the index is broken or newer than this version, or the shards are not
@@ -113,7 +113,7 @@ def _load(path: Path) -> object:
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise DatasetError(f"{path}: this is no index: {error}. {_REMAKE}") from error
+        raise DatasetError(f"{path}: this is not an index: {error}. {_REMAKE}") from error
 
 
 def _require_known(version: int, path: Path) -> None:

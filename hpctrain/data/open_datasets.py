@@ -209,8 +209,8 @@ def _masked(path: str, source: str, rows: int, semantics: Semantics) -> Spans:
     field = dataset.fields[name]
     if field.shape or field.dtype.kind not in "bui":
         raise DatasetError(
-            f'{source}: "{path}" is no mask: it is {field.dtype} with rows of shape {field.shape}, '
-            "and has to be one true or false a row"
+            f'{source}: "{path}" is not a mask: it is {field.dtype} with rows of shape '
+            f"{field.shape}, and has to be one true or false a row"
         )
     if dataset.samples != rows:
         raise DatasetError(

@@ -171,8 +171,8 @@ def open_hdf5_file(path: str | Path) -> h5py.File:
     """Open a file in HDF5 for reading. Of several processes reading, none needs a lock.
 
     Raises:
-        OSError: if the system, or HDF5, refuses; or if it is no regular file: HDF5 would wait for
-            a pipe to be written to, and hold its lock meanwhile.
+        OSError: if the system, or HDF5, refuses; or if it is not a regular file: HDF5 would wait
+            for a pipe to be written to, and hold its lock meanwhile.
     """
     require_regular(path)
     return h5py.File(path, "r", locking=False, driver="sec2")

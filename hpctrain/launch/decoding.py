@@ -120,13 +120,13 @@ class _Reader:
     def member(self, depth: int) -> Any:
         kind, _ = CLASSES.find(self.data())
         if not issubclass(kind, Enum):
-            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is no enum")
+            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not an enum")
         return kind[self._typed(str, depth)]
 
     def error(self, depth: int) -> HpctrainError:
         kind, _ = CLASSES.find(self.data())
         if not issubclass(kind, HpctrainError):
-            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is no error")
+            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not an error")
         message, everywhere, told = self.value(depth)
         error = kind(printable_lines(str(message)), everywhere=bool(everywhere))
         error.told = bool(told)
@@ -136,7 +136,7 @@ class _Reader:
         """Return a dataclass as it was sent: what its class does at its making is not done."""
         kind, names = CLASSES.find(self.data())
         if not is_dataclass(kind):
-            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is no dataclass")
+            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not a dataclass")
         made = object.__new__(kind)
         for name in names:
             object.__setattr__(made, name, self.value(depth))
@@ -145,7 +145,7 @@ class _Reader:
     def named_tuple(self, depth: int) -> Any:
         kind, names = CLASSES.find(self.data())
         if not (issubclass(kind, tuple) and names):
-            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is no named tuple")
+            raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not a named tuple")
         return tuple.__new__(kind, [self.value(depth) for _ in names])
 
     def array(self, depth: int) -> np.ndarray[Any, Any]:

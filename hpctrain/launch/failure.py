@@ -35,7 +35,7 @@ class Guard:
     """Ends the whole job for a failure of this rank alone.
 
     Attributes:
-        pulse: signs of life of this rank.
+        pulse: heartbeats of this rank.
     """
 
     def __init__(self, topology: Topology) -> None:

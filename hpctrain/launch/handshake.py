@@ -203,7 +203,7 @@ class Doorkeeper:
         elif end and not rest:
             self._judge(pending, line)
         elif end or len(pending.received) >= LONGEST_PROOF_BYTES:
-            self._refuse(pending, "what it says is no proof")
+            self._refuse(pending, "what it says is not a proof")
 
     def _judge(self, pending: _Pending, line: bytes) -> None:
         connection = pending.connection
@@ -211,7 +211,7 @@ class Doorkeeper:
             name, nonce, proof = line.decode("ascii").split(" ")
             address = _address(connection.getsockname())
         except (OSError, ValueError):
-            self._refuse(pending, "what it says is no proof")
+            self._refuse(pending, "what it says is not a proof")
             return
         transcript = (self._purpose, name, address, pending.nonce, nonce)
         if not hmac.compare_digest(proof, _sign(self._secret, "caller", *transcript)):  # ASCII

@@ -277,7 +277,7 @@ def _check_meeting_point(claim: Claim, env: Environment) -> None:
     port = env["MASTER_PORT"]
     if not (WHOLE_NUMBER.fullmatch(port) and 0 < int(port) < 65536):
         raise LaunchError(
-            f"MASTER_PORT={port!r} is no port: it has to be 1 to 65535.", everywhere=True
+            f"MASTER_PORT={port!r} is not a port: it has to be 1 to 65535.", everywhere=True
         )
 
 

@@ -46,7 +46,7 @@ class World:
     Attributes:
         backend: of the default process group, which a world of one process has too; None where a
             preflight goes on without.
-        pulse: signs of life. From the first one on, `launch.hang_timeout_seconds` holds: a loop of
+        pulse: heartbeats. From the first one on, `launch.hang_timeout_seconds` holds: a loop of
             your own calls `world.pulse.step_done(step)` after every step, or never.
         nccl_log: what NCCL says of its way; None where it does not run, or the user has said how it
             is to log.
@@ -160,7 +160,7 @@ def process_group(
         from hpctrain.launch.cores import set_threads
         from hpctrain.launch.device import choose_backend, choose_device
 
-    # Until the first sign of life the watchdog waits for those who load.
+    # Until the first heartbeat the watchdog waits for those who load.
     communicator.limit(section.first_step_timeout_seconds)
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)

@@ -373,7 +373,7 @@ def judge_step(steps: Sequence[StepFacts]) -> Finding:
 def judge_memory(
     steps: Sequence[StepFacts], hosts: Sequence[str], node_ranks: Sequence[int], device: str
 ) -> Finding:
-    """Hold what the ranks took against what there is.
+    """Compare what the ranks took with what there is.
 
     Args:
         steps: of every rank.
@@ -408,7 +408,7 @@ def judge_memory(
 def judge_pinned_memory(
     steps: Sequence[StepFacts], hosts: Sequence[str], node_ranks: Sequence[int], free_bytes: int
 ) -> Finding:
-    """Hold the host memory that devices copy from and to against what a node has.
+    """Compare the host memory that devices copy from and to with what a node has.
 
     Args:
         steps: of every rank.

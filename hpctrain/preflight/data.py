@@ -205,7 +205,7 @@ def judge_visibility(unseen: Mapping[str, Sequence[str]]) -> Finding:
 
 
 def judge_reading(readings: Sequence[Reading], step_samples_per_second: float | None) -> Finding:
-    """Hold the speed of reading against that of a step.
+    """Compare the speed of reading with that of a step.
 
     Args:
         readings: of every rank.

@@ -196,7 +196,7 @@ def judge_reductions(
     hosts: Sequence[str] = (),
     carrier: str = "",
 ) -> Finding:
-    """Look for wrong sums, and hold latency and bandwidth against what any working network has.
+    """Look for wrong sums, and compare latency and bandwidth with what any working network has.
 
     Args:
         table: of every rank, the same sizes.

@@ -54,7 +54,7 @@ def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:
 
 
 def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFacts] | None) -> None:
-    """Hold the time left against the length of the run. Collective: all ranks."""
+    """Compare the time left with the length of the run. Collective: all ranks."""
 
     def ask_here() -> tuple[float, str | None] | None:
         if not checks.topology.is_rank_zero:
@@ -256,7 +256,7 @@ def judge_shared(seen: Mapping[str, bool], place: str) -> Finding:
 
 
 def judge_space(free_bytes: int, checkpoint_bytes: int | None, kept: int) -> Finding:
-    """Hold the free space against the checkpoints that are kept, and one in the making.
+    """Compare the free space with the checkpoints that are kept, and one in the making.
 
     Args:
         free_bytes: of the file system; a quota may leave less.
@@ -286,7 +286,7 @@ def judge_space(free_bytes: int, checkpoint_bytes: int | None, kept: int) -> Fin
 def judge_walltime(
     seconds_left: float, problem: str | None, needed_seconds: float | None
 ) -> Finding:
-    """Hold the time left against the length of the run.
+    """Compare the time left with the length of the run.
 
     Args:
         seconds_left: infinite where no end is known.

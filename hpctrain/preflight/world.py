@@ -197,7 +197,7 @@ def judge_peers(ranks: Ranks) -> Finding:
 
 
 def judge_cores(ranks: Ranks, launcher: str) -> Finding:
-    """Hold ranks and threads against the cores that they may run on."""
+    """Compare ranks and threads with the cores that they may run on."""
     for node in by_node(ranks):
         host, count, total = node[0].host, len(node), node[0].node_cores
         share = max(1, total // count)
@@ -247,7 +247,7 @@ def judge_cores(ranks: Ranks, launcher: str) -> Finding:
 
 
 def judge_open_files(ranks: Ranks) -> Finding:
-    """Hold the limit of open files against shards and connections."""
+    """Compare the limit of open files with shards and connections."""
     lowest = min(ranks, key=lambda rank: rank.open_files[0])
     soft, hard = lowest.open_files
     needed = _FILES_PER_RANK + 2 * len(ranks)

@@ -75,7 +75,7 @@ def look_at_ranges(task: Any, *, looks: bool) -> None:
 def explained_indices(
     task: Any, loader: TrainLoader, batches: Callable[[], Sequence[Batch]]
 ) -> Iterator[None]:
-    """Raise what the body raises about an index in words, with the samples it came from.
+    """Raise what the body raises about an index, with the samples it came from.
 
     Args:
         task: its `index_ranges`, if it has them, are by field how many things the numbers index,

@@ -66,7 +66,7 @@ def values_to_go_on_from(config: Config) -> dict[str, Any] | None:
     """Return what is no tensor of the checkpoint that a job with this config would go on from.
 
     For rank 0, and for tools that do not train: nothing is moved, and what is damaged is passed
-    over without a word. None where a run would begin.
+    over without a message. None where a run would begin.
     """
     resume = config.checkpoint.resume
     checkpoints = Path(config.run.directory, config.run.name, "checkpoints")

@@ -293,7 +293,7 @@ def check_task(task: Any) -> None:
     missing = [name for name in _CONTRACT if not hasattr(task, name)]
     if missing:
         raise ConfigError(
-            f"task.use: {type(task).__name__} is no task: it lacks {', '.join(missing)}. "
+            f"task.use: {type(task).__name__} is not a Task: it lacks {', '.join(missing)}. "
             "See hpctrain.training.task.Task"
         )
 

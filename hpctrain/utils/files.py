@@ -265,7 +265,7 @@ def open_regular(
         mode: of a file that is made, less the umask.
 
     Raises:
-        OSError: if it cannot be opened, is no regular file, or is a link that is not to be
+        OSError: if it cannot be opened, is not a regular file, or is a link that is not to be
             followed, then with ELOOP.
     """
     try:
@@ -290,7 +290,7 @@ def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
     """Open a file for reading bytes, see `open_regular`.
 
     Raises:
-        OSError: if it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, or is not a regular file.
     """
     return os.fdopen(open_regular(path), "rb", buffering)
 
@@ -299,7 +299,7 @@ def require_regular(path: str | Path) -> os.stat_result:
     """Return the facts of a file that somebody else is about to open, see `open_regular`.
 
     Raises:
-        OSError: if it cannot be looked at, or is no regular file.
+        OSError: if it cannot be looked at, or is not a regular file.
     """
     facts = Path(path).stat()
     _require_regular(facts, path)

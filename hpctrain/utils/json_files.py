@@ -39,7 +39,7 @@ def read_whole(path: Path, most_bytes: int) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no regular file, or larger than any of its kind.
+        ValueError: if it is not a regular file, or larger than any of its kind.
     """
     require_file(path, most_bytes)
     with open_file(path) as file:
@@ -54,7 +54,7 @@ def require_file(path: Path, most_bytes: int) -> int:
 
     Raises:
         OSError: if it cannot be looked at.
-        ValueError: if it is no regular file, or larger than any of its kind.
+        ValueError: if it is not a regular file, or larger than any of its kind.
     """
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):

@@ -1,4 +1,4 @@
-"""Whole runs on a device: NCCL at one rank, resume to the bit, two ranks on one device."""
+"""Whole runs on a device: NCCL at one rank, resume bit for bit, two ranks on one device."""
 
 from __future__ import annotations
 

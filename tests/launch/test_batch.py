@@ -1,4 +1,4 @@
-"""Life in a batch system: asked to stop at any time, by anybody, and back to the bit."""
+"""Life in a batch system: asked to stop at any time, by anybody, and back bit for bit."""
 
 from __future__ import annotations
 

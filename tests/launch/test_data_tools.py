@@ -107,7 +107,7 @@ def test_mistakes_of_all_ranks_are_told_once(tmp_path: Path) -> None:
         (("pack", "nothing.npy", "out"), 65, "nothing.npy: no file has such a name"),
         (("pack", "out", "--filter", "zip"), 64, "zip: no such filter"),
         (("verify", "nothing/*.h5"), 65, "nothing/*.h5: no file has such a name"),
-        (("pack", "--help"), 0, "folder of pictures"),
+        (("pack", "--help"), 0, "folder of images"),
     ):
         output = run(tmp_path, 2, "-m", "hpctrain", "data", *arguments, code=code)
         assert " ".join(output.split()).count(words) == 1, output

@@ -115,7 +115,7 @@ def two_ranks(**changes: str | None) -> list[dict[str, str]]:
     ("changes", "words"),
     [
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is no port"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is not a port"),
         ({"MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR=no-such-host.invalid is unknown on"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number"),
         ({"WORLD_SIZE": "1"}, "RANK=1 and WORLD_SIZE=1 contradict"),

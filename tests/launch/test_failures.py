@@ -95,7 +95,7 @@ def watchdogs_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
     ("mpi", "rank", "how", "words"),
     [
         ("mpich", 2, "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
-        ("mpich", 1, "exit", "ended with exit code 3 and without a word"),
+        ("mpich", 1, "exit", "ended with exit code 3 and without an error message"),
         ("mpich", 0, "stopped", "is stopped (SIGSTOP"),
         ("mpich", 2, "gil", "re/__init__.py"),
         ("openmpi", 0, "killed", "was killed"),

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ranks(2)
 ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 23  # 1,438 digits in batches of 64
 
-# Metrics compare to the bit, except for what a clock says.
+# Metrics compare bit for bit, except for what a clock says.
 CLOCKED = {"seconds", "samples_per_second", "time"}
 
 

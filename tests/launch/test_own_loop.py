@@ -150,7 +150,7 @@ def test_mpi_that_is_up_is_joined_and_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_leaves_the_others_behind_is_named(tmp_path: Path) -> None:
-    """Without a single sign of life from the loop, and within the hang timeout."""
+    """Without a single heartbeat from the loop, and within the hang timeout."""
     ended = run(tmp_path, EARLY, *MPIRUN)
     assert ended.returncode == 70, ended.stderr
     assert "rank 1 exited connect() while rank 0 is still running" in ended.stderr

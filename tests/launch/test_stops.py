@@ -1,4 +1,4 @@
-"""Asked to stop at awkward moments, one rank alone and never rank 0; then back, to the bit."""
+"""Asked to stop at awkward moments, one rank alone and never rank 0; then back, bit for bit."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_broken_world_is_one_message_and_never_solo_runs() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
-            "MASTER_PORT='70000' is no port",
+            "MASTER_PORT='70000' is not a port",
         ),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "contradict"),
     ],

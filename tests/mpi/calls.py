@@ -282,7 +282,7 @@ def check_parts_left_out_are_an_error(world: World) -> None:
         (lambda s, c: ({1} if s else set(), True), None, "ddp", True, ("layers.1.linear", had)),
         (lambda s, c: (set(), not (s and c)), 2, "ddp", True, ("auxiliary.weight, ", had)),
         (lambda s, c: (set(), not s), None, "fsdp", True, ("auxiliary.weight, ", had)),
-        # Units of one shape: without a word, rows of one would be taken for rows of the other.
+        # Units of one shape: without an error, rows of one would be taken for rows of the other.
         (
             lambda s, c: ({rank % 2} if s else set(), True),
             None,

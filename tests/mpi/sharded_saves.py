@@ -1,6 +1,6 @@
 """Run on every rank: what each rank has written of its rows comes back, at any world size.
 
-sharded_saves.py FOLDER exact        saved and restored, to the bit, in every precision
+sharded_saves.py FOLDER exact        saved and restored, bit for bit, in every precision
 sharded_saves.py FOLDER go-on        two more steps of a run that other world sizes have begun
 sharded_saves.py FOLDER save         saves without end, to be killed
 """
@@ -167,7 +167,7 @@ def check_parameters_that_all_ranks_hold(world: World, folder: Path) -> None:
 
 
 def check_damage(world: World, saves: Saves, step: TrainStep) -> None:
-    """A file of one rank is missing, cut or flipped: the checkpoint before is taken, in words."""
+    """A file of one rank is missing, cut or flipped: the one before is taken, and why is told."""
     newest = saves.folder / "checkpoints" / "step-00000003"
     last = world.topology.world_size - 1
     for file in (part_name(MODEL, 0), part_name(TRAINING, last)):

@@ -1,1 +1,1 @@
-"""What datasets are packed from: arrays, pictures, text and other HDF5, all seen as rows."""
+"""What datasets are packed from: arrays, images, text and other HDF5, all seen as rows."""

@@ -166,7 +166,7 @@ def idx_shape(path: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return shape and dtype of the array; grey images get an axis of one channel.
 
     Raises:
-        DatasetError: if this is no IDX file.
+        DatasetError: if this is not an IDX file.
     """
     with _open_idx(path) as file:
         sizes, dtype, _ = _idx_header(path, file)
@@ -206,7 +206,7 @@ def _idx_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[An
     """Read sizes, dtype, and where the values begin."""
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or magic[3] == 0:
-        raise DatasetError(f"{path}: this is no IDX file: it begins with {magic.hex(' ')}")
+        raise DatasetError(f"{path}: this is not an IDX file: it begins with {magic.hex(' ')}")
     sizes = np.frombuffer(file.read(4 * magic[3]), ">u4")
     if len(sizes) < magic[3]:
         raise DatasetError(f"{path}: the file ends in its header. Get the file again")

@@ -1,4 +1,4 @@
-"""Folders of pictures: one subfolder a class, or pictures alone."""
+"""Folders of images: one subfolder a class, or pictures alone."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
     if not holds_arrays(path):
         raise DatasetError(
             f"{path}: what is this? Known are .npy, .npz, IDX (-idx3-ubyte, also .gz), "
-            f"{', '.join(HDF5_SUFFIXES)}, folders of pictures, {', '.join(TEXT_SUFFIXES)}, and any "
+            f"{', '.join(HDF5_SUFFIXES)}, folders of images, {', '.join(TEXT_SUFFIXES)}, and any "
             "other file as text with --tokens"
         )
     arrays = list_arrays(path)

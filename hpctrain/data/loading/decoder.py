@@ -1,4 +1,4 @@
-"""Decodes batches on the device, to the bit as `hpctrain.data.decoding` does on the host.
+"""Decodes batches on the device, bit for bit as `hpctrain.data.decoding` does on the host.
 
 The wire carries integers as stored. Where the files of a dataset differ, each row carries which of
 their codings it has, and the numbers of all are looked up at once.

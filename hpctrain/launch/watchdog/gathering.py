@@ -56,8 +56,8 @@ def watched(
         topology: the ranks and their nodes.
         communicator: carries addresses; a barrier ends the watch.
         meeting: the proven address of rank 0.
-        pulse: signs of life of this rank.
-        hang_timeout_seconds: with all ranks alive, the job ends when none gets on for so long.
+        pulse: heartbeats of this rank.
+        hang_timeout_seconds: with all ranks alive, the job ends after so long without progress.
         first_step_timeout_seconds: the same while a rank is in something that may take longer.
 
     Raises:

@@ -116,7 +116,7 @@ class Judge:
             self._lost = (leader, now)
 
     def moved(self, leader: int, unhurried: bool, now: float) -> None:
-        """Take note of signs of life from the ranks of a group."""
+        """Take note of heartbeats from the ranks of a group."""
         self._moved_at = now
         self._unhurried[leader] = unhurried
 
@@ -168,9 +168,9 @@ class Judge:
         return [AskToStop(gone)]
 
     def _standing_still(self) -> tuple[float | None, float]:
-        """Return since when nobody has got on, None if nobody ever said so, and the limit."""
+        """Return since when there is no progress, None if there never was any, and the limit."""
         if self._left_at is not None and len(self._leaving) < self._world_size:
-            # A loop that gives no signs of life, too, has to end once a rank has left it.
+            # A loop that gives no heartbeats, too, has to end once a rank has left it.
             return max(self._left_at, self._moved_at or self._left_at), self._hang_timeout_seconds
         limit = self._hang_timeout_seconds
         if any(self._unhurried.values()):
@@ -216,7 +216,7 @@ class Judge:
 def laggards(stands: Sequence[Stand]) -> list[Stand]:
     """Return the ranks that the others wait for; none where nothing tells them apart.
 
-    Stopped processes, whatever they did before; else those with the fewest signs of life; else
+    Stopped processes, whatever they did before; else those with the fewest heartbeats; else
     those that are somewhere else in the program than most.
     """
     for behind in (

@@ -92,7 +92,7 @@ def parse_message(line: bytes) -> Message:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def notice_silence(connection: socket.socket) -> None:

@@ -30,7 +30,7 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Some rank of the group has given a sign of life."""
+    """Some rank of the group has sent a heartbeat."""
 
     unhurried: bool
 

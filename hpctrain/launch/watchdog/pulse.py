@@ -17,7 +17,7 @@ class Reading:
     """What a rank has last said of itself.
 
     Attributes:
-        progress: grows with every sign of life; 0: none yet.
+        progress: grows with every heartbeat; 0: none yet.
         unhurried: it is in something that may take long, such as its first step.
         step: the last one that it finished.
     """
@@ -28,7 +28,7 @@ class Reading:
 
 
 class Pulse:
-    """A rank's signs of life. Writing one costs as much as an assignment: no call, no lock."""
+    """A rank's heartbeats. Writing one costs as much as an assignment: no call, no lock."""
 
     def __init__(self) -> None:
         # Its own until there is a watchdog.
@@ -36,7 +36,7 @@ class Pulse:
         self._row[_UNHURRIED] = 1
 
     def tick(self) -> None:
-        """Say that this rank gets on."""
+        """Say that this rank makes progress."""
         self._row[_PROGRESS] += 1
 
     def step_done(self, step: int) -> None:

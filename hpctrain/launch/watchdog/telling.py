@@ -55,7 +55,7 @@ def _death(death: Death) -> str:
     if death.signal is not None:
         what = f"was killed by {death.signal}"
     elif death.exit_code is not None:
-        what = f"ended with exit code {death.exit_code} and without a word"
+        what = f"ended with exit code {death.exit_code} and without an error message"
     else:
         what = "was killed"
     text = f"hpctrain: rank {death.rank}@{death.host} {what}; the job ends."

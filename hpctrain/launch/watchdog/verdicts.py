@@ -22,7 +22,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Death:
-    """A rank that has ended without a word.
+    """A rank that has ended without an error message.
 
     Attributes:
         signal: that killed it, as a name; None if it ended by itself or nobody knows.
@@ -76,7 +76,7 @@ class LauncherGone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stand:
-    """Where a rank stands when nobody gets on.
+    """Where a rank stands when nobody makes progress.
 
     Attributes:
         state: letter of its process.
@@ -95,7 +95,7 @@ class Stand:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """All ranks alive, and none gets on.
+    """All ranks alive, and none makes progress.
 
     Attributes:
         left: ranks that have left the job's body, and wait for the others to do so.

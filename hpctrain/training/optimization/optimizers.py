@@ -82,7 +82,7 @@ def build_optimizer(
         raise ConfigError(f"[optimizer] cannot be built: {told}") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
-            f"[optimizer] use: {type(optimizer).__name__} is no torch.optim.Optimizer"
+            f"[optimizer] use: {type(optimizer).__name__} is not a torch.optim.Optimizer"
         )
     refuse_unknown_kernels(optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -42,7 +42,7 @@ def check_equal_shapes(model: nn.Module, world: World) -> None:
 
 
 def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
-    """Compare the parameters of all ranks, to the bit. Collective: all ranks.
+    """Compare the parameters of all ranks, bit for bit. Collective: all ranks.
 
     Reads all parameters once on the device and sends one hash; names only where they differ.
 

@@ -1,4 +1,4 @@
-"""Optimizers and generators come back to the bit."""
+"""Optimizers and generators come back bit for bit."""
 
 from __future__ import annotations
 

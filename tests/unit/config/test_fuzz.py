@@ -1,4 +1,4 @@
-"""Thousands of broken configs: each is refused in words that name the place, or it is valid."""
+"""Thousands of broken configs: each is rejected with its place and an explanation."""
 
 from __future__ import annotations
 

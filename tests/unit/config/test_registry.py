@@ -1,4 +1,4 @@
-"""Components: imported, and their arguments held against signatures."""
+"""Components: imported, and their arguments checked against signatures."""
 
 from __future__ import annotations
 

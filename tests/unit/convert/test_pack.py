@@ -280,7 +280,7 @@ def cut(path: Path, left: int) -> None:
         (
             lambda f: (f / "i-idx1-ubyte").write_bytes(b"no IDX"),
             ["i-idx1-ubyte"],
-            r"this is no IDX file: it begins with 6e 6f 20 49",
+            r"this is not an IDX file: it begins with 6e 6f 20 49",
         ),
         (
             lambda f: (

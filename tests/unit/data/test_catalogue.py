@@ -144,7 +144,7 @@ ARRAY = ["files", 0, "arrays", "is_good"]
     ("damage", "message"),
     [
         (change(["version"], 99), "written by a newer hpctrain"),
-        (change(["kind"], "x"), "it is no catalogue"),
+        (change(["kind"], "x"), "it is not a catalogue"),
         (change(["files"], []), "files: .* at least 1 item"),
         (change(["files"], 3), "files: 3 is not a valid array"),
         (change(["files", 0, "bytes"], "many"), r"files\.0\.bytes: 'many' is not a valid integer"),

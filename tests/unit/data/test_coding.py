@@ -130,7 +130,7 @@ def test_files_that_xarray_packed(tmp_path: Path, engine: str) -> None:
             assert np.array_equal(found, file[name].values.astype("f4"), equal_nan=True), name
             assert np.isnan(found).sum() == np.isnan(values).sum()
     assert decoding(path, "time") is None
-    assert decoding(path, "plain") is None, "NaN stands for none without a word"
+    assert decoding(path, "plain") is None, "NaN stands for none without a warning"
 
 
 def test_times_stay_as_stored() -> None:
@@ -187,7 +187,7 @@ def test_what_cannot_be_followed_is_said_or_refused(tmp_path: Path) -> None:
     kind = np.dtype("i2")
     unused = {
         "_FillValue": (40000, "40000 is no int16"),
-        "missing_value": ("none", "'none' is no number"),
+        "missing_value": ("none", "'none' is not a number"),
         "valid_range": (np.array([1.5, 3]), "1.5 is no int16"),
         "valid_min": (np.array([1, 2]), "has 2 numbers and not 1"),
         "_Unsigned": ("yes", 'is "true" or "false"'),

@@ -328,7 +328,7 @@ def test_validation_of_its_own_rows(folder: Path, samples: dict[str, Any]) -> No
         ),
         ({"x": MAPS_FIELD | {"steps": 12}}, {}, r"one reaches over 12 rows .* has 11"),
         ({"x": MAPS_FIELD}, {"train": (0, 21)}, r"data\.samples\.train = \[0, 21\].* 20 rows"),
-        ({"x": MAPS_FIELD}, {"train": "fields/maps"}, r'"fields/maps" is no mask: it is int32'),
+        ({"x": MAPS_FIELD}, {"train": "fields/maps"}, r'"fields/maps" is not a mask: it is int32'),
         ({"x": MAPS_FIELD}, {"train": "god"}, r'no field "god"\. Did you mean "good"'),
         ({"x": {"path": "few"}}, {"train": "good"}, r'mask "good" has 20 rows, .* have 17'),
         (

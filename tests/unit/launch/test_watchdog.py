@@ -167,7 +167,7 @@ class TestJudge:
         assert actions == [Tell(verdict), End(70)]
 
     def test_a_rank_that_leaves_is_followed_by_the_others_or_named(self, judge: Judge) -> None:
-        """Also where no rank has ever given a sign of life."""
+        """Also where no rank has ever given a heartbeat."""
         judge.leaving(1, 5.0)
         judge.leaving(2, 20.0)
         assert judge.look(64.9) == []
@@ -233,8 +233,8 @@ def test_laggards(stands: Sequence[Stand], expected: Sequence[int]) -> None:
             137,
             ["rank 1@a was killed by SIGKILL", "lack of memory", "data.micro_batch_size"],
         ),
-        (Death(rank=1, host="a", exit_code=3), 3, ["exit code 3 and without a word"]),
-        (Death(rank=1, host="a", exit_code=0), 70, ["exit code 0 and without a word"]),
+        (Death(rank=1, host="a", exit_code=3), 3, ["exit code 3 and without an error message"]),
+        (Death(rank=1, host="a", exit_code=0), 70, ["exit code 0 and without an error message"]),
         (Death(rank=1, host="a"), 137, ["rank 1@a was killed; the job ends"]),
         (NodeLost(GROUPS[2]), 69, ["node b with ranks 2 to 3 is gone"]),
         (GONE, 69, ["hydra_pmi_proxy (process 41 on b)", "ranks 2 to 3", "killed by SIGKILL"]),

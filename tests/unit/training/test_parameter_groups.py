@@ -101,7 +101,7 @@ def test_an_optimizer_without_weight_decay() -> None:
 
 @pytest.mark.parametrize("use", sorted(BUILTINS["optimizer"]))
 def test_every_optimizer_trains_and_goes_on_from_its_state(use: str) -> None:
-    """The state goes to tensors and back; what follows is equal to the bit."""
+    """The state goes to tensors and back; what follows is equal bit for bit."""
 
     def train(steps: range, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for step in steps:

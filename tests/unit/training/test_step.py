@@ -147,7 +147,7 @@ def test_a_refused_first_step_leaves_nothing_behind(
 ) -> None:
     """Fused SGD of torch would keep momentum that nobody has set.
 
-    Whether the host looks at the flag or the kernels do, it is the same to the bit.
+    Whether the host looks at the flag or the kernels do, it is the same bit for bit.
     """
     results = []
     for ahead, poisoned in itertools.product((False, True), (False, True)):
@@ -184,7 +184,7 @@ def test_optimizers_that_cannot_serve_are_refused() -> None:
         build_optimizer(
             torch.optim.SGD, model, 0.1, {"fused": True, "momentum": 0.9, "dampening": 0.1}
         )
-    with pytest.raises(ConfigError, match=r"is no torch\.optim\.Optimizer"):
+    with pytest.raises(ConfigError, match=r"is not a torch\.optim\.Optimizer"):
         build_optimizer(lambda parameters, lr: object(), model, 0.1, {})
     with pytest.raises(ConfigError, match="nothing to train"):
         build_optimizer(torch.optim.SGD, nn.ReLU(), 0.1, {})
@@ -236,7 +236,7 @@ def test_priming_names_sparse_gradients() -> None:
 
 
 def test_what_is_no_task_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Linear is no task: it lacks inputs, metrics"):
+    with pytest.raises(ConfigError, match="Linear is not a Task: it lacks inputs, metrics"):
         make_step(MLP(6, 3), task=nn.Linear(2, 2))
 
 
