@@ -1,20 +1,14 @@
-"""What the preflight says, how it gathers failures, and what its probes leave."""
+"""What the preflight reports, in lines and as JSON."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 from helpers.preflight_tables import gpu, rank, topology
 
-from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.errors import CheckpointError, DatasetError
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.preflight.checks import Answer, CheckError, ask
-from hpctrain.preflight.data import unseen_shards
+from hpctrain.errors import DatasetError
 from hpctrain.preflight.report import (
     COLUMNS,
     Finding,
@@ -28,8 +22,6 @@ from hpctrain.preflight.report import (
     verdict,
     world_table,
 )
-from hpctrain.preflight.storage import nearest_folder, trial_folder, try_folder
-from hpctrain.utils.files import filesystem_of
 
 
 def finding(status: Status, **changed: Any) -> Finding:
@@ -98,58 +90,3 @@ def test_json() -> None:
 def test_small_words() -> None:
     assert ranges([]) == ""
     assert ranges([64, 0, 1, 2]) == "0-2,64"
-
-
-def test_a_failure_on_any_rank_is_a_finding() -> None:
-    here = topology(world_size=1)
-    assert ask(here, SingleCommunicator(), lambda: 7) == [7]
-
-    def broken() -> None:
-        raise ValueError("the model is unwell")
-
-    with pytest.raises(CheckError) as raised:
-        ask(here, SingleCommunicator(), broken)
-    assert str(raised.value) == "ValueError: the model is unwell"
-    answers = [Answer(0, "a", 1), Answer(1, "b", None, "unwell"), Answer(2, "b", None, "unwell")]
-    some = CheckError(answers, 3).finding("step", "rest")
-    assert some.fact == "rank 1 on b (and 1 more of 3): unwell"
-    assert (some.status, some.values["ranks"]) == ("fail", [1, 2])
-    assert str(CheckError(answers[1:], 2)) == "unwell"  # all of them: no rank is to be named
-
-
-def test_the_folder_probe_leaves_nothing(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "digits"
-    with trial_folder(run) as trial:
-        assert trial.parent == tmp_path
-        facts = try_folder(trial)
-    assert facts.written_bytes > 0
-    assert facts.place == str(tmp_path)
-    assert facts.filesystem == filesystem_of(tmp_path) != "unknown"
-    with pytest.raises(ZeroDivisionError), trial_folder(run):
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_shards_that_a_node_does_not_see(tmp_path: Path) -> None:
-    shards = []
-    for number, (there, listed_size) in enumerate([(4, 4), (4, 5), (None, 4)]):
-        path = tmp_path / f"{number}.h5"
-        if there is not None:
-            path.write_bytes(bytes(there))
-        shards.append(Shard(str(path), 1, listed_size, None, {"x": Layout(0)}))
-    dataset = Dataset("data", {"x": Field((), np.dtype("int32"))}, tuple(shards))
-    assert unseen_shards(dataset) == [
-        f"{tmp_path}/1.h5: 4 bytes here, 5 on rank 0",
-        f"{tmp_path}/2.h5: No such file or directory",
-    ]
-
-
-def test_the_nearest_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert nearest_folder(tmp_path / "a" / "b") == tmp_path
-    for name in ("file", "file/digits"):
-        with pytest.raises(CheckpointError, match="file is not a directory"):
-            nearest_folder(tmp_path / name)
-    (tmp_path / "dangling").symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match="dangling is not a directory"):
-        nearest_folder(tmp_path / "dangling")

@@ -9,7 +9,7 @@ from helpers.preflight_tables import GIB, VERSIONS, gpu, rank, topology
 
 from hpctrain.launch.launchers import LAUNCHERS
 from hpctrain.preflight import world
-from hpctrain.preflight.rank_facts import RankFacts, parse_ranges
+from hpctrain.preflight.rank_facts import RankFacts
 from hpctrain.preflight.world import (
     judge_cores,
     judge_devices,
@@ -180,11 +180,3 @@ def test_open_files(ranks: int, soft: int, hard: int, status: str) -> None:
 )
 def test_shared_memory(ranks: int, shm: tuple[int, int] | None, status: str) -> None:
     assert judge_shared_memory([rank(i, shm_bytes=shm) for i in range(ranks)]).status == status
-
-
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5", {5}), ("", set()), ("0-1,4-5", {0, 1, 4, 5})],
-)
-def test_lists_of_the_kernel(text: str, numbers: set[int]) -> None:
-    assert parse_ranges(text) == numbers

@@ -1,4 +1,4 @@
-"""A check that fails on some ranks only, while the others wait for them in a collective."""
+"""Failures on any rank are findings; on some ranks only, while others wait, they end the job."""
 
 from __future__ import annotations
 
@@ -10,8 +10,26 @@ from helpers.preflight_tables import topology
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
+from hpctrain.launch.single import SingleCommunicator
 from hpctrain.preflight import checks
-from hpctrain.preflight.checks import failing_together
+from hpctrain.preflight.checks import Answer, CheckError, ask, failing_together
+
+
+def test_a_failure_on_any_rank_is_a_finding() -> None:
+    here = topology(world_size=1)
+    assert ask(here, SingleCommunicator(), lambda: 7) == [7]
+
+    def broken() -> None:
+        raise ValueError("the model is unwell")
+
+    with pytest.raises(CheckError) as raised:
+        ask(here, SingleCommunicator(), broken)
+    assert str(raised.value) == "ValueError: the model is unwell"
+    answers = [Answer(0, "a", 1), Answer(1, "b", None, "unwell"), Answer(2, "b", None, "unwell")]
+    some = CheckError(answers, 3).finding("step", "rest")
+    assert some.fact == "rank 1 on b (and 1 more of 3): unwell"
+    assert (some.status, some.values["ranks"]) == ("fail", [1, 2])
+    assert str(CheckError(answers[1:], 2)) == "unwell"  # all of them: no rank is to be named
 
 
 @pytest.fixture(autouse=True)
