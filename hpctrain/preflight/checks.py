@@ -171,7 +171,7 @@ class Checks:
             topology: of this rank.
             communicator: of all ranks.
             guard: ends the job where a rank is lost.
-            out: where findings are told as they come; None: nowhere.
+            out: where findings are reported as they come; None: nowhere.
         """
         self.config = config
         self.topology = topology
@@ -211,12 +211,12 @@ class Checks:
             self.add(Finding(name=name, status="skip", fact=why))
 
     def add(self, finding: Finding) -> None:
-        """Note a finding, and tell it."""
+        """Note a finding, and report it."""
         self.guard.pulse.tick()
         self.findings.append(finding)
-        self.say(finding_text(finding))
+        self.report(finding_text(finding))
 
-    def say(self, text: str) -> None:
-        """Tell something, on the rank that speaks."""
+    def report(self, text: str) -> None:
+        """Print a text, on the rank that reports."""
         if self._out is not None:
             write_out(f"{text}\n", self._out)

@@ -35,7 +35,7 @@ def check(
     out: TextIO,
     as_json: bool,
 ) -> ExitCode:
-    """Try everything that the run needs, and tell. Collective: all ranks.
+    """Try everything that the run needs, and report. Collective: all ranks.
 
     Args:
         config: the same on all ranks.
@@ -49,10 +49,10 @@ def check(
     Returns:
         DONE, or LAUNCH if a check has failed.
     """
-    speaks = topology.is_rank_zero
-    out_of_findings = out if speaks and not as_json else None
+    is_reporter = topology.is_rank_zero
+    out_of_findings = out if is_reporter and not as_json else None
     checks = Checks(config, topology, communicator, guard, out=out_of_findings)
-    with log.start(None, speaks=speaks), _terminable(), ExitStack() as stack:
+    with log.start(None, speaks=is_reporter), _terminable(), ExitStack() as stack:
         world = connect(checks, stack)
         # Without a network, data and storage can still be looked at.
         lonely = World(
@@ -69,7 +69,7 @@ def check(
         check_reading(checks, opened, steps)
         check_storage(checks, steps)
         check_walltime(checks, opened, steps)
-    if speaks:
+    if is_reporter:
         text = f"\n{verdict(checks.findings)}"
         if as_json:
             text = to_json(command[0], topology, checks.backend, checks.ranks, checks.findings)

@@ -35,8 +35,8 @@ _TELLING_BYTES = 2**20
 _COPIES = 1.5
 _MOST_OF_FREE = 0.25
 """Of the free memory of a node."""
-_LOOKED_AT_BYTES = 2**20
-"""On a host, larger ones are looked at in the first two calls only: looking takes as long."""
+_COMPARED_BYTES = 2**20
+"""On a host, larger ones are compared in the first two calls only: comparing takes as long."""
 _SHIFTS = 61
 _PART_ELEMENTS = 2**22
 """Compared at once: what they should be takes memory, too."""
@@ -100,11 +100,11 @@ def time_reductions(
             break
         trial = _Trial(world, num_bytes // 4, reduce or dist.all_reduce)
         # The first call also connects. All ranks have to repeat equally often.
-        tries = [trial.run(looks=True) for _ in range(2)]
+        tries = [trial.run(compares=True) for _ in range(2)]
         slowest = max(world.communicator.all_gather(min(tries)))
         repeats = max(1, min(_MOST_REPEATS, int(_SIZE_SECONDS / max(slowest, 1e-9))))
-        looks = world.device.type != "cpu" or num_bytes <= _LOOKED_AT_BYTES
-        times = [trial.run(looks=looks) for _ in range(repeats)]
+        compares = world.device.type != "cpu" or num_bytes <= _COMPARED_BYTES
+        times = [trial.run(compares=compares) for _ in range(repeats)]
         results.append(
             Reduction(
                 num_bytes=num_bytes,
@@ -156,8 +156,8 @@ class _Trial:
         self._ranks = size
         self._tensor = torch.empty(elements, dtype=torch.float32, device=world.device)
 
-    def run(self, *, looks: bool) -> float:
-        """Return the time of one reduction, s; compare what comes out if it `looks`."""
+    def run(self, *, compares: bool) -> float:
+        """Return the time of one reduction, s; compare what comes out if it `compares`."""
         for position, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
             torch.add(self._mine[: len(part)], position % _SHIFTS, out=part)
         synchronize(self._device)
@@ -165,11 +165,11 @@ class _Trial:
         self._reduce(self._tensor)
         synchronize(self._device)
         seconds = time.perf_counter() - begin
-        if looks:
-            self._look()
+        if compares:
+            self._compare()
         return seconds
 
-    def _look(self) -> None:
+    def _compare(self) -> None:
         count, first = 0, None
         for position, part in enumerate(self._tensor.split(_PART_ELEMENTS)):
             expected = self._sum[: len(part)] + self._ranks * (position % _SHIFTS)

@@ -65,7 +65,7 @@ def check_world(checks: Checks, world: World) -> None:
     if ranks is None:
         return
     checks.ranks = ranks
-    checks.say(f"\n{world_table(ranks)}\n")
+    checks.report(f"\n{world_table(ranks)}\n")
     checks.add(judge_versions(ranks))
     checks.add(judge_devices(ranks))
     checks.add(judge_peers(ranks))
