@@ -181,8 +181,8 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=DTYPE",
         help="store as, if every value fits",
     )
-    parser.add_argument("--size", type=pixels, help="scale pictures, such as 224x224")
-    parser.add_argument("--grey", action="store_true", help="pictures in one channel")
+    parser.add_argument("--size", type=pixels, help="scale images, such as 224x224")
+    parser.add_argument("--grey", action="store_true", help="images in one channel")
     parser.add_argument(
         "--tokens",
         type=count,

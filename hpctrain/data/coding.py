@@ -268,7 +268,7 @@ class _Reader:
                 continue
             exact = self._storable(number)
             if exact is None:
-                self._note(name, f"{number!r} is no {self._viewed}, so no value equals it")
+                self._note(name, f"{number!r} does not fit {self._viewed}, so no value equals it")
             else:
                 yield exact
 
@@ -298,7 +298,7 @@ class _Reader:
         exact = [None if math.isnan(each) else self._exact(each, self._stored) for each in numbers]
         for number, each in zip(numbers, exact, strict=True):
             if each is None and not math.isnan(number):
-                self._note(name, f"{number!r} is no {self._stored}")
+                self._note(name, f"{number!r} does not fit {self._stored}")
                 return None
         return [None if each is None else self._seen(each) for each in exact]
 

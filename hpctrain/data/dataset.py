@@ -38,7 +38,7 @@ DIRECT_FILTERS = frozenset(
         *("zstd", "lz4", "bitshuffle", "blosc", "blosc2"),
     ]
 )
-"""What `hpctrain.data.reading.filters` undoes without HDF5, as it is called in `Layout.reason`."""
+"""What `hpctrain.data.reading.filters` decodes without HDF5, as it is called in `Layout.reason`."""
 MOST_VALUES_PER_BYTE = 2**20
 """Bytes of values that a byte of a file may stand for. Deflate reaches 1032, zstd some 20,000; and
 chunks that were never written, which are fill values, take none at all."""

@@ -100,7 +100,7 @@ def read_stats(
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise DatasetError(f"{path}: these are no statistics: {error}. {remake}") from error
+        raise DatasetError(f"{path}: these are not statistics: {error}. {remake}") from error
     if stats.semantics > NEWEST.version:
         raise DatasetError(
             f"{path}: a newer hpctrain has measured these, by rules of version {stats.semantics}, "

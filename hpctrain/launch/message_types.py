@@ -27,7 +27,7 @@ _NAMES = {
     "data.view": "Part Column View",
     "data.order.picks": "Spans Picks",
     "convert.sources.arrays": "ArrayFacts",
-    "convert.sources.images": "Pictures",
+    "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",
     "convert.sources.source": "Converted",
     "convert.sources.table": "Part Table",

@@ -1,4 +1,4 @@
-"""Folders of images: one subfolder a class, or pictures alone."""
+"""Folders of images: one subfolder a class, or images alone."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from hpctrain.utils.files import require_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CHANNELS = {"RGB": 3, "L": 1}
-"""Channels of a picture, by Pillow's name for its mode."""
+"""Channels of an image, by Pillow's name for its mode."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures, and the number of the class that each one's folder names.
+class ImageFolder:
+    """ImageFolder, and the number of the class that each one's folder names.
 
     Attributes:
         name: the folder.
-        paths: of the pictures.
-        labels: the class of each; empty if the pictures lie in the folder itself.
+        paths: of the images.
+        labels: the class of each; empty if the images lie in the folder itself.
         classes: names of the subfolders, sorted.
-        mode: "RGB" or "L", what every picture is converted to.
+        mode: "RGB" or "L", what every image is converted to.
         size: rows and columns.
-        resize: whether pictures of another size are scaled, or refused.
+        resize: whether images of another size are scaled, or refused.
     """
 
     name: str
@@ -49,25 +49,25 @@ class Pictures:
     resize: bool
 
     @classmethod
-    def open(cls, folder: str, size: tuple[int, int] | None, grey: bool) -> Pictures:
-        """Find the pictures of a folder.
+    def open(cls, folder: str, size: tuple[int, int] | None, grey: bool) -> ImageFolder:
+        """Find the images of a folder.
 
         Raises:
             DatasetError: if there are none, or Pillow is not installed.
         """
         _require_pillow()
-        paths: list[str] = pictures_in(Path(folder))
+        paths: list[str] = images_in(Path(folder))
         labels: list[int] = []
         classes: list[str] = []
         if not paths:
             for each in sorted(entry for entry in Path(folder).iterdir() if entry.is_dir()):
-                members = pictures_in(each)
+                members = images_in(each)
                 if members:
                     labels += [len(classes)] * len(members)
                     classes.append(each.name)
                     paths += members
         if not paths:
-            raise DatasetError(f"{folder}: there are no pictures here (*{', *'.join(SUFFIXES)})")
+            raise DatasetError(f"{folder}: there are no images here (*{', *'.join(SUFFIXES)})")
         mode = "L" if grey else "RGB"
         chosen = size or _decode(paths[0], mode, None).shape[1:]
         return cls(folder, paths, labels, classes, mode, chosen, size is not None)
@@ -97,7 +97,7 @@ class Pictures:
         images = np.empty((len(rows), *self.fields["image"].shape), np.uint8)
 
         def fill(place: int) -> None:
-            images[place] = self._picture(self.paths[rows[place]])
+            images[place] = self._image(self.paths[rows[place]])
 
         # Pillow lets go of the interpreter while it decodes.
         with ThreadPoolExecutor(processors()) as threads:
@@ -107,7 +107,7 @@ class Pictures:
             return {"image": images}
         return {"image": images, "label": np.array(self.labels, np.int64)[rows]}
 
-    def _picture(self, path: str) -> npt.NDArray[np.uint8]:
+    def _image(self, path: str) -> npt.NDArray[np.uint8]:
         pixels = _decode(path, self.mode, self.size if self.resize else None)
         if pixels.shape[1:] != self.size:
             raise DatasetError(
@@ -117,8 +117,8 @@ class Pictures:
         return pixels
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """Return the pictures that lie in a folder itself, 2 before 10."""
+def images_in(folder: Path) -> list[str]:
+    """Return the images that lie in a folder itself, 2 before 10."""
     return in_order(
         str(entry)
         for entry in folder.iterdir()
@@ -133,10 +133,10 @@ def _decode(path: str, mode: str, size: tuple[int, int] | None) -> npt.NDArray[n
     with reading(path):
         require_regular(path)
         with Image.open(path) as file:
-            picture = file.convert(mode)
-        if size is not None and picture.size != (size[1], size[0]):
-            picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, np.uint8)
+            image = file.convert(mode)
+        if size is not None and image.size != (size[1], size[0]):
+            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, np.uint8)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -149,5 +149,5 @@ def _require_pillow() -> None:
         import PIL  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise DatasetError(
-            "pictures are read by Pillow, which is not installed: pip install 'hpctrain[images]'"
+            "images are read by Pillow, which is not installed: pip install 'hpctrain[images]'"
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.convert.sources.arrays import holds_arrays, list_arrays
-from hpctrain.convert.sources.images import Pictures, pictures_in
+from hpctrain.convert.sources.images import ImageFolder, images_in
 from hpctrain.convert.sources.indexed import Indexed
 from hpctrain.convert.sources.source import Converted, Source
 from hpctrain.convert.sources.table import Part, Table, make_part
@@ -34,8 +34,8 @@ class Reading:
     Attributes:
         axes: the axis of the samples by field, or under "" for all others; 0 if it is not here.
         dtypes: by field, what its values become.
-        size: rows and columns that pictures are scaled to.
-        grey: pictures in one channel rather than three.
+        size: rows and columns that images are scaled to.
+        grey: images in one channel rather than three.
         tokens: bytes of text in one sample; given, any file is text.
     """
 
@@ -97,8 +97,8 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
         pattern = items[0].pattern
         if _is_hdf5(pattern) and not reading.axes:
             return Indexed.open(pattern, to_decode=reading.dtypes)
-        if Path(pattern).is_dir() and _holds_pictures(Path(pattern)):
-            return Pictures.open(pattern, reading.size, reading.grey)
+        if Path(pattern).is_dir() and _holds_images(Path(pattern)):
+            return ImageFolder.open(pattern, reading.size, reading.grey)
     files = [(item, _find(item.pattern)) for item in items]
     paths = [path for _, found in files for path in found]
     if reading.tokens is not None or all(path.endswith(TEXT_SUFFIXES) for path in paths):
@@ -156,7 +156,7 @@ def _is_hdf5(pattern: str) -> bool:
     return pattern.endswith(HDF5_SUFFIXES)
 
 
-def _holds_pictures(folder: Path) -> bool:
-    return bool(pictures_in(folder)) or any(
-        pictures_in(entry) for entry in folder.iterdir() if entry.is_dir()
+def _holds_images(folder: Path) -> bool:
+    return bool(images_in(folder)) or any(
+        images_in(entry) for entry in folder.iterdir() if entry.is_dir()
     )

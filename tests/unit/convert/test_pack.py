@@ -144,7 +144,7 @@ def test_samples_on_another_axis(tmp_path: Path) -> None:
         assert dict(file["n"].attrs) == {}
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = DRAW.integers(0, 255, (6, 5, 4, 3), "u1")
     for number, each in enumerate(pixels):
@@ -173,7 +173,7 @@ def test_pictures(tmp_path: Path) -> None:
         pack_from([str(tmp_path / "in")], tmp_path / "worse")
 
 
-def test_pictures_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").touch()
     original = builtins.__import__
 

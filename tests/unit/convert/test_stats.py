@@ -120,7 +120,7 @@ def test_written_and_read(tmp_path: Path) -> None:
         read_stats(path, other, ["x"])
     for content in ("{", "[]", "3"):
         path.write_text(content, encoding="utf-8")
-        with pytest.raises(DatasetError, match="these are no statistics"):
+        with pytest.raises(DatasetError, match="these are not statistics"):
             read_stats(path, dataset, ["x"])
 
 

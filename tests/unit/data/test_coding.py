@@ -186,9 +186,9 @@ def test_attributes_in_all_of_their_forms(tmp_path: Path, big: bool) -> None:
 def test_what_cannot_be_followed_is_said_or_refused(tmp_path: Path) -> None:
     kind = np.dtype("i2")
     unused = {
-        "_FillValue": (40000, "40000 is no int16"),
+        "_FillValue": (40000, "40000 does not fit int16"),
         "missing_value": ("none", "'none' is not a number"),
-        "valid_range": (np.array([1.5, 3]), "1.5 is no int16"),
+        "valid_range": (np.array([1.5, 3]), "1.5 does not fit int16"),
         "valid_min": (np.array([1, 2]), "has 2 numbers and not 1"),
         "_Unsigned": ("yes", 'is "true" or "false"'),
     }
