@@ -35,7 +35,7 @@ import numpy as np
 from hpctrain.convert.bench import forget
 from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.reading.helpers import reading_threads
+from hpctrain.data.reading.threads import reading_threads
 
 HERE = Path(__file__).parent
 STORAGES = {

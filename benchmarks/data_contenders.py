@@ -60,8 +60,8 @@ def hpctrain(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Pa
 def chunks(folder: Path, batch: int, rank: int, ranks: int, option: str) -> Passes:
     """Undo all chunks in their order, in one call; the option: threads."""
     from hpctrain.data import open_dataset
-    from hpctrain.data.reading.helpers import Helpers
     from hpctrain.data.reading.rows import open_rows
+    from hpctrain.data.reading.threads import Helpers
 
     dataset = open_dataset(str(folder))
     access = open_rows(dataset, helpers=Helpers(int(option)))
@@ -86,8 +86,8 @@ def training(
     import torch
 
     from hpctrain.data import open_dataset
-    from hpctrain.data.loading.loader import TrainLoader
-    from hpctrain.data.order.partition import Order
+    from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+    from hpctrain.data.order import Order
 
     dataset = open_dataset(str(folder))
     order = Order.for_dataset(
@@ -96,14 +96,12 @@ def training(
     loader = TrainLoader(
         dataset,
         order,
+        LoaderOptions(device=torch.device("cpu"), buffer_mb=512.0, threads=threads),
         fields=list(dataset.fields),
         global_batch_size=batch * ranks,
         drop_last=True,
         rank=rank,
         world_size=ranks,
-        device=torch.device("cpu"),
-        buffer_mb=512.0,
-        threads=threads,
         memory=held(dataset) if in_memory else None,
     )
     epochs = iter(range(2**30))
@@ -118,7 +116,7 @@ def training(
 
 def held(dataset: Any) -> Any:
     """Return a dataset in memory, as one rank alone on its node holds it."""
-    from hpctrain.data.reading.node_cache import hold_on_node
+    from hpctrain.data.node_cache import hold_on_node
     from hpctrain.launch.single import SingleCommunicator
     from hpctrain.topology import Topology
 

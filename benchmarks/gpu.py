@@ -549,8 +549,8 @@ def hdf5(
 ) -> Any:
     """Return a loader of samples that are stored in shards."""
     from hpctrain.data import Writer, open_dataset
-    from hpctrain.data.loading.loader import TrainLoader
-    from hpctrain.data.order.partition import Order
+    from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+    from hpctrain.data.order import Order
 
     count = len(next(iter(stored.values())))
     with Writer(folder / "data") as writer:
@@ -559,14 +559,12 @@ def hdf5(
     return TrainLoader(
         dataset,
         Order(samples=count, seed=1, lanes=min(64, count), window=4, block_rows=1),
+        LoaderOptions(device=world.device, buffer_mb=1024.0, threads=4),
         fields=list(stored),
         global_batch_size=batch,
         drop_last=True,
         rank=0,
         world_size=1,
-        device=world.device,
-        buffer_mb=1024.0,
-        threads=4,
         batch_transform=batch_transform(dataset.fields),
     )
 

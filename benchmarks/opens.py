@@ -14,9 +14,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from hpctrain.data.order.partition import Order, default_block_rows, default_lanes, lanes_of_rank
-from hpctrain.data.order.shuffle import Epoch
-from hpctrain.data.reading.access import MOST_OPEN_FILES
+from hpctrain.data.order import Epoch, Order, default_block_rows, default_lanes, lanes_of_rank
+from hpctrain.data.reading.shards import MOST_OPEN_FILES
 from hpctrain.data.writer import SHARD_BYTES
 
 RANKS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.order.partition import Order, default_block_rows, default_lanes
-from hpctrain.data.order.shuffle import Epoch
+from hpctrain.data.order import Epoch, Order, default_block_rows, default_lanes
 
 LABELS = 1000
 BUFFER = 10_000

@@ -114,7 +114,7 @@ def job(arguments: list[str]) -> int:
     from hpctrain.batch.exit_status import read_outcome
     from hpctrain.batch.snapshot import take_snapshot
     from hpctrain.config import load
-    from hpctrain.data.order.partition import default_lanes
+    from hpctrain.data.order import default_lanes
 
     config = load(parsed.config, parsed.overrides)
     wanted = job_script.plan(config, vars(parsed))

@@ -18,14 +18,13 @@ from hpctrain.convert.parallel import Progress, silent
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.prefetch import Prefetch
-from hpctrain.data.order.lane_windows import LaneWindows, RowStream
-from hpctrain.data.order.partition import Order
-from hpctrain.data.order.shuffle import Epoch
-from hpctrain.data.reading.helpers import Helpers
-from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import BlockSource, Group, RowSource, Source
-from hpctrain.data.reading.row_reader import RowReader
+from hpctrain.data.loading.sources import BlockSource, Group, RowSource, Source
+from hpctrain.data.order import Epoch, Order
+from hpctrain.data.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.scatter import RowReader
+from hpctrain.data.reading.threads import Helpers
+from hpctrain.data.runs import Bytes
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 

@@ -180,7 +180,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     import dataclasses
 
     from hpctrain.convert.bench import bench
-    from hpctrain.data.reading.helpers import reading_threads
+    from hpctrain.data.reading.threads import reading_threads
 
     speed = bench(
         open_dataset(parsed.dataset, parsed.fields),

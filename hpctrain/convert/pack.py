@@ -19,7 +19,7 @@ from hpctrain.convert.splits import Selection, select, split_sizes
 from hpctrain.data.dataset import Dataset, Shard
 from hpctrain.data.discovery import inspect_file
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin, write_index
-from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.permutation import Int64s
 from hpctrain.data.storage import Storage
 from hpctrain.data.writer import (
     SHARD_BYTES,

@@ -22,8 +22,8 @@ _HOMES = {"Storage": "storage", "Writer": "writer", "open_dataset": "discovery"}
 _PUBLIC_BEFORE = {
     "Dataset": "dataset",
     "Field": "dataset",
-    "Order": "order.partition",
-    "default_lanes": "order.partition",
+    "Order": "order",
+    "default_lanes": "order",
 }
 """Names that were public once, and are taken until the next minor version."""
 

@@ -14,10 +14,11 @@ from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
 from hpctrain.data.discovery import FileOrder, open_dataset
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.picks import (
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.selection import (
     MOST_SPANS,
-    Picks,
+    SampleSelection,
     Spans,
     common,
     cut,
@@ -27,7 +28,6 @@ from hpctrain.data.order.picks import (
     spans_where,
     split_pieces,
 )
-from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.view import Column, Part, View
 from hpctrain.errors import DatasetError
 
@@ -97,15 +97,15 @@ def _open(
             f"and at most {MOST_SPANS:,} are kept in memory: pack the rows that are wanted to "
             "files of their own with `python -m hpctrain data pack`"
         )
-    picks = Picks.of(spans, reach, stride)
-    if not picks.samples:
+    selection = SampleSelection.of(spans, reach, stride)
+    if not selection.samples:
         longest = int((spans.stops - spans.starts).max()) if len(spans.starts) else 0
         raise DatasetError(
             f"{source}: there is no sample for data.{purpose}: one reaches over {reach} rows "
             f"(steps, lead and every of [data.fields]), and the longest run of rows that are "
             f"wanted, in one file, has {longest}"
         )
-    return View.of(source, parts, columns, picks)
+    return View.of(source, parts, columns, selection)
 
 
 def _join(

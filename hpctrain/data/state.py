@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 from hpctrain.errors import DatasetError
 
 STATE_VERSION = 1

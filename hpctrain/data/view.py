@@ -1,7 +1,7 @@
 """A dataset whose samples are made of rows of other datasets: chosen, joined, windows of several.
 
 To partition, shuffle and loader it is a dataset like any other: N samples. Only who reads its rows
-(`hpctrain.data.reading.view_access`) knows what a sample is made of.
+(`hpctrain.data.reading.views`) knows what a sample is made of.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import xxhash
 
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.picks import Picks
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.selection import SampleSelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,20 @@ class View(Dataset):
     Attributes:
         parts: where the rows are.
         columns: by field.
-        picks: the rows that are samples.
+        selection: the rows that are samples.
     """
 
     parts: tuple[Part, ...]
     columns: Mapping[str, Column]
-    picks: Picks
+    selection: SampleSelection
 
     @classmethod
     def of(
-        cls, source: str, parts: Sequence[Part], columns: Mapping[str, Column], picks: Picks
+        cls,
+        source: str,
+        parts: Sequence[Part],
+        columns: Mapping[str, Column],
+        selection: SampleSelection,
     ) -> View:
         """Put a view together."""
         return cls(
@@ -97,12 +101,12 @@ class View(Dataset):
             shards=_files(parts),
             parts=tuple(parts),
             columns=dict(columns),
-            picks=picks,
+            selection=selection,
         )
 
     @cached_property
     def samples(self) -> int:
-        return self.picks.samples
+        return self.selection.samples
 
     @cached_property
     def shard_stops(self) -> npt.NDArray[np.int64]:
@@ -113,11 +117,11 @@ class View(Dataset):
     def fingerprint(self) -> str:
         """Hash of what the parts are, and which rows are samples."""
         picked = xxhash.xxh3_64()
-        for numbers in (self.picks.firsts, self.picks.counts):
+        for numbers in (self.selection.firsts, self.selection.counts):
             picked.update(numbers.tobytes())
         facts = [
             [[part.dataset.fingerprint, part.axis] for part in self.parts],
-            [picked.hexdigest(), self.picks.stride],
+            [picked.hexdigest(), self.selection.stride],
         ]
         return str(xxhash.xxh3_64_hexdigest(json.dumps(facts).encode()))
 
@@ -157,7 +161,7 @@ class View(Dataset):
     def shards_of(self, name: str, samples: Int64s) -> Int64s:
         """Return which shard of its home each row of a field is in, as `Dataset.shards_of`."""
         column = self.columns[name]
-        rows = self.picks.rows(samples) + column.lead
+        rows = self.selection.rows(samples) + column.lead
         if column.steps is not None:
             rows = rows[:, None] + np.arange(column.steps) * column.every
         return np.searchsorted(self.home(name)[0].shard_stops, rows, side="right")
@@ -165,7 +169,7 @@ class View(Dataset):
     def places(self, samples: Int64s) -> list[tuple[Shard, int]]:
         """Return the shard of the first row of each sample, and that row there."""
         first = next(iter(self.columns.values()))
-        return self.parts[first.part].dataset.places(self.picks.rows(samples) + first.lead)
+        return self.parts[first.part].dataset.places(self.selection.rows(samples) + first.lead)
 
     def slow_fields(self) -> dict[str, str]:
         """Return why, for every field that only HDF5 can read in some shard."""

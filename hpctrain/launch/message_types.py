@@ -25,7 +25,7 @@ _NAMES = {
     "data.dataset": "Field Layout Shard Dataset",
     "data.decoding": "FieldDecoding",
     "data.view": "Part Column View",
-    "data.order.picks": "Spans Picks",
+    "data.selection": "Spans SampleSelection",
     "convert.sources.arrays": "ArrayFacts",
     "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",

@@ -18,8 +18,9 @@ from hpctrain.config import Config
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
-from hpctrain.data.loading.delivery import Batch, torch_dtype
-from hpctrain.data.reading.node_memory import host_memory
+from hpctrain.data.loading.decoder import torch_dtype_of
+from hpctrain.data.loading.delivery import Batch
+from hpctrain.data.node_cache import host_memory
 from hpctrain.launch.discovery import Node, place
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.world import World
@@ -184,7 +185,7 @@ class SyntheticLoader:
         generator = torch.Generator().manual_seed(0)
         fields = {}
         for name, field in self.fields.items():
-            dtype, shape = torch_dtype(field), (count, *field.shape)
+            dtype, shape = torch_dtype_of(field.dtype), (count, *field.shape)
             if dtype.is_floating_point:
                 tensor = torch.rand(shape, generator=generator).to(dtype)
             else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hpctrain.accelerator import synchronize
-from hpctrain.data.reading.node_memory import host_memory
+from hpctrain.data.node_cache import host_memory
 from hpctrain.launch.world import World
 from hpctrain.preflight.report import Finding
 from hpctrain.utils.text import listed, number, size

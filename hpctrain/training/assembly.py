@@ -20,7 +20,7 @@ from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import target_mask
 from hpctrain.config.messages import shown
 from hpctrain.config.semantics import NEWEST, Semantics
-from hpctrain.data.order.permutation import derive_key
+from hpctrain.data.permutation import derive_key
 from hpctrain.errors import ConfigError
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together

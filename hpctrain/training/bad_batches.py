@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.permutation import Int64s
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.world import World
 from hpctrain.utils.text import listed

@@ -14,11 +14,11 @@ from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import verify_share
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order.partition import Order, served_samples
-from hpctrain.data.reading.helpers import reading_threads
-from hpctrain.data.reading.node_cache import hold_on_node
+from hpctrain.data.order import Order, served_samples
+from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.state import from_state
 from hpctrain.launch.world import World
 from hpctrain.topology import raise_together
@@ -118,20 +118,23 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
             config, train, resumed, is_resident=memory is not None
         )
         transforms = Transforms.of(config, train, validation, fields, normalizations, world)
+        options = LoaderOptions(
+            device=world.device,
+            buffer_mb=section.buffer_mb,
+            threads=threads,
+            read_retries=section.read_retries,
+            locate=staging.locate,
+        )
         in_common: Mapping[str, Any] = {
             "fields": fields,
             "rank": topology.rank,
             "world_size": topology.world_size,
-            "device": world.device,
-            "buffer_mb": section.buffer_mb,
-            "threads": threads,
-            "read_retries": section.read_retries,
-            "locate": staging.locate,
             "batch_transform": transforms.batch_transform,
         }
         train_loader = TrainLoader(
             train,
             order,
+            options,
             global_batch_size=section.global_batch_size,
             drop_last=section.drop_last,
             begun=begun,
@@ -144,6 +147,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
         if validation is not None:
             validation_loader = EvaluationLoader(
                 validation,
+                options,
                 batch_size=section.micro_batch_size or train_loader.largest_share,
                 preparation=transforms.validation,
                 decoding=transforms.validation_decoding,

@@ -11,9 +11,9 @@ from hpctrain.config.fields import Normalization
 from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.worker_pool import WorkerPool
 from hpctrain.launch.ranks import without_rank
 from hpctrain.launch.world import World
 from hpctrain.training.batch_finishing import build_batch_transform
@@ -41,7 +41,7 @@ class Transforms:
     validation_decoding: Decoding
     batch_transform: BatchTransform
     fields: Mapping[str, Field]
-    _crew: Crew | None
+    _worker_pool: WorkerPool | None
 
     @classmethod
     def of(
@@ -66,17 +66,17 @@ class Transforms:
         Raises:
             HpctrainError: if a transform cannot be made, or does not fit the data.
         """
-        crew = _crew(config)
+        worker_pool = _worker_pool(config)
         datasets = [each.select(fields) for each in (train, validation) if each is not None]
         decodings = Decodings.of(config, datasets)
 
         def preparation(index: int) -> SamplePreparation | None:
-            if crew is None or index >= len(datasets):
+            if worker_pool is None or index >= len(datasets):
                 return None
             dataset = datasets[index]
             return SamplePreparation(
                 f'{_KEY} = "{config.data.sample_transform}"',
-                crew,
+                worker_pool,
                 dataset,
                 needed=fields,
                 row=world.topology.rank * dataset.samples // world.topology.world_size,
@@ -102,22 +102,22 @@ class Transforms:
                 config, decoded, decodings.of_floats(decoded), normalizations, world.device
             ),
             fields=decoded,
-            _crew=crew,
+            _worker_pool=worker_pool,
         )
 
     def close(self) -> None:
         """End all processes; no loader may be at work."""
-        if self._crew is not None:
-            self._crew.close()
+        if self._worker_pool is not None:
+            self._worker_pool.close()
 
 
-def _crew(config: Config) -> Crew | None:
+def _worker_pool(config: Config) -> WorkerPool | None:
     """Return who transforms samples; no process is started yet."""
     section = config.data
     if section.sample_transform is None:
         return None
     resolve_transform(config, "sample_transform")
-    return Crew.of(
+    return WorkerPool.of(
         _KEY,
         section.sample_transform,
         section.sample_transform_arguments,

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers.loaders import train_loader
 from torch import Tensor
 
 from hpctrain.accelerator import Streams
@@ -18,9 +19,9 @@ from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import DEVICE_ALIGNMENT_BYTES
-from hpctrain.data.loading.device_copies import Copying
+from hpctrain.data.loading.delivery import Copying
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 
 SAMPLES = 3001
 CYCLES = 50_000_000
@@ -66,14 +67,11 @@ def keyed(*, fields: dict[str, Tensor], keys: Tensor, training: bool) -> dict[st
 
 
 def loader(dataset: Dataset, device: torch.device, buffer_mb: float) -> TrainLoader:
-    return TrainLoader(
+    return train_loader(
         dataset,
         Order(samples=SAMPLES, seed=3, lanes=16, window=4, block_rows=8),
         fields=["image", "values", "id"],
         global_batch_size=64,
-        drop_last=False,
-        rank=0,
-        world_size=1,
         device=device,
         buffer_mb=buffer_mb,
         batch_transform=BatchTransform(transform=keyed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import h5py
 
-from hpctrain.data.reading.decoders import (
+from hpctrain.data.reading.filters import (
     BITSHUFFLE,
     BZIP2,
     DEFLATE,

@@ -10,10 +10,9 @@ import torch
 
 import hpctrain
 from hpctrain.data import Storage, Writer, open_dataset
-from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order.partition import Order
-from hpctrain.data.reading.node_cache import hold_on_node
-from hpctrain.data.reading.node_memory import SHARED
+from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.node_cache import SHARED, hold_on_node
+from hpctrain.data.order import Order
 from hpctrain.errors import DatasetError, HpctrainError
 
 SAMPLES = 1001
@@ -42,13 +41,12 @@ def main(folder: Path) -> None:
             loader = TrainLoader(
                 dataset,
                 order,
+                LoaderOptions(device=torch.device("cpu"), buffer_mb=1.0),
                 fields=["image", "id"],
                 global_batch_size=50,
                 drop_last=False,
                 rank=rank,
                 world_size=size,
-                device=torch.device("cpu"),
-                buffer_mb=1.0,
                 memory=held,  # type: ignore[arg-type]
             )
             found = [

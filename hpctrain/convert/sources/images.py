@@ -17,7 +17,7 @@ from hpctrain.convert.parallel import processors
 from hpctrain.convert.sources.source import Arrays, identity_of, reading
 from hpctrain.data.dataset import Field
 from hpctrain.data.discovery import in_order
-from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import require_regular
 

@@ -15,8 +15,8 @@ from hpctrain.data.coding import without_coding
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
 from hpctrain.data.discovery import open_dataset
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.access import RowAccess
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.reading.shards import ShardReader
 from hpctrain.data.storage import open_hdf5_file
 
 
@@ -112,8 +112,8 @@ class Indexed:
         return decoded_rows(arrays, rows, self.decoded)
 
     @cached_property
-    def _access(self) -> RowAccess:
-        return RowAccess(self.dataset)
+    def _access(self) -> ShardReader:
+        return ShardReader(self.dataset)
 
 
 def read_attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:

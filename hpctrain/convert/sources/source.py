@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from hpctrain.data.dataset import Field, require_fields, require_supported
-from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.files import require_regular
 

@@ -17,8 +17,8 @@ from hpctrain.data.coding import PLAIN, Coding, coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
 from hpctrain.data.discovery import in_order
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.sound_chunks import SoundChunks
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.reading.chunked import SoundChunks
 from hpctrain.errors import DatasetError
 
 WIDEST_GAP_ROWS = 32

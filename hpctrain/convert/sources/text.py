@@ -13,7 +13,7 @@ import numpy as np
 
 from hpctrain.convert.sources.source import Arrays, identity_of
 from hpctrain.data.dataset import Field
-from hpctrain.data.order.permutation import Int64s
+from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 

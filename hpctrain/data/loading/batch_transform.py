@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.order.permutation import UInt64s
+from hpctrain.data.permutation import UInt64s
 from hpctrain.errors import ConfigError, TrainingError
 
 
@@ -161,7 +161,7 @@ class BatchTransform:
         for name, missing in self.missing.items():
             finished |= missing.apply(name, finished[name])
         if self.transform is None or keys is None or not len(keys):
-            return finished  # a share without samples is not looked at
+            return finished  # nobody reads a share without samples
         returned: Any = self.transform(fields=finished, keys=keys, training=training)
         self._check(returned, len(keys))
         return dict(returned)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.reading.pieces import Bytes
+from hpctrain.data.runs import Bytes
 
 logger = logging.getLogger(__name__)
 

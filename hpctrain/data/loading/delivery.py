@@ -1,4 +1,4 @@
-"""From host memory to batches of tensors on the device."""
+"""From host memory to batches of tensors on the device, copied there beside its work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
-from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     ALIGNMENT_BYTES,
@@ -26,24 +27,45 @@ from hpctrain.data.loading.buffers import (
     MemoryPlan,
     new_bytes,
 )
-from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.device_copies import DeviceCopies
+from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.loading.refusing import Refusing, require_all
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.handles import Locate
-from hpctrain.data.reading.helpers import Helpers
-from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import Group, HostGroup, Source
+from hpctrain.data.loading.sources import Group, HostGroup, Refusing, Source, require_all
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.reading.handles import Locate, where_it_is
+from hpctrain.data.reading.retry import READ_RETRIES
 from hpctrain.data.reading.rows import open_rows, read_rows
+from hpctrain.data.reading.threads import Helpers
+from hpctrain.data.runs import Bytes
 from hpctrain.utils.text import printable
+
+MOST_COPIES = 2
+"""Groups on their way to the device at once."""
 
 logger = logging.getLogger(__name__)
 
 
 def _nothing() -> None:
     """Do nothing: where tensors are there at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """How a rank reads and where its batches go: the same for training and evaluation.
+
+    Attributes:
+        device: where the batches are wanted.
+        buffer_mb: host memory for reading ahead, MB.
+        threads: that read and decompress, side by side.
+        read_retries: how often a read that fails is tried again.
+        locate: which file is read for a shard, as ShardReader takes it.
+    """
+
+    device: torch.device
+    buffer_mb: float
+    threads: int = 1
+    read_retries: int = READ_RETRIES
+    locate: Locate = where_it_is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,25 +117,40 @@ class Delivery:
         self,
         dataset: Dataset,
         rows: int,
-        device: torch.device,
         memory: MemoryPlan,
+        options: LoaderOptions,
         *,
-        read_retries: int,
-        locate: Locate,
         preparation: SamplePreparation | None,
         decoding: Decoding,
         batch_transform: BatchTransform,
         training: bool,
-        threads: int,
     ) -> None:
-        self.helpers = Helpers(threads)
-        self.access = open_rows(dataset, retries=read_retries, locate=locate, helpers=self.helpers)
+        """Prepare; no file is opened yet.
+
+        Args:
+            dataset: with the fields that batches hold.
+            rows: the most samples of a group.
+            memory: how host memory is spent.
+            options: how to read, and where the batches go.
+            preparation: what is done to every sample on the host; None: nothing.
+            decoding: what is decoded.
+            batch_transform: what is done to batches on the device.
+            training: False in an evaluation.
+        """
+        device = options.device
+        self.helpers = Helpers(options.threads)
+        self.access = open_rows(
+            dataset,
+            retries=options.read_retries,
+            locate=options.locate,
+            helpers=self.helpers,
+        )
         self._preparation = preparation
         self._decoding = decoding
         self._batch_transform = batch_transform
         self._training = training
         self._fields = dataset.fields if preparation is None else preparation.fields
-        self._dtypes = {name: torch_dtype(field) for name, field in self._fields.items()}
+        self._dtypes = {name: torch_dtype_of(field.dtype) for name, field in self._fields.items()}
         self._rows = rows
         self._device = device
         self._memory = memory
@@ -311,14 +348,81 @@ def groups_in_use(device: torch.device) -> int:
     return GROUPS_IN_USE_BY_COPIES if device.type in COPIES_ASIDE else GROUPS_IN_USE
 
 
-def torch_dtype(field: Field) -> torch.dtype:
-    """Return the dtype of tensors of a field; fields have only dtypes that torch has too."""
-    dtype = getattr(torch, field.dtype.name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tuple[int, int]:
+    """Return the bytes of a sample as it goes to the device, and those besides before that."""
+    if preparation is None:
+        return dataset.bytes_per_sample, 0
+    return preparation.row_bytes, preparation.staging_bytes
 
 
 def _pinned(size: int) -> Bytes:
     """Return memory that the device copies from while the host goes on."""
     array: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
     return array
+
+
+class Copying:
+    """The tensors of one group on their way to the device, or there."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._tensors: list[torch.Tensor] = []
+        self._stream: Any = None
+        self.done: Any = None
+
+    def copy(self, tensor: torch.Tensor, *, pinned: bool) -> torch.Tensor:
+        """Return a copy in the making of a tensor of the host.
+
+        Args:
+            tensor: on the host.
+            pinned: whether the device copies from its memory by itself; else it is put into such
+                memory first, which suits small ones.
+        """
+        here = tensor if pinned else self._streams.pinned(tensor)
+        self._tensors.append(copied := self._streams.copied(here))
+        return copied
+
+    def require(self) -> None:
+        """Have what the caller gives to its current stream from now on wait for the copies.
+
+        The host does not wait.
+        """
+        stream = self._streams.current()
+        if stream == self._stream:
+            return
+        # The consumer may change its stream in the middle of a group.
+        stream.wait_event(self.done)
+        for tensor in self._tensors:
+            # Made on another stream, whose next copy would else take this memory too early.
+            self._streams.lend(tensor, stream)
+        self._stream = stream
+
+
+class DeviceCopies:
+    """Makes copies on a stream of its own, and keeps the host's memory until they are made."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._aside: Any = None  # made with the first copy, in the consumer's thread
+        # Copies that may be under way, and the host memory that they read.
+        self._running: deque[tuple[Any, object]] = deque()
+
+    @contextmanager
+    def of(self, source: object) -> Iterator[Copying]:
+        """Give what copies a group; returns at once, unless two groups are under way already.
+
+        Args:
+            source: what keeps the memory of pinned tensors from being used again; let go of when
+                the copies are made.
+        """
+        running = self._running
+        while running and (len(running) >= MOST_COPIES or running[0][0].query()):
+            # Without a bound a host that runs ahead of its device would take ever more memory.
+            running.popleft()[0].synchronize()
+        if self._aside is None:
+            self._aside = self._streams.new()
+        copying = Copying(self._streams)
+        with self._streams.on(self._aside):
+            yield copying
+            copying.done = self._streams.mark(self._aside)
+        running.append((copying.done, source))

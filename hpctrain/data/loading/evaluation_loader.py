@@ -11,14 +11,17 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
-from hpctrain.data.loading.grouping import group_bounds, sample_bytes
+from hpctrain.data.loading.delivery import (
+    Batch,
+    Delivery,
+    LoaderOptions,
+    groups_in_use,
+    sample_bytes,
+)
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.shuffle import sample_keys
-from hpctrain.data.reading.handles import Locate, where_it_is
-from hpctrain.data.reading.reader import Group, RowSource
-from hpctrain.data.reading.steady import READ_RETRIES
+from hpctrain.data.loading.sources import Group, RowSource, group_bounds
+from hpctrain.data.order import sample_keys
+from hpctrain.data.permutation import Int64s
 
 
 class EvaluationLoader:
@@ -31,34 +34,26 @@ class EvaluationLoader:
     def __init__(
         self,
         dataset: Dataset,
+        options: LoaderOptions,
         *,
         fields: Sequence[str],
         rank: int,
         world_size: int,
         batch_size: int,
-        device: torch.device,
-        buffer_mb: float,
-        locate: Locate = where_it_is,
-        read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
         seed: int = 0,
-        threads: int = 1,
     ) -> None:
         """Prepare; no file is opened yet.
 
         Args:
             dataset: as opened, the same on all ranks.
+            options: how to read, and where the batches go.
             fields: that batches hold.
             rank: of this process.
             world_size: number of ranks.
             batch_size: samples of one batch.
-            device: where the batches are wanted.
-            buffer_mb: host memory for reading ahead, MB.
-            threads: that read and decompress, side by side.
-            locate: as RowAccess takes it.
-            read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
             batch_transform: what is done to batches on the device; None: nothing.
@@ -76,10 +71,10 @@ class EvaluationLoader:
         share, staging = sample_bytes(self._dataset, preparation)
         memory = MemoryPlan.make(
             batch_size * share,
-            buffer_mb,
+            options.buffer_mb,
             batches=len(self),
             staging=batch_size * staging,
-            in_use=groups_in_use(device),
+            in_use=groups_in_use(options.device),
         )
         self._group_batches = memory.group_batches
         rows = batch_size * memory.group_batches
@@ -88,15 +83,12 @@ class EvaluationLoader:
         self._delivery = Delivery(
             self._dataset,
             rows,
-            device,
             memory,
-            read_retries=read_retries,
-            locate=locate,
+            options,
             preparation=preparation,
             decoding=decoding,
             batch_transform=batch_transform,
             training=False,
-            threads=threads,
         )
         self.buffer_bytes = memory.total + self._delivery.surplus_bytes
 

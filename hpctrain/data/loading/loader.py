@@ -14,21 +14,30 @@ from hpctrain.data.decoding import decoded_rows
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.delivery import Batch, Delivery, groups_in_use
-from hpctrain.data.loading.grouping import group_bounds, sample_bytes
+from hpctrain.data.loading.delivery import (
+    Batch,
+    Delivery,
+    LoaderOptions,
+    groups_in_use,
+    sample_bytes,
+)
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.order.lane_windows import LaneWindows, RowStream
-from hpctrain.data.order.partition import Order, served_samples
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.order.shuffle import Epoch, sample_keys
-from hpctrain.data.reading.handles import Locate, where_it_is
-from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import BlockSource, Group, MemorySource, RowSource, Source
+from hpctrain.data.loading.sources import (
+    BlockSource,
+    Group,
+    MemorySource,
+    RowSource,
+    Source,
+    group_bounds,
+)
+from hpctrain.data.order import Epoch, Order, sample_keys, served_samples
+from hpctrain.data.permutation import Int64s
+from hpctrain.data.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.reading.steady import READ_RETRIES
+from hpctrain.data.runs import Bytes
 from hpctrain.errors import ConfigError, DatasetError
 
-__all__ = ["Batch", "TrainLoader"]
+__all__ = ["Batch", "LoaderOptions", "TrainLoader"]
 
 
 class TrainLoader:
@@ -48,19 +57,15 @@ class TrainLoader:
         self,
         dataset: Dataset,
         order: Order,
+        options: LoaderOptions,
         *,
         fields: Sequence[str],
         global_batch_size: int,
         drop_last: bool,
         rank: int,
         world_size: int,
-        device: torch.device,
-        buffer_mb: float,
-        threads: int = 1,
         begun: Mapping[int, Order] | None = None,
         memory: Mapping[str, Bytes] | None = None,
-        locate: Locate = where_it_is,
-        read_retries: int = READ_RETRIES,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
@@ -70,19 +75,15 @@ class TrainLoader:
         Args:
             dataset: as opened, the same on all ranks.
             order: of the epochs.
+            options: how to read, and where the batches go.
             fields: that batches hold.
             global_batch_size: samples of all ranks in one batch.
             drop_last: leave out the last, smaller batch of an epoch. One that is resumed with
                 another batch size ends where any epoch ends, if need be with a smaller batch.
             rank: of this process.
             world_size: number of ranks.
-            device: where the batches are wanted.
-            buffer_mb: host memory for reading ahead, MB.
-            threads: that read and decompress, side by side.
             begun: epochs that began in another order than `order`, and end in it.
             memory: all samples by field, as `hold_on_node` returns them; None: read the files.
-            locate: as RowAccess takes it.
-            read_retries: how often a read that fails is tried again.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
             batch_transform: what is done to batches on the device; None: nothing.
@@ -108,7 +109,7 @@ class TrainLoader:
                 )
         self._global_batch_size = global_batch_size
         self._rank = rank
-        self._read_retries = read_retries
+        self._read_retries = options.read_retries
         self._world_size = world_size
         self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
         self.largest_share = max(
@@ -126,12 +127,12 @@ class TrainLoader:
         self._memory = memory
         spent = MemoryPlan.make(
             self.largest_share * share,
-            buffer_mb,
+            options.buffer_mb,
             batches=-(-self.epoch_size // global_batch_size),
             ahead=0 if memory is not None else ahead,
             ahead_share=self.largest_share * self._dataset.bytes_per_sample,
             staging=self.largest_share * staging,
-            in_use=groups_in_use(device),
+            in_use=groups_in_use(options.device),
         )
         self._windows_fit = spent.windows_fit
         self._group_batches = spent.group_batches
@@ -147,15 +148,12 @@ class TrainLoader:
         self._delivery = Delivery(
             self._dataset,
             rows,
-            device,
             spent,
-            read_retries=read_retries,
-            locate=locate,
+            options,
             preparation=preparation,
             decoding=decoding,
             batch_transform=batch_transform,
             training=True,
-            threads=threads,
         )
         self.buffer_bytes = spent.total + self._delivery.surplus_bytes
 
@@ -271,7 +269,7 @@ class TrainLoader:
         return BlockSource(delivery.access, self._windows(order, epoch, start))
 
     def _rows_at(self, order: Order, epoch: int, start: int) -> Callable[[Int64s], Int64s]:
-        """Return what tells the rows at this rank's positions, asked in their order."""
+        """Return what finds the rows at this rank's positions, asked in their order."""
         if order.block_rows == 1:
             return self._plan(order, epoch).rows
         return RowStream(self._windows(order, epoch, start)).next

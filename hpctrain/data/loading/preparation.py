@@ -1,4 +1,4 @@
-"""Between the reader and the device: every sample through a user's transform, in its order."""
+"""Groups of samples through `data.sample_transform`, between the reader and the device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy.typing as npt
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows
 from hpctrain.data.loading.buffers import BufferPool, new_bytes
-from hpctrain.data.loading.crew import Crew, Job, WorkerError
-from hpctrain.data.loading.samples import Arrays, SampleError, SampleRunner
-from hpctrain.data.loading.slots import Slot, SlotLayout
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.pieces import Bytes
-from hpctrain.data.reading.reader import Group, HostGroup, Source
+from hpctrain.data.loading.sample_transform import Arrays, SampleError, SampleRunner
+from hpctrain.data.loading.sources import Group, HostGroup, Source
+from hpctrain.data.loading.worker import Slot, SlotLayout
+from hpctrain.data.loading.worker_pool import Job, WorkerError, WorkerPool
+from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.runs import Bytes
 from hpctrain.errors import TrainingError
 
 SLOTS = 2
 """Groups under way: one is read, or handed on, while the other is transformed."""
-_JOBS_PER_HAND = 4
+_JOBS_PER_WORKER = 4
 """A group is cut into so many, so that one slow sample does not keep all waiting."""
 
 
@@ -41,7 +41,7 @@ class SamplePreparation:
     def __init__(
         self,
         name: str,
-        crew: Crew,
+        workers: WorkerPool,
         dataset: Dataset,
         *,
         needed: Sequence[str],
@@ -53,7 +53,7 @@ class SamplePreparation:
 
         Args:
             name: of the transform, for messages.
-            crew: that does the work.
+            workers: that transform samples.
             dataset: with the fields that are read.
             needed: fields that have to come out.
             row: of the dataset, to try it with.
@@ -65,8 +65,8 @@ class SamplePreparation:
             TrainingError: if the transform fails on it, or makes nothing of it that can be used.
         """
         self._name = name
-        self._runner = SampleRunner(crew.transform)
-        self._crew = crew
+        self._runner = SampleRunner(workers.transform)
+        self._workers = workers
         self._dataset = dataset
         self._training = training
         self._decodings = decodings or {}
@@ -166,10 +166,10 @@ class SamplePreparation:
     def _submit(self, group: Group, slot: Slot) -> list[Future[None]]:
         assert group.keys is not None
         size = len(group.positions)
-        jobs = min(size, self._crew.size * _JOBS_PER_HAND)
+        jobs = min(size, self._workers.size * _JOBS_PER_WORKER)
         cuts = [size * i // jobs for i in range(jobs + 1)] if jobs else [0]
         return [
-            self._crew.submit(Job(slot, start, stop, group.keys[start:stop], self._training))
+            self._workers.submit(Job(slot, start, stop, group.keys[start:stop], self._training))
             for start, stop in itertools.pairwise(cuts)
         ]
 

@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.order.permutation import Int64s
-from hpctrain.data.reading.access import RowAccess
-from hpctrain.data.reading.axis_access import AxisAccess
+from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.handles import Locate, where_it_is
-from hpctrain.data.reading.helpers import Helpers
-from hpctrain.data.reading.row_reader import SteadyReader
-from hpctrain.data.reading.steady import READ_RETRIES, SteadyAccess
-from hpctrain.data.reading.view_access import ViewAccess
+from hpctrain.data.reading.other_axis import OtherAxisReader
+from hpctrain.data.reading.retry import READ_RETRIES, Retrying
+from hpctrain.data.reading.shards import ShardReader
+from hpctrain.data.reading.threads import Helpers
+from hpctrain.data.reading.views import ViewReader
 from hpctrain.data.view import Part, View
 
 
@@ -26,21 +25,22 @@ def open_rows(
     retries: int = READ_RETRIES,
     locate: Locate = where_it_is,
     helpers: Helpers | None = None,
-) -> SteadyReader:
+) -> Retrying | ViewReader:
     """Return what reads the rows of a dataset; no file is opened yet.
 
     Args:
         dataset: a view, too.
         retries: how often a read that fails is tried again.
-        locate: as RowAccess takes it.
-        helpers: as RowAccess takes it.
+        locate: as ShardReader takes it.
+        helpers: as ShardReader takes it.
     """
 
-    def open_part(part: Part) -> SteadyReader:
-        reader = AxisAccess(part, locate) if part.axis else RowAccess(part.dataset, locate, helpers)
-        return SteadyAccess(reader, retries)
+    def open_part(part: Part) -> Retrying:
+        if part.axis:
+            return Retrying(OtherAxisReader(part, locate), retries)
+        return Retrying(ShardReader(part.dataset, locate, helpers), retries)
 
-    return ViewAccess(dataset, open_part) if isinstance(dataset, View) else open_part(Part(dataset))
+    return ViewReader(dataset, open_part) if isinstance(dataset, View) else open_part(Part(dataset))
 
 
 def read_rows(

@@ -13,16 +13,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
+from helpers.loaders import train_loader
 
 from hpctrain.config.schema import DataSection
 from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
 from hpctrain.data.discovery import verify_share
-from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order.partition import Order
-from hpctrain.data.reading import steady
+from hpctrain.data.order import Order
+from hpctrain.data.reading import retry
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError, ExitCode
 
@@ -65,15 +64,11 @@ def train(folder: Path, **changes: object) -> None:
     dataset, _ = open_datasets(section, fields)
     if not changes.pop("trusting", False):
         verify_share([dataset], 0, 1)
-    loader = TrainLoader(
+    loader = train_loader(
         dataset,
         Order.for_dataset(dataset, seed=0, global_batch_size=8, lanes=2),
         fields=fields,
         global_batch_size=int(str(changes.pop("global_batch_size", 8))),
-        drop_last=False,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
         buffer_mb=10.0,
         read_retries=0,
     )
@@ -260,9 +255,9 @@ def test_reads_are_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(steady, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.001)
     failing = Failing(folder, fail)
-    reader = steady.SteadyAccess(failing, retries)  # type: ignore[arg-type]
+    reader = retry.Retrying(failing, retries)  # type: ignore[arg-type]
     out = np.zeros((10, 8), np.uint8)
     arguments = ("label", np.array([10]), np.array([10]), out, np.array([0]))
     if fail > retries:
@@ -302,7 +297,7 @@ def write_in_place(path: Path) -> None:
 def test_files_that_change_meanwhile_are_noticed(
     folder: Path, change: Callable[[Path], None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steady, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "CHECK_SECONDS", 0.0)
     dataset, _ = open_datasets(DataSection(train=str(folder), global_batch_size=8), ["label"])
     reader = open_rows(dataset)
     out = np.zeros((10, 8), np.uint8)
@@ -320,7 +315,7 @@ def test_files_that_change_meanwhile_are_noticed(
 
 def test_an_equal_copy_is_no_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same size and time: restored by rsync, or on a file system without true inodes."""
-    monkeypatch.setattr(steady, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "CHECK_SECONDS", 0.0)
     dataset, _ = open_datasets(DataSection(train=str(folder), global_batch_size=8), ["label"])
     reader = open_rows(dataset)
     out = np.zeros((ROWS, 8), np.uint8)
@@ -337,15 +332,15 @@ def test_looking_is_cheap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     dataset, _ = open_datasets(DataSection(train=str(folder), global_batch_size=8), ["label"])
     reader = open_rows(dataset)
     looked: list[str] = []
-    look_at = steady._look_at
-    monkeypatch.setattr(steady, "_look_at", lambda path: looked.append(path) or look_at(path))
+    identify = retry._identify
+    monkeypatch.setattr(retry, "_identify", lambda path: looked.append(path) or identify(path))
     out = np.zeros((ROWS, 8), np.uint8)
     whole = (np.array([0]), np.array([ROWS]), out, np.array([0]))
     for _ in range(3):
         reader.read_runs("label", *whole)
     assert sorted(Path(path).name for path in looked) == [shard.name for shard in dataset.shards]
-    monkeypatch.setattr(steady, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(steady, "MOST_LOOKS", 3)
+    monkeypatch.setattr(retry, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "MOST_CHECKED", 3)
     reader._watch._next = 0.0  # type: ignore[attr-defined]
     looked.clear()
     for _ in range(3):

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers.loaders import evaluation_loader, train_loader
 from helpers.packed_variables import F4, RANGES, VARIABLES, stored
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
@@ -19,13 +20,11 @@ from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import FieldDecoding, decodings
 from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale
-from hpctrain.data.loading.crew import Crew
 from hpctrain.data.loading.decoder import Decoder, Decoding
-from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.worker_pool import WorkerPool
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError
 
@@ -50,10 +49,6 @@ def served(dataset: Dataset, decoding: Decoding, **keywords: Any) -> dict[int, d
     """Return every sample of an epoch by its field `id`, as training and evaluation serve it."""
     in_common: dict[str, Any] = {
         "fields": list(dataset.fields),
-        "rank": 0,
-        "world_size": 1,
-        "device": CPU,
-        "buffer_mb": 64,
         "decoding": decoding,
         **keywords,
     }
@@ -61,10 +56,10 @@ def served(dataset: Dataset, decoding: Decoding, **keywords: Any) -> dict[int, d
     order = Order.for_dataset(
         dataset, seed=3, global_batch_size=BATCH, is_resident=memory is not None
     )
-    train = TrainLoader(
+    train = train_loader(
         dataset, order, global_batch_size=BATCH, drop_last=False, memory=memory, **in_common
     )
-    validation = EvaluationLoader(dataset, batch_size=BATCH, **in_common)
+    validation = evaluation_loader(dataset, batch_size=BATCH, **in_common)
     found: list[dict[int, dict[str, Any]]] = []
     for loader, batches in ((train, train.epoch(0)), (validation, iter(validation))):
         samples = {}
@@ -193,16 +188,16 @@ def doubled(
 def test_a_transform_of_samples_sees_values(files: Path) -> None:
     dataset = open_dataset(str(files))
     found = decodings([dataset])[0]
-    crew = Crew.of("data.sample_transform", f"{__name__}:doubled", {}, 1, None)
+    pool = WorkerPool.of("data.sample_transform", f"{__name__}:doubled", {}, 1, None)
     preparation = SamplePreparation(
-        "doubled", crew, dataset, needed=["x"], row=5, training=True, decodings=found
+        "doubled", pool, dataset, needed=["x"], row=5, training=True, decodings=found
     )
     assert preparation.fields["x"].dtype == np.float32
     samples = served(dataset, Decoding(on_host=found), preparation=preparation)
     values = expected(files)
     for number, sample in samples.items():
         assert np.array_equal(sample["x"], 2 * values[number], equal_nan=True)
-    crew.close()
+    pool.close()
 
 
 def test_missing_values_become_a_number_and_a_mask(files: Path) -> None:
@@ -261,13 +256,10 @@ def test_without_a_mask_a_missing_integer_is_refused(labels: Dataset) -> None:
     refusing = Decoding(on_device=Decoder(found, {}, CPU), refused=list(found.values()))
     with pytest.raises(DatasetError, match=r'[01]\.h5: field "label", row 3: (-1|7) is a missing'):
         served(labels, refusing)
-    loader = EvaluationLoader(
+    loader = evaluation_loader(
         labels,
         fields=["label"],
-        rank=0,
-        world_size=1,
         batch_size=20,
-        device=CPU,
         buffer_mb=1,
         decoding=refusing,
     )

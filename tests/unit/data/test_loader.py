@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from helpers.loaders import evaluation_loader, train_loader
 
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data import random as random_of_samples
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
-from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import Batch, TrainLoader
-from hpctrain.data.order.partition import Order
-from hpctrain.data.order.shuffle import Epoch
+from hpctrain.data.order import Epoch, Order
 from hpctrain.data.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
 
@@ -65,13 +64,8 @@ def make(dataset: Dataset, order: Order, **changes: Any) -> TrainLoader:
     arguments = {
         "fields": ["image", "id"],
         "global_batch_size": 64,
-        "drop_last": False,
-        "rank": 0,
-        "world_size": 1,
-        "device": CPU,
-        "buffer_mb": 64.0,
     }
-    return TrainLoader(dataset, order, **(arguments | changes))
+    return train_loader(dataset, order, **(arguments | changes))
 
 
 def global_batches(
@@ -185,14 +179,12 @@ def test_what_is_drawn_in_an_evaluation_is_the_same_every_time(dataset: Dataset)
     def evaluate(batch_size: int, world_size: int) -> torch.Tensor:
         images = []
         for rank in range(world_size):
-            loader = EvaluationLoader(
+            loader = evaluation_loader(
                 dataset,
                 fields=["image", "id"],
                 rank=rank,
                 world_size=world_size,
                 batch_size=batch_size,
-                device=CPU,
-                buffer_mb=64.0,
                 batch_transform=batch_transform(dataset),
                 seed=3,
             )
@@ -322,13 +314,12 @@ def test_evaluation_sees_every_sample_once(
 ) -> None:
     ids: list[int] = []
     for rank in range(world_size):
-        loader = EvaluationLoader(
+        loader = evaluation_loader(
             dataset,
             fields=["id", "image"],
             rank=rank,
             world_size=world_size,
             batch_size=batch_size,
-            device=CPU,
             buffer_mb=1,
         )
         for _ in range(2):
@@ -350,13 +341,12 @@ def test_evaluation_of_fewer_samples_than_ranks(tmp_path: Path) -> None:
     small = open_dataset(str(tmp_path / "data"))
     counts = []
     for rank in range(4):
-        loader = EvaluationLoader(
+        loader = evaluation_loader(
             small,
             fields=["id"],
             rank=rank,
             world_size=4,
             batch_size=8,
-            device=CPU,
             buffer_mb=1,
         )
         counts.append(sum(batch.size for batch in loader))

@@ -7,11 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
+from helpers.loaders import train_loader
 
 from hpctrain.data import open_dataset
-from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 
 SHARDS, SHARD_ROWS, SHAPE = 8, 200_000, (3, 64, 64)
 BATCH = 256
@@ -45,15 +44,12 @@ def test_twenty_gigabytes(tmp_path: Path, chunks: tuple[int, ...] | None) -> Non
     assert sum(path.stat().st_blocks for path in tmp_path.iterdir()) * 512 < 10e6
     before = resident_bytes()
     order = Order.for_dataset(dataset, seed=0, global_batch_size=BATCH)
-    loader = TrainLoader(
+    loader = train_loader(
         dataset,
         order,
         fields=["x"],
         global_batch_size=BATCH,
         drop_last=True,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
         buffer_mb=256.0,
         threads=2,
     )

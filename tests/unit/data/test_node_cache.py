@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.data import Storage, Writer, open_dataset
+from hpctrain.data import Storage, Writer, node_cache, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.order.partition import Order, resident_block_rows
-from hpctrain.data.order.shuffle import Epoch
-from hpctrain.data.reading import node_cache
-from hpctrain.data.reading.node_cache import hold_on_node, plan, require_room, share
-from hpctrain.data.reading.node_memory import SHARED, host_memory
+from hpctrain.data.node_cache import SHARED, hold_on_node, host_memory, plan, require_room, share
+from hpctrain.data.order import Epoch, Order, resident_block_rows
 from hpctrain.errors import ConfigError
 from hpctrain.launch.single import SingleCommunicator
 from hpctrain.topology import Topology

@@ -13,7 +13,7 @@ import pytest
 from helpers.filter_chains import CHAINS, properties_of
 
 from hpctrain.data import open_dataset
-from hpctrain.data.reading import access, axis_access, libraries
+from hpctrain.data.reading import filter_libraries, other_axis, shards
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.view import Part
 
@@ -42,13 +42,13 @@ def write(path: Path, chain: str, *, unfiltered: bool = True) -> np.ndarray[Any,
 def reads_by_hdf5(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that HDF5 was asked for."""
     rows: list[int] = []
-    read = access.RowAccess._read_by_hdf5
+    read = shards.ShardReader._read_by_hdf5
 
     def counted(self: Any, shard: Any, name: str, field: Any, first: int, out: Any) -> None:
         rows.extend(range(first, first + len(out)))
         read(self, shard, name, field, first, out)
 
-    monkeypatch.setattr(access.RowAccess, "_read_by_hdf5", counted)
+    monkeypatch.setattr(shards.ShardReader, "_read_by_hdf5", counted)
     return rows
 
 
@@ -77,7 +77,7 @@ def test_where_the_library_cannot_be_asked(
 ) -> None:
     """HDF5 reads the partial chunks that could be either: those of the size of their values."""
     content = write(tmp_path / "a.h5", chain, unfiltered=unfiltered)
-    monkeypatch.setattr(libraries, "loaded_function", lambda name: None)
+    monkeypatch.setattr(filter_libraries, "loaded_function", lambda name: None)
     assert (read_rows(open_dataset(str(tmp_path)), np.arange(25))["x"] == content).all()
     assert bool(reads_by_hdf5) == (unfiltered or chain != "shuffle+gzip")
 
@@ -106,11 +106,11 @@ def test_along_another_axis(
     tmp_path: Path, chain: str, axis: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = write(tmp_path / "a.h5", chain)
-    monkeypatch.delattr(axis_access.AxisAccess, "_read_by_hdf5")
+    monkeypatch.delattr(other_axis.OtherAxisReader, "_read_by_hdf5")
     dataset = open_dataset(str(tmp_path), ["x"], axis)
     rows = np.array([[0, 2], [6, 1], [3, 3], [1, 6]])
     out = np.full((12, dataset.fields["x"].row_bytes), 0xAA, np.uint8)
-    with closing(axis_access.AxisAccess(Part(dataset, axis))) as reader:
+    with closing(other_axis.OtherAxisReader(Part(dataset, axis))) as reader:
         reader.read_runs("x", *rows.T, out, np.array([0, 2, 3, 6]))
         assert reader.files_opened == 1
     expected = np.moveaxis(content, axis, 0)

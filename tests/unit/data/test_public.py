@@ -41,7 +41,7 @@ def test_tools_start_without_torch() -> None:
         "import sys, hpctrain.data;"
         "assert not {'torch', 'numpy', 'h5py'} & set(sys.modules);"
         "from hpctrain.data import Storage, Writer, open_dataset;"
-        "import hpctrain.convert.digits, hpctrain.data.reading.reader, hpctrain.convert.options;"
+        "import hpctrain.convert.digits, hpctrain.data.loading.sources, hpctrain.convert.options;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

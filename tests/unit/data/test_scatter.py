@@ -13,10 +13,10 @@ import pytest
 from hpctrain.data import open_dataset
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, new_bytes
-from hpctrain.data.reading import outputs
-from hpctrain.data.reading.destinations import Destinations
-from hpctrain.data.reading.helpers import Helpers
+from hpctrain.data.reading import scatter as scattering
 from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.scatter import Destinations
+from hpctrain.data.reading.threads import Helpers
 from hpctrain.errors import DatasetError
 
 SHARDS = ((0, 17), (17, 20), (20, 60))
@@ -79,7 +79,7 @@ def test_every_row_goes_to_its_place(
     pooled: bool,
     threads: int,
 ) -> None:
-    monkeypatch.setattr("hpctrain.data.reading.extents.LEAST_SHARED_BYTES", 1)
+    monkeypatch.setattr("hpctrain.data.reading.contiguous.LEAST_SHARED_BYTES", 1)
     dataset = write(tmp_path, dtype, LAYOUTS[layout])
     row_bytes = dataset.fields["x"].row_bytes
     buffers = of_one_pool(row_bytes, dataset) if pooled else separate(row_bytes)
@@ -99,7 +99,7 @@ def test_every_row_goes_to_its_place(
 def test_long_rows_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write(tmp_path, "f4", {})
     monkeypatch.setattr(os, "preadv", None)
-    monkeypatch.setattr(outputs, "Staged", None)
+    monkeypatch.setattr(scattering, "Staged", None)
     buffer = np.zeros((60, 1200), np.uint8)
     scatter(dataset, [(0, 60)], np.arange(60)[::-1], [buffer])
     assert (buffer.view("f4") == values("f4")[::-1]).all()
@@ -109,7 +109,7 @@ def test_a_system_without_vectors_reads_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write(tmp_path, "f4", {})
-    monkeypatch.setattr(outputs, "can_read_vectors", lambda: False)
+    monkeypatch.setattr(scattering, "can_read_vectors", lambda: False)
     buffer = np.zeros((60, 1200), np.uint8)
     scatter(dataset, [(0, 60)], np.arange(60)[::-1], [buffer])
     assert (buffer.view("f4") == values("f4")[::-1]).all()

@@ -16,7 +16,7 @@ from helpers.waiting import wait_for
 
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.reading.access import RowAccess
+from hpctrain.data.reading.shards import ShardReader
 from hpctrain.data.staging import LEFT, Copier, StageFolder, copy_whole, sweep
 from hpctrain.data.staging_plan import (
     Copy,
@@ -57,7 +57,7 @@ def disk(tmp_path: Path) -> str:
     return str(tmp_path / "disk")
 
 
-def read(access: RowAccess) -> list[int]:
+def read(access: ShardReader) -> list[int]:
     out = np.empty((ROWS, 8), np.uint8)
     every = np.arange(ROWS)
     access.read_runs("x", every, np.ones_like(every), out, every)
@@ -146,7 +146,7 @@ def test_rows_are_read_from_each_copy_as_it_becomes_whole(
     there = [staged.locate(shard.path) for shard in dataset.shards]
     assert there == [str(folder.path / copy.name) for copy in copies]
     Path(dataset.shards[0].path).unlink()
-    access = RowAccess(dataset, staged.locate)
+    access = ShardReader(dataset, staged.locate)
     assert read(access) == list(range(ROWS))
     assert access.files_opened == 5
     staged.close()
@@ -159,7 +159,7 @@ def test_rows_are_read_from_each_copy_as_it_becomes_whole(
 
 def test_a_reader_changes_over_in_the_midst(dataset: Dataset, copies: tuple[Copy, ...]) -> None:
     places: dict[str, str] = {}
-    access = RowAccess(dataset, lambda path: places.get(path, path))
+    access = ShardReader(dataset, lambda path: places.get(path, path))
     assert read(access) == list(range(ROWS))
     other = Path(dataset.shards[2].path).with_suffix(".copy")
     other.write_bytes(Path(dataset.shards[2].path).read_bytes())

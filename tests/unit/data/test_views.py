@@ -12,18 +12,16 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
+from helpers.loaders import evaluation_loader, train_loader
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.data import contents
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order.partition import Order
-from hpctrain.data.reading import axis_access
-from hpctrain.data.reading.destinations import Destinations
+from hpctrain.data.order import Order
+from hpctrain.data.reading import other_axis
 from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.scatter import Destinations
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 
@@ -114,7 +112,7 @@ def test_pieces_along_an_axis_are_read_without_hdf5(
     folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contents, "LEAST_PIECE_BYTES", 16)
-    monkeypatch.setattr(axis_access, "MOST_VECTORS", 3)
+    monkeypatch.setattr(other_axis, "MOST_VECTORS", 3)
     path = folder / f"pieces{dtype[0] == '<'}.h5"
     with h5py.File(path, "w") as file:
         file["x"] = np.moveaxis(MAPS, 0, 1).astype(dtype)
@@ -124,7 +122,7 @@ def test_pieces_along_an_axis_are_read_without_hdf5(
     train, _ = open_datasets(made, ["x"])
     assert train.slow_fields() == {}
     no_file = type("NoFile", (), {"close": None})
-    monkeypatch.setattr(axis_access.h5py, "File", no_file)
+    monkeypatch.setattr(other_axis.h5py, "File", no_file)
     assert (read_all(train)["x"] == windows(list(range(TOTAL - 1)), 0, 2, 1)).all()
     # A file system may give less than was asked for, and nothing at the end.
     whole = os.preadv
@@ -222,7 +220,7 @@ def test_windows(folder: Path, seed: int) -> None:
 def test_overlapping_windows_read_every_row_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpctrain.data.reading import view_access
+    from hpctrain.data.reading import views
 
     train, _ = open_datasets(
         section(folder, {"x": MAPS_FIELD | {"steps": 4}}, across_files=True), ["x"]
@@ -243,9 +241,9 @@ def test_overlapping_windows_read_every_row_once(
             self.inner.close()
 
     for scratch, most in ((2**25, TOTAL), (6 * MAPS[0].nbytes, 2 * TOTAL)):
-        monkeypatch.setattr(view_access, "SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(views, "SCRATCH_BYTES", scratch)
         read.clear()
-        access = view_access.ViewAccess(train, Counting)  # type: ignore[arg-type]
+        access = views.ViewReader(train, Counting)  # type: ignore[arg-type]
         out = np.empty((train.samples, train.fields["x"].row_bytes), np.uint8)
         access.read_runs("x", np.array([0]), np.array([train.samples]), out, np.array([0]))
         access.close()
@@ -372,16 +370,13 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
     served: dict[int, list[int]] = {}
     evaluated: list[int] = []
     for rank in range(world_size):
-        loader = TrainLoader(
+        loader = train_loader(
             train,
             order,
             fields=list(made.fields),
             global_batch_size=4,
-            drop_last=False,
             rank=rank,
             world_size=world_size,
-            device=torch.device("cpu"),
-            buffer_mb=64,
         )
         for batch in loader.epoch(0):
             labels = batch.fields["label"].tolist()
@@ -391,14 +386,12 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
         runs = loader.runs(np.arange(train.samples))
         assert sum(last - first + 1 for _, first, last in runs) == train.samples
         loader.close()
-        evaluation = EvaluationLoader(
+        evaluation = evaluation_loader(
             validation,
             fields=["label"],
             rank=rank,
             world_size=world_size,
             batch_size=3,
-            device=torch.device("cpu"),
-            buffer_mb=64,
         )
         evaluated += [label for batch in evaluation for label in batch.fields["label"].tolist()]
         evaluation.close()
@@ -407,7 +400,7 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
 
 
 def _batches(train: Dataset, order: Order) -> dict[int, list[int]]:
-    from hpctrain.data.order.shuffle import Epoch
+    from hpctrain.data.order import Epoch
 
     labels = read_all(train)["label"]
     rows = Epoch(order, 0).rows(np.arange(train.samples))

@@ -27,7 +27,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from hpctrain.config.schema import LaunchSection
 from hpctrain.config.semantics import NEWEST
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.data.order.picks import Spans
+from hpctrain.data.selection import Spans
 from hpctrain.errors import CheckpointError, DatasetError, ExitCode, HpctrainError, LaunchError
 from hpctrain.launch.decoding import DecodingError, decode
 from hpctrain.launch.discovery import Node

@@ -13,7 +13,7 @@ from torch import nn
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.training.step.precision import NumberFormat

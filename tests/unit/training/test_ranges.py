@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.loaders import train_loader
 from torch import Tensor, nn
 
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order.partition import Order
+from hpctrain.data.order import Order
 from hpctrain.errors import TrainingError
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.language_modeling import LanguageModeling
@@ -28,15 +29,11 @@ def loader(tmp_path: Path) -> TrainLoader:
     labels[17], labels[18] = 7, -1
     with Writer(tmp_path / "data") as writer:
         writer.extend({"x": np.zeros((SAMPLES, 2), np.float32), "y": labels})
-    return TrainLoader(
+    return train_loader(
         open_dataset(str(tmp_path / "data")),
         Order(samples=SAMPLES, seed=0, lanes=4, window=2, block_rows=1),
         fields=["x", "y"],
         global_batch_size=8,
-        drop_last=False,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
         buffer_mb=1.0,
     )
 

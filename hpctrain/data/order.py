@@ -1,0 +1,351 @@
+"""The order of the samples, and which rank serves which: pure arithmetic, O(1) to any position.
+
+An epoch is one stream of all samples. Position k of it is row k // lanes of lane k % lanes, and a
+global batch is the next `global_batch_size` positions. So a batch is a function of the seed, the
+epoch, the position and the sizes here, and of nothing else: not of the number of ranks, nor of
+where a run was stopped. Ranks share the lanes among them, which decides who reads a sample and
+never when.
+
+What the lanes hold is drawn for each epoch: blocks of consecutive rows are permuted and dealt to
+the lanes, and inside a lane a few blocks at a time, a window, are permuted row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.permutation import (
+    Int64s,
+    UInt64s,
+    derive_key,
+    derive_keys,
+    permutation,
+    permutations,
+)
+from hpctrain.errors import ConfigError
+
+FEWEST_LANES = 64
+MOST_LANES = 4096
+WINDOWS_BYTES = 128 * 2**20
+"""Bytes of the windows of all lanes together: large enough for large reads, yet held in memory."""
+MOST_RESIDENT_BLOCKS = 2**19
+"""Blocks of a dataset that is in memory: their permutation takes 4 MB."""
+BLOCKS_PER_LANE = 16
+"""A lane holds at least so many blocks, or blocks are shorter: small data stay well shuffled."""
+# What a key is for: the permutations of blocks and of windows, and draws of samples share nothing.
+_BLOCKS, _WINDOWS, _SAMPLES = 0, 1, 2
+
+
+def default_lanes(global_batch_size: int) -> int:
+    """Return the power of two at or above the global batch size, at least 64, at most 4096."""
+    lanes = FEWEST_LANES
+    while lanes < min(global_batch_size, MOST_LANES):
+        lanes *= 2
+    return lanes
+
+
+def default_block_rows(
+    samples: int, row_bytes: int, lanes: int, window: int, chunk_rows: int = 1
+) -> int:
+    """Return how many consecutive rows to read at once.
+
+    The windows of all lanes together stay within a constant budget, and a lane of a small dataset
+    still mixes several blocks; where neither binds, a block is a whole number of chunks. Half as
+    many blocks in a lane are still well mixed: better that than a chunk in several blocks, each of
+    which decompresses all of it.
+    """
+    affordable = WINDOWS_BYTES // (lanes * window * row_bytes)
+    mixing = samples // (lanes * BLOCKS_PER_LANE)
+    rows = max(1, min(affordable, mixing))
+    if rows >= chunk_rows:
+        return rows - rows % chunk_rows
+    return chunk_rows if chunk_rows <= min(affordable, 2 * mixing) else rows
+
+
+def resident_block_rows(samples: int) -> int:
+    """Return the block size of a dataset in memory: one row, while the plan stays small."""
+    return -(-samples // MOST_RESIDENT_BLOCKS)
+
+
+def served_samples(samples: int, global_batch_size: int, drop_last: bool) -> int:
+    """Return how many samples of an epoch are served."""
+    return samples - samples % global_batch_size if drop_last else samples
+
+
+def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
+    """Return the lanes that a rank serves.
+
+    They are dealt in turn, so that the ranks' shares of any run of positions are as equal as can
+    be, also of a batch that is smaller than the number of lanes. Runs of neighbouring lanes would
+    leave some ranks idle there.
+    """
+    return range(rank, lanes, world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The order of all epochs of a dataset.
+
+    Attributes:
+        samples: of the dataset.
+        seed: 0 to 2**64 - 1; another seed gives another order.
+        lanes: runs of equal length, of which the stream takes one sample each in turn.
+        window: blocks of a lane that are shuffled together.
+        block_rows: consecutive rows that stay together up to there, and are read in one go.
+    """
+
+    samples: int
+    seed: int
+    lanes: int
+    window: int
+    block_rows: int
+
+    @classmethod
+    def for_dataset(
+        cls,
+        dataset: Dataset,
+        *,
+        seed: int,
+        global_batch_size: int,
+        lanes: int | None = None,
+        window: int = 4,
+        is_resident: bool = False,
+    ) -> Order:
+        """Choose what was not chosen, from the dataset and the global batch size alone.
+
+        Data that are resident in memory cost the same in any order: they are shuffled row by row.
+        """
+        lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        return cls(
+            samples=dataset.samples,
+            seed=seed,
+            lanes=lanes,
+            window=window,
+            block_rows=resident_block_rows(dataset.samples)
+            if is_resident
+            else default_block_rows(
+                dataset.samples, dataset.bytes_per_sample, lanes, window, dataset.chunk_rows
+            ),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.samples // self.block_rows)
+
+    @property
+    def longest_window_rows(self) -> int:
+        """Rows of the longest window that there can be."""
+        return min(self.window * self.block_rows, -(-self.samples // self.lanes))
+
+    def batches_ahead(self, global_batch_size: int) -> int:
+        """Return how many batches after one the windows reach into that it needs, at most."""
+        if self.block_rows == 1:
+            return 0
+        return -(-self.lanes * self.longest_window_rows // global_batch_size)
+
+    def lane_samples(self, lanes: Int64s) -> Int64s:
+        """Return the number of samples in each of these lanes, (count,) int64."""
+        return (self.samples - lanes + self.lanes - 1) // self.lanes
+
+    def lane_starts(self, lanes: Int64s) -> Int64s:
+        """Return the number of samples in all lanes before each of these, (count,) int64."""
+        shortest, longer = divmod(self.samples, self.lanes)
+        return lanes * shortest + np.minimum(lanes, longer)
+
+    def require_world_size(self, world_size: int) -> None:
+        """Check that every rank has a lane.
+
+        Raises:
+            ConfigError: naming the number to set.
+        """
+        if world_size > self.lanes:
+            raise ConfigError(
+                f"data.lanes = {self.lanes}, but there are {world_size} ranks, and each needs a "
+                f"lane: set data.lanes to {default_lanes(world_size)} "
+                f"(at least {world_size}), or start at most {self.lanes} ranks"
+            )
+
+    def shares(self, start: int, stop: int, world_size: int) -> Int64s:
+        """Return how many of the positions start to stop - 1 each rank serves.
+
+        Returns:
+            (world_size,) int64.
+        """
+        return self._served_before(stop, world_size) - self._served_before(start, world_size)
+
+    def largest_share(self, global_batch_size: int, world_size: int) -> int:
+        """Return the most samples that any rank serves of any full batch, wherever it starts."""
+        size = min(global_batch_size, self.samples)
+        return max(
+            int(self.shares(start, start + size, world_size).max()) for start in range(self.lanes)
+        )
+
+    def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
+        """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
+        size = min(global_batch_size, self.samples)
+        bounds = [(start, start + size) for start in range(self.lanes)]
+        if epoch_size % size:
+            bounds.append((epoch_size - epoch_size % size, epoch_size))
+        return min(int(self.shares(*each, world_size).min()) for each in bounds)
+
+    def positions(self, start: int, stop: int, rank: int, world_size: int) -> Int64s:
+        """Return those of the positions start to stop - 1 that a rank serves, in their order.
+
+        Returns:
+            (share,) int64.
+        """
+        if start >= stop:
+            return np.empty(0, np.int64)
+        first_row = start // self.lanes
+        rows = np.arange(first_row, (stop - 1) // self.lanes + 1, dtype=np.int64)
+        lanes = np.array(lanes_of_rank(rank, world_size, self.lanes), np.int64)
+        positions = (rows[:, None] * self.lanes + lanes).ravel()
+        return positions[slice(*np.searchsorted(positions, (start, stop)))]
+
+    def _served_before(self, position: int, world_size: int) -> Int64s:
+        """Return how many positions below this one each rank serves, (world_size,) int64."""
+        full_rows, rest = divmod(position, self.lanes)
+        ranks = np.arange(world_size, dtype=np.int64)
+        # Of `count` consecutive lanes from lane 0, rank r serves ceil((count - r) / world_size).
+        per_row = -((ranks - self.lanes) // world_size)
+        in_rest = np.maximum(0, -((ranks - rest) // world_size))
+        return full_rows * per_row + in_rest
+
+
+class Runs(NamedTuple):
+    """Consecutive rows of the dataset, each run in one place of a window.
+
+    Attributes:
+        rows: (runs,) int64, the first row of each in the dataset.
+        counts: (runs,) int64, rows.
+        places: (runs,) int64, where in the window the first row goes.
+        owners: (runs,) int64, which of the windows asked for.
+    """
+
+    rows: Int64s
+    counts: Int64s
+    places: Int64s
+    owners: Int64s
+
+
+class Windows(NamedTuple):
+    """For each of some lanes, blocks that are shuffled together.
+
+    Attributes:
+        starts: (lanes,) int64, the first row of the lane that is served from its window.
+        stops: (lanes,) int64, one past the last.
+        order: (lanes, longest) int64; row `start + i` of the lane is at place order[lane, i].
+    """
+
+    starts: Int64s
+    stops: Int64s
+    order: Int64s
+
+
+def sample_keys(seed: int, epoch: int, rows: Int64s) -> UInt64s:
+    """Return the keys that random transforms of samples draw from.
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        rows: (count,) int64, which rows of the dataset the samples are.
+
+    Returns:
+        (count,) uint64.
+    """
+    return derive_keys(derive_key(seed, epoch, _SAMPLES), rows)
+
+
+class Epoch:
+    """Where the samples of one epoch's stream are in the dataset.
+
+    Holds one number per block, never one per sample.
+
+    The last block of the dataset may be short. It lands anywhere in the permutation, so blocks
+    after it start that much earlier; all arithmetic here is around that one shift.
+    """
+
+    def __init__(self, order: Order, epoch: int) -> None:
+        self.order = order
+        self._window_key = derive_key(order.seed, epoch, _WINDOWS)
+        self._num_blocks = order.num_blocks
+        self._blocks = permutation(derive_key(order.seed, epoch, _BLOCKS), self._num_blocks)
+        self._missing = self._num_blocks * order.block_rows - order.samples
+        self._short_at = int(np.argmax(self._blocks == self._num_blocks - 1))
+
+    def windows(self, lanes: Int64s, lane_rows: Int64s) -> tuple[Windows, Runs]:
+        """Return the window that serves a row of each lane, and what it holds.
+
+        Windows are whole blocks, but for those that an end of a lane cuts.
+
+        Args:
+            lanes: (count,) int64.
+            lane_rows: (count,) int64, each 0 to the lane's samples - 1.
+        """
+        order = self.order
+        begins = order.lane_starts(lanes)
+        ends = begins + order.lane_samples(lanes)
+        # The first windows of neighbouring lanes differ in length, so that the lanes do not all
+        # ask for new blocks at the same step.
+        first_blocks = self._block_at(begins)
+        first_stops = first_blocks + 1 + lanes % order.window
+        blocks = self._block_at(begins + lane_rows)
+        index = np.maximum(0, (blocks - first_stops) // order.window + 1)
+        block_stops = first_stops + index * order.window
+        block_starts = np.where(index == 0, first_blocks, block_stops - order.window)
+        starts = np.maximum(begins, self._block_start(block_starts))
+        stops = np.minimum(ends, self._block_start(np.minimum(block_stops, self._num_blocks)))
+        keys = derive_keys(self._window_key, lanes, index)
+        windows = Windows(starts - begins, stops - begins, permutations(keys, stops - starts))
+        return windows, self._runs(block_starts, starts, stops)
+
+    def rows(self, positions: Int64s) -> Int64s:
+        """Return which rows of the dataset are at these positions of the stream.
+
+        Args:
+            positions: (count,) int64, each 0 to samples - 1.
+
+        Returns:
+            (count,) int64.
+        """
+        lane_rows, lanes = np.divmod(positions, self.order.lanes)
+        if self.order.block_rows > 1 and len(positions):
+            windows, _ = self.windows(lanes, lane_rows)
+            places = np.take_along_axis(
+                windows.order, (lane_rows - windows.starts)[:, None], axis=1
+            )
+            lane_rows = windows.starts + places[:, 0]
+        return self.unshuffled_rows(lanes, lane_rows)
+
+    def unshuffled_rows(self, lanes: Int64s, lane_rows: Int64s) -> Int64s:
+        """Return which rows of the dataset lanes hold, before windows are shuffled.
+
+        One row a block is shuffled already, and is served in this order.
+        """
+        places = self.order.lane_starts(lanes) + lane_rows
+        blocks = self._block_at(places)
+        return self._blocks[blocks] * self.order.block_rows + places - self._block_start(blocks)
+
+    def _runs(self, block_starts: Int64s, starts: Int64s, stops: Int64s) -> Runs:
+        """Return the parts of blocks between places of the permuted stream, in windows."""
+        # (windows, blocks of a window), some of them beyond the window
+        blocks = block_starts[:, None] + np.arange(self.order.window)
+        begins = np.maximum(starts[:, None], self._block_start(blocks))
+        counts = np.minimum(stops[:, None], self._block_start(blocks + 1)) - begins
+        owners, which = np.nonzero(counts > 0)
+        blocks, begins = blocks[owners, which], begins[owners, which]
+        rows = self._blocks[blocks] * self.order.block_rows + begins - self._block_start(blocks)
+        return Runs(rows, counts[owners, which], begins - starts[owners], owners)
+
+    def _block_start(self, blocks: Int64s) -> Int64s:
+        """Return the rows before each block in the permuted stream of blocks."""
+        return blocks * self.order.block_rows - self._missing * (blocks > self._short_at)
+
+    def _block_at(self, places: Int64s) -> Int64s:
+        """Return the block that holds each row of the permuted stream of blocks."""
+        late = places >= (self._short_at + 1) * self.order.block_rows - self._missing
+        return (places + self._missing * late) // self.order.block_rows

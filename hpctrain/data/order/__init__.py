@@ -1,1 +1,0 @@
-"""Which sample comes when, and which rank serves it: arithmetic, and no I/O."""
