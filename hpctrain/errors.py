@@ -42,7 +42,7 @@ class HpctrainError(Exception):
         everywhere: True once all ranks hold this same error, so that one of them may speak for
             all and every rank may leave by the normal path. False means that only this rank
             knows, and that the others have to be told by ending the job.
-        told: True once the user has been told, on whatever rank.
+        reported: True once the user has been told, on whatever rank.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.BUG
@@ -50,7 +50,7 @@ class HpctrainError(Exception):
     def __init__(self, message: str, *, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
-        self.told = False
+        self.reported = False
 
 
 class UsageError(HpctrainError):

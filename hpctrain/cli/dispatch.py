@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(arguments, claim_for(arguments))
     except HpctrainError as error:
-        if not error.told:
+        if not error.reported:
             tell_once(error)
         return error.exit_code
 

@@ -45,7 +45,7 @@ class Semantics:
     model_dtypes: Literal["cast", "own"]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record that `settle` reads."""
+        """Return the record that `semantics_of` reads."""
         return dataclasses.asdict(self)
 
 
@@ -65,7 +65,7 @@ RECORD = "semantics"
 """Name of the record among the values of a checkpoint, and in stats.json."""
 
 
-def settle(config: Config, saved: Mapping[str, Any] | None = None) -> Semantics:
+def semantics_of(config: Config, saved: Mapping[str, Any] | None = None) -> Semantics:
     """Return the rules of a run.
 
     Args:
@@ -132,7 +132,7 @@ def recorded(saved: Mapping[str, Any]) -> Semantics:
 
 def older_rules(semantics: Semantics, config: Config) -> list[str]:
     """Return a line where keys mean something else than in a new run with this config."""
-    today = settle(config)
+    today = semantics_of(config)
     kept = [
         f"{'.'.join(key)} = {shown(then)}, not {shown(now)}"
         for rule, key in _KEYS.items()

@@ -129,7 +129,7 @@ class _Reader:
             raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not an error")
         message, everywhere, told = self.value(depth)
         error = kind(printable_lines(str(message)), everywhere=bool(everywhere))
-        error.told = bool(told)
+        error.reported = bool(told)
         return error
 
     def dataclass(self, depth: int) -> Any:

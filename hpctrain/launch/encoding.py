@@ -66,7 +66,7 @@ def _put_object(out: bytearray, value: object, depth: int) -> None:
         _put(out, value.name, depth)
     elif isinstance(value, HpctrainError):
         _put_named(out, b"x", kind)
-        _put(out, (str(value), value.everywhere, value.told), depth)
+        _put(out, (str(value), value.everywhere, value.reported), depth)
     elif is_dataclass(value):
         names = _put_named(out, b"o", kind)
         state = _state_of(value)

@@ -65,7 +65,7 @@ def check_shared_memory(claim: Claim, family: str, library: str, shared: Path = 
         f"{shared} on {socket.gethostname()} {problem}: {library} would crash in MPI_Init. {_FIX}",
         everywhere=is_one_node,
     )
-    error.told = not error.everywhere and bool(claim.local_rank)
+    error.reported = not error.everywhere and bool(claim.local_rank)
     raise error
 
 

@@ -22,7 +22,7 @@ def end_quietly_if_uncaught(error: HpctrainError) -> None:
         if found is not error:
             previous(kind, found, trace)
             return
-        if not error.told:
+        if not error.reported:
             tell_once(error)
         # To Python what a hook raises is an error of its own, but for this.
         raise SystemExit(int(error.exit_code))

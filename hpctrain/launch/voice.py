@@ -51,7 +51,7 @@ def telling(is_rank_zero: bool) -> Iterator[None]:
         if error.everywhere:
             if is_rank_zero:
                 tell(error)
-            error.told = True
+            error.reported = True
         raise
 
 

@@ -145,7 +145,7 @@ def root_of(path: Path) -> Path | None:
     return None
 
 
-def look_into(root: Path, limit_seconds: float = LIMIT_SECONDS) -> Repository:
+def repository_at(root: Path, limit_seconds: float = LIMIT_SECONDS) -> Repository:
     """Return what a repository is like now; it never takes much longer than the limit."""
     commit = _commit_by_hand(root)
     try:

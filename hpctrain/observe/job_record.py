@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hpctrain.observe.code import Modules, look_into, modules_now, root_of, user_modules
+from hpctrain.observe.code import Modules, modules_now, repository_at, root_of, user_modules
 from hpctrain.observe.redacting import is_secret
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.permissions import explained, follow_folder
@@ -199,7 +199,7 @@ class JobRecord:
     def _note_repositories(self) -> None:
         places = [Path.cwd(), *(path.parent for path in user_modules().values())]
         roots = dict.fromkeys(root for place in places if (root := root_of(place)) is not None)
-        found = [asdict(look_into(root)) for root in list(roots)[:_MOST_REPOSITORIES]]
+        found = [asdict(repository_at(root)) for root in list(roots)[:_MOST_REPOSITORIES]]
         # That of the current directory is the project, where it is in one.
         self._add(git=found[0] if found else None, other_repositories=found[1:])
 

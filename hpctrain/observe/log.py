@@ -42,21 +42,23 @@ _warnings_logger = logging.getLogger("hpctrain.warnings")
 
 
 @contextmanager
-def start(run_folder: Path | None, speaks: bool, *, stream: TextIO | None = None) -> Iterator[None]:
+def start(
+    run_folder: Path | None, is_reporter: bool, *, stream: TextIO | None = None
+) -> Iterator[None]:
     """Set up logging for a job; handlers, levels and warning filters are restored at the end.
 
     What libraries and the user's own modules log goes the same way, from warnings upwards.
 
     Args:
         run_folder: where log.txt is appended to; None: no file.
-        speaks: whether this is the one rank that writes.
+        is_reporter: whether this is the one rank that writes.
         stream: the console; None is stderr.
 
     Raises:
         CheckpointError: if log.txt cannot be opened.
     """
     handlers: list[logging.Handler] = []
-    if not speaks:
+    if not is_reporter:
         # Without any handler, logging would write warnings to stderr on its own.
         handlers.append(logging.NullHandler())
     else:
@@ -68,7 +70,7 @@ def start(run_folder: Path | None, speaks: bool, *, stream: TextIO | None = None
             stack.callback(handler.close)
         stack.enter_context(_torch_loggers_propagate())
         stack.enter_context(_attached(handlers))
-        stack.enter_context(_warnings_to(_tell_warning_once() if speaks else _drop_warning))
+        stack.enter_context(_warnings_to(_report_warning_once() if is_reporter else _drop_warning))
         yield
 
 
@@ -211,7 +213,7 @@ def _warnings_to(show: Show) -> Iterator[None]:
         yield
 
 
-def _tell_warning_once() -> Show:
+def _report_warning_once() -> Show:
     """Return a function that logs a warning on one line, unless it has been told before."""
     texts: set[str] = set()
     places: Counter[tuple[str, int]] = Counter()

@@ -173,7 +173,7 @@ class Progress:
         if samples_per_second is not None:
             self._samples_per_second = samples_per_second
         if self._clock() >= self._due:
-            self._tell()
+            self._report()
 
     def note(self, line: str) -> None:
         """Write a line between the others, such as the result of an evaluation.
@@ -195,7 +195,7 @@ class Progress:
         elif self._step != self._told_step:
             self._write(self._line())
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         now = self._clock()
         if self._bar is not None:
             self._due = now + BAR_SECONDS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from hpctrain.config.semantics import settle
+from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described
 from hpctrain.data.loading.loader import TrainLoader
@@ -38,7 +38,7 @@ def open_and_check(checks: Checks, world: World) -> Data | None:
     opened = checks.keep(
         "dataset",
         DATASET_FIX,
-        lambda: open_data(checks.config, world, settle(checks.config, begun), None),
+        lambda: open_data(checks.config, world, semantics_of(checks.config, begun), None),
     )
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")

@@ -52,7 +52,7 @@ def check(
     is_reporter = topology.is_rank_zero
     out_of_findings = out if is_reporter and not as_json else None
     checks = Checks(config, topology, communicator, guard, out=out_of_findings)
-    with log.start(None, speaks=is_reporter), _terminable(), ExitStack() as stack:
+    with log.start(None, is_reporter=is_reporter), _terminable(), ExitStack() as stack:
         world = connect(checks, stack)
         # Without a network, data and storage can still be looked at.
         lonely = World(

@@ -7,7 +7,7 @@ from typing import Any
 from hpctrain.checkpoint.inspect import config_changes
 from hpctrain.config import Config, to_toml
 from hpctrain.config.messages import shown
-from hpctrain.config.semantics import CHOOSABLE, Semantics, older_rules, settle
+from hpctrain.config.semantics import CHOOSABLE, Semantics, older_rules, semantics_of
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.errors import ConfigError
@@ -40,8 +40,8 @@ def rules_and_changes(config: Config, resumed: Resumed | None) -> tuple[Semantic
         CheckpointError: if the record of the rules cannot be read.
     """
     if resumed is None:
-        return settle(config), []
-    semantics = settle(config, resumed.values)
+        return semantics_of(config), []
+    semantics = semantics_of(config, resumed.values)
     return semantics, [
         *older_rules(semantics, config),
         *told_changes(resumed.config_toml, config),
@@ -61,7 +61,8 @@ def told_changes(before: str, now: Config) -> list[str]:
     changes = {
         key: values
         for key, values in config_changes(_with_defaults(before), to_toml(now)).items()
-        if not key.startswith(_UNREMARKABLE) and key not in CHOOSABLE  # `settle` looks at those
+        if not key.startswith(_UNREMARKABLE)
+        and key not in CHOOSABLE  # `semantics_of` looks at those
     }
     for key, why in _FIXED.items():
         if key in changes:

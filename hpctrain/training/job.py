@@ -85,7 +85,7 @@ def train(
                     RunFolder(path, group_writable=config.run.group_writable)
                 )
         guard.report_to(path)
-        stack.enter_context(log.start(path if folder else None, speaks=folder is not None))
+        stack.enter_context(log.start(path if folder else None, is_reporter=folder is not None))
         try:
             stop = _stop_agreement(config, communicator, signals, folder, stack)
             if config.run.deterministic:

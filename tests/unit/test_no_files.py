@@ -198,7 +198,7 @@ def test_logs_and_metrics(spoil: Spoil, tmp_path: Path) -> None:
     refuses(lambda: newest_records(path), or_skips=True)
     refuses(lambda: cut_back(path, 3))
     refuses(lambda: AppendedFile(path))
-    refuses(lambda: start_log(tmp_path, speaks=True).__enter__())
+    refuses(lambda: start_log(tmp_path, is_reporter=True).__enter__())
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])

@@ -26,7 +26,7 @@ from hpctrain.config.semantics import (
     RECORD,
     VERSION,
     older_rules,
-    settle,
+    semantics_of,
 )
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
@@ -46,17 +46,17 @@ def config(*, allow_data_change: bool = False, **data: Any) -> Config:
 
 
 def test_a_run_has_the_rules_of_the_release_that_began_it() -> None:
-    assert settle(config()) == NEWEST
-    assert settle(config(), {"step": 3}) == FIRST  # 0.1.0 recorded none
+    assert semantics_of(config()) == NEWEST
+    assert semantics_of(config(), {"step": 3}) == FIRST  # 0.1.0 recorded none
     for rules in (FIRST, NEWEST):
-        assert settle(config(), {RECORD: rules.to_json()}) == rules
+        assert semantics_of(config(), {RECORD: rules.to_json()}) == rules
     assert all(getattr(FIRST, rule) != getattr(NEWEST, rule) for rule in FIRST.to_json())
 
 
 def test_a_rule_that_came_later_was_until_then_as_in_the_first_release() -> None:
     record = NEWEST.to_json()
     del record["decode"]
-    assert settle(config(), {RECORD: record}) == dataclasses.replace(NEWEST, decode="none")
+    assert semantics_of(config(), {RECORD: record}) == dataclasses.replace(NEWEST, decode="none")
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,16 @@ def test_another_rule_than_the_run_began_with_is_refused_by_its_key(
     with pytest.raises(
         ConfigError, match=rf'^data\.{key} = "{asked}", but .* began with'
     ) as caught:
-        settle(config(**{key: asked}), began)
+        semantics_of(config(**{key: asked}), began)
     assert caught.value.everywhere
     # In a new run, or on other data, it is what the user says.
-    assert getattr(settle(config(**{key: asked})), key) == asked
-    assert getattr(settle(config(**{key: asked}, allow_data_change=True), began), key) == asked
+    assert getattr(semantics_of(config(**{key: asked})), key) == asked
+    assert (
+        getattr(semantics_of(config(**{key: asked}, allow_data_change=True), began), key) == asked
+    )
     # What the run began with may be said again.
-    same = getattr(settle(config(), began), key)
-    assert settle(config(**{key: same}), began) == settle(config(), began)
+    same = getattr(semantics_of(config(), began), key)
+    assert semantics_of(config(**{key: same}), began) == semantics_of(config(), began)
 
 
 def test_what_a_new_run_would_do_otherwise_is_told() -> None:
@@ -109,7 +111,7 @@ def test_what_a_new_run_would_do_otherwise_is_told() -> None:
 )
 def test_a_record_that_cannot_be_followed_is_refused(word: str, record: Any) -> None:
     with pytest.raises(CheckpointError, match=word):
-        settle(config(), {RECORD: record})
+        semantics_of(config(), {RECORD: record})
 
 
 RELEASES = sorted(
@@ -119,6 +121,7 @@ AS_BEFORE = {
     "training.keep_dtype": "no module is left out of a cast, as before",
     "run.group_writable": "the folder is the user's, as before",
     "training.keep_compiled": "nothing is kept, as before",
+    "training.cudnn_benchmark": "no algorithm is timed, as before",
     "training.unused_parameters": "over several ranks it is an error, as before",
 }
 """Keys that came after 0.1.0, and why their default changes no run that has begun."""

@@ -253,7 +253,7 @@ def test_errors_of_data_are_lines_that_can_be_printed() -> None:
 
 
 def test_the_log_is_made_of_lines_that_can_be_printed(tmp_path: Path) -> None:
-    with log.start(tmp_path, speaks=True):
+    with log.start(tmp_path, is_reporter=True):
         logging.getLogger("hpctrain.data").warning("%s", EVIL)
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert all(line.isprintable() for line in text.split("\n"))

@@ -125,11 +125,11 @@ def test_values_with_arrays_in_them() -> None:
 
 def test_errors_keep_what_they_say_and_garble_no_terminal() -> None:
     sent = CheckpointError("a\x1b[2J\nb", everywhere=True)
-    sent.told = True
+    sent.reported = True
     again = decode(encode(sent))
     assert type(again) is CheckpointError
     assert str(again) == "a\\x1b[2J\nb"
-    assert (again.everywhere, again.told) == (True, True)
+    assert (again.everywhere, again.reported) == (True, True)
 
 
 class Unknown:

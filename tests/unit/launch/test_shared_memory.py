@@ -95,5 +95,5 @@ def test_one_rank_of_a_node_tells_it(
         LaunchError, match="is read-only: MPICH 5 would crash in MPI_Init"
     ) as raised:
         check_shared_memory(claim, "mpich", "MPICH 5", tmp_path)
-    assert (raised.value.everywhere, raised.value.told) == (everywhere, told)
+    assert (raised.value.everywhere, raised.value.reported) == (everywhere, told)
     check_shared_memory(claim, "mpich", "MPICH 5", tmp_path / "not there")

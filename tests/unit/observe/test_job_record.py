@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.observe import code, job_record, redacting
-from hpctrain.observe.code import look_into, module_changes, modules_now, root_of, user_modules
+from hpctrain.observe.code import module_changes, modules_now, repository_at, root_of, user_modules
 from hpctrain.observe.job_record import JobRecord
 
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "protocol.file.allow=always")
@@ -56,10 +56,10 @@ def test_a_repository_is_noted_so_that_the_code_can_be_made_again(
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as in a hook of another repository
     assert root_of(project / "deeper" / "still") == project
-    clean = look_into(project)
+    clean = repository_at(project)
     assert (clean.commit, clean.dirty, clean.diff, clean.note) == (commit, False, "", None)
     (project / "new.py").touch()
-    found = look_into(changed(project))
+    found = repository_at(changed(project))
     assert (found.commit, found.dirty, found.untracked) == (commit, True, ["new.py"])
     monkeypatch.delenv("GIT_DIR")
     git(project, "checkout", "-q", "my_models.py")
@@ -84,11 +84,11 @@ def test_the_commit_is_found_without_git_however_it_is_written_down(
     git(tmp_path, "init", "-q", "unborn")
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     for place in places:
-        found = look_into(place)
+        found = repository_at(place)
         assert found.commit == commit, place
         assert found.note is not None
         assert found.note.startswith("git cannot be started")
-    assert look_into(tmp_path / "unborn").commit is None
+    assert repository_at(tmp_path / "unborn").commit is None
 
 
 def test_changes_inside_a_submodule_are_part_of_the_diff(project: Path, tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_changes_inside_a_submodule_are_part_of_the_diff(project: Path, tmp_path
     git(tmp_path / "outer", "submodule", "--quiet", "add", str(project), "inner")
     git(tmp_path / "outer", "commit", "-q", "-m", "second")
     changed(tmp_path / "outer" / "inner")
-    found = look_into(tmp_path / "outer")
+    found = repository_at(tmp_path / "outer")
     assert found.dirty
     assert "+width = 4" in found.diff
 
 
 def test_a_large_diff_is_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code, "MOST_DIFF_BYTES", 1000)
-    found = look_into(changed(project, "x = 1\n" * 100_000))
+    found = repository_at(changed(project, "x = 1\n" * 100_000))
     assert found.diff_is_cut
     assert len(found.diff) == 1000
     assert found.dirty
@@ -117,7 +117,7 @@ def test_another_users_repository_is_not_given_to_git(
     marker = project.parent / "executed"
     git(project, "config", "core.fsmonitor", f"touch {marker}; false")
     monkeypatch.setattr(os, "geteuid", lambda: project.stat().st_uid + 1)
-    found = look_into(changed(project))
+    found = repository_at(changed(project))
     assert (found.commit, found.dirty) == (commit, None)
     assert "belongs to user" in str(found.note)
     assert not marker.exists()
@@ -127,7 +127,7 @@ def test_a_git_that_hangs_is_given_up(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", on_path(tmp_path / "bin", "sleep 1000 & wait"))
-    found = look_into(project, limit_seconds=0.2)
+    found = repository_at(project, limit_seconds=0.2)
     assert found.commit is not None
     assert found.dirty is None
     assert found.note == "git status took too long"
@@ -313,7 +313,7 @@ def test_no_job_waits_for_what_hangs(
     def hanging(*_: object) -> None:
         hung.wait()
 
-    monkeypatch.setattr(job_record, "look_into", hanging)
+    monkeypatch.setattr(job_record, "repository_at", hanging)
     monkeypatch.setattr(job_record, "modules_now", hanging)
     record = JobRecord(tmp_path)
     try:

@@ -45,7 +45,7 @@ def nothing_leaks() -> Iterator[None]:
 def test_console_and_file(tmp_path: Path) -> None:
     console = io.StringIO()
     (tmp_path / "log.txt").write_text("an earlier job\n", encoding="utf-8")
-    with log.start(tmp_path, speaks=True, stream=console):
+    with log.start(tmp_path, is_reporter=True, stream=console):
         ours.info("run %s\n  folder  runs/ü\n", "digits")
         ours.debug("not told")
         ours.warning("slow disk")
@@ -71,7 +71,7 @@ def test_console_and_file(tmp_path: Path) -> None:
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with log.start(tmp_path, speaks=False):
+    with log.start(tmp_path, is_reporter=False):
         ours.error("an error")
         theirs.error("an error")
         warnings.simplefilter("always")
@@ -84,20 +84,23 @@ def test_without_a_folder_there_is_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with log.start(None, speaks=True):
+    with log.start(None, is_reporter=True):
         ours.info("hello")
     assert capsys.readouterr() == ("", "hello\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_restored_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), log.start(tmp_path, speaks=True, stream=io.StringIO()):
+    with (
+        pytest.raises(ZeroDivisionError),
+        log.start(tmp_path, is_reporter=True, stream=io.StringIO()),
+    ):
         raise ZeroDivisionError
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
     folder = tmp_path / "missing"
-    with pytest.raises(CheckpointError) as caught, log.start(folder, speaks=True):
+    with pytest.raises(CheckpointError) as caught, log.start(folder, is_reporter=True):
         pass
     assert str(folder / "log.txt") in str(caught.value)
     assert "run.directory" in str(caught.value)
@@ -109,7 +112,7 @@ def warn_at(line: int, message: str, filename: str = "/env/site-packages/lib/net
 
 def told(messages: list[tuple[int, str]]) -> list[str]:
     console = io.StringIO()
-    with log.start(None, speaks=True, stream=console):
+    with log.start(None, is_reporter=True, stream=console):
         warnings.simplefilter("always")
         for line, message in messages:
             warn_at(line, message)
@@ -161,7 +164,7 @@ def test_origin(
 PROGRAM = """
 import warnings
 from hpctrain.observe import log
-with log.start(None, speaks=True):
+with log.start(None, is_reporter=True):
     warnings.warn("`broadcast_buffers` is deprecated. Use ...", FutureWarning)
     warnings.warn("`something` is deprecated. Use ...", FutureWarning)
 """
@@ -200,14 +203,14 @@ def test_library_handlers_do_not_bypass_the_log(monkeypatch: pytest.MonkeyPatch)
     library.propagate = False
     try:
         console = io.StringIO()
-        with log.start(None, speaks=True, stream=console):
+        with log.start(None, is_reporter=True, stream=console):
             library.warning("recompiling")
         assert console.getvalue() == "warning: torch._tested: recompiling\n"
         assert library.handlers == [handler]
         assert not library.propagate
         # Whoever has asked for torch's logs gets them as torch writes them.
         monkeypatch.setenv("TORCH_LOGS", "+dynamo")
-        with log.start(None, speaks=True, stream=console):
+        with log.start(None, is_reporter=True, stream=console):
             library.warning("again")
         assert own.getvalue() == "again\n"
     finally:
@@ -217,7 +220,7 @@ def test_library_handlers_do_not_bypass_the_log(monkeypatch: pytest.MonkeyPatch)
 
 def test_lines_go_above_the_bar() -> None:
     console = io.StringIO()
-    with log.start(None, speaks=True, stream=console):
+    with log.start(None, is_reporter=True, stream=console):
         progress = Progress(10, mode="bar", stream=console, clock=lambda: 0.0)
         progress.update(3, 0)
         before = len(console.getvalue())
@@ -232,7 +235,10 @@ def test_lines_go_above_the_bar() -> None:
 
 def test_full_disk_costs_lines_not_the_job(tmp_path: Path) -> None:
     console = io.StringIO()
-    with log.start(tmp_path, speaks=True, stream=console), Path("/dev/full").open("wb") as full:
+    with (
+        log.start(tmp_path, is_reporter=True, stream=console),
+        Path("/dev/full").open("wb") as full,
+    ):
         (handler,) = (h for h in logging.root.handlers if isinstance(h, log.RunLogHandler))
         os.dup2(full.fileno(), handler.stream._file._file.fileno())
         ours.info("one")

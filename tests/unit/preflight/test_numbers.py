@@ -9,7 +9,7 @@ import pytest
 from helpers.worlds import world_of_one
 
 from hpctrain.config import load
-from hpctrain.config.semantics import settle
+from hpctrain.config.semantics import semantics_of
 from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
 from hpctrain.launch.world import World
@@ -62,7 +62,7 @@ def tried(
     path = folder / "run.toml"
     path.write_text(CONFIG.format(folder=folder, rows=ROWS), encoding="utf-8")
     config = load(str(path), overrides)
-    opened = open_data(config, world, settle(config), None)
+    opened = open_data(config, world, semantics_of(config), None)
     try:
         return try_real_data(config, world, resolve_components(config), opened)
     finally:

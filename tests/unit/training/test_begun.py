@@ -21,7 +21,7 @@ from hpctrain.config.schema import (
     TaskSection,
     TrainingSection,
 )
-from hpctrain.config.semantics import FIRST, NEWEST, RECORD, settle
+from hpctrain.config.semantics import FIRST, NEWEST, RECORD, semantics_of
 from hpctrain.convert.stats import measure
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.open_datasets import open_datasets
@@ -58,14 +58,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(config: Config, saved: dict[str, Any] | None = None) -> Dataset:
-    train, _ = open_datasets(config.data, ["t2m"], settle(config, saved))
+    train, _ = open_datasets(config.data, ["t2m"], semantics_of(config, saved))
     return train
 
 
 def saved_by(config: Config) -> dict[str, Any]:
     """Return what a checkpoint of a run that begins now says of its decoding."""
     return {
-        RECORD: settle(config).to_json(),
+        RECORD: semantics_of(config).to_json(),
         begun_decoding.RECORD: decoding_to_record(opened(config)),
     }
 
@@ -143,7 +143,7 @@ def test_tools_see_the_checkpoint_that_a_job_would_go_on_from(tmp_path: Path) ->
     found = values_to_go_on_from(there)
     assert found is not None
     assert found["place"]["step"] == 7
-    assert settle(there, found) == FIRST
+    assert semantics_of(there, found) == FIRST
     assert values_to_go_on_from(config(tmp_path)) is None
 
     def resuming(resume: str) -> dict[str, Any] | None:
