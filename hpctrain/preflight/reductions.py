@@ -4,7 +4,8 @@ Networks have been seen to reduce wrongly without an error message: nobody looks
 what is summed here differs from rank to rank and from element to element, and its sum is known
 exactly.
 
-Source: corrupted results of NCCL over Slingshot with GPUDirect, NVIDIA/nccl issue 2001.
+Source: corrupted results of NCCL over Slingshot with GPUDirect, NVIDIA/nccl issue 2001; that they
+come of the protocol LL128, documentation.sigma2.no, hpc_machines/olivia/nccl, May 2026.
 """
 
 from __future__ import annotations
@@ -276,8 +277,9 @@ def _wrong_reductions(
         status="fail",
         fact=f"{carrier} gives wrong sums of {'; of '.join(stories)}",
         fix="training would learn from wrong gradients and say nothing. Leave these nodes out and "
-        "try again; where others fail too: no GPUDirect (NCCL_NET_GDR_LEVEL=LOC, and gdrcopy off), "
-        "or other versions of NCCL, its plug-in and libfabric; give the site this line",
+        "try again; where others fail too: another protocol (NCCL_PROTO=^LL128), no GPUDirect "
+        "(NCCL_NET_GDR_LEVEL=LOC, and gdrcopy off), or other versions of NCCL, its plug-in and "
+        "libfabric; give the site this line",
         values={**values, "wrong": found},
     )
 
