@@ -22,9 +22,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "launch"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from resuming import AXES, grid, run_cases
+from helpers.resuming import AXES, grid, run_cases
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""What the tests share: limits, waiting, and the budget of ranks at once."""
+"""What tests share: jobs and what they leave, limits, waiting, and the budget of ranks at once."""

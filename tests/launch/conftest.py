@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from slurm import Lab, why_not
+from helpers.jobs import Job, interruptible
+from helpers.launching import ROOT
+from helpers.slurm import Lab, why_not
+
+from hpctrain.convert.digits import pack_digits
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed digits; whoever changes them makes a copy."""
+    folder = tmp_path_factory.mktemp("packed") / "digits"
+    pack_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, digits: Path) -> Path:
+    """A directory to start jobs in: the documented example and its data."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits)
+    shutil.copy(ROOT / "configs" / "run.toml", tmp_path / "run.toml")
+    return tmp_path
+
+
+@pytest.fixture
+def start(site: Path) -> Iterator[Callable[..., Job]]:
+    """What starts jobs of the site that are to be interrupted."""
+    with interruptible(site) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

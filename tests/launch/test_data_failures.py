@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.jobs import command, here
+from helpers.launching import ROOT
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
-from test_main_job import ROOT, command, hpctrain
 
 from hpctrain.convert.digits import pack_digits
 from hpctrain.convert.sources.indexed import Indexed
@@ -70,6 +71,5 @@ def test_a_shard_breaks_under_the_run(site: Path) -> None:
     assert saved >= 50, (checkpoints, told)
 
     shard.write_bytes(whole)
-    ended = hpctrain(site, 2, *TRAIN, f"training.max_steps={saved + 5}")
-    assert f"step {saved:,}" in ended.stdout + ended.stderr
+    assert f"step {saved:,}" in here(site, *TRAIN, f"training.max_steps={saved + 5}")
     assert steps(site) == saved + 5

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from helpers.jobs import in_turn
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
 pytestmark = pytest.mark.ranks(3)
-
-MPI_BODIES = Path(__file__).parents[1] / "mpi"
 
 
 def command(ranks: int, *arguments: str) -> list[str]:
@@ -49,12 +48,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_one_dataset_of_many_writers(tmp_path: Path) -> None:
-    assert run(tmp_path, 3, str(MPI_BODIES / "writer.py"), str(tmp_path)) == "passed 3\n"
-
-
-def test_one_memory_of_a_node(tmp_path: Path) -> None:
-    assert run(tmp_path, 3, str(MPI_BODIES / "memory.py"), str(tmp_path)).startswith("passed 3\n")
+def test_one_dataset_of_many_writers_and_one_memory_of_a_node(tmp_path: Path) -> None:
+    lines = [[f"{body}.py", str(tmp_path / body)] for body in ("writer", "memory")]
+    for ended in in_turn(tmp_path, 3, *lines):
+        assert ended.stdout == "passed 3\n", ended.output
 
 
 def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ def test_the_debug_run(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout + result.stderr
 
-    output = debug("3", "configs/run.toml", "training.max_epochs=1")
-    assert "Running: mpirun -np 3 python -m hpctrain configs/run.toml" in output
-    assert "3 ranks on 1 node" in output
+    output = debug("2", "configs/run.toml", "training.max_epochs=1")
+    assert "Running: mpirun -np 2 python -m hpctrain configs/run.toml" in output
+    assert "2 ranks on 1 node" in output
     assert (tmp_path / "digits" / "latest").exists()
 
-    output = debug("3", "training.max_epochs=1")
+    output = debug("1", "training.max_epochs=1")
     assert "run digits is complete" in output
     assert "training.max_epochs=2" in output

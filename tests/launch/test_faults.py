@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.jobs import here, train
 from helpers.waiting import wait_for
-from test_main_job import digits, hpctrain, site, train
 
 pytestmark = pytest.mark.ranks(2)
-
-__all__ = ["digits", "site"]
 
 # Python reads this first: what a failing disk answers, from a moment on.
 FAILING_SYNC = """
@@ -78,12 +76,12 @@ def test_a_disk_that_cannot_sync(site: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "What was saved before is untouched; have the file system looked at" in message
     failed = int(message.partition("cannot save step ")[2].split()[0])
     (site / "fsync-fails").unlink()
-    saved = json.loads(hpctrain(site, 0, "status", "runs/digits", "--json").stdout)["step"]
+    saved = json.loads(here(site, "status", "runs/digits", "--json"))["step"]
     # One that got its name, and not the sync after it, is whole all the same.
     newest = max(int(path.name[-8:]) for path in (run / "checkpoints").glob("step-*"))
     assert saved <= newest <= failed
     assert newest >= 10
-    output = train(site, 2, f"training.max_steps={newest + 2}")
+    output = here(site, "run.toml", f"training.max_steps={newest + 2}")
     assert f"resumes from step {newest}" in output
 
 
@@ -92,15 +90,15 @@ def test_a_folder_that_is_removed_under_a_job(site: Path, what: str) -> None:
     run = site / "runs" / "digits"
     # At once: to delete it file by file would race with the job, which adds some.
     with once_saved(run, 10, lambda: (run / what).resolve().rename(site / "removed")):
-        output = train(site, 0, *LONG, code=74)
+        output = here(site, "run.toml", *LONG, code=74)
     message = only_message(output)
     assert "cannot save step" in message or "another job has taken over" in message
-    assert "from scratch" in train(site, 0, "training.max_steps=3")
+    assert "from scratch" in here(site, "run.toml", "training.max_steps=3")
 
 
 def test_a_folder_that_only_can_be_read(site: Path) -> None:
     run = site / "runs" / "digits"
-    train(site, 0, "training.max_epochs=1")
+    here(site, "run.toml", "training.max_epochs=1")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     mount = ["mount", "--bind", "-o", "ro", str(run), str(run)]
     if os.geteuid() == 0:
@@ -117,16 +115,16 @@ def test_a_folder_that_only_can_be_read(site: Path) -> None:
             subprocess.run(["umount", str(run)], check=True)
         else:
             run.chmod(0o700)
-    assert "resumes from step 23" in train(site, 2, "training.max_epochs=2")
+    assert "resumes from step 23" in here(site, "run.toml", "training.max_epochs=2")
 
 
 def test_a_checkpoint_of_a_newer_version(site: Path) -> None:
     """Nothing is begun on the one before it, which in the end would delete what is newer."""
-    train(site, 0, "training.max_epochs=2")
+    here(site, "run.toml", "training.max_epochs=2")
     meta = site / "runs/digits/checkpoints/step-00000046/meta.json"
     content = json.loads(meta.read_bytes()) | {"version": 99}
     meta.write_text(json.dumps(content), encoding="utf-8")
-    output = train(site, 0, "training.max_epochs=2", code=74)
+    output = here(site, "run.toml", "training.max_epochs=2", code=74)
     assert "format version 99" in output
     assert "update hpctrain" in only_message(output)
     assert meta.exists()

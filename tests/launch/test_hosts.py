@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.limits import JOB_SECONDS
+from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
 from helpers.waiting import wait_for
 
 from hpctrain.convert.digits import pack_digits
@@ -97,13 +97,13 @@ def name_hosts(hosts: Path, names: str) -> None:
         (hosts / f"hosts.{name}").write_text(table, encoding="utf-8")
 
 
-def mpich_on_both(hosts: Path) -> list[str]:
-    """Return MPICH's mpirun of two ranks on each host.
+def mpich_on_both(hosts: Path, each: int = 2) -> list[str]:
+    """Return MPICH's mpirun of some ranks on each host.
 
     hydra and MPI are told their interface: the names are for us to survive, not for them.
     """
     launch = ["mpirun", "-launcher", "ssh", "-launcher-exec", str(hosts / "enter.sh")]
-    return [*launch, "-iface", "eth0", "-hosts", "A:2,B:2", "-np", "4"]
+    return [*launch, "-iface", "eth0", "-hosts", f"A:{each},B:{each}", "-np", str(2 * each)]
 
 
 def open_mpi_on_both(hosts: Path, places: str, *options: str) -> list[str]:
@@ -129,16 +129,18 @@ def start_on_a(hosts: Path, *command: str, cwd: Path = ROOT) -> subprocess.Popen
 
 
 def start_on_both(
-    hosts: Path, names: str, *command: str, cwd: Path = ROOT
+    hosts: Path, names: str, *command: str, cwd: Path = ROOT, each: int = 2
 ) -> subprocess.Popen[str]:
-    """Start a command as two ranks on each host, from A."""
+    """Start a command as some ranks on each host, from A."""
     name_hosts(hosts, names)
-    return start_on_a(hosts, *mpich_on_both(hosts), *command, cwd=cwd)
+    return start_on_a(hosts, *mpich_on_both(hosts, each), *command, cwd=cwd)
 
 
-def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[int, str]:
-    """Run a command as two ranks on each host, started from A."""
-    with start_on_both(hosts, names, *command, cwd=cwd) as job:
+def on_both(
+    hosts: Path, names: str, *command: str, cwd: Path = ROOT, each: int = 2
+) -> tuple[int, str]:
+    """Run a command as some ranks on each host, started from A."""
+    with start_on_both(hosts, names, *command, cwd=cwd, each=each) as job:
         try:
             output, _ = job.communicate(timeout=JOB_SECONDS)
         finally:
@@ -148,9 +150,9 @@ def on_both(hosts: Path, names: str, *command: str, cwd: Path = ROOT) -> tuple[i
 
 @pytest.mark.parametrize("names", ["management", "unresolvable"])  # more of them below
 def test_ranks_meet_whatever_names_resolve_to(hosts: Path, names: str) -> None:
-    code, output = on_both(hosts, names, sys.executable, BODY)
+    code, output = on_both(hosts, names, sys.executable, BODY, each=1)
     assert code == 0, output
-    assert "passed 4 MPICH's mpirun gloo" in output
+    assert "passed 2 MPICH's mpirun gloo" in output
 
 
 def test_the_main_job_on_two_hosts(hosts: Path, tmp_path: Path) -> None:
@@ -276,9 +278,10 @@ def test_the_preflight_on_two_hosts(
 
 def test_a_rank_that_is_killed_on_the_other_host_is_named(hosts: Path) -> None:
     body = str(ROOT / "tests" / "mpi" / "standing.py")
-    code, output = on_both(hosts, "right", sys.executable, body, "3", "killed", "60")
+    limit = str(FOREVER_SECONDS)
+    code, output = on_both(hosts, "right", sys.executable, body, "1", "killed", limit, each=1)
     assert code != 0
-    assert "rank 3@B was killed" in output
+    assert "rank 1@B was killed" in output
     assert output.count("hpctrain: ") == 1
 
 

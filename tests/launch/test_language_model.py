@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.jobs import here, in_turn
+from helpers.launching import ROOT
+from helpers.runs import metrics
 from safetensors.numpy import load_file
-from test_main_job import ROOT, hpctrain, metrics
 
 from hpctrain.data import Writer
 
@@ -40,10 +42,11 @@ def test_a_tiny_language_model_learns_and_goes_on(site: Path) -> None:
     """With tied weights: one tensor in the checkpoint, two names in the model and the export; and
     with parameters that only one of the ranks has, from the middle on.
     """
-    hpctrain(site, 2, "lm.toml", *TINY, "training.max_steps=120")
     fsdp = [*TINY, "training.strategy=fsdp"]
-    hpctrain(site, 2, "lm.toml", *fsdp, "training.max_steps=140")
-    hpctrain(site, 2, "lm.toml", *fsdp, "training.max_steps=160")
+    parts = [(TINY, 120), (fsdp, 140), (fsdp, 160)]
+    jobs = [["lm.toml", *options, f"training.max_steps={steps}"] for options, steps in parts]
+    for ended in in_turn(site, 2, *jobs):
+        assert ended.code == 0, ended.output
     run = site / "runs" / "lm"
     losses = [record["loss"] for record in metrics(run, "train")]
     assert losses[0] == pytest.approx(5.5, abs=0.4)  # log 256: it knows nothing yet
@@ -52,6 +55,6 @@ def test_a_tiny_language_model_learns_and_goes_on(site: Path) -> None:
     assert final["bits_per_token"] < 4.6  # single bytes of this text have 4.6 bits or so
     assert final["bits_per_token"] == pytest.approx(final["loss"] / np.log(2), rel=1e-9)
 
-    hpctrain(site, 0, "ckpt", "export", "runs/lm", "lm.safetensors")
+    here(site, "ckpt", "export", "runs/lm", "lm.safetensors")
     weights = load_file(site / "lm.safetensors")
     assert np.array_equal(weights["head.weight"], weights["token_embedding.weight"])

@@ -3,83 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.jobs import Job, here, in_turn, train
 from helpers.limits import JOB_SECONDS
+from helpers.runs import losses, metrics, outcome
 from helpers.waiting import wait_for
 
-from hpctrain.convert.digits import pack_digits
+pytestmark = pytest.mark.ranks(3)
 
-pytestmark = pytest.mark.ranks(2)
-
-ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 23  # 1,438 digits in batches of 64
-
-# Metrics compare bit for bit, except for what a clock says.
-CLOCKED = {"seconds", "samples_per_second", "time"}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "digits"
-    pack_digits(folder)
-    return folder
-
-
-@pytest.fixture
-def site(tmp_path: Path, digits: Path) -> Path:
-    """A directory to start jobs in: the documented example and its data."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "digits").symlink_to(digits)
-    shutil.copy(ROOT / "configs" / "run.toml", tmp_path / "run.toml")
-    return tmp_path
-
-
-def command(ranks: int, *arguments: str) -> list[str]:
-    launcher = ["mpirun", "-np", str(ranks)] if ranks else []
-    return [*launcher, sys.executable, "-m", "hpctrain", *arguments]
-
-
-def hpctrain(
-    site: Path, ranks: int, *arguments: str, code: int = 0, timeout: float = JOB_SECONDS
-) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        command(ranks, *arguments),
-        cwd=site,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert result.returncode == code, f"{result.stdout}\n{result.stderr}"
-    return result
-
-
-def train(site: Path, ranks: int, *overrides: str, code: int = 0) -> str:
-    result = hpctrain(site, ranks, "run.toml", *overrides, code=code)
-    return result.stdout + result.stderr
-
-
-def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {key: value for key, value in record.items() if key not in CLOCKED}
-        for record in map(json.loads, lines)
-        if kind in (None, record["kind"])
-    ]
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run, "train")]
 
 
 def test_the_documented_run(site: Path) -> None:
@@ -99,7 +39,7 @@ def test_the_documented_run(site: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"config.toml", "log.txt", "metrics.jsonl", "metrics.csv", "exit.json"} <= names
     assert (run / "latest").read_text(encoding="utf-8").strip() == "step-00000276"
-    assert json.loads((run / "exit.json").read_text(encoding="utf-8"))["code"] == 0
+    assert outcome(run)["code"] == 0
     assert len(list((run / "checkpoints").iterdir())) in (3, 4)  # the last three and the best
 
     assert "\r" not in output
@@ -114,76 +54,39 @@ def test_the_documented_run(site: Path) -> None:
     assert "max_epochs" in again
     assert metrics(run, "train") == trained
 
-    status = hpctrain(site, 0, "status", "runs/digits").stdout
+    status = here(site, "status", "runs/digits")
     assert "complete" in status
     assert "276" in status
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true"])
-def test_the_same_losses_at_any_world_size(site: Path, precision: str) -> None:
-    """3 and 16 divide neither batch nor lanes; one process runs without any launcher."""
-    curves, accuracies = {}, {}
-    for ranks in (0, 3, 16) if precision == "64-true" else (0, 3):
-        train(
-            site,
-            ranks,
-            f"run.name=at-{ranks}",
-            f"training.precision={precision}",
-            "training.max_epochs=1",
-            "data.micro_batch_size=7",
-            "logging.every_steps=1",
-        )
-        run = site / "runs" / f"at-{ranks}"
-        curves[ranks] = losses(run)
-        accuracies[ranks] = metrics(run, "evaluation")[-1]["accuracy"]
-    alone = curves.pop(0)
-    assert len(alone) == EPOCH_STEPS
-    for curve in curves.values():
-        if precision == "64-true":
-            assert curve == pytest.approx(alone, rel=1e-9, abs=1e-9)
-        else:
-            assert curve[0] == pytest.approx(alone[0], rel=1e-5)
-    assert max(accuracies.values()) - min(accuracies.values()) <= 0.005
+@pytest.mark.ranks(9)
+def test_the_same_losses_at_any_world_size(site: Path) -> None:
+    """3 and 9 divide neither batch nor lanes, and there are 8 shards; one has no launcher."""
 
+    def jobs(ranks: int, *precisions: str) -> list[list[str]]:
+        options = ["training.max_epochs=1", "data.micro_batch_size=7", "logging.every_steps=1"]
+        names = [(precision, f"run.name={precision}-{ranks}") for precision in precisions]
+        return [["run.toml", name, f"training.precision={each}", *options] for each, name in names]
 
-class Job:
-    """A job that is interrupted while it runs."""
+    both = ("32-true", "64-true")
+    for job in jobs(0, *both):
+        here(site, *job)
+    for ranks, precisions in ((3, both), (9, both[1:])):
+        for ended in in_turn(site, ranks, *jobs(ranks, *precisions)):
+            assert ended.code == 0, ended.output
 
-    def __init__(self, site: Path, ranks: int, *overrides: str) -> None:
-        self.process = subprocess.Popen(
-            command(ranks, "run.toml", *overrides),
-            cwd=site,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def curve(precision: str, ranks: int) -> list[float]:
+        return losses(site / "runs" / f"{precision}-{ranks}")
 
-    def wait(self) -> tuple[int, str]:
-        try:
-            output, _ = self.process.communicate(timeout=JOB_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise
-        return self.process.returncode, output
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-@pytest.fixture
-def start(site: Path) -> Iterator[Any]:
-    jobs: list[Job] = []
-
-    def start(ranks: int, *overrides: str) -> Job:
-        jobs.append(Job(site, ranks, *overrides))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
+    assert len(curve("64-true", 0)) == len(curve("32-true", 0)) == EPOCH_STEPS
+    for ranks in (3, 9):
+        expected = pytest.approx(curve("64-true", 0), rel=1e-9, abs=1e-9)
+        assert curve("64-true", ranks) == expected
+    assert curve("32-true", 3)[0] == pytest.approx(curve("32-true", 0)[0], rel=1e-5)
+    for precision, worlds in (("32-true", (0, 3)), ("64-true", (0, 3, 9))):
+        runs = [site / "runs" / f"{precision}-{ranks}" for ranks in worlds]
+        accuracies = [metrics(run, "evaluation")[-1]["accuracy"] for run in runs]
+        assert max(accuracies) - min(accuracies) <= 0.005
 
 
 def reached(run: Path, step: int) -> bool:
@@ -192,7 +95,7 @@ def reached(run: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Any, ranks: int) -> None:
+def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Callable[..., Job], ranks: int) -> None:
     """Stopped anywhere and started again, the metrics are those of an uninterrupted run."""
     common = ["scheduler.use=constant", "logging.every_steps=1"]
     common += [f"data.micro_batch_size={24 // ranks}"]  # several passes a step
@@ -203,29 +106,26 @@ def test_ctrl_c_and_back_is_bit_for_bit(site: Path, start: Any, ranks: int) -> N
     code, output = job.wait()
     assert code == 75, output
     assert "Traceback" not in output
-    outcome = json.loads((stopped / "exit.json").read_text(encoding="utf-8"))
-    assert outcome["code"] == 75
+    ended = outcome(stopped)
+    assert ended["code"] == 75
 
-    common += [f"training.max_epochs={outcome['step'] // EPOCH_STEPS + 1}"]
-    train(site, ranks, "run.name=whole", *common)
-    output = train(site, ranks, "run.name=stopped", *common)
-    assert f"step {outcome['step']}" in output
+    common += [f"training.max_epochs={ended['step'] // EPOCH_STEPS + 1}"]
+    whole, again = in_turn(
+        site, ranks, *(["run.toml", f"run.name={name}", *common] for name in ("whole", "stopped"))
+    )
+    assert (whole.code, again.code) == (0, 0), whole.output + again.output
+    assert f"step {ended['step']}" in again.output
     assert metrics(stopped) == metrics(site / "runs" / "whole")
 
 
-def test_killed_and_resumed_at_another_world_size(site: Path, start: Any) -> None:
+def test_killed_and_resumed_at_another_world_size(site: Path, start: Callable[..., Job]) -> None:
     """A killed rank ends the job; the next start goes on, with other ranks, on the same batches."""
     common = ["training.max_epochs=3", "logging.every_steps=1", "training.precision=64-true"]
-    train(site, 0, "run.name=whole", *common)
+    here(site, "run.toml", "run.name=whole", *common)
     job = start(3, "run.name=killed", *common, "checkpoint.every_steps=5")
     killed = site / "runs" / "killed"
     wait_for(lambda: reached(killed, 30))
-    victim = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdecimal() and _is_rank(entry, "run.name=killed", "2")
-    ]
-    os.kill(victim[0], signal.SIGKILL)
+    job.signal_rank(2, signal.SIGKILL)
     code, _ = job.wait()
     assert code != 0
 
@@ -239,17 +139,8 @@ def test_killed_and_resumed_at_another_world_size(site: Path, start: Any) -> Non
     assert losses(killed)[compared] == pytest.approx(losses(whole)[compared], rel=1e-9, abs=1e-9)
 
 
-def _is_rank(entry: Path, words: str, rank: str) -> bool:
-    try:
-        environment = (entry / "environ").read_bytes().split(b"\0")
-        arguments = (entry / "cmdline").read_bytes()
-    except OSError:
-        return False
-    return words.encode() in arguments and f"PMI_RANK={rank}".encode() in environment
-
-
-def test_two_jobs_never_share_a_folder(site: Path, start: Any) -> None:
-    first = start(2, "training.max_epochs=1000")
+def test_two_jobs_never_share_a_folder(site: Path, start: Callable[..., Job]) -> None:
+    first = start(0, "training.max_epochs=1000")
     wait_for((site / "runs" / "digits" / "metrics.jsonl").exists)
     output = train(site, 2, code=74)
     assert "another job trains in runs/digits (process " in output
@@ -267,29 +158,28 @@ def test_a_mistake_is_told_once(site: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_a_mistake_that_only_an_import_shows(site: Path) -> None:
-    output = train(site, 2, "model.chanels=3", "optimizer.learning_rate=3", code=78)
-    assert "model.chanels" in output
-    assert "optimizer.learning_rate" in output
-    assert output.count("mistakes") == 1
+MISTAKES = {
+    "model.chanels=3 optimizer.learning_rate=3": (78, ["model.chanels", "optimizer.learning_rate"]),
+    "task.target=lable": (65, ['Did you mean "label"?']),
+    "data.lanes=1": (78, ["data.lanes"]),
+    "data.global_batch_size=2000": (65, ["1438"]),
+    "checkpoint.keep_best=acuracy": (78, ["did you mean accuracy?"]),
+    "data.train=damaged": (65, ["shard-000002.h5"]),
+}
+"""What only an import or the data show, the exit code, and what is said."""
 
 
-@pytest.mark.parametrize(
-    ("override", "code", "words"),
-    [
-        ("task.target=lable", 65, 'Did you mean "label"?'),
-        ("data.lanes=1", 78, "data.lanes"),
-        ("data.global_batch_size=2000", 65, "1438"),
-        ("checkpoint.keep_best=acuracy", 78, "did you mean accuracy?"),
-    ],
-)
-def test_a_mistake_that_only_the_data_show(
-    site: Path, override: str, code: int, words: str
-) -> None:
-    output = train(site, 2, override, "data.micro_batch_size=1", code=code)
-    assert words in output
-    assert output.count("hpctrain: error") == 1
-    assert "Traceback" not in output
+def test_a_mistake_that_shows_later_is_told_once_too(site: Path, digits: Path) -> None:
+    shutil.copytree(digits / "train", site / "damaged")
+    shard = site / "damaged" / "shard-000002.h5"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    lines = [["run.toml", "data.micro_batch_size=1", *mistakes.split()] for mistakes in MISTAKES]
+    for ended, (code, words) in zip(in_turn(site, 2, *lines), MISTAKES.values(), strict=True):
+        assert ended.code == code, ended.output
+        for word in words:
+            assert word in ended.output
+        assert ended.output.count("hpctrain: error") == 1, ended.output
+        assert "Traceback" not in ended.output
 
 
 OWN_MODULE = """
@@ -328,7 +218,7 @@ def test_own_model_schedule_and_optimizer(site: Path) -> None:
     config = config.replace('use = "cosine"', 'use = "mine:decay"\npower = 1.5')
     config = config.replace('use = "adamw"', 'use = "torch.optim:RMSprop"')
     (site / "run.toml").write_text(config, encoding="utf-8")
-    output = train(site, 2, "training.max_epochs=2")
+    output = here(site, "run.toml", "training.max_epochs=2")
     assert "mine:Net" in output
     evaluations = metrics(site / "runs" / "digits", "evaluation")
     assert evaluations[1]["loss"] < evaluations[0]["loss"]
@@ -341,22 +231,12 @@ def test_a_failing_rank_tells_its_story_once_and_ends_the_job(site: Path) -> Non
     (site / "run.toml").write_text(
         config.replace('use = "convnet"', 'use = "mine:Broken"'), encoding="utf-8"
     )
-    output = train(site, 3, code=70)
+    output = train(site, 2, code=70)
     assert output.count("ValueError: the second rank is unwell") == 1
     assert "rank 1@" in output
     report = json.loads((site / "runs/digits/crash-rank-1.json").read_text(encoding="utf-8"))
     assert report["code"] == 70
-    assert json.loads((site / "runs/digits/exit.json").read_text(encoding="utf-8"))["code"] == 70
-
-
-def test_damaged_data_end_the_job_with_the_shard_named(site: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(site / "data" / "digits", copy)
-    shard = sorted((copy / "train").glob("*.h5"))[2]
-    shard.write_bytes(shard.read_bytes()[:-100])
-    output = train(site, 2, f"data.train={copy}/train", code=65)
-    assert shard.name in output
-    assert output.count("hpctrain: error") == 1
+    assert outcome(site / "runs" / "digits")["code"] == 70
 
 
 def test_without_mpi_under_torchrun(site: Path) -> None:
@@ -379,37 +259,37 @@ def test_without_mpi_under_torchrun(site: Path) -> None:
 def test_a_run_goes_on_from_where_it_is_told(site: Path) -> None:
     """From a named checkpoint, or from none: what was beyond it is put aside, not mixed in."""
     common = ["training.max_epochs=3", "logging.every_steps=1"]
-    train(site, 0, *common)
+    here(site, "run.toml", *common)
     run = site / "runs" / "digits"
     whole = metrics(run)
     named = f"runs/digits/checkpoints/step-{EPOCH_STEPS:08d}"
-    output = train(site, 0, *common, f"checkpoint.resume={named}")
+    output = here(site, "run.toml", *common, f"checkpoint.resume={named}")
     assert f"resumes from step {EPOCH_STEPS}" in output
     assert metrics(run) == whole
     assert sorted(path.name for path in (run / "checkpoints-old-1").iterdir()) == [
         f"step-{2 * EPOCH_STEPS:08d}",
         f"step-{3 * EPOCH_STEPS:08d}",
     ]
-    output = train(site, 0, *common, "checkpoint.resume=never")
+    output = here(site, "run.toml", *common, "checkpoint.resume=never")
     assert "from scratch" in output
     assert metrics(run) == whole
 
 
 def test_a_checkpoint_of_another_model_is_refused(site: Path) -> None:
-    train(site, 0, "training.max_epochs=1")
-    output = train(site, 0, "training.max_epochs=2", "model.widths=[16, 32]", code=74)
+    here(site, "run.toml", "training.max_epochs=1")
+    output = here(site, "run.toml", "training.max_epochs=2", "model.widths=[16, 32]", code=74)
     assert "is of another model" in output
     assert "of another shape" in output
     assert (site / "runs/digits/checkpoints" / f"step-{EPOCH_STEPS:08d}").exists()
 
 
 def test_a_broken_checkpoint_is_skipped_in_words(site: Path) -> None:
-    train(site, 0, "training.max_epochs=2")
+    here(site, "run.toml", "training.max_epochs=2")
     newest = site / "runs/digits/checkpoints" / f"step-{2 * EPOCH_STEPS:08d}"
     content = bytearray((newest / "model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "model.safetensors").write_bytes(content)
-    output = train(site, 0, "training.max_epochs=2")
+    output = here(site, "run.toml", "training.max_epochs=2")
     assert "skipped" in output
     assert newest.name in output
     assert f"resumes from step {EPOCH_STEPS}" in output

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from open_mpi_4 import FOLDER, LIBRARY, ranks_of_open_mpi_4
-from slurm import Lab
-from test_mpis import BODIES
+from helpers.launching import BODIES
+from helpers.open_mpi_4 import FOLDER, LIBRARY, ranks_of_open_mpi_4
+from helpers.slurm import Lab
 
 pytestmark = pytest.mark.ranks(2)
 

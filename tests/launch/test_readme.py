@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from helpers.jobs import here
 from helpers.limits import JOB_SECONDS
 from PIL import Image
 
@@ -92,7 +93,7 @@ def test_own_data(site: Path) -> None:
         config, "model", '[model]\nuse = "mlp"\nin_features = 64\nout_features = 2\n'
     )
     (site / "run.toml").write_text(config, encoding="utf-8")
-    assert "501 samples in 2 shards" in train(site, "run.toml", "training.max_epochs=1")
+    assert "501 samples in 2 shards" in here(site, "run.toml", "training.max_epochs=1")
 
 
 def test_writing_data(site: Path) -> None:

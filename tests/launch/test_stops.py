@@ -7,12 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.jobs import Job, here, train_in_turn
+from helpers.runs import last_step, metrics, outcome
+from helpers.slow_sites import make_slow_site
 from helpers.waiting import wait_for
-from test_batch import Job, digits, last_step, metrics, outcome, site, start, status
 
 pytestmark = pytest.mark.ranks(2)
 
-__all__ = ["digits", "site", "start"]  # fixtures
+
+@pytest.fixture
+def site(tmp_path: Path, digits: Path) -> Path:
+    return make_slow_site(tmp_path, digits)
+
 
 # What a slow file system does to a run, where a file says so: one piece of data, or one file of a
 # checkpoint, at a time.
@@ -64,8 +70,6 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     # The memory for reading ahead holds one batch: every step waits for its data.
     common = ["training.max_epochs=4", "data.buffer_mb=0.1", "training.evaluate_every_epochs=0"]
     common += ["checkpoint.keep_best_mode=max"]
-    code, output = start(2, *common, "run.name=whole").wait()
-    assert code == 0, output
     run = site / "runs" / "digits"
 
     (site / "slow-data").touch()
@@ -91,8 +95,7 @@ def test_a_stop_while_waiting_for_data_and_while_saving(
     assert not list((run / "checkpoints").glob(".*"))
     (site / "slow-save").unlink()
 
-    code, output = start(2, *common).wait()
-    assert code == 0, output
+    train_in_turn(site, 2, [*common, "run.name=whole"], common)
     assert outcome(run)["tries"] == 3
     assert metrics(run) == metrics(site / "runs" / "whole")
 
@@ -109,4 +112,4 @@ def test_a_stop_while_the_model_is_compiled(site: Path, start: Callable[..., Job
     code, output = job.wait()
     assert code == 75, output
     assert outcome(run)["reason"] == "stopped by SIGTERM before the first step"
-    assert status(site) == 1
+    here(site, "status", "runs/digits", "--exit-code", code=1)

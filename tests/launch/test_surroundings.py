@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.launching import mpirun_command, mpirun_environment
 from helpers.limits import JOB_SECONDS
-from launching import mpirun_command, mpirun_environment
-from slurm import Lab
+from helpers.slurm import Lab
 
 pytestmark = pytest.mark.ranks(2)
 

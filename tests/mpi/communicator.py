@@ -1,14 +1,27 @@
-"""Run on every rank: the control plane behaves the same over MPI, over a store and alone."""
+"""Run on every rank: the control plane behaves the same over MPI, over a store and alone.
+
+communicator.py             in a whole world
+communicator.py hold        after waiting for the end of stdin
+communicator.py messages    without a process group, and so without torch
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import hpctrain
+from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import DatasetError, HpctrainError
-from hpctrain.launch.world import World
+from hpctrain.launch.failure import guard
+from hpctrain.launch.world import control_plane, gathering
 from hpctrain.topology import raise_together
+
+World = Any
 
 
 def check_messages(world: World) -> None:
@@ -55,8 +68,19 @@ def check_each_rank_fails_in_turn(world: World) -> None:
         assert str(error) == "the same everywhere"
 
 
+@contextmanager
+def without_a_process_group() -> Iterator[World]:
+    with (
+        control_plane() as (topology, communicator),
+        guard(topology) as keeper,
+        gathering(topology, communicator, LaunchSection(), keeper),
+    ):
+        yield SimpleNamespace(topology=topology, communicator=communicator, backend=None)
+
+
 def main() -> None:
-    with hpctrain.connect() as world:
+    only_messages = sys.argv[1:] == ["messages"]
+    with without_a_process_group() if only_messages else hpctrain.connect() as world:
         if sys.argv[1:] == ["hold"]:  # for tests that have something else to do meanwhile
             print("met", flush=True)
             sys.stdin.read()

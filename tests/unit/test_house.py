@@ -90,3 +90,11 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     }
     assert packed == there
     assert "hpctrain/batch/templates/slurm.sh.j2" in packed
+
+
+def test_no_test_imports_from_another() -> None:
+    """What they share is in tests/helpers, or a file could not be moved, or run by itself."""
+    imported = re.compile(r"^\s*(?:from|import) (?:[\w.]+\.)?test_\w+", re.MULTILINE)
+    paths = list((ROOT / "tests").rglob("*.py"))
+    assert len(paths) > 100
+    assert [str(path) for path in paths if imported.search(path.read_text("utf-8"))] == []

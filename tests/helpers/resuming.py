@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-BODIES = Path(__file__).parents[1] / "mpi"
+from helpers.launching import BODIES
+
 sys.path.append(str(BODIES))
 
-from resume_cases import (  # noqa: E402
+from resume_cases import (
     MODELS,
     OPTIMIZERS,
     PRECISIONS,
@@ -39,7 +40,7 @@ _USUAL = {axis: AXES[axis][0] for axis in ("scheduler", "model", "optimizer")}
 _SEEN = 700
 
 # A model this small only waits for its threads, and more so where other tests run as well.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def every_case() -> list[Case]:
@@ -75,30 +76,33 @@ def _pairs(case: Case) -> set[tuple[tuple[str, str], ...]]:
     return set(itertools.combinations(case.items(), 2))
 
 
+def case_lines(cases: Sequence[Case]) -> list[str]:
+    """Return cases as arguments of tests/mpi/resume_cases.py; the ranks are those that run it."""
+    return [
+        json.dumps({key: value for key, value in case.items() if key != "ranks"}) for case in cases
+    ]
+
+
+def found_cases(output: str) -> list[dict[str, str | None]]:
+    """Return the cases of its output, each with "difference": None, or what differs."""
+    lines = [line for line in output.splitlines() if line.startswith("case ")]
+    return [json.loads(line.removeprefix("case ")) for line in lines]
+
+
 def run_cases(
     folder: Path, ranks: str, cases: Sequence[Case], timeout: float
 ) -> list[dict[str, str | None]]:
-    """Run cases of one number of ranks; return each with "difference": None, or what differs."""
-    texts = [
-        json.dumps({key: value for key, value in case.items() if key != "ranks"}) for case in cases
-    ]
+    """Run cases of one number of ranks, and return what becomes of them."""
+    body = [sys.executable, str(BODIES / "resume_cases.py"), str(folder), *case_lines(cases)]
     result = subprocess.run(
-        [
-            "mpirun",
-            "-np",
-            ranks,
-            sys.executable,
-            str(BODIES / "resume_cases.py"),
-            str(folder),
-            *texts,
-        ],
+        ["mpirun", "-np", ranks, *body],
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
-        env=ONE_THREAD,
+        env=os.environ | ONE_THREAD,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    found = [line for line in result.stdout.splitlines() if line.startswith("case ")]
+    found = found_cases(result.stdout)
     assert len(found) == len(cases), result.stdout + result.stderr
-    return [json.loads(line.removeprefix("case ")) for line in found]
+    return found

@@ -12,11 +12,13 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
 from helpers.limits import JOB_SECONDS
+from helpers.ports import free_ports
 from helpers.waiting import wait_for
 
 NODES = ("n1", "n2")
@@ -55,7 +57,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=10
+PartitionName=debug Nodes=ALL Default=YES MaxTime=600
 """
 
 ISOLATED = ("--mount", "--uts", "--ipc", "--pid", "--mount-proc", "--kill-child")
@@ -246,12 +248,3 @@ class Lab:
             daemon.kill()
             daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return different ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("", 0))
-        return [item.getsockname()[1] for item in sockets]
