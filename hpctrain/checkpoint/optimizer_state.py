@@ -34,7 +34,7 @@ OWN = "optimizer-own/"
 """Begins the names of tensors of an optimizer that belong to no parameter."""
 
 Facts = Callable[[Tensor], Mapping[str, Json]]
-Place = Callable[[Tensor, Mapping[str, Json]], Tensor]
+Placement = Callable[[Tensor, Mapping[str, Json]], Tensor]
 
 # Set before each step, or what a group consists of.
 _NOT_LEARNED = {"params", "param_names", "lr", "lr_factor", "initial_lr"}
@@ -188,7 +188,7 @@ class OptimizerState:
 
         return facts
 
-    def _place(self, parameter: Tensor | None) -> Place:
+    def _place(self, parameter: Tensor | None) -> Placement:
         """Return what puts a saved tensor where the optimizer had it."""
 
         def place(tensor: Tensor, facts: Mapping[str, Json]) -> Tensor:
@@ -362,7 +362,7 @@ class _LearnedGroups:
         names: Mapping[Tensor, str],
         saved: list[Json],
         tensors: Mapping[str, Tensor],
-        place: Place,
+        place: Placement,
     ) -> None:
         """Give each group what the one that its parameters were in had learned.
 
@@ -396,7 +396,7 @@ class _LearnedGroups:
         learned: Mapping[str, Json],
         changed: Mapping[str, list[Json]],
         tensors: Mapping[str, Tensor],
-        place: Place,
+        place: Placement,
     ) -> None:
         # A run that returns to a checkpoint forgets what it has learned since.
         for key in [key for key in group if key not in _NOT_LEARNED]:
