@@ -7,8 +7,10 @@ told; where several of them would train alone, each as if it were the only one, 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 Environment = Mapping[str, str]
 
@@ -80,6 +82,24 @@ def alone_in(
         "hpctrain ...",
         is_refused=False,
     )
+
+
+def other_hosts(env: Environment) -> list[str]:
+    """Return the hosts of this process's step or job but its own; empty where they are not told."""
+    hosts = expand(env.get("SLURM_STEP_NODELIST", ""))
+    if not hosts:
+        found = _allocation(env, read_text)
+        hosts = () if found is None else found.hosts
+    own = {_short(env.get("SLURMD_NODENAME", "")), _short(socket.gethostname())}
+    return [host for host in hosts if _short(host) not in own]
+
+
+def read_text(path: str) -> str:
+    """Return the content of a file; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _in_a_step(

@@ -8,7 +8,7 @@ they are at, such as that they wait in MPI_Init.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from hpctrain.launch.ancestry import names_of
 from hpctrain.launch.table import Launcher
 from hpctrain.utils.proc import PROC, ancestors, parent_of
-from hpctrain.utils.text import listed
+from hpctrain.utils.text import listed, ranges
 
 IN_MPI_INIT = "hpctrain-in-mpi-init"
 
@@ -80,8 +80,17 @@ def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:
     return ranks
 
 
-def tell_missing(ranks: Mapping[int, Seen], world_size: int | None, seconds: float) -> str:
-    """Return a message that names who has not come to MPI_Init, as far as this node shows."""
+def tell_missing(
+    ranks: Mapping[int, Seen], world_size: int | None, seconds: float, elsewhere: Sequence[str] = ()
+) -> str:
+    """Return a message that names who has not come to MPI_Init, as far as this node shows.
+
+    Args:
+        ranks: of this node.
+        world_size: number of all ranks, where the launcher tells it.
+        seconds: limit that has passed.
+        elsewhere: the job's other hosts, where they are known.
+    """
     began = f"MPI_Init has not come back within {seconds:.0f} s"
     missing = {rank: seen for rank, seen in sorted(ranks.items()) if not seen.is_waiting}
     if missing:
@@ -91,9 +100,12 @@ def tell_missing(ranks: Mapping[int, Seen], world_size: int | None, seconds: flo
             "that one mpirun starts have to."
         )
     if ranks and world_size is not None and len(ranks) < world_size:
+        others = ranges(sorted(set(range(world_size)) - ranks.keys()))
+        where = f" on {listed(elsewhere, _SHOWN)}" if elsewhere else ""
         return (
-            f"{began}: the {len(ranks)} ranks of this node wait in it, so that one of the other "
-            f"{world_size - len(ranks)} has not called it, or the network does not let them meet."
+            f"{began}: the {len(ranks)} ranks of this node wait in it, so that one of ranks "
+            f"{listed(others, _SHOWN)}{where} has not called it, or the network does not let them "
+            "meet."
         )
     return f"{began}: some rank has not called it, or the network does not let them meet."
 

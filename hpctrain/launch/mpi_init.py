@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,9 @@ def _last_words(claim: Claim, seconds: float, asked: str | None) -> str | None:
         time.sleep(2 * _HEAD_START_SECONDS)
     elif len(waiting) == len(ranks) > 0:
         time.sleep(_HEAD_START_SECONDS)  # another node knows more
-    return tell_missing(ranks, claim.world_size, seconds)
+    from hpctrain.launch.allocation import other_hosts  # only needed here
+
+    return tell_missing(ranks, claim.world_size, seconds, other_hosts(os.environ))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
+from hpctrain.launch.allocation import alone_in, read_text
 from hpctrain.launch.ancestry import names_of
 from hpctrain.launch.arrivals import mark, marks_of
 from hpctrain.launch.launchers import Environment, launchers_in
@@ -47,11 +48,9 @@ def look_around_alone() -> None:
     Raises:
         LaunchError: if others like it would train alone beside it.
     """
-    from hpctrain.launch.allocation import alone_in  # not where a launcher has started this
-
     step = next((row for row in launchers_in(os.environ) if row.name == "srun"), None)
     is_shells = shell_above(step) is not None
-    found = alone_in(os.environ, socket.gethostname(), _read, is_shells=is_shells)
+    found = alone_in(os.environ, socket.gethostname(), read_text, is_shells=is_shells)
     if found is None:
         return
     if found.is_refused:
@@ -127,7 +126,7 @@ def is_login_node(env: Environment, proc: Path = PROC) -> bool:
     ):
         return False
     # One that came by ssh into an allocation has no variables.
-    return _GROUP_OF_A_JOB.search(_read(str(proc / "self" / "cgroup"))) is None
+    return _GROUP_OF_A_JOB.search(read_text(str(proc / "self" / "cgroup"))) is None
 
 
 def rank_above(launcher: Launcher, proc: Path = PROC) -> int | None:
@@ -135,7 +134,9 @@ def rank_above(launcher: Launcher, proc: Path = PROC) -> int | None:
     for pid in ancestors(proc=proc):
         if launcher.processes & {*names_of(pid, proc)}:
             return None
-        if RANK in marks_of(pid, proc) or "/mpi4py/MPI." in _read(str(proc / str(pid) / "maps")):
+        if RANK in marks_of(pid, proc) or "/mpi4py/MPI." in read_text(
+            str(proc / str(pid) / "maps")
+        ):
             return pid
     return None
 
@@ -155,7 +156,7 @@ def shell_above(launcher: Launcher | None, proc: Path = PROC) -> int | None:
 
 def _is_interactive(pid: int, proc: Path) -> bool:
     """Return whether a process is a shell at a terminal that runs no script."""
-    words = _read(str(proc / str(pid) / "cmdline")).rstrip("\0").split("\0")
+    words = read_text(str(proc / str(pid) / "cmdline")).rstrip("\0").split("\0")
     if not _SHELL.fullmatch(Path(words[0]).name):
         return False
     if any(not word.startswith("-") or word == "-c" for word in words[1:]):
@@ -179,13 +180,6 @@ def _unset(env: Environment) -> str:
 
 def _is_there(sign: str, env: Environment) -> bool:
     return Path(sign).exists() if sign.startswith("/") else bool(env.get(sign))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _note(text: str) -> None:

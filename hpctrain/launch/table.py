@@ -175,6 +175,19 @@ LAUNCHERS = (
         tells_size=False,
         fix="load the site's Cray MPICH or MPICH module, and its mpi4py or MPI4PY_LIBMPI",
     ),
+    # Cray's ALPS on XC and XE systems tells the rank alone, and PMI by files.
+    # Source: libfabric, prov/gni/test; HPX, its parcelport's variables. Not seen on a cluster.
+    Launcher(
+        name="alps",
+        label="aprun",
+        markers=("ALPS_APP_PE",),
+        rank=("ALPS_APP_PE",),
+        world_size=(),
+        mpi_families=MPICH_ABI,
+        processes=frozenset({"apinit"}),
+        tells_size=False,
+        fix="load the site's Cray MPICH module, and its mpi4py or MPI4PY_LIBMPI",
+    ),
     # PRRTE's own prterun and prun: PMIx without Open MPI's variables.
     Launcher(
         name="prrte",

@@ -336,3 +336,59 @@ def test_a_daemon_on_the_other_host_that_is_killed(hosts: Path, tmp_path: Path) 
     assert ended["code"] == 69, output
     assert re.match(r"prted \(process \d+ on B\), which had started rank 1, was", ended["reason"])
     assert f"hpctrain: {ended['reason']}" in (run / "log.txt").read_text(encoding="utf-8")
+
+
+# The first world loses a rank; each host's agent counts its own restarts.
+RESTARTED = """
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import hpctrain
+
+with hpctrain.connect() as world:
+    if world.topology.rank == 1 and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = torch.ones(1)
+    distributed.all_reduce(total)
+    print("rank", world.topology.rank, "sum", int(total), flush=True)
+"""
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_restarts_over_agents_of_two_hosts(hosts: Path, tmp_path: Path, rendezvous: str) -> None:
+    """The second world is that of the second processes, whatever the first has left behind."""
+    name_hosts(hosts, "right")
+    (tmp_path / "loop.py").write_text(RESTARTED, encoding="utf-8")
+    meet = {
+        "static": "--node-rank $(hostname | tr AB 01) --master-addr 10.77.0.1 --master-port 29511",
+        "c10d": "--rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29512 --rdzv-id x",
+    }[rendezvous]
+    agent = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
+    command = f"GLOO_SOCKET_IFNAME=eth0 {agent} --max-restarts 2 {meet} loop.py"
+    agents = [
+        subprocess.Popen(
+            [str(hosts / "enter.sh"), host, command],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in HOSTS
+    ]
+    try:
+        outputs = [agent.communicate(timeout=JOB_SECONDS)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    said = [line for output in outputs for line in output.splitlines()]
+    assert sorted(line for line in said if line.startswith("rank ")) == [
+        "rank 0 sum 2",
+        "rank 1 sum 2",
+    ]
+    assert "met another world" not in "".join(outputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 from helpers.environments import recorded
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.allocation import alone_in, expand
+from hpctrain.launch.allocation import alone_in, expand, other_hosts
+from hpctrain.launch.arrivals import IN_MPI_INIT, Seen, tell_missing
 from hpctrain.launch.launchers import detect
 from hpctrain.launch.surroundings import is_login_node
 
@@ -127,3 +129,19 @@ def test_login_nodes(changes: dict[str, str], group: str, expected: bool, tmp_pa
     (tmp_path / "sbatch").chmod(0o755)
     env = {"PATH": str(tmp_path), "SLURM_CONF": "/opt/slurm.conf"} | changes
     assert is_login_node(env, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (
+            {"SLURM_STEP_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n1"},
+            "one of ranks 2 to 3 on n2, n3 has",
+        ),
+        ({"LSB_JOBID": "7", "LSB_MCPU_HOSTS": f"{socket.gethostname()} 2 b9 2"}, "to 3 on b9 has"),
+        ({}, "one of ranks 2 to 3 has not called it"),
+    ],
+)
+def test_who_is_missing_on_other_hosts_is_named(env: dict[str, str], words: str) -> None:
+    waiting = {rank: Seen(rank, "python", frozenset({IN_MPI_INIT})) for rank in (0, 1)}
+    assert words in tell_missing(waiting, 4, 300, other_hosts(env))

@@ -37,6 +37,7 @@ CLAIMS = {
     "jsrun": ("jsrun", 7, 12, 1, 6),
     "pals": ("pals", 5, 8, 1, 4),
     "pals-without-pmi": ("pals", 5, None, 1, 4),
+    "aprun": ("alps", 5, None, None, None),
     "flux": ("flux", 6, 8, 2, None),
     "srun-pmi2": ("srun", 3, 4, 1, None),
     "srun-pmi2-cyclic": ("srun", 2, 4, 1, None),
