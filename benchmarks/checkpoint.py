@@ -46,7 +46,7 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.horizon import Place
 from hpctrain.training.snapshot import capture
 from hpctrain.training.step.train_step import TrainStep

@@ -150,9 +150,7 @@ def _world(wishes: Wishes) -> Any:
     """Return a world of one on the device."""
     import torch
 
-    from hpctrain.launch.discovery import Node, place
-    from hpctrain.launch.single import SingleCommunicator
-    from hpctrain.launch.world import World
+    from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 
     device = torch.device("cuda", 0) if wishes.device == "cuda" else torch.device("cpu")
     return World(

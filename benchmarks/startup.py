@@ -51,7 +51,7 @@ PARTS = """
 import time
 from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.failure import guard
-from hpctrain.launch.world import control_plane, gathering, process_group
+from hpctrain.launch.process_group import control_plane, gathering, process_group
 began = time.time()
 section = LaunchSection(device="cpu")
 with control_plane() as (topology, communicator), guard(topology) as keeper:

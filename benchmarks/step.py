@@ -32,7 +32,7 @@ from torch import Tensor
 
 import hpctrain
 from hpctrain.batch.stop import StopAgreement
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
 from hpctrain.training.horizon import Cadence, Place

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
 
 STEPS, LOG_EVERY, TOTAL_STEPS = 50, 10, 10**6

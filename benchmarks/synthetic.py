@@ -12,7 +12,7 @@ from hpctrain.config import Config
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.data.loading.loader import Batch
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.assembly import Parts, build_parts
 from hpctrain.training.components import resolve_components
 from hpctrain.training.horizon import Horizon

@@ -12,7 +12,7 @@ from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from hpctrain.config.validate import load as load_config
-    from hpctrain.launch.world import World, connect
+    from hpctrain.launch.process_group import World, connect
     from hpctrain.training.language_modeling import LanguageModeling
     from hpctrain.training.regression import Regression
     from hpctrain.training.task import Classification, Task
@@ -33,8 +33,8 @@ _HOMES = {
     "LanguageModeling": "hpctrain.training.language_modeling:LanguageModeling",
     "Regression": "hpctrain.training.regression:Regression",
     "Task": "hpctrain.training.task:Task",
-    "World": "hpctrain.launch.world:World",
-    "connect": "hpctrain.launch.world:connect",
+    "World": "hpctrain.launch.process_group:World",
+    "connect": "hpctrain.launch.process_group:connect",
     "load_config": "hpctrain.config.validate:load",
 }
 

@@ -30,7 +30,7 @@ class Topology:
         local_rank: 0 to local_world_size - 1, among the ranks of this node.
         node_rank: index of this node, in the order of each node's lowest rank.
         hosts: host name of every node, in the order of `node_rank`.
-        launcher: label of the row of `hpctrain.launch.table` that started the job.
+        launcher: label of the row of `hpctrain.launch.launchers` that started the job.
         mpi: name and version of the bound MPI library; None in a world without MPI.
         reasons: where each value came from, such as {"rank": "PMI_RANK=3, confirmed by MPI"}.
     """
@@ -84,7 +84,7 @@ class Communicator(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank. Collective: all ranks.
 
-        It is of the types that `hpctrain.launch.encoding` knows.
+        It is of the types that `hpctrain.launch.messages` knows.
         """
         ...
 

@@ -79,10 +79,10 @@ def messages_are_of_listed_types(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Have what passes between ranks be what worlds without MPI can send, on one process too."""
-    if Path(request.path).parent.name != "unit" or "hpctrain.launch.single" not in sys.modules:
+    if "unit" not in Path(request.path).parts or "hpctrain.launch.process_group" not in sys.modules:
         return
-    from hpctrain.launch.encoding import encode
-    from hpctrain.launch.single import SingleCommunicator
+    from hpctrain.launch.messages import encode
+    from hpctrain.launch.process_group import SingleCommunicator
 
     def broadcast(self: SingleCommunicator, value: Any) -> Any:
         encode(value)

@@ -11,7 +11,7 @@ from hpctrain.cli.jobs import check, run
 from hpctrain.cli.tools import bundle, ckpt, data, job, status
 from hpctrain.cli.usage import HELP, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
-from hpctrain.launch.launchers import Claim, this_process
+from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
 

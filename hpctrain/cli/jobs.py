@@ -13,7 +13,7 @@ from hpctrain.cli.usage import Parser, usage_error
 from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
-from hpctrain.launch.launchers import Claim
+from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import write_out
@@ -38,8 +38,7 @@ def run(arguments: list[str], claim: Claim) -> int:
         use_snapshot(parsed.code)
 
     from hpctrain.batch.stop import SignalFlag
-    from hpctrain.launch.loading import loading
-    from hpctrain.launch.world import gathering
+    from hpctrain.launch.process_group import gathering, loading
 
     # Signals are caught before MPI starts: a stop that comes during start-up is not lost.
     with (
@@ -117,7 +116,7 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
             ranks hold it.
     """
     from hpctrain.launch.failure import guard
-    from hpctrain.launch.world import control_plane
+    from hpctrain.launch.process_group import control_plane
 
     # One rank reads the file; the others hear from it what is in it.
     config = _config_or_error(path, overrides) if claim.rank in (None, 0) else None
@@ -149,7 +148,7 @@ def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> No
             f"--np {num_processes} starts an mpirun of its own, but {claim.launcher.label} has "
             "started this process already: leave out one of the two"
         )
-    from hpctrain.launch.starting import start
+    from hpctrain.launch.mpirun import start
 
     start(num_processes, [sys.executable, "-m", "hpctrain", *arguments])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpctrain.cli.usage import PROGRAM, Parser, count, number, say
 from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
-from hpctrain.launch.launchers import Claim
+from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import printable, printable_lines, size
@@ -193,7 +193,7 @@ def data(arguments: list[str], claim: Claim) -> int:
         if is_collective:
             text = _data_on_all_ranks(parsed, claim, progress)
         else:
-            from hpctrain.launch.single import SingleCommunicator
+            from hpctrain.launch.process_group import SingleCommunicator
 
             try:
                 text = parsed.work(parsed, SingleCommunicator(), progress)
@@ -211,7 +211,7 @@ def _data_on_all_ranks(
     """Do the work of a tool that ranks share. Collective: all ranks."""
     from hpctrain.config.schema import LaunchSection
     from hpctrain.launch.failure import guard
-    from hpctrain.launch.world import control_plane, gathering
+    from hpctrain.launch.process_group import control_plane, gathering
 
     with (
         control_plane(claim) as (topology, communicator),

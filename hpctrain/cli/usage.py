@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from hpctrain.errors import ExitCode, UsageError
-from hpctrain.launch.launchers import Claim
+from hpctrain.launch.environment import Claim
 from hpctrain.utils.streams import write_out
 
 PROGRAM = "python -m hpctrain"

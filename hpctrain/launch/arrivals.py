@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.launch.ancestry import names_of
-from hpctrain.launch.table import Launcher
+from hpctrain.launch.environment import names_of
+from hpctrain.launch.launchers import Launcher
 from hpctrain.utils.proc import PROC, ancestors, parent_of
 from hpctrain.utils.text import listed, ranges
 

@@ -2,6 +2,9 @@
 
 No collective runs on this path: the others may be anywhere. MPI_Abort, or the launcher that sees a
 process die, ends them.
+
+A failed `connect()` that no program catches is one message and its exit code, as on the shell.
+Where the program, a notebook or pytest catches it, it is an exception like any other.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from pathlib import Path
 from types import TracebackType
 
 from hpctrain.errors import ExitCode, HpctrainError
-from hpctrain.launch.crash import versions, write_report
 from hpctrain.launch.mpi import abort
-from hpctrain.launch.watchdog.member import Member
-from hpctrain.launch.watchdog.pulse import Pulse
-from hpctrain.launch.watchdog.showing import show_own_stacks
-from hpctrain.launch.watchdog.stacks import Requests
+from hpctrain.launch.voice import tell_once
+from hpctrain.launch.watchdog.client import Member, Pulse
+from hpctrain.launch.watchdog.coordinator import show_own_stacks
+from hpctrain.launch.watchdog.crash_report import versions, write_report
+from hpctrain.launch.watchdog.evidence import Requests
 from hpctrain.topology import Topology
 from hpctrain.utils.streams import finish_out
 
@@ -172,3 +175,21 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code != 0:
         return error.code
     return ExitCode.BUG
+
+
+def end_quietly_if_uncaught(error: HpctrainError) -> None:
+    """Have the process end with the error's message and code, should it come to the top."""
+    previous = sys.excepthook
+
+    def uncaught(
+        kind: type[BaseException], found: BaseException, trace: TracebackType | None
+    ) -> None:
+        if found is not error:
+            previous(kind, found, trace)
+            return
+        if not error.reported:
+            tell_once(error)
+        # To Python what a hook raises is an error of its own, but for this.
+        raise SystemExit(int(error.exit_code))
+
+    sys.excepthook = uncaught

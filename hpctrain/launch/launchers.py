@@ -1,293 +1,238 @@
-"""Who started this process, and which place in which world that launcher claims.
-
-A pure function of the environment, over the table of `hpctrain.launch.table`. A claim is not
-believed: where MPI is there, `hpctrain.launch.discovery` compares it with MPI's own world before
-anything else communicates.
-"""
+"""The launchers that hpctrain knows: a table, one row each, of how it tells a process its place."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-from hpctrain.errors import LaunchError
-from hpctrain.launch.ancestry import ancestors
-from hpctrain.launch.table import LAUNCHERS, Launcher
-
-Environment = Mapping[str, str]
-
-# ASCII and short: int() would take other scripts' digits, and refuse the very long.
-WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
-# What an interactive shell on a compute node is started by, as a step of one task.
-_STEPS = ("srun", "flux", "jsrun", "pals")
-# Rank and number of nodes, where each of them is given the same command. Sources: Lightning's
-# LightningEnvironment; the documentation of SkyPilot, dstack and HTCondor's parallel universe.
-_NODES = (
-    ("NODE_RANK", "NNODES", "somebody"),
-    ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SkyPilot"),
-    ("DSTACK_NODE_RANK", "DSTACK_NODES_NUM", "dstack"),
-    ("_CONDOR_PROCNO", "_CONDOR_NPROCS", "HTCondor"),
-)
-_STALE = "Are variables of another job still set in this shell?"
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """What a launcher says about this process; None is a value that it does not tell.
+class Launcher:
+    """How one launcher tells a process its place.
 
     Attributes:
-        launcher: the row of the table; None: no launcher, this is one process.
-        reasons: the variable behind each value.
+        markers: variables that are all set in its processes, and together in nobody else's.
+        rank, world_size, local_rank, local_world_size: the variables that may hold each value;
+            the first one that is set counts.
+        mpi_families: families of MPI libraries that can join its world; empty: no MPI at all.
+        processes: executables, or scripts of an interpreter, that start its ranks. Of several rows
+            that have one name the first counts.
+        foreign: variables that in its processes are another launcher's, and confuse MPI_Init.
+        tells_size: whether it always sets one of `world_size`; otherwise only MPI knows.
+        fix: what to do when MPI does not see the world that this launcher claims.
     """
 
-    launcher: Launcher | None
-    rank: int | None
-    world_size: int | None
-    local_rank: int | None = None
-    local_world_size: int | None = None
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def needs_mpi(self) -> bool:
-        return self.launcher is not None and bool(self.launcher.mpi_families)
-
-
-def this_process() -> Claim:
-    """Return what the innermost launcher of this process claims.
-
-    Raises:
-        LaunchError: if its variables are incomplete, impossible, or those of two launchers.
-    """
-    return detect(os.environ, ancestors())
+    name: str
+    label: str
+    markers: tuple[str, ...]
+    rank: tuple[str, ...]
+    world_size: tuple[str, ...]
+    local_rank: tuple[str, ...] = ()
+    local_world_size: tuple[str, ...] = ()
+    mpi_families: frozenset[str] = frozenset()
+    processes: frozenset[str] = frozenset()
+    foreign: tuple[str, ...] = ()
+    tells_size: bool = True
+    fix: str = ""
 
 
-def detect(env: Environment, above: Sequence[str] = ()) -> Claim:
-    """Return what the innermost launcher claims.
+MPICH_ABI = frozenset({"mpich", "intel", "mvapich", "cray"})
+OPEN_MPI = frozenset({"openmpi", "spectrum"})
 
-    Args:
-        env: the environment of the process.
-        above: names of the processes above it, the nearest first, where they are known.
+_HYDRA = frozenset({"hydra_pmi_proxy", "hydra_bstrap_proxy", "pmi_proxy"})
+# Hydra's has a proxy between itself and each rank: below these two names there is none.
+_MPIRUN = frozenset({"mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.openmpi"})
 
-    Raises:
-        LaunchError: if its variables are incomplete, impossible, or those of two launchers that
-            disagree; `everywhere` where all processes of the job have to find the same.
-    """
-    launchers = launchers_in(env)
-    if not launchers:
-        _refuse_half_a_world(env)
-        return _one_process("no launcher in the environment")
-    inner = nearest(launchers, above) or launchers[0]
-    claim = _claim(inner, env)
-    if inner.name in _STEPS and claim.world_size == 1:
-        _refuse_a_larger_world_in_a_step(claim, [_claim(row, env) for row in launchers], env)
-    if inner.name == "srun" and claim.world_size == 1:
-        # So does every shell of `srun --pty` look, and what is started in it by hand.
-        return _one_process("a Slurm step of one task")
-    for other in launchers:
-        if other is not inner and not _is_outside(other, inner, above):
-            _compare(claim, _claim(other, env), env)
-    if not claim.needs_mpi:
-        if claim.world_size == 1 and "MASTER_ADDR" not in env:
-            return _one_process(claim.reasons["world_size"])
-        _check_meeting_point(claim, env)
-    return claim
-
-
-def launchers_in(env: Environment) -> list[Launcher]:
-    """Return the launchers whose variables are set, the likeliest innermost one first."""
-    found: dict[str, Launcher] = {}
-    for launcher in LAUNCHERS:
-        if all(marker in env for marker in launcher.markers):
-            # A later row on the same rank variable is the same launcher, seen less closely.
-            found.setdefault(launcher.rank[0], launcher)
-    return list(found.values())
-
-
-def nearest(launchers: Sequence[Launcher], above: Sequence[str]) -> Launcher | None:
-    """Return the launcher whose process is the nearest one above; None if none is seen."""
-    for name in above:
-        for launcher in launchers:
-            if name in launcher.processes:
-                return launcher
-    return None
-
-
-def _is_outside(other: Launcher, inner: Launcher, above: Sequence[str]) -> bool:
-    """Return whether the inner launcher may have been started under the other one.
-
-    Then the other's variables are its own business, and need not agree.
-    """
-    if not inner.processes.isdisjoint(above):
-        # Daemons need not be above what they were asked to start; torchrun's agent is. RANK set by
-        # hand, or by Kubeflow for a pod, has no process at all.
-        return bool(other.processes) and (
-            other.name != "torchrun" or not other.processes.isdisjoint(above)
-        )
-    # Every launcher speaks PMI or PMIx, srun's variables are in all that a batch job starts, and
-    # one torchrun a node is started by whatever launcher there is.
-    return other.name in ("pmi", "prrte", "srun") or inner.name == "torchrun"
-
-
-def _compare(claim: Claim, other: Claim, env: Environment) -> None:
-    """Refuse two launchers that disagree: one of them has another job's world, or half of one."""
-    assert claim.launcher is not None
-    assert other.launcher is not None
-    for name in ("rank", "world_size"):
-        ours, theirs = getattr(claim, name), getattr(other, name)
-        if None not in (ours, theirs) and ours != theirs:
-            raise LaunchError(
-                f"two launchers disagree: {claim.launcher.label} says {claim.reasons[name]}, "
-                f"{other.launcher.label} {other.reasons[name]}. If the second is left over from "
-                f"another job, start with: env {_unset(other.launcher, env)} ...",
-                everywhere=True,
-            )
-
-
-def _refuse_a_larger_world_in_a_step(
-    claim: Claim, others: Sequence[Claim], env: Environment
-) -> None:
-    """Refuse to be one process where another launcher says that this is one of several.
-
-    A step of one task is what every interactive shell on a node is. What is started in there by a
-    launcher that the process tree does not tell would be so many runs of one process each.
-    """
-    assert claim.launcher is not None
-    for other in others:
-        assert other.launcher is not None
-        if not (other.world_size or 1) > 1 and not (other.rank or 0) > 0:
-            continue
-        theirs = "world_size" if "world_size" in other.reasons else "rank"
-        raise LaunchError(
-            f"two launchers disagree: {claim.launcher.label} has a step of one task here "
-            f"({claim.reasons['world_size']}), {other.launcher.label} a world of several "
-            f"({other.reasons[theirs]}). If this process is one of those several, start it with: "
-            f"env {_unset(claim.launcher, env)} ...; if they are left over from another job: env "
-            f"{_unset(other.launcher, env)} ...",
-            everywhere=True,
-        )
-
-
-def _unset(launcher: Launcher, env: Environment) -> str:
-    """Return options of `env` that take a launcher's variables out of the environment."""
-    return " ".join(f"-u {variable}" for variable in launcher.markers if variable in env)
-
-
-def _refuse_half_a_world(env: Environment) -> None:
-    """Refuse variables that tell of a world, but not of this process's place in it."""
-    if env.get("PET_NNODES", "1") != "1":
-        raise LaunchError(
-            f"PET_NNODES={env['PET_NNODES']} is set, RANK is not: Kubeflow's Trainer means these "
-            "pods for torchrun. Start them as: torchrun -m hpctrain ...",
-            everywhere=True,
-        )
-    if "NODE_RANK" in env and "WORLD_SIZE" in env:
-        raise LaunchError(
-            f"NODE_RANK={env['NODE_RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, RANK is "
-            "not: where WORLD_SIZE counts nodes, the rank of a process is unknown. Set RANK and "
-            "WORLD_SIZE for every process (WORLD_SIZE = nodes x processes per node), or start "
-            "with torchrun --nnodes ... --node-rank $NODE_RANK.",
-            everywhere=True,
-        )
-    for rank, count, meaning in _NODES:
-        # A count of one node is no world; without a count only whoever set it knows.
-        if rank in env and "WORLD_SIZE" not in env and "RANK" not in env:
-            if env.get(count, "") == "1" or (rank == "NODE_RANK" and "MASTER_ADDR" not in env):
-                continue
-            raise LaunchError(
-                f"{rank}={env[rank]} is set, RANK and WORLD_SIZE are not: {meaning} has started "
-                "this on several nodes, and every process would train alone. Start it on each "
-                f"with: torchrun --nnodes N --node-rank ${rank} --master-addr ... -m hpctrain ...; "
-                f"for one process: env -u {rank} ...",
-                everywhere=True,
-            )
-    if "RANK" in env or "WORLD_SIZE" in env:
-        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        raise LaunchError(
-            f"{there}={env[there]} is set, {missing} is not. Set both for every process, or "
-            f"unset {there} to train in one process.",
-            everywhere=True,
-        )
-
-
-def _one_process(reason: str) -> Claim:
-    return Claim(
-        launcher=None,
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        reasons={"rank": reason, "world_size": reason},
-    )
-
-
-def _claim(launcher: Launcher, env: Environment) -> Claim:
-    """Return what one launcher claims, checked against itself."""
-    values: dict[str, int | None] = {}
-    reasons: dict[str, str] = {}
-    for name in ("rank", "world_size", "local_rank", "local_world_size"):
-        variable = next((key for key in getattr(launcher, name) if key in env), None)
-        values[name] = None if variable is None else _number(launcher, env, variable)
-        if variable is not None:
-            reasons[name] = f"{variable}={env[variable]}"
-    rank, world_size = values["rank"], values["world_size"]
-    if rank is None or (world_size is None and launcher.tells_size):
-        missing = launcher.rank[0] if rank is None else launcher.world_size[0]
-        raise LaunchError(
-            f"{launcher.label} started this process, but {missing} is not set.", everywhere=True
-        )
-    for part, whole in (("rank", "world_size"), ("local_rank", "local_world_size")):
-        inner, outer = values[part], values[whole]
-        if outer is not None and (outer < 1 or (inner is not None and inner >= outer)):
-            raise LaunchError(
-                f"{launcher.label} started this process, but {reasons.get(part, part)} and "
-                f"{reasons[whole]} contradict each other: {part} has to be below {whole}. {_STALE}",
-                # The first rank that is too high speaks for those above it.
-                everywhere=part == "rank" and rank > outer,
-            )
-    per_pod = env.get("PET_NPROC_PER_NODE", "1")
-    if launcher.name == "kubeflow" and per_pod.isdecimal() and per_pod != "1":
-        raise LaunchError(
-            f"{launcher.label} means {per_pod} processes a pod (PET_NPROC_PER_NODE): RANK is that "
-            "of the pod. Start them as: torchrun -m hpctrain ...",
-            everywhere=True,
-        )
-    return Claim(
-        launcher=launcher,
-        rank=rank,
-        world_size=world_size,
-        local_rank=values["local_rank"],
-        local_world_size=values["local_world_size"],
-        reasons=reasons,
-    )
-
-
-def _check_meeting_point(claim: Claim, env: Environment) -> None:
-    """Check MASTER_ADDR and MASTER_PORT, where a world without MPI meets."""
-    assert claim.launcher is not None
-    for variable in ("MASTER_ADDR", "MASTER_PORT"):
-        if not env.get(variable):
-            raise LaunchError(
-                f"{claim.launcher.label} makes a world of {claim.world_size} processes, but "
-                f"{variable} is not set. Set it to the address or port of rank 0, the same for "
-                "every process.",
-                everywhere=True,
-            )
-    port = env["MASTER_PORT"]
-    if not (WHOLE_NUMBER.fullmatch(port) and 0 < int(port) < 65536):
-        raise LaunchError(
-            f"MASTER_PORT={port!r} is not a port: it has to be 1 to 65535.", everywhere=True
-        )
-
-
-def _number(launcher: Launcher, env: Environment, variable: str) -> int:
-    text = env[variable]
-    if not WHOLE_NUMBER.fullmatch(text):
-        raise LaunchError(
-            f"{launcher.label} started this process, but {variable}={text!r} is not a whole "
-            f"number from 0. {_STALE}",
-            # What all processes share rank 0 tells.
-            everywhere=variable in launcher.world_size,
-        )
-    return int(text)
+# The likeliest innermost launcher comes first: mpirun inside an srun step or a batch job inherits
+# the variables of Slurm, torchrun started by srun those of the step, and so on. Of rows that read
+# the rank from the same variable the one that knows most comes first.
+LAUNCHERS = (
+    Launcher(
+        name="torchrun",
+        label="torchrun",
+        markers=("TORCHELASTIC_RUN_ID", "RANK"),
+        rank=("RANK",),
+        world_size=("WORLD_SIZE",),
+        local_rank=("LOCAL_RANK",),
+        local_world_size=("LOCAL_WORLD_SIZE",),
+        processes=frozenset(
+            {
+                "pt_elastic",
+                "torchrun",
+                "torch.distributed.run",
+                "torch.distributed.launch",
+                "accelerate",
+                "accelerate.commands.launch",
+            }
+        ),
+    ),
+    # Before Open MPI: Spectrum MPI's processes under jsrun carry OMPI_ variables too.
+    Launcher(
+        name="jsrun",
+        label="jsrun",
+        markers=("JSM_NAMESPACE_RANK",),
+        rank=("JSM_NAMESPACE_RANK",),
+        world_size=("JSM_NAMESPACE_SIZE",),
+        local_rank=("JSM_NAMESPACE_LOCAL_RANK",),
+        local_world_size=("JSM_NAMESPACE_LOCAL_SIZE",),
+        mpi_families=OPEN_MPI,
+        processes=frozenset({"jsmd", "jskd"}),
+        fix="load the site's Spectrum MPI module (module load spectrum-mpi)",
+    ),
+    Launcher(
+        name="openmpi",
+        label="Open MPI's mpirun",
+        markers=("OMPI_COMM_WORLD_RANK",),
+        rank=("OMPI_COMM_WORLD_RANK",),
+        world_size=("OMPI_COMM_WORLD_SIZE",),
+        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
+        local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        mpi_families=OPEN_MPI,
+        # Open MPI 4 and Spectrum fork the ranks of the head node from mpirun itself, a link to
+        # orterun, or a copy of it.
+        processes=frozenset(
+            {"prterun", "prted", "prte", "orterun", "orted", "oshrun", "shmemrun", *_MPIRUN}
+        ),
+        fix="start the job with the mpirun of the bound library, or bind mpi4py to Open MPI: "
+        "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
+    ),
+    Launcher(
+        name="mvapich2",
+        label="MVAPICH2's mpirun",
+        markers=("MV2_COMM_WORLD_RANK",),
+        rank=("MV2_COMM_WORLD_RANK",),
+        world_size=("MV2_COMM_WORLD_SIZE",),
+        local_rank=("MV2_COMM_WORLD_LOCAL_RANK",),
+        local_world_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
+        mpi_families=MPICH_ABI,
+        processes=_HYDRA | {"mpispawn"},
+        foreign=("PMIX_NAMESPACE",),
+        fix="bind mpi4py to MVAPICH2: load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so",
+    ),
+    # Flux sets PMI_ variables too, for its own PMI server, and those of PALS for Cray MPICH.
+    Launcher(
+        name="flux",
+        label="flux run",
+        markers=("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+        rank=("FLUX_TASK_RANK",),
+        world_size=("FLUX_JOB_SIZE",),
+        local_rank=("FLUX_TASK_LOCAL_ID",),
+        mpi_families=MPICH_ABI | OPEN_MPI,
+        processes=frozenset({"flux-shell"}),
+        fix="start it as: flux run -o mpi=... with the plugin of the bound library",
+    ),
+    Launcher(
+        name="intelmpi",
+        label="Intel MPI's mpirun",
+        markers=("PMI_RANK", "MPI_LOCALRANKID", "I_MPI_HYDRA_UUID"),
+        rank=("PMI_RANK",),
+        world_size=("PMI_SIZE",),
+        local_rank=("MPI_LOCALRANKID",),
+        local_world_size=("MPI_LOCALNRANKS",),
+        mpi_families=MPICH_ABI,
+        processes=_HYDRA,
+        foreign=("PMIX_NAMESPACE",),
+        fix="start the job with the mpirun of the bound library, or bind mpi4py to Intel MPI: "
+        "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
+    ),
+    Launcher(
+        name="mpich",
+        label="MPICH's mpirun",
+        markers=("PMI_RANK", "MPI_LOCALRANKID"),
+        rank=("PMI_RANK",),
+        world_size=("PMI_SIZE",),
+        local_rank=("MPI_LOCALRANKID",),
+        local_world_size=("MPI_LOCALNRANKS",),
+        mpi_families=MPICH_ABI,
+        processes=_HYDRA,
+        foreign=("PMIX_NAMESPACE",),
+        fix="start the job with the mpirun of the bound library, or bind mpi4py to MPICH: "
+        "load its module, or set MPI4PY_LIBMPI=/path/to/libmpi.so.12",
+    ),
+    # Without SLURM_STEP_ID it is a batch or interactive shell, whose SLURM_NTASKS is no world.
+    Launcher(
+        name="srun",
+        label="srun",
+        markers=("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        rank=("SLURM_PROCID",),
+        world_size=("SLURM_STEP_NUM_TASKS",),
+        local_rank=("SLURM_LOCALID",),
+        mpi_families=MPICH_ABI | OPEN_MPI,
+        processes=frozenset({"slurmstepd"}),
+        fix="start it as srun --mpi=pmi2 (MPICH, Intel MPI), --mpi=pmix (Open MPI) or "
+        "--mpi=cray_shasta (Cray MPICH); srun --mpi=list shows what this site has",
+    ),
+    # After srun: with --mpi=cray_shasta that sets PALS_ variables too, an older one without a size.
+    Launcher(
+        name="pals",
+        label="PALS mpiexec",
+        markers=("PALS_RANKID",),
+        rank=("PALS_RANKID",),
+        world_size=("PMI_SIZE",),
+        local_rank=("PALS_LOCAL_RANKID", "PMI_LOCAL_RANK"),
+        local_world_size=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+        mpi_families=MPICH_ABI,
+        processes=frozenset({"palsd"}),
+        tells_size=False,
+        fix="load the site's Cray MPICH or MPICH module, and its mpi4py or MPI4PY_LIBMPI",
+    ),
+    # Cray's ALPS on XC and XE systems tells the rank alone, and PMI by files.
+    # Source: libfabric, prov/gni/test; HPX, its parcelport's variables. Not seen on a cluster.
+    Launcher(
+        name="alps",
+        label="aprun",
+        markers=("ALPS_APP_PE",),
+        rank=("ALPS_APP_PE",),
+        world_size=(),
+        mpi_families=MPICH_ABI,
+        processes=frozenset({"apinit"}),
+        tells_size=False,
+        fix="load the site's Cray MPICH module, and its mpi4py or MPI4PY_LIBMPI",
+    ),
+    # PRRTE's own prterun and prun: PMIx without Open MPI's variables.
+    Launcher(
+        name="prrte",
+        label="PRRTE's prterun",
+        markers=("PMIX_RANK", "PMIX_NAMESPACE"),
+        rank=("PMIX_RANK",),
+        world_size=(),
+        mpi_families=MPICH_ABI | OPEN_MPI,
+        processes=frozenset({"prterun", "prted", "prte"}),
+        tells_size=False,
+        fix="start the job with the mpirun of the bound library, or bind mpi4py to a library that "
+        "speaks PMIx, such as Open MPI",
+    ),
+    # MPICH's simpler launchers, such as mpiexec.gforker, and others that speak its protocol.
+    Launcher(
+        name="pmi",
+        label="a PMI launcher",
+        markers=("PMI_RANK", "PMI_SIZE"),
+        rank=("PMI_RANK",),
+        world_size=("PMI_SIZE",),
+        local_rank=("PMI_LOCAL_RANK",),
+        local_world_size=("PMI_LOCAL_SIZE",),
+        mpi_families=MPICH_ABI,
+        processes=frozenset({"mpiexec.gforker", "mpiexec.remshell", *_MPIRUN}),
+        foreign=("PMIX_NAMESPACE",),
+        fix="bind mpi4py to MPICH or Intel MPI: load its module, or set "
+        "MPI4PY_LIBMPI=/path/to/libmpi.so.12",
+    ),
+    # Source: https://github.com/kubeflow/training-operator,
+    # pkg/controller.v1/pytorch/envvar.go and elastic.go.
+    Launcher(
+        name="kubeflow",
+        label="Kubeflow's PyTorchJob",
+        markers=("PET_NNODES", "RANK", "WORLD_SIZE"),
+        rank=("RANK",),
+        world_size=("WORLD_SIZE",),
+    ),
+    # torchrun's variables without torchrun.
+    Launcher(
+        name="environment",
+        label="RANK and WORLD_SIZE in the environment",
+        markers=("RANK", "WORLD_SIZE"),
+        rank=("RANK",),
+        world_size=("WORLD_SIZE",),
+        local_rank=("LOCAL_RANK",),
+        local_world_size=("LOCAL_WORLD_SIZE",),
+    ),
+)

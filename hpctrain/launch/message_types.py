@@ -1,4 +1,4 @@
-"""Which classes may be part of a message between ranks: the closed set of `encoding`.
+"""Which classes may be part of a message between ranks: the closed set of `messages`.
 
 They only hold values: dataclasses, named tuples, enums, and hpctrain's errors.
 """
@@ -37,9 +37,8 @@ _NAMES = {
         "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "
         "TrainingError"
     ),
-    "launch.cores": "Cores",
-    "launch.device": "Place Owner",
-    "launch.discovery": "Node",
+    "launch.device": "Cores Place Owner",
+    "launch.process_group": "Node",
     "launch.rendezvous": "Address",
     "preflight.checks": "Answer",
     "preflight.compute": "StepFacts",

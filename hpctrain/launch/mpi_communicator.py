@@ -8,8 +8,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain.launch.roll_call import QUIET_SECONDS, RollCall, program
-from hpctrain.launch.waits import limit_seconds
+from hpctrain.launch.waiting import QUIET_SECONDS, RollCall, limit_seconds, program
 
 _LONGEST_PAUSE_SECONDS = 0.005
 

@@ -13,10 +13,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from hpctrain.launch.ancestry import ancestors
 from hpctrain.launch.arrivals import Seen, mark, process_of, ranks_of_node
-from hpctrain.launch.launchers import WHOLE_NUMBER, Environment, launchers_in, nearest
-from hpctrain.launch.table import Launcher
+from hpctrain.launch.environment import WHOLE_NUMBER, Environment, ancestors, launchers_in, nearest
+from hpctrain.launch.launchers import Launcher
 
 _LEAVES_IT = "hpctrain-leaves-it-to-another-rank"
 

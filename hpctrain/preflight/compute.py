@@ -21,9 +21,7 @@ from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
 from hpctrain.data.loading.decoder import torch_dtype_of
 from hpctrain.data.loading.delivery import Batch
 from hpctrain.data.node_cache import host_memory
-from hpctrain.launch.discovery import Node, place
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
 from hpctrain.preflight.numbers import STEP_FIX, check_numbers
 from hpctrain.preflight.report import Finding

@@ -14,7 +14,7 @@ from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
 from hpctrain.preflight.report import Finding

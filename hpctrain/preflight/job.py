@@ -12,7 +12,7 @@ import torch
 from hpctrain.config import Config
 from hpctrain.errors import ExitCode
 from hpctrain.launch.failure import Guard
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.observe import log
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import check_compute

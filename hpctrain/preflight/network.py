@@ -13,7 +13,7 @@ import torch
 
 from hpctrain.accelerator import synchronize
 from hpctrain.launch.nccl_log import Transport, describe, find_trouble
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.rank_facts import RankFacts, Ranks
 from hpctrain.preflight.reductions import judge_reductions, time_reductions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpctrain.config import Config
 from hpctrain.data.loading.delivery import Batch
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
 from hpctrain.training.assembly import Components, Parts, build_parts

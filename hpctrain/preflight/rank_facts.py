@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from hpctrain.launch.mpi import HOST_ONLY
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.utils.proc import allowed_cores, cgroup_folders
 from hpctrain.version import __version__
 
@@ -81,7 +81,7 @@ def rank_facts(world: World) -> RankFacts:
     properties = torch.cuda.get_device_properties(world.device) if cuda else None
     visible = torch.cuda.device_count() if cuda else 0
     cores = affinity()
-    # Where `hpctrain.launch.world` notes it for gloo.
+    # Where `hpctrain.launch.process_group` notes it for gloo.
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     return RankFacts(
         rank=topology.rank,

@@ -6,8 +6,7 @@ from collections import Counter
 from contextlib import ExitStack
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.limits import prepare_deterministic
-from hpctrain.launch.world import World, gathering, process_group
+from hpctrain.launch.process_group import World, gathering, prepare_deterministic, process_group
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.rank_facts import RankFacts, Ranks, rank_facts
 from hpctrain.preflight.report import Finding, ranges, world_table

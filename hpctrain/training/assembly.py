@@ -22,7 +22,7 @@ from hpctrain.config.messages import shown
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.permutation import derive_key
 from hpctrain.errors import ConfigError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.extra_state import refuse_unmade
 from hpctrain.training.horizon import Horizon

@@ -10,7 +10,7 @@ import numpy as np
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import HpctrainError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.utils.text import listed
 
 _SHOWN_RUNS = 8

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.config import Config
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.utils.files import open_regular, replace_file
 from hpctrain.utils.permissions import open_directory, open_private, require_stable

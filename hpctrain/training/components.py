@@ -16,7 +16,7 @@ from hpctrain.config.messages import Mistake
 from hpctrain.config.registry import placed_error, resolve_all
 from hpctrain.config.schema import OptimizerSection
 from hpctrain.errors import ConfigError
-from hpctrain.launch.loading import loading
+from hpctrain.launch.process_group import loading
 from hpctrain.observe.code import user_modules
 from hpctrain.utils.text import listed
 

@@ -20,7 +20,7 @@ from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.order import Order, served_samples
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.state import from_state
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.begun_decoding import RECORD as DECODING
 from hpctrain.training.begun_decoding import decoding_to_record, refuse_other_decoding

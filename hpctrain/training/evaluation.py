@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.gathering import gather_at_rank_zero
 from hpctrain.training.metric_objects import MetricObjects

@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
-from hpctrain.launch.decoding import decode
-from hpctrain.launch.encoding import encode
-from hpctrain.launch.world import World
+from hpctrain.launch.messages import decode, encode
+from hpctrain.launch.process_group import World
 
 T = TypeVar("T")
 
@@ -26,7 +25,7 @@ def gather_at_rank_zero(value: T, world: World) -> list[T] | None:
     Small values go over the control plane, large ones the way of gradients.
 
     Args:
-        value: of the types that `hpctrain.launch.encoding` knows; tensors in it on the host. What
+        value: of the types that `hpctrain.launch.messages` knows; tensors in it on the host. What
             comes over the network is never unpickled.
         world: the ranks.
     """

@@ -15,9 +15,8 @@ from hpctrain.batch.stop import SignalFlag, StopAgreement, Watch, describe, rese
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
-from hpctrain.launch.limits import prepare_deterministic
+from hpctrain.launch.process_group import World, prepare_deterministic, process_group
 from hpctrain.launch.rendezvous import Meeting
-from hpctrain.launch.world import World, process_group
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.assembly import Components, Parts, build_parts

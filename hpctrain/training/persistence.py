@@ -13,7 +13,7 @@ from hpctrain.checkpoint.load import Loaded, Rows, fitting_names
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.checkpoint.state import restore_rng
 from hpctrain.errors import CheckpointError, TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.extra_state import is_extra, model_tensors, restore_extra_states
 from hpctrain.training.horizon import Place

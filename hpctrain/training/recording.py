@@ -17,7 +17,7 @@ import torch
 
 from hpctrain.checkpoint.format import read_meta
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.observe.code import module_changes
 from hpctrain.observe.job_record import JobRecord, timestamp
 from hpctrain.observe.redacting import without_secrets

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import HpctrainError, TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.assembly import seed_generators
 from hpctrain.training.metric_differences import Difference, differing, remembered

@@ -12,7 +12,7 @@ from hpctrain.checkpoint.format import check_file, newest_first
 from hpctrain.checkpoint.load import Loaded, load, load_newest, load_outline, load_values
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.persistence import Resumed, share
 from hpctrain.training.saved_values import check_values

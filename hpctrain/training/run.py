@@ -14,7 +14,7 @@ from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
 from hpctrain.data.state import to_state
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.assembly import Parts
 from hpctrain.training.bad_batches import explain

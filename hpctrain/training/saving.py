@@ -14,7 +14,7 @@ from hpctrain.checkpoint.manager import CheckpointManager, Outcome, PartWriter
 from hpctrain.checkpoint.safetensors_files import Written
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.errors import HpctrainError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 
 

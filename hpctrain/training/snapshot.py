@@ -16,7 +16,7 @@ from hpctrain.checkpoint.host_copies import pinned_bytes
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.checkpoint.state import rng_to_tensors
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.extra_state import capture_extra_states, model_tensors
 from hpctrain.training.horizon import Place

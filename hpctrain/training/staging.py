@@ -23,7 +23,7 @@ from hpctrain.data.staging_plan import (
     plan_copies,
     share_of,
 )
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.utils.text import duration, listed, plural, size
 
 logger = logging.getLogger("hpctrain")

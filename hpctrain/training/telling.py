@@ -11,7 +11,7 @@ import torch
 from hpctrain.config import Config
 from hpctrain.config.schema import FieldTable
 from hpctrain.data.decoding import described, unused_attributes
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.assembly import Parts

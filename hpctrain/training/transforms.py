@@ -14,8 +14,8 @@ from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
-from hpctrain.launch.ranks import without_rank
-from hpctrain.launch.world import World
+from hpctrain.launch.environment import without_rank
+from hpctrain.launch.process_group import World
 from hpctrain.training.batch_finishing import build_batch_transform
 from hpctrain.training.decoding import Decodings
 

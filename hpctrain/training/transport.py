@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 
 logger = logging.getLogger("hpctrain")
 

@@ -17,7 +17,7 @@ from hpctrain.checkpoint.load import Loaded, fitting_names, load
 from hpctrain.checkpoint.tensors import joined_pairs
 from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.extra_state import is_extra, model_tensors
 from hpctrain.training.step.broadcast import broadcast_tensors

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.optimization.optimizers import build_optimizer

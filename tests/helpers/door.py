@@ -8,7 +8,7 @@ import threading
 import time
 
 from hpctrain.launch.handshake import Doorkeeper, prove
-from hpctrain.launch.probing import listen
+from hpctrain.launch.rendezvous import listen
 
 from .limits import JOB_SECONDS
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import SingleCommunicator, World
 from hpctrain.topology import Topology
 
 

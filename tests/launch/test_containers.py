@@ -45,7 +45,7 @@ exec unshare --mount --uts --pid --fork --mount-proc --ipc bash -c '
 PLACES = """
 from hpctrain.config.schema import LaunchSection
 from hpctrain.launch.failure import guard
-from hpctrain.launch.world import control_plane, gathering
+from hpctrain.launch.process_group import control_plane, gathering
 
 # All of a world but its process group, which below is that of the main job.
 with (

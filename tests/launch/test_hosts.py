@@ -359,15 +359,11 @@ with hpctrain.connect() as world:
 """
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_restarts_over_agents_of_two_hosts(hosts: Path, tmp_path: Path, rendezvous: str) -> None:
+def test_restarts_over_agents_of_two_hosts(hosts: Path, tmp_path: Path) -> None:
     """The second world is that of the second processes, whatever the first has left behind."""
     name_hosts(hosts, "right")
     (tmp_path / "loop.py").write_text(RESTARTED, encoding="utf-8")
-    meet = {
-        "static": "--node-rank $(hostname | tr AB 01) --master-addr 10.77.0.1 --master-port 29511",
-        "c10d": "--rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29512 --rdzv-id x",
-    }[rendezvous]
+    meet = "--rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29512 --rdzv-id x"
     agent = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
     command = f"GLOO_SOCKET_IFNAME=eth0 {agent} --max-restarts 2 {meet} loop.py"
     agents = [

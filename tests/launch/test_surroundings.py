@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ranks(2)
 # No torch: from exec to a world.
 WORLD = """
 from hpctrain.errors import LaunchError
-from hpctrain.launch.world import control_plane
+from hpctrain.launch.process_group import control_plane
 
 try:
     with control_plane() as (topology, _):
@@ -35,7 +35,7 @@ import sys
 
 from mpi4py import MPI
 
-from hpctrain.launch.ranks import without_rank
+from hpctrain.launch.environment import without_rank
 
 if MPI.COMM_WORLD.Get_rank() == 0:
     for options in ({}, {"close_fds": False}, {"env": without_rank(os.environ)}):

@@ -120,5 +120,5 @@ def test_data_workers_of_an_own_loop_under_mpirun(context: str, tmp_path: Path) 
 
 def test_what_workers_import_needs_no_mpi(tmp_path: Path) -> None:
     code = "import hpctrain, hpctrain.data, hpctrain.models, hpctrain.training.task"
-    code += ", hpctrain.launch.world, hpctrain.launch.failure, hpctrain.launch.mpi"
+    code += ", hpctrain.launch.process_group, hpctrain.launch.failure, hpctrain.launch.mpi"
     assert run(tmp_path, "-c", code) == (0, "")

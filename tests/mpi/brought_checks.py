@@ -12,7 +12,7 @@ from step_world import FEATURES, alone, batch_of, samples
 from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.step.casting import cast_model

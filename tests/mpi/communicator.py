@@ -18,7 +18,7 @@ import hpctrain
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.launch.failure import guard
-from hpctrain.launch.world import control_plane, gathering
+from hpctrain.launch.process_group import control_plane, gathering
 from hpctrain.topology import raise_together
 
 World = Any

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training import gathering
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.rehearsal import rehearse

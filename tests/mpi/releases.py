@@ -14,7 +14,7 @@ from typing import Any
 from hpctrain.config import load
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.failure import Guard, guard
-from hpctrain.launch.world import control_plane, gathering
+from hpctrain.launch.process_group import control_plane, gathering
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.job import train
 

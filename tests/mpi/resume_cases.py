@@ -30,7 +30,7 @@ from hpctrain.data import Writer
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ExitCode, HpctrainError, TrainingError
 from hpctrain.launch.failure import Guard, guard
-from hpctrain.launch.world import control_plane, gathering
+from hpctrain.launch.process_group import control_plane, gathering
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.job import train
 from hpctrain.training.run import Run

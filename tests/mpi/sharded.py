@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hpctrain
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.train_step import TrainStep

@@ -23,7 +23,7 @@ from hpctrain.checkpoint.format import MODEL, TRAINING, part_name
 from hpctrain.checkpoint.load import load, load_newest
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.errors import CheckpointError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.horizon import Place
 from hpctrain.training.persistence import restore, share

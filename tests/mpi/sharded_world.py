@@ -9,7 +9,7 @@ from step_world import CLASSES, FEATURES, samples
 from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat

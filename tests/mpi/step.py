@@ -13,7 +13,7 @@ from torch import nn
 import hpctrain
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.step.casting import cast_model
 from hpctrain.training.step.precision import NumberFormat

@@ -13,7 +13,7 @@ from step_world import Net, alone, batch_of, samples, step_of
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.step.sync_check import check_equal_parameters, check_equal_shapes

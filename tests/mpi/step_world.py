@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.launch.single import SingleCommunicator
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import SingleCommunicator, World
 from hpctrain.topology import Topology
 from hpctrain.training.optimization.optimizers import build_optimizer
 from hpctrain.training.step.casting import cast_model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.preflight import reductions
 from hpctrain.preflight.reductions import Reduction, judge_reductions, time_reductions
 

@@ -1,161 +1,258 @@
-"""Where the ranks of one node are: their stacks and collectives, for a verdict or for the user."""
+"""Evidence of where ranks stand: their Python stacks, and from flight recorders their collectives.
+
+`touch RUN/STACKS` has the stacks of running ranks written to `RUN/stacks/`. The watchdog of rank
+0's node looks for the file, never a rank: a step pays nothing for it.
+
+torch's flight recorder lists a rank's last collectives in the order of its calls, each with a
+number that counts the collectives of its process group. So ranks can be compared: those that wait
+are in a collective that others have not come to.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from hpctrain.launch.watchdog import processes
-from hpctrain.launch.watchdog.messages import Message
-from hpctrain.launch.watchdog.pulse import Reading
-from hpctrain.launch.watchdog.rank import Rank
-from hpctrain.launch.watchdog.stacks import (
-    STACKS_SIGNAL,
-    empty,
-    make_private_folder,
-    read_all,
-    write_stacks,
-)
-from hpctrain.launch.watchdog.telling import main_stack
-from hpctrain.launch.watchdog.verdicts import Stand
+from hpctrain.utils.files import put_file
+from hpctrain.utils.permissions import follow_folder, new_private_folder
 
-_DUMP_SECONDS = 0.3
-# Together as long as the judge waits for all nodes, less the way there.
-_WRITE_SECONDS = 0.8
-_RECORDS_SECONDS = 1.2
-# A rank answers within milliseconds, unless some library holds Python's lock.
-_SHOW_SECONDS = 3.0
-_STACK_CHARACTERS = 4000
+REQUEST_NAME = "STACKS"
+"""A file of this name in the run folder: all ranks are to show where they are, and to go on."""
+
+STACKS_SIGNAL = signal.SIGQUIT
+"""As in other runtimes: `kill -QUIT` has a process show its stacks.
+
+faulthandler does it from C, also while some library holds Python's lock. No launcher or scheduler
+stops jobs by it.
+"""
+
+_LOOK_SECONDS = 2.0
+
+MOST_GROUPS = 8
+_NAME_CHARACTERS = 80
 
 
-@dataclass(slots=True)
-class _Show:
-    """A request for the stacks of ranks that go on."""
-
-    folder: Path
-    until: float
-    has_signalled: bool = False
-
-
-class Evidence:
-    """Asks the ranks where they are, and tells the hub."""
+class Requests:
+    """Looks for the request in a thread: on a file system that hangs only that one waits."""
 
     def __init__(
-        self,
-        host: str,
-        ranks: Sequence[Rank],
-        readings: Callable[[], Sequence[Reading]],
-        send: Callable[[Message], None],
+        self, folder: Path, asked: Callable[[], None], every_seconds: float = _LOOK_SECONDS
     ) -> None:
-        """Ask nothing yet.
+        """Look from now on.
 
         Args:
-            host: of the ranks.
-            ranks: of this node.
-            readings: what they have said of themselves, in their order.
-            send: takes messages to the hub.
+            folder: of the run.
+            asked: is called, in the thread, once a request has been taken.
+            every_seconds: between two looks.
         """
-        self._host = host
-        self._ranks = ranks
-        self._readings = readings
-        self._send = send
-        self._dump_at: tuple[float, Path | None] | None = None
-        self._stands_at: float | None = None
-        self._dumps: dict[int, str] = {}
-        self._show: _Show | None = None
+        self._every_seconds = every_seconds
+        self._file = folder / REQUEST_NAME
+        self._asked = asked
+        self._closed = threading.Event()
+        threading.Thread(target=self._look, name="hpctrain-stacks", daemon=True).start()
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether `look` is to be called soon."""
-        return not (self._dump_at is None and self._stands_at is None and self._show is None)
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
 
-    def collect(self, folder: Path | None) -> None:
-        """Have the ranks say where they stand still; the hub hears it from `look`.
-
-        Args:
-            folder: for the stacks; None: a new one on this node.
-        """
-        for rank in self._ranks:
-            empty(rank.stacks)
-            rank.collectives = None
-            if rank.alive:
-                rank.signal(STACKS_SIGNAL)
-        self._show = None  # the verdict comes first
-        self._dump_at = (time.monotonic() + _DUMP_SECONDS, folder or make_private_folder())
-
-    def show(self, folder: Path) -> None:
-        """Have the ranks say where they are, for somebody who looks at a job that runs."""
-        if self.is_waiting:
-            return
-        for rank in self._ranks:
-            empty(rank.stacks)
-            rank.has_shown = False
-            if rank.alive and rank.channel is not None:
-                rank.channel.send({"show_stacks": True})
-        self._show = _Show(folder, time.monotonic() + _SHOW_SECONDS)
-
-    def look(self, now: float) -> None:
-        """Do what is due by the clock."""
-        if self._dump_at is not None and now >= self._dump_at[0]:
-            folder, self._dump_at = self._dump_at[1], None
-            self._ask_records(folder)
-        if self._stands_at is not None and (now >= self._stands_at or self._has_records()):
-            self._stands_at = None
-            self._send({"stands": [_message(stand) for stand in self._stands()]})
-        if self._show is not None:
-            self._look_at_show(self._show, now)
-
-    def _ask_records(self, folder: Path | None) -> None:
-        """Take the stacks, and ask for the collectives.
-
-        Not before: faulthandler trips over threads that begin to run while it looks.
-        """
-        self._dumps = {rank.rank: read_all(rank.stacks) for rank in self._ranks}
-        for rank in self._ranks:
-            if rank.alive and rank.channel is not None and folder is not None:
-                record = folder / f"flight-recorder-rank-{rank.rank}.json"
-                rank.channel.send({"flight_recorder": str(record)})
-        self._stands_at = time.monotonic() + _RECORDS_SECONDS
-        if folder is not None:
-            write_stacks(folder, self._dumps, _WRITE_SECONDS)
-
-    def _has_records(self) -> bool:
-        return all(rank.collectives is not None for rank in self._ranks if rank.alive)
-
-    def _stands(self) -> list[Stand]:
-        readings = self._readings()
-        return [
-            Stand(
-                rank=rank.rank,
-                host=self._host,
-                progress=readings[rank.index].progress,
-                step=readings[rank.index].step,
-                state=processes.state(rank.pid),
-                stack=main_stack(self._dumps.get(rank.rank, ""))[:_STACK_CHARACTERS],
-                collectives=rank.collectives or (),
-            )
-            for rank in self._ranks
-        ]
-
-    def _look_at_show(self, show: _Show, now: float) -> None:
-        silent = [rank for rank in self._ranks if rank.alive and not rank.has_shown]
-        if silent and now < show.until:
-            return
-        if silent and not show.has_signalled:
-            # Python's lock is held, so that no other thread's frames change: from C, then.
-            for rank in silent:
-                rank.signal(STACKS_SIGNAL)
-            show.has_signalled, show.until = True, now + _DUMP_SECONDS
-            return
-        self._show = None
-        dumps = {rank.rank: read_all(rank.stacks) for rank in self._ranks}
-        was_written = write_stacks(show.folder, dumps, _WRITE_SECONDS)
-        missing = [rank for rank, dump in dumps.items() if not dump or not was_written]
-        self._send({"shown": len(dumps) - len(missing), "missing": missing})
+    def _look(self) -> None:
+        while not self._closed.wait(self._every_seconds):
+            # Taken away, so that it can be asked again.
+            with suppress(OSError):
+                self._file.unlink()
+                self._asked()
 
 
-def _message(stand: Stand) -> Message:
-    """Return a stand as it comes out of JSON, which the hub's own node does not go through."""
-    return {**asdict(stand), "collectives": [asdict(each) for each in stand.collectives]}
+def make_private_folder() -> Path | None:
+    """Return a new folder on this node, whose name nobody can have guessed and prepared."""
+    with suppress(OSError):
+        return new_private_folder("hpctrain-stacks-")
+    return None
+
+
+def python_stacks() -> str:
+    """Return the stacks of all threads of this process, in faulthandler's form.
+
+    faulthandler itself reads the frames of threads that run meanwhile, and may trip over them; here
+    all of them stand, while Python's lock is held.
+    """
+    main = threading.main_thread().ident
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    blocks = []
+    # The main thread last, as in a traceback.
+    for ident, top in sorted(sys._current_frames().items(), key=lambda item: item[0] == main):
+        who = "Current thread" if ident == main else "Thread"
+        lines = [f"{who} {ident:#018x} [{names.get(ident, '?')}] (most recent call first):"]
+        frame: FrameType | None = top
+        while frame is not None:
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+            frame = frame.f_back
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_stacks(folder: Path, dumps: Mapping[int, str], seconds: float) -> bool:
+    """Write one file of stacks per rank; return whether all were written in time."""
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        follow_folder(folder)
+        for rank, dump in dumps.items():
+            if dump:
+                put_file(folder / f"rank-{rank}.txt", dump.encode())
+
+    return in_time(write, seconds)
+
+
+def in_time(write: Callable[[], object], seconds: float) -> bool:
+    """Write to a file system that may hang; return whether it was done in time."""
+    done = threading.Event()
+
+    def run() -> None:
+        with suppress(OSError):
+            write()
+            done.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done.is_set()
+
+
+def empty(descriptor: int) -> None:
+    """Forget what a rank has written into its memory file."""
+    if descriptor >= 0:
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)  # the rank's too: it is one description
+
+
+def read_all(descriptor: int) -> str:
+    """Return what a rank has written into its memory file."""
+    if descriptor < 0:
+        return ""
+    return os.pread(descriptor, 1 << 20, 0).decode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPosition:
+    """How far one rank has come in the collectives of one process group.
+
+    Attributes:
+        group: name of the process group.
+        last: number of the last collective that the rank has called.
+        pending: number of the first one that it still waits for, 0 where it waits for none.
+        name: of that, or else of the last: "gloo:all_reduce of 340 Float".
+    """
+
+    group: str
+    last: int
+    pending: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldUp:
+    """A collective that some ranks wait in.
+
+    Attributes:
+        number: of the collective, within its process group.
+        waiting: ranks, by what each of them takes the collective to be; more than one name means
+            that the ranks call collectives in different orders.
+        absent: ranks of the group that have not entered it.
+    """
+
+    number: int
+    waiting: Mapping[str, Sequence[int]]
+    absent: Sequence[int]
+
+
+def positions(record: bytes) -> list[GroupPosition]:
+    """Return how far a rank has come in each process group, by its flight recorder's JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it is none.
+    """
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for entry in json.loads(record).get("entries", []):
+        if not entry["is_p2p"]:
+            by_group.setdefault(str(entry["process_group"][0]), []).append(entry)
+    return [_position(group, by_group[group]) for group in sorted(by_group)[:MOST_GROUPS]]
+
+
+def _position(group: str, entries: Sequence[Mapping[str, Any]]) -> GroupPosition:
+    ordered = sorted(entries, key=_number)
+    # torch retires what has ended; NCCL's entries say "completed" a little earlier.
+    pending = [each for each in ordered if not each["retired"] and each["state"] != "completed"]
+    shown = (pending or ordered[-1:])[0]
+    return GroupPosition(
+        group=group,
+        last=_number(ordered[-1]),
+        pending=_number(pending[0]) if pending else 0,
+        name=_name(shown),
+    )
+
+
+def _number(entry: Mapping[str, Any]) -> int:
+    return int(entry["collective_seq_id"])
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    name = str(entry["profiling_name"])
+    elements = 0
+    for size in entry["input_sizes"]:
+        count = 1
+        for length in size:
+            count *= int(length)
+        elements += count
+    if elements:
+        name = f"{name} of {elements:,} {entry['input_dtypes'][0]}"
+    return name[:_NAME_CHARACTERS]
+
+
+def held_up(ranks: Mapping[int, Sequence[GroupPosition]]) -> HeldUp | None:
+    """Return the collective that ranks wait in while others have not come to it.
+
+    Where all have entered the same one, it is that: then it is the network that does not get on.
+
+    Args:
+        ranks: how far each has come; a rank whose record could not be had is not in it.
+
+    Returns:
+        None if no rank waits in a collective.
+    """
+    found = list(_candidates(ranks))
+    telling = [each for each in found if each.absent or len(each.waiting) > 1]
+    return next(iter(telling or found), None)
+
+
+def _candidates(ranks: Mapping[int, Sequence[GroupPosition]]) -> Iterator[HeldUp]:
+    groups = sorted({position.group for own in ranks.values() for position in own})
+    for group in groups:
+        members = {
+            rank: position
+            for rank, own in ranks.items()
+            for position in own
+            if position.group == group
+        }
+        pending = [position.pending for position in members.values() if position.pending]
+        if not pending:
+            continue
+        # What comes later waits for this one.
+        number = min(pending)
+        waiting: dict[str, list[int]] = {}
+        for rank, position in sorted(members.items()):
+            if position.pending == number:
+                waiting.setdefault(position.name, []).append(rank)
+        absent = [rank for rank, position in members.items() if position.last < number]
+        yield HeldUp(number=number, waiting=waiting, absent=sorted(absent))

@@ -6,12 +6,10 @@ comes with the time, and what to do comes back.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hpctrain.launch.watchdog.verdicts import (
-    STOPPED,
     Action,
     AskStacks,
     AskToStop,
@@ -211,29 +209,3 @@ class Judge:
         echoes = list(self._echoes)
         self._echoes.clear()
         return [Reply(rank, may_speak=False) for rank in echoes]
-
-
-def laggards(stands: Sequence[Stand]) -> list[Stand]:
-    """Return the ranks that the others wait for; none where nothing tells them apart.
-
-    Stopped processes, whatever they did before; else those with the fewest heartbeats; else
-    those that are somewhere else in the program than most.
-    """
-    for behind in (
-        [stand for stand in stands if stand.state in STOPPED],
-        _fewest_signs(stands),
-        _elsewhere(stands),
-    ):
-        if 0 < len(behind) < len(stands):
-            return behind
-    return []
-
-
-def _fewest_signs(stands: Sequence[Stand]) -> list[Stand]:
-    fewest = min((stand.progress for stand in stands), default=0)
-    return [stand for stand in stands if stand.progress == fewest]
-
-
-def _elsewhere(stands: Sequence[Stand]) -> list[Stand]:
-    ((usual, count),) = Counter(stand.stack for stand in stands).most_common(1) or [("", 0)]
-    return [stand for stand in stands if stand.stack != usual] if 2 * count > len(stands) else []

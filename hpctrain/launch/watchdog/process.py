@@ -12,10 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.launch.watchdog.daemons import Daemons
-from hpctrain.launch.watchdog.hub import Hub
+from hpctrain.launch.watchdog.coordinator import Hub
 from hpctrain.launch.watchdog.judge import Judge
-from hpctrain.launch.watchdog.local import LocalRanks
+from hpctrain.launch.watchdog.monitor import Daemons, LocalRanks
 from hpctrain.launch.watchdog.spoke import Spoke
 from hpctrain.launch.watchdog.verdicts import Group
 

@@ -1,4 +1,4 @@
-"""What the kernel knows of another process: whether it lives, how it ended, what it waits for."""
+"""A process as a watchdog knows it: by the kernel, and a rank by what it has said too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import fcntl
 import os
 import signal
 import struct
+from contextlib import suppress
+from dataclasses import dataclass, field
 
+from hpctrain.launch.watchdog.evidence import GroupPosition
+from hpctrain.launch.watchdog.protocol import Channel
 from hpctrain.utils.proc import EXIT_CODE, FLAGS, STATE, stat_fields
 
 _EXITING = 0x4  # PF_EXITING of the kernel's sched.h
@@ -64,3 +68,38 @@ def open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank; without a channel it has not joined yet.
+
+    Attributes:
+        stacks: memory file that the rank writes its stacks to.
+        has_shown: it has done so when it was asked.
+        collectives: how far it has come in each process group; None until it has answered.
+    """
+
+    rank: int
+    index: int
+    channel: Channel | None = None
+    pid: int = 0
+    pidfd: int | None = None
+    stacks: int = -1
+    about: dict[str, object] = field(default_factory=dict)
+    has_shown: bool = False
+    collectives: tuple[GroupPosition, ...] | None = None
+    left: bool = False
+    gone: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return self.channel is not None and not (self.left or self.gone)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        with suppress(OSError):
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
+            else:
+                os.kill(self.pid, number)

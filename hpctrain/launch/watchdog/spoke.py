@@ -9,11 +9,16 @@ import time
 from contextlib import suppress
 
 from hpctrain.launch.handshake import StrangerError, prove
-from hpctrain.launch.watchdog.hub import CONNECT_SECONDS, PURPOSE, Obey, say
-from hpctrain.launch.watchdog.messages import Channel, Message, notice_silence
-from hpctrain.launch.watchdog.protocol import Bye, EndRanks, parse_order
-from hpctrain.launch.watchdog.telling import story
-from hpctrain.launch.watchdog.verdicts import Group, NodeLost
+from hpctrain.launch.watchdog.coordinator import CONNECT_SECONDS, PURPOSE, Obey, say
+from hpctrain.launch.watchdog.protocol import (
+    Bye,
+    Channel,
+    EndRanks,
+    Message,
+    notice_silence,
+    parse_order,
+)
+from hpctrain.launch.watchdog.verdicts import Group, NodeLost, story
 
 _ATTEMPT_SECONDS = 10.0
 _SHORTEST_PAUSE_SECONDS = 0.05

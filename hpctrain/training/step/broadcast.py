@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.checkpoint.tensors import tensor_bytes
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 
 
 def broadcast_tensors(world: World, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

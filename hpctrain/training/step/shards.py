@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from hpctrain.checkpoint.tensors import tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.step.call import Call, Callee, Method
 from hpctrain.training.step.gathering import GatherOrder
 from hpctrain.training.step.lost_changes import refused_lost_changes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.utils.text import listed
 
 _SHOWN = 4

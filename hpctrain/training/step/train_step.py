@@ -16,7 +16,7 @@ from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.bad_batches import BadBatch
 from hpctrain.training.bad_steps import BAD, RECENT_STEPS
 from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes

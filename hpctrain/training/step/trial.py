@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.step.undisturbed import kept_generators
 from hpctrain.training.task import Fields, Task
 

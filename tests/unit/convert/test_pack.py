@@ -22,7 +22,7 @@ from hpctrain.convert.splits import parse_splits, select
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
-from hpctrain.launch.single import SingleCommunicator
+from hpctrain.launch.process_group import SingleCommunicator
 
 ALONE = SingleCommunicator()
 DRAW = np.random.default_rng(0)

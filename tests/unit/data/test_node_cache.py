@@ -12,7 +12,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.node_cache import SHARED, hold_on_node, host_memory, plan, require_room, share
 from hpctrain.data.order import Epoch, Order, resident_block_rows
 from hpctrain.errors import ConfigError
-from hpctrain.launch.single import SingleCommunicator
+from hpctrain.launch.process_group import SingleCommunicator
 from hpctrain.topology import Topology
 
 SAMPLES = 101

@@ -9,10 +9,9 @@ import pytest
 from helpers.environments import recorded
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.allocation import alone_in, expand, other_hosts
 from hpctrain.launch.arrivals import IN_MPI_INIT, Seen, tell_missing
-from hpctrain.launch.launchers import detect
-from hpctrain.launch.surroundings import is_login_node
+from hpctrain.launch.environment import detect
+from hpctrain.launch.surroundings import alone_in, expand, is_login_node, other_hosts
 
 PBS = {"PBS_JOBID": "41.pbs", "PBS_NODEFILE": "nodes", "PBS_TASKNUM": "1"}
 LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "h1 4 h2 4", "LSB_DJOB_NUMPROC": "8"}

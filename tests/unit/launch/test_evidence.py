@@ -19,13 +19,18 @@ from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 from torch import distributed
 
-from hpctrain.launch.daemons import daemons_above
-from hpctrain.launch.watchdog.collectives import GroupPosition, HeldUp, held_up, positions
-from hpctrain.launch.watchdog.daemons import Daemons
-from hpctrain.launch.watchdog.member import flight_record
-from hpctrain.launch.watchdog.stacks import Requests, python_stacks
-from hpctrain.launch.watchdog.telling import main_stack, place_of, story
-from hpctrain.launch.watchdog.verdicts import Group, Stall, Stand
+from hpctrain.launch.watchdog.client import flight_record
+from hpctrain.launch.watchdog.evidence import (
+    GroupPosition,
+    HeldUp,
+    Requests,
+    held_up,
+    positions,
+    python_stacks,
+)
+from hpctrain.launch.watchdog.monitor import Daemons
+from hpctrain.launch.watchdog.start import daemons_above
+from hpctrain.launch.watchdog.verdicts import Group, Stall, Stand, main_stack, place_of, story
 
 
 def at(last: int, pending: int = 0, name: str = "gloo:all_reduce", group: str = "0") -> Any:

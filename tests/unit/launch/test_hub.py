@@ -16,10 +16,9 @@ import pytest
 from helpers.limits import JOB_SECONDS
 
 from hpctrain.launch.handshake import prove
-from hpctrain.launch.probing import listen
-from hpctrain.launch.watchdog import hub as hub_module
-from hpctrain.launch.watchdog import protocol
-from hpctrain.launch.watchdog.hub import PURPOSE, Hub
+from hpctrain.launch.rendezvous import listen
+from hpctrain.launch.watchdog import coordinator, protocol
+from hpctrain.launch.watchdog.coordinator import PURPOSE, Hub
 from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.spoke import Spoke
 from hpctrain.launch.watchdog.verdicts import Group
@@ -110,12 +109,12 @@ class Lab:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     made = Lab()
-    monkeypatch.setattr(hub_module, "say", made.said.append)
+    monkeypatch.setattr(coordinator, "say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.spoke.say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._ECHO_SECONDS", 0.0)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._LAUNCHER_SECONDS", 0.0)
-    monkeypatch.setattr("hpctrain.launch.watchdog.showing._ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(hub_module, "_FAREWELL_SECONDS", 0.0)
+    monkeypatch.setattr("hpctrain.launch.watchdog.coordinator._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(coordinator, "_FAREWELL_SECONDS", 0.0)
     yield made
     made.close()
 

@@ -10,10 +10,8 @@ import pytest
 from helpers.environments import ENVIRONMENTS, recorded
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.ancestry import ancestors
-from hpctrain.launch.launchers import Claim, detect
-from hpctrain.launch.mpi import library_family, library_name
-from hpctrain.launch.pmi import check_process_manager
+from hpctrain.launch.environment import Claim, ancestors, detect
+from hpctrain.launch.mpi import check_process_manager, library_family, library_name
 from hpctrain.launch.speaking import may_speak
 
 
@@ -310,7 +308,7 @@ def test_ancestors_are_read_from_the_process_tree(tmp_path: Path) -> None:
     assert ancestors(9, tmp_path) == expected
     assert ancestors(3, tmp_path) == ()
     if Path("/proc/self/exe").exists():
-        show = "from hpctrain.launch.ancestry import ancestors; print(ancestors()[0])"
+        show = "from hpctrain.launch.environment import ancestors; print(ancestors()[0])"
         result = subprocess.run(
             [sys.executable, "-c", show], capture_output=True, text=True, check=True
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpctrain.launch.loading import loading
+from hpctrain.launch.process_group import loading
 
 
 @pytest.fixture(autouse=True)

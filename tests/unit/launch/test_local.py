@@ -18,9 +18,8 @@ import pytest
 from helpers.garbage import STRUCTURED, random_strings
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.launch.watchdog.local import LocalRanks
-from hpctrain.launch.watchdog.member import Member, join, proof_of_rank
-from hpctrain.launch.watchdog.pulse import Pulse
+from hpctrain.launch.watchdog.client import Member, Pulse, join, proof_of_rank
+from hpctrain.launch.watchdog.monitor import LocalRanks
 from hpctrain.launch.watchdog.verdicts import Group
 
 SECRET = "s" * 64

@@ -14,20 +14,29 @@ import torch
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import LaunchError
-from hpctrain.launch.containers import is_walled_off
-from hpctrain.launch.cores import Cores, crowding, set_threads, thread_budget, throttling
 from hpctrain.launch.device import (
+    Cores,
     Owner,
     Place,
     choose_backend,
     choose_device,
+    crowding,
     device_index,
     device_kind,
+    set_threads,
     take_instance,
+    thread_budget,
+    throttling,
 )
-from hpctrain.launch.discovery import Node, place
-from hpctrain.launch.launchers import detect
-from hpctrain.launch.limits import prepare_deterministic, prepare_nccl, raise_open_files
+from hpctrain.launch.environment import detect
+from hpctrain.launch.mpi import is_walled_off
+from hpctrain.launch.process_group import (
+    Node,
+    place,
+    prepare_deterministic,
+    prepare_nccl,
+    raise_open_files,
+)
 from hpctrain.launch.rendezvous import Address, candidates
 
 A, B = Node("boot-a", "a"), Node("boot-b", "b")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpctrain.launch.launchers import detect
-from hpctrain.launch.ranks import without_rank
-from hpctrain.launch.table import LAUNCHERS
+from hpctrain.launch.environment import detect, without_rank
+from hpctrain.launch.launchers import LAUNCHERS
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.name)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch import shared_memory
-from hpctrain.launch.launchers import Claim
-from hpctrain.launch.shared_memory import check_shared_memory, trouble
-from hpctrain.launch.table import LAUNCHERS
+from hpctrain.launch import mpi
+from hpctrain.launch.environment import Claim
+from hpctrain.launch.launchers import LAUNCHERS
+from hpctrain.launch.mpi import check_shared_memory, shared_memory_trouble
 
 MB = 2**20
 
@@ -51,7 +51,7 @@ MB = 2**20
     ],
 )
 def test_sizes_that_were_measured(family: str, ranks: int, total: int, works: bool) -> None:
-    told = trouble(family, ranks, total=total, free=total, is_read_only=False)
+    told = shared_memory_trouble(family, ranks, total=total, free=total, is_read_only=False)
     assert (told is None) == works
 
 
@@ -59,16 +59,16 @@ def test_sizes_that_were_measured(family: str, ranks: int, total: int, works: bo
     ("family", "works"), [("mpich", False), ("intel", True), ("openmpi", True)]
 )
 def test_read_only(family: str, works: bool) -> None:
-    told = trouble(family, 2, total=64 * MB, free=64 * MB, is_read_only=True)
+    told = shared_memory_trouble(family, 2, total=64 * MB, free=64 * MB, is_read_only=True)
     assert (told is None) == works
 
 
 def test_what_dead_jobs_have_left_and_what_faster_ranks_have_taken() -> None:
-    full = trouble("mpich", 2, total=64 * MB, free=MB // 2, is_read_only=False)
+    full = shared_memory_trouble("mpich", 2, total=64 * MB, free=MB // 2, is_read_only=False)
     assert full == "has 524 kB free of 67.1 MB, where more than 1.05 MB are needed"
-    alone = trouble("mpich", 1, total=64 * MB, free=16 * MB, is_read_only=False)
+    alone = shared_memory_trouble("mpich", 1, total=64 * MB, free=16 * MB, is_read_only=False)
     assert alone == "has 16.8 MB free of 67.1 MB, where more than 17.8 MB are needed"
-    assert trouble("mpich", 4, total=5 * MB, free=2 * MB, is_read_only=False) is None
+    assert shared_memory_trouble("mpich", 4, total=5 * MB, free=2 * MB, is_read_only=False) is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_one_rank_of_a_node_tells_it(
     everywhere: bool,
     told: bool,
 ) -> None:
-    monkeypatch.setattr(shared_memory, "trouble", lambda *_, **__: "is read-only")
+    monkeypatch.setattr(mpi, "shared_memory_trouble", lambda *_, **__: "is read-only")
     claim = Claim(
         launcher=next(row for row in LAUNCHERS if row.name == "mpich"),
         rank=local_rank,

@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 
 from hpctrain.batch.exit_status import Outcome, read_outcome, write_outcome
-from hpctrain.launch.crash import write_report
 from hpctrain.launch.watchdog import processes
-from hpctrain.launch.watchdog.judge import Judge, laggards
-from hpctrain.launch.watchdog.messages import Channel
+from hpctrain.launch.watchdog.client import ROW_BYTES, Pulse, Reading, read_row
+from hpctrain.launch.watchdog.crash_report import write_report
+from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.process import Orders, parse_orders
-from hpctrain.launch.watchdog.pulse import ROW_BYTES, Pulse, Reading, read_row
-from hpctrain.launch.watchdog.telling import main_stack, story
+from hpctrain.launch.watchdog.protocol import Channel
 from hpctrain.launch.watchdog.verdicts import (
     AskStacks,
     AskToStop,
@@ -36,6 +35,9 @@ from hpctrain.launch.watchdog.verdicts import (
     Stall,
     Stand,
     Tell,
+    laggards,
+    main_stack,
+    story,
 )
 
 GROUPS = {0: Group(host="a", ranks=(0, 1)), 2: Group(host="b", ranks=(2, 3))}

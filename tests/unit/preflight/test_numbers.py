@@ -12,7 +12,7 @@ from hpctrain.config import load
 from hpctrain.config.semantics import semantics_of
 from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.preflight.numbers import NumberFacts, judge_numbers, try_real_data
 from hpctrain.training.components import resolve_components
 from hpctrain.training.datasets import open_data

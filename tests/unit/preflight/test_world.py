@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.preflight_tables import GIB, VERSIONS, gpu, rank, topology
 
-from hpctrain.launch.launchers import LAUNCHERS
+from hpctrain.launch.environment import LAUNCHERS
 from hpctrain.preflight import world
 from hpctrain.preflight.rank_facts import RankFacts
 from hpctrain.preflight.world import (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.metrics import Gather
 from hpctrain.training.regression import Regression

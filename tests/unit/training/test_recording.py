@@ -14,7 +14,7 @@ import torch
 from helpers.worlds import world_of_one
 
 from hpctrain.checkpoint.format import META, checksum_of_meta
-from hpctrain.launch.world import World
+from hpctrain.launch.process_group import World
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.training.persistence import Resumed
 from hpctrain.training.recording import changed_since, made_by

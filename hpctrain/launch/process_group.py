@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import gc
+import logging
+import os
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import HpctrainError, LaunchError
-from hpctrain.launch.discovery import discover
-from hpctrain.launch.failure import Guard, guard
-from hpctrain.launch.group_store import group_store, own_interface
-from hpctrain.launch.launchers import Claim, this_process
-from hpctrain.launch.limits import prepare_nccl, raise_open_files
-from hpctrain.launch.loading import loading
+from hpctrain.launch.environment import Claim, this_process
+from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
 from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
-from hpctrain.launch.single import SingleCommunicator
 from hpctrain.launch.surroundings import (
     check_own_place,
     look_around_alone,
     spare_login_node,
     take_place,
 )
-from hpctrain.launch.uncaught import end_quietly_if_uncaught
 from hpctrain.launch.voice import telling
-from hpctrain.launch.watchdog.gathering import watched
-from hpctrain.launch.watchdog.pulse import Pulse
+from hpctrain.launch.watchdog.client import Pulse
+from hpctrain.launch.watchdog.start import watched
 from hpctrain.topology import Communicator, Topology, closing_together
+from hpctrain.utils.proc import boot_id
 from hpctrain.utils.streams import quiet_native_libraries
+from hpctrain.utils.text import listed, printable, ranges
 
 if TYPE_CHECKING:
     import torch
     from mpi4py.MPI import Intracomm
+    from torch import distributed as dist
+
+logger = logging.getLogger("hpctrain")
+
+_LOOPBACK = Path("/sys/class/net/lo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +162,7 @@ def process_group(
         import torch
         from torch import distributed as dist
 
-        from hpctrain.launch.cores import set_threads
-        from hpctrain.launch.device import choose_backend, choose_device
+        from hpctrain.launch.device import choose_backend, choose_device, set_threads
 
     # Until the first heartbeat the watchdog waits for those who load.
     communicator.limit(section.first_step_timeout_seconds)
@@ -287,3 +291,219 @@ def _placed(topology: Topology) -> Topology:
         take_place()
     spare_login_node(topology)
     return topology
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What tells two nodes apart.
+
+    The host name alone does not: containers and cloned images share names. Nor does the boot id
+    alone: two containers on one machine with their own names may not share memory or network.
+    """
+
+    boot_id: str
+    host: str
+
+    @classmethod
+    def here(cls) -> Node:
+        """Return the node of this process."""
+        return cls(boot_id(), socket.gethostname())
+
+
+def discover(
+    claim: Claim, communicator: Communicator, mpi: str | None, *, program: int = 0
+) -> Topology:
+    """Return the place of this rank in the proven world. Collective: all ranks.
+
+    Args:
+        claim: what the launcher says.
+        communicator: of all ranks.
+        mpi: name of the library.
+        program: which of the programs of one mpirun this is.
+    """
+    told = communicator.all_gather((Node.here(), program))
+    nodes = [node for node, _ in told]
+    others = [rank for rank, (_, number) in enumerate(told) if number != told[0][1]]
+    if others and communicator.rank == 0:
+        logger.warning(
+            "ranks %s were started by mpirun as another program (MPI.APPNUM), and are in this "
+            "world; hpctrain.connect(communicator=...) takes a part of them",
+            listed(ranges(others), 8),
+        )
+    return place(
+        communicator.rank,
+        nodes,
+        launcher="none" if claim.launcher is None else claim.launcher.label,
+        mpi=mpi,
+        reasons=claim.reasons,
+    )
+
+
+def place(
+    rank: int,
+    nodes: Sequence[Node],
+    *,
+    launcher: str,
+    mpi: str | None,
+    reasons: Mapping[str, str] | None = None,
+) -> Topology:
+    """Return the topology of `rank`, given the node of every rank.
+
+    Local ranks follow the global ones, and nodes their lowest rank. The launcher's own local
+    ranks are another permutation: mixing the two would put two ranks on one device.
+    """
+    order = list(dict.fromkeys(nodes))
+    here = [other for other, node in enumerate(nodes) if node == nodes[rank]]
+    by_node = "order of the ranks on this boot id and host name"
+    return Topology(
+        rank=rank,
+        world_size=len(nodes),
+        local_rank=here.index(rank),
+        local_world_size=len(here),
+        node_rank=order.index(nodes[rank]),
+        num_nodes=len(order),
+        hosts=tuple(printable(node.host) for node in order),
+        launcher=launcher,
+        mpi=mpi,
+        reasons={**(reasons or {}), "local_rank": by_node, "local_world_size": by_node},
+    )
+
+
+@contextmanager
+def own_interface(meeting: Meeting | None) -> Iterator[None]:
+    """Have gloo look up no host name for one process, which has nobody to connect to."""
+    name = "GLOO_SOCKET_IFNAME"
+    if meeting is not None or name in os.environ or not _LOOPBACK.exists():
+        yield
+        return
+    os.environ[name] = _LOOPBACK.name
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def group_store(
+    topology: Topology, meeting: Meeting | None, section: LaunchSection, timeout: timedelta
+) -> dist.Store:
+    """Return the key-value store through which the process group finds itself."""
+    import torch
+    from torch import distributed as dist
+
+    if meeting is None:
+        return dist.HashStore()
+    if meeting.interface:
+        # gloo would look its own host name up, and bind 127.0.1.1 on a Debian host.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
+        # NCCL knows the fast networks better than we do, unless the user has named one.
+        if section.interface or section.address:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={meeting.interface}")
+    return dist.TCPStore(
+        meeting.ip,
+        meeting.port,
+        topology.world_size,
+        is_master=topology.is_rank_zero,
+        timeout=timeout,
+        wait_for_workers=False,
+        # The store takes the descriptor over and closes it.
+        master_listen_fd=meeting.listener.detach() if meeting.listener is not None else None,
+        # Until torch 2.8 the libuv kind cannot take one.
+        use_libuv=torch.__version__ >= "2.8",
+    )
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Import inside, and what is there afterwards is never looked through again.
+
+    torch makes 165,000 objects, all to stay. Looking for garbage among them takes 8 % of its
+    import, and 50 ms of every full collection later, in mid-training (torch 2.13, measured).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+def raise_open_files() -> None:
+    """Allow as many open files as the system lets us; every connection is one."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def prepare_nccl(
+    timeout_seconds: float,
+    *,
+    has_flight_recorder: bool,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Have NCCL's record of collectives kept, and torch's monitor end nothing before ours does.
+
+    What the user has set stays.
+
+    Args:
+        timeout_seconds: of the process group.
+        has_flight_recorder: whether torch calls that record by this name, from 2.9 on; it warns
+            of the older one. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp.
+        environ: to set it in.
+    """
+    names = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE")
+    if not any(name in environ for name in names):
+        environ[names[has_flight_recorder]] = "2000"
+    environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds)))
+
+
+def prepare_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have cuBLAS sum in the same order every time; to be called before CUDA starts.
+
+    torch 2.6 to 2.9 refuse deterministic algorithms without it; newer ones do without (pull request
+    161749), where it changes nothing. What the user has set stays.
+
+    Source: docs of torch.use_deterministic_algorithms; NVIDIA's cuBLAS, "Results Reproducibility".
+    """
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class SingleCommunicator:
+    """Everybody is here already."""
+
+    rank = 0
+    world_size = 1
+
+    def limit(self, seconds: float | None) -> None:
+        """Nobody is waited for."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def start_max(self, values: Sequence[int]) -> Settled:
+        """Return the values as their own maximum."""
+        return Settled(tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A reduction that has its result."""
+
+    values: tuple[int, ...]
+
+    def wait(self) -> tuple[int, ...]:
+        """Return the elementwise maximum over all ranks."""
+        return self.values

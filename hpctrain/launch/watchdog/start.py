@@ -1,4 +1,11 @@
-"""Starting the watchdogs: one per node, all ranks together."""
+"""Starting the watchdogs: one per node, all ranks together.
+
+Each is told which processes of the launcher stand above the ranks of its node: when they are gone
+nobody clears up after the ranks. hydra_pmi_proxy, prted, orted, slurmstepd or an agent of torchrun
+start them, some of these under mpirun itself. Where one is killed its ranks train on: without
+output, beyond the reach of a stop, and in the way of the next job. Shells above them are none of
+this: a job that was started by `nohup mpirun ... &` outlives its shell.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +22,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.daemons import daemons_above
-from hpctrain.launch.probing import listen
-from hpctrain.launch.rendezvous import Meeting
-from hpctrain.launch.watchdog.member import Member, join
+from hpctrain.launch.environment import names_of
+from hpctrain.launch.launchers import LAUNCHERS
+from hpctrain.launch.rendezvous import Meeting, listen
+from hpctrain.launch.watchdog.client import Member, Pulse, join
 from hpctrain.launch.watchdog.process import Orders
-from hpctrain.launch.watchdog.pulse import Pulse
 from hpctrain.launch.watchdog.verdicts import Group
 from hpctrain.topology import Communicator, Topology, closing_together, raise_together
+from hpctrain.utils.proc import PROC, ancestors, name_of, start_time
+
+FRONT_ENDS = frozenset(
+    {
+        *("mpirun", "mpiexec", "mpiexec.hydra", "hydra_bstrap_proxy"),
+        *("mpirun.openmpi", "mpiexec.openmpi", "orterun", "mpirun.mpich", "mpiexec.mpich"),
+        *("prterun", "torchrun", "torch.distributed.run"),
+    }
+)
+"""What users call, and what it starts in between; Intel MPI's mpirun is a script that stays."""
+
+Daemon = tuple[int, str, str, bool]
+"""Process id, start time (ids are used again), name, and whether it started the ranks itself."""
 
 _SOURCE = Path(__file__).parents[3]
 # Isolated and without site-packages: it starts in a few ms, and nothing of the user's runs in it.
@@ -36,6 +55,29 @@ _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "LD_LIBRARY_PATH")
 _LEAVE_SECONDS = 5.0
 # Strangers on this node may connect too, and are sent away one by one.
 _BACKLOG = 128
+
+
+def daemons_above(label: str, process: int | None = None, proc: Path = PROC) -> tuple[Daemon, ...]:
+    """Return the processes through which a launcher has started this process, the nearest first.
+
+    Args:
+        label: of the launcher, as `Topology.launcher` has it.
+        process: id of another process.
+        proc: where the process file system is.
+    """
+    own = next((row.processes for row in LAUNCHERS if row.label == label), frozenset())
+    found: list[Daemon] = []
+    for pid in ancestors(process, proc):
+        # A front end may be a script, whose own name it is then.
+        names = [*names_of(pid, proc), *([name_of(pid, proc)] if found else [])]
+        known = own if not found else own | FRONT_ENDS
+        name = next((name for name in names if name in known), None)
+        began = start_time(pid, proc)
+        if name is not None and began is not None:
+            found.append((pid, began, name, not found))
+        elif found:
+            break
+    return tuple(found)
 
 
 @contextmanager
