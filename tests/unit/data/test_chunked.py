@@ -1,4 +1,4 @@
-"""Chunks read and undone outside HDF5 hold what HDF5 reads from them."""
+"""Chunks read and decoded outside HDF5 hold what HDF5 reads from them."""
 
 from __future__ import annotations
 
@@ -232,14 +232,14 @@ def test_truncated_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_hdf5_reads")
 def test_one_open_and_one_undoing_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows one by one, as small windows ask for them, still undo a chunk once for all."""
+    """Rows one by one, as small windows ask for them, still decode a chunk once for all."""
     write(tmp_path, compression="gzip")
     opened: list[object] = []
-    undone: list[int] = []
+    decoded: list[int] = []
     open_, decode = handles.open_hdf5, Pipeline.decode
 
     def counted(self: Pipeline, raw: Any, sizes: list[int], skipped: list[int], memory: Any) -> Any:
-        undone.extend(sizes)
+        decoded.extend(sizes)
         return decode(self, raw, sizes, skipped, memory)
 
     monkeypatch.setattr(handles, "open_hdf5", lambda *a: opened.append(a) or open_(*a))
@@ -248,7 +248,7 @@ def test_one_open_and_one_undoing_for_each(tmp_path: Path, monkeypatch: pytest.M
     order = np.random.default_rng(1).permutation(101).tolist()
     assert (read(reader, [(row, 1) for row in order]) == values_of("i4")[order]).all()
     assert len(opened) == len(SHARDS)
-    assert len(undone) == sum(-(-(stop - start) // 8) for start, stop in SHARDS)
+    assert len(decoded) == sum(-(-(stop - start) // 8) for start, stop in SHARDS)
     reader.close()
 
 
@@ -270,28 +270,35 @@ def test_chunks_in_any_order_in_the_file(
 
 @pytest.mark.usefixtures("no_hdf5_reads")
 @pytest.mark.parametrize("name", ["zstd", "shuffle+zstd"])
-def test_neighbours_of_zstd_are_undone_in_one_go_or_one_by_one(
+def test_neighbours_of_zstd_are_decoded_in_one_go_or_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     write(tmp_path, **FILTERS[name])
-    undone: list[int] = []
+    decoded: list[int] = []
     frames = zstd_frames()
     assert frames is not None
     decode = frames.decode
-    monkeypatch.setattr(frames, "decode", lambda *a: undone.append(len(a[1])) or decode(*a))
-    for found, calls in ((frames, [5, 1, 8]), (None, [960] * 14)):
-        monkeypatch.setattr(filters, "zstd_frames", lambda found=found: found)
+    monkeypatch.setattr(frames, "decode", lambda *a: decoded.append(len(a[1])) or decode(*a))
+
+    def one_by_one(*_: object) -> None:
+        raise UndecodableError("not one frame a chunk")
+
+    for decode_frames, calls in (
+        (Pipeline._decode_frames, [5, 1, 8]),
+        (one_by_one, [960] * 14),
+    ):
+        monkeypatch.setattr(Pipeline, "_decode_frames", decode_frames)
         reader = ShardReader(open_dataset(str(tmp_path)))
         assert (read(reader, [(0, 101)]) == values_of("i4")).all()
         reader.close()
-        assert undone == calls
-        undone.clear()
+        assert decoded == calls
+        decoded.clear()
 
 
-def test_few_bytes_that_become_many_are_undone_in_parts(
+def test_few_bytes_that_become_many_are_decoded_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a thread undoes at once is counted in undone bytes: zeros take no room in a file."""
+    """What a thread decodes at once is counted in decoded bytes: zeros take no room in a file."""
     write(tmp_path, compression="gzip")
     with h5py.File(tmp_path / "040.h5") as file:
         field = ChunkedField(file["x"])
