@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from helpers.turns import ENDED, as_if_started, outputs_of
 
 from hpctrain.cli import main as hpctrain
-from hpctrain.launch import world
+from hpctrain.launch import process_group
 from hpctrain.topology import Communicator, Topology
 
 
@@ -70,8 +70,8 @@ def main() -> None:
     lines = [json.loads(line) for line in sys.argv[1:]]
     site = Path.cwd()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    with world.control_plane() as (topology, communicator):
-        world.control_plane = standing(topology, communicator)
+    with process_group.control_plane() as (topology, communicator):
+        process_group.control_plane = standing(topology, communicator)
         for number, line in enumerate(lines):
             with as_if_started(site), told_to(outputs_of(site, number)):
                 code = run(line)
