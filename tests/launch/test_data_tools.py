@@ -61,10 +61,8 @@ def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
     pack = ("-m", "hpctrain", "data", "pack", "x.npy", "label.npy", "--shard-rows", "4")
     pack = (*pack, "--split", "train=0.8,validation=0.2", "--seed", "7", "--filter", "gzip")
     alone = run(tmp_path, 0, *pack, "alone")
-    assert (
-        alone
-        == "alone: packed train 1,600 samples in 400 shards, validation 400 samples in 100 shards\n"
-    )
+    packed = "alone: packed train 1,600 samples in 400 shards, validation 400 samples in 100 shards"
+    assert packed in alone.splitlines()  # a slow machine is also told how far it is
 
     with subprocess.Popen(
         command(3, *pack, "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
