@@ -31,7 +31,7 @@ from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import HpctrainError
 from hpctrain.observe.log import LOG_FILE
 from hpctrain.observe.log import start as start_log
-from hpctrain.observe.metrics import cut_back, newest_records
+from hpctrain.observe.records import cut_back, newest_records
 from hpctrain.preflight.data import try_lock
 from hpctrain.training.warm_start import read_weights
 from hpctrain.utils.files import AppendedFile
