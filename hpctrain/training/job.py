@@ -78,7 +78,7 @@ def train(
     folder: RunFolder | None = None
     with ExitStack() as stack:
         # A lease that cannot be judged at once is watched.
-        with guard.pulse.unhurried(), raise_together(communicator):
+        with guard.pulse.long_phase(), raise_together(communicator):
             if topology.is_rank_zero:
                 folder = stack.enter_context(
                     RunFolder(path, group_writable=config.run.group_writable)
@@ -179,7 +179,7 @@ def _train(
     run.finish()
     data.staging.tell_problems(world)
     # The others wait while rank 0 writes the last checkpoint to its end.
-    with world.pulse.unhurried(), raise_together(world.communicator):
+    with world.pulse.long_phase(), raise_together(world.communicator):
         if folder is not None and rank_zero is not None:
             with phases.measure("checkpoint"):
                 rank_zero.store.finish()

@@ -179,7 +179,7 @@ class Run:
         self._save_agreed = False
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
         self._refuse_idle_end(place)
-        with self._world.pulse.unhurried():
+        with self._world.pulse.long_phase():
             self._save(place, metrics)
 
     def begin(self, place: Place) -> None:
@@ -193,7 +193,7 @@ class Run:
         Raises:
             CheckpointError: on every rank, naming what could not be saved.
         """
-        with self._world.pulse.unhurried():
+        with self._world.pulse.long_phase():
             snapshot = self._capture(place, None)
             with raise_together(self._world.communicator):
                 if snapshot is not None:
@@ -310,7 +310,7 @@ class Run:
 
     def _roll_back(self) -> int:
         """Put the parameters of the newest checkpoint back. Collective: all ranks."""
-        with self._world.pulse.unhurried():
+        with self._world.pulse.long_phase():
             return roll_back(self._world, self._parts.step, self._load_newest)
 
     def _load_newest(self) -> Loaded | None:

@@ -124,10 +124,10 @@ class TogetherSaver:
         except HpctrainError as error:
             if error.everywhere:
                 # The first failure is the one to tell.
-                with suppress(HpctrainError), self._world.pulse.unhurried():
+                with suppress(HpctrainError), self._world.pulse.long_phase():
                     self.finish()
             raise
-        with self._world.pulse.unhurried():
+        with self._world.pulse.long_phase():
             self.finish()
 
     def _hand_over(self) -> None:

@@ -25,7 +25,7 @@ from hpctrain.launch.watchdog.protocol import Channel, Message
 from hpctrain.utils.files import put_file
 
 _FIELDS = 3
-_PROGRESS, _UNHURRIED, _STEP = range(_FIELDS)
+_PROGRESS, _LONG_PHASE, _STEP = range(_FIELDS)
 ROW_BYTES = 8 * _FIELDS
 
 _ANSWER_SECONDS = 1.5
@@ -39,12 +39,12 @@ class Reading:
 
     Attributes:
         progress: grows with every heartbeat; 0: none yet.
-        unhurried: it is in something that may take long, such as its first step.
+        long_phase: it is in something that may take long, such as its first step.
         step: the last one that it finished.
     """
 
     progress: int
-    unhurried: bool
+    long_phase: bool
     step: int
 
 
@@ -54,7 +54,7 @@ class Pulse:
     def __init__(self) -> None:
         # Its own until there is a watchdog.
         self._row = memoryview(bytearray(ROW_BYTES)).cast("q")
-        self._row[_UNHURRIED] = 1
+        self._row[_LONG_PHASE] = 1
 
     def tick(self) -> None:
         """Say that this rank makes progress."""
@@ -63,18 +63,18 @@ class Pulse:
     def step_done(self, step: int) -> None:
         """Say that a whole step is done; from the first one on the shorter limit holds."""
         self._row[_STEP] = step
-        self._row[_UNHURRIED] = 0
+        self._row[_LONG_PHASE] = 0
         self._row[_PROGRESS] += 1
 
     @contextmanager
-    def unhurried(self) -> Iterator[None]:
+    def long_phase(self) -> Iterator[None]:
         """Have the longer limit hold in the body."""
-        before = self._row[_UNHURRIED]
-        self._row[_UNHURRIED] = 1
+        before = self._row[_LONG_PHASE]
+        self._row[_LONG_PHASE] = 1
         try:
             yield
         finally:
-            self._row[_UNHURRIED] = before
+            self._row[_LONG_PHASE] = before
             self._row[_PROGRESS] += 1
 
     def share(self, memory: mmap.mmap, index: int) -> None:
@@ -91,8 +91,8 @@ class Pulse:
 def read_row(memory: mmap.mmap, index: int) -> Reading:
     """Return what the rank of row `index` has written."""
     with memoryview(memory) as view, view.cast("q") as rows:
-        progress, unhurried, step = rows[_FIELDS * index : _FIELDS * (index + 1)].tolist()
-    return Reading(progress, bool(unhurried), step)
+        progress, long_phase, step = rows[_FIELDS * index : _FIELDS * (index + 1)].tolist()
+    return Reading(progress, bool(long_phase), step)
 
 
 class Member:

@@ -195,7 +195,7 @@ class Hub:
                 if not self._awaited:
                     self._close_door()
             case protocol.Moved():
-                self._judge.moved(leader, report.unhurried, now)
+                self._judge.moved(leader, report.long_phase, now)
             case Death():
                 self._do(self._judge.died(report))
             case protocol.Failing():

@@ -57,7 +57,7 @@ class Judge:
         self._launcher_gone: tuple[LauncherGone, float] | None = None
         self._has_asked_to_stop = False
         self._moved_at: float | None = None  # None: no rank has ever ticked
-        self._unhurried: dict[int, bool] = {}
+        self._long_phase: dict[int, bool] = {}
         self._leaving: set[int] = set()
         self._left_at: float | None = None  # the first of them
         self._asked_at: float | None = None
@@ -113,10 +113,10 @@ class Judge:
         if self._lost is None:
             self._lost = (leader, now)
 
-    def moved(self, leader: int, unhurried: bool, now: float) -> None:
+    def moved(self, leader: int, long_phase: bool, now: float) -> None:
         """Take note of heartbeats from the ranks of a group."""
         self._moved_at = now
-        self._unhurried[leader] = unhurried
+        self._long_phase[leader] = long_phase
 
     def leaving(self, rank: int, now: float) -> None:
         """Take note of a rank that has left the job's body: the others are to follow."""
@@ -171,7 +171,7 @@ class Judge:
             # A loop that gives no heartbeats, too, has to end once a rank has left it.
             return max(self._left_at, self._moved_at or self._left_at), self._hang_timeout_seconds
         limit = self._hang_timeout_seconds
-        if any(self._unhurried.values()):
+        if any(self._long_phase.values()):
             limit = max(self._first_step_timeout_seconds, limit)
         return self._moved_at, limit
 

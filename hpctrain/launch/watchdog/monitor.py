@@ -110,7 +110,7 @@ class LocalRanks:
         progress = [reading.progress for reading in readings]
         if progress != self._last_progress:
             self._last_progress = progress
-            self._send({"moved": any(reading.unhurried for reading in readings)})
+            self._send({"moved": any(reading.long_phase for reading in readings)})
         if self._join_until <= now:
             self._close_door()
             for rank in self._ranks.values():

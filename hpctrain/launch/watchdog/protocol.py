@@ -138,7 +138,7 @@ class Here:
 class Moved:
     """Some rank of the group has sent a heartbeat."""
 
-    unhurried: bool
+    long_phase: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def try_out(world: World, model: nn.Module, task: Task, fields: Fields) -> Findi
         fields: one row of every field.
     """
     found: Findings | None = None
-    with world.pulse.unhurried():
+    with world.pulse.long_phase():
         if world.topology.is_rank_zero:
             rows = {name: item.cpu() for name, item in fields.items()}
             with kept_generators(world.device):

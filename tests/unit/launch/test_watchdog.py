@@ -155,12 +155,12 @@ class TestJudge:
     def test_a_loop_that_never_ticks_has_no_limit(self, judge: Judge) -> None:
         assert judge.look(1e6) == []
 
-    @pytest.mark.parametrize(("unhurried", "limit"), [(False, 60), (True, 600)])
+    @pytest.mark.parametrize(("long_phase", "limit"), [(False, 60), (True, 600)])
     def test_standing_still_ends_the_job_at_its_limit(
-        self, judge: Judge, unhurried: bool, limit: float
+        self, judge: Judge, long_phase: bool, limit: float
     ) -> None:
         judge.moved(0, False, 0.0)
-        judge.moved(2, unhurried, 10.0)
+        judge.moved(2, long_phase, 10.0)
         assert judge.look(limit + 9.9) == []
         assert judge.look(limit + 10) == [AskStacks()]
         assert judge.stands([stand(0), stand(1)]) == []
@@ -286,13 +286,13 @@ def test_signs_of_life_are_seen_through_shared_memory() -> None:
     pulse = Pulse()
     pulse.tick()
     pulse.share(memory, 1)
-    assert read_row(memory, 1) == Reading(progress=1, unhurried=True, step=0)
+    assert read_row(memory, 1) == Reading(progress=1, long_phase=True, step=0)
     pulse.step_done(12)
-    assert read_row(memory, 1) == Reading(progress=2, unhurried=False, step=12)
-    with pulse.unhurried():
-        assert read_row(memory, 1).unhurried
-    assert read_row(memory, 1) == Reading(progress=3, unhurried=False, step=12)
-    assert read_row(memory, 0) == Reading(progress=0, unhurried=False, step=0)
+    assert read_row(memory, 1) == Reading(progress=2, long_phase=False, step=12)
+    with pulse.long_phase():
+        assert read_row(memory, 1).long_phase
+    assert read_row(memory, 1) == Reading(progress=3, long_phase=False, step=12)
+    assert read_row(memory, 0) == Reading(progress=0, long_phase=False, step=0)
 
 
 @pytest.mark.parametrize(
