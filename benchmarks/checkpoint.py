@@ -47,9 +47,9 @@ from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.process_group import World
-from hpctrain.training.horizon import Place
+from hpctrain.training.position import Place
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step import TrainStep
 
 WIDTH, BATCH = 1024, 64
 CONFIG = """

@@ -35,12 +35,9 @@ from hpctrain.batch.stop import StopAgreement
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.horizon import Cadence, Place
-from hpctrain.training.loop import Metrics, Plan, fit
-from hpctrain.training.phases import Phases
-from hpctrain.training.rank_zero import RankZero
-from hpctrain.training.run import Run
-from hpctrain.training.save_clock import SaveClock
+from hpctrain.training.position import Cadence, Place
+from hpctrain.training.rank_zero import RankZero, SaveClock
+from hpctrain.training.trainer import Metrics, Phases, Plan, Run, fit
 
 SAMPLES = 32
 

@@ -13,9 +13,8 @@ from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
-from hpctrain.training.assembly import Parts, build_parts
-from hpctrain.training.components import resolve_components
-from hpctrain.training.horizon import Horizon
+from hpctrain.training.build import Parts, build_parts, resolve_components
+from hpctrain.training.position import Horizon
 
 EPOCH_SAMPLES = 10**12
 

@@ -50,7 +50,7 @@ _NAMES = {
     "preflight.storage": "FolderFacts",
     "training.metrics": "Part",
     "training.staging": "NodeStage",
-    "training.step.trial": "Findings",
+    "training.fsdp_units": "Findings",
 }
 NAMES = frozenset(
     f"hpctrain.{module}:{name}" for module, names in _NAMES.items() for name in names.split()

@@ -25,18 +25,18 @@ from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
 from hpctrain.preflight.numbers import STEP_FIX, check_numbers
 from hpctrain.preflight.report import Finding
-from hpctrain.training.assembly import (
+from hpctrain.training.build import (
     Components,
     build_model,
     build_parts,
     build_task,
+    resolve_components,
     seed_generators,
 )
-from hpctrain.training.components import resolve_components
-from hpctrain.training.datasets import Data
+from hpctrain.training.data import Data
+from hpctrain.training.fsdp_units import try_whole
+from hpctrain.training.preparation import is_spread
 from hpctrain.training.snapshot import expected_bytes, host_bytes
-from hpctrain.training.step.preparation import is_spread
-from hpctrain.training.step.trial import try_whole
 from hpctrain.utils.text import number, percent, plural, size
 
 MEMORY_FIX = (

@@ -19,7 +19,7 @@ from hpctrain.preflight.rank_facts import RankFacts, Ranks
 from hpctrain.preflight.reductions import judge_reductions, time_reductions
 from hpctrain.preflight.report import Finding
 from hpctrain.topology import Communicator
-from hpctrain.training.transport import gather_transport
+from hpctrain.training.summary import gather_transport
 from hpctrain.utils.text import listed, number, plural
 
 _FIX = "see that no firewall is between the nodes; launch.interface names another network"

@@ -17,15 +17,14 @@ from hpctrain.data.loading.delivery import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
-from hpctrain.training.assembly import Components, Parts, build_parts
-from hpctrain.training.bad_batches import listed_rows
-from hpctrain.training.datasets import Data
-from hpctrain.training.metric_objects import MetricObjects
-from hpctrain.training.metrics import Part, Totals
+from hpctrain.training.build import Components, Parts, build_parts
+from hpctrain.training.data import Data
+from hpctrain.training.metrics import MetricObjects, Part, Totals
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.nonfinite import listed_rows
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
-from hpctrain.training.step.undisturbed import evaluating, kept_generators
+from hpctrain.training.undisturbed import evaluating, kept_generators
 from hpctrain.utils.text import metric
 
 STEP_FIX = "the same happens in training: start one process on a small config to see its traceback"

@@ -17,7 +17,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
 from hpctrain.preflight.report import Finding
-from hpctrain.training.datasets import Data
+from hpctrain.training.data import Data
 from hpctrain.utils.files import filesystem_of, sync
 from hpctrain.utils.text import duration, listed, number, plural, size
 

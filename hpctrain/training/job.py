@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from hpctrain.batch.scheduler import Deadline
-from hpctrain.batch.stop import SignalFlag, StopAgreement, Watch, describe, reserve_seconds
+from hpctrain.batch.stop import (
+    SAVE_DUE,
+    SignalFlag,
+    StopAgreement,
+    Watch,
+    describe,
+    reserve_seconds,
+)
 from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
@@ -19,29 +28,21 @@ from hpctrain.launch.process_group import World, prepare_deterministic, process_
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
-from hpctrain.training.assembly import Components, Parts, build_parts
-from hpctrain.training.changes import rules_and_changes
+from hpctrain.training.build import Components, Parts, build_parts, resolve_components
+from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
-from hpctrain.training.components import resolve_components
-from hpctrain.training.datasets import Data, open_data
-from hpctrain.training.folder import RunFolder
-from hpctrain.training.horizon import Cadence
-from hpctrain.training.loop import Plan, fit
+from hpctrain.training.coupling import MOST_ROWS as MOST_SAMPLES
+from hpctrain.training.coupling import find_coupling
+from hpctrain.training.data import Data, open_data
+from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
-from hpctrain.training.persistence import Resumed, restore
-from hpctrain.training.phases import Phases
+from hpctrain.training.position import Cadence
 from hpctrain.training.ranges import explained_indices, ranges_checked
-from hpctrain.training.rank_zero import RankZero, prepare_rank_zero
-from hpctrain.training.read_trouble import ReadTrouble
-from hpctrain.training.recording import begin_record
+from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
+from hpctrain.training.record import begin_record, rules_and_changes
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
-from hpctrain.training.resuming import find_checkpoint
-from hpctrain.training.run import Run
-from hpctrain.training.step.coupling import MOST_ROWS as MOST_SAMPLES
-from hpctrain.training.step.coupling import find_coupling
-from hpctrain.training.telling import complete_text, header_text, summary_text
-from hpctrain.training.transport import transport_notes
-from hpctrain.training.warm_start import start_warm
+from hpctrain.training.summary import complete_text, header_text, summary_text, transport_notes
+from hpctrain.training.trainer import Phases, Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
 
@@ -310,3 +311,43 @@ def _counters(
         "communication": parts.step.communication_seconds,
         "checkpoint": lambda: rank_zero.store.stall_seconds if rank_zero is not None else 0.0,
     }
+
+
+LEAST_SECONDS = 60.0
+"""Between two saves for this reason: trouble that comes and goes is not to fill the disk."""
+
+
+class FailingReads(Protocol):
+    """What counts them."""
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed so far, whatever came of it."""
+        ...
+
+
+class ReadTrouble:
+    """Asks for a save as soon as a read fails.
+
+    Reading runs ahead of the steps. So between the read that fails and the step that would need it
+    there are batches left, and waits before the retries: time for all ranks to save together.
+    Once the failing rank has nothing left to compute with, it is too late for that.
+    """
+
+    def __init__(self, reads: FailingReads, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reads = reads
+        self._clock = clock
+        self._known = 0
+        self._next = 0.0
+
+    def bit(self) -> int:
+        """Return SAVE_DUE if reads have failed since the last time, else 0."""
+        failed = self._reads.failed_reads
+        if failed == self._known:
+            return 0
+        self._known = failed
+        now = self._clock()
+        if now < self._next:
+            return 0
+        self._next = now + LEAST_SECONDS
+        return SAVE_DUE

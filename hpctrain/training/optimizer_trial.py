@@ -6,24 +6,28 @@ a checkpoint could not hold is named before the first step, and not after an hou
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OWN, OptimizerState, SavedOptimizer, slot_names
 from hpctrain.checkpoint.state import HasParameters, UnsavableError
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.training.attributes import Attributes
-from hpctrain.training.optimization.evaluation_weights import EvaluationWeights, has_modes
-from hpctrain.training.stand_ins import StandIns, generator_states, seed_all
-from hpctrain.training.step.undisturbed import kept_generators
+from hpctrain.training.optim.ema import EvaluationWeights, has_modes
+from hpctrain.training.undisturbed import kept_generators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,3 +291,145 @@ def _without_compiler() -> Iterator[None]:
     stance = getattr(torch.compiler, "set_stance", None)
     with nullcontext() if stance is None else stance("force_eager"):
         yield
+
+
+_LONGEST, _FEWEST = 64, 4
+_MOST_ELEMENTS = 2**16
+
+
+class StandIns:
+    """Small parameters under the names of a model's: one of each kind that it has."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+
+    @classmethod
+    def of(cls, model: HasParameters, groups: Sequence[ParameterGroup]) -> StandIns:
+        """Make them: a kind is a group, a number of dimensions, a dtype and a device."""
+        found: dict[tuple[object, ...], tuple[str, nn.Parameter]] = {}
+        for name, item in model.named_parameters():
+            if item.requires_grad:
+                fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
+                flat = 1 in item.shape or not item.numel()
+                pattern = fits.index(True) if True in fits else None
+                kind = (pattern, item.ndim, item.dtype, item.device, flat)
+                found.setdefault(kind, (name, item))
+        return cls({name: _small(item) for name, item in found.values()})
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return them by name."""
+        return self.parameters.items()
+
+    def copy(self) -> StandIns:
+        """Return others with the same numbers."""
+        return StandIns(
+            {name: nn.Parameter(item.detach().clone()) for name, item in self.named_parameters()}
+        )
+
+    def give_gradients(self, seed: int) -> None:
+        """Give each a gradient that depends on the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for item in self.parameters.values():
+            item.grad = torch.empty_like(item).copy_(_drawn(item.shape, item, generator))
+
+    def equal(self, other: StandIns) -> bool:
+        """Tell whether both have the same numbers, bit for bit but for what is not a number."""
+        pairs = zip(self.parameters.values(), other.parameters.values(), strict=True)
+        return all(
+            torch.equal(torch.nan_to_num(mine.detach()), torch.nan_to_num(theirs.detach()))
+            for mine, theirs in pairs
+        )
+
+
+def _small(parameter: nn.Parameter) -> nn.Parameter:
+    """Return a parameter of the same kind, its sizes cut."""
+    longest = _LONGEST
+    shape = parameter.shape
+    while True:
+        shape = torch.Size(min(size, longest) for size in parameter.shape)
+        if shape.numel() <= _MOST_ELEMENTS or longest <= _FEWEST:
+            break
+        longest //= 2
+    generator = torch.Generator().manual_seed(len(shape))
+    drawn = _drawn(shape, parameter, generator).to(parameter.device)
+    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        drawn = drawn.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(drawn)
+
+
+def _drawn(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    wide = torch.complex64 if like.is_complex() else torch.float32
+    return (0.1 * torch.randn(shape, dtype=wide, generator=generator)).to(like.dtype)
+
+
+def seed_all(seed: int) -> None:
+    """Have optimizers that draw numbers draw the same ones."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - others draw from it
+    random.seed(seed)
+
+
+def generator_states() -> tuple[object, ...]:
+    """Return what a draw of torch, numpy or Python changes."""
+    modules = [getattr(torch, kind) for kind in ("cuda", "xpu")]
+    # To ask others would open a context on a device that this process has not taken.
+    on_device = [each.get_rng_state().tolist() for each in modules if each.is_initialized()]
+    legacy = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), on_device, repr(legacy), random.getstate()
+
+
+_DEEPEST = 6
+_SAVED = ("state", "param_groups", "defaults")  # the last are what the groups began with
+_WITHOUT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+
+class Attributes:
+    """The attributes of an optimizer at one moment, but for what a checkpoint holds of it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._before = self._prints()
+
+    def changed(self) -> list[str]:
+        """Return the names of those that are not what they were."""
+        now = self._prints()
+        return sorted(name for name in now if now[name] != self._before.get(name))
+
+    def _prints(self) -> dict[str, object]:
+        optimizer = self._optimizer
+        groups, slots = optimizer.param_groups, list(optimizer.state.values())
+        known = [optimizer, optimizer.state, groups, *groups, *slots]
+        for content in (*groups, *slots):
+            known += content.values() if isinstance(content, dict) else ()
+        known += [item for group in groups for item in group["params"]]
+        return {
+            name: _print(value, set(map(id, known)), 0)
+            for name, value in vars(optimizer).items()
+            if name not in _SAVED
+        }
+
+
+def _print(value: Any, seen: set[int], depth: int) -> object:
+    """Return what tells whether a value has changed, as far as its parts can be seen."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if id(value) in seen or depth > _DEEPEST or isinstance(value, _WITHOUT_STATE):
+        return None
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return None if value.device.type == "meta" else repr(value.detach().tolist())
+    return [(key, _print(item, seen, depth + 1)) for key, item in _parts(value)]
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, torch.Generator):
+        return [("state", value.get_state())]
+    if isinstance(value, random.Random):
+        return [("state", value.getstate())]
+    if isinstance(value, np.random.Generator):
+        return [("state", value.bit_generator.state)]
+    if isinstance(value, Mapping):
+        return [(repr(key), item) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque | set | frozenset):
+        return [("", item) for item in value]
+    return list(vars(value).items()) if hasattr(value, "__dict__") else []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.errors import HpctrainError, TrainingError
-from hpctrain.training.bad_batches import listed_rows
+from hpctrain.training.nonfinite import listed_rows
 
 _WORDS = ("device-side assert", "out of range", "out of bounds")
 

@@ -8,8 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hpctrain.training.losses import LossReduction, load_elementwise_loss, load_loss
-from hpctrain.training.masking import mask_of, masked_sum, without_missing
-from hpctrain.training.task import Direction, Fields, Supervised
+from hpctrain.training.task import (
+    Direction,
+    Fields,
+    Supervised,
+    mask_of,
+    masked_sum,
+    without_missing,
+)
 
 
 class Regression(Supervised):

@@ -1,30 +1,43 @@
-"""What of a run goes into a checkpoint: all of it that a later job cannot compute again."""
+"""What of a run goes into a checkpoint, and from there back into its parts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from torch import Tensor
+from annotated_types import Ge, Lt
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from hpctrain.checkpoint.format import AVERAGE, EVALUATION, MODEL, TRAINING, Spread
+from hpctrain.checkpoint.format import (
+    AVERAGE,
+    EVALUATION,
+    MODEL,
+    TRAINING,
+    VALUES,
+    Count,
+    Spread,
+    rows_of,
+)
 from hpctrain.checkpoint.host_copies import pinned_bytes
+from hpctrain.checkpoint.load import Loaded, Rows
+from hpctrain.checkpoint.optimizer_state import OWN, PARTS, SLOTS
 from hpctrain.checkpoint.save import Snapshot
-from hpctrain.checkpoint.state import rng_to_tensors
-from hpctrain.errors import CheckpointError
+from hpctrain.checkpoint.state import Json, UnsavableError, decode, encode, rng_to_tensors
+from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.extra_state import capture_extra_states, model_tensors
-from hpctrain.training.horizon import Place
-from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.step.weights import OPTIMIZER, parameter_of
+from hpctrain.training.plain_names import PlainNames, load_plain_state, plain_state
+from hpctrain.training.position import Place
+from hpctrain.training.step import TrainStep
+from hpctrain.utils.json_files import checked
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.step.shards import Shards
+    from hpctrain.training.fsdp import Shards
 
 GENERATORS, BAD_STEPS = "generators/", "bad_steps"
 
@@ -190,3 +203,304 @@ def _own_part(
         if (tensor.numel() if key in rows else is_rank_zero)
     }
     return model, training
+
+
+OPTIMIZER = (SLOTS, PARTS, OWN)
+"""Begin the names of the optimizer's tensors among those of the training state."""
+
+
+def parameter_of(key: str) -> str | None:
+    """Return the parameter that a tensor of the training state belongs to, None if to none."""
+    for beginning in (SLOTS, PARTS):
+        if key.startswith(beginning):
+            return key.removeprefix(beginning).rpartition("/")[0]
+    for beginning in (AVERAGE, EVALUATION):
+        if key.startswith(beginning):
+            return key.removeprefix(beginning)
+    return None
+
+
+def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | None = None) -> None:
+    """Put tensors into the model; those that it has not are passed over.
+
+    Args:
+        step: whose model.
+        tensors: whole ones, by name; of the right shapes.
+        rows: of a checkpoint, where the rest is still on disk.
+
+    Raises:
+        CheckpointError: if that cannot be read.
+    """
+    shards = step.shards
+    if shards is None:
+        load_plain_state(step.model, dict(tensors))
+        return
+    # Of tied parameters the file may have another name, and the model has one tensor.
+    stored = {} if rows is None else {name: rows.aliases.get(name, name) for name in shards.shapes}
+    own = {
+        name: rows_of(shape[0], shards.world_size, shards.rank)
+        for name, shape in shards.shapes.items()
+    }
+    read: Mapping[str, Tensor] = {}
+    if rows is not None:
+        there = rows.shapes(MODEL)
+        wanted = {stored[name]: bounds for name, bounds in own.items() if stored[name] in there}
+        read = rows.read(MODEL, wanted)
+    with torch.no_grad():
+        for name, parameter in shards.named_parameters():
+            if name in tensors and name not in own:
+                parameter.copy_(tensors[name])
+            elif name in tensors:
+                first, stop = own[name]
+                parameter.copy_(tensors[name][first:stop])
+            elif stored.get(name) in read:
+                parameter.copy_(read[stored[name]])
+        for name, buffer in PlainNames(step.model).of(step.model.named_buffers()):
+            if name in tensors:
+                buffer.copy_(tensors[name])
+
+
+def own_state(
+    step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | None, beginnings: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return what this rank needs of the training state: its rows of what belongs to parameters.
+
+    Args:
+        step: into which it is to be put.
+        tensors: whole ones, by name.
+        rows: of a checkpoint, where the rest is still on disk.
+        beginnings: of the names that are wanted.
+
+    Raises:
+        CheckpointError: if that cannot be read.
+    """
+    chosen = {name: item for name, item in tensors.items() if name.startswith(tuple(beginnings))}
+    shards = step.shards
+    if shards is None:
+        return chosen
+    found = {}
+    for key, tensor in chosen.items():
+        shape = shards.shapes.get(parameter_of(key) or "")
+        if shape is not None and tensor.shape == shape:
+            first, stop = rows_of(shape[0], shards.world_size, shards.rank)
+            tensor = tensor[first:stop]  # noqa: PLW2901
+        found[key] = tensor
+    if rows is not None:
+        shapes = {
+            key: shape
+            for key, shape in rows.shapes(TRAINING).items()
+            if key.startswith(tuple(beginnings))
+        }
+        wanted = {
+            key: rows_of(shape[0], shards.world_size, shards.rank) for key, shape in shapes.items()
+        }
+        read = rows.read(TRAINING, wanted)
+        mine = dict(shards.named_parameters())
+        for key in shapes:
+            # Of a tensor with fewer rows than ranks there may be none, which is a state too.
+            name = parameter_of(key)
+            empty = mine[name].detach() if name in mine else None
+            if key in read:
+                found[key] = read[key]
+            elif empty is not None:
+                found[key] = empty.clone()
+    return found
+
+
+EXTRA = "extra_state/"
+"""Begins the names of tensors of extra states among those of the training state."""
+
+_KEY = "_extra_state"  # what torch calls it in a state_dict
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, and what else of the state_dict is a tensor.
+
+    Raises:
+        UnsavableError: if a hook of the model's own puts something else there.
+    """
+    tensors = {}
+    state: Mapping[str, object] = plain_state(model)
+    for name, item in state.items():
+        if isinstance(item, Tensor):
+            tensors[name] = item
+        elif not is_extra(name):
+            raise UnsavableError(
+                f"{name} in the state_dict of {type(model).__name__} is a {type(item).__name__}: "
+                "parameters and buffers are tensors, and get_extra_state is for all else"
+            )
+    return tensors
+
+
+def refuse_unmade(model: nn.Module) -> None:
+    """Refuse parameters and buffers that have no numbers yet.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for name, item in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(item, UninitializedParameter | UninitializedBuffer):
+            raise ConfigError(
+                f"model.use: {name} has no shape before the first use of its lazy module: it "
+                "can be neither sent to other ranks nor saved: give the module its sizes, or run a "
+                "batch through the model where it is built"
+            )
+        if item.device.type == "meta":
+            raise ConfigError(
+                f"model.use: {name} is on the device meta and has no numbers: build the model on "
+                "the host"
+            )
+
+
+def is_extra(name: str) -> bool:
+    """Tell whether a name in a state_dict is that of an extra state."""
+    return name.rpartition(".")[2] == _KEY
+
+
+def capture_extra_states(model: nn.Module, tensors: MutableMapping[str, Tensor]) -> dict[str, Json]:
+    """Return the extra state of every module that has one, as JSON, by names of a state_dict.
+
+    Args:
+        model: whose modules.
+        tensors: takes the tensors of the states.
+
+    Raises:
+        UnsavableError: if a state is more than tensors, numbers, texts and containers of these, or
+            its module could not take it back.
+    """
+
+    def facts(tensor: Tensor) -> Mapping[str, Json]:
+        return {} if tensor.device.type == "cpu" else {"on_device": True}
+
+    found = {}
+    for name, module in _with_extra_state(model):
+        if type(module).set_extra_state is nn.Module.set_extra_state:
+            raise UnsavableError(
+                f"{name}: {type(module).__name__} has get_extra_state, and no set_extra_state to "
+                "take it back"
+            )
+        found[name] = encode(module.get_extra_state(), EXTRA + name, tensors, facts)
+    return found
+
+
+def restore_extra_states(
+    model: nn.Module,
+    saved: Mapping[str, Json],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Give every module its extra state back.
+
+    Raises:
+        CheckpointError: if a module that had one has none any more.
+    """
+
+    def place(tensor: Tensor, facts: Mapping[str, Json]) -> Tensor:
+        return tensor.to(device if "on_device" in facts else "cpu", copy=True)
+
+    modules = dict(_with_extra_state(model))
+    for name, value in saved.items():
+        if name not in modules:
+            raise CheckpointError(f"the checkpoint has {name}, and the model has no such module")
+        modules[name].set_extra_state(decode(value, tensors, place))
+
+
+def _with_extra_state(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    plain = PlainNames(model)
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield plain(f"{name}.{_KEY}".removeprefix(".")), module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where the run stood."""
+
+    step: Count
+    epoch: Count
+    position: Count
+    samples_seen: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Generators:
+    """What is not tensors of the random generators of a rank."""
+
+    numpy: tuple[str, int, int, float]
+    python: tuple[int, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Normalization:
+    """The numbers of a field, and what the config said of it."""
+
+    given: str | dict[str, Any]
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """What a group of parameters has learned, see `hpctrain.checkpoint.optimizer_state`."""
+
+    parameters: list[str]
+    learned: dict[str, Any]
+    arguments: dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Optimizer:
+    """What is not tensors of the optimizer, see `hpctrain.checkpoint.optimizer_state`."""
+
+    kind: str
+    slots: dict[str, list[tuple[Any, Any]]]
+    other: list[tuple[Any, Any]]
+    groups: list[_Group]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Values:
+    """training.json; keys that are not named here belong to whoever reads them.
+
+    Attributes:
+        data: the place in the data, which `hpctrain.data.state` checks.
+        optimizer: None where 0.1.0 has written it.
+        extra_state: of modules that have one, by name.
+        schedule: state of a schedule that has one.
+    """
+
+    place: _Place
+    data: dict[str, Any]
+    world_size: Annotated[int, Ge(1), Lt(2**31)]
+    device: str
+    threads: Count
+    scaler: dict[str, float]
+    generators: list[_Generators]
+    total_steps: Count
+    lr: float
+    metrics: dict[str, float]
+    decoding: dict[str, str] = field(default_factory=dict)
+    optimizer: _Optimizer | None = None
+    extra_state: dict[str, Any] = field(default_factory=dict)
+    normalization: dict[str, _Normalization] = field(default_factory=dict)
+    schedule: dict[str, str | float | None] | None = None
+    evaluation_owed: bool = False
+
+
+def check_values(loaded: Loaded) -> Loaded:
+    """Return a checkpoint whose training.json makes sense.
+
+    Raises:
+        CheckpointError: if it does not; it names the first place.
+    """
+    path = loaded.path / VALUES
+    try:
+        values = checked(loaded.values, _Values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if len(values.generators) != values.world_size:
+        raise CheckpointError(
+            f"{path} is damaged: generators of {len(values.generators)} ranks, and world_size is "
+            f"{values.world_size}"
+        )
+    return loaded

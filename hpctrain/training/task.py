@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.masking import mask_of, masked_sum
 from hpctrain.training.ranges import check_range
 
 Fields = Mapping[str, Tensor]
@@ -306,9 +305,48 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def __getattr__(name: str) -> object:
-    """Give `Regression`, which stood here in 0.1.0: users' tasks import and extend it."""
+    """Give the other built-in tasks: users' own import all of them from here."""
     if name == "Regression":
         from hpctrain.training.regression import Regression
 
         return Regression
+    if name == "LanguageModeling":
+        from hpctrain.training.language_modeling import LanguageModeling
+
+        return LanguageModeling
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def mask_of(fields: Mapping[str, Tensor], name: str | None, target: Tensor) -> Tensor | None:
+    """Return the weight of every element of a target, of its shape; None: all weigh 1.
+
+    Raises:
+        TrainingError: if there is no such field, or it cannot be spread over the target.
+    """
+    if name is None:
+        return None
+    mask = fields.get(name)
+    if mask is None:
+        raise TrainingError(
+            f'task.mask = "{name}": there is no such field; there are {", ".join(fields)}. '
+            'Name one by data.fields.NAME.mask = "..."'
+        )
+    if mask.numel() == target.numel():
+        return mask.reshape(target.shape)
+    try:
+        return mask.expand_as(target)
+    except RuntimeError as error:
+        raise TrainingError(
+            f'task.mask = "{name}" is {tuple(mask.shape)}, and the target {tuple(target.shape)}: '
+            "it needs a weight for each element of the target"
+        ) from error
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum of values by their weights, ()."""
+    return (values * mask.to(values.dtype)).sum()
+
+
+def without_missing(target: Tensor, mask: Tensor) -> Tensor:
+    """Return a target without what is missing in it: even a weight of 0 times NaN is NaN."""
+    return target.where(mask != 0, 0)

@@ -1,4 +1,4 @@
-"""What the config wants done to samples on the host, and to batches on the device."""
+"""Transforms that the config wants: decoding, samples on the host, batches on the device."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from hpctrain.config import Config
-from hpctrain.config.fields import Normalization
+from hpctrain.config.fields import Normalization, integer_fields, needed_fields
+from hpctrain.config.importing import build_transform
 from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.decoder import Decoding
+from hpctrain.data.decoding import FieldDecoding, decodings
+from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale, Transform
+from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
+from hpctrain.errors import ConfigError
 from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
-from hpctrain.training.batch_finishing import build_batch_transform
-from hpctrain.training.decoding import Decodings
 
 _KEY = "data.sample_transform"
 
@@ -125,3 +129,141 @@ def _worker_pool(config: Config) -> WorkerPool | None:
         # Of workers only: squeue and its like, which the rank starts, need these variables.
         without_rank(os.environ) if section.workers_are == "processes" else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decodings:
+    """What is decoded of the datasets of a run, and what becomes of missing values.
+
+    Attributes:
+        datasets: to train with, to evaluate with; by field.
+        missing: by field.
+    """
+
+    datasets: Sequence[Mapping[str, FieldDecoding]]
+    missing: Mapping[str, Missing]
+
+    @classmethod
+    def of(cls, config: Config, datasets: Sequence[Dataset]) -> Decodings:
+        """Find out what is to be decoded.
+
+        Args:
+            config: says which fields are integers, and what becomes of missing values.
+            datasets: with the fields of the task.
+
+        Raises:
+            DatasetError: if the attributes of a file cannot be followed.
+            ConfigError: if nothing tells the missing values that are to be masked.
+        """
+        found = decodings(datasets, integer_fields(config))
+        missing = {
+            name: Missing(table.fill, table.mask)
+            for name, table in config.data.fields.items()
+            if table.fill is not None or table.mask is not None
+        }
+        for name, each in missing.items():
+            kind = datasets[0].fields[name].dtype.kind
+            if kind != "f" and not any(name in decoded for decoded in found):
+                key = "mask" if each.mask is not None else "fill"
+                raise ConfigError(
+                    f"data.fields.{name}.{key}: {datasets[0].source} does not say which numbers of "
+                    f'"{name}" are missing (no _FillValue, missing_value or valid range): leave '
+                    "the key out"
+                )
+        return cls(datasets=found, missing=missing)
+
+    def fields(self, delivered: Mapping[str, Field], *, prepared: bool) -> dict[str, Field]:
+        """Return the fields of a batch once it is decoded, masks of integers included.
+
+        Args:
+            delivered: fields as they come to the device.
+            prepared: whether they were decoded before, for a transform of samples.
+        """
+        made = dict(delivered)
+        for name, each in self.datasets[0].items():
+            if not prepared:
+                made[name] = each.field
+            mask = self.missing.get(name, Missing()).mask
+            if each.keeps_numbers and mask is not None:
+                made[mask] = Field(made[name].shape, np.dtype(np.float32))
+        return made
+
+    def of_floats(self, fields: Mapping[str, Field]) -> dict[str, Missing]:
+        """Return what becomes of NaN, by field, where the fields of a batch are these."""
+        kept = {name for each in self.datasets for name in each if each[name].keeps_numbers}
+        return {name: each for name, each in self.missing.items() if name not in kept & {*fields}}
+
+    def decoding(
+        self,
+        config: Config,
+        index: int,
+        device: torch.device,
+        prepared: Mapping[str, Field] | None = None,
+    ) -> Decoding:
+        """Return what is decoded of one of the datasets, and where.
+
+        Args:
+            config: says which class is ignored.
+            index: of the dataset.
+            device: where batches are.
+            prepared: fields that a transform of samples makes, on the host; None: there is none.
+
+        Raises:
+            ConfigError: if a transform makes other integers of those that mark what is missing.
+        """
+        found = self.datasets[index]
+        ignored = config.task.arguments.get("ignore_index")
+        refused = [
+            each
+            for name, each in found.items()
+            if each.keeps_numbers
+            and name not in self.missing
+            and any(coding.marks_others_than(ignored) for coding in each.codings)
+        ]
+        if prepared is None:
+            return Decoding(on_device=Decoder(found, self.missing, device), refused=refused)
+        marked = {n: each for n, each in found.items() if each.keeps_numbers and n in self.missing}
+        for name, each in marked.items():
+            made = prepared[name].dtype
+            if made != each.viewed:
+                raise ConfigError(
+                    f'data.sample_transform makes {made} of "{name}", which is {each.viewed}: '
+                    "what is missing among them could not be told any more. Return the same dtype"
+                )
+        decoder = Decoder(marked, self.missing, device)
+        return Decoding(on_host=found, on_device=decoder, refused=refused)
+
+
+def build_batch_transform(
+    config: Config,
+    fields: Mapping[str, Field],
+    missing: Mapping[str, Missing],
+    normalizations: Mapping[str, Normalization],
+    device: torch.device,
+) -> BatchTransform:
+    """Return what is done to every batch, in training and evaluation alike.
+
+    Args:
+        config: names the transform.
+        fields: as they are once decoded.
+        missing: what becomes of NaN, by field.
+        normalizations: by field.
+        device: where the batches are.
+
+    Raises:
+        ConfigError: if the numbers do not fit the fields, or the transform its arguments.
+    """
+    dtype = torch.float64 if config.training.precision == "64-true" else torch.float32
+    scales = {
+        name: Scale.of(fields, name, each.mean, each.std, device, dtype)
+        for name, each in normalizations.items()
+    }
+    return BatchTransform(scales, _transform(config), tuple(needed_fields(config)), missing)
+
+
+def _transform(config: Config) -> Transform | None:
+    section = config.data
+    if section.transform is None:
+        return None
+    resolve_transform(config, "transform")
+    return build_transform("data.transform", section.transform, section.transform_arguments)

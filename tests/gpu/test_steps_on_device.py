@@ -20,10 +20,10 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.optimization.optimizers import build_optimizer
-from hpctrain.training.step.casting import cast_model
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.optim.optimizer import build_optimizer
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_model
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 ROWS, WIDTH, CLASSES, LR = 48, 32, 10, 0.05
@@ -253,8 +253,7 @@ def test_an_evaluation_is_that_of_all_samples(world: World) -> None:
 def test_batches_of_an_evaluation_wait_for_nothing(
     world: World, request: pytest.FixtureRequest
 ) -> None:
-    from hpctrain.training.metric_objects import MetricObjects
-    from hpctrain.training.metrics import Totals
+    from hpctrain.training.metrics import MetricObjects, Totals
 
     model, _ = build(world)
     task = Classification(["x"], "y")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.optimization.optimizers import build_optimizer
-from hpctrain.training.step.casting import cast_model
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.optim.optimizer import build_optimizer
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_model
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 # Of the last, ranks beyond the first have no sample.
@@ -46,8 +46,8 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
     example = samples(1, seed=99 + world.topology.rank)
     shards = None
     if sharded and world.topology.world_size > 1:
-        from hpctrain.training.step.shards import Shards
-        from hpctrain.training.step.trial import try_out
+        from hpctrain.training.fsdp import Shards
+        from hpctrain.training.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         shards = Shards(model, SECTION, number_format, world, findings)

@@ -17,13 +17,12 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.fsdp import Shards
+from hpctrain.training.fsdp_units import Findings, try_out
+from hpctrain.training.optim.optimizer import build_optimizer
+from hpctrain.training.precision import NumberFormat
 from hpctrain.training.rehearsal import rehearse
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.shards import Shards
-from hpctrain.training.step.shares import count_passes, cut
-from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.step.trial import Findings, try_out
+from hpctrain.training.step import TrainStep, count_passes, cut
 
 LARGEST = 13
 COUNTS = (LARGEST, 1, 12)

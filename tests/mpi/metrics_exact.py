@@ -16,10 +16,10 @@ from torch import Tensor
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training import gathering
+from hpctrain.training import evaluation
 from hpctrain.training.evaluation import evaluate
+from hpctrain.training.precision import NumberFormat
 from hpctrain.training.rehearsal import rehearse
-from hpctrain.training.step.precision import NumberFormat
 
 BATCH = 4
 
@@ -95,16 +95,16 @@ def check_a_metric_of_batches_is_refused(world: World) -> None:
 def check_rows_are_gathered(world: World) -> None:
     """More than the control plane carries, in several pieces, of any dtype."""
     rank, size = world.topology.rank, world.topology.world_size
-    buffer, gathering._BUFFER_BYTES = gathering._BUFFER_BYTES, 100_000 * size
+    buffer, evaluation._BUFFER_BYTES = evaluation._BUFFER_BYTES, 100_000 * size
     try:
         value: dict[str, Any] = {
             "large": torch.arange(70_000 * rank, dtype=torch.float64),
             "views": torch.arange(6).to(torch.bfloat16).view(2, 3)[:, 1:],
             "scalar": torch.tensor(rank == 1),
         }
-        everyone = gathering.gather_at_rank_zero(value, world)
+        everyone = evaluation.gather_at_rank_zero(value, world)
     finally:
-        gathering._BUFFER_BYTES = buffer
+        evaluation._BUFFER_BYTES = buffer
     assert (everyone is None) == (rank > 0)
     for number, found in enumerate(everyone or []):
         assert torch.equal(found["large"], torch.arange(70_000 * number, dtype=torch.float64))

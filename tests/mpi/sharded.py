@@ -22,8 +22,8 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 # A batch of one sample leaves all ranks but one without any.

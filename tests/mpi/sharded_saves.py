@@ -25,12 +25,10 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.horizon import Place
-from hpctrain.training.persistence import restore, share
-from hpctrain.training.resuming import reading
-from hpctrain.training.saving import TogetherSaver
+from hpctrain.training.checkpointing import TogetherSaver, reading, restore, share
+from hpctrain.training.position import Place
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.step import TrainStep
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
 

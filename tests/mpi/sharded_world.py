@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.launch.process_group import World
-from hpctrain.training.optimization.optimizers import build_optimizer
-from hpctrain.training.step.casting import cast_model
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.preparation import checkpoint_activations
-from hpctrain.training.step.shards import Shards
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.fsdp import Shards
+from hpctrain.training.optim.optimizer import build_optimizer
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_model, checkpoint_activations
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 SECTION = TrainingSection(max_steps=1, strategy="fsdp")

@@ -14,10 +14,10 @@ import hpctrain
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.optimization.optimizers import build_optimizer
-from hpctrain.training.step.casting import cast_model
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.optim.optimizer import build_optimizer
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_model
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 FEATURES, CLASSES = 6, 4

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.ddp import check_equal_parameters, check_equal_shapes
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.sync_check import check_equal_parameters, check_equal_shapes
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
 CASES = [

@@ -11,8 +11,8 @@ from torch import Tensor
 from hpctrain import accelerator
 from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
-from hpctrain.training.stand_ins import generator_states
-from hpctrain.training.step.undisturbed import kept_generators
+from hpctrain.training.optimizer_trial import generator_states
+from hpctrain.training.undisturbed import kept_generators
 
 CPU = torch.device("cpu")
 

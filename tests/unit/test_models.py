@@ -19,7 +19,7 @@ from hpctrain.models.resnet import ResNet, resnet18, resnet20, resnet50
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.step.precision import NumberFormat
+from hpctrain.training.precision import NumberFormat
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from hpctrain.batch.geometry import Geometry, geometry
 from hpctrain.batch.sites import find_site
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import ConfigError, UsageError
-from hpctrain.training.folder import RunFolder
+from hpctrain.training.rank_zero import RunFolder
 
 
 @pytest.mark.parametrize(

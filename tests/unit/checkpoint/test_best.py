@@ -17,7 +17,7 @@ from hpctrain.checkpoint.safetensors_files import raw_tensors
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError
-from hpctrain.training.optimization.plateau import Plateau
+from hpctrain.training.optim.schedules import Plateau
 
 NAN, INF = float("nan"), float("inf")
 

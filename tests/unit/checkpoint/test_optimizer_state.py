@@ -23,8 +23,8 @@ from hpctrain.checkpoint.state import UnsavableError, decode, encode
 from hpctrain.checkpoint.tensors import tensors_of
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
-from hpctrain.training.optimization.evaluation_weights import EvaluationWeights
-from hpctrain.training.optimization.optimizers import build_optimizer
+from hpctrain.training.optim.ema import EvaluationWeights
+from hpctrain.training.optim.optimizer import build_optimizer
 
 LR = 0.01
 

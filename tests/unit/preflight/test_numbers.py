@@ -14,8 +14,8 @@ from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.numbers import NumberFacts, judge_numbers, try_real_data
-from hpctrain.training.components import resolve_components
-from hpctrain.training.datasets import open_data
+from hpctrain.training.build import resolve_components
+from hpctrain.training.data import open_data
 
 ROWS = 40
 CONFIG = """

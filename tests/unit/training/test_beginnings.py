@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from hpctrain.config import Config, load, to_toml
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.models.mlp import MLP
-from hpctrain.training.changes import told_changes
-from hpctrain.training.save_clock import SAVE_DUE, SaveClock
-from hpctrain.training.warm_start import choose, read_weights
+from hpctrain.training.initialize import choose, read_weights
+from hpctrain.training.rank_zero import SAVE_DUE, SaveClock
+from hpctrain.training.record import told_changes
 
 
 def weights(prefix: str = "") -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from helpers.steps import CPU, make_step
 from torch import Tensor, nn
 
 from hpctrain.models.transformer import Transformer
+from hpctrain.training.coupling import find_coupling
 from hpctrain.training.language_modeling import LanguageModeling
+from hpctrain.training.precision import NumberFormat
 from hpctrain.training.regression import Regression
-from hpctrain.training.step.coupling import find_coupling
-from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.task import Classification
 
 

@@ -16,14 +16,13 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.models.mlp import MLP
-from hpctrain.training.horizon import Place
-from hpctrain.training.persistence import restore, share
+from hpctrain.training.checkpointing import restore, share
+from hpctrain.training.initialize import read_weights
+from hpctrain.training.position import Place
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_model, prepare_model
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step.casting import cast_model
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.preparation import prepare_model
-from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.warm_start import read_weights
+from hpctrain.training.step import TrainStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

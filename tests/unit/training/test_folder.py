@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpctrain.batch.exit_status import Outcome, State, read_status, write_outcome
-from hpctrain.training.folder import RunFolder
+from hpctrain.training.rank_zero import RunFolder
 
 
 def test_a_job_that_dies_before_it_resumes_has_gained_nothing(tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from hpctrain.errors import ConfigError
-from hpctrain.training.optimization.fused import FUSED_KERNELS, unknown_because
-from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
+from hpctrain.training.optim.optimizer import (
+    FUSED_KERNELS,
+    build_optimizer,
+    refuses_on_device,
+    unknown_because,
+)
 
 SIZES = (0, 1, 7, 31, 32, 33, 64, 100, 1023, 8192)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -18,8 +18,8 @@ from torchmetrics import SpearmanCorrCoef
 from hpctrain.data.loading.loader import Batch
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.metrics import Gather
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.train_step import TrainStep
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step import TrainStep
 
 CPU = torch.device("cpu")
 WORLD = world_of_one("test")

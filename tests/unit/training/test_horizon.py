@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from hpctrain.training.horizon import Cadence, Horizon, Place
+from hpctrain.training.position import Cadence, Horizon, Place
 
 LIMITS = [None, 1, 3, 17, 40]
 

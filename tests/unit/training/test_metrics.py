@@ -20,9 +20,9 @@ from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.metrics import Gather
+from hpctrain.training.precision import NumberFormat
 from hpctrain.training.regression import Regression
 from hpctrain.training.rehearsal import rehearse
-from hpctrain.training.step.precision import NumberFormat
 from hpctrain.training.task import Classification
 
 CLASSES, FEATURES, COUNT = 4, 6, 50
@@ -407,7 +407,7 @@ def test_torchmetrics_begin_anew_in_every_evaluation(
 
 def test_torchmetrics_that_take_means_over_ranks_are_refused() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
-    from hpctrain.training.metric_objects import MetricObjects
+    from hpctrain.training.metrics import MetricObjects
 
     class Mean(torchmetrics.Metric):
         def __init__(self) -> None:

@@ -17,13 +17,13 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
-from hpctrain.training.horizon import Place
-from hpctrain.training.optimization.parameter_groups import parameter_groups
-from hpctrain.training.persistence import restore, share
+from hpctrain.training.checkpointing import restore, share
+from hpctrain.training.initialize import choose
+from hpctrain.training.optim.optimizer import parameter_groups
+from hpctrain.training.plain_names import PlainNames
+from hpctrain.training.position import Place
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step.plain_names import PlainNames
-from hpctrain.training.step.train_step import TrainStep
-from hpctrain.training.warm_start import choose
+from hpctrain.training.step import TrainStep
 
 
 class Bare(nn.Module):

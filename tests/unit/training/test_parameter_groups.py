@@ -15,7 +15,7 @@ from hpctrain.config.registry import BUILTINS, resolve
 from hpctrain.config.schema import ComponentSection, ParameterGroup
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
-from hpctrain.training.optimization.optimizers import build_optimizer, set_learning_rate
+from hpctrain.training.optim.optimizer import build_optimizer, set_learning_rate
 
 
 def model() -> ConvNet:

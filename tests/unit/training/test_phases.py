@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpctrain.training.phases import Phases
+from hpctrain.training.trainer import Phases
 
 
 def test_the_phases_are_the_whole() -> None:

@@ -16,8 +16,8 @@ from helpers.worlds import world_of_one
 from hpctrain.checkpoint.format import META, checksum_of_meta
 from hpctrain.launch.process_group import World
 from hpctrain.observe.job_record import JobRecord
-from hpctrain.training.persistence import Resumed
-from hpctrain.training.recording import changed_since, made_by
+from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.record import changed_since, made_by
 
 SAVED = Path(__file__).parents[2] / "data" / "0.1.0" / "ddp" / "checkpoints" / "step-00000007"
 

@@ -13,10 +13,9 @@ import torch
 from hpctrain.config.registry import BUILTINS, resolve
 from hpctrain.config.schema import SchedulerSection
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.horizon import Horizon, Place
-from hpctrain.training.optimization.chained import Chained
-from hpctrain.training.optimization.learning_rate import LearningRate
-from hpctrain.training.optimization.plateau import Plateau
+from hpctrain.training.optim.lr_scheduler import LearningRate
+from hpctrain.training.optim.schedules import Chained, Plateau
+from hpctrain.training.position import Horizon, Place
 
 EPOCH, BATCH, EPOCHS = 100, 10, 12
 HORIZON = Horizon(

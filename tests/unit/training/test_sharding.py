@@ -15,8 +15,8 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.optimization.optimizers import refuse_whole_tensors
-from hpctrain.training.step.sharding import find_units
+from hpctrain.training.fsdp_units import find_units
+from hpctrain.training.optim.optimizer import refuse_whole_tensors
 
 
 class Block(nn.Module):

@@ -24,14 +24,13 @@ from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.mlp import MLP
-from hpctrain.training.bad_steps import FORGIVEN, BadSteps
-from hpctrain.training.horizon import Place
-from hpctrain.training.optimization.optimizers import build_optimizer, refuses_on_device
+from hpctrain.training.nonfinite import FORGIVEN, BadSteps
+from hpctrain.training.optim.optimizer import build_optimizer, refuses_on_device
+from hpctrain.training.position import Place
+from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.regression import Regression
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step.precision import LossScale, NumberFormat
-from hpctrain.training.step.shares import count_passes, cut
-from hpctrain.training.step.update import Update
+from hpctrain.training.step import Update, count_passes, cut
 from hpctrain.training.task import Classification
 
 
@@ -151,9 +150,7 @@ def test_a_refused_first_step_leaves_nothing_behind(
     """
     results = []
     for ahead, poisoned in itertools.product((False, True), (False, True)):
-        monkeypatch.setattr(
-            "hpctrain.training.step.update.runs_ahead", lambda device, ahead=ahead: ahead
-        )
+        monkeypatch.setattr("hpctrain.training.step.runs_ahead", lambda device, ahead=ahead: ahead)
         torch.manual_seed(0)
         step = make_step(MLP(6, 3), optimizer=optimizer, arguments=arguments)
         assert refuses_on_device(step.optimizer) == on_device == (not step.syncs)
@@ -425,7 +422,7 @@ def test_no_step_waits_for_the_device(
     """All that may be on: several passes, weights from the data, clipping, a moving average."""
     # Fused SGD is wrong there on the CPU, which stands in for a device here.
     waits = waits or (optimizer is torch.optim.SGD and precision == "bf16-true")
-    monkeypatch.setattr("hpctrain.training.step.update.runs_ahead", lambda device: True)
+    monkeypatch.setattr("hpctrain.training.step.runs_ahead", lambda device: True)
     step = make_step(
         MLP(6, 3, [4]),
         precision=precision,

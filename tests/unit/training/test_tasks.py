@@ -12,7 +12,7 @@ from torch import nn
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.convnet import ConvNet
 from hpctrain.models.mlp import MLP
-from hpctrain.training.optimization.schedules import cosine, linear
+from hpctrain.training.optim.schedules import cosine, linear
 from hpctrain.training.regression import Regression
 from hpctrain.training.task import Classification
 
@@ -196,6 +196,7 @@ def test_masks_that_do_not_fit() -> None:
 
 
 def test_regression_is_found_where_it_stood_in_the_first_release() -> None:
-    from hpctrain.training import regression, task
+    from hpctrain.training import language_modeling, regression, task
 
     assert task.Regression is regression.Regression
+    assert task.LanguageModeling is language_modeling.LanguageModeling

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from hpctrain.errors import ConfigError
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.transformer import Transformer
+from hpctrain.training.fsdp_units import find_units, try_out
 from hpctrain.training.language_modeling import LanguageModeling
 from hpctrain.training.regression import Regression
-from hpctrain.training.step.sharding import find_units
-from hpctrain.training.step.trial import try_out
 from hpctrain.training.task import Classification
 
 WIDTH = 6

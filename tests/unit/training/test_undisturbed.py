@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.step.precision import NumberFormat
-from hpctrain.training.step.undisturbed import kept_model
+from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Classification
+from hpctrain.training.undisturbed import kept_model
 
 
 @dataclass(slots=True)

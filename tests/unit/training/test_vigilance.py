@@ -14,11 +14,17 @@ from torch import nn
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.models.mlp import MLP
-from hpctrain.training.bad_batches import BadBatch, explain
-from hpctrain.training.bad_steps import RECENT_STEPS, BadSteps
-from hpctrain.training.horizon import Place
-from hpctrain.training.step.averaging import WeightAverage
-from hpctrain.training.vigilance import MOST_ROLLBACKS, BadStepPolicy, SpikeWatch
+from hpctrain.training.nonfinite import (
+    MOST_ROLLBACKS,
+    RECENT_STEPS,
+    BadBatch,
+    BadStepPolicy,
+    BadSteps,
+    SpikeWatch,
+    explain,
+)
+from hpctrain.training.optim.ema import WeightAverage
+from hpctrain.training.position import Place
 
 
 class Policy:

@@ -26,7 +26,7 @@ from hpctrain.data.staging_plan import Copy, Disk, look_at, plan_copies
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.launch.watchdog.crash_report import write_report
 from hpctrain.launch.watchdog.evidence import write_stacks
-from hpctrain.training.folder import RunFolder
+from hpctrain.training.rank_zero import RunFolder
 from hpctrain.utils import files
 from hpctrain.utils.files import AppendedFile
 from hpctrain.utils.permissions import (

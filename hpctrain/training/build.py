@@ -1,0 +1,397 @@
+"""What is trained and how, built from the config: model, task, optimizer, step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpctrain.checkpoint.best import Mode
+from hpctrain.checkpoint.state import HasParameters
+from hpctrain.config import Config
+from hpctrain.config.capabilities import records_graphs, unsupported
+from hpctrain.config.fields import target_mask
+from hpctrain.config.importing import snapshot
+from hpctrain.config.messages import Mistake, shown
+from hpctrain.config.registry import placed_error, resolve_all
+from hpctrain.config.schema import OptimizerSection
+from hpctrain.config.semantics import NEWEST, Semantics
+from hpctrain.data.permutation import derive_key
+from hpctrain.errors import ConfigError
+from hpctrain.launch.process_group import World, loading
+from hpctrain.observe.code import user_modules
+from hpctrain.topology import raise_together
+from hpctrain.training.ddp import broadcast_model, check_equal_shapes
+from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.optim.lr_scheduler import LearningRate
+from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
+from hpctrain.training.optimizer_trial import try_optimizer
+from hpctrain.training.position import Horizon
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
+from hpctrain.training.ranges import ranges_checked
+from hpctrain.training.snapshot import refuse_unmade
+from hpctrain.training.step import TrainStep
+from hpctrain.training.task import Task
+from hpctrain.utils.text import did_you_mean, listed
+
+if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
+    from hpctrain.training.fsdp import Shards
+
+Components = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is trained, and how; `notes` is what else the header should say of it."""
+
+    model: nn.Module
+    task: Task
+    number_format: NumberFormat
+    schedule: LearningRate
+    step: TrainStep
+    notes: Sequence[str] = ()
+
+
+class Shapes(Protocol):
+    """What the parts have to know of the training data."""
+
+    @property
+    def largest_share(self) -> int:
+        """The most samples of any rank in any batch."""
+        ...
+
+    @property
+    def smallest_share(self) -> int:
+        """The fewest."""
+        ...
+
+    def example(self) -> dict[str, Tensor]:
+        """Return one row of every field, (1, *shape) on the device."""
+        ...
+
+
+def build_parts(
+    config: Config,
+    world: World,
+    components: Components,
+    shapes: Shapes,
+    horizon: Horizon,
+    *,
+    semantics: Semantics = NEWEST,
+    validates: bool,
+) -> Parts:
+    """Build model, task, optimizer and step, the same on all ranks, and prime them.
+
+    Collective: all ranks.
+
+    Args:
+        config: names the parts.
+        world: the ranks.
+        components: as resolved.
+        shapes: of the training data: their loader.
+        horizon: length of the run.
+        semantics: the rules of the run.
+        validates: whether there are data to evaluate with.
+
+    Raises:
+        HpctrainError: on every rank, if a component refuses its arguments or the data.
+    """
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    seed_generators(config.run.seed)
+    training = config.training
+    with raise_together(world.communicator):
+        _check_capabilities(config, world)
+        model, number_format, notes = build_model(config, world, components, semantics)
+        task = build_task(config, components)
+        example = shapes.example()
+    shards: Shards | None = None
+    if is_spread(training, world.topology.world_size):
+        broadcast_model(world, model)  # else parts of different models could mix
+        from hpctrain.training.fsdp import Shards
+        from hpctrain.training.fsdp_units import try_out
+
+        findings = try_out(world, model, task, number_format.cast(example, task.inputs))
+        with raise_together(world.communicator):
+            shards = Shards(model, training, number_format, world, findings)
+    with raise_together(world.communicator):
+        _check_best(config, task)
+        build = functools.partial(_build_optimizer, config, components)
+        optimizer = build(shards or model)
+        if shards is not None:
+            refuse_whole_tensors(optimizer)
+        tried = try_optimizer(
+            build,
+            shards or model,
+            config.optimizer.groups,
+            rows=shards is not None,
+            ranks=world.topology.world_size,
+        )
+        if tried is not None:
+            tried.check_schedule(config.scheduler, config.optimizer.groups)
+        schedule = LearningRate.of(
+            config.scheduler, components["scheduler"], config.optimizer.lr, horizon
+        )
+        evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
+        schedule.watch(directions(config, task) if validates and evaluates else {})
+    check_equal_shapes(model, world)
+    step = TrainStep(
+        model,
+        task,
+        optimizer,
+        world,
+        number_format=number_format,
+        clip_norm=config.training.clip_norm,
+        clip_value=config.training.clip_value,
+        ema_decay=config.training.ema_decay,
+        micro_batch_size=config.data.micro_batch_size,
+        largest_share=shapes.largest_share,
+        smallest_share=shapes.smallest_share,
+        example=example,
+        bucket_mb=config.training.bucket_mb,
+        compress_gradients=config.training.compress_gradients,
+        static_graph=config.training.static_graph,
+        unused_parameters=config.training.unused_parameters,
+        graphs=_records_graphs(config) and world.device.type == "cuda",
+        shards=shards,
+    )
+    if tried is not None:
+        step.optimizer_state.check = tried.check
+    with ranges_checked(task):
+        step.prime(lambda error, fields: explain_misfit(error, fields, config))
+    # From here every rank draws its own numbers.
+    seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
+    return Parts(
+        model=model,
+        task=task,
+        number_format=number_format,
+        schedule=schedule,
+        step=step,
+        notes=notes,
+    )
+
+
+def build_model(
+    config: Config, world: World, components: Components, semantics: Semantics = NEWEST
+) -> tuple[nn.Module, NumberFormat, list[str]]:
+    """Build the model; on the host, whole, where it is to be spread over the ranks.
+
+    Returns:
+        It; the format of its inputs; and what the header should say of it.
+
+    Raises:
+        ConfigError: if the component refuses its arguments, or makes no model.
+    """
+    training = config.training
+    number_format = NumberFormat.of(
+        training.precision, world.device, channels_last=training.channels_last
+    )
+    model = _built("model", config, components, **config.model.arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+    refuse_unmade(model)
+    notes = []
+    if semantics.model_dtypes == "cast":
+        notes = cast_as_begun(model, number_format.parameters, training.precision)
+    model = prepare_model(model, training, number_format, world.device, world.topology.world_size)
+    return model, number_format.for_model(model), notes
+
+
+def build_task(config: Config, components: Components) -> Task:
+    """Build the task.
+
+    Raises:
+        ConfigError: if the component refuses its arguments.
+    """
+    task: Task = _built(
+        "task",
+        config,
+        components,
+        inputs=config.task.inputs,
+        target=config.task.target,
+        **_mask(config),
+        **config.task.arguments,
+    )
+    return task
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch, on all devices, numpy and Python."""
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
+    random.seed(seed)
+
+
+def _built(section: str, config: Config, components: Components, **arguments: Any) -> Any:
+    """Call a component; what it does not like about its arguments is the config's mistake."""
+    try:
+        return components[section](**arguments)
+    except (TypeError, ValueError) as error:
+        use = getattr(config, section).use
+        raise ConfigError(f'[{section}] use = "{use}" refuses its arguments: {error}') from error
+
+
+def _mask(config: Config) -> dict[str, str]:
+    """Return the mask of the target, for a built-in task; others find it among their fields."""
+    mask = target_mask(config)
+    if mask is None or ":" in config.task.use or "mask" in config.task.arguments:
+        return {}
+    return {"mask": mask}
+
+
+def _build_optimizer(config: Config, components: Components, model: HasParameters) -> Optimizer:
+    return build_optimizer(
+        components["optimizer"],
+        model,
+        config.optimizer.lr,
+        config.optimizer.arguments,
+        groups=config.optimizer.groups,
+        decay_norms_and_biases=config.optimizer.decay_norms_and_biases,
+    )
+
+
+def _check_capabilities(config: Config, world: World) -> None:
+    """Refuse what cannot work here; before the world was known, only a part of that was said."""
+    found = unsupported(
+        precision=config.training.precision,
+        device=world.device.type,
+        backend=world.backend,
+        compress_gradients=config.training.compress_gradients,
+        sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
+        strategy=config.training.strategy,
+        cpu_offload=config.training.cpu_offload,
+        graphs=_records_graphs(config) and world.topology.world_size > 1,
+        torch=torch.__version__,
+    )
+    if found is not None:
+        key, because = found
+        section, name = key.split(".")
+        value = shown(getattr(getattr(config, section), name))
+        raise ConfigError(f"{key} = {value}: {because}")
+
+
+def _records_graphs(config: Config) -> bool:
+    return records_graphs(compile=config.training.compile, mode=config.training.compile_mode)
+
+
+def directions(config: Config, task: Task) -> dict[str, Mode]:
+    """Return which direction of each metric of the evaluation is better: the config's word wins."""
+    section = config.checkpoint
+    said = {section.keep_best: section.keep_best_mode} if section.keep_best else {}
+    return {name: said.get(name) or mode for name, mode in task.metrics.items()}
+
+
+def _check_best(config: Config, task: Task) -> None:
+    metric = config.checkpoint.keep_best
+    if metric is None or metric in task.metrics:
+        return
+    known: Sequence[str] = sorted(task.metrics)
+    raise ConfigError(
+        f'checkpoint.keep_best = "{metric}": {config.task.use} has no such metric'
+        f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"
+    )
+
+
+# What hpctrain itself passes, by section: not for the config to give.
+_GIVEN = {
+    "model": (),
+    "task": ("inputs", "target"),
+    "optimizer": ("params", "lr"),
+    "scheduler": ("step", "total_steps"),
+}
+
+
+def resolve_components(
+    config: Config, path: str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Callable[..., Any]]:
+    """Import what the config names and check every argument against its signature.
+
+    Args:
+        config: what was loaded.
+        path: the file that it was loaded from, so that mistakes are told with their lines.
+        overrides: those that it was loaded with.
+
+    Returns:
+        The classes and functions, by section.
+
+    Raises:
+        ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
+    """
+    # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
+    with loading():
+        components = resolve_all(config, given=_given, path=path, overrides=overrides)
+        mistake = _refused(config.optimizer, components["optimizer"])
+    if mistake:
+        raise placed_error([mistake], path, overrides)
+    _refuse_live_code()
+    return components
+
+
+def _refused(section: OptimizerSection, target: Callable[..., Any]) -> Mistake | None:
+    """Return the first argument that an optimizer refuses, found by leaving out one at a time.
+
+    A signature tells names only: that betas are two numbers, and below 1, the class says itself.
+    """
+    if not inspect.isclass(target) or not issubclass(target, Optimizer):
+        return None
+    arguments: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in section.arguments.items()
+    }
+
+    make: Callable[..., Any] = target
+
+    def error_without(left_out: str | None) -> Exception | None:
+        given = {name: value for name, value in arguments.items() if name != left_out}
+        try:
+            make([nn.Parameter(torch.zeros(2, 2))], lr=section.lr, **given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return error
+        return None
+
+    error = error_without(None)
+    if error is None:
+        return None
+    for name in arguments:
+        if error_without(name) is None:
+            default = inspect.signature(target).parameters.get(name)
+            usual = "" if default is None else f"; its default is {default.default!r}"
+            problem = f"{section.use} refuses it: {error}{usual}"
+            return Mistake(key=("optimizer", name), problem=problem, value=section.arguments[name])
+    return None  # it is not a single argument: building it will tell
+
+
+def _refuse_live_code() -> None:
+    """See to it that a job with a snapshot of the code runs that and nothing else.
+
+    Raises:
+        ConfigError: if a module of the project has come from the project itself.
+    """
+    if (taken := snapshot()) is None:
+        return
+    root, project = taken
+    live = [
+        str(path)
+        for path in user_modules().values()
+        if path.is_relative_to(project) and not path.is_relative_to(root)
+    ]
+    if live:
+        raise ConfigError(
+            f"--code {root}: {listed(live)} came from {project}, not from this snapshot of it: "
+            "they are not in it, or installed from that folder in a way that Python's path does "
+            "not show. Have git know them, or leave job --snapshot out"
+        )
+
+
+def _given(section: str, target: Callable[..., Any]) -> Collection[str]:
+    # A schedule that is a class is built with its arguments, and its objects are called.
+    return () if section == "scheduler" and inspect.isclass(target) else _GIVEN[section]

@@ -1,0 +1,113 @@
+"""Whether a loss is a sum over samples: that of some rows, compared with those of their halves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.step import TrainStep
+from hpctrain.training.task import Fields, Task
+from hpctrain.training.undisturbed import evaluating, kept_generators, kept_model
+from hpctrain.utils.text import plural
+
+MOST_ROWS = 8
+"""So many rows are compared at most: those of a pass, which fit into memory."""
+
+# Relative. Rows differ in the last bits with the size of their batch: on a GPU, in TF32 by more.
+_EXACT, _ROUGH, _NARROW = 1e-4, 2e-3, 2e-2
+
+_ANSWER = (
+    "so that it depends on the number of ranks and on data.micro_batch_size. For a mean over "
+    "tokens, masks or weighted classes return the sum of the losses and that of the weights, with "
+    "counts_samples = False; where it is meant, as with a contrastive loss, set "
+    "batch_dependent_loss = true on the task"
+)
+
+
+def find_coupling(
+    step: TrainStep, task: Task, rows: Fields, number_format: NumberFormat, device: torch.device
+) -> str | None:
+    """Return how the loss of a sample depends on the others in its pass, None if it does not.
+
+    Without dropout, batch statistics or gradients, and without leaving a trace. What draws at
+    random all the same is not judged. Under FSDP, collective: all ranks.
+
+    Args:
+        step: of the model.
+        task: computes the loss; it may say `batch_dependent_loss = True` itself.
+        rows: real ones, at least two; as many on every rank.
+        number_format: of parameters and arithmetic.
+        device: of this rank.
+    """
+    if getattr(task, "batch_dependent_loss", False):
+        return None
+    comparison = _Comparison(step, task, number_format, device)
+    count = len(next(iter(rows.values())))
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # three sizes of batches would be compiled
+        kept_model(step.model, task=task),
+        evaluating(step.model.modules()),
+    ):
+        whole = comparison.loss(rows, 0, count)
+        if not comparison.same(whole, comparison.loss(rows, 0, count, seed=1)):
+            return None
+        try:
+            halves = [comparison.loss(rows, *bounds) for bounds in _halves(count)]
+        except Exception as error:
+            if step.shards is not None:  # whose ranks are in the middle of something
+                raise
+            return f"it cannot be computed for half of {count} rows ({error}): {_seen(step)}"
+    together = {name: halves[0][name] + halves[1][name] for name in whole}
+    if comparison.same(whole, together):
+        return None
+    return (
+        f"that of {count} rows is {whole['loss']:.6g}, and {together['loss']:.6g} as the sum of "
+        f"those of its halves: {_seen(step)}"
+    )
+
+
+def _halves(count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (0, count // 2), (count // 2, count)
+
+
+def _seen(step: TrainStep) -> str:
+    return f"it sees the {plural(step.rows, 'sample')} of one pass of one rank, {_ANSWER}"
+
+
+class _Comparison:
+    def __init__(
+        self, step: TrainStep, task: Task, number_format: NumberFormat, device: torch.device
+    ) -> None:
+        self._step, self._task, self._format = step, task, number_format
+        self._device = device
+        # Spread parameters are gathered in the narrow format.
+        mixed = number_format.autocast is not None and step.shards is not None
+        self._arithmetic: AbstractContextManager[object] = (
+            number_format.arithmetic() if mixed else nullcontext()
+        )
+        narrow = mixed or any(item.element_size() < 4 for item in step.model.parameters())
+        self._tolerance = _NARROW if narrow else _EXACT if device.type == "cpu" else _ROUGH
+
+    def loss(self, rows: Fields, start: int, stop: int, seed: int = 0) -> dict[str, float]:
+        """Return the sums of losses and weights of some of the rows."""
+        part: Mapping[str, Tensor] = {name: item[start:stop] for name, item in rows.items()}
+        fields = self._format.cast(part, self._task.inputs)
+        with self._arithmetic, kept_generators(self._device):
+            torch.manual_seed(seed)
+            loss_sum, weight = self._step.call(self._task.loss, fields)
+        self._step.settle()
+        return {"loss": float(loss_sum), "weight": float(weight)}
+
+    def same(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Tell whether both are equal but for rounding, or no numbers."""
+        return all(
+            not abs(one[name] - other[name])
+            > self._tolerance * max(abs(one[name]), abs(other[name]))
+            for name in one
+        )

@@ -1,0 +1,357 @@
+"""The data of a run: datasets, loaders, normalisation, and where in them the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.config import Config
+from hpctrain.config.fields import Normalization, normalization_of, stored_fields
+from hpctrain.config.semantics import RECORD as SEMANTICS
+from hpctrain.config.semantics import Semantics, recorded
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.decoding import decoding_record
+from hpctrain.data.discovery import verify_share
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
+from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.node_cache import hold_on_node
+from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.order import Order, served_samples
+from hpctrain.data.reading.threads import reading_threads
+from hpctrain.data.state import from_state
+from hpctrain.data.stats import STATS_NAME, read_stats
+from hpctrain.data.view import View
+from hpctrain.errors import ConfigError
+from hpctrain.launch.process_group import World
+from hpctrain.topology import raise_together
+from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.position import Horizon, Place
+from hpctrain.training.staging import Staging
+from hpctrain.training.transforms import Transforms
+from hpctrain.utils.text import listed
+
+logger = logging.getLogger("hpctrain")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The datasets of a run, the same on all ranks, and how the training data are served.
+
+    Attributes:
+        semantics: the rules by which the run understands its config.
+        normalizations: the numbers in use, by field.
+        transforms: what becomes of samples between the files and the task.
+        place: where the run goes on.
+    """
+
+    semantics: Semantics
+    normalizations: Mapping[str, Normalization]
+    train: Dataset
+    validation: Dataset | None
+    train_loader: TrainLoader
+    validation_loader: EvaluationLoader | None
+    transforms: Transforms
+    place: Place
+    horizon: Horizon
+    staging: Staging
+
+    def record(self, config: Config) -> dict[str, Any]:
+        """Return what a checkpoint says of how the data become numbers: rules and statistics."""
+        return {
+            SEMANTICS: self.semantics.to_json(),
+            DECODING: decoding_to_record(self.train),
+            NORMALIZATION: normalizations_to_record(config, self.normalizations),
+        }
+
+    def stage(self, config: Config, world: World) -> None:
+        """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
+        self.staging.start(config, world, [self.train, *filter(None, [self.validation])])
+
+    def close(self) -> None:
+        """End the threads and close all files."""
+        self.train_loader.close()
+        if self.validation_loader is not None:
+            self.validation_loader.close()
+        self.transforms.close()
+        self.staging.close()
+
+
+def open_data(config: Config, world: World, semantics: Semantics, resumed: Resumed | None) -> Data:
+    """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.
+
+    Args:
+        config: names the data.
+        world: the ranks.
+        semantics: the rules of the run.
+        resumed: the checkpoint that the run goes on from; None: it begins.
+
+    Raises:
+        DatasetError: on every rank, if the data are not what the config says, or not those that
+            the checkpoint was trained on.
+        ConfigError: on every rank, if there are more ranks than lanes, or `[data.normalize]` or
+            `data.transform` do not fit the data.
+    """
+    section, topology = config.data, world.topology
+    fields = stored_fields(config)
+    train, validation, normalizations = _open_datasets(config, world, fields, semantics, resumed)
+    if section.verify == "start":
+        with raise_together(world.communicator):
+            datasets = [train, *filter(None, [validation])]
+            verify_share(datasets, topology.rank, topology.world_size)
+    staging = Staging()
+    threads = section.threads or reading_threads(topology.local_world_size)
+    memory = None
+    if section.cache == "memory":
+        memory = hold_on_node(
+            train,
+            topology,
+            world.communicator,
+            threads=threads,
+            retries=section.read_retries,
+            locate=staging.locate,
+        )
+    with raise_together(world.communicator):
+        order, place, begun = _order_and_place(
+            config, train, resumed, is_resident=memory is not None
+        )
+        transforms = Transforms.of(config, train, validation, fields, normalizations, world)
+        options = LoaderOptions(
+            device=world.device,
+            buffer_mb=section.buffer_mb,
+            threads=threads,
+            read_retries=section.read_retries,
+            locate=staging.locate,
+        )
+        in_common: Mapping[str, Any] = {
+            "fields": fields,
+            "rank": topology.rank,
+            "world_size": topology.world_size,
+            "batch_transform": transforms.batch_transform,
+        }
+        train_loader = TrainLoader(
+            train,
+            order,
+            options,
+            global_batch_size=section.global_batch_size,
+            drop_last=section.drop_last,
+            begun=begun,
+            memory=memory,
+            preparation=transforms.train,
+            decoding=transforms.decoding,
+            **in_common,
+        )
+        validation_loader = None
+        if validation is not None:
+            validation_loader = EvaluationLoader(
+                validation,
+                options,
+                batch_size=section.micro_batch_size or train_loader.largest_share,
+                preparation=transforms.validation,
+                decoding=transforms.validation_decoding,
+                seed=config.run.seed,
+                **in_common,
+            )
+    return Data(
+        semantics=semantics,
+        normalizations=normalizations,
+        train=train,
+        validation=validation,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        transforms=transforms,
+        place=place,
+        horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
+        staging=staging,
+    )
+
+
+def _open_datasets(
+    config: Config,
+    world: World,
+    fields: Sequence[str],
+    semantics: Semantics,
+    resumed: Resumed | None,
+) -> tuple[Dataset, Dataset | None, dict[str, Normalization]]:
+    """Look into the files on rank 0, for all ranks. Collective: all ranks."""
+    opened: tuple[Dataset, Dataset | None, dict[str, Normalization]] | None = None
+    with raise_together(world.communicator):
+        if world.topology.is_rank_zero:
+            train, validation = open_datasets(config.data, fields, semantics)
+            begun = {}
+            if resumed is not None:
+                refuse_other_decoding(config, train, resumed.values)
+                begun = normalizations_begun_with(config, resumed.values)
+            opened = train, validation, find_normalizations(config, train, begun)
+    opened = world.communicator.broadcast(opened)
+    assert opened is not None
+    return opened
+
+
+def _order_and_place(
+    config: Config, train: Dataset, resumed: Resumed | None, *, is_resident: bool
+) -> tuple[Order, Place, dict[int, Order]]:
+    """Return the order of the data, where the run goes on, and epochs begun in another order."""
+    section = config.data
+    lanes = section.lanes
+    if lanes is None and resumed is not None:
+        # The default stays what it was when the run began, whatever the batch size is now.
+        lanes = resumed.values["data"]["lanes"]
+    order = Order.for_dataset(
+        train,
+        seed=config.run.seed,
+        global_batch_size=section.global_batch_size,
+        lanes=lanes,
+        window=section.window,
+        is_resident=is_resident,
+    )
+    if resumed is None:
+        return order, Place(), {}
+    running, epoch, position = from_state(
+        resumed.values["data"],
+        train,
+        order,
+        served_samples(train.samples, section.global_batch_size, section.drop_last),
+        allow_change=config.checkpoint.allow_data_change,
+    )
+    # Under another batch size an epoch may be over that was not when it was saved.
+    place = dataclasses.replace(resumed.place, epoch=epoch, position=position)
+    return order, place, {epoch: running}
+
+
+DECODING = "decoding"
+"""Name of the record among the values of a checkpoint."""
+
+
+def decoding_to_record(train: Dataset) -> dict[str, str]:
+    """Return what a checkpoint says of how fields are decoded; those that are not are left out."""
+    return {name: record for name in train.fields if (record := decoding_record(train, name))}
+
+
+def refuse_other_decoding(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:
+    """See to it that fields are decoded as when the run began. Reads no file.
+
+    Their sizes and checksums may be as they were: attributes are changed in place, and not every
+    dataset has checksums.
+
+    Args:
+        config: of this job.
+        train: to train with.
+        saved: values of the checkpoint to go on from.
+
+    Raises:
+        ConfigError: if one is not, naming its key.
+    """
+    if config.checkpoint.allow_data_change:
+        return
+    then = saved.get(DECODING)
+    if then is None:
+        if recorded(saved).decode != "none":
+            return
+        then = {}  # 0.1.0 has noted nothing, and decoded nothing
+    now = decoding_to_record(train)
+    other = [name for name in train.fields if then.get(name, "") != now.get(name, "")]
+    if other:
+        key = f"data.fields.{other[0]}.decode" if other[0] in config.data.fields else "data.decode"
+        raise ConfigError(
+            f"{key}: the numbers of {listed(other)} stand for other values than when the run "
+            "began: the attributes of its files were changed (scale_factor, _FillValue, ...), or "
+            "the config reads them otherwise. Bring that back, start a new run (run.name), or set "
+            "checkpoint.allow_data_change = true"
+        )
+
+
+NORMALIZATION = "normalization"
+"""Name of the numbers in use among the values of a checkpoint."""
+
+
+def normalizations_to_record(
+    config: Config, normalizations: Mapping[str, Normalization]
+) -> dict[str, Any]:
+    """Return what a checkpoint says of the numbers in use, and of what they were taken from."""
+    return {
+        name: {
+            "given": config.data.normalize[name],
+            "mean": list(each.mean),
+            "std": list(each.std),
+        }
+        for name, each in normalizations.items()
+    }
+
+
+def normalizations_begun_with(config: Config, saved: Mapping[str, Any]) -> dict[str, Normalization]:
+    """Return the numbers that a run began with, of fields of which the config says the same still.
+
+    Of statistics that were measured anew since, a run that has begun takes no note.
+    """
+    return {
+        name: Normalization(tuple(then["mean"]), tuple(then["std"]))
+        for name, then in saved.get(NORMALIZATION, {}).items()
+        if config.data.normalize.get(name) == then["given"]
+    }
+
+
+def find_normalizations(
+    config: Config, train: Dataset, begun: Mapping[str, Normalization]
+) -> dict[str, Normalization]:
+    """Return the numbers of every field to normalise. Reads a file: for one rank to do.
+
+    Args:
+        config: says where they come from.
+        train: to train with.
+        begun: the numbers of fields that the run has begun with.
+
+    Raises:
+        DatasetError: if there are no statistics of the training data where they are wanted.
+        ConfigError: if they cannot be those of samples.
+    """
+    said = {name: normalization_of(given) for name, given in config.data.normalize.items()}
+    return {
+        name: begun[name]
+        if name in begun
+        else _measured(name, _stats(name, train, each), each)
+        if isinstance(each, str)
+        else each
+        for name, each in said.items()
+    }
+
+
+def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
+    """Return the statistics of a field, of all rows that are stored."""
+    record = decoding_record(train, name)
+    if isinstance(train, View):
+        column = train.columns[name]
+        part = train.parts[column.part]
+        if word == "channel_stats" and (column.steps is not None or part.axis):
+            raise ConfigError(
+                f'data.normalize.{name} = "channel_stats": the first axis of a sample is no axis '
+                f"of the rows that `data stats` has seen, by data.fields.{name}: give mean and std "
+                'as lists, or take "stats"'
+            )
+        name, train = column.name, part.dataset
+    path = Path(train.shards[0].path).parent / STATS_NAME
+    found: Mapping[str, Any] = read_stats(path, train, [name], {name: record})[name]
+    return found
+
+
+def _measured(name: str, facts: Mapping[str, Any], word: str) -> Normalization:
+    of_channels = word == "channel_stats"
+    mean, std = (facts["channels"][key] if of_channels else [facts[key]] for key in ("mean", "std"))
+    # A channel without a single value is all NaN, or all fill, whatever it is normalised by.
+    mean = [each or 0.0 for each in mean]
+    constant = sum(each == 0 for each in std)
+    if constant:
+        logger.warning(
+            'data.normalize: field "%s" has the same value everywhere%s; it becomes 0',
+            name,
+            f" in {constant} of {len(std)} channels" if of_channels else "",
+        )
+    normalization = Normalization(tuple(mean), tuple(each or 1.0 for each in std))
+    if len(mean) == 1:
+        logger.info("data.normalize.%s: mean %.6g, std %.6g", name, mean[0], std[0])
+    else:
+        logger.info("data.normalize.%s: mean and std of %d channels", name, len(mean))
+    return normalization

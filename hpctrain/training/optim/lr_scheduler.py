@@ -1,0 +1,147 @@
+"""The LR scheduler: a warm-up, then a schedule, in steps, epochs or samples."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpctrain.config.schema import SchedulerSection, Unit
+from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.training.optim.schedules import Factor, Plateau
+from hpctrain.training.position import Horizon, Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningRate:
+    """A function of the place in the run; with "plateau", of the evaluations so far too.
+
+    Attributes:
+        peak: what the schedule's factors are of.
+        factor: the schedule.
+        arguments: of `factor`.
+        unit: that the schedule counts in.
+        warmup: so much rises in a straight line from near 0 to the peak.
+        warmup_unit: what `warmup` is counted in.
+        horizon: how long an epoch is.
+    """
+
+    peak: float
+    factor: Factor
+    horizon: Horizon
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    unit: Unit = "steps"
+    warmup: float = 0
+    warmup_unit: Unit = "steps"
+
+    @classmethod
+    def of(
+        cls, section: SchedulerSection, target: Factor, peak: float, horizon: Horizon
+    ) -> LearningRate:
+        """Build what the config asks for.
+
+        Args:
+            section: of the config.
+            target: a function as in `hpctrain.training.optim.schedules`, or a class of such
+                functions, which is built with the arguments of the section.
+            peak: learning rate that the schedule starts at.
+            horizon: of the run.
+
+        Raises:
+            ConfigError: if a class refuses its arguments.
+        """
+        factor: Any = target
+        arguments: Mapping[str, Any] = section.arguments
+        if inspect.isclass(target):
+            try:
+                factor, arguments = target(**arguments), {}
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f'[scheduler] use = "{section.use}" refuses its arguments: {error}'
+                ) from error
+        warmup_unit: Unit = "steps"
+        if section.warmup_epochs:
+            warmup_unit = "epochs"
+        elif section.warmup_samples:
+            warmup_unit = "samples"
+        return cls(
+            peak=peak,
+            factor=factor,
+            arguments=arguments,
+            unit=section.unit,
+            warmup=section.warmup_steps or section.warmup_epochs or section.warmup_samples,
+            warmup_unit=warmup_unit,
+            horizon=horizon,
+        )
+
+    def __call__(self, place: Place, end: Place) -> float:
+        """Return the learning rate of the step that begins at `place`.
+
+        Args:
+            place: where the run stands.
+            end: where it will be complete.
+
+        Raises:
+            TrainingError: if a schedule of the user's gives no number from 0.
+        """
+        offset: float = 0
+        if self.warmup:
+            done = self._progress(place, self.warmup_unit)
+            if done < self.warmup:
+                step = self._convert(1, "steps", self.warmup_unit)
+                return self.peak * (done + step) / (self.warmup + step)
+            offset = self._convert(self.warmup, self.warmup_unit, self.unit)
+        done = max(0, self._progress(place, self.unit) - offset)
+        total = max(0, self._progress(end, self.unit) - offset)
+        value = self.factor(done, total, **self.arguments)
+        if not 0 <= value < math.inf:
+            name = getattr(self.factor, "__qualname__", self.factor)
+            raise TrainingError(
+                f"the schedule {name} gave {value!r} after {done} of {total} {self.unit} since the "
+                "warm-up: a factor is a number from 0"
+            )
+        return self.peak * value
+
+    def watch(self, metrics: Mapping[str, Any]) -> None:
+        """Tell a schedule that needs evaluations what they give.
+
+        Raises:
+            ConfigError: if that is not what it needs.
+        """
+        if isinstance(self.factor, Plateau):
+            self.factor.watch(metrics)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation."""
+        if isinstance(self.factor, Plateau):
+            self.factor.observe(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON; most schedules have none."""
+        return self.factor.state_dict() if isinstance(self.factor, Plateau) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; one of another schedule says nothing."""
+        if isinstance(self.factor, Plateau):
+            self.factor.load_state_dict(state)
+
+    def _progress(self, place: Place, unit: Unit) -> float:
+        """Return how far the run has come; whole numbers of steps and samples stay whole."""
+        if unit == "steps":
+            return place.step
+        if unit == "samples":
+            return place.samples_seen
+        return place.epoch + place.position / self.horizon.epoch_samples
+
+    def _convert(self, amount: float, unit: Unit, to: Unit) -> float:
+        """Return the same time in another unit, exact at the ends of epochs."""
+        if unit == to:
+            return amount
+        sizes: dict[Unit, float] = {
+            "epochs": 1,
+            "steps": self.horizon.epoch_samples / self.horizon.global_batch_size,
+            "samples": self.horizon.epoch_samples,
+        }
+        return amount * sizes[to] / sizes[unit]

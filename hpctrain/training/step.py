@@ -1,0 +1,467 @@
+"""One optimizer step on a global batch, over all ranks: no host sync, whatever the split."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from hpctrain.checkpoint.optimizer_state import OptimizerState
+from hpctrain.checkpoint.state import HasParameters
+from hpctrain.data.loading.loader import Batch
+from hpctrain.errors import ConfigError
+from hpctrain.launch.process_group import World
+from hpctrain.training.call import Call
+from hpctrain.training.ddp import Replica
+from hpctrain.training.dry_run import Explain, prime
+from hpctrain.training.nonfinite import BAD, RECENT_STEPS, BadBatch, BadSteps
+from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
+from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
+from hpctrain.training.passes import OwnGradients, Passes
+from hpctrain.training.precision import LossScale, NumberFormat, real_view
+from hpctrain.training.task import Fields, Task, check_task
+from hpctrain.training.undisturbed import Disturbance
+
+if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
+    from hpctrain.training.fsdp import Shards
+
+
+class TrainStep:
+    """Forward, backward, clip, update; call it with a batch and a learning rate.
+
+    The gradient is that of the mean over the global batch, whatever the shares of the ranks: each
+    sums over its own samples, and DDP's mean over ranks is undone. All ranks run the same number of
+    passes, `grad_accum_steps`; a pass without samples runs one held row with weight 0.
+
+    Attributes:
+        model: the bare model, to evaluate and to save.
+        optimizer: its optimizer.
+        scaler: of the loss, in mixed float16; its state belongs into a checkpoint.
+        grad_accum_steps: passes per rank and step.
+        rows: samples of the largest pass.
+        optimizer_state: what the optimizer has learned.
+        average: moving average of the parameters, updated by the job; None where none is wanted.
+        evaluation: the optimizer's own weights for evaluations; None where it has one set only.
+        shards: the parameters where they are spread over the ranks, else None.
+        disturbance: what the dry run has seen the model do to itself.
+        syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
+            update by itself.
+        graphs: whether the model runs as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Optimizer,
+        world: World,
+        *,
+        number_format: NumberFormat,
+        clip_norm: float | None,
+        micro_batch_size: int | None,
+        largest_share: int,
+        example: Fields,
+        smallest_share: int = 0,
+        bucket_mb: float | None = None,
+        clip_value: float | None = None,
+        ema_decay: float | None = None,
+        compress_gradients: str = "none",
+        static_graph: bool = False,
+        unused_parameters: str = "error",
+        graphs: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
+        """Wrap the model. Collective: all ranks.
+
+        Args:
+            model: on the device, in the dtype of `number_format`, identical on all ranks.
+            task: computes the loss.
+            optimizer: of the model's parameters.
+            world: the ranks.
+            number_format: of parameters and arithmetic.
+            clip_norm: the norm of the whole gradient is clipped to this; None: not at all.
+            micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
+            largest_share: the most samples of any rank in any batch.
+            example: one row of every field, on the device.
+            smallest_share: the fewest samples of any rank in any batch.
+            bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
+            clip_value: every element of the gradient is clipped to this, after its norm.
+            compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
+            static_graph: whether every pass uses the same parameters equally often.
+            unused_parameters: "error" or "allow": whether, over ranks, some may have no part in a
+                step.
+            ema_decay: of a moving average of the parameters; None: there is none.
+            graphs: whether the model is compiled to CUDA graphs, not where it is spread.
+            shards: the model where its parameters are spread over the ranks, and the optimizer's
+                are those of `shards`; None: every rank has all of them.
+
+        Raises:
+            ConfigError: if the task is none, a model with SyncBatchNorm would meet a pass without
+                samples, or weights were to be averaged twice.
+        """
+        check_task(task)
+        self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
+        if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
+            _refuse_synchronised_statistics(model)
+        self.model = model
+        self.device = world.device
+        self.optimizer = optimizer
+        self.optimizer_state = OptimizerState(optimizer, rows=shards is not None)
+        self.shards = shards
+        self._task = task
+        self._world_size = world.topology.world_size
+        self._communicator = world.communicator
+        self._device = world.device
+        self._pulse = world.pulse
+        self._arithmetic = number_format.arithmetic()
+        self._held = number_format.cast(
+            {name: row.clone() for name, row in example.items()}, task.inputs
+        )
+        self.rows = max(1, -(-largest_share // self.grad_accum_steps))
+        self._replica: Replica | Shards = shards or Replica(
+            model,
+            self._world_size,
+            world.device,
+            bucket_mb,
+            compress_gradients,
+            static_graph,
+            unused_parameters,
+        )
+        self.scaler = LossScale(world.device, enabled=number_format.scaled)
+        self._passes = Passes(
+            task,
+            self._replica,
+            number_format,
+            self.scaler,
+            self._held,
+            self._world_size,
+            world.device,
+            reused=graphs,
+        )
+        self.graphs = graphs
+        self._own_gradients: OwnGradients | None = None
+        if graphs and self.grad_accum_steps > 1:
+            self._own_gradients = OwnGradients(self._replica.parameters)
+        self._update = Update(
+            optimizer,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            scaler=self.scaler,
+            device=torch.device("cpu") if shards and shards.offloaded else world.device,
+            counted=self._replica.counted,
+            reduce_norm=self._replica.reduce_norm,
+        )
+        self.syncs = self._update.syncs
+        self.disturbance = Disturbance()
+        self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
+        self.evaluation = (
+            EvaluationWeights(optimizer, self._replica) if has_modes(optimizer) else None
+        )
+        if self.average is not None and self.evaluation is not None:
+            raise ConfigError(
+                f"training.ema_decay: {type(optimizer).__name__} averages weights by itself, and "
+                "its evaluations have those: leave ema_decay out"
+            )
+        # Epoch, start, size and this rank's loss of the newest batches; losses stay on the device.
+        self._recent: deque[tuple[int, int, int, Tensor | None]] = deque(maxlen=RECENT_STEPS)
+
+    @property
+    def bad_steps(self) -> Tensor:
+        """Counts of steps that were not applied, see `BadSteps`; belongs into a checkpoint."""
+        return self._update.bad_steps.counts()
+
+    @property
+    def held(self) -> HasParameters:
+        """What this rank holds of the parameters, and updates."""
+        return self._replica
+
+    @property
+    def call(self) -> Call:
+        """Runs a method of the task on the model, without gradients, as an evaluation does."""
+        return self._replica.call_alone
+
+    @property
+    def idle_row(self) -> Fields:
+        """One held row, for passes that only keep the others company."""
+        return self._held
+
+    def evaluation_weights(self) -> AbstractContextManager[object]:
+        """Return the context in which the model has the weights that evaluations are of."""
+        chosen = self.average or self.evaluation
+        return nullcontext() if chosen is None else chosen.in_model()
+
+    def settle(self) -> None:
+        """Have parameters where an update expects them, after passes without a backward one."""
+        self._replica.settle()
+
+    def before_update(self, do: Callable[[], None]) -> None:
+        """Call something once, before the next time that the optimizer's state changes."""
+        self._update.call_before(do)
+
+    def communication_seconds(self) -> float:
+        """Return how long this rank has waited for gradients after its own were there."""
+        return self._replica.communication_seconds
+
+    def prime(self, explain: Explain = lambda error, fields: None) -> None:
+        """Run the model a few times and leave no trace, before the state is restored.
+
+        Collective: all ranks.
+
+        Args:
+            explain: as `prime` takes it.
+
+        Raises:
+            TrainingError: if model, task and data do not fit.
+        """
+        fields = {name: torch.cat([row] * self.rows) for name, row in self._held.items()}
+        self.disturbance = prime(
+            self._replica,
+            self._task,
+            fields,
+            arithmetic=self._arithmetic,
+            device=self._device,
+            communicator=self._communicator,
+            explain=explain,
+        )
+        self._passes.moves = bool(self.disturbance.moved)
+
+    def __call__(self, batch: Batch, lr: float) -> None:
+        """Update the parameters by one global batch. Collective: all ranks."""
+        self._pulse.tick()  # a batch has come
+        self._replica.begin()
+        self._passes.loss_sum, self._passes.weight = None, 0
+        *before, last = cut(batch.size, self.grad_accum_steps)
+        if before:
+            with self._replica.local():
+                for first, stop in before:
+                    loss, seed = self._passes.forward(batch, first, stop)
+                    self._replica.backward(loss, seed)
+                    if self._own_gradients is not None:
+                        self._own_gradients.keep()
+        loss, seed = self._passes.forward(batch, *last)
+        counts_samples = self._task.counts_samples
+        self._pulse.tick()  # what follows waits for the other ranks
+        factor = None if counts_samples else self._passes.reduce_weight(batch.global_size)
+        self._replica.backward_and_reduce(loss, seed)
+        self._update.apply(self._replica.gradients(), lr, factor)
+        self._recent.append((batch.epoch, batch.start, batch.global_size, self._passes.loss_sum))
+
+    def read(self) -> dict[str, float]:
+        """Return the numbers of the last step, over all ranks. Collective: all ranks.
+
+        One reduction and one host sync.
+
+        Returns:
+            loss: the mean over the global batch; grad_norm: before clipping; bad_steps: how many
+            in a row, up to this one, had a gradient that was not finite; most_bad_steps: the most
+            in a row since the last call; skipped_steps: all that were not applied, an overflow
+            that a smaller loss scale cures too.
+        """
+        numbers = torch.zeros(6, dtype=torch.float64, device=self._device)
+        if self._passes.loss_sum is not None:
+            numbers[0].copy_(self._passes.loss_sum)
+            numbers[1] = self._passes.weight
+        if self._world_size > 1:
+            dist.all_reduce(numbers)
+        # These are the same on all ranks already.
+        numbers[2].copy_(self._update.grad_norm)
+        numbers[3:].copy_(self._update.bad_steps.counts())
+        self._update.bad_steps.look_anew()
+        loss_sum, weight, norm, bad, most, skipped = numbers.tolist()
+        return {
+            "loss": loss_sum / weight if weight else float("nan"),
+            "grad_norm": norm,
+            "bad_steps": bad,
+            "most_bad_steps": most,
+            "skipped_steps": skipped,
+        }
+
+    def recent_batches(self) -> list[tuple[int, int, int]]:
+        """Return epoch, start and size of the newest batches, oldest first."""
+        return [(epoch, start, size) for epoch, start, size, _ in self._recent]
+
+    def bad_batches(self, step: int) -> list[BadBatch]:
+        """Return those of the newest batches that were not applied, oldest first.
+
+        Waits for the device.
+
+        Args:
+            step: that the newest batch led to.
+        """
+        flags = self._update.bad_steps.recent().tolist()
+        recent = list(self._recent)
+        known = min(len(flags), len(recent))
+        return [
+            BadBatch(
+                step=step - known + 1 + index,
+                epoch=epoch,
+                start=start,
+                global_size=size,
+                loss_is_finite=loss is None or bool(torch.isfinite(loss)),
+            )
+            for index, (bad, (epoch, start, size, loss)) in enumerate(
+                zip(flags[len(flags) - known :], recent[len(recent) - known :], strict=True)
+            )
+            if bad == BAD
+        ]
+
+
+def _refuse_synchronised_statistics(model: nn.Module) -> None:
+    """Refuse models whose ranks would wait in vain for one that has no samples.
+
+    Raises:
+        ConfigError: if a module is one.
+    """
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ConfigError(
+            "the model has SyncBatchNorm, which needs samples on every rank in every pass; in the "
+            "last batch of an epoch a rank may have none. Use GroupNorm or BatchNorm, or a "
+            "data.global_batch_size that divides the data, with a smaller number of passes"
+        )
+
+
+class Update:
+    """Applies the gradients of a step to the parameters, unless they are not finite.
+
+    Numbers stay on the device; no step waits for them.
+
+    Attributes:
+        optimizer: of the parameters.
+        syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
+            update by itself.
+        grad_norm: norm of the whole gradient in the last step, before clipping, ().
+        bad_steps: those whose gradient was not finite. None was applied. In mixed float16, an
+            overflow that a smaller loss scale may cure counts as not applied, but not as bad.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        clip_norm: float | None,
+        clip_value: float | None = None,
+        scaler: LossScale,
+        device: torch.device,
+        counted: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        reduce_norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self._counted = counted
+        self._reduce_norm = reduce_norm
+        self._scaler = scaler
+        self.syncs = not refuses_on_device(optimizer)
+        # Where nobody waits to look at a flag, that costs less than a kernel that reads it.
+        self._looks = self.syncs or not runs_ahead(device)
+        parameters = [item for group in optimizer.param_groups for item in group["params"]]
+        dtypes = {parameter.dtype.to_real() for parameter in parameters}
+        self._complex = any(parameter.is_complex() for parameter in parameters)
+        # A norm of many numbers needs more than the 8 bits of a bfloat16.
+        self._norm_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._cast = None if dtypes == {self._norm_dtype} else self._norm_dtype
+        self._clip_norm = self._constant(clip_norm, device) if clip_norm is not None else None
+        self._clip_value = clip_value
+        self._zero = self._constant(0.0, device)
+        self._one = self._constant(1.0, device)
+        self._epsilon = self._constant(1e-6, device)
+        self.grad_norm = self._constant(0.0, device)
+        self.bad_steps = BadSteps(device)
+        self._before: Callable[[], None] | None = None
+
+    def call_before(self, do: Callable[[], None]) -> None:
+        """Call something once, before the next time that the optimizer's state changes."""
+        self._before = do
+
+    def apply(self, gradients: list[Tensor], lr: float, factor: Tensor | None) -> None:
+        """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
+
+        Args:
+            gradients: of all parameters that have one, or of what this rank holds of them; changed
+                in place.
+            lr: learning rate.
+            factor: by which the gradients are too small, (); None: they are not.
+        """
+        if self._complex:
+            # The norm is that of real and imaginary parts, and real factors multiply both.
+            gradients = [real_view(item) for item in gradients]
+        if factor is not None:
+            factor = factor.to(self._norm_dtype)
+        if self._scaler.enabled:
+            factor = (self._one if factor is None else factor) / self._scaler.scale
+        norm = self._norm(gradients)
+        if factor is not None:
+            norm = norm * factor
+        self.grad_norm = norm
+        # Infinity less itself is not a number, and what is not a number does not equal 0.
+        bad = torch.ne(norm - norm, self._zero, out=self.bad_steps.next_flag())
+        if self._clip_norm is not None:
+            # As torch's clip_grad_norm_ has it.
+            clip = torch.minimum(self._clip_norm / (norm + self._epsilon), self._one)
+            factor = clip if factor is None else clip * factor
+        if factor is not None and gradients:
+            torch._foreach_mul_(gradients, factor)
+        if self._clip_value is not None and gradients:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+
+        if self._before is not None:
+            self._before()
+            self._before = None
+        set_learning_rate(self.optimizer, lr)
+        if not self._looks:
+            # Fused kernels read this flag and leave parameters and their own state alone.
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+        if self._scaler.enabled:
+            self._scaler.update(bad)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if self._counted is not None:
+            gradients = self._counted(gradients)
+        norm = self._zero
+        if gradients:  # else no parameter had a part in this step
+            norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        return norm if self._reduce_norm is None else self._reduce_norm(norm)
+
+    def _constant(self, value: float, device: torch.device) -> Tensor:
+        """Return a number as a tensor: a Python number is made one in every operation, slowly."""
+        return torch.tensor(value, dtype=self._norm_dtype, device=device)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Tell whether the host goes on while the device computes, and waits where it reads of it."""
+    return device.type != "cpu"
+
+
+def count_passes(largest_share: int, micro_batch_size: int | None) -> int:
+    """Return the forward passes of a step, the same on every rank.
+
+    Args:
+        largest_share: the most samples of any rank in any batch.
+        micro_batch_size: at most so many samples in one pass; None: the whole share.
+    """
+    if micro_batch_size is None:
+        return 1
+    return max(1, -(-largest_share // micro_batch_size))
+
+
+@functools.cache  # a run has two or three shares, and asks in every step
+def cut(share: int, passes: int) -> tuple[tuple[int, int], ...]:
+    """Cut `share` samples into `passes` ranges of sizes as equal as can be.
+
+    Returns:
+        (first, stop) of every pass; first == stop where there are fewer samples than passes. The
+        last is empty only if the share is.
+    """
+    bounds = [index * share // passes for index in range(passes + 1)]
+    return tuple(itertools.pairwise(bounds))

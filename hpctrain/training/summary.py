@@ -1,0 +1,239 @@
+"""The summary of a job, told at its beginning and end, gathered from its parts."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hpctrain.config import Config
+from hpctrain.config.schema import FieldTable
+from hpctrain.data.decoding import described, unused_attributes
+from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
+from hpctrain.launch.process_group import World
+from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
+from hpctrain.training.build import Parts
+from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.data import Data
+from hpctrain.training.position import Place
+from hpctrain.training.rank_zero import RankZero, RunFolder
+from hpctrain.training.record import changed_since
+from hpctrain.training.trainer import Phases, Run
+from hpctrain.utils.text import metric, plural
+
+logger = logging.getLogger("hpctrain")
+
+
+def header_text(
+    config: Config,
+    world: World,
+    parts: Parts,
+    data: Data,
+    resumed: Resumed | None,
+    place: Place,
+    folder: RunFolder,
+    changes: Sequence[str] = (),
+) -> str:
+    """Return the header of a run; `changes` is what else is not as it was."""
+    if resumed is not None:
+        changes = [*changes, *changed_since(resumed, folder.record, world)]
+    parameters = list(parts.model.parameters())
+    topology = world.topology
+    return header(
+        HeaderFacts(
+            run=config.run.name,
+            folder=str(folder.path),
+            world_size=topology.world_size,
+            num_nodes=topology.num_nodes,
+            launcher=None if topology.launcher == "none" else topology.launcher,
+            mpi=topology.mpi,
+            backend=world.backend,
+            devices=_devices(world),
+            train_samples=data.train.samples,
+            train_shards=len(data.train.shards),
+            validation_samples=None if data.validation is None else data.validation.samples,
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size or data.train_loader.largest_share,
+            grad_accum_steps=parts.step.grad_accum_steps,
+            model=config.model.use,
+            parameters=sum(item.numel() for item in parameters),
+            trainable=sum(item.numel() for item in parameters if item.requires_grad),
+            parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
+            precision=config.training.precision,
+            total_steps=data.horizon.total_steps(place),
+            total_epochs=config.training.max_epochs,
+            resume=None
+            if resumed is None
+            else f"step {place.step:,}, epoch {place.epoch}: {resumed.path}",
+            notes=[*_notes(config, world, parts, data, resumed), *parts.notes, *changes],
+        )
+    )
+
+
+def summary_text(
+    config: Config,
+    world: World,
+    run: Run,
+    rank_zero: RankZero,
+    data: Data,
+    phases: Phases,
+    complete: bool,
+    command: Sequence[str],
+) -> str:
+    """Return the summary of a job whose last save is on disk."""
+    best = rank_zero.store.best()
+    trained = run.place.samples_seen - run.first_place.samples_seen
+    seconds = phases.totals()
+    order = ("data", "compute", "communication", "checkpoint", "evaluation")
+    folder = Path(config.run.directory, config.run.name)
+    return summary(
+        SummaryFacts(
+            run=config.run.name,
+            ended="complete" if complete else "stopped and saved",
+            step=run.place.step,
+            total_steps=data.horizon.total_steps(run.place),
+            elapsed_seconds=phases.elapsed(),
+            skipped_steps=run.skipped_steps,
+            last=run.metrics,
+            best=None
+            if best is None
+            else Best(metric=best.metric, value=best.value, step=best.step),
+            samples_per_second=trained / max(phases.elapsed(), 1e-9) if trained else None,
+            seconds={phase: seconds[phase] for phase in order if phase in seconds},
+            checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
+            metrics=str(folder / JSONL_FILE),
+            next_command=(
+                "train on",
+                _command(world, _further(command, data.horizon.further(run.place))),
+            )
+            if complete
+            else ("resume", _command(world, command)),
+        )
+    )
+
+
+def complete_text(
+    config: Config, world: World, data: Data, resumed: Resumed, command: Sequence[str]
+) -> str:
+    """Return what to say when there is nothing left to do."""
+    place = resumed.place
+    metrics = resumed.values["metrics"]
+    shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
+    further = _further(command, data.horizon.further(data.place))
+    counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
+    return "\n".join(
+        [
+            f"run {config.run.name} is complete: {', '.join(filter(None, [counted, shown]))}",
+            f"  checkpoint  {resumed.path}",
+            f"  train on    {_command(world, further)}",
+            f"  start anew  {_command(world, _with(command, 'run.name', f'{config.run.name}-2'))}",
+        ]
+    )
+
+
+def _further(command: Sequence[str], limits: Mapping[str, int]) -> list[str]:
+    """Return the command with limits under which a complete run has more to do."""
+    longer = list(command)
+    for name, limit in limits.items():
+        longer = _with(longer, f"training.{name}", str(limit))
+    return longer
+
+
+def _with(command: Sequence[str], key: str, value: str) -> list[str]:
+    """Return the command with one override set, in place of an earlier one."""
+    return [*(word for word in command if not word.startswith(f"{key}=")), f"{key}={value}"]
+
+
+def _command(world: World, command: Sequence[str]) -> str:
+    """Return the command to type, under the launcher where its usage is plain."""
+    launcher = world.topology.launcher
+    prefix = ""
+    if launcher.endswith("mpirun"):
+        prefix = f"mpirun -np {world.topology.world_size} "
+    elif launcher == "srun":
+        prefix = "srun "
+    return f"{prefix}python -m hpctrain {shlex.join(command)}"
+
+
+def _devices(world: World) -> str:
+    if world.device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(world.device)}"
+    return f"{world.device.type}, {plural(torch.get_num_threads(), 'thread')} per rank"
+
+
+def _notes(
+    config: Config, world: World, parts: Parts, data: Data, resumed: Resumed | None
+) -> list[str]:
+    notes = []
+    rest = data.train.samples - data.train_loader.epoch_size
+    if rest:
+        notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
+    for name, each in data.transforms.decoding.all.items():
+        table = config.data.fields.get(name, FieldTable())
+        is_left = (table.fill, table.mask) == (None, None)
+        is_nan = each.marks and not each.keeps_numbers and is_left
+        hint = f"; missing ones are NaN, without data.fields.{name}.fill" if is_nan else ""
+        notes.append(f"decoded: {name}, {described(each)}{hint}")
+    notes += [f"not used: {each}" for each in unused_attributes(data.train)]
+    if parts.step.syncs:
+        notes.append(
+            f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "
+            "themselves: every step waits for the device"
+        )
+    training = config.training
+    evaluates = training.evaluate_every_epochs or training.evaluate_every_steps
+    if config.checkpoint.keep_best is not None and not evaluates:
+        notes.append(
+            "no best checkpoint is kept: training.evaluate_every_epochs = 0 makes no evaluations"
+        )
+    if parts.step.average is not None:
+        notes.append("evaluations are of the moving average of the parameters")
+    if resumed is not None:
+        here = (world.topology.world_size, world.device.type, torch.get_num_threads())
+        then = tuple(resumed.values[key] for key in ("world_size", "device", "threads"))
+        for name, now, before in zip(("ranks", "device", "threads"), here, then, strict=True):
+            if now != before:
+                notes.append(
+                    f"{name}: {before} when saved, {now} now; sums may differ in the last bit"
+                )
+        total_steps, lr = resumed.values["total_steps"], resumed.values["lr"]
+        now_total = data.horizon.total_steps(data.place)
+        if now_total != total_steps:
+            now_lr = parts.schedule(data.place, data.horizon.end(data.place))
+            notes.append(
+                f"{total_steps:,} steps when saved, {now_total:,} now: the schedule is that of the "
+                f"new length, lr {metric(lr)} before and {metric(now_lr)} now"
+            )
+    return notes
+
+
+def gather_transport(world: World) -> Transport | None:
+    """Return what NCCL says of its way, None where it does not run. Collective: all ranks.
+
+    To be called once gradients have been reduced: NCCL connects when it has to.
+    """
+    if world.backend != "nccl" or world.topology.world_size == 1:
+        return None
+    found = world.communicator.all_gather(
+        Transport() if world.nccl_log is None else world.nccl_log.read()
+    )
+    return combine(found)
+
+
+def transport_notes(world: World) -> list[str]:
+    """Return a line for the header, and warn of a slow way beside a fast one.
+
+    Collective: all ranks.
+    """
+    transport = gather_transport(world)
+    if transport is None:
+        return []
+    num_nodes = world.topology.num_nodes
+    if world.topology.is_rank_zero and (trouble := find_trouble(transport, num_nodes)):
+        logger.warning(trouble)
+    told = describe(transport, num_nodes)
+    return [f"gradients: {told}"] if told else []

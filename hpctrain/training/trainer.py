@@ -1,0 +1,481 @@
+"""The training loop: steps, and between two of them logs, evaluations, saves and stops."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
+from hpctrain.checkpoint.load import Loaded, load_newest
+from hpctrain.checkpoint.save import Snapshot, try_snapshot
+from hpctrain.config import Config, to_toml
+from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.state import to_state
+from hpctrain.launch.process_group import World
+from hpctrain.topology import raise_together
+from hpctrain.training.build import Parts
+from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
+from hpctrain.training.data import Data
+from hpctrain.training.ddp import check_equal_parameters
+from hpctrain.training.evaluation import evaluate
+from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
+from hpctrain.training.position import Cadence, Horizon, Place
+from hpctrain.training.ranges import look_at_ranges
+from hpctrain.training.rank_zero import RankZero
+from hpctrain.training.record import made_by
+from hpctrain.training.snapshot import capture
+from hpctrain.training.step import TrainStep
+from hpctrain.utils.text import metric
+
+logger = logging.getLogger("hpctrain")
+
+Schedule = Callable[[Place, Place], float]
+"""(place, end of the run) to the learning rate of the next step."""
+
+Metrics = dict[str, float]
+
+
+class Hooks(Protocol):
+    """What the loop asks of the job around it. All ranks call each at the same place."""
+
+    def advanced(self, place: Place) -> None:
+        """Take note of a step. Called after every one, so it must cost next to nothing."""
+        ...
+
+    def log(self, place: Place, epoch: int, lr: float) -> None:
+        """Write down the step that led to `place`. Collective: all ranks."""
+        ...
+
+    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
+        ...
+
+    def check(self, place: Place) -> None:
+        """Compare what should be equal on all ranks. Collective: all ranks."""
+        ...
+
+    def save(self, place: Place, metrics: Metrics | None) -> None:
+        """Save a checkpoint; `metrics` are those of an evaluation at this very place.
+
+        Collective: all ranks.
+        """
+        ...
+
+    def stop_agreed(self) -> bool:
+        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
+        ...
+
+    def save_agreed(self) -> bool:
+        """Tell whether the same agreement asks for a save here. The same on all ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """When the loop does what."""
+
+    horizon: Horizon
+    log: Cadence
+    evaluate: Cadence | None
+    check: Cadence
+    save: Cadence
+
+
+def fit(
+    place: Place,
+    plan: Plan,
+    *,
+    step: TrainStep,
+    loader: TrainLoader,
+    schedule: Schedule,
+    hooks: Hooks,
+    evaluation_owed: bool = False,
+) -> tuple[Place, bool]:
+    """Train from `place` to the horizon, or until all ranks agree to stop.
+
+    Collective: all ranks.
+
+    With `evaluation_owed` the evaluation at `place`, which a stop has cut short, comes first.
+
+    Returns:
+        Where the run stands, and whether it is complete.
+    """
+    end = plan.horizon.end(place)
+    if evaluation_owed and plan.evaluate is not None:
+        metrics = hooks.evaluate(place, place.epoch - (place.position == 0))
+        if metrics is None:
+            return place, False  # the checkpoint that the run came from says all there is
+        # That one was saved without these metrics.
+        if plan.save.due(place) or place.step == end.step:
+            hooks.save(place, metrics)
+    while place.step < end.step:
+        epoch = place.epoch
+        for batch in loader.epoch(epoch, place.position):
+            lr = schedule(place, end)
+            step(batch, lr)
+            place = place.after(batch.global_size, plan.horizon.epoch_samples)
+            hooks.advanced(place)
+
+            complete = place.step == end.step
+            if complete or plan.log.due(place):
+                hooks.log(place, epoch, lr)
+            if plan.check.due(place):
+                hooks.check(place)
+            metrics = None
+            if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
+                metrics = hooks.evaluate(place, epoch)
+                # Without it the run is not done; a later job begins with it.
+                complete = complete and metrics is not None
+            stopped = hooks.stop_agreed() and not complete
+            if complete or stopped or hooks.save_agreed() or plan.save.due(place):
+                hooks.save(place, metrics)
+            if stopped:
+                return place, False
+            if complete:
+                break
+    return place, True
+
+
+class Run:
+    """The hooks of the loop, on one rank.
+
+    Attributes:
+        metrics: of the newest evaluation.
+        first_place: where this job began.
+        place: where it stands.
+        reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
+        evaluation_owed: an evaluation at `place` was cut short by a stop.
+        skipped_steps: steps of the run, as far as is known, that were not applied.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        data: Data,
+        parts: Parts,
+        *,
+        phases: Phases,
+        stop: StopAgreement,
+        rank_zero: RankZero | None,
+        place: Place,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._data = data
+        self._parts = parts
+        self._phases = phases
+        self._stop = stop
+        self._rank_zero = rank_zero
+        self._logged_samples = place.samples_seen
+        self._logged_time = time.perf_counter()
+        self.metrics = metrics
+        self.first_place = self.place = place
+        self.reasons = 0
+        self._skipped_before = int(parts.step.bad_steps[2].item())
+        self._count_skipped(self._skipped_before)
+        self.evaluation_owed = False
+        self._save_agreed = False
+        self._confirmed = False
+        self._looks = False
+        self._together: TogetherSaver | None = None
+        if parts.step.shards is not None:
+            self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
+        self._spikes = SpikeWatch()
+        self._policy = BadStepPolicy(
+            config.training,
+            skipped=self._skipped_before,
+            explain=self._explain,
+            roll_back=self._roll_back,
+            tell=self._tell,
+        )
+
+    def advanced(self, place: Place) -> None:
+        """Take note of a step. Collective after the first one: all ranks."""
+        self.place = place
+        self._world.pulse.step_done(place.step)
+        if self._parts.step.average is not None:
+            self._parts.step.average.update(place.step)
+        if self._rank_zero is not None:
+            self._rank_zero.progress.update(place.step, place.epoch)
+        if self._looks:
+            self._looks = False
+            look_at_ranges(self._parts.task, looks=False)
+        if not self._confirmed:
+            # Only now the optimizer has all that it keeps.
+            self._confirmed = True
+            self.try_save(place)
+
+    def log(self, place: Place, epoch: int, lr: float) -> None:
+        """Write the step that led to `place` to the metrics. Collective: all ranks."""
+        numbers = self._read(place)
+        if self._world.device.type != "cpu":
+            # The device has nothing to do at this moment: the next step may look, too.
+            self._looks = True
+            look_at_ranges(self._parts.task, looks=True)
+        now = time.perf_counter()
+        rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
+        self._logged_samples, self._logged_time = place.samples_seen, now
+        if self._rank_zero is None:
+            return
+        self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
+        if (spike := self._spikes.look(numbers["loss"])) is not None:
+            self._tell(f"step {place.step:,}: {spike}")
+        self._rank_zero.writer.write(
+            {
+                "kind": "train",
+                "step": place.step,
+                "epoch": epoch,
+                "samples_seen": place.samples_seen,
+                "loss": numbers["loss"],
+                "lr": lr,
+                "grad_norm": numbers["grad_norm"],
+                "skipped_steps": self.skipped_steps,
+                "samples_per_second": rate,
+                "seconds": self._phases.lap(),
+            }
+        )
+
+    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
+        loader = self._data.validation_loader
+        assert loader is not None
+        step = self._parts.step
+        with self._phases.measure("evaluation"), step.evaluation_weights():
+            metrics = evaluate(
+                self._parts.model,
+                self._parts.task,
+                loader,
+                self._world,
+                self._parts.number_format,
+                rounds=loader.most_batches,
+                call=step.call,
+                idle_row=None if step.shards is None else step.idle_row,
+                reused=step.graphs,
+                stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
+            )
+            step.settle()
+        if metrics is None:
+            self.evaluation_owed = True
+            return None
+        self.metrics = metrics
+        self._parts.schedule.observe(self.metrics)
+        if self._rank_zero is not None:
+            record = {"kind": "evaluation", "split": "validation", "step": place.step}
+            self._rank_zero.writer.write({**record, "epoch": epoch, **self.metrics})
+            shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
+            self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
+        return self.metrics
+
+    def check(self, place: Place) -> None:
+        """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
+        if self._parts.step.shards is None:
+            check_equal_parameters(self._parts.model, self._world, place.step)
+
+    def save(self, place: Place, metrics: Metrics | None) -> None:
+        """Save a checkpoint in the background. Collective: all ranks."""
+        self._save_agreed = False
+        self._read(place)  # nothing is saved behind a failure that nobody has looked at
+        self._refuse_idle_end(place)
+        with self._world.pulse.long_phase():
+            self._save(place, metrics)
+
+    def begin(self, place: Place) -> None:
+        """See that the ranks are equal and the run can be saved. Collective: all ranks."""
+        self.check(place)
+        self.try_save(place)
+
+    def try_save(self, place: Place) -> None:
+        """Send what a save would hold to memory and back. Collective: all ranks.
+
+        Raises:
+            CheckpointError: on every rank, naming what could not be saved.
+        """
+        with self._world.pulse.long_phase():
+            snapshot = self._capture(place, None)
+            with raise_together(self._world.communicator):
+                if snapshot is not None:
+                    try_snapshot(snapshot)
+
+    def _save(self, place: Place, metrics: Metrics | None) -> None:
+        snapshot = self._capture(place, metrics)
+        if self._rank_zero is not None:
+            assert snapshot is not None
+            job = self._rank_zero.folder.record
+            snapshot = replace(snapshot, made_by=made_by(job, self._world))
+            self._rank_zero.save_clock.saved()
+        if self._together is not None:
+            assert snapshot is not None
+            self._together.save(snapshot)
+            return
+        with raise_together(self._world.communicator):
+            if self._rank_zero is not None and snapshot is not None:
+                self._rank_zero.store.save(snapshot)
+
+    def _capture(self, place: Place, metrics: Metrics | None) -> Snapshot | None:
+        """Return what this rank has to save. Collective: all ranks."""
+        return capture(
+            self._world,
+            self._parts.step,
+            place,
+            data=to_state(
+                self._data.train_loader.order_of(place.epoch),
+                place.epoch,
+                place.position,
+                self._data.train.fingerprint,
+            ),
+            extra=self._memory(),
+            config_toml=to_toml(self._config),
+            metrics=metrics,
+        )
+
+    def stop_agreed(self) -> bool:
+        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
+        return self._agreed(Boundary.STEP)
+
+    def _agreed(self, boundary: Boundary) -> bool:
+        # Once agreed it stays: an evaluation that was cut short ends the step behind it too.
+        if not self.reasons:
+            agreed = self._stop.boundary(boundary)
+            if self._together is not None:
+                self._together.look()
+            self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
+            self.reasons = agreed & ~SAVE_DUE
+        return self.reasons != 0
+
+    def save_agreed(self) -> bool:
+        """Tell whether the same agreement asks for a save here. The same on all ranks."""
+        return self._save_agreed
+
+    def finish(self) -> None:
+        """Leave no reduction behind that others still wait for. Collective: all ranks."""
+        self._stop.flush()
+
+    @contextmanager
+    def saves_finished(self) -> Iterator[None]:
+        """See to it that no rank waits for the part of another in vain. Collective: all ranks."""
+        with nullcontext() if self._together is None else self._together.finished_after():
+            yield
+
+    def _memory(self) -> Mapping[str, Any]:
+        """Return what a run that goes on should know of this one."""
+        end = self._data.horizon.end(self.place)
+        return {
+            "total_steps": end.step,
+            "lr": self._parts.schedule(self.place, end),
+            "schedule": self._parts.schedule.state_dict(),
+            "metrics": self.metrics,
+            "evaluation_owed": self.evaluation_owed,
+            **self._data.record(self._config),
+        }
+
+    def _read(self, place: Place) -> Metrics:
+        """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
+        numbers = self._parts.step.read()
+        self._policy.judge(place, numbers)
+        self._count_skipped(int(numbers["skipped_steps"]))
+        return numbers
+
+    def _count_skipped(self, total: int) -> None:
+        self.skipped_steps = total
+        if self._rank_zero is not None:
+            self._rank_zero.folder.skipped_steps = total
+
+    def _refuse_idle_end(self, place: Place) -> None:
+        """Refuse to end, and to save the end, if no step of this job was applied. Collective.
+
+        Raises:
+            TrainingError: on every rank.
+        """
+        steps = place.step - self.first_place.step
+        complete = place.step >= self._data.horizon.total_steps(place)
+        scaler = self._parts.step.scaler
+        # A loss scale that still falls goes on doing so in the next job.
+        ends = complete or (self.reasons != 0 and not scaler.enabled)
+        if steps and ends and self.skipped_steps - self._skipped_before >= steps:
+            scale = scaler.scale.item() if scaler.enabled else None
+            raise nothing_applied(place.step, steps, scale, self._explain)
+
+    def batches_under_way(self) -> list[tuple[int, int, int]]:
+        """Return epoch, start and size of the newest batches, and of the one that comes next."""
+        place, size = self.place, self._config.data.global_batch_size
+        size = min(size, self._data.train_loader.epoch_size - place.position)
+        return [*self._parts.step.recent_batches(), (place.epoch, place.position, size)]
+
+    def _explain(self, step: int) -> str:
+        """Return what is known of the newest bad steps. Collective: all ranks."""
+        return explain(self._parts.step.bad_batches(step), self._data.train_loader, self._world)
+
+    def _roll_back(self) -> int:
+        """Put the parameters of the newest checkpoint back. Collective: all ranks."""
+        with self._world.pulse.long_phase():
+            return roll_back(self._world, self._parts.step, self._load_newest)
+
+    def _load_newest(self) -> Loaded | None:
+        """Read the newest checkpoint on rank 0. Collective: all ranks."""
+        if self._together is not None:
+            self._together.finish()
+        loaded = None
+        with (
+            raise_together(self._world.communicator),
+            reading(self._world, together=self._together is not None) as read,
+        ):
+            if self._rank_zero is not None:
+                store = self._rank_zero.store
+                store.finish()
+                loaded = load_newest(store.folder, self._tell, read)
+        return loaded
+
+    def _tell(self, text: str) -> None:
+        if self._rank_zero is not None:
+            logger.warning(text)
+
+
+class Phases:
+    """Seconds by phase since the start, of this rank, and since the last lap.
+
+    `evaluation` is measured by `measure`; what other parts count themselves (waiting for data,
+    communication, the stall of a save) is read from them when a lap ends; `compute` is the rest.
+    """
+
+    def __init__(
+        self,
+        counters: Mapping[str, Callable[[], float]],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._counters = dict(counters)
+        self._clock = clock
+        self._start = clock()
+        self._measured: dict[str, float] = {}
+        self._lap = self.totals()
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Count the time in the body as `phase`."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._measured[phase] = self._measured.get(phase, 0.0) + self._clock() - begin
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return self._clock() - self._start
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of every phase since the start; together they are `elapsed`."""
+        elapsed = self.elapsed()
+        seconds = dict(self._measured)
+        for name, read in self._counters.items():
+            seconds[name] = seconds.get(name, 0.0) + read()
+        return {"compute": max(0.0, elapsed - sum(seconds.values())), **seconds}
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds of every phase since the last call."""
+        before, self._lap = self._lap, self.totals()
+        return {name: value - before.get(name, 0.0) for name, value in self._lap.items()}
