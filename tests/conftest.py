@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# First: netCDF4 brings plug-ins of its own for HDF5, which cannot write in h5py's.
+import hdf5plugin  # noqa: F401
 import pytest
 from helpers.rank_budget import room_for
 from hypothesis import settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -38,6 +40,43 @@ def assert_passes(*command: str) -> None:
 def test_tool(command: tuple[str, ...]) -> None:
     tool = Path(sys.executable).with_name(command[0])
     assert_passes(str(tool), *command[1:])
+
+
+def defined_in(tree: ast.Module) -> set[str]:
+    """Return the names that a module binds, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return names
+
+
+@functools.cache
+def names_of(module: str) -> set[str] | None:
+    """Return the names that can be imported from a module of ours; None if there is no such."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.is_file():
+        return None
+    names = defined_in(ast.parse(file.read_text(encoding="utf-8")))
+    return names | ({item.stem for item in path.iterdir()} if path.is_dir() else set())
+
+
+def test_what_tests_import_is_there() -> None:
+    """The bodies that run on ranks are collected by nothing, and mypy sees no tests."""
+    missing = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {alias.name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpctrain")
+        for alias in node.names
+        if alias.name not in (names_of(str(node.module)) or ())
+    ]
+    assert not missing, "\n".join(missing)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
