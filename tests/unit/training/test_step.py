@@ -274,7 +274,7 @@ class Learned(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-HERE = "test_training_step"
+HERE = __name__
 
 
 @pytest.mark.parametrize(
