@@ -23,7 +23,7 @@ _ELEMENTWISE = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
-# The same of others' packages; compared in tests/unit/training/test_sharding.py.
+# The same of others' packages; compared in tests/unit/training/test_fsdp.py.
 _ELEMENTWISE_OF_OTHERS = {
     ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 }
