@@ -63,7 +63,7 @@ with (
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("size=64k", "has 65.5 kB in all, where more than 2.10 MB are needed"),
+        ("size=64k", "has 65.5 kB in all, where 2 ranks on this node need more than 2.10 MB"),
         ("ro", "is read-only"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_disk_that_cannot_sync(site: Path, monkeypatch: pytest.MonkeyPatch) ->
         output = train(site, 2, *LONG, code=74)
     message = only_message(output)
     assert "trying again: Input/output error" in output
-    assert "What was saved before is untouched; have the file system looked at" in message
+    assert "What was saved before is untouched; have the file system checked" in message
     failed = int(message.partition("cannot save step ")[2].split()[0])
     (site / "fsync-fails").unlink()
     saved = json.loads(here(site, "status", "runs/digits", "--json"))["step"]

@@ -46,11 +46,14 @@ with hpctrain.connect() as world:
 """
 
 AGAIN = """
+import sys
+
 import hpctrain
 
 for attempt in range(2):
     with hpctrain.connect() as world:
-        print("in", world.topology.rank, flush=True)
+        # In one piece: print() writes its words one by one where stdout is not buffered.
+        sys.stdout.write(f"in {world.topology.rank}\\n")
 """
 
 MPI_FIRST = """
@@ -104,7 +107,7 @@ with hpctrain.connect() as world:
     total = torch.ones(1)
     distributed.all_reduce(total)
     # In one piece: print() writes its words one by one where stdout is not buffered.
-    os.write(1, f"rank {world.topology.rank} sum {int(total)}\n".encode())
+    os.write(1, f"rank {world.topology.rank} sum {int(total)}\\n".encode())
 """
 
 MPIRUN = ("mpirun", "-np", "2", sys.executable)

@@ -164,9 +164,11 @@ def test_dataset_tools(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_own_loop(site: Path) -> None:
-    code = block("import hpctrain").replace("...", "print(world.topology.world_size)")
+    code = block("import hpctrain").replace(
+        "...", 'sys.stdout.write(f"{world.topology.world_size}\\n")'
+    )
     source = (
-        "from torch import nn\nfrom torch.nn.parallel import DistributedDataParallel\n"
+        "import sys\nfrom torch import nn\nfrom torch.nn.parallel import DistributedDataParallel\n"
         "model = nn.Linear(2, 2)\n"
     )
     (site / "loop.py").write_text(source + code, encoding="utf-8")

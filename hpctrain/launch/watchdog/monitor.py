@@ -227,6 +227,11 @@ class LocalRanks:
 
     def _ended(self, rank: Rank) -> None:
         self._selector.unregister(rank.pidfd or -1)
+        if _is_killed(_status(rank)):
+            # Maybe by a launcher that has seen another rank end, which is the one to tell of.
+            for other in self._ranks.values():
+                if other is not rank and other.alive and _failed_by_itself(other):
+                    self._bury(other)
         self._bury(rank)
 
     def _bury(self, rank: Rank) -> None:
@@ -236,7 +241,7 @@ class LocalRanks:
         rank.gone = True
         if rank.left:
             return
-        status = processes.wait_status(rank.pid, rank.pidfd) if rank.pid else None
+        status = _status(rank)
         number = None if status is None else status & 0x7F
         death = Death(
             rank=rank.rank,
@@ -258,6 +263,20 @@ class LocalRanks:
                 rank.gone = True
         if self._kill_at is None:
             self._kill_at = time.monotonic() + _KILL_SECONDS
+
+
+def _status(rank: Rank) -> int | None:
+    return processes.wait_status(rank.pid, rank.pidfd) if rank.pid else None
+
+
+def _is_killed(status: int | None) -> bool:
+    return status is not None and status & 0x7F == signal.SIGKILL
+
+
+def _failed_by_itself(rank: Rank) -> bool:
+    """Return whether a rank has ended by a fault of its own or an exit code, as far as is known."""
+    status = _status(rank) if processes.is_ending(rank.pid) else None
+    return bool(status) and not _is_killed(status)
 
 
 class Daemons:

@@ -165,4 +165,4 @@ def test_a_folder_that_is_no_snapshot_is_refused(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run.toml", "--code", str(work)]) == 78
-    assert "no snapshot that `job --snapshot` has made" in capsys.readouterr().err
+    assert "not a snapshot that `job --snapshot` has made" in capsys.readouterr().err

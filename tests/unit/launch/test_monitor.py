@@ -6,20 +6,25 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from helpers.garbage import STRUCTURED, random_strings
-from helpers.limits import JOB_SECONDS
+from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
+from helpers.waiting import wait_for
 
 from hpctrain.launch.watchdog.client import Member, Pulse, join, proof_of_rank
 from hpctrain.launch.watchdog.monitor import LocalRanks
+from hpctrain.launch.watchdog.processes import is_ending
+from hpctrain.launch.watchdog.protocol import Channel
 from hpctrain.launch.watchdog.verdicts import Group
 
 SECRET = "s" * 64
@@ -122,6 +127,40 @@ def test_a_rank_comes_in_and_then_nobody_else(watchdog: Watchdog) -> None:
         late.connect("\0" + watchdog.name)
     member.leave()
     watchdog.until(lambda: watchdog.ranks.done)
+
+
+@pytest.mark.parametrize(("fault", "told"), [("SIGSEGV", "SIGSEGV"), ("SIGKILL", "SIGKILL")])
+def test_a_rank_that_a_launcher_has_killed_is_not_the_one_that_failed(
+    fault: str, told: str
+) -> None:
+    """Both are gone before the watchdog looks, and it may see first what came last."""
+    sent: list[dict[str, Any]] = []
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind("\0" + f"hpctrain-test-{secrets.token_hex(8)}")
+        group = Group(host="here", ranks=(0, 1))
+        local = LocalRanks(group, listener, SECRET, selector, sent.append)
+        sleepers = [subprocess.Popen(["sleep", str(FOREVER_SECONDS)]) for _ in range(2)]
+        with ExitStack() as stack:
+            stack.callback(os.close, local._memory_fd)
+            for rank, process in zip(local._ranks.values(), sleepers, strict=True):
+                pipe = socket.socketpair()
+                stack.enter_context(pipe[0])
+                stack.enter_context(pipe[1])
+                rank.channel, rank.pid = Channel(pipe[0]), process.pid
+                rank.pidfd = os.pidfd_open(process.pid)
+                stack.callback(os.close, rank.pidfd)
+                selector.register(rank.pidfd, selectors.EVENT_READ)
+            sleepers[0].send_signal(signal.Signals[fault])
+            wait_for(lambda: is_ending(sleepers[0].pid), "end of the first")
+            sleepers[1].kill()
+            wait_for(lambda: is_ending(sleepers[1].pid), "end of the second")
+            local._ended(local._ranks[1])
+            local._ended(local._ranks[0])
+            for process in sleepers:
+                process.wait()
+    deaths = [message["died"] for message in sent]
+    assert [death["rank"] for death in deaths] == ([0, 1] if fault != "SIGKILL" else [1, 0])
+    assert {death["rank"]: death["signal"] for death in deaths} == {0: told, 1: "SIGKILL"}
 
 
 @needs_root
