@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,6 +64,10 @@ def here(site: Path, *arguments: str, code: int = 0) -> str:
     told = io.StringIO()
     with as_if_started(site), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         ended = main(arguments)
+    with warnings.catch_warnings():
+        # A job that fails leaves its log and metrics open to the end of its process.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
     assert ended == code, told.getvalue()
     return told.getvalue()
 
