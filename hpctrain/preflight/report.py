@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.topology import Topology
+from hpctrain.utils import text
 from hpctrain.version import __version__
 
 if TYPE_CHECKING:  # loads torch, which a job that has failed to start can do without
@@ -64,13 +65,7 @@ def exit_code(findings: Iterable[Finding]) -> ExitCode:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Return whole numbers as the kernel writes them: "0-7,64"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return ",".join(text.ranges(sorted(numbers), to="-"))
 
 
 def world_table(ranks: Sequence[RankFacts]) -> str:
@@ -186,9 +181,9 @@ def _rank_json(rank: RankFacts) -> dict[str, Any]:
     }
 
 
-def _wrapped(begin: str, text: str) -> list[str]:
+def _wrapped(begin: str, message: str) -> list[str]:
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    for paragraph in message.splitlines():
         lines += textwrap.wrap(
             paragraph,
             COLUMNS,

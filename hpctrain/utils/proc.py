@@ -86,17 +86,23 @@ def boot_id() -> str:
 
 def pid_namespace() -> str:
     """Return what names the space in which this process's ids mean something; "" if unknown."""
-    try:
-        return str((PROC / "self/ns/pid").readlink())
-    except OSError:
-        return ""
+    return _namespace("pid")
 
 
 def time_namespace() -> str:
-    """Return what names the clock that start times are given by here; "" if unknown."""
+    """Return what names the clock that start times are given by here; "" before Linux 5.6."""
+    return _namespace("time")
+
+
+def network_namespace() -> str:
+    """Return what names the space in which abstract addresses mean something; "" if unknown."""
+    return _namespace("net")
+
+
+def _namespace(kind: str) -> str:
     try:
-        return str((PROC / "self/ns/time").readlink())
-    except OSError:  # Linux before 5.6
+        return str((PROC / "self/ns" / kind).readlink())
+    except OSError:
         return ""
 
 

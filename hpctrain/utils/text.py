@@ -58,7 +58,7 @@ def percent(part: float, whole: float) -> str:
     return "<1 %" if 0 < share < 0.5 else f"{share:.0f} %"
 
 
-def ranges(numbers: Sequence[int]) -> list[str]:
+def ranges(numbers: Iterable[int], to: str = " to ") -> list[str]:
     """Return sorted numbers as ranges: "0", "4 to 7"."""
     found: list[list[int]] = []
     for number in numbers:
@@ -66,7 +66,7 @@ def ranges(numbers: Sequence[int]) -> list[str]:
             found[-1][1:] = [number]
         else:
             found.append([number])
-    return [" to ".join(map(str, ends)) for ends in found]
+    return [to.join(map(str, ends)) for ends in found]
 
 
 def listed(items: Sequence[str], most: int = 4, *, separator: str = ", ") -> str:

@@ -353,39 +353,35 @@ def best_inflater() -> Decode:
 
 def inflate_by_isal(raw: Bytes, room: Bytes) -> Bytes:
     """Inflate a stream of zlib's format by ISA-L."""
-    stream = _isal.IgzipDecompressor(_isal.DECOMP_ZLIB)
-    try:
-        content = stream.decompress(raw.data, len(room) + 1)
-    except _isal.error as error:
-        raise UndecodableError(str(error)) from error
-    return _whole(content, room, is_whole=stream.eof)
+    return _decompress(_isal.IgzipDecompressor(_isal.DECOMP_ZLIB), _isal.error, raw, room)
 
 
 def inflate(raw: Bytes, room: Bytes) -> Bytes:
     """Inflate a stream of zlib's format by zlib itself."""
-    stream = zlib.decompressobj()
-    try:
-        content = stream.decompress(raw.data, len(room) + 1)
-    except zlib.error as error:
-        raise UndecodableError(str(error)) from error
-    return _whole(content, room, is_whole=stream.eof)
+    return _decompress(zlib.decompressobj(), zlib.error, raw, room)
 
 
 def unbzip2(raw: Bytes, room: Bytes) -> Bytes:
     """Decompress a stream of bzip2."""
-    stream = bz2.BZ2Decompressor()
+    return _decompress(bz2.BZ2Decompressor(), OSError, raw, room)
+
+
+def _decompress(stream: Any, failure: type[Exception], raw: Bytes, room: Bytes) -> Bytes:
+    """Return what a stream becomes, of which one byte more is asked for than there is room for.
+
+    Args:
+        stream: decompressor of one stream, as the standard library has them.
+        failure: what it raises for bytes that it cannot decompress.
+        raw: the stream.
+        room: for what it becomes.
+    """
     try:
-        content = stream.decompress(raw.data, len(room) + 1)
-    except OSError as error:
+        content: bytes = stream.decompress(raw.data, len(room) + 1)
+    except failure as error:
         raise UndecodableError(str(error)) from error
-    return _whole(content, room, is_whole=stream.eof)
-
-
-def _whole(content: bytes, room: Bytes, *, is_whole: bool) -> Bytes:
-    """Return what a stream became, that was asked for one byte more than there is room for."""
     if len(content) > len(room):
         raise too_much(room)
-    if not is_whole:
+    if not stream.eof:
         raise UndecodableError("the stream does not end")
     return np.frombuffer(content, np.uint8)
 

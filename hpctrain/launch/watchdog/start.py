@@ -29,7 +29,14 @@ from hpctrain.launch.watchdog.client import Member, Pulse, join
 from hpctrain.launch.watchdog.process import Orders
 from hpctrain.launch.watchdog.verdicts import Group
 from hpctrain.topology import Communicator, Topology, closing_together, raise_together
-from hpctrain.utils.proc import PROC, ancestors, name_of, start_time
+from hpctrain.utils.proc import (
+    PROC,
+    ancestors,
+    name_of,
+    network_namespace,
+    pid_namespace,
+    start_time,
+)
 
 FRONT_ENDS = frozenset(
     {
@@ -178,10 +185,8 @@ def _spaces() -> tuple[str, str] | None:
     needed = (os, "memfd_create"), (socket, "recv_fds"), (socket, "SO_PEERCRED")
     if not all(hasattr(module, name) for module, name in needed):
         return None
-    try:
-        return str(Path("/proc/self/ns/pid").readlink()), str(Path("/proc/self/ns/net").readlink())
-    except OSError:
-        return None
+    spaces = pid_namespace(), network_namespace()
+    return spaces if all(spaces) else None
 
 
 def _start(orders: Orders, host: str) -> subprocess.Popen[bytes]:
