@@ -47,7 +47,7 @@ from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.process_group import World
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
@@ -222,7 +222,7 @@ class Ours:
         )
 
     def __call__(self, path: Path) -> Callable[[], None]:
-        place = Place(step=int(path.name.rpartition("-")[2]))
+        place = Position(step=int(path.name.rpartition("-")[2]))
         snapshot = capture(
             self.world, self.step, place, data={}, extra={}, config_toml="", metrics=None
         )

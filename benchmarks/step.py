@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from step_peers import LOG_EVERY, STEPS, TOTAL_STEPS, ByHand, Loop, peers
-from synthetic import EPOCH_SAMPLES, Samples, build, horizon
+from synthetic import EPOCH_SAMPLES, Samples, build, stop_at
 from torch import Tensor
 
 import hpctrain
@@ -35,7 +35,7 @@ from hpctrain.batch.stop import StopAgreement
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.position import Cadence, Place
+from hpctrain.training.position import Interval, Position
 from hpctrain.training.rank_zero import RankZero, SaveClock
 from hpctrain.training.trainer import Metrics, Phases, Plan, Run, fit
 
@@ -117,10 +117,10 @@ def tell(table: dict[str, list[float]], ranks: int) -> None:
 class _Run(Run):
     """A run that ends with every block, and saves nothing there."""
 
-    def save(self, place: Place, metrics: Metrics | None) -> None:
+    def save(self, place: Position, metrics: Metrics | None) -> None:
         """Saves are benchmarks/checkpoint.py's."""
 
-    def try_save(self, place: Place) -> None:
+    def try_save(self, place: Position) -> None:
         """There is nothing to try."""
 
 
@@ -148,20 +148,20 @@ class Job:
             "data": lambda: self.samples.wait_seconds,
             "communication": self.parts.step.communication_seconds,
         }
-        self.place = Place()
+        self.place = Position()
         self.run = _Run(
             self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
             rank_zero=rank_zero, place=self.place, metrics={},
         )  # fmt: skip
 
     def __call__(self) -> None:
-        never = Cadence()
+        never = Interval()
         plan = Plan(
-            horizon=horizon(self.place.step + STEPS, self.config),
-            log=Cadence(every_steps=LOG_EVERY),
+            stop_at=stop_at(self.place.step + STEPS, self.config),
+            log=Interval(every_steps=LOG_EVERY),
             evaluate=None,
             check=never,
-            save=Cadence(every_steps=EPOCH_SAMPLES, every_epochs=1),
+            save=Interval(every_steps=EPOCH_SAMPLES, every_epochs=1),
         )
         loader: Any = self.samples
         self.place, _ = fit(

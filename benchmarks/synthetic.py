@@ -14,7 +14,7 @@ from hpctrain.config.validate import validate
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.training.build import Parts, build_parts, resolve_components
-from hpctrain.training.position import Horizon
+from hpctrain.training.position import StopAt
 
 EPOCH_SAMPLES = 10**12
 
@@ -61,15 +61,15 @@ def build(text: str, samples: Samples, world: World) -> tuple[Config, Parts]:
         world,
         resolve_components(config),
         samples,
-        horizon(10**9, config),
+        stop_at(10**9, config),
         validates=False,
     )
     return config, parts
 
 
-def horizon(max_steps: int, config: Config) -> Horizon:
+def stop_at(max_steps: int, config: Config) -> StopAt:
     """Return where a run over these samples ends."""
     limits: dict[str, Any] = {"max_epochs": None, "max_samples": None, "max_steps": max_steps}
-    return Horizon(
+    return StopAt(
         epoch_samples=EPOCH_SAMPLES, global_batch_size=config.data.global_batch_size, **limits
     )

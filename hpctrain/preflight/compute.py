@@ -281,7 +281,7 @@ def take_steps(
         torch.cuda.reset_peak_memory_stats(world.device)
     validates = opened.validation is not None
     parts = build_parts(
-        *(config, world, components, loader, opened.horizon),
+        *(config, world, components, loader, opened.stop_at),
         semantics=opened.semantics,
         validates=validates,
     )

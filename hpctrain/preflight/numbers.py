@@ -84,7 +84,7 @@ def try_real_data(
         world,
         components,
         opened.train_loader,
-        opened.horizon,
+        opened.stop_at,
         semantics=opened.semantics,
         validates=validates,
     )
@@ -107,7 +107,7 @@ def _step(parts: Parts, share: Batch, lr: float) -> tuple[float, float]:
     """Return loss and norm of the gradient of a step, at loss scale 1."""
     step = parts.step
     step.scaler.scale.fill_(1.0)
-    step(share if step.shards is not None else replace(share, global_size=share.size), lr)
+    step(share if step.sharded is not None else replace(share, global_size=share.size), lr)
     numbers = step.read()
     return numbers["loss"], numbers["grad_norm"]
 

@@ -74,7 +74,7 @@ def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFact
         return
     needed = None
     if opened is not None and steps is not None:
-        count = opened.horizon.total_steps(opened.place)
+        count = opened.stop_at.total_steps(opened.place)
         needed = count * max(step.seconds for step in steps)
     checks.add(judge_walltime(*told[0], needed))
 

@@ -34,7 +34,7 @@ from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optim.lr_scheduler import LearningRate
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
 from hpctrain.training.optimizer_trial import try_optimizer
-from hpctrain.training.position import Horizon
+from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
 from hpctrain.training.ranges import ranges_checked
@@ -44,7 +44,7 @@ from hpctrain.training.task import Task
 from hpctrain.utils.text import did_you_mean, listed
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import Shards
+    from hpctrain.training.fsdp import ShardedModel
 
 Components = Mapping[str, Callable[..., Any]]
 
@@ -84,7 +84,7 @@ def build_parts(
     world: World,
     components: Components,
     shapes: Shapes,
-    horizon: Horizon,
+    stop_at: StopAt,
     *,
     semantics: Semantics = NEWEST,
     validates: bool,
@@ -98,7 +98,7 @@ def build_parts(
         world: the ranks.
         components: as resolved.
         shapes: of the training data: their loader.
-        horizon: length of the run.
+        stop_at: length of the run.
         semantics: the rules of the run.
         validates: whether there are data to evaluate with.
 
@@ -114,32 +114,32 @@ def build_parts(
         model, number_format, notes = build_model(config, world, components, semantics)
         task = build_task(config, components)
         example = shapes.example()
-    shards: Shards | None = None
+    sharded: ShardedModel | None = None
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix
-        from hpctrain.training.fsdp import Shards
+        from hpctrain.training.fsdp import ShardedModel
         from hpctrain.training.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         with raise_together(world.communicator):
-            shards = Shards(model, training, number_format, world, findings)
+            sharded = ShardedModel(model, training, number_format, world, findings)
     with raise_together(world.communicator):
         _check_best(config, task)
         build = functools.partial(_build_optimizer, config, components)
-        optimizer = build(shards or model)
-        if shards is not None:
+        optimizer = build(sharded or model)
+        if sharded is not None:
             refuse_whole_tensors(optimizer)
         tried = try_optimizer(
             build,
-            shards or model,
+            sharded or model,
             config.optimizer.groups,
-            rows=shards is not None,
+            rows=sharded is not None,
             ranks=world.topology.world_size,
         )
         if tried is not None:
             tried.check_schedule(config.scheduler, config.optimizer.groups)
         schedule = LearningRate.of(
-            config.scheduler, components["scheduler"], config.optimizer.lr, horizon
+            config.scheduler, components["scheduler"], config.optimizer.lr, stop_at
         )
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
         schedule.watch(directions(config, task) if validates and evaluates else {})
@@ -162,7 +162,7 @@ def build_parts(
         static_graph=config.training.static_graph,
         unused_parameters=config.training.unused_parameters,
         graphs=_records_graphs(config) and world.device.type == "cuda",
-        shards=shards,
+        sharded=sharded,
     )
     if tried is not None:
         step.optimizer_state.check = tried.check

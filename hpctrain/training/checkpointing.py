@@ -37,7 +37,7 @@ from hpctrain.topology import raise_together
 from hpctrain.training.ddp import broadcast_tensors
 from hpctrain.training.optim.optimizer import prepare_momentum
 from hpctrain.training.plain_names import adopt_buffers, plain_state
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.preparation import is_spread
 from hpctrain.training.snapshot import (
     BAD_STEPS,
@@ -224,9 +224,9 @@ class Resumed:
         return replace(self, model={}, training={}, rows=None)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Position:
         place = self.values["place"]
-        return Place(**{field.name: place[field.name] for field in fields(Place)})
+        return Position(**{field.name: place[field.name] for field in fields(Position)})
 
 
 def share(world: World, loaded: Loaded | None) -> Resumed | None:

@@ -60,7 +60,7 @@ def find_coupling(
         try:
             halves = [comparison.loss(rows, *bounds) for bounds in _halves(count)]
         except Exception as error:
-            if step.shards is not None:  # whose ranks are in the middle of something
+            if step.sharded is not None:  # whose ranks are in the middle of something
                 raise
             return f"it cannot be computed for half of {count} rows ({error}): {_seen(step)}"
     together = {name: halves[0][name] + halves[1][name] for name in whole}
@@ -87,7 +87,7 @@ class _Comparison:
         self._step, self._task, self._format = step, task, number_format
         self._device = device
         # Spread parameters are gathered in the narrow format.
-        mixed = number_format.autocast is not None and step.shards is not None
+        mixed = number_format.autocast is not None and step.sharded is not None
         self._arithmetic: AbstractContextManager[object] = (
             number_format.arithmetic() if mixed else nullcontext()
         )

@@ -29,7 +29,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.checkpointing import Resumed
-from hpctrain.training.position import Horizon, Place
+from hpctrain.training.position import Position, StopAt
 from hpctrain.training.staging import Staging
 from hpctrain.training.transforms import Transforms
 from hpctrain.utils.text import listed
@@ -55,8 +55,8 @@ class Data:
     train_loader: TrainLoader
     validation_loader: EvaluationLoader | None
     transforms: Transforms
-    place: Place
-    horizon: Horizon
+    place: Position
+    stop_at: StopAt
     staging: Staging
 
     def record(self, config: Config) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
         validation_loader=validation_loader,
         transforms=transforms,
         place=place,
-        horizon=Horizon.of(config.training, train_loader.epoch_size, section.global_batch_size),
+        stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=staging,
     )
 
@@ -193,7 +193,7 @@ def _open_datasets(
 
 def _order_and_place(
     config: Config, train: Dataset, resumed: Resumed | None, *, is_resident: bool
-) -> tuple[Order, Place, dict[int, Order]]:
+) -> tuple[Order, Position, dict[int, Order]]:
     """Return the order of the data, where the run goes on, and epochs begun in another order."""
     section = config.data
     lanes = section.lanes
@@ -209,7 +209,7 @@ def _order_and_place(
         is_resident=is_resident,
     )
     if resumed is None:
-        return order, Place(), {}
+        return order, Position(), {}
     running, epoch, position = from_state(
         resumed.values["data"],
         train,

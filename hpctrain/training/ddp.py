@@ -28,7 +28,7 @@ _COMPRESSIONS = {
 }
 
 
-class Replica:
+class DDPModel:
     """The model, wrapped in DistributedDataParallel where there is more than one rank.
 
     Attributes:

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
-from hpctrain.training.ddp import Replica
+from hpctrain.training.ddp import DDPModel
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.undisturbed import Disturbance, judge, kept_generators, kept_model
 from hpctrain.utils.text import listed
 
 if TYPE_CHECKING:
-    from hpctrain.training.fsdp import Shards
+    from hpctrain.training.fsdp import ShardedModel
 
 Explain = Callable[[Exception, Fields], HpctrainError | None]
 
 
 def prime(
-    replica: Replica | Shards,
+    wrapped: DDPModel | ShardedModel,
     task: Task,
     fields: Fields,
     *,
@@ -39,7 +39,7 @@ def prime(
     one that never stopped, every start goes through that before the state is restored.
 
     Args:
-        replica: of the model. Parameters, buffers, train flags, plain attributes and the random
+        wrapped: of the model. Parameters, buffers, train flags, plain attributes and the random
             generators are left as they were; there are no gradients.
         task: computes the loss; its attributes are left as they were, too.
         fields: as many samples as the largest pass has, inputs in the dtype of the parameters.
@@ -56,25 +56,25 @@ def prime(
             the loss, or the model does to its parameters what cannot be trained rightly. What the
             model itself raises comes out as it is, with its traceback.
     """
-    with kept_generators(device), kept_model(replica.model, task=task) as found:
-        replica.clear_gradients()
-        with raise_together(communicator), replica.local():
-            last = _first_pass(replica, task, fields, arithmetic, explain)
-        replica.agree()
-        replica.clear_gradients()
-        if replica.distributed:
-            replica.settle_graph()
+    with kept_generators(device), kept_model(wrapped.model, task=task) as found:
+        wrapped.clear_gradients()
+        with raise_together(communicator), wrapped.local():
+            last = _first_pass(wrapped, task, fields, arithmetic, explain)
+        wrapped.agree()
+        wrapped.clear_gradients()
+        if wrapped.distributed:
+            wrapped.settle_graph()
             # The second backward pass as well: a forward pass alone would leave DDP waiting for
             # gradients to reduce, and it would take those of a pass that is only to accumulate.
             # Every parameter is reached, though the held row may leave out a branch of the model.
-            loss = replica.reaching(task.loss)
+            loss = wrapped.reaching(task.loss)
             for _ in range(2):
                 with arithmetic:
-                    loss_sum, _ = replica.call(loss, fields)
-                replica.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
-                replica.clear_gradients()
-            replica.time_communication(last)
-            replica.refresh()
+                    loss_sum, _ = wrapped.call(loss, fields)
+                wrapped.backward_and_reduce(loss_sum, torch.zeros_like(loss_sum))
+                wrapped.clear_gradients()
+            wrapped.time_communication(last)
+            wrapped.refresh()
     judge(found, communicator)
     return found
 
@@ -91,7 +91,7 @@ def explained(explain: Explain, fields: Fields) -> Iterator[None]:
 
 
 def _first_pass(
-    replica: Replica | Shards,
+    wrapped: DDPModel | ShardedModel,
     task: Task,
     fields: Fields,
     arithmetic: AbstractContextManager[object],
@@ -102,7 +102,7 @@ def _first_pass(
     Returns:
         The parameter whose gradient came last.
     """
-    watched = replica.watched()
+    watched = wrapped.watched()
     layouts: dict[Tensor, torch.layout] = {}
 
     def arrive(parameter: Tensor) -> None:
@@ -111,15 +111,15 @@ def _first_pass(
 
     hooks = [item.register_post_accumulate_grad_hook(arrive) for _, item in watched]
     try:
-        with arithmetic, explained(explain, fields), replica.refused_lost_changes():
-            result = replica.call(task.loss, fields)
+        with arithmetic, explained(explain, fields), wrapped.refused_lost_changes():
+            result = wrapped.call(task.loss, fields)
         loss_sum = _checked(result, task, fields)
-        replica.backward(loss_sum, torch.zeros_like(loss_sum))
+        wrapped.backward(loss_sum, torch.zeros_like(loss_sum))
     finally:
         for hook in hooks:
             hook.remove()
     _check_gradients({name: layouts[item] for name, item in watched if item in layouts})
-    replica.unused.at_start = frozenset(name for name, item in watched if item not in layouts)
+    wrapped.unused.at_start = frozenset(name for name, item in watched if item not in layouts)
     if not layouts:
         raise TrainingError(_no_part(type(task).__name__))
     last = list(layouts)[-1]

@@ -35,7 +35,7 @@ from hpctrain.training.whole_parameters import WholeParameters, common_dtype
 from hpctrain.utils.text import listed
 
 
-class Shards:
+class ShardedModel:
     """The model under FSDP2: gathered unit by unit for a pass, its gradients scattered after it.
 
     The optimizer works on plain tensors, the rows of this rank, that share their memory with what

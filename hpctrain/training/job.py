@@ -36,7 +36,7 @@ from hpctrain.training.coupling import find_coupling
 from hpctrain.training.data import Data, open_data
 from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
-from hpctrain.training.position import Cadence
+from hpctrain.training.position import Interval
 from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
@@ -127,7 +127,7 @@ def _train(
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
         folder.begin(place.step)
-    if data.horizon.reached(place) and not evaluation_owed:
+    if data.stop_at.reached(place) and not evaluation_owed:
         if folder is not None and resumed is not None:
             logger.info(complete_text(config, world, data, resumed, command))
             folder.step = place.step
@@ -199,15 +199,15 @@ def _train(
 def _plan(config: Config, data: Data) -> Plan:
     """Return when the loop does what."""
     training, checkpoint = config.training, config.checkpoint
-    evaluation = Cadence(
+    evaluation = Interval(
         every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
     )
     return Plan(
-        horizon=data.horizon,
-        log=Cadence(every_steps=config.logging.every_steps),
+        stop_at=data.stop_at,
+        log=Interval(every_steps=config.logging.every_steps),
         evaluate=None if data.validation is None or evaluation.is_never else evaluation,
-        check=Cadence(every_steps=training.check_sync_every),
-        save=Cadence(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+        check=Interval(every_steps=training.check_sync_every),
+        save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
     )
 
 
@@ -223,7 +223,7 @@ def _build(
         world,
         components,
         data.train_loader,
-        data.horizon,
+        data.stop_at,
         semantics=data.semantics,
         validates=data.validation is not None,
     )
@@ -260,7 +260,7 @@ def _restored(world: World, parts: Parts, resumed: Resumed) -> Resumed:
 def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
     """Return a line for the header if the loss is none of samples. Under FSDP, collective."""
     step = parts.step
-    if step.shards is None and not world.topology.is_rank_zero:
+    if step.sharded is None and not world.topology.is_rank_zero:
         return []
     rows = data.train_loader.examples(min(MOST_SAMPLES, max(2, step.rows)))
     if len(next(iter(rows.values()))) < 2:

@@ -16,7 +16,7 @@ from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.utils.text import listed, plural
 
 MOST_ROLLBACKS = 3
@@ -57,7 +57,7 @@ class BadStepPolicy:
         self._warn_at = self._most
         self._rollbacks: dict[int, int] = {}
 
-    def judge(self, place: Place, numbers: Mapping[str, float]) -> None:
+    def judge(self, place: Position, numbers: Mapping[str, float]) -> None:
         """Act on the numbers of the steps up to `place`. Collective: all ranks.
 
         Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.training.ddp import Replica
+from hpctrain.training.ddp import DDPModel
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.undisturbed import (
@@ -24,7 +24,7 @@ from hpctrain.training.undisturbed import (
 from hpctrain.training.unused_parameters import differentiable, reach_all
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import Shards
+    from hpctrain.training.fsdp import ShardedModel
 
 
 class Passes:
@@ -40,7 +40,7 @@ class Passes:
     def __init__(
         self,
         task: Task,
-        replica: Replica | Shards,
+        wrapped: DDPModel | ShardedModel,
         number_format: NumberFormat,
         scaler: LossScale,
         held: Fields,
@@ -53,7 +53,7 @@ class Passes:
 
         Args:
             task: computes the loss.
-            replica: of the model.
+            wrapped: of the model.
             number_format: of parameters and arithmetic.
             scaler: of the loss.
             held: one row of every field, cast, for passes without samples of parameters that are
@@ -67,10 +67,10 @@ class Passes:
         self.weight: Tensor | int = 0
         self.moves = False
         self._task = task
-        self._loss = differentiable(task.loss, replica.unused, spread=replica.spread)
-        self._replica = replica
-        self._alone = None if replica.distributed else partial(self._loss, replica.model)
-        self._count_uses = replica.count_uses
+        self._loss = differentiable(task.loss, wrapped.unused, spread=wrapped.spread)
+        self._wrapped = wrapped
+        self._alone = None if wrapped.distributed else partial(self._loss, wrapped.model)
+        self._count_uses = wrapped.count_uses
         self._format = number_format
         self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()
         self._scaler = scaler
@@ -78,7 +78,7 @@ class Passes:
         self._world_size = world_size
         self._device = device
         self._reused = reused
-        self._statistics: list[nn.Module] = with_statistics(replica.model)
+        self._statistics: list[nn.Module] = with_statistics(wrapped.model)
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
 
@@ -100,7 +100,7 @@ class Passes:
             if self._alone is not None:
                 loss_sum, weight = self._alone(cast)
             else:
-                loss_sum, weight = self._replica.call(self._loss, cast)
+                loss_sum, weight = self._wrapped.call(self._loss, cast)
         detached = loss_sum.detach()
         if self._reused:
             detached = detached.clone()
@@ -116,16 +116,16 @@ class Passes:
         others need this rank's in the order in which the model runs: it does so on a held row. So
         it does where passes change parameters, or this rank would keep those of before.
         """
-        if not self._replica.spread and not self.moves:
-            loss_sum, _ = self._replica.call(reach_all, {})
+        if not self._wrapped.spread and not self.moves:
+            loss_sum, _ = self._wrapped.call(reach_all, {})
             return loss_sum, torch.zeros_like(loss_sum)
         with (
             kept_generators(self._device),
-            copied_buffers(self._replica.model),
+            copied_buffers(self._wrapped.model),
             evaluating(self._statistics),
             self._arithmetic,
         ):
-            loss_sum, _ = self._replica.call(self._loss, self._held)
+            loss_sum, _ = self._wrapped.call(self._loss, self._held)
         return loss_sum, torch.zeros_like(loss_sum)
 
     def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:

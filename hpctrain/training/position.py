@@ -9,8 +9,8 @@ from hpctrain.config.schema import TrainingSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """How far a run has come, between two steps.
+class Position:
+    """Position of a run in its steps, epochs and samples, between two steps.
 
     Attributes:
         step: global batches consumed, skipped ones included.
@@ -24,11 +24,11 @@ class Place:
     position: int = 0
     samples_seen: int = 0
 
-    def after(self, batch_samples: int, epoch_samples: int) -> Place:
+    def after(self, batch_samples: int, epoch_samples: int) -> Position:
         """Return the place after a global batch of `batch_samples`."""
         position = self.position + batch_samples
         ended = position >= epoch_samples
-        return Place(
+        return Position(
             step=self.step + 1,
             epoch=self.epoch + ended,
             position=0 if ended else position,
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Horizon:
+class StopAt:
     """The end of a run: whichever of its limits comes first.
 
     Attributes:
@@ -55,7 +55,7 @@ class Horizon:
     global_batch_size: int
 
     @classmethod
-    def of(cls, section: TrainingSection, epoch_samples: int, global_batch_size: int) -> Horizon:
+    def of(cls, section: TrainingSection, epoch_samples: int, global_batch_size: int) -> StopAt:
         """Take the limits from the config."""
         return cls(
             max_epochs=section.max_epochs,
@@ -69,11 +69,11 @@ class Horizon:
     def epoch_steps(self) -> int:
         return _ceil_div(self.epoch_samples, self.global_batch_size)
 
-    def reached(self, place: Place) -> bool:
+    def reached(self, place: Position) -> bool:
         """Tell whether a run at `place` is complete."""
         return self.total_steps(place) <= place.step
 
-    def further(self, place: Place) -> dict[str, int]:
+    def further(self, place: Position) -> dict[str, int]:
         """Return, for the limits that have ended a run at `place`, such as leave as much to do.
 
         By their names in the config. The others hold on.
@@ -89,7 +89,7 @@ class Horizon:
             if most is not None and now >= most
         }
 
-    def total_steps(self, place: Place) -> int:
+    def total_steps(self, place: Position) -> int:
         """Return the step at which a run that now stands at `place` will be complete.
 
         The same number comes out at every place of a run whose limits and batch size stay.
@@ -107,7 +107,7 @@ class Horizon:
             remaining.append(self._steps_to_samples(place, self.max_samples - place.samples_seen))
         return place.step + max(0, min(remaining))
 
-    def end(self, place: Place) -> Place:
+    def end(self, place: Position) -> Position:
         """Return the place at which a run that now stands at `place` will be complete."""
         steps = self.total_steps(place) - place.step
         left = _ceil_div(self.epoch_samples - place.position, self.global_batch_size)
@@ -115,24 +115,24 @@ class Horizon:
             return self._ahead(place, steps)
         whole, rest = divmod(steps - left, self.epoch_steps)
         seen = self.epoch_samples - place.position + whole * self.epoch_samples
-        begun = Place(
+        begun = Position(
             step=place.step + left + whole * self.epoch_steps,
             epoch=place.epoch + 1 + whole,
             samples_seen=place.samples_seen + seen,
         )
         return self._ahead(begun, rest)
 
-    def _ahead(self, place: Place, steps: int) -> Place:
+    def _ahead(self, place: Position, steps: int) -> Position:
         """Return the place some full batches further on in the same epoch."""
         samples = steps * self.global_batch_size
-        return Place(
+        return Position(
             step=place.step + steps,
             epoch=place.epoch,
             position=place.position + samples,
             samples_seen=place.samples_seen + samples,
         )
 
-    def _steps_to_samples(self, place: Place, samples: int) -> int:
+    def _steps_to_samples(self, place: Position, samples: int) -> int:
         """Return how many steps from `place` see at least `samples` samples.
 
         The last batch of an epoch may be smaller, so whole epochs are counted first.
@@ -151,7 +151,7 @@ class Horizon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cadence:
+class Interval:
     """Something done every so many steps, every so many epochs, or both; 0 is never."""
 
     every_steps: int = 0
@@ -161,7 +161,7 @@ class Cadence:
     def is_never(self) -> bool:
         return not (self.every_steps or self.every_epochs)
 
-    def due(self, place: Place) -> bool:
+    def due(self, place: Position) -> bool:
         """Tell whether it is time, at `place`."""
         if self.every_steps and place.step % self.every_steps == 0:
             return True

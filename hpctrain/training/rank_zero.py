@@ -30,7 +30,7 @@ from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
 from hpctrain.training.build import Parts, directions
 from hpctrain.training.data import Data
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.snapshot import expected_bytes
 from hpctrain.utils.batch_job import job_identity, lineage
 from hpctrain.utils.files import replace_file
@@ -60,7 +60,7 @@ def prepare_rank_zero(
     parts: Parts,
     data: Data,
     folder: RunFolder,
-    place: Place,
+    place: Position,
     evaluation_owed: bool,
 ) -> RankZero:
     """Open all that rank 0 writes to in the run folder.
@@ -109,7 +109,7 @@ def prepare_rank_zero(
             again="evaluation" if evaluation_owed else None,
         ),
         progress=Progress(
-            data.horizon.total_steps(place),
+            data.stop_at.total_steps(place),
             start_step=place.step,
             total_epochs=config.training.max_epochs,
             mode=config.logging.progress,

@@ -32,12 +32,12 @@ from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.plain_names import PlainNames, load_plain_state, plain_state
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.step import TrainStep
 from hpctrain.utils.json_files import checked
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import Shards
+    from hpctrain.training.fsdp import ShardedModel
 
 GENERATORS, BAD_STEPS = "generators/", "bad_steps"
 
@@ -56,7 +56,7 @@ def expected_bytes(step: TrainStep) -> int:
     model = _bytes(model_tensors(step.model).values())
     tensors = step.optimizer_state.capture(step.held).tensors.values()
     averages = () if step.average is None else step.average.state().values()
-    ranks = 1 if step.shards is None else step.shards.world_size
+    ranks = 1 if step.sharded is None else step.sharded.world_size
     evaluation = 0 if step.evaluation is None else model
     return model + (ranks * _bytes(tensors) or 2 * model) + ranks * _bytes(averages) + evaluation
 
@@ -66,7 +66,7 @@ def host_bytes(step: TrainStep, *, is_rank_zero: bool) -> int:
 
     Rank 0 saves all; where the parameters are spread, every rank its rows.
     """
-    if step.shards is None and not is_rank_zero:
+    if step.sharded is None and not is_rank_zero:
         return 0
     held = [item for _, item in step.held.named_parameters()]
     return pinned_bytes([*held, *step.optimizer_state.capture(step.held).tensors.values()])
@@ -79,7 +79,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def capture(
     world: World,
     step: TrainStep,
-    place: Place,
+    place: Position,
     *,
     data: Mapping[str, Any],
     extra: Mapping[str, Any],
@@ -95,17 +95,17 @@ def capture(
     Raises:
         CheckpointError: on every rank, naming what cannot be saved.
     """
-    is_rank_zero, shards = world.topology.is_rank_zero, step.shards
+    is_rank_zero, sharded = world.topology.is_rank_zero, step.sharded
     captured: _Captured | None = None
     with raise_together(world.communicator):
-        if is_rank_zero or shards is not None:
+        if is_rank_zero or sharded is not None:
             captured = _captured(step)
     tensors, values = rng_to_tensors(world.device)
-    digest = "" if captured is None or shards is None else _digest_of_optimizer(captured)
+    digest = "" if captured is None or sharded is None else _digest_of_optimizer(captured)
     everyone = world.communicator.all_gather((tensors, values, digest))
     if captured is None:
         return None
-    if shards is not None and len({of_rank for *_, of_rank in everyone}) > 1:
+    if sharded is not None and len({of_rank for *_, of_rank in everyone}) > 1:
         raise CheckpointError(
             f"{type(step.optimizer).__name__} has learned other numbers on each rank, where these "
             "hold rows of the parameters, and a checkpoint holds one for all: use "
@@ -114,8 +114,8 @@ def capture(
         )
     model, training = captured.model, captured.training
     spread = None
-    if shards is not None:
-        spread = _spread(shards, training)
+    if sharded is not None:
+        spread = _spread(sharded, training)
         model, training = _own_part(step, captured, spread, is_rank_zero=is_rank_zero)
     # Only an update changes the optimizer's state; parameters and buffers are the model's own.
     lent = {key: training.pop(key) for key in list(training) if key.startswith(OPTIMIZER)}
@@ -141,7 +141,7 @@ def capture(
         },
         config_toml=config_toml,
         metrics=metrics,
-        tied={} if shards is None else shards.tied,
+        tied={} if sharded is None else sharded.tied,
         spread=spread,
     )
 
@@ -174,15 +174,15 @@ def _digest_of_optimizer(captured: _Captured) -> str:
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
-def _spread(shards: Shards, training: Mapping[str, Tensor]) -> Spread:
+def _spread(sharded: ShardedModel, training: Mapping[str, Tensor]) -> Spread:
     """Return which tensors every rank has rows of."""
-    held = dict(shards.named_parameters())
+    held = dict(sharded.named_parameters())
     rows = {
-        key: shards.shapes[name]
+        key: sharded.shapes[name]
         for key, tensor in training.items()
-        if (name := parameter_of(key)) in shards.shapes and tensor.shape == held[name].shape
+        if (name := parameter_of(key)) in sharded.shapes and tensor.shape == held[name].shape
     }
-    return Spread(ranks=shards.world_size, shapes={MODEL: shards.shapes, TRAINING: rows})
+    return Spread(ranks=sharded.world_size, shapes={MODEL: sharded.shapes, TRAINING: rows})
 
 
 def _own_part(
@@ -231,15 +231,15 @@ def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | Non
     Raises:
         CheckpointError: if that cannot be read.
     """
-    shards = step.shards
-    if shards is None:
+    sharded = step.sharded
+    if sharded is None:
         load_plain_state(step.model, dict(tensors))
         return
     # Of tied parameters the file may have another name, and the model has one tensor.
-    stored = {} if rows is None else {name: rows.aliases.get(name, name) for name in shards.shapes}
+    stored = {} if rows is None else {name: rows.aliases.get(name, name) for name in sharded.shapes}
     own = {
-        name: rows_of(shape[0], shards.world_size, shards.rank)
-        for name, shape in shards.shapes.items()
+        name: rows_of(shape[0], sharded.world_size, sharded.rank)
+        for name, shape in sharded.shapes.items()
     }
     read: Mapping[str, Tensor] = {}
     if rows is not None:
@@ -247,7 +247,7 @@ def put_weights(step: TrainStep, tensors: Mapping[str, Tensor], rows: Rows | Non
         wanted = {stored[name]: bounds for name, bounds in own.items() if stored[name] in there}
         read = rows.read(MODEL, wanted)
     with torch.no_grad():
-        for name, parameter in shards.named_parameters():
+        for name, parameter in sharded.named_parameters():
             if name in tensors and name not in own:
                 parameter.copy_(tensors[name])
             elif name in tensors:
@@ -275,14 +275,14 @@ def own_state(
         CheckpointError: if that cannot be read.
     """
     chosen = {name: item for name, item in tensors.items() if name.startswith(tuple(beginnings))}
-    shards = step.shards
-    if shards is None:
+    sharded = step.sharded
+    if sharded is None:
         return chosen
     found = {}
     for key, tensor in chosen.items():
-        shape = shards.shapes.get(parameter_of(key) or "")
+        shape = sharded.shapes.get(parameter_of(key) or "")
         if shape is not None and tensor.shape == shape:
-            first, stop = rows_of(shape[0], shards.world_size, shards.rank)
+            first, stop = rows_of(shape[0], sharded.world_size, sharded.rank)
             tensor = tensor[first:stop]  # noqa: PLW2901
         found[key] = tensor
     if rows is not None:
@@ -292,10 +292,11 @@ def own_state(
             if key.startswith(tuple(beginnings))
         }
         wanted = {
-            key: rows_of(shape[0], shards.world_size, shards.rank) for key, shape in shapes.items()
+            key: rows_of(shape[0], sharded.world_size, sharded.rank)
+            for key, shape in shapes.items()
         }
         read = rows.read(TRAINING, wanted)
-        mine = dict(shards.named_parameters())
+        mine = dict(sharded.named_parameters())
         for key in shapes:
             # Of a tensor with fewer rows than ranks there may be none, which is a state too.
             name = parameter_of(key)

@@ -20,7 +20,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.call import Call
-from hpctrain.training.ddp import Replica
+from hpctrain.training.ddp import DDPModel
 from hpctrain.training.dry_run import Explain, prime
 from hpctrain.training.nonfinite import BAD, RECENT_STEPS, BadBatch, BadSteps
 from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
@@ -31,7 +31,7 @@ from hpctrain.training.task import Fields, Task, check_task
 from hpctrain.training.undisturbed import Disturbance
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import Shards
+    from hpctrain.training.fsdp import ShardedModel
 
 
 class TrainStep:
@@ -50,7 +50,7 @@ class TrainStep:
         optimizer_state: what the optimizer has learned.
         average: moving average of the parameters, updated by the job; None where none is wanted.
         evaluation: the optimizer's own weights for evaluations; None where it has one set only.
-        shards: the parameters where they are spread over the ranks, else None.
+        sharded: the parameters where they are spread over the ranks, else None.
         disturbance: what the dry run has seen the model do to itself.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
@@ -77,7 +77,7 @@ class TrainStep:
         static_graph: bool = False,
         unused_parameters: str = "error",
         graphs: bool = False,
-        shards: Shards | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -100,8 +100,8 @@ class TrainStep:
                 step.
             ema_decay: of a moving average of the parameters; None: there is none.
             graphs: whether the model is compiled to CUDA graphs, not where it is spread.
-            shards: the model where its parameters are spread over the ranks, and the optimizer's
-                are those of `shards`; None: every rank has all of them.
+            sharded: the model where its parameters are spread over the ranks, and the optimizer's
+                are those of `sharded`; None: every rank has all of them.
 
         Raises:
             ConfigError: if the task is none, a model with SyncBatchNorm would meet a pass without
@@ -114,8 +114,8 @@ class TrainStep:
         self.model = model
         self.device = world.device
         self.optimizer = optimizer
-        self.optimizer_state = OptimizerState(optimizer, rows=shards is not None)
-        self.shards = shards
+        self.optimizer_state = OptimizerState(optimizer, rows=sharded is not None)
+        self.sharded = sharded
         self._task = task
         self._world_size = world.topology.world_size
         self._communicator = world.communicator
@@ -126,7 +126,7 @@ class TrainStep:
             {name: row.clone() for name, row in example.items()}, task.inputs
         )
         self.rows = max(1, -(-largest_share // self.grad_accum_steps))
-        self._replica: Replica | Shards = shards or Replica(
+        self._wrapped: DDPModel | ShardedModel = sharded or DDPModel(
             model,
             self._world_size,
             world.device,
@@ -138,7 +138,7 @@ class TrainStep:
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._passes = Passes(
             task,
-            self._replica,
+            self._wrapped,
             number_format,
             self.scaler,
             self._held,
@@ -149,21 +149,21 @@ class TrainStep:
         self.graphs = graphs
         self._own_gradients: OwnGradients | None = None
         if graphs and self.grad_accum_steps > 1:
-            self._own_gradients = OwnGradients(self._replica.parameters)
+            self._own_gradients = OwnGradients(self._wrapped.parameters)
         self._update = Update(
             optimizer,
             clip_norm=clip_norm,
             clip_value=clip_value,
             scaler=self.scaler,
-            device=torch.device("cpu") if shards and shards.offloaded else world.device,
-            counted=self._replica.counted,
-            reduce_norm=self._replica.reduce_norm,
+            device=torch.device("cpu") if sharded and sharded.offloaded else world.device,
+            counted=self._wrapped.counted,
+            reduce_norm=self._wrapped.reduce_norm,
         )
         self.syncs = self._update.syncs
         self.disturbance = Disturbance()
-        self.average = None if ema_decay is None else WeightAverage(self._replica, ema_decay)
+        self.average = None if ema_decay is None else WeightAverage(self._wrapped, ema_decay)
         self.evaluation = (
-            EvaluationWeights(optimizer, self._replica) if has_modes(optimizer) else None
+            EvaluationWeights(optimizer, self._wrapped) if has_modes(optimizer) else None
         )
         if self.average is not None and self.evaluation is not None:
             raise ConfigError(
@@ -181,12 +181,12 @@ class TrainStep:
     @property
     def held(self) -> HasParameters:
         """What this rank holds of the parameters, and updates."""
-        return self._replica
+        return self._wrapped
 
     @property
     def call(self) -> Call:
         """Runs a method of the task on the model, without gradients, as an evaluation does."""
-        return self._replica.call_alone
+        return self._wrapped.call_alone
 
     @property
     def idle_row(self) -> Fields:
@@ -200,7 +200,7 @@ class TrainStep:
 
     def settle(self) -> None:
         """Have parameters where an update expects them, after passes without a backward one."""
-        self._replica.settle()
+        self._wrapped.settle()
 
     def before_update(self, do: Callable[[], None]) -> None:
         """Call something once, before the next time that the optimizer's state changes."""
@@ -208,7 +208,7 @@ class TrainStep:
 
     def communication_seconds(self) -> float:
         """Return how long this rank has waited for gradients after its own were there."""
-        return self._replica.communication_seconds
+        return self._wrapped.communication_seconds
 
     def prime(self, explain: Explain = lambda error, fields: None) -> None:
         """Run the model a few times and leave no trace, before the state is restored.
@@ -223,7 +223,7 @@ class TrainStep:
         """
         fields = {name: torch.cat([row] * self.rows) for name, row in self._held.items()}
         self.disturbance = prime(
-            self._replica,
+            self._wrapped,
             self._task,
             fields,
             arithmetic=self._arithmetic,
@@ -236,22 +236,22 @@ class TrainStep:
     def __call__(self, batch: Batch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
         self._pulse.tick()  # a batch has come
-        self._replica.begin()
+        self._wrapped.begin()
         self._passes.loss_sum, self._passes.weight = None, 0
         *before, last = cut(batch.size, self.grad_accum_steps)
         if before:
-            with self._replica.local():
+            with self._wrapped.local():
                 for first, stop in before:
                     loss, seed = self._passes.forward(batch, first, stop)
-                    self._replica.backward(loss, seed)
+                    self._wrapped.backward(loss, seed)
                     if self._own_gradients is not None:
                         self._own_gradients.keep()
         loss, seed = self._passes.forward(batch, *last)
         counts_samples = self._task.counts_samples
         self._pulse.tick()  # what follows waits for the other ranks
         factor = None if counts_samples else self._passes.reduce_weight(batch.global_size)
-        self._replica.backward_and_reduce(loss, seed)
-        self._update.apply(self._replica.gradients(), lr, factor)
+        self._wrapped.backward_and_reduce(loss, seed)
+        self._update.apply(self._wrapped.gradients(), lr, factor)
         self._recent.append((batch.epoch, batch.start, batch.global_size, self._passes.loss_sum))
 
     def read(self) -> dict[str, float]:

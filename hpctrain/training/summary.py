@@ -19,7 +19,7 @@ from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, sum
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.data import Data
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.rank_zero import RankZero, RunFolder
 from hpctrain.training.record import changed_since
 from hpctrain.training.trainer import Phases, Run
@@ -34,7 +34,7 @@ def header_text(
     parts: Parts,
     data: Data,
     resumed: Resumed | None,
-    place: Place,
+    place: Position,
     folder: RunFolder,
     changes: Sequence[str] = (),
 ) -> str:
@@ -64,7 +64,7 @@ def header_text(
             trainable=sum(item.numel() for item in parameters if item.requires_grad),
             parameter_bytes=sum(item.numel() * item.element_size() for item in parameters),
             precision=config.training.precision,
-            total_steps=data.horizon.total_steps(place),
+            total_steps=data.stop_at.total_steps(place),
             total_epochs=config.training.max_epochs,
             resume=None
             if resumed is None
@@ -95,7 +95,7 @@ def summary_text(
             run=config.run.name,
             ended="complete" if complete else "stopped and saved",
             step=run.place.step,
-            total_steps=data.horizon.total_steps(run.place),
+            total_steps=data.stop_at.total_steps(run.place),
             elapsed_seconds=phases.elapsed(),
             skipped_steps=run.skipped_steps,
             last=run.metrics,
@@ -108,7 +108,7 @@ def summary_text(
             metrics=str(folder / JSONL_FILE),
             next_command=(
                 "train on",
-                _command(world, _further(command, data.horizon.further(run.place))),
+                _command(world, _further(command, data.stop_at.further(run.place))),
             )
             if complete
             else ("resume", _command(world, command)),
@@ -123,7 +123,7 @@ def complete_text(
     place = resumed.place
     metrics = resumed.values["metrics"]
     shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
-    further = _further(command, data.horizon.further(data.place))
+    further = _further(command, data.stop_at.further(data.place))
     counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
     return "\n".join(
         [
@@ -201,9 +201,9 @@ def _notes(
                     f"{name}: {before} when saved, {now} now; sums may differ in the last bit"
                 )
         total_steps, lr = resumed.values["total_steps"], resumed.values["lr"]
-        now_total = data.horizon.total_steps(data.place)
+        now_total = data.stop_at.total_steps(data.place)
         if now_total != total_steps:
-            now_lr = parts.schedule(data.place, data.horizon.end(data.place))
+            now_lr = parts.schedule(data.place, data.stop_at.end(data.place))
             notes.append(
                 f"{total_steps:,} steps when saved, {now_total:,} now: the schedule is that of the "
                 f"new length, lr {metric(lr)} before and {metric(now_lr)} now"

@@ -23,7 +23,7 @@ from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
-from hpctrain.training.position import Cadence, Horizon, Place
+from hpctrain.training.position import Interval, Position, StopAt
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.record import made_by
@@ -33,7 +33,7 @@ from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
 
-Schedule = Callable[[Place, Place], float]
+Schedule = Callable[[Position, Position], float]
 """(place, end of the run) to the learning rate of the next step."""
 
 Metrics = dict[str, float]
@@ -42,23 +42,23 @@ Metrics = dict[str, float]
 class Hooks(Protocol):
     """What the loop asks of the job around it. All ranks call each at the same place."""
 
-    def advanced(self, place: Place) -> None:
+    def advanced(self, place: Position) -> None:
         """Take note of a step. Called after every one, so it must cost next to nothing."""
         ...
 
-    def log(self, place: Place, epoch: int, lr: float) -> None:
+    def log(self, place: Position, epoch: int, lr: float) -> None:
         """Write down the step that led to `place`. Collective: all ranks."""
         ...
 
-    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+    def evaluate(self, place: Position, epoch: int) -> Metrics | None:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         ...
 
-    def check(self, place: Place) -> None:
+    def check(self, place: Position) -> None:
         """Compare what should be equal on all ranks. Collective: all ranks."""
         ...
 
-    def save(self, place: Place, metrics: Metrics | None) -> None:
+    def save(self, place: Position, metrics: Metrics | None) -> None:
         """Save a checkpoint; `metrics` are those of an evaluation at this very place.
 
         Collective: all ranks.
@@ -78,15 +78,15 @@ class Hooks(Protocol):
 class Plan:
     """When the loop does what."""
 
-    horizon: Horizon
-    log: Cadence
-    evaluate: Cadence | None
-    check: Cadence
-    save: Cadence
+    stop_at: StopAt
+    log: Interval
+    evaluate: Interval | None
+    check: Interval
+    save: Interval
 
 
 def fit(
-    place: Place,
+    place: Position,
     plan: Plan,
     *,
     step: TrainStep,
@@ -94,8 +94,8 @@ def fit(
     schedule: Schedule,
     hooks: Hooks,
     evaluation_owed: bool = False,
-) -> tuple[Place, bool]:
-    """Train from `place` to the horizon, or until all ranks agree to stop.
+) -> tuple[Position, bool]:
+    """Train from `place` to the stop_at, or until all ranks agree to stop.
 
     Collective: all ranks.
 
@@ -104,7 +104,7 @@ def fit(
     Returns:
         Where the run stands, and whether it is complete.
     """
-    end = plan.horizon.end(place)
+    end = plan.stop_at.end(place)
     if evaluation_owed and plan.evaluate is not None:
         metrics = hooks.evaluate(place, place.epoch - (place.position == 0))
         if metrics is None:
@@ -117,7 +117,7 @@ def fit(
         for batch in loader.epoch(epoch, place.position):
             lr = schedule(place, end)
             step(batch, lr)
-            place = place.after(batch.global_size, plan.horizon.epoch_samples)
+            place = place.after(batch.global_size, plan.stop_at.epoch_samples)
             hooks.advanced(place)
 
             complete = place.step == end.step
@@ -162,7 +162,7 @@ class Run:
         phases: Phases,
         stop: StopAgreement,
         rank_zero: RankZero | None,
-        place: Place,
+        place: Position,
         metrics: Metrics,
     ) -> None:
         self._config = config
@@ -184,7 +184,7 @@ class Run:
         self._confirmed = False
         self._looks = False
         self._together: TogetherSaver | None = None
-        if parts.step.shards is not None:
+        if parts.step.sharded is not None:
             self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
@@ -195,7 +195,7 @@ class Run:
             tell=self._tell,
         )
 
-    def advanced(self, place: Place) -> None:
+    def advanced(self, place: Position) -> None:
         """Take note of a step. Collective after the first one: all ranks."""
         self.place = place
         self._world.pulse.step_done(place.step)
@@ -211,7 +211,7 @@ class Run:
             self._confirmed = True
             self.try_save(place)
 
-    def log(self, place: Place, epoch: int, lr: float) -> None:
+    def log(self, place: Position, epoch: int, lr: float) -> None:
         """Write the step that led to `place` to the metrics. Collective: all ranks."""
         numbers = self._read(place)
         if self._world.device.type != "cpu":
@@ -241,7 +241,7 @@ class Run:
             }
         )
 
-    def evaluate(self, place: Place, epoch: int) -> Metrics | None:
+    def evaluate(self, place: Position, epoch: int) -> Metrics | None:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         loader = self._data.validation_loader
         assert loader is not None
@@ -255,7 +255,7 @@ class Run:
                 self._parts.number_format,
                 rounds=loader.most_batches,
                 call=step.call,
-                idle_row=None if step.shards is None else step.idle_row,
+                idle_row=None if step.sharded is None else step.idle_row,
                 reused=step.graphs,
                 stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
             )
@@ -272,12 +272,12 @@ class Run:
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
 
-    def check(self, place: Place) -> None:
+    def check(self, place: Position) -> None:
         """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
-        if self._parts.step.shards is None:
+        if self._parts.step.sharded is None:
             check_equal_parameters(self._parts.model, self._world, place.step)
 
-    def save(self, place: Place, metrics: Metrics | None) -> None:
+    def save(self, place: Position, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
         self._save_agreed = False
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
@@ -285,12 +285,12 @@ class Run:
         with self._world.pulse.long_phase():
             self._save(place, metrics)
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: Position) -> None:
         """See that the ranks are equal and the run can be saved. Collective: all ranks."""
         self.check(place)
         self.try_save(place)
 
-    def try_save(self, place: Place) -> None:
+    def try_save(self, place: Position) -> None:
         """Send what a save would hold to memory and back. Collective: all ranks.
 
         Raises:
@@ -302,7 +302,7 @@ class Run:
                 if snapshot is not None:
                     try_snapshot(snapshot)
 
-    def _save(self, place: Place, metrics: Metrics | None) -> None:
+    def _save(self, place: Position, metrics: Metrics | None) -> None:
         snapshot = self._capture(place, metrics)
         if self._rank_zero is not None:
             assert snapshot is not None
@@ -317,7 +317,7 @@ class Run:
             if self._rank_zero is not None and snapshot is not None:
                 self._rank_zero.store.save(snapshot)
 
-    def _capture(self, place: Place, metrics: Metrics | None) -> Snapshot | None:
+    def _capture(self, place: Position, metrics: Metrics | None) -> Snapshot | None:
         """Return what this rank has to save. Collective: all ranks."""
         return capture(
             self._world,
@@ -364,7 +364,7 @@ class Run:
 
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""
-        end = self._data.horizon.end(self.place)
+        end = self._data.stop_at.end(self.place)
         return {
             "total_steps": end.step,
             "lr": self._parts.schedule(self.place, end),
@@ -374,7 +374,7 @@ class Run:
             **self._data.record(self._config),
         }
 
-    def _read(self, place: Place) -> Metrics:
+    def _read(self, place: Position) -> Metrics:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
         numbers = self._parts.step.read()
         self._policy.judge(place, numbers)
@@ -386,14 +386,14 @@ class Run:
         if self._rank_zero is not None:
             self._rank_zero.folder.skipped_steps = total
 
-    def _refuse_idle_end(self, place: Place) -> None:
+    def _refuse_idle_end(self, place: Position) -> None:
         """Refuse to end, and to save the end, if no step of this job was applied. Collective.
 
         Raises:
             TrainingError: on every rank.
         """
         steps = place.step - self.first_place.step
-        complete = place.step >= self._data.horizon.total_steps(place)
+        complete = place.step >= self._data.stop_at.total_steps(place)
         scaler = self._parts.step.scaler
         # A loss scale that still falls goes on doing so in the next job.
         ends = complete or (self.reasons != 0 and not scaler.enabled)

@@ -44,24 +44,24 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
     number_format = number_format.for_model(model)
     task = Classification(["features"], "label")
     example = samples(1, seed=99 + world.topology.rank)
-    shards = None
+    sharded = None
     if sharded and world.topology.world_size > 1:
-        from hpctrain.training.fsdp import Shards
+        from hpctrain.training.fsdp import ShardedModel
         from hpctrain.training.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
-        shards = Shards(model, SECTION, number_format, world, findings)
+        sharded = ShardedModel(model, SECTION, number_format, world, findings)
     step = TrainStep(
         model,
         task,
-        build_optimizer(torch.optim.AdamW, shards or model, 0.01, {}),
+        build_optimizer(torch.optim.AdamW, sharded or model, 0.01, {}),
         world,
         number_format=number_format,
         clip_norm=0.5,
         micro_batch_size=None,
         largest_share=-(-35 // world.topology.world_size),
         example=example,
-        shards=shards,
+        sharded=sharded,
         ema_decay=0.5,
     )
     step.prime()
@@ -140,7 +140,7 @@ def check_evaluation_leaves_no_trace(world: World, step: TrainStep) -> None:
             NumberFormat.of("32-true", world.device).for_model(step.model),
             rounds=1,
             call=step.call,
-            idle_row=None if step.shards is None else step.idle_row,
+            idle_row=None if step.sharded is None else step.idle_row,
         )
         step.settle()
     assert metrics is not None

@@ -17,7 +17,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.fsdp import Shards
+from hpctrain.training.fsdp import ShardedModel
 from hpctrain.training.fsdp_units import Findings, try_out
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
@@ -69,22 +69,22 @@ def make_step(
     tried: bool = True,
 ) -> TrainStep:
     number_format = NumberFormat.of("64-true", world.device)
-    shards = None
+    sharded = None
     if strategy == "fsdp" and world.topology.world_size > 1:
         section = replace(SECTION, unused_parameters=unused)
         unfit = try_out(world, model, task, models.fields_of(1, 99)) if tried else Findings()
-        shards = Shards(model, section, number_format, world, unfit)
+        sharded = ShardedModel(model, section, number_format, world, unfit)
     step = TrainStep(
         model,
         task,
-        build_optimizer(torch.optim.AdamW, shards or model, 0.01, {}),
+        build_optimizer(torch.optim.AdamW, sharded or model, 0.01, {}),
         world,
         number_format=number_format,
         clip_norm=None,
         micro_batch_size=micro,
         largest_share=LARGEST // world.topology.world_size + 1,
         example=models.fields_of(1, 99),
-        shards=shards,
+        sharded=sharded,
         unused_parameters=unused,
         static_graph=strategy == "static",
     )
@@ -130,7 +130,7 @@ def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
         number_format,
         rounds=1,
         call=step.call,
-        idle_row=step.idle_row if step.shards else None,
+        idle_row=step.idle_row if step.sharded else None,
     )
     step.settle()
     assert metrics is not None

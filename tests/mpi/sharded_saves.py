@@ -26,7 +26,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.checkpointing import TogetherSaver, reading, restore, share
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
@@ -55,13 +55,13 @@ class Saves:
         snapshot = capture(
             self.world,
             step,
-            Place(step=number),
+            Position(step=number),
             data={},
             extra={"total_steps": 9, "lr": 0.01, "metrics": {}},
             config_toml="",
             metrics=None,
         )
-        if step.shards is not None:
+        if step.sharded is not None:
             assert snapshot is not None
             self.together.save(snapshot)
         elif self.store is not None and snapshot is not None:
@@ -71,14 +71,16 @@ class Saves:
         loaded = None
         with (
             raise_together(self.world.communicator),
-            reading(self.world, together=step.shards is not None) as read,
+            reading(self.world, together=step.sharded is not None) as read,
         ):
             if self.world.topology.is_rank_zero:
                 loaded = load_newest(self.folder / "checkpoints", self.told.append, read)
         resumed = share(self.world, loaded)
         if resumed is None:
             return 0
-        assert (step.shards is None) == (resumed.rows is None) or self.world.topology.world_size > 1
+        assert (step.sharded is None) == (
+            resumed.rows is None
+        ) or self.world.topology.world_size > 1
         with raise_together(self.world.communicator):
             restore(self.world, step, resumed)
         return resumed.place.step

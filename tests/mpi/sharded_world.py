@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.launch.process_group import World
-from hpctrain.training.fsdp import Shards
+from hpctrain.training.fsdp import ShardedModel
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_model, checkpoint_activations
@@ -70,19 +70,19 @@ def build(
     cast_model(model, number_format, None)
     number_format = number_format.for_model(model)
     checkpoint_activations(model, section.activation_checkpointing)
-    shards = None
+    sharded = None
     if sharded and world.topology.world_size > 1:
-        shards = Shards(model, section, number_format, world)
+        sharded = ShardedModel(model, section, number_format, world)
     step = TrainStep(
         model,
         task if task is not None else Classification(["features"], "label"),
-        build_optimizer(optimizer, shards or model, 0.01, arguments or {}),
+        build_optimizer(optimizer, sharded or model, 0.01, arguments or {}),
         world,
         number_format=number_format,
         clip_norm=0.5,
         largest_share=-(-35 // world.topology.world_size),
         example=samples(1, seed=99),
-        shards=shards,
+        sharded=sharded,
         **{"micro_batch_size": None, **further},
     )
     if prime:
@@ -97,7 +97,7 @@ def full(world: World, step: TrainStep) -> dict[str, Tensor]:
     )
     tensors = {
         name: torch.cat([part[name] for part in parts])
-        if step.shards and name in step.shards.shapes
+        if step.sharded and name in step.sharded.shapes
         else item
         for name, item in parts[0].items()
     }

@@ -11,7 +11,7 @@ from typing import Any
 from hpctrain.config.schema import SchedulerSection, Unit
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.optim.schedules import Factor, Plateau
-from hpctrain.training.position import Horizon, Place
+from hpctrain.training.position import Position, StopAt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +25,12 @@ class LearningRate:
         unit: that the schedule counts in.
         warmup: so much rises in a straight line from near 0 to the peak.
         warmup_unit: what `warmup` is counted in.
-        horizon: how long an epoch is.
+        stop_at: how long an epoch is.
     """
 
     peak: float
     factor: Factor
-    horizon: Horizon
+    stop_at: StopAt
     arguments: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit = "steps"
     warmup: float = 0
@@ -38,7 +38,7 @@ class LearningRate:
 
     @classmethod
     def of(
-        cls, section: SchedulerSection, target: Factor, peak: float, horizon: Horizon
+        cls, section: SchedulerSection, target: Factor, peak: float, stop_at: StopAt
     ) -> LearningRate:
         """Build what the config asks for.
 
@@ -47,7 +47,7 @@ class LearningRate:
             target: a function as in `hpctrain.training.optim.schedules`, or a class of such
                 functions, which is built with the arguments of the section.
             peak: learning rate that the schedule starts at.
-            horizon: of the run.
+            stop_at: of the run.
 
         Raises:
             ConfigError: if a class refuses its arguments.
@@ -73,10 +73,10 @@ class LearningRate:
             unit=section.unit,
             warmup=section.warmup_steps or section.warmup_epochs or section.warmup_samples,
             warmup_unit=warmup_unit,
-            horizon=horizon,
+            stop_at=stop_at,
         )
 
-    def __call__(self, place: Place, end: Place) -> float:
+    def __call__(self, place: Position, end: Position) -> float:
         """Return the learning rate of the step that begins at `place`.
 
         Args:
@@ -127,13 +127,13 @@ class LearningRate:
         if isinstance(self.factor, Plateau):
             self.factor.load_state_dict(state)
 
-    def _progress(self, place: Place, unit: Unit) -> float:
+    def _progress(self, place: Position, unit: Unit) -> float:
         """Return how far the run has come; whole numbers of steps and samples stay whole."""
         if unit == "steps":
             return place.step
         if unit == "samples":
             return place.samples_seen
-        return place.epoch + place.position / self.horizon.epoch_samples
+        return place.epoch + place.position / self.stop_at.epoch_samples
 
     def _convert(self, amount: float, unit: Unit, to: Unit) -> float:
         """Return the same time in another unit, exact at the ends of epochs."""
@@ -141,7 +141,7 @@ class LearningRate:
             return amount
         sizes: dict[Unit, float] = {
             "epochs": 1,
-            "steps": self.horizon.epoch_samples / self.horizon.global_batch_size,
-            "samples": self.horizon.epoch_samples,
+            "steps": self.stop_at.epoch_samples / self.stop_at.global_batch_size,
+            "samples": self.stop_at.epoch_samples,
         }
         return amount * sizes[to] / sizes[unit]

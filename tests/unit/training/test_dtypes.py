@@ -18,7 +18,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.mlp import MLP
 from hpctrain.training.checkpointing import restore, share
 from hpctrain.training.initialize import read_weights
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_model, prepare_model
 from hpctrain.training.snapshot import capture
@@ -213,7 +213,7 @@ def test_complex_numbers_are_saved_and_restored(tmp_path: Path, dtype: torch.dty
     )
     for number in (1, 2):
         snapshot = capture(
-            WORLD, first, Place(step=number), data={}, extra={}, config_toml="", metrics=None
+            WORLD, first, Position(step=number), data={}, extra={}, config_toml="", metrics=None
         )
         assert snapshot is not None
         store.save(snapshot)

@@ -24,7 +24,7 @@ from hpctrain.training.nonfinite import (
     explain,
 )
 from hpctrain.training.optim.ema import WeightAverage
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 
 
 class Policy:
@@ -48,7 +48,7 @@ class Policy:
 
     def judge(self, most: int, skipped: int) -> None:
         numbers = {"most_bad_steps": float(most), "skipped_steps": float(skipped)}
-        self._policy.judge(Place(step=50), numbers)
+        self._policy.judge(Position(step=50), numbers)
 
 
 def test_few_bad_steps_are_told_and_many_end_the_run() -> None:

@@ -21,7 +21,7 @@ from hpctrain.training.checkpointing import restore, share
 from hpctrain.training.initialize import choose
 from hpctrain.training.optim.optimizer import parameter_groups
 from hpctrain.training.plain_names import PlainNames
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
@@ -63,7 +63,9 @@ def saved(step: TrainStep, folder: Path, change: Callable[[Snapshot], Snapshot])
     store = CheckpointManager(
         folder, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None
     )
-    snapshot = capture(WORLD, step, Place(step=1), data={}, extra={}, config_toml="", metrics=None)
+    snapshot = capture(
+        WORLD, step, Position(step=1), data={}, extra={}, config_toml="", metrics=None
+    )
     assert snapshot is not None
     store.save(change(snapshot))
     store.finish()

@@ -15,17 +15,17 @@ from hpctrain.config.schema import SchedulerSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.optim.lr_scheduler import LearningRate
 from hpctrain.training.optim.schedules import Chained, Plateau
-from hpctrain.training.position import Horizon, Place
+from hpctrain.training.position import Position, StopAt
 
 EPOCH, BATCH, EPOCHS = 100, 10, 12
-HORIZON = Horizon(
+HORIZON = StopAt(
     max_epochs=EPOCHS,
     max_steps=None,
     max_samples=None,
     epoch_samples=EPOCH,
     global_batch_size=BATCH,
 )
-PLACES = [Place()]
+PLACES = [Position()]
 for _ in range(EPOCHS * EPOCH // BATCH):
     PLACES.append(PLACES[-1].after(BATCH, EPOCH))
 END = PLACES[-1]
@@ -170,8 +170,8 @@ def test_a_plateau_goes_on_from_its_state() -> None:
         for value in values[stop:]:
             whole.observe({"loss": value})
             resumed.observe({"loss": value})
-            assert whole(Place(), END) == resumed(Place(), END)
-        assert whole(Place(), END) < 1
+            assert whole(Position(), END) == resumed(Position(), END)
+        assert whole(Position(), END) < 1
 
 
 @pytest.mark.parametrize(
@@ -197,4 +197,4 @@ def test_a_schedule_that_gives_no_number_is_refused(value: float) -> None:
 
     lr = LearningRate.of(SchedulerSection(use="my:mine"), mine, 1.0, HORIZON)
     with pytest.raises(TrainingError, match=r"mine gave .* a factor is a number from 0"):
-        lr(Place(), END)
+        lr(Position(), END)

@@ -26,7 +26,7 @@ from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.mlp import MLP
 from hpctrain.training.nonfinite import FORGIVEN, BadSteps
 from hpctrain.training.optim.optimizer import build_optimizer, refuses_on_device
-from hpctrain.training.position import Place
+from hpctrain.training.position import Position
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.regression import Regression
 from hpctrain.training.snapshot import capture
@@ -468,7 +468,7 @@ def test_a_save_holds_the_state_from_before_the_next_update(
         }
         weights = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
         snapshot = capture(
-            WORLD, step, Place(step=number), data={}, extra={}, config_toml="", metrics=None
+            WORLD, step, Position(step=number), data={}, extra={}, config_toml="", metrics=None
         )
         assert snapshot is not None
         assert snapshot.lent.keys() == expected.keys()
