@@ -78,6 +78,7 @@ def resolve_all(
     given: Callable[[str, Callable[..., Any]], Collection[str]],
     path: str | None = None,
     overrides: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> dict[str, Callable[..., Any]]:
     """Import every component and check its arguments.
 
@@ -87,6 +88,7 @@ def resolve_all(
         given: by section and component, the arguments that hpctrain passes itself.
         path: the file that the config was loaded from; with it, mistakes have their lines.
         overrides: those that it was loaded with.
+        without: sections that are not wanted.
 
     Returns:
         By section, what to call with the section's arguments and those given.
@@ -97,6 +99,8 @@ def resolve_all(
     targets: dict[str, Callable[..., Any]] = {}
     mistakes: list[Mistake] = []
     for section in BUILTINS:
+        if section in without:
+            continue
         component = getattr(config, section)
         try:
             targets[section] = imported(_reference(section, component))

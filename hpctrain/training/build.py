@@ -29,6 +29,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World, loading
 from hpctrain.observe.code import user_modules
 from hpctrain.topology import raise_together
+from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optim.lr_scheduler import LearningRate
@@ -88,6 +89,7 @@ def build_parts(
     *,
     semantics: Semantics = NEWEST,
     validates: bool,
+    brought: Brought = NOTHING,
 ) -> Parts:
     """Build model, task, optimizer and step, the same on all ranks, and prime them.
 
@@ -101,6 +103,7 @@ def build_parts(
         stop_at: length of the run.
         semantics: the rules of the run.
         validates: whether there are data to evaluate with.
+        brought: objects in place of what the config names.
 
     Raises:
         HpctrainError: on every rank, if a component refuses its arguments or the data.
@@ -111,7 +114,7 @@ def build_parts(
     training = config.training
     with raise_together(world.communicator):
         _check_capabilities(config, world)
-        model, number_format, notes = build_model(config, world, components, semantics)
+        model, number_format, notes = build_model(config, world, components, semantics, brought)
         task = build_task(config, components)
         example = shapes.example()
     sharded: ShardedModel | None = None
@@ -181,7 +184,11 @@ def build_parts(
 
 
 def build_model(
-    config: Config, world: World, components: Components, semantics: Semantics = NEWEST
+    config: Config,
+    world: World,
+    components: Components,
+    semantics: Semantics = NEWEST,
+    brought: Brought = NOTHING,
 ) -> tuple[nn.Module, NumberFormat, list[str]]:
     """Build the model; on the host, whole, where it is to be spread over the ranks.
 
@@ -195,7 +202,9 @@ def build_model(
     number_format = NumberFormat.of(
         training.precision, world.device, channels_last=training.channels_last
     )
-    model = _built("model", config, components, **config.model.arguments)
+    model = brought.model
+    if model is None:
+        model = _built("model", config, components, **config.model.arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
     refuse_unmade(model)
@@ -311,7 +320,11 @@ _GIVEN = {
 
 
 def resolve_components(
-    config: Config, path: str | None = None, overrides: Sequence[str] = ()
+    config: Config,
+    path: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    given: Collection[str] = (),
 ) -> dict[str, Callable[..., Any]]:
     """Import what the config names and check every argument against its signature.
 
@@ -319,6 +332,7 @@ def resolve_components(
         config: what was loaded.
         path: the file that it was loaded from, so that mistakes are told with their lines.
         overrides: those that it was loaded with.
+        given: sections in whose place there are objects.
 
     Returns:
         The classes and functions, by section.
@@ -328,7 +342,9 @@ def resolve_components(
     """
     # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
     with loading():
-        components = resolve_all(config, given=_given, path=path, overrides=overrides)
+        components = resolve_all(
+            config, given=_given, path=path, overrides=overrides, without=given
+        )
         mistake = _refused(config.optimizer, components["optimizer"])
     if mistake:
         raise placed_error([mistake], path, overrides)

@@ -28,6 +28,7 @@ from hpctrain.data.view import View
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
+from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.position import Position, StopAt
 from hpctrain.training.staging import Staging
@@ -80,7 +81,13 @@ class Data:
         self.staging.close()
 
 
-def open_data(config: Config, world: World, semantics: Semantics, resumed: Resumed | None) -> Data:
+def open_data(
+    config: Config,
+    world: World,
+    semantics: Semantics,
+    resumed: Resumed | None,
+    brought: Brought = NOTHING,
+) -> Data:
     """Open the datasets on rank 0 and make the loaders of every rank. Collective: all ranks.
 
     Args:
@@ -88,6 +95,7 @@ def open_data(config: Config, world: World, semantics: Semantics, resumed: Resum
         world: the ranks.
         semantics: the rules of the run.
         resumed: the checkpoint that the run goes on from; None: it begins.
+        brought: datasets or loaders in place of the files that the config names.
 
     Raises:
         DatasetError: on every rank, if the data are not what the config says, or not those that

@@ -28,6 +28,7 @@ from hpctrain.launch.process_group import World, prepare_deterministic, process_
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
+from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.build import Components, Parts, build_parts, resolve_components
 from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
@@ -56,6 +57,7 @@ def train(
     signals: SignalFlag,
     guard: Guard,
     command: Sequence[str],
+    brought: Brought = NOTHING,
 ) -> ExitCode:
     """Train as the config says, and leave word of how it ended. Collective: all ranks.
 
@@ -67,6 +69,7 @@ def train(
         signals: this rank's requests to stop.
         guard: is told the run folder and the steps, for its report.
         command: the config file and overrides, as they were given.
+        brought: objects in place of what the config names.
 
     Returns:
         DONE or STOPPED.
@@ -95,7 +98,7 @@ def train(
             group = process_group(topology, communicator, config.launch, meeting, guard)
             world = stack.enter_context(group)
             begin_record(folder, world)
-            ending, reason = _train(config, world, stop, folder, command)
+            ending, reason = _train(config, world, stop, folder, command, brought)
         except HpctrainError as error:
             if folder is not None:
                 with suppress(CheckpointError):  # the first failure is the one to tell
@@ -113,16 +116,17 @@ def _train(
     stop: StopAgreement,
     folder: RunFolder | None,
     command: Sequence[str],
+    brought: Brought,
 ) -> tuple[ExitCode, str]:
     with raise_together(world.communicator):
-        components = resolve_components(config, command[0], command[1:])
+        components = resolve_components(config, command[0], command[1:], given=brought.sections)
     resumed = (
         find_checkpoint(config, world, None)
         if folder is None
         else find_checkpoint(config, world, folder.path, folder.resume)
     )
     semantics, changes = rules_and_changes(config, resumed)
-    data = open_data(config, world, semantics, resumed)
+    data = open_data(config, world, semantics, resumed, brought)
     place = data.place
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
@@ -137,7 +141,7 @@ def _train(
         return _stopped_early(reasons, data)
     data.stage(config, world)
     with kept_compiled(config, world):
-        parts = _build(config, world, components, data, changes)
+        parts = _build(config, world, components, data, changes, brought)
     with raise_together(world.communicator):
         if resumed is not None:
             resumed = _restored(world, parts, resumed)
@@ -212,7 +216,12 @@ def _plan(config: Config, data: Data) -> Plan:
 
 
 def _build(
-    config: Config, world: World, components: Components, data: Data, notes: list[str]
+    config: Config,
+    world: World,
+    components: Components,
+    data: Data,
+    notes: list[str],
+    brought: Brought,
 ) -> Parts:
     """Build what is trained, and try an evaluation of a few rows. Collective: all ranks.
 
@@ -226,6 +235,7 @@ def _build(
         data.stop_at,
         semantics=data.semantics,
         validates=data.validation is not None,
+        brought=brought,
     )
     loader, section = data.validation_loader, config.training
     if loader is not None and (section.evaluate_every_epochs or section.evaluate_every_steps):

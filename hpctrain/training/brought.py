@@ -1,0 +1,45 @@
+"""Objects that a script brings along: each stands in place of what the config names.
+
+The config says all else, and its dataclass and checks are the same, whether a job is made of names
+or of objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brought:
+    """What a job is given ready-made, the same on all ranks; without any, the config names all.
+
+    Attributes:
+        model: to train; never copied: it is the caller's own that is trained.
+        train: a torch Dataset or DataLoader to train with.
+        validation: the same, for evaluation while training.
+        test: the same, for `test`.
+        predict: the same, for `predict`.
+        datamodule: makes those four.
+        callbacks: objects with the hook names of a Lightning Callback.
+    """
+
+    model: nn.Module | None = None
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    predict: Any = None
+    datamodule: Any = None
+    callbacks: Sequence[Any] = ()
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """The sections of a config whose `use` is not looked at."""
+        return frozenset() if self.model is None else frozenset({"model"})
+
+
+NOTHING = Brought()
+"""A job that is made of names alone."""
