@@ -158,6 +158,9 @@ class DataSection:
     window: Annotated[int, Interval(ge=1, le=1024)] = 4
     """Blocks of a lane that are shuffled together."""
 
+    shuffle: bool = True
+    """Another order of the samples in every epoch; false: that of the dataset's rows, in all."""
+
     drop_last: bool = False
     """Drop the last, smaller batch of an epoch."""
 

@@ -8,12 +8,17 @@ never when.
 
 What the lanes hold is drawn for each epoch: blocks of consecutive rows are permuted and dealt to
 the lanes, and inside a lane a few blocks at a time, a window, are permuted row by row.
+
+A sequential order is that of the dataset's rows in every epoch. It has no lanes: ranks share every
+batch in runs of neighbouring rows.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +41,8 @@ MOST_RESIDENT_BLOCKS = 2**19
 """Blocks of a dataset that is in memory: their permutation takes 4 MB."""
 BLOCKS_PER_LANE = 16
 """A lane holds at least so many blocks, or blocks are shorter: small data stay well shuffled."""
+Sampling = Literal["shuffled", "sequential"]
+"""How the rows of the dataset become the stream of an epoch."""
 # What a key is for: the permutations of blocks and of windows, and draws of samples share nothing.
 _BLOCKS, _WINDOWS, _SAMPLES = 0, 1, 2
 
@@ -96,6 +103,7 @@ class Order:
         lanes: runs of equal length, of which the stream takes one sample each in turn.
         window: blocks of a lane that are shuffled together.
         block_rows: consecutive rows that stay together up to there, and are read in one go.
+        sampling: a sequential order makes no use of the four above.
     """
 
     samples: int
@@ -103,6 +111,7 @@ class Order:
     lanes: int
     window: int
     block_rows: int
+    sampling: Sampling = "shuffled"
 
     @classmethod
     def for_dataset(
@@ -114,23 +123,34 @@ class Order:
         lanes: int | None = None,
         window: int = 4,
         is_resident: bool = False,
+        sampling: Sampling = "shuffled",
     ) -> Order:
         """Choose what was not chosen, from the dataset and the global batch size alone.
 
         Data that are resident in memory cost the same in any order: they are shuffled row by row.
         """
         lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        if sampling != "shuffled":
+            block_rows = 1
+        elif is_resident:
+            block_rows = resident_block_rows(dataset.samples)
+        else:
+            block_rows = default_block_rows(
+                dataset.samples, dataset.bytes_per_sample, lanes, window, dataset.chunk_rows
+            )
         return cls(
             samples=dataset.samples,
             seed=seed,
             lanes=lanes,
             window=window,
-            block_rows=resident_block_rows(dataset.samples)
-            if is_resident
-            else default_block_rows(
-                dataset.samples, dataset.bytes_per_sample, lanes, window, dataset.chunk_rows
-            ),
+            block_rows=block_rows,
+            sampling=sampling,
         )
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether ranks share lanes; else they share every batch in runs of positions."""
+        return self.sampling == "shuffled"
 
     @property
     def num_blocks(self) -> int:
@@ -162,7 +182,7 @@ class Order:
         Raises:
             ConfigError: naming the number to set.
         """
-        if world_size > self.lanes:
+        if self.has_lanes and world_size > self.lanes:
             raise ConfigError(
                 f"data.lanes = {self.lanes}, but there are {world_size} ranks, and each needs a "
                 f"lane: set data.lanes to {default_lanes(world_size)} "
@@ -170,41 +190,73 @@ class Order:
             )
 
     def shares(self, start: int, stop: int, world_size: int) -> Int64s:
-        """Return how many of the positions start to stop - 1 each rank serves.
+        """Return how many of the positions start to stop - 1, one batch, each rank serves.
 
         Returns:
             (world_size,) int64.
         """
+        if not self.has_lanes:
+            return np.diff(_cuts(start, stop, world_size))
         return self._served_before(stop, world_size) - self._served_before(start, world_size)
 
     def largest_share(self, global_batch_size: int, world_size: int) -> int:
         """Return the most samples that any rank serves of any full batch, wherever it starts."""
         size = min(global_batch_size, self.samples)
         return max(
-            int(self.shares(start, start + size, world_size).max()) for start in range(self.lanes)
+            int(self.shares(start, start + size, world_size).max()) for start in self._starts
         )
+
+    def largest_share_of_group(self, global_batch_size: int, batches: int, world_size: int) -> int:
+        """Return the most samples that any rank serves of so many batches in a row."""
+        if self.has_lanes:
+            return self.largest_share(global_batch_size * batches, world_size)
+        return self.largest_share(global_batch_size, world_size) * batches
 
     def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
         """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
         size = min(global_batch_size, self.samples)
-        bounds = [(start, start + size) for start in range(self.lanes)]
+        bounds = [(start, start + size) for start in self._starts]
         if epoch_size % size:
             bounds.append((epoch_size - epoch_size % size, epoch_size))
         return min(int(self.shares(*each, world_size).min()) for each in bounds)
 
     def positions(self, start: int, stop: int, rank: int, world_size: int) -> Int64s:
-        """Return those of the positions start to stop - 1 that a rank serves, in their order.
+        """Return those of the positions start to stop - 1, one batch, that a rank serves, in order.
 
         Returns:
             (share,) int64.
         """
         if start >= stop:
             return np.empty(0, np.int64)
+        if not self.has_lanes:
+            cuts = _cuts(start, stop, world_size)
+            return np.arange(cuts[rank], cuts[rank + 1], dtype=np.int64)
         first_row = start // self.lanes
         rows = np.arange(first_row, (stop - 1) // self.lanes + 1, dtype=np.int64)
         lanes = np.array(lanes_of_rank(rank, world_size, self.lanes), np.int64)
         positions = (rows[:, None] * self.lanes + lanes).ravel()
         return positions[slice(*np.searchsorted(positions, (start, stop)))]
+
+    def positions_of_group(self, bounds: Sequence[int], rank: int, world_size: int) -> Int64s:
+        """Return the positions that a rank serves of batches that follow each other, in order.
+
+        Args:
+            bounds: position of the first sample of each batch, and one past the last of all.
+            rank: which one.
+            world_size: number of ranks.
+
+        Returns:
+            (samples of the rank,) int64.
+        """
+        if self.has_lanes:
+            return self.positions(bounds[0], bounds[-1], rank, world_size)
+        parts = [self.positions(*each, rank, world_size) for each in itertools.pairwise(bounds)]
+        return np.concatenate(parts)
+
+    @property
+    def _starts(self) -> range:
+        """Where batches begin, as far as it matters to the shares of the ranks."""
+        return range(self.lanes if self.has_lanes else 1)
 
     def _served_before(self, position: int, world_size: int) -> Int64s:
         """Return how many positions below this one each rank serves, (world_size,) int64."""
@@ -214,6 +266,11 @@ class Order:
         per_row = -((ranks - self.lanes) // world_size)
         in_rest = np.maximum(0, -((ranks - rest) // world_size))
         return full_rows * per_row + in_rest
+
+
+def _cuts(start: int, stop: int, world_size: int) -> Int64s:
+    """Return where a batch is cut into runs for the ranks, (world_size + 1,) int64."""
+    return start + (stop - start) * np.arange(world_size + 1, dtype=np.int64) // world_size
 
 
 class Runs(NamedTuple):
@@ -260,10 +317,31 @@ def sample_keys(seed: int, epoch: int, rows: Int64s) -> UInt64s:
     return derive_keys(derive_key(seed, epoch, _SAMPLES), rows)
 
 
+class Plan(Protocol):
+    """Where the samples of one epoch's stream are in the dataset."""
+
+    def rows(self, positions: Int64s) -> Int64s:
+        """Return which rows of the dataset are at these positions of the stream."""
+        ...
+
+
+def plan_epoch(order: Order, epoch: int) -> Plan:
+    """Return where the samples of an epoch are, whatever the kind of the order."""
+    return Epoch(order, epoch) if order.sampling == "shuffled" else InOrder()
+
+
+class InOrder:
+    """Any epoch of a sequential order."""
+
+    def rows(self, positions: Int64s) -> Int64s:
+        """Return the rows at these positions of the stream: the same numbers."""
+        return positions
+
+
 class Epoch:
     """Where the samples of one epoch's stream are in the dataset.
 
-    Holds one number per block, never one per sample.
+    Of a shuffled order. Holds one number per block, never one per sample.
 
     The last block of the dataset may be short. It lands anywhere in the permutation, so blocks
     after it start that much earlier; all arithmetic here is around that one shift.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.order import Order
+from hpctrain.data.order import Order, Sampling
 from hpctrain.errors import DatasetError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""2 knows orders that are not shuffled; of a shuffled one, 1 is written, as older versions read."""
 _NUMBERS = ("epoch", "position", "seed", "lanes", "window", "block_rows")
 
 
@@ -22,8 +23,8 @@ def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[
         position: samples that all ranks together have consumed of it.
         fingerprint: of the dataset.
     """
-    return {
-        "version": STATE_VERSION,
+    state = {
+        "version": 1 if order.sampling == "shuffled" else STATE_VERSION,
         "epoch": epoch,
         "position": position,
         "lanes": order.lanes,
@@ -32,6 +33,7 @@ def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[
         "seed": order.seed,
         "fingerprint": fingerprint,
     }
+    return state if order.sampling == "shuffled" else {**state, "sampling": order.sampling}
 
 
 def from_state(
@@ -82,7 +84,14 @@ def from_state(
         epoch, position = epoch + 1, 0
     if position == 0:
         return order, epoch, 0
-    return Order(samples=dataset.samples, **numbers), epoch, position
+    return Order(samples=dataset.samples, sampling=_sampling(state), **numbers), epoch, position
+
+
+def _sampling(state: Mapping[str, Any]) -> Sampling:
+    value: Any = state.get("sampling", "shuffled")
+    if value not in get_args(Sampling):
+        raise _damaged("sampling", value)
+    return cast("Sampling", value)
 
 
 def _number(state: Mapping[str, Any], name: str) -> int:

@@ -215,6 +215,7 @@ def _order_and_place(
         lanes=lanes,
         window=section.window,
         is_resident=is_resident,
+        sampling="shuffled" if section.shuffle else "sequential",
     )
     if resumed is None:
         return order, Position(), {}

@@ -30,7 +30,7 @@ from hpctrain.data.loading.sources import (
     Source,
     group_bounds,
 )
-from hpctrain.data.order import Epoch, Order, sample_keys, served_samples
+from hpctrain.data.order import Epoch, Order, Plan, plan_epoch, sample_keys, served_samples
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import read_rows
@@ -102,7 +102,7 @@ class TrainLoader:
         self._begun = dict(begun or {})
         order.require_world_size(world_size)
         for epoch, each in self._begun.items():
-            if world_size > each.lanes:
+            if each.has_lanes and world_size > each.lanes:
                 raise ConfigError(
                     f"epoch {epoch} was begun with {each.lanes} lanes and goes on with them, but "
                     f"there are {world_size} ranks: start at most {each.lanes} ranks until it ends"
@@ -136,9 +136,9 @@ class TrainLoader:
         )
         self._windows_fit = spent.windows_fit
         self._group_batches = spent.group_batches
-        self._planned: tuple[int, Epoch] | None = None
+        self._planned: tuple[int, Plan] | None = None
         rows = max(
-            each.largest_share(global_batch_size * spent.group_batches, world_size)
+            each.largest_share_of_group(global_batch_size, spent.group_batches, world_size)
             for each in (order, *self._begun.values())
         )
         decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
@@ -213,7 +213,7 @@ class TrainLoader:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""
         order = self.order_of(epoch)
         positions = order.positions(start, stop, self._rank, self._world_size)
-        return Epoch(order, epoch).rows(positions)
+        return plan_epoch(order, epoch).rows(positions)
 
     def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
         """Return runs of rows of the dataset as (name of the shard, first row in it, last).
@@ -247,7 +247,7 @@ class TrainLoader:
         for bounds in group_bounds(
             start, self.epoch_size, self._global_batch_size, self._group_batches
         ):
-            positions = order.positions(bounds[0], bounds[-1], self._rank, self._world_size)
+            positions = order.positions_of_group(bounds, self._rank, self._world_size)
             if rows_at is None:
                 yield Group(bounds, positions)
             else:
@@ -276,10 +276,11 @@ class TrainLoader:
 
     def _windows(self, order: Order, epoch: int, start: int) -> LaneWindows:
         plan = self._plan(order, epoch)
+        assert isinstance(plan, Epoch)
         return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)
 
-    def _plan(self, order: Order, epoch: int) -> Epoch:
+    def _plan(self, order: Order, epoch: int) -> Plan:
         """Return the order of an epoch: the one that was asked for last costs nothing."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, Epoch(order, epoch)
+            self._planned = epoch, plan_epoch(order, epoch)
         return self._planned[1]

@@ -23,7 +23,7 @@ from hpctrain.data import random as random_of_samples
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.loading.loader import Batch, TrainLoader
-from hpctrain.data.order import Epoch, Order
+from hpctrain.data.order import Epoch, Order, plan_epoch
 from hpctrain.data.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
 
@@ -36,8 +36,11 @@ ORDERS = [
     Order(samples=SAMPLES, seed=3, lanes=16, window=4, block_rows=1),
     Order(samples=SAMPLES, seed=3, lanes=16, window=2, block_rows=6),
     Order(samples=SAMPLES, seed=3, lanes=12, window=4, block_rows=200),
+    Order(samples=SAMPLES, seed=3, lanes=12, window=4, block_rows=1, sampling="sequential"),
 ]
-in_every_order = pytest.mark.parametrize("order", ORDERS, ids=["rows", "windows", "blocks"])
+in_every_order = pytest.mark.parametrize(
+    "order", ORDERS, ids=["rows", "windows", "blocks", "sequential"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def test_every_sample_once_in_the_order(dataset: Dataset, order: Order) -> None:
         assert {batch.epoch for batch in batches} == {epoch}
         ids = torch.cat([batch.fields["id"] for batch in batches])
         if order.block_rows > 1 or epoch == 0:
-            expected = Epoch(order, epoch).rows(np.arange(SAMPLES))
+            expected = plan_epoch(order, epoch).rows(np.arange(SAMPLES))
             assert ids.tolist() == expected.tolist()
         assert sorted(ids.tolist()) == IDS.tolist()
         images = torch.cat([batch.fields["image"] for batch in batches])
@@ -134,6 +137,16 @@ def test_the_same_global_batches_with_a_small_buffer(
     assert global_batches(dataset, order, 2, buffer_mb=0.004) == expected
     told = [r.getMessage() for r in caplog.records if "holds no window of every lane" in r.msg]
     assert len(told) == (0 if order.block_rows == 1 else 2)  # one on each rank
+
+
+def test_in_memory_a_sequential_order_is_the_same(dataset: Dataset) -> None:
+    memory = {
+        "image": IMAGES.reshape(SAMPLES, -1),
+        "id": IDS.view(np.uint8).reshape(SAMPLES, -1),
+    }
+    order = ORDERS[-1]
+    expected = global_batches(dataset, order, 1)
+    assert global_batches(dataset, order, 3, memory=memory) == expected
 
 
 @in_every_order

@@ -14,6 +14,7 @@ from hpctrain.data.order import (
     default_block_rows,
     default_lanes,
     lanes_of_rank,
+    plan_epoch,
     served_samples,
 )
 from hpctrain.errors import ConfigError
@@ -142,6 +143,31 @@ def test_order_never_changes() -> None:
     order = Order(samples=37, seed=1234, lanes=4, window=2, block_rows=3)
     rows = Epoch(order, 1).rows(np.arange(12)).tolist()
     assert rows == [36, 27, 17, 2, 32, 28, 16, 9, 31, 35, 15, 1]
+
+
+@pytest.mark.parametrize("samples", [1, 5, 64, 1001])
+def test_a_sequential_order_is_that_of_the_rows(samples: int) -> None:
+    order = Order(samples=samples, seed=1, lanes=4, window=2, block_rows=1, sampling="sequential")
+    for epoch in (0, 7):
+        assert plan_epoch(order, epoch).rows(np.arange(samples)).tolist() == list(range(samples))
+    order.require_world_size(12)  # it needs no lanes
+    for world_size, batch in itertools.product(WORLD_SIZES, (1, 7, 64)):
+        for begin in (0, samples // 2):  # from the start, and where another job has stopped
+            bounds = [*range(begin, samples, batch), samples]
+            groups = [order.positions_of_group(bounds, r, world_size) for r in range(world_size)]
+            assert sorted(np.concatenate(groups).tolist()) == list(range(bounds[0], samples))
+            for start, stop in itertools.pairwise(bounds):
+                parts = [order.positions(start, stop, r, world_size) for r in range(world_size)]
+                shares = order.shares(start, stop, world_size)
+                # Neighbours are read in one go, and by one rank.
+                assert np.concatenate(parts).tolist() == list(range(start, stop))
+                assert [len(part) for part in parts] == shares.tolist()
+                assert shares.max() - shares.min() <= 1
+                assert shares.max() <= order.largest_share(batch, world_size)
+                if stop - start == min(batch, samples):
+                    assert shares.min() >= order.smallest_share(batch, samples, world_size)
+            most = order.largest_share_of_group(batch, len(bounds) - 1, world_size)
+            assert max(len(part) for part in groups) <= most
 
 
 def test_seed_and_epoch_change_the_order() -> None:

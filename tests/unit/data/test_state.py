@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -47,7 +48,8 @@ def test_where_to_go_on(
     ("changes", "message"),
     [
         ({"fingerprint": "0" * 16}, r"another dataset than data \(fingerprint 0{16}, now "),
-        ({"version": 2}, r"newer hpctrain \(version 2; .*update hpctrain"),
+        ({"version": 3}, r"newer hpctrain \(version 3; .*update hpctrain"),
+        ({"sampling": "sorted"}, r"damaged: sampling = 'sorted'"),
         ({"version": None}, r"damaged: version = None"),
         ({"version": 0}, r"damaged: version = 0"),
         ({"position": -1}, r"damaged: position = -1"),
@@ -61,3 +63,13 @@ def test_where_to_go_on(
 def test_state_that_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         from_state(state(**changes), DATASET, WANTED, 100)
+
+
+def test_an_epoch_ends_in_the_order_that_it_began_in_shuffled_or_not() -> None:
+    in_order = dataclasses.replace(WANTED, sampling="sequential")
+    saved = json.loads(json.dumps(to_state(in_order, 5, 60, DATASET.fingerprint)))
+    assert saved["version"] == 2  # an older release would go on shuffled
+    assert from_state(saved, DATASET, WANTED, 100) == (in_order, 5, 60)
+    assert from_state(state(), DATASET, in_order, 100) == (BEGUN, 5, 60)
+    assert state()["version"] == 1  # what older releases read is still written for them
+    assert from_state(saved | {"position": 0}, DATASET, WANTED, 100) == (WANTED, 5, 0)

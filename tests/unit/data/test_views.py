@@ -18,7 +18,7 @@ from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
 from hpctrain.data import contents
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.order import Order, Sampling, plan_epoch
 from hpctrain.data.reading import other_axis
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import Destinations
@@ -350,8 +350,13 @@ def test_fields_along_an_axis_of_different_length(folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "sampling"),
+    [(1, "shuffled"), (2, "shuffled"), (3, "shuffled"), (1, "sequential"), (3, "sequential")],
+)
+def test_loaders_serve_views_as_any_dataset(
+    folder: Path, world_size: int, sampling: Sampling
+) -> None:
     """The same global batches at any world size; evaluation sees every sample exactly once."""
     made = section(
         folder,
@@ -366,7 +371,15 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
     )
     train, validation = open_datasets(made, list(made.fields))
     assert validation is not None
-    order = Order(samples=train.samples, seed=1, lanes=4, window=2, block_rows=2)
+    block_rows = 2 if sampling == "shuffled" else 1
+    order = Order(
+        samples=train.samples,
+        seed=1,
+        lanes=4,
+        window=2,
+        block_rows=block_rows,
+        sampling=sampling,
+    )
     served: dict[int, list[int]] = {}
     evaluated: list[int] = []
     for rank in range(world_size):
@@ -400,10 +413,8 @@ def test_loaders_serve_views_as_any_dataset(folder: Path, world_size: int) -> No
 
 
 def _batches(train: Dataset, order: Order) -> dict[int, list[int]]:
-    from hpctrain.data.order import Epoch
-
     labels = read_all(train)["label"]
-    rows = Epoch(order, 0).rows(np.arange(train.samples))
+    rows = plan_epoch(order, 0).rows(np.arange(train.samples))
     return {
         start: sorted(labels[rows[start : start + 4]].tolist())
         for start in range(0, train.samples, 4)
