@@ -11,7 +11,7 @@ from torch import Tensor
 from hpctrain.config import Config
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import Batch, repeated
 from hpctrain.launch.process_group import World
 from hpctrain.training.build import Parts, build_parts, resolve_components
 from hpctrain.training.position import StopAt
@@ -35,8 +35,8 @@ class Samples:
     def smallest_share(self) -> int:
         return self.largest_share
 
-    def example(self) -> dict[str, Tensor]:
-        return {name: tensor[:1] for name, tensor in self.fields.items()}
+    def example(self, count: int = 1) -> dict[str, Tensor]:
+        return repeated({name: tensor[:1] for name, tensor in self.fields.items()}, count)
 
     def epoch(self, epoch: int, position: int) -> Iterator[Batch]:
         global_size = self.largest_share * self.world_size

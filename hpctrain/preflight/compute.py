@@ -17,9 +17,9 @@ from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
+from hpctrain.data.loading.batch import Batch, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
 from hpctrain.data.loading.decoder import torch_dtype_of
-from hpctrain.data.loading.delivery import Batch
 from hpctrain.data.node_cache import host_memory
 from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
@@ -174,9 +174,9 @@ class SyntheticLoader:
     device: torch.device
     batch_transform: BatchTransform
 
-    def example(self) -> dict[str, torch.Tensor]:
-        """Return one row of every field, (1, *shape) on the device."""
-        return self.rows(1)
+    def example(self, count: int = 1) -> dict[str, torch.Tensor]:
+        """Return one row of every field so many times, (count, *shape) on the device."""
+        return repeated(self.rows(1), count)
 
     def rows(self, count: int) -> dict[str, torch.Tensor]:
         """Return rows that any model takes: floats from 0 to 1, and 0, which is also a class."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.data.loading.delivery import Batch
+from hpctrain.data.loading.batch import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
@@ -131,21 +131,18 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
     """Rehearse an evaluation, and return which row led to a metric that is not finite."""
     loader = opened.validation_loader
     assert loader is not None
-    fields = loader.example(MOST_ROWS)
+    rows = loader.examples(MOST_ROWS)
     rehearse(
         parts.model,
         parts.task,
-        fields,
+        rows,
         world,
         parts.number_format,
         call=parts.step.call,
         eager=parts.step.graphs,
         explain=lambda error, given: explain_misfit(error, given, config),
     )
-    each = [
-        {name: values[index : index + 1] for name, values in fields.items()}
-        for index in range(len(next(iter(fields.values()))))
-    ]
+    each = [rows.part(index, index + 1) for index in range(rows.size)]
     # All of them on every rank: the others may wait for this one's part of the parameters.
     problems = [_not_finite(_evaluated(parts, one, world)) for one in each]
     parts.step.settle()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hpctrain.checkpoint.best import Mode
@@ -75,8 +75,8 @@ class Shapes(Protocol):
         """The fewest."""
         ...
 
-    def example(self) -> dict[str, Tensor]:
-        """Return one row of every field, (1, *shape) on the device."""
+    def example(self, count: int = 1) -> Any:
+        """Return one sample so many times, as a pass has them, on the device."""
         ...
 
 
@@ -160,6 +160,7 @@ def build_parts(
         largest_share=shapes.largest_share,
         smallest_share=shapes.smallest_share,
         example=example,
+        repeat=shapes.example,
         bucket_mb=config.training.bucket_mb,
         compress_gradients=config.training.compress_gradients,
         static_graph=config.training.static_graph,

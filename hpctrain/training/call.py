@@ -7,15 +7,15 @@ gets the bare model at any world size: its methods, its attributes, its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-Method = Callable[[nn.Module, Mapping[str, Tensor]], Any]
+Method = Callable[[nn.Module, Any], Any]
 """A method of a task, such as `task.loss`: of the bare model and the fields of a pass."""
 
-Call = Callable[[Method, Mapping[str, Tensor]], Any]
+Call = Callable[[Method, Any], Any]
 """Calls a method of a task with the model and these fields."""
 
 
@@ -26,7 +26,7 @@ class Callee(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, method: Method, fields: Mapping[str, Tensor]) -> Any:
+    def forward(self, method: Method, fields: Any) -> Any:
         """Return what the method makes of the bare model and the fields."""
         return method(self.module, fields)
 
@@ -40,7 +40,7 @@ class UnhookedCallee(Callee):
         super().__init__(module)
         self.__dict__["bare"] = module  # found without the search of nn.Module
 
-    def forward(self, method: Method, fields: Mapping[str, Tensor]) -> Any:
+    def forward(self, method: Method, fields: Any) -> Any:
         """Return what the method makes of the bare model and the fields."""
         return method(self.bare, fields)
 

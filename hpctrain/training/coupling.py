@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hpctrain.data.loading.batch import Samples
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators, kept_model
 from hpctrain.utils.text import plural
 
@@ -30,7 +30,7 @@ _ANSWER = (
 
 
 def find_coupling(
-    step: TrainStep, task: Task, rows: Fields, number_format: NumberFormat, device: torch.device
+    step: TrainStep, task: Task, rows: Samples, number_format: NumberFormat, device: torch.device
 ) -> str | None:
     """Return how the loss of a sample depends on the others in its pass, None if it does not.
 
@@ -47,7 +47,7 @@ def find_coupling(
     if getattr(task, "batch_dependent_loss", False):
         return None
     comparison = _Comparison(step, task, number_format, device)
-    count = len(next(iter(rows.values())))
+    count = rows.size
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),  # three sizes of batches would be compiled
@@ -94,10 +94,9 @@ class _Comparison:
         narrow = mixed or any(item.element_size() < 4 for item in step.model.parameters())
         self._tolerance = _NARROW if narrow else _EXACT if device.type == "cpu" else _ROUGH
 
-    def loss(self, rows: Fields, start: int, stop: int, seed: int = 0) -> dict[str, float]:
+    def loss(self, rows: Samples, start: int, stop: int, seed: int = 0) -> dict[str, float]:
         """Return the sums of losses and weights of some of the rows."""
-        part: Mapping[str, Tensor] = {name: item[start:stop] for name, item in rows.items()}
-        fields = self._format.cast(part, self._task.inputs)
+        fields = self._format.cast(rows.part(start, stop), self._task.inputs)
         with self._arithmetic, kept_generators(self._device):
             torch.manual_seed(seed)
             loss_sum, weight = self._step.call(self._task.loss, fields)

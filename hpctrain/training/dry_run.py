@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
 from hpctrain.training.ddp import DDPModel
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import Disturbance, judge, kept_generators, kept_model
 from hpctrain.utils.text import listed
 
 if TYPE_CHECKING:
     from hpctrain.training.fsdp import ShardedModel
 
-Explain = Callable[[Exception, Fields], HpctrainError | None]
+Explain = Callable[[Exception, Any], HpctrainError | None]
 
 
 def prime(
     wrapped: DDPModel | ShardedModel,
     task: Task,
-    fields: Fields,
+    fields: Any,
+    samples: int,
     *,
     arithmetic: AbstractContextManager[object],
     device: torch.device,
@@ -42,7 +43,8 @@ def prime(
         wrapped: of the model. Parameters, buffers, train flags, plain attributes and the random
             generators are left as they were; there are no gradients.
         task: computes the loss; its attributes are left as they were, too.
-        fields: as many samples as the largest pass has, inputs in the dtype of the parameters.
+        fields: of as many samples as the largest pass has, inputs in the dtype of the parameters.
+        samples: how many these are.
         arithmetic: the context of forward passes.
         device: of this rank.
         communicator: of all ranks.
@@ -59,7 +61,7 @@ def prime(
     with kept_generators(device), kept_model(wrapped.model, task=task) as found:
         wrapped.clear_gradients()
         with raise_together(communicator), wrapped.local():
-            last = _first_pass(wrapped, task, fields, arithmetic, explain)
+            last = _first_pass(wrapped, task, fields, samples, arithmetic, explain)
         wrapped.agree()
         wrapped.clear_gradients()
         if wrapped.distributed:
@@ -80,7 +82,7 @@ def prime(
 
 
 @contextmanager
-def explained(explain: Explain, fields: Fields) -> Iterator[None]:
+def explained(explain: Explain, fields: Any) -> Iterator[None]:
     """Raise what the body raises in other words, where there are any for it."""
     try:
         yield
@@ -93,7 +95,8 @@ def explained(explain: Explain, fields: Fields) -> Iterator[None]:
 def _first_pass(
     wrapped: DDPModel | ShardedModel,
     task: Task,
-    fields: Fields,
+    fields: Any,
+    samples: int,
     arithmetic: AbstractContextManager[object],
     explain: Explain,
 ) -> nn.Parameter:
@@ -113,7 +116,7 @@ def _first_pass(
     try:
         with arithmetic, explained(explain, fields), wrapped.refused_lost_changes():
             result = wrapped.call(task.loss, fields)
-        loss_sum = _checked(result, task, fields)
+        loss_sum = _checked(result, task, samples)
         wrapped.backward(loss_sum, torch.zeros_like(loss_sum))
     finally:
         for hook in hooks:
@@ -127,7 +130,7 @@ def _first_pass(
     return last
 
 
-def _checked(result: object, task: Task, fields: Fields) -> Tensor:
+def _checked(result: object, task: Task, samples: int) -> Tensor:
     """Return the loss of what a task returned, if it is what a task should return."""
     name = type(task).__name__
     if not isinstance(result, tuple) or len(result) != 2:
@@ -144,7 +147,6 @@ def _checked(result: object, task: Task, fields: Fields) -> Tensor:
         raise TrainingError(f"{name}.loss returned {what} as sum of losses: expected one number")
     if not loss_sum.requires_grad:
         raise TrainingError(_no_part(name))
-    samples = len(next(iter(fields.values())))
     if task.counts_samples and (isinstance(weight, Tensor) or weight != samples):
         raise TrainingError(
             f"{name}.loss returned the weight {weight} for {samples} samples: with counts_samples "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import ShareOfBatch
 from hpctrain.launch.messages import decode, encode
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
@@ -18,20 +18,20 @@ from hpctrain.training.call import Call, call_directly
 from hpctrain.training.ddp import broadcast_buffers
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine
 from hpctrain.training.precision import NumberFormat
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators, kept_tensors
 
 
 def evaluate(
     model: nn.Module,
     task: Task,
-    batches: Iterable[Batch],
+    batches: Iterable[ShareOfBatch],
     world: World,
     number_format: NumberFormat,
     *,
     rounds: int = 0,
     call: Call | None = None,
-    idle_row: Fields | None = None,
+    idle_row: Any = None,
     reused: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -355,7 +355,7 @@ class GatherOrder:
         Its TrainingError, on this rank, names the units that were skipped.
         """
 
-        def watched(method: Method, fields: Mapping[str, Tensor]) -> Any:
+        def watched(method: Method, fields: Any) -> Any:
             first = len(getattr(self._context, "post_forward_order", ()))
             result = call(method, fields)
             order = self._context.post_forward_order[first:]

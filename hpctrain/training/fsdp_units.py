@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from hpctrain.data.loading.nested import moved
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.preparation import fitting_modules
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import kept_generators
 
 
@@ -138,7 +139,7 @@ class Findings:
     moved: Sequence[str] = ()
 
 
-def try_out(world: World, model: nn.Module, task: Task, fields: Fields) -> Findings:
+def try_out(world: World, model: nn.Module, task: Task, fields: Any) -> Findings:
     """Find out what FSDP has to know of a model.
 
     Rank 0 runs the task a few times, if it can without a number being computed, else on the host;
@@ -151,12 +152,12 @@ def try_out(world: World, model: nn.Module, task: Task, fields: Fields) -> Findi
         world: the ranks.
         model: on the host, whole.
         task: computes the loss.
-        fields: one row of every field.
+        fields: of one sample.
     """
     found: Findings | None = None
     with world.pulse.long_phase():
         if world.topology.is_rank_zero:
-            rows = {name: item.cpu() for name, item in fields.items()}
+            rows = moved(fields, torch.device("cpu"))
             with kept_generators(world.device):
                 for run in (_pretended, _real):
                     if found is None:
@@ -164,7 +165,7 @@ def try_out(world: World, model: nn.Module, task: Task, fields: Fields) -> Findi
         return world.communicator.broadcast(found) or Findings()
 
 
-def try_whole(model: nn.Module, task: Task, fields: Fields) -> None:
+def try_whole(model: nn.Module, task: Task, fields: Any) -> None:
     """Run the task once on a model that is still whole, on the host; the model is used up.
 
     Without a number being computed, if that can be: then it takes no time and no memory.
@@ -178,30 +179,30 @@ def try_whole(model: nn.Module, task: Task, fields: Fields) -> None:
         task.loss(model, fields)
 
 
-Run = Callable[[nn.Module, Task, Fields], Findings]
+Run = Callable[[nn.Module, Task, Any], Findings]
 
 
-def _try(run: Run, model: nn.Module, task: Task, fields: Fields) -> Findings | None:
+def _try(run: Run, model: nn.Module, task: Task, fields: Any) -> Findings | None:
     try:
         return run(model, task, fields)
     except Exception:  # noqa: BLE001 - code of the user's, on a device that it may not be meant for
         return None
 
 
-def _pretended(model: nn.Module, task: Task, fields: Fields) -> Findings:
+def _pretended(model: nn.Module, task: Task, fields: Any) -> Findings:
     """Run on tensors that have shapes and no numbers, so that it costs next to nothing."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        copies = copy.deepcopy((model, task, dict(fields)))
+        copies = copy.deepcopy((model, task, fields))
     with mode:
         return _watched(*copies, passes=_PRETENDED_PASSES)
 
 
-def _real(model: nn.Module, task: Task, fields: Fields) -> Findings:
-    return _watched(*copy.deepcopy((model, task, dict(fields))), passes=_REAL_PASSES)
+def _real(model: nn.Module, task: Task, fields: Any) -> Findings:
+    return _watched(*copy.deepcopy((model, task, fields)), passes=_REAL_PASSES)
 
 
-def _watched(model: nn.Module, task: Task, fields: Fields, *, passes: int) -> Findings:
+def _watched(model: nn.Module, task: Task, fields: Any, *, passes: int) -> Findings:
     watch = _Watch(model)
     # What is compiled would be compiled for the watch as well.
     compiles = "torch._dynamo" in sys.modules

@@ -240,7 +240,7 @@ def _build(
     loader, section = data.validation_loader, config.training
     if loader is not None and (section.evaluate_every_epochs or section.evaluate_every_steps):
         with raise_together(world.communicator):
-            rows = loader.example(MOST_ROWS)
+            rows = loader.examples(MOST_ROWS)
         step = parts.step
         with ranges_checked(parts.task):
             rehearse(
@@ -273,7 +273,7 @@ def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
     if step.sharded is None and not world.topology.is_rank_zero:
         return []
     rows = data.train_loader.examples(min(MOST_SAMPLES, max(2, step.rows)))
-    if len(next(iter(rows.values()))) < 2:
+    if rows.size < 2:
         return []
     found = find_coupling(step, parts.task, rows, parts.number_format, world.device)
     return [] if found is None else [f"the loss is no sum over samples: {found}"]

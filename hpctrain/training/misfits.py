@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hpctrain.config import Config
+from hpctrain.data.loading.nested import named_tensors
 from hpctrain.errors import ConfigError, HpctrainError
-from hpctrain.training.task import Fields
 
 _CHANNELS = ("chan", "in_dim", "input")
 _FEATURES = ("in_features", "input", "features", "dim", "size", "width")
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
-def explain_misfit(error: Exception, fields: Fields, config: Config) -> HpctrainError | None:
+def explain_misfit(error: Exception, fields: Any, config: Config) -> HpctrainError | None:
     """Return an error in terms of the config, None where it is another kind of error.
 
     Args:
         error: that a model or a task raised in its first pass.
-        fields: that it had been given.
+        fields: that it had been given, of any structure.
         config: names the model, its arguments and the fields of the task.
     """
     if isinstance(error, HpctrainError):
@@ -42,11 +43,13 @@ def explain_misfit(error: Exception, fields: Fields, config: Config) -> Hpctrain
 class _Given:
     """What the task was given, in words."""
 
-    def __init__(self, fields: Fields, config: Config) -> None:
-        self._fields = fields
+    def __init__(self, fields: Any, config: Config) -> None:
+        self._fields = dict(named_tensors(fields))
         self._config = config
-        self.inputs = [name for name in config.task.inputs if name in fields]
-        self.target = config.task.target
+        named = [name for name in config.task.inputs if name in self._fields]
+        self.inputs = named or list(self._fields)
+        target = config.task.target
+        self.target = target if target in self._fields else None
 
     def described(self, name: str) -> str:
         """Return a field as `"x" (8, 3) float32`."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import ShareOfBatch
 from hpctrain.training.ddp import DDPModel
 from hpctrain.training.precision import LossScale, NumberFormat
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import (
     copied_buffers,
     evaluating,
@@ -43,7 +43,7 @@ class Passes:
         wrapped: DDPModel | ShardedModel,
         number_format: NumberFormat,
         scaler: LossScale,
-        held: Fields,
+        held: Any,
         world_size: int,
         device: torch.device,
         *,
@@ -56,7 +56,7 @@ class Passes:
             wrapped: of the model.
             number_format: of parameters and arithmetic.
             scaler: of the loss.
-            held: one row of every field, cast, for passes without samples of parameters that are
+            held: one sample, cast, for passes without samples of parameters that are
                 spread over the ranks.
             world_size: number of ranks.
             device: of this rank.
@@ -82,7 +82,7 @@ class Passes:
         # Gradients of the loss, by its dtype and what it is divided by: a run has two or three.
         self._seeds: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def forward(self, batch: Batch, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: ShareOfBatch, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Run one pass over some of the rank's samples. Under FSDP, collective: all ranks.
 
         Returns:
@@ -92,9 +92,7 @@ class Passes:
             self._count_uses(first < stop)
         if first == stop:
             return self._forward_without_samples()
-        fields: Fields = batch.fields
-        if stop - first < batch.size:
-            fields = {name: tensor[first:stop] for name, tensor in fields.items()}
+        fields = batch.fields if stop - first == batch.size else batch.part(first, stop)
         with self._arithmetic:
             cast = self._format.cast(fields, self._task.inputs)
             if self._alone is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.config.schema import Precision
+from hpctrain.data.loading.nested import map_tensors
 from hpctrain.training.nonfinite import FORGIVEN
 
 
@@ -68,11 +69,18 @@ class NumberFormat:
             return self.parameters
         return torch.complex128 if self.parameters == torch.float64 else torch.complex64
 
-    def cast(self, fields: Mapping[str, Tensor], inputs: Sequence[str]) -> Mapping[str, Tensor]:
+    def cast(self, fields: Any, inputs: Sequence[str]) -> Any:
         """Return the fields with floating-point and complex inputs in the format's dtypes.
 
-        Targets stay: a loss is computed in at least float32.
+        Targets stay: a loss is computed in at least float32. Where nobody says which the inputs
+        are, as of a module, all tensors are cast, and only where the model is.
+
+        Args:
+            fields: by name; without inputs, of any structure.
+            inputs: their names.
         """
+        if not inputs:
+            return self._cast_all(fields)
         wrong = {
             name: tensor.to(self.fitting(tensor.dtype))
             for name in inputs
@@ -90,6 +98,19 @@ class NumberFormat:
                 for name, image in images.items()
             },
         }
+
+    def _cast_all(self, fields: Any) -> Any:
+        """Return any structure with its tensors as the model's own, where that is cast."""
+        if self.casts:
+            fields = map_tensors(lambda tensor: tensor.to(self.fitting(tensor.dtype)), fields)
+        if self.channels_last:
+            fields = map_tensors(_channels_last, fields)
+        return fields
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    is_image = tensor.ndim == 4 and tensor.is_floating_point()
+    return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from hpctrain.data.loading.batch import Samples
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
@@ -24,7 +25,7 @@ from hpctrain.training.dry_run import Explain, explained
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.replay import Replay
-from hpctrain.training.task import Fields, Task
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators, kept_model
 
 logger = logging.getLogger("hpctrain")
@@ -45,7 +46,7 @@ _FLOOR = 1e-6
 def rehearse(
     model: nn.Module,
     task: Task,
-    rows: Fields,
+    rows: Samples,
     world: World,
     number_format: NumberFormat,
     *,
@@ -82,7 +83,7 @@ def rehearse(
         rehearsal.objects.untouched(),
         rehearsal.objects.local(),
     ):
-        with raise_together(together), explained(explain, rows):
+        with raise_together(together), explained(explain, rehearsal.fields):
             rehearsal.run()
         if rehearsal.count == 1:
             return  # every batch is of one row: there is no other cut
@@ -100,23 +101,25 @@ class _Rehearsal:
     Attributes:
         objects: the torchmetrics objects of the task.
         count: of the rows.
+        fields: all of them, cast.
     """
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
-        rows: Fields,
+        rows: Samples,
         world: World,
         number_format: NumberFormat,
         call: Call,
     ) -> None:
         self.objects = MetricObjects(task, world.device)
-        self.count = len(next(iter(rows.values())))
+        self.count = rows.size
+        self.fields = number_format.cast(rows.part(0, rows.size), task.inputs)
         self._task = task
         self._model = model
         self._call = call
-        self._rows = number_format.cast(rows, task.inputs)
+        self._rows = rows
         self._format = number_format
         self._device = world.device
         self._replay = Replay(model, self.count)
@@ -251,14 +254,14 @@ class _Rehearsal:
 
     def _part(self, start: int, stop: int, seed: int = 0, call: Call | None = None) -> Part:
         """Evaluate some of the rows with generators that begin at `seed`."""
-        rows, call = self._rows, call or self._call
+        call, fields = call or self._call, self.fields
         if stop - start < self.count:
-            rows = {name: tensor[start:stop] for name, tensor in rows.items()}
+            fields = self._format.cast(self._rows.part(start, stop), self._task.inputs)
         self.objects.reset()
         totals = Totals(self._task, self.objects)
         with self._format.arithmetic(), kept_generators(self._device):
             seed_generators(seed)
-            totals.add(call(self._task.evaluate, rows))
+            totals.add(call(self._task.evaluate, fields))
         return totals.part()
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import Rows, ShareOfBatch, repeated
+from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.call import Call
@@ -27,7 +28,7 @@ from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_mo
 from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
 from hpctrain.training.passes import OwnGradients, Passes
 from hpctrain.training.precision import LossScale, NumberFormat, real_view
-from hpctrain.training.task import Fields, Task, check_task
+from hpctrain.training.task import Task, check_task
 from hpctrain.training.undisturbed import Disturbance
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -68,7 +69,8 @@ class TrainStep:
         clip_norm: float | None,
         micro_batch_size: int | None,
         largest_share: int,
-        example: Fields,
+        example: Any,
+        repeat: Callable[[int], Any] | None = None,
         smallest_share: int = 0,
         bucket_mb: float | None = None,
         clip_value: float | None = None,
@@ -90,7 +92,8 @@ class TrainStep:
             clip_norm: the norm of the whole gradient is clipped to this; None: not at all.
             micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
             largest_share: the most samples of any rank in any batch.
-            example: one row of every field, on the device.
+            example: one sample, on the device, as a pass has it.
+            repeat: returns it so many times in one pass; None: it has rows of tensors by name.
             smallest_share: the fewest samples of any rank in any batch.
             bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
             clip_value: every element of the gradient is clipped to this, after its norm.
@@ -122,9 +125,9 @@ class TrainStep:
         self._device = world.device
         self._pulse = world.pulse
         self._arithmetic = number_format.arithmetic()
-        self._held = number_format.cast(
-            {name: row.clone() for name, row in example.items()}, task.inputs
-        )
+        self._held = number_format.cast(map_tensors(torch.clone, example), task.inputs)
+        self._repeat = repeat
+        self._format = number_format
         self.rows = max(1, -(-largest_share // self.grad_accum_steps))
         self._wrapped: DDPModel | ShardedModel = sharded or DDPModel(
             model,
@@ -189,8 +192,8 @@ class TrainStep:
         return self._wrapped.call_alone
 
     @property
-    def idle_row(self) -> Fields:
-        """One held row, for passes that only keep the others company."""
+    def idle_row(self) -> Any:
+        """One held sample, for passes that only keep the others company."""
         return self._held
 
     def evaluation_weights(self) -> AbstractContextManager[object]:
@@ -221,11 +224,17 @@ class TrainStep:
         Raises:
             TrainingError: if model, task and data do not fit.
         """
-        fields = {name: torch.cat([row] * self.rows) for name, row in self._held.items()}
+        samples = self.rows
+        if self._repeat is None:
+            fields: Any = repeated(self._held, samples)
+            samples = Rows(fields).size
+        else:
+            fields = self._format.cast(self._repeat(samples), self._task.inputs)
         self.disturbance = prime(
             self._wrapped,
             self._task,
             fields,
+            samples,
             arithmetic=self._arithmetic,
             device=self._device,
             communicator=self._communicator,
@@ -233,7 +242,7 @@ class TrainStep:
         )
         self._passes.moves = bool(self.disturbance.moved)
 
-    def __call__(self, batch: Batch, lr: float) -> None:
+    def __call__(self, batch: ShareOfBatch, lr: float) -> None:
         """Update the parameters by one global batch. Collective: all ranks."""
         self._pulse.tick()  # a batch has come
         self._wrapped.begin()

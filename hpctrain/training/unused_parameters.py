@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ logger = logging.getLogger("hpctrain")
 _SHOWN = 8
 
 
-def reach_all(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def reach_all(model: nn.Module, fields: Any) -> tuple[Tensor, int]:
     """Return a loss of 0 from which a backward pass comes to every trained parameter, with nothing.
 
     In place of `task.loss` for a rank without samples: no code of the user runs, and DDP, which
@@ -42,7 +42,7 @@ def reach_all(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, i
 def reaching_all(method: Method) -> Method:
     """Return a loss that every parameter is reached from, whichever have a part in it."""
 
-    def loss(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    def loss(model: nn.Module, fields: Any) -> tuple[Tensor, Any]:
         loss_sum, weight = method(model, fields)
         return loss_sum + reach_all(model, fields)[0], weight
 
@@ -61,7 +61,7 @@ def differentiable(method: Method, unused: UnusedParameters, *, spread: bool) ->
         spread: whether the others wait for this rank's part of the parameters in a backward pass.
     """
 
-    def loss(model: nn.Module, fields: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    def loss(model: nn.Module, fields: Any) -> tuple[Tensor, Any]:
         loss_sum, weight = method(model, fields)
         if not loss_sum.requires_grad and torch.is_grad_enabled():
             if spread or not unused.allowed:

@@ -13,7 +13,7 @@ from step_world import alone
 from torch import Tensor, nn
 
 import hpctrain
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
@@ -121,7 +121,7 @@ def check_a_task_has_the_bare_model(world: World) -> None:
 
 def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
     number_format = NumberFormat.of("64-true", world.device)
-    rehearse(step.model, task, models.fields_of(4, 7), world, number_format, call=step.call)
+    rehearse(step.model, task, Rows(models.fields_of(4, 7)), world, number_format, call=step.call)
     metrics = evaluate(
         step.model,
         task,

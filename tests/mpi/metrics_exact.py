@@ -13,7 +13,7 @@ from sharded_world import Tower, build
 from step_world import alone, samples
 from torch import Tensor
 
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training import evaluation
@@ -46,7 +46,9 @@ def check_metrics_that_are_no_quotient(world: World) -> None:
             task, other = make(), make()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics: few samples have not all classes
-                rehearse(step.model, task, samples(8, seed=3), world, number_format, call=step.call)
+                rehearse(
+                    step.model, task, Rows(samples(8, seed=3)), world, number_format, call=step.call
+                )
                 step.settle()
                 for count in (38, 2):
                     fields = samples(count, seed=6)
@@ -83,7 +85,7 @@ def check_a_metric_of_batches_is_refused(world: World) -> None:
     rows = samples(9, seed=world.topology.rank)
     number_format = NumberFormat.of("32-true", world.device)
     try:
-        rehearse(Tower(), BatchF1(), rows, world, number_format)
+        rehearse(Tower(), BatchF1(), Rows(rows), world, number_format)
     except TrainingError as error:
         assert error.everywhere
         assert 'BatchF1.evaluate: the metric "f1" depends on how the data are cut' in str(error)

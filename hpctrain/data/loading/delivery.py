@@ -17,6 +17,7 @@ import torch
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.loading.batch import Batch
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     ALIGNMENT_BYTES,
@@ -66,29 +67,6 @@ class LoaderOptions:
     threads: int = 1
     read_retries: int = READ_RETRIES
     locate: Locate = where_it_is
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """This rank's share of a global batch.
-
-    The tensors are the consumer's for as long as it keeps them: memory is used again only when
-    nothing refers to it any more.
-
-    Attributes:
-        fields: by name, (size, *shape) on the device, in the dtype of the dataset where nothing
-            else is asked for.
-        size: samples of this share; may be 0, then the tensors have no rows.
-        global_size: samples of the global batch.
-        epoch: from 0.
-        start: position in the epoch of the first sample of the global batch.
-    """
-
-    fields: dict[str, torch.Tensor]
-    size: int
-    global_size: int
-    epoch: int
-    start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
-    Batch,
     Delivery,
     LoaderOptions,
     groups_in_use,
@@ -106,15 +105,15 @@ class EvaluationLoader:
         source = RowSource(self._delivery.access, lambda rows: rows)
         return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
 
-    def example(self, most: int) -> dict[str, torch.Tensor]:
+    def examples(self, most: int) -> Rows:
         """Return some real rows, as batches hold them: at most `most`, as many on every rank.
 
         Spread over this rank's share, since neighbours are often alike.
         """
-        return self._delivery.some(self.example_rows(most))
+        return Rows(self._delivery.some(self.example_rows(most)))
 
     def example_rows(self, most: int) -> Int64s:
-        """Return which rows of the dataset `example` gives, (at most `most`,) int64, ascending."""
+        """Return which rows of the dataset `examples` gives, (at most `most`,) int64, ascending."""
         samples = self._dataset.samples
         count = min(most, self._batch_size, samples)
         apart = max(1, (self._stop - self._first) // count)

@@ -11,11 +11,11 @@ import torch
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
+from hpctrain.data.loading.batch import Batch, Rows, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
-    Batch,
     Delivery,
     LoaderOptions,
     groups_in_use,
@@ -185,8 +185,8 @@ class TrainLoader:
         source = self._source(order, epoch, start)
         return self._delivery.run(source, self._groups(order, epoch, start), epoch)
 
-    def example(self) -> dict[str, torch.Tensor]:
-        """Return one real sample of every field, (1, *shape) on the device.
+    def example(self, count: int = 1) -> dict[str, torch.Tensor]:
+        """Return one real sample of every field so many times, (count, *shape) on the device.
 
         Another one on each rank, so that not all of them open the same file. Where it has no
         number it is 0: the row stands in where a rank has none, with a weight of 0, and what is
@@ -194,12 +194,13 @@ class TrainLoader:
         """
         row = self._rank * self._dataset.samples // self._world_size
         fields = self._delivery.one(row)
-        return {
+        sample = {
             name: torch.nan_to_num(each, 0.0, 0.0, 0.0) if each.is_floating_point() else each
             for name, each in fields.items()
         }
+        return sample if count == 1 else repeated(sample, count)
 
-    def examples(self, most: int) -> dict[str, torch.Tensor]:
+    def examples(self, most: int) -> Rows:
         """Return some real samples, as batches hold them: at most `most`, as many on every rank.
 
         Spread over the dataset, since neighbours are often alike.
@@ -207,7 +208,7 @@ class TrainLoader:
         samples = self._dataset.samples
         count = min(most, samples)
         rows = (np.arange(count, dtype=np.int64) * samples + self._rank) // count % samples
-        return self._delivery.some(np.unique(rows))
+        return Rows(self._delivery.some(np.unique(rows)))
 
     def rows(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""

@@ -264,7 +264,7 @@ def test_without_a_mask_a_missing_integer_is_refused(labels: Dataset) -> None:
         decoding=refusing,
     )
     with pytest.raises(DatasetError, match=r'0\.h5: field "label", row 3: -1 is a missing'):
-        loader.example(20)
+        loader.examples(20)
 
 
 def test_fields_without_attributes_cost_nothing(tmp_path: Path) -> None:

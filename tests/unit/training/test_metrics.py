@@ -15,7 +15,7 @@ from helpers.worlds import world_of_one
 from sklearn import metrics as reference
 from torch import Tensor, nn
 
-from hpctrain.data.loading.loader import Batch
+from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
@@ -91,7 +91,7 @@ def rehearsed(
     if precision in ("bf16-true", "64-true"):
         model = model.to(torch.float64 if precision == "64-true" else torch.bfloat16)
     rows = {name: item[:16] for name, item in fields.items()}
-    rehearse(model, task, rows, world, number_format)
+    rehearse(model, task, Rows(rows), world, number_format)
 
 
 def test_sums_and_rows_make_the_metrics_that_others_compute(
