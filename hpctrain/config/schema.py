@@ -426,6 +426,9 @@ class LaunchSection:
     first_step_timeout_seconds: Seconds = 1800.0
     """The same until a first step is done, and in a save: loading, compiling, writing take long."""
 
+    prepare_timeout_seconds: Seconds = 3600.0
+    """In a job, `prepare_data` of a module and its data may take so long."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingSection:

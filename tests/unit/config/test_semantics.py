@@ -123,6 +123,8 @@ AS_BEFORE = {
     "training.keep_compiled": "nothing is kept, as before",
     "training.cudnn_benchmark": "no algorithm is timed, as before",
     "training.unused_parameters": "over several ranks it is an error, as before",
+    "data.shuffle": "rows are shuffled, as before",
+    "launch.prepare_timeout_seconds": "nothing of a run that has begun calls prepare_data",
 }
 """Keys that came after 0.1.0, and why their default changes no run that has begun."""
 
