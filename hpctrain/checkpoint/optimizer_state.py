@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from hpctrain.checkpoint.state import (
     HasParameters,
     Json,
+    Placement,
     UnsavableError,
     assign,
     decode,
@@ -34,7 +35,6 @@ OWN = "optimizer-own/"
 """Begins the names of tensors of an optimizer that belong to no parameter."""
 
 Facts = Callable[[Tensor], Mapping[str, Json]]
-Placement = Callable[[Tensor, Mapping[str, Json]], Tensor]
 
 # Set before each step, or what a group consists of.
 _NOT_LEARNED = {"params", "param_names", "lr", "lr_factor", "initial_lr"}

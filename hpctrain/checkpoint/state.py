@@ -20,6 +20,9 @@ from hpctrain.errors import CheckpointError
 Json = Any
 """None, bool, int, float, str, and lists and dictionaries of these."""
 
+Placement = Callable[[Tensor, Mapping[str, Json]], Tensor]
+"""Puts a saved tensor where it belongs, by what stands beside its name."""
+
 _DEEPEST = 32
 _OF_JSON = (bool, int, str)
 _NUMBERS = "biuf"
@@ -178,7 +181,7 @@ def _factory_name(value: defaultdict[Any, Any], name: str) -> str | None:
 def decode(
     value: Json,
     tensors: Mapping[str, Tensor],
-    place: Callable[[Tensor, Mapping[str, Json]], Tensor] = lambda tensor, facts: tensor.clone(),
+    place: Placement = lambda tensor, facts: tensor.clone(),
 ) -> Any:
     """Return the tree that `encode` has made JSON of.
 
@@ -199,7 +202,7 @@ def decode(
 def _decode(
     value: Json,
     tensors: Mapping[str, Tensor],
-    place: Callable[[Tensor, Mapping[str, Json]], Tensor],
+    place: Placement,
 ) -> Any:
     def items(values: list[Json]) -> list[Any]:
         return [_decode(item, tensors, place) for item in values]

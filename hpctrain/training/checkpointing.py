@@ -249,21 +249,26 @@ def share(world: World, loaded: Loaded | None) -> Resumed | None:
     )
 
 
-def restore(world: World, step: TrainStep, resumed: Resumed) -> None:
+def restore(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
     """Put the state back into the parts of the run, once these are primed.
 
     The generators of the ranks are put back where there are as many ranks as then.
+
+    Returns:
+        What the header should say of it.
 
     Raises:
         CheckpointError: if the checkpoint is of another model or optimizer.
     """
     restore_parameters(step, resumed)
+    notes = step.registered.restore(resumed.values.get("registered", {}), resumed.training)
     training = resumed.training
     step.bad_steps.copy_(training[BAD_STEPS])
     if resumed.values["world_size"] == world.topology.world_size:
         rank = world.topology.rank
         mine = _below(training, f"{GENERATORS}{rank}/")
         restore_rng(mine, resumed.values["generators"][rank], world.device)
+    return notes
 
 
 def restore_parameters(step: TrainStep, resumed: Resumed) -> None:

@@ -144,7 +144,7 @@ def _train(
         parts = _build(config, world, components, data, changes, brought)
     with raise_together(world.communicator):
         if resumed is not None:
-            resumed = _restored(world, parts, resumed)
+            resumed = _restored(world, parts, resumed, changes)
     if resumed is None and config.checkpoint.initialize_from is not None:
         changes.append(start_warm(config.checkpoint, world, parts.step))
     if reasons := stop.agree():
@@ -260,9 +260,9 @@ def _build(
     return parts
 
 
-def _restored(world: World, parts: Parts, resumed: Resumed) -> Resumed:
-    """Put the state back, and return what is still of use of it."""
-    restore(world, parts.step, resumed)
+def _restored(world: World, parts: Parts, resumed: Resumed, notes: list[str]) -> Resumed:
+    """Put the state back, and return what is still of use of it; the notes are for the header."""
+    notes += restore(world, parts.step, resumed)
     parts.schedule.load_state_dict(resumed.values.get("schedule", {}))
     return resumed.without_tensors()
 

@@ -33,6 +33,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.plain_names import PlainNames, load_plain_state, plain_state
 from hpctrain.training.position import Position
+from hpctrain.training.registered_state import tensor_facts, tensor_placement
 from hpctrain.training.step import TrainStep
 from hpctrain.utils.json_files import checked
 
@@ -159,7 +160,11 @@ def _captured(step: TrainStep) -> _Captured:
     return _Captured(
         model=model_tensors(step.model),
         training=training,
-        values={"optimizer": saved.values, "extra_state": extra},
+        values={
+            "optimizer": saved.values,
+            "extra_state": extra,
+            "registered": step.registered.capture(training),
+        },
     )
 
 
@@ -369,10 +374,6 @@ def capture_extra_states(model: nn.Module, tensors: MutableMapping[str, Tensor])
         UnsavableError: if a state is more than tensors, numbers, texts and containers of these, or
             its module could not take it back.
     """
-
-    def facts(tensor: Tensor) -> Mapping[str, Json]:
-        return {} if tensor.device.type == "cpu" else {"on_device": True}
-
     found = {}
     for name, module in _with_extra_state(model):
         if type(module).set_extra_state is nn.Module.set_extra_state:
@@ -380,7 +381,7 @@ def capture_extra_states(model: nn.Module, tensors: MutableMapping[str, Tensor])
                 f"{name}: {type(module).__name__} has get_extra_state, and no set_extra_state to "
                 "take it back"
             )
-        found[name] = encode(module.get_extra_state(), EXTRA + name, tensors, facts)
+        found[name] = encode(module.get_extra_state(), EXTRA + name, tensors, tensor_facts)
     return found
 
 
@@ -395,10 +396,7 @@ def restore_extra_states(
     Raises:
         CheckpointError: if a module that had one has none any more.
     """
-
-    def place(tensor: Tensor, facts: Mapping[str, Json]) -> Tensor:
-        return tensor.to(device if "on_device" in facts else "cpu", copy=True)
-
+    place = tensor_placement(device)
     modules = dict(_with_extra_state(model))
     for name, value in saved.items():
         if name not in modules:
@@ -467,6 +465,7 @@ class _Values:
         data: the place in the data, which `hpctrain.data.state` checks.
         optimizer: None where 0.1.0 has written it.
         extra_state: of modules that have one, by name.
+        registered: of further objects, by name.
         schedule: state of a schedule that has one.
     """
 
@@ -483,6 +482,7 @@ class _Values:
     decoding: dict[str, str] = field(default_factory=dict)
     optimizer: _Optimizer | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
+    registered: dict[str, Any] = field(default_factory=dict)
     normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False

@@ -28,6 +28,7 @@ from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_mo
 from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
 from hpctrain.training.passes import OwnGradients, Passes
 from hpctrain.training.precision import LossScale, NumberFormat, real_view
+from hpctrain.training.registered_state import RegisteredState
 from hpctrain.training.task import Task, check_task
 from hpctrain.training.undisturbed import Disturbance
 
@@ -49,6 +50,7 @@ class TrainStep:
         grad_accum_steps: passes per rank and step.
         rows: samples of the largest pass.
         optimizer_state: what the optimizer has learned.
+        registered: whatever else is saved with the run, by name.
         average: moving average of the parameters, updated by the job; None where none is wanted.
         evaluation: the optimizer's own weights for evaluations; None where it has one set only.
         sharded: the parameters where they are spread over the ranks, else None.
@@ -118,6 +120,7 @@ class TrainStep:
         self.device = world.device
         self.optimizer = optimizer
         self.optimizer_state = OptimizerState(optimizer, rows=sharded is not None)
+        self.registered = RegisteredState(world.device)
         self.sharded = sharded
         self._task = task
         self._world_size = world.topology.world_size
