@@ -72,6 +72,7 @@ def check_paths(source: Source) -> list[Mistake]:
             for name in (fields if isinstance(fields, dict) else ())
             for part in ("train", "validation")
         ),
+        ("data", "weights"),
         ("checkpoint", "resume"),
         ("checkpoint", "initialize_from"),
     ]
@@ -84,6 +85,8 @@ def check_paths(source: Source) -> list[Mistake]:
         elif key == ("checkpoint", "resume"):
             problem = None if value in _RESUME else _absence(value, may_be_pattern=False)
             hint = did_you_mean(value, _RESUME, quote='"')
+        elif key == ("data", "weights"):
+            problem, hint = _absent_weights(value), ""
         else:
             problem = _absence(value, may_be_pattern=True)
             hint = _data_hint(value)
@@ -105,6 +108,14 @@ def _absence(value: str, *, may_be_pattern: bool) -> str | None:
     except (OSError, ValueError) as error:
         return f"cannot be read: {_reason(error)}"
     return f"no such file or folder (seen from {here}){hint}"
+
+
+def _absent_weights(value: str) -> str | None:
+    """Return in which way a file of weights is not there; the name of a field is for later."""
+    files, _, name = value.rpartition(":")
+    if value.lower().endswith(".npy"):
+        return _absence(value, may_be_pattern=False)
+    return _absence(files, may_be_pattern=True) if files and name else None
 
 
 def _reason(error: Exception) -> str:
@@ -291,6 +302,33 @@ def check_batch_sizes(source: Source) -> list[Mistake]:
     return [source.mistake(("data", "micro_batch_size"), problem)]
 
 
+def check_sampling(source: Source) -> list[Mistake]:
+    """Check that the order of the samples is said in one way."""
+    mistakes = []
+    weights = source.get("data", "weights")
+    overfit = source.get("training", "overfit_batches")
+    if weights is not None and source.get("data", "shuffle") is False:
+        problem = "data.weights draws the samples in an order of its own: leave one of them out"
+        mistakes.append(source.mistake(("data", "shuffle"), problem))
+    if weights is None and source.get("data", "epoch_samples") is not None:
+        problem = (
+            "is the length of an epoch that is drawn by data.weights, which is not set; "
+            "training.limit_train_batches ends any epoch earlier"
+        )
+        mistakes.append(source.mistake(("data", "epoch_samples"), problem))
+    if overfit is None:
+        return mistakes
+    key = ("training", "overfit_batches")
+    if weights is not None:
+        problem = "takes the first batches in the dataset's order, and data.weights draws others"
+        mistakes.append(source.mistake(key, problem))
+    for other in ("limit_train_batches", "limit_validation_batches"):
+        if source.get("training", other) is not None:
+            problem = f"limits training and evaluation alike, and training.{other} is set too"
+            mistakes.append(source.mistake(key, problem))
+    return mistakes
+
+
 def check_warmup(source: Source) -> list[Mistake]:
     """Check that the warm-up has one length."""
     keys = [f"warmup_{unit}" for unit in ("steps", "epochs", "samples")]
@@ -365,6 +403,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_normalize,
     check_limits,
     check_batch_sizes,
+    check_sampling,
     check_warmup,
     check_best,
     check_deterministic,

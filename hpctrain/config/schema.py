@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 Count = Annotated[int, Ge(1)]
 CountOrNever = Annotated[int, Ge(0)]
+CountOrPart = Count | Annotated[float, Interval(gt=0, le=1)]
+"""A whole number of things, or with a point the part of all: 1 is one of them, 1.0 is all."""
 Seconds = Annotated[float, Gt(0)]
 Text = Annotated[str, MinLen(1)]
 Reference = Text
@@ -160,6 +162,12 @@ class DataSection:
 
     shuffle: bool = True
     """Another order of the samples in every epoch; false: that of the dataset's rows, in all."""
+
+    weights: Text | None = None
+    """Draw samples by weight, with replacement: an HDF5 dataset, "files.h5:name", or a .npy."""
+
+    epoch_samples: Count | None = None
+    """Samples of an epoch that are drawn by weight; none: as many as there are."""
 
     drop_last: bool = False
     """Drop the last, smaller batch of an epoch."""
@@ -314,6 +322,18 @@ class TrainingSection:
 
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] | None = None
     """Keep a moving average of the parameters, and evaluate that; none: no average."""
+
+    limit_train_batches: CountOrPart | None = None
+    """Let an epoch end after so many global batches, or such a part of them; none: all."""
+
+    limit_validation_batches: CountOrPart | None = None
+    """Evaluate with so many global batches, or such a part of them; none: all."""
+
+    overfit_batches: CountOrPart | None = None
+    """Both at once, of data that are not shuffled: whether a model can learn a few by heart."""
+
+    fast_dev_run: bool | CountOrNever = False
+    """A trial of so many steps and evaluation batches, true: one; it keeps no checkpoint."""
 
     evaluate_every_epochs: CountOrNever = 1
     """Evaluate after so many epochs; 0: never."""

@@ -379,12 +379,11 @@ def _limited(text: str, constraint: Any) -> str:
         return f"{text} from {constraint.ge}"
     if isinstance(constraint, Gt):
         return f"{text} above {constraint.gt}"
-    if isinstance(constraint, Interval) and constraint.gt is None and constraint.lt is None:
-        return f"{text} from {constraint.ge} to {constraint.le}"
-    if isinstance(constraint, Interval) and constraint.ge is None and constraint.le is None:
-        return f"{text} above {constraint.gt} and below {constraint.lt}"
-    if isinstance(constraint, Interval) and constraint.gt is None and constraint.le is None:
-        return f"{text} from {constraint.ge} and below {constraint.lt}"
+    if isinstance(constraint, Interval):
+        low = f"from {constraint.ge}" if constraint.gt is None else f"above {constraint.gt}"
+        if constraint.lt is None:
+            return f"{text} {low} to {constraint.le}"
+        return f"{text} {low} and below {constraint.lt}"
     if isinstance(constraint, MinLen) and constraint.min_length == 1:
         return text.replace("a ", "a non-empty ", 1)
     raise TypeError(f"no words for {constraint!r}")

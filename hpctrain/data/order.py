@@ -9,8 +9,8 @@ never when.
 What the lanes hold is drawn for each epoch: blocks of consecutive rows are permuted and dealt to
 the lanes, and inside a lane a few blocks at a time, a window, are permuted row by row.
 
-A sequential order is that of the dataset's rows in every epoch. It has no lanes: ranks share every
-batch in runs of neighbouring rows.
+A sequential order is that of the dataset's rows in every epoch, and a weighted one draws every
+position on its own. They have no lanes: ranks share every batch in runs of positions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from hpctrain.config.limits import limited
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.permutation import (
     Int64s,
@@ -41,7 +42,7 @@ MOST_RESIDENT_BLOCKS = 2**19
 """Blocks of a dataset that is in memory: their permutation takes 4 MB."""
 BLOCKS_PER_LANE = 16
 """A lane holds at least so many blocks, or blocks are shorter: small data stay well shuffled."""
-Sampling = Literal["shuffled", "sequential"]
+Sampling = Literal["shuffled", "sequential", "weighted"]
 """How the rows of the dataset become the stream of an epoch."""
 # What a key is for: the permutations of blocks and of windows, and draws of samples share nothing.
 _BLOCKS, _WINDOWS, _SAMPLES = 0, 1, 2
@@ -78,9 +79,19 @@ def resident_block_rows(samples: int) -> int:
     return -(-samples // MOST_RESIDENT_BLOCKS)
 
 
-def served_samples(samples: int, global_batch_size: int, drop_last: bool) -> int:
-    """Return how many samples of an epoch are served."""
-    return samples - samples % global_batch_size if drop_last else samples
+def served_samples(
+    samples: int, global_batch_size: int, drop_last: bool, limit: float | None = None
+) -> int:
+    """Return how many samples of an epoch are served.
+
+    Args:
+        samples: of its stream.
+        global_batch_size: of a full batch.
+        drop_last: leave out a last, smaller batch.
+        limit: serve so many batches, or with a float such a part of them; None: all.
+    """
+    served = samples - samples % global_batch_size if drop_last else samples
+    return min(served, global_batch_size * limited(-(-served // global_batch_size), limit))
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
@@ -103,7 +114,9 @@ class Order:
         lanes: runs of equal length, of which the stream takes one sample each in turn.
         window: blocks of a lane that are shuffled together.
         block_rows: consecutive rows that stay together up to there, and are read in one go.
-        sampling: a sequential order makes no use of the four above.
+        sampling: other orders than a shuffled one make no use of the three above.
+        draws: samples of an epoch that is drawn by weight; None: as many as the dataset has.
+        weights: their fingerprint.
     """
 
     samples: int
@@ -112,6 +125,8 @@ class Order:
     window: int
     block_rows: int
     sampling: Sampling = "shuffled"
+    draws: int | None = None
+    weights: str | None = None
 
     @classmethod
     def for_dataset(
@@ -124,6 +139,8 @@ class Order:
         window: int = 4,
         is_resident: bool = False,
         sampling: Sampling = "shuffled",
+        draws: int | None = None,
+        weights: str | None = None,
     ) -> Order:
         """Choose what was not chosen, from the dataset and the global batch size alone.
 
@@ -145,12 +162,19 @@ class Order:
             window=window,
             block_rows=block_rows,
             sampling=sampling,
+            draws=draws,
+            weights=weights,
         )
 
     @property
     def has_lanes(self) -> bool:
         """Whether ranks share lanes; else they share every batch in runs of positions."""
         return self.sampling == "shuffled"
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch's stream."""
+        return self.samples if self.draws is None else self.draws
 
     @property
     def num_blocks(self) -> int:
@@ -201,7 +225,7 @@ class Order:
 
     def largest_share(self, global_batch_size: int, world_size: int) -> int:
         """Return the most samples that any rank serves of any full batch, wherever it starts."""
-        size = min(global_batch_size, self.samples)
+        size = min(global_batch_size, self.length)
         return max(
             int(self.shares(start, start + size, world_size).max()) for start in self._starts
         )
@@ -214,7 +238,7 @@ class Order:
 
     def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
         """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
-        size = min(global_batch_size, self.samples)
+        size = min(global_batch_size, self.length)
         bounds = [(start, start + size) for start in self._starts]
         if epoch_size % size:
             bounds.append((epoch_size - epoch_size % size, epoch_size))
@@ -236,6 +260,21 @@ class Order:
         lanes = np.array(lanes_of_rank(rank, world_size, self.lanes), np.int64)
         positions = (rows[:, None] * self.lanes + lanes).ravel()
         return positions[slice(*np.searchsorted(positions, (start, stop)))]
+
+    def sample_keys(self, epoch: int, positions: Int64s, rows: Int64s) -> UInt64s:
+        """Return the keys that random transforms of an epoch's samples draw from.
+
+        A row that is drawn twice in an epoch gets another key each time.
+
+        Args:
+            epoch: from 0.
+            positions: (count,) int64, of the samples in the stream.
+            rows: (count,) int64, which rows of the dataset they are.
+
+        Returns:
+            (count,) uint64.
+        """
+        return sample_keys(self.seed, epoch, positions if self.sampling == "weighted" else rows)
 
     def positions_of_group(self, bounds: Sequence[int], rank: int, world_size: int) -> Int64s:
         """Return the positions that a rank serves of batches that follow each other, in order.
@@ -325,9 +364,35 @@ class Plan(Protocol):
         ...
 
 
-def plan_epoch(order: Order, epoch: int) -> Plan:
-    """Return where the samples of an epoch are, whatever the kind of the order."""
-    return Epoch(order, epoch) if order.sampling == "shuffled" else InOrder()
+class Draw(Protocol):
+    """What draws samples by weight."""
+
+    def rows(self, seed: int, epoch: int, positions: Int64s) -> Int64s:
+        """Return which rows of the dataset are at these positions of an epoch's stream."""
+        ...
+
+
+def plan_epoch(order: Order, epoch: int, draw: Draw | None = None) -> Plan:
+    """Return where the samples of an epoch are; a weighted order needs what draws them."""
+    if order.sampling == "shuffled":
+        return Epoch(order, epoch)
+    if order.sampling == "sequential":
+        return InOrder()
+    assert draw is not None
+    return Drawn(draw, order.seed, epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """An epoch of a weighted order."""
+
+    draw: Draw
+    seed: int
+    epoch: int
+
+    def rows(self, positions: Int64s) -> Int64s:
+        """Return the rows that are drawn for these positions of the stream."""
+        return self.draw.rows(self.seed, self.epoch, positions)
 
 
 class InOrder:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.order import Order, Sampling
-from hpctrain.errors import DatasetError
+from hpctrain.errors import ConfigError, DatasetError
 
 STATE_VERSION = 2
 """2 knows orders that are not shuffled; of a shuffled one, 1 is written, as older versions read."""
@@ -33,7 +34,11 @@ def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[
         "seed": order.seed,
         "fingerprint": fingerprint,
     }
-    return state if order.sampling == "shuffled" else {**state, "sampling": order.sampling}
+    if order.sampling != "shuffled":
+        state["sampling"] = order.sampling
+    if order.weights is not None:
+        state["weights"] = order.weights
+    return state
 
 
 def from_state(
@@ -56,6 +61,7 @@ def from_state(
         allow_change: go on with another dataset, from the beginning of the running epoch.
 
     Raises:
+        ConfigError: if the running epoch was begun by other weights of samples.
         DatasetError: if the state is of another dataset, was written by a newer version, or is
             damaged.
     """
@@ -78,13 +84,35 @@ def from_state(
         )
     numbers = {name: _number(state, name) for name in _NUMBERS}
     epoch, position = numbers.pop("epoch"), numbers.pop("position")
-    if position > dataset.samples:
+    sampling = _sampling(state)
+    if sampling != "weighted" and position > dataset.samples:
         raise _damaged("position", position)
     if position >= epoch_size:
         epoch, position = epoch + 1, 0
     if position == 0:
         return order, epoch, 0
-    return Order(samples=dataset.samples, sampling=_sampling(state), **numbers), epoch, position
+    if "weighted" in (sampling, order.sampling):
+        if (sampling, state.get("weights")) != (order.sampling, order.weights):
+            if allow_change:
+                return order, epoch, 0
+            raise _other_weights(epoch, sampling, order)
+        return dataclasses.replace(order, seed=numbers["seed"]), epoch, position
+    begun: dict[str, Any] = {**numbers, "sampling": sampling}
+    return Order(samples=dataset.samples, **begun), epoch, position
+
+
+def _other_weights(epoch: int, then: Sampling, order: Order) -> ConfigError:
+    if then == order.sampling:
+        changed = "by other weights than those of now"
+    elif then == "weighted":
+        changed = "by weights of samples, which are not set now"
+    else:
+        changed = "without weights of samples, which are set now"
+    return ConfigError(
+        f"data.weights: epoch {epoch} of the run to go on with was begun {changed}: an epoch "
+        "ends as it began. Bring that back, start a new run (run.name), or set "
+        "checkpoint.allow_data_change = true to begin that epoch anew"
+    )
 
 
 def _sampling(state: Mapping[str, Any]) -> Sampling:

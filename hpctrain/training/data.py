@@ -11,6 +11,7 @@ from typing import Any
 
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of, stored_fields
+from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
 from hpctrain.data.dataset import Dataset
@@ -20,14 +21,15 @@ from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order, served_samples
+from hpctrain.data.order import Order, Sampling, served_samples
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.state import from_state
 from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.data.view import View
+from hpctrain.data.weights import Weights, read_weights
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
-from hpctrain.topology import raise_together
+from hpctrain.topology import on_rank_zero, raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.position import Position, StopAt
@@ -110,6 +112,7 @@ def open_data(
         with raise_together(world.communicator):
             datasets = [train, *filter(None, [validation])]
             verify_share(datasets, topology.rank, topology.world_size)
+    weights = _open_weights(config, world, train, semantics)
     staging = Staging()
     threads = section.threads or reading_threads(topology.local_world_size)
     memory = None
@@ -124,7 +127,7 @@ def open_data(
         )
     with raise_together(world.communicator):
         order, place, begun = _order_and_place(
-            config, train, resumed, is_resident=memory is not None
+            config, train, resumed, weights, is_resident=memory is not None
         )
         transforms = Transforms.of(config, train, validation, fields, normalizations, world)
         options = LoaderOptions(
@@ -147,6 +150,8 @@ def open_data(
             global_batch_size=section.global_batch_size,
             drop_last=section.drop_last,
             begun=begun,
+            draw=weights,
+            limit=train_limit(config.training),
             memory=memory,
             preparation=transforms.train,
             decoding=transforms.decoding,
@@ -161,6 +166,7 @@ def open_data(
                 preparation=transforms.validation,
                 decoding=transforms.validation_decoding,
                 seed=config.run.seed,
+                samples=evaluated_samples(config, validation.samples),
                 **in_common,
             )
     return Data(
@@ -199,8 +205,41 @@ def _open_datasets(
     return opened
 
 
+def _open_weights(
+    config: Config, world: World, train: Dataset, semantics: Semantics
+) -> Weights | None:
+    """Read the weights of samples on rank 0, for all ranks. Collective: all ranks."""
+    if (given := config.data.weights) is None:
+        return None
+    return on_rank_zero(
+        world.communicator,
+        lambda: read_weights(given, train, config.data.train, semantics.file_order),
+    )
+
+
+def evaluated_samples(config: Config, samples: int) -> int:
+    """Return how many samples of an evaluation's data are used, whatever the number of ranks."""
+    return served_samples(
+        samples,
+        config.data.global_batch_size,
+        drop_last=False,
+        limit=validation_limit(config.training),
+    )
+
+
+def _sampling(config: Config) -> Sampling:
+    if config.data.weights is not None:
+        return "weighted"
+    return "shuffled" if is_shuffled(config.data, config.training) else "sequential"
+
+
 def _order_and_place(
-    config: Config, train: Dataset, resumed: Resumed | None, *, is_resident: bool
+    config: Config,
+    train: Dataset,
+    resumed: Resumed | None,
+    weights: Weights | None,
+    *,
+    is_resident: bool,
 ) -> tuple[Order, Position, dict[int, Order]]:
     """Return the order of the data, where the run goes on, and epochs begun in another order."""
     section = config.data
@@ -215,7 +254,9 @@ def _order_and_place(
         lanes=lanes,
         window=section.window,
         is_resident=is_resident,
-        sampling="shuffled" if section.shuffle else "sequential",
+        sampling=_sampling(config),
+        draws=section.epoch_samples,
+        weights=None if weights is None else weights.fingerprint,
     )
     if resumed is None:
         return order, Position(), {}
@@ -223,7 +264,12 @@ def _order_and_place(
         resumed.values["data"],
         train,
         order,
-        served_samples(train.samples, section.global_batch_size, section.drop_last),
+        served_samples(
+            order.length,
+            section.global_batch_size,
+            section.drop_last,
+            train_limit(config.training),
+        ),
         allow_change=config.checkpoint.allow_data_change,
     )
     # Under another batch size an epoch may be over that was not when it was saved.

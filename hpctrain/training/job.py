@@ -22,6 +22,7 @@ from hpctrain.batch.stop import (
     reserve_seconds,
 )
 from hpctrain.config import Config
+from hpctrain.config.limits import fast_dev_run
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World, prepare_deterministic, process_group
@@ -78,6 +79,7 @@ def train(
         HpctrainError: on every rank, with exit.json saying the same.
     """
     guard.pulse.tick()  # from here on, standing still has a limit
+    config = fast_dev_run(config)
     path = Path(config.run.directory, config.run.name)
     folder: RunFolder | None = None
     with ExitStack() as stack:

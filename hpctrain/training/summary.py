@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.config import Config
+from hpctrain.config.limits import is_shuffled, train_limit
 from hpctrain.config.schema import FieldTable
 from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
@@ -18,7 +19,7 @@ from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import Resumed
-from hpctrain.training.data import Data
+from hpctrain.training.data import Data, evaluated_samples
 from hpctrain.training.position import Position
 from hpctrain.training.rank_zero import RankZero, RunFolder
 from hpctrain.training.record import changed_since
@@ -106,14 +107,21 @@ def summary_text(
             seconds={phase: seconds[phase] for phase in order if phase in seconds},
             checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
             metrics=str(folder / JSONL_FILE),
-            next_command=(
-                "train on",
-                _command(world, _further(command, data.stop_at.further(run.place))),
-            )
-            if complete
-            else ("resume", _command(world, command)),
+            next_command=_next(config, world, run, data, complete, command),
         )
     )
+
+
+def _next(
+    config: Config, world: World, run: Run, data: Data, complete: bool, command: Sequence[str]
+) -> tuple[str, str]:
+    """Return what one may want to do next, and the command for it."""
+    if config.training.fast_dev_run:
+        return "train", _command(world, _with(command, "training.fast_dev_run", "false"))
+    if complete:
+        further = data.stop_at.further(run.place)
+        return "train on", _command(world, _further(command, further))
+    return "resume", _command(world, command)
 
 
 def complete_text(
@@ -169,9 +177,7 @@ def _notes(
     config: Config, world: World, parts: Parts, data: Data, resumed: Resumed | None
 ) -> list[str]:
     notes = []
-    rest = data.train.samples - data.train_loader.epoch_size
-    if rest:
-        notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
+    notes += _served(config, data)
     for name, each in data.transforms.decoding.all.items():
         table = config.data.fields.get(name, FieldTable())
         is_left = (table.fill, table.mask) == (None, None)
@@ -207,6 +213,30 @@ def _notes(
             notes.append(
                 f"{total_steps:,} steps when saved, {now_total:,} now: the schedule is that of the "
                 f"new length, lr {metric(lr)} before and {metric(now_lr)} now"
+            )
+    return notes
+
+
+def _served(config: Config, data: Data) -> list[str]:
+    """Return what of the data an epoch and an evaluation do not serve, or serve otherwise."""
+    loader, batch = data.train_loader, config.data.global_batch_size
+    length = loader.order_of(data.place.epoch + 1).length
+    notes = []
+    if config.data.weights is not None:
+        notes.append(f"an epoch is {plural(length, 'sample')}, drawn by data.weights")
+    elif not is_shuffled(config.data, config.training):
+        notes.append("the samples come in the dataset's order, in every epoch")
+    rest = length - loader.epoch_size
+    if train_limit(config.training) is not None and rest:
+        notes.append(f"an epoch ends after {loader.epoch_size:,} of {plural(length, 'sample')}")
+    elif rest and config.data.drop_last:
+        notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
+    if data.validation is not None:
+        used = evaluated_samples(config, data.validation.samples)
+        if used < data.validation.samples:
+            which = f"the first {used:,} of {plural(data.validation.samples, 'sample')}"
+            notes.append(
+                f"an evaluation is of {which} ({plural(-(-used // batch), 'batch', 'batches')})"
             )
     return notes
 

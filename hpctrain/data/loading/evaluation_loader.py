@@ -43,6 +43,7 @@ class EvaluationLoader:
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
         seed: int = 0,
+        samples: int | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -57,6 +58,7 @@ class EvaluationLoader:
             decoding: what is decoded; None: nothing.
             batch_transform: what is done to batches on the device; None: nothing.
             seed: of the run: what its transform draws is the same in every evaluation.
+            samples: evaluate with the first so many only; None: with all.
 
         Raises:
             DatasetError: if a field is not there.
@@ -64,8 +66,9 @@ class EvaluationLoader:
         self._seed = seed
         self._dataset = dataset.select(fields)
         self._world_size = world_size
-        self._first = rank * dataset.samples // world_size
-        self._stop = (rank + 1) * dataset.samples // world_size
+        self._samples = dataset.samples if samples is None else samples
+        self._first = rank * self._samples // world_size
+        self._stop = (rank + 1) * self._samples // world_size
         self._batch_size = batch_size
         share, staging = sample_bytes(self._dataset, preparation)
         memory = MemoryPlan.make(
@@ -97,13 +100,13 @@ class EvaluationLoader:
     @property
     def most_batches(self) -> int:
         """How many batches the rank with the most samples has."""
-        largest_share = -(-self._dataset.samples // self._world_size)
+        largest_share = -(-self._samples // self._world_size)
         return -(-largest_share // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self._delivery.stop()
         source = RowSource(self._delivery.access, lambda rows: rows)
-        return self._delivery.run(source, self._groups(), 0, self._dataset.samples)
+        return self._delivery.run(source, self._groups(), 0, self._samples)
 
     def examples(self, most: int) -> Rows:
         """Return some real rows, as batches hold them: at most `most`, as many on every rank.

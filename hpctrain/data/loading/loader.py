@@ -30,7 +30,7 @@ from hpctrain.data.loading.sources import (
     Source,
     group_bounds,
 )
-from hpctrain.data.order import Epoch, Order, Plan, plan_epoch, sample_keys, served_samples
+from hpctrain.data.order import Draw, Epoch, Order, Plan, plan_epoch, served_samples
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import read_rows
@@ -65,6 +65,8 @@ class TrainLoader:
         rank: int,
         world_size: int,
         begun: Mapping[int, Order] | None = None,
+        draw: Draw | None = None,
+        limit: float | None = None,
         memory: Mapping[str, Bytes] | None = None,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
@@ -83,6 +85,8 @@ class TrainLoader:
             rank: of this process.
             world_size: number of ranks.
             begun: epochs that began in another order than `order`, and end in it.
+            draw: what draws samples by weight, where the order is one of those.
+            limit: end epochs after so many batches, as `served_samples` takes it.
             memory: all samples by field, as `hold_on_node` returns them; None: read the files.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
@@ -92,13 +96,14 @@ class TrainLoader:
             ConfigError: if there are more ranks than lanes.
             DatasetError: if a field is not there, or the batch is larger than the dataset.
         """
-        if global_batch_size > dataset.samples:
+        if global_batch_size > order.length:
             raise DatasetError(
-                f"data.global_batch_size = {global_batch_size}, but {dataset.source} has only "
-                f"{dataset.samples} samples: set it to at most {dataset.samples}"
+                f"data.global_batch_size = {global_batch_size}, but an epoch of {dataset.source} "
+                f"has only {order.length} samples: set it to at most {order.length}"
             )
         self._dataset = dataset.select(fields)
         self._order = order
+        self._draw = draw
         self._begun = dict(begun or {})
         order.require_world_size(world_size)
         for epoch, each in self._begun.items():
@@ -111,7 +116,7 @@ class TrainLoader:
         self._rank = rank
         self._read_retries = options.read_retries
         self._world_size = world_size
-        self.epoch_size = served_samples(dataset.samples, global_batch_size, drop_last)
+        self.epoch_size = served_samples(order.length, global_batch_size, drop_last, limit)
         self.largest_share = max(
             each.largest_share(global_batch_size, world_size)
             for each in (order, *self._begun.values())
@@ -214,7 +219,7 @@ class TrainLoader:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""
         order = self.order_of(epoch)
         positions = order.positions(start, stop, self._rank, self._world_size)
-        return plan_epoch(order, epoch).rows(positions)
+        return plan_epoch(order, epoch, self._draw).rows(positions)
 
     def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
         """Return runs of rows of the dataset as (name of the shard, first row in it, last).
@@ -253,7 +258,7 @@ class TrainLoader:
                 yield Group(bounds, positions)
             else:
                 rows = rows_at(positions)
-                keys = sample_keys(order.seed, epoch, rows) if self._needs_keys else None
+                keys = order.sample_keys(epoch, positions, rows) if self._needs_keys else None
                 yield Group(bounds, positions, rows, keys)
         # What comes next is planned while the consumer is busy with the last of this epoch.
         self._plan(self.order_of(epoch + 1), epoch + 1)
@@ -283,5 +288,5 @@ class TrainLoader:
     def _plan(self, order: Order, epoch: int) -> Plan:
         """Return the order of an epoch: the one that was asked for last costs nothing."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, plan_epoch(order, epoch)
+            self._planned = epoch, plan_epoch(order, epoch, self._draw)
         return self._planned[1]

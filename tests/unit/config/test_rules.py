@@ -152,10 +152,30 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
                 "which all ranks share"
             ),
         ),
+        ("data.weights=meta/weight", None),
+        ("data.weights=w.npy", f'data.weights = "w.npy": {ABSENT}'),
+        ("data.weights=w/a.h5:x", f'data.weights = "w/a.h5:x": {ABSENT}'),
+        ("data.weights=shards/*.h5:x", None),
+        (
+            "data.epoch_samples=9",
+            (
+                "data.epoch_samples = 9: is the length of an epoch that is drawn by data.weights, "
+                "which is not set; training.limit_train_batches ends any epoch earlier"
+            ),
+        ),
     ],
 )
 def test_one_mistake(override: str, expected: str | None) -> None:
     assert told(VALID, override) == ([] if expected is None else [expected])
+
+
+def test_one_order_of_the_samples() -> None:
+    (both,) = told(VALID, "data.weights=w", "data.shuffle=false")
+    assert both.startswith("data.shuffle = false: data.weights draws the samples in an order of")
+    overfit = ["training.overfit_batches=2", "training.limit_train_batches=0.5"]
+    first, second = told(VALID, "data.weights=w", *overfit)
+    assert first.endswith("first batches in the dataset's order, and data.weights draws others")
+    assert second.endswith("and evaluation alike, and training.limit_train_batches is set too")
 
 
 def test_no_end() -> None:

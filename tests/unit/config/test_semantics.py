@@ -122,6 +122,7 @@ AS_BEFORE = {
     "run.group_writable": "the folder is the user's, as before",
     "training.keep_compiled": "nothing is kept, as before",
     "training.cudnn_benchmark": "no algorithm is timed, as before",
+    "training.fast_dev_run": "it is no trial, as before",
     "training.unused_parameters": "over several ranks it is an error, as before",
     "data.shuffle": "rows are shuffled, as before",
     "launch.prepare_timeout_seconds": "nothing of a run that has begun calls prepare_data",

@@ -244,11 +244,24 @@ def test_lanes_of_ranks_are_dealt_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch", "drop_last", "served"),
-    [(100, 64, False, 100), (100, 64, True, 64), (128, 64, True, 128), (10, 64, True, 0)],
+    ("samples", "batch", "drop_last", "limit", "served"),
+    [
+        (100, 64, False, None, 100),
+        (100, 64, True, None, 64),
+        (128, 64, True, None, 128),
+        (10, 64, True, None, 0),
+        (100, 64, False, 1, 64),
+        (100, 64, False, 1.0, 100),
+        (100, 64, True, 2, 64),
+        (100, 10, False, 0.25, 20),
+        (100, 10, False, 0.01, 10),  # a part of few batches is one at least
+        (100, 10, False, 99, 100),
+    ],
 )
-def test_served_samples(samples: int, batch: int, drop_last: bool, served: int) -> None:
-    assert served_samples(samples, batch, drop_last) == served
+def test_served_samples(
+    samples: int, batch: int, drop_last: bool, limit: float | None, served: int
+) -> None:
+    assert served_samples(samples, batch, drop_last, limit) == served
 
 
 def test_more_ranks_than_lanes_is_refused_with_the_number_to_set() -> None:

@@ -1,0 +1,93 @@
+"""Keys that shape a run: which samples, how many of them, and when it ends."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from helpers.jobs import here, in_turn
+from helpers.runs import losses, metrics, outcome
+
+pytestmark = pytest.mark.ranks(1)
+
+COMMON = ("run.toml", "logging.every_steps=1", "scheduler.use=constant", "logging.progress=none")
+"""Of a job that may end and go on, and leave what another one leaves that did not."""
+
+
+@pytest.mark.ranks(3)
+def test_the_order_of_the_samples_at_any_world_size(site: Path) -> None:
+    """Not shuffled, or drawn by weight: the same batches on 1 and 3 ranks, stopped or not."""
+    labels = []
+    for path in sorted((site / "data/digits/train").glob("*.h5")):
+        with h5py.File(path) as file:
+            labels.append(file["label"][()])
+    np.save(site / "weights.npy", (np.concatenate(labels) < 5).astype(np.float32))
+    orders = {
+        "rows": ["data.shuffle=false"],
+        "drawn": ["data.weights=weights.npy", "data.epoch_samples=1000", "training.strategy=fsdp"],
+    }
+    more = ["training.precision=64-true", "data.micro_batch_size=7"]
+
+    def job(ranks: int, name: str, *overrides: str) -> list[str]:
+        return [*COMMON, *more, *orders[name], f"run.name={name}-{ranks}", *overrides]
+
+    def folder(ranks: int, name: str) -> Path:
+        return site / "runs" / f"{name}-{ranks}"
+
+    for name in orders:
+        said = here(site, *job(0, name, "training.max_steps=25"))
+        assert re.search("drawn by data.weights|in the dataset's order", said)
+    first = [job(3, name, "training.max_steps=9") for name in orders]
+    rest = [job(3, name, "training.max_steps=25") for name in orders]
+    for ended in in_turn(site, 3, *first, *rest):
+        assert ended.code == 0, ended.output
+    for name in orders:
+        alone, together = losses(folder(0, name)), losses(folder(3, name))
+        assert len(alone) == len(together) == 25
+        assert together == pytest.approx(alone, rel=1e-9)
+        epochs = [record["epoch"] for record in metrics(folder(0, name), "train")]
+        assert epochs.index(1) == (16 if name == "drawn" else 23)
+    # In the order of the rows the second epoch begins with the same batch, and it is known by now.
+    assert losses(folder(0, "rows"))[23] != losses(folder(0, "rows"))[0]
+
+
+def test_parts_of_the_data(site: Path) -> None:
+    run = site / "runs" / "digits"
+    said = here(
+        site,
+        *COMMON,
+        "training.max_epochs=3",
+        "training.limit_train_batches=2",
+        "training.limit_validation_batches=0.5",
+    )
+    assert "an epoch ends after 128 of 1,438 samples" in said
+    assert "an evaluation is of the first 192 of 359 samples (3 batches)" in said
+    steps = [(each["step"], each["epoch"]) for each in metrics(run, "train")]
+    assert steps == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert [each["epoch"] for each in metrics(run, "evaluation")] == [0, 1, 2]
+
+    said = here(
+        site, *COMMON, "run.name=few", "training.max_epochs=60", "training.overfit_batches=1"
+    )
+    assert "the samples come in the dataset's order" in said
+    learned = losses(site / "runs" / "few")
+    assert len(learned) == 60
+    assert learned[-1] < learned[0] / 5
+
+
+@pytest.mark.parametrize("steps", ["true", "3"])
+def test_a_trial_of_a_few_steps(site: Path, steps: str) -> None:
+    """It has a folder of its own, however often it is made, and leaves the run alone."""
+    for _ in range(2):
+        said = here(site, *COMMON, f"training.fast_dev_run={steps}")
+        assert "logging.progress=none training.fast_dev_run=false\n" in said
+        trial = site / "runs" / "digits-fast-dev-run"
+        count = 1 if steps == "true" else int(steps)
+        assert [each["step"] for each in metrics(trial, "train")] == list(range(1, count + 1))
+        assert len(metrics(trial, "evaluation")) == 1
+        assert outcome(trial)["code"] == 0
+        assert not [*(trial / "checkpoints").glob("*")]
+    assert not (site / "runs" / "digits").exists()
