@@ -1,37 +1,31 @@
-"""Checkpoints listed, verified, compared and exported from the command line, without torch."""
+"""Checkpoints listed, verified and compared from the command line, without torch."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hpctrain.checkpoint.best import Best, Preference
+from hpctrain.checkpoint.export import best_of, whole_tensors
 from hpctrain.checkpoint.format import (
-    AVERAGE,
     CONFIG,
-    EVALUATION,
     META,
     MODEL,
     TRAINING,
-    Spread,
     check_file,
-    evaluations,
-    join,
     newest_first,
     read_file,
     read_meta,
     resolved,
 )
-from hpctrain.checkpoint.safetensors_files import RawTensor, raw_tensors, write_raw
+from hpctrain.checkpoint.safetensors_files import RawTensor
 from hpctrain.errors import CheckpointError
-from hpctrain.utils.files import replacement
-from hpctrain.utils.run_folder import CHECKPOINTS, folder_name
+from hpctrain.utils.run_folder import CHECKPOINTS
 from hpctrain.utils.text import first_lines, plural, printable
 
 if sys.version_info >= (3, 11):
@@ -49,7 +43,7 @@ def listed(run: Path) -> str:
     Raises:
         CheckpointError: if there is none.
     """
-    latest, best = _latest(run), _best(run)
+    latest, best = _latest(run), best_of(run)
     lines = []
     for path in _of_run(run):
         try:
@@ -117,112 +111,12 @@ def compared(first: Path, second: Path | None) -> str:
     return "\n".join(lines if lines[1:] else [f"{before} and {after} are equal bit for bit"])
 
 
-def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
-    """Write the weights of a checkpoint as one safetensors file, and say which they are.
-
-    Those to evaluate with, where the optimizer had two sets; else those of training.
-
-    Tied tensors are in it under each of their names, so that a strict `load_state_dict` takes it.
-
-    Args:
-        path: a checkpoint, or a run, whose newest is meant.
-        target: the file.
-        average: take the moving averages of the parameters where there are some.
-        best: take the best checkpoint of the run, not its newest.
-
-    Returns:
-        What to say.
-
-    Raises:
-        CheckpointError: if the checkpoint is not whole, has no averages, or the file cannot be
-            written.
-    """
-    source = _best_checkpoint(path) if best else resolved(path)
-    meta = read_meta(source)
-    tensors = _read_raw(source, MODEL, meta)
-    which = "training"
-    if average:
-        which = "average"
-        averages = _second_weights(source, meta, AVERAGE)
-        if not averages:
-            raise CheckpointError(f"{source} has no averages: training.ema_decay was not set")
-        tensors |= averages
-    elif "evaluation" in meta.get("weights", ()):
-        which = "evaluation"
-        tensors |= _second_weights(source, meta, EVALUATION)
-    try:
-        tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
-    except KeyError as error:
-        raise CheckpointError(f"{source} is damaged: it has no tensor {error}") from error
-    try:
-        with replacement(target) as temporary:
-            facts = {"format": "pt", "step": str(meta["step"]), "weights": which}
-            write_raw(temporary, tensors, facts)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    size = sum(len(item.data) for item in tensors.values())
-    return (
-        f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, {which} weights of step "
-        f"{meta['step']:,}"
-    )
-
-
-def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> dict[str, RawTensor]:
-    """Return the weights of a checkpoint that are not those of training, by their names."""
-    return {
-        name.removeprefix(beginning): item
-        for name, item in _read_raw(source, TRAINING, meta).items()
-        if name.startswith(beginning)
-    }
-
-
-def _read_raw(folder: Path, file: str, meta: Mapping[str, Any]) -> dict[str, RawTensor]:
-    """Return the whole tensors of a checkpoint, verified, whoever has written them.
-
-    Raises:
-        CheckpointError: if a file is missing, or is not what was written.
-    """
-
-    def read(name: str) -> dict[str, RawTensor]:
-        return raw_tensors(read_file(folder, name, meta), folder / name)
-
-    def concatenate(rows: Sequence[RawTensor], shape: tuple[int, ...]) -> RawTensor:
-        return RawTensor(rows[0].dtype, shape, b"".join(item.data for item in rows))
-
-    spread = Spread.of(meta)
-    return read(file) if spread is None else join(spread, file, read, concatenate)
-
-
 def _of_run(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = list(newest_first(run / CHECKPOINTS))[::-1]
     if not found:
         raise CheckpointError(f"{run} has no checkpoints: is it the folder of a run?")
     return found
-
-
-def _best(run: Path) -> Best | None:
-    """Return the best checkpoint of a run as its newest says, None if it keeps none."""
-    checkpoints = run / CHECKPOINTS
-    for path in newest_first(checkpoints):
-        try:
-            preference = Preference.of(read_meta(path))
-        except CheckpointError:
-            continue
-        return None if preference is None else preference.best_of(evaluations(checkpoints))
-    return None
-
-
-def _best_checkpoint(run: Path) -> Path:
-    if not (run / CHECKPOINTS).is_dir():
-        raise CheckpointError(f"{run} is not the folder of a run: only a run has a best checkpoint")
-    best = _best(run)
-    if best is None:
-        raise CheckpointError(
-            f"{run} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
-            "or none has an evaluation"
-        )
-    return run / CHECKPOINTS / folder_name(best.step)
 
 
 def _latest(run: Path) -> str | None:
@@ -265,7 +159,7 @@ def _config_changes(before: Path, after: Path) -> list[str]:
 
 def _tensor_changes(file: str, before: Path, after: Path) -> list[str]:
     kind = file.removesuffix(".safetensors")
-    ours, theirs = (_read_raw(path, file, read_meta(path)) for path in (before, after))
+    ours, theirs = (whole_tensors(path, file, read_meta(path)) for path in (before, after))
     lines = [
         f"  {kind}  {printable(name)}: only in {before.name}" for name in ours if name not in theirs
     ]

@@ -96,3 +96,15 @@ def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) ->
     """
     paired = [name for name in paired_names(texts) if name in tensors]
     return tensors | {name: torch.view_as_complex(tensors[name]) for name in paired}
+
+
+def tensors_from_raw(raw: Mapping[str, RawTensor]) -> dict[str, Tensor]:
+    """Return the bytes of a checkpoint's files as host tensors of their own memory."""
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    return {
+        # A tensor of nothing has no buffer to be made from.
+        name: torch.frombuffer(bytearray(item.data), dtype=dtypes[item.dtype]).view(item.shape)
+        if len(item.data)
+        else torch.empty(item.shape, dtype=dtypes[item.dtype])
+        for name, item in raw.items()
+    }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
 from hpctrain.cli.tools import bundle, ckpt, data, job, status
 from hpctrain.cli.usage import HELP, say, usage_error
@@ -21,6 +22,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "job": job,
     "ckpt": ckpt,
     "bundle": bundle,
+}
+ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
+    "check": check,
+    "evaluate": inference.evaluate,
+    "test": inference.test,
+    "predict": inference.predict,
 }
 
 
@@ -92,6 +99,6 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE
-    if first == "check":
-        return check(rest, claim)
+    if first in ON_ALL_RANKS:
+        return ON_ALL_RANKS[first](rest, claim)
     return run(arguments, claim)

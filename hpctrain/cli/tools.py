@@ -154,7 +154,7 @@ def ckpt(arguments: list[str]) -> int:
     if (parsed.average or parsed.best) and tool != "export":
         parser.error("--average and --best belong to ckpt export")
 
-    from hpctrain.checkpoint import inspect
+    from hpctrain.checkpoint import export, inspect
 
     if tool == "ls":
         text = inspect.listed(parsed.run)
@@ -163,7 +163,7 @@ def ckpt(arguments: list[str]) -> int:
     elif tool == "diff":
         text = inspect.compared(parsed.run, other)
     else:
-        text = inspect.export(parsed.run, other, average=parsed.average, best=parsed.best)
+        text = export.export(parsed.run, other, average=parsed.average, best=parsed.best)
     write_out(printable_lines(text) + "\n")
     return ExitCode.DONE
 

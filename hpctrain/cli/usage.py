@@ -14,6 +14,7 @@ PROGRAM = "python -m hpctrain"
 USAGE = """\
 usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
        python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
+       python -m hpctrain evaluate|test|predict CONFIG [SECTION.KEY=VALUE ...] [OPTIONS]
        python -m hpctrain status RUN [--json | --exit-code] [--max-tries N]
        python -m hpctrain job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS
        python -m hpctrain data TOOL ...
@@ -34,6 +35,12 @@ checkpoint. Alone, without a launcher, it is one process.
 commands:
   check CONFIG      under the launcher, before a long job: try network, devices, model, data and
                     run folder, train nothing, say what is wrong and how to fix it; 0 or 69
+  evaluate CONFIG   the metrics of a trained model, of data.validation; test: of data.test
+                    --checkpoint best|last|PATH (a checkpoint, a run, or a file of weights)
+                    --split validation|test|train  --json
+  predict CONFIG --output FOLDER
+                    its predictions for every sample of data.test, as a dataset in the order of
+                    the samples; goes on where a job before was killed. --checkpoint, --split
   status RUN        how the run in this folder ended or where it stands. --json: for programs.
                     --exit-code: for job scripts, after the launcher has ended: 0 complete,
                     75 submit again, 1 neither (the file STOP is there, no step was gained

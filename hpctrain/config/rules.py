@@ -67,6 +67,7 @@ def check_paths(source: Source) -> list[Mistake]:
     keys: list[KeyPath] = [
         ("data", "train"),
         ("data", "validation"),
+        ("data", "test"),
         *(
             ("data", "fields", name, part)
             for name in (fields if isinstance(fields, dict) else ())
@@ -166,7 +167,7 @@ def check_fields(source: Source) -> list[Mistake]:
 def check_samples(source: Source) -> list[Mistake]:
     """Check that the rows to evaluate with are said in one way only, and ranges are some."""
     mistakes = []
-    for part in ("train", "validation"):
+    for part in ("train", "validation", "test"):
         rows = source.get("data", "samples", part)
         if isinstance(rows, list) and _is_no_range(rows):
             problem = "expected the first row and one past the last, such as [0, 8000]"

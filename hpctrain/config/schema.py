@@ -110,6 +110,9 @@ class SamplesTable:
     validation: Text | tuple[int, int] | None = None
     """The same, for evaluation, of the files of `data.train` where no others are given."""
 
+    test: Text | tuple[int, int] | None = None
+    """The same, for `python -m hpctrain test`."""
+
     validation_fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """Evaluate with about this part of the rows, drawn at random, and train with the others."""
 
@@ -138,6 +141,9 @@ class DataSection:
 
     validation: Text | None = None
     """The same, for evaluation; none: no evaluation."""
+
+    test: Text | None = None
+    """The same, for `python -m hpctrain test`; training does not look at it."""
 
     file_order: Literal["natural", "name"] | None = None
     """Order of files that are found: 2 before 10, or by name; none: "natural" in a new run."""

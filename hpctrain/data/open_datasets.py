@@ -53,12 +53,29 @@ def open_datasets(
     Raises:
         DatasetError: if files or fields are not there or do not fit together, or no sample is left.
     """
-    of_same_files = section.samples.validation or section.samples.validation_fraction
+    return (
+        open_for_training(section, fields, semantics),
+        open_for_evaluation(section, fields, semantics),
+    )
+
+
+def open_for_training(
+    section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
+) -> Dataset:
+    """Return the samples to train with, see `open_datasets`."""
     stored = _stored(section, fields, semantics)
-    train = _open(section, fields, "train", semantics).as_stored(stored)
+    return _open(section, fields, "train", semantics).as_stored(stored)
+
+
+def open_for_evaluation(
+    section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
+) -> Dataset | None:
+    """Return the samples to evaluate with, None if there are none, see `open_datasets`."""
+    of_same_files = section.samples.validation or section.samples.validation_fraction
     if section.validation is None and not of_same_files:
-        return train, None
-    return train, _open(section, fields, "validation", semantics).as_stored(stored)
+        return None
+    stored = _stored(section, fields, semantics)
+    return _open(section, fields, "validation", semantics).as_stored(stored)
 
 
 def _stored(section: DataSection, fields: Sequence[str], semantics: Semantics) -> list[str]:

@@ -36,6 +36,9 @@ class Task(Protocol):
     A task whose loss of a sample depends on the others in its pass, as a contrastive one does, says
     so by a further attribute, `batch_dependent_loss = True`: else the header warns of it. One with
     classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.ranges`.
+
+    `python -m hpctrain predict` stores what the model makes of its inputs, or what a further method
+    `predict(model, fields)` returns: a tensor of (samples, ...), or several by name.
     """
 
     inputs: Sequence[str]

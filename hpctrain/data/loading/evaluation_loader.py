@@ -44,6 +44,7 @@ class EvaluationLoader:
         batch_transform: BatchTransform | None = None,
         seed: int = 0,
         samples: int | None = None,
+        rows: Int64s | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -59,6 +60,7 @@ class EvaluationLoader:
             batch_transform: what is done to batches on the device; None: nothing.
             seed: of the run: what its transform draws is the same in every evaluation.
             samples: evaluate with the first so many only; None: with all.
+            rows: of the dataset, which this rank is to serve in this order; None: its share.
 
         Raises:
             DatasetError: if a field is not there.
@@ -67,8 +69,12 @@ class EvaluationLoader:
         self._dataset = dataset.select(fields)
         self._world_size = world_size
         self._samples = dataset.samples if samples is None else samples
-        self._first = rank * self._samples // world_size
-        self._stop = (rank + 1) * self._samples // world_size
+        self._wanted = rows
+        if rows is None:
+            self._first = rank * self._samples // world_size
+            self._stop = (rank + 1) * self._samples // world_size
+        else:
+            self._first, self._stop = 0, len(rows)
         self._batch_size = batch_size
         share, staging = sample_bytes(self._dataset, preparation)
         memory = MemoryPlan.make(
@@ -79,12 +85,12 @@ class EvaluationLoader:
             in_use=groups_in_use(options.device),
         )
         self._group_batches = memory.group_batches
-        rows = batch_size * memory.group_batches
+        most = batch_size * memory.group_batches
         decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
         self._needs_keys = preparation is not None or batch_transform.needs_keys
         self._delivery = Delivery(
             self._dataset,
-            rows,
+            most,
             memory,
             options,
             preparation=preparation,
@@ -105,7 +111,7 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._delivery.stop()
-        source = RowSource(self._delivery.access, lambda rows: rows)
+        source = RowSource(self._delivery.access, self._rows_at)
         return self._delivery.run(source, self._groups(), 0, self._samples)
 
     def examples(self, most: int) -> Rows:
@@ -122,6 +128,9 @@ class EvaluationLoader:
         apart = max(1, (self._stop - self._first) // count)
         return np.sort((self._first + apart * np.arange(count, dtype=np.int64)) % samples)
 
+    def _rows_at(self, places: Int64s) -> Int64s:
+        return places if self._wanted is None else self._wanted[places]
+
     @property
     def wait_seconds(self) -> float:
         """How long the consumer has waited for batches so far."""
@@ -133,6 +142,7 @@ class EvaluationLoader:
 
     def _groups(self) -> Iterator[Group]:
         for bounds in group_bounds(self._first, self._stop, self._batch_size, self._group_batches):
-            rows = np.arange(bounds[0], bounds[-1], dtype=np.int64)
+            places = np.arange(bounds[0], bounds[-1], dtype=np.int64)
+            rows = self._rows_at(places)
             keys = sample_keys(self._seed, 0, rows) if self._needs_keys else None
-            yield Group(bounds, rows, rows, keys)
+            yield Group(bounds, places, rows, keys)

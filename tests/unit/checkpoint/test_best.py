@@ -11,6 +11,7 @@ import torch
 
 from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.best import Best, Preference
+from hpctrain.checkpoint.export import export
 from hpctrain.checkpoint.format import checksum_of_meta
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors
@@ -89,13 +90,13 @@ def test_without_a_best_there_is_none_to_export(tmp_path: Path) -> None:
     save(tmp_path, [0.5])
     newest = tmp_path / "checkpoints" / "step-00000001"
     with pytest.raises(CheckpointError, match="not the folder of a run"):
-        inspect.export(newest, tmp_path / "x", best=True)
+        export(newest, tmp_path / "x", best=True)
     meta = json.loads((newest / "meta.json").read_text())
     del meta["keep_best"], meta["xxh3_64"]
     meta["xxh3_64"] = checksum_of_meta(meta)
     (newest / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="no best checkpoint"):
-        inspect.export(tmp_path, tmp_path / "x", best=True)
+        export(tmp_path, tmp_path / "x", best=True)
     assert " best" not in inspect.listed(tmp_path)
 
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hpctrain.checkpoint.inspect import compared, difference, export, listed, verified
+from hpctrain.checkpoint.export import export
+from hpctrain.checkpoint.inspect import compared, difference, listed, verified
 from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors, write_raw

@@ -10,7 +10,8 @@ import torch
 from helpers.steps import CPU, WORLD, batch, make_step
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.inspect import compared, export
+from hpctrain.checkpoint.export import export
+from hpctrain.checkpoint.inspect import compared
 from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection

@@ -1,0 +1,167 @@
+"""Weights of a checkpoint to use or to give away, without torch: which one, which set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.checkpoint.best import Best, Preference
+from hpctrain.checkpoint.format import (
+    AVERAGE,
+    EVALUATION,
+    MODEL,
+    TRAINING,
+    Spread,
+    evaluations,
+    join,
+    newest_first,
+    read_file,
+    read_meta,
+    resolved,
+)
+from hpctrain.checkpoint.safetensors_files import RawTensor, raw_tensors, write_raw
+from hpctrain.errors import CheckpointError
+from hpctrain.utils.files import replacement
+from hpctrain.utils.run_folder import CHECKPOINTS, folder_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The weights of a checkpoint.
+
+    Attributes:
+        source: the folder of the checkpoint.
+        step: at which it was saved.
+        which: "training", "average" of those, or "evaluation" where the optimizer has two sets.
+        tensors: by name; tied ones under each of their names.
+        metrics: of an evaluation at that step; None: there was none.
+    """
+
+    source: Path
+    step: int
+    which: str
+    tensors: Mapping[str, RawTensor]
+    metrics: Mapping[str, float] | None
+
+    @classmethod
+    def read(cls, source: Path, *, average: bool | None = False) -> Weights:
+        """Read those to evaluate with where the optimizer had two sets, else those of training.
+
+        Args:
+            source: the folder of a checkpoint.
+            average: take the moving averages of the parameters; None: where there are some.
+
+        Raises:
+            CheckpointError: if the checkpoint is not whole, or has no averages.
+        """
+        meta = read_meta(source)
+        tensors, which = whole_tensors(source, MODEL, meta), "training"
+        second: dict[str, RawTensor] = {}
+        if "evaluation" in meta.get("weights", ()) and not average:
+            second, which = _second_weights(source, meta, EVALUATION), "evaluation"
+        elif average is not False:
+            second = _second_weights(source, meta, AVERAGE)
+            which = "average" if second else which
+            if average and not second:
+                raise CheckpointError(f"{source} has no averages: training.ema_decay was not set")
+        tensors |= second
+        try:
+            tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
+        except KeyError as error:
+            raise CheckpointError(f"{source} is damaged: it has no tensor {error}") from error
+        return cls(
+            source=source,
+            step=meta["step"],
+            which=which,
+            tensors=tensors,
+            metrics=meta["metrics"],
+        )
+
+
+def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
+    """Write the weights of a checkpoint as one safetensors file, and say which they are.
+
+    Tied tensors are in it under each of their names, so that a strict `load_state_dict` takes it.
+
+    Args:
+        path: a checkpoint, or a run, whose newest is meant.
+        target: the file.
+        average: take the moving averages of the parameters where there are some.
+        best: take the best checkpoint of the run, not its newest.
+
+    Returns:
+        What to say.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole, has no averages, or the file cannot be
+            written.
+    """
+    weights = Weights.read(best_checkpoint(path) if best else resolved(path), average=average)
+    try:
+        with replacement(target) as temporary:
+            facts = {"format": "pt", "step": str(weights.step), "weights": weights.which}
+            write_raw(temporary, weights.tensors, facts)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    size = sum(len(item.data) for item in weights.tensors.values())
+    return (
+        f"{target}: {len(weights.tensors)} tensors, {size / 1e6:,.1f} MB, {weights.which} weights "
+        f"of step {weights.step:,}"
+    )
+
+
+def best_of(run: Path) -> Best | None:
+    """Return the best checkpoint of a run as its newest says, None if it keeps none."""
+    checkpoints = run / CHECKPOINTS
+    for path in newest_first(checkpoints):
+        try:
+            preference = Preference.of(read_meta(path))
+        except CheckpointError:
+            continue
+        return None if preference is None else preference.best_of(evaluations(checkpoints))
+    return None
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Return the folder of the best checkpoint of a run.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    if not (run / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{run} is not the folder of a run: only a run has a best checkpoint")
+    best = best_of(run)
+    if best is None:
+        raise CheckpointError(
+            f"{run} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
+            "or none has an evaluation"
+        )
+    return run / CHECKPOINTS / folder_name(best.step)
+
+
+def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> dict[str, RawTensor]:
+    """Return the weights of a checkpoint that are not those of training, by their names."""
+    return {
+        name.removeprefix(beginning): item
+        for name, item in whole_tensors(source, TRAINING, meta).items()
+        if name.startswith(beginning)
+    }
+
+
+def whole_tensors(folder: Path, file: str, meta: Mapping[str, Any]) -> dict[str, RawTensor]:
+    """Return the whole tensors of a checkpoint, verified, whoever has written them.
+
+    Raises:
+        CheckpointError: if a file is missing, or is not what was written.
+    """
+
+    def read(name: str) -> dict[str, RawTensor]:
+        return raw_tensors(read_file(folder, name, meta), folder / name)
+
+    def concatenate(rows: Sequence[RawTensor], shape: tuple[int, ...]) -> RawTensor:
+        return RawTensor(rows[0].dtype, shape, b"".join(item.data for item in rows))
+
+    spread = Spread.of(meta)
+    return read(file) if spread is None else join(spread, file, read, concatenate)

@@ -1,0 +1,178 @@
+"""A trained model evaluated, tested and asked for predictions, by any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers.jobs import here, in_turn
+from helpers.runs import metrics
+
+pytestmark = pytest.mark.ranks(3)
+
+MODULE = """
+import torch
+from torch import nn
+from hpctrain import Regression
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Linear(3, 9)
+
+class Both(Regression):
+    def predict(self, model, fields):
+        output = model(fields["x"])
+        return {"y": output, "hot": output[:, 0] > 0}
+"""
+CONFIG = """
+[run]
+name = "fit"
+[model]
+use = "nets:Net"
+[task]
+use = "regression"
+inputs = ["x"]
+target = "y"
+[data]
+train = "train"
+validation = "validation"
+test = "test"
+global_batch_size = 8
+[data.normalize]
+y = "stats"
+x = {mean = 0.5, std = 2.0}
+[optimizer]
+use = "adamw"
+lr = 1e-2
+[training]
+max_epochs = 2
+ema_decay = 0.9
+[checkpoint]
+keep_best = "loss"
+keep_last = 5
+"""
+
+
+def write(folder: Path, rows: int, seed: int, *, target: bool = True) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(rows, 3)).astype(np.float32)
+    y = (x.sum(1, keepdims=True) * 50 + 280).astype(np.float32)
+    for name, part in (("a", slice(None, rows // 2)), ("b", slice(rows // 2, None))):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["x"] = x[part]
+            if target:
+                file["y"] = y[part]
+
+
+def predictions(folder: Path, name: str = "prediction") -> npt.NDArray[Any]:
+    return np.concatenate([h5py.File(path)[name][:] for path in sorted(folder.glob("shard-*.h5"))])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("inference")
+    (site / "nets.py").write_text(MODULE, encoding="utf-8")
+    (site / "run.toml").write_text(CONFIG, encoding="utf-8")
+    for number, (name, rows) in enumerate((("train", 40), ("validation", 13), ("test", 17))):
+        write(site / name, rows, number)
+    here(site, "data", "stats", "train")
+    return site
+
+
+def test_three_ranks_evaluate_and_predict_as_one(site: Path) -> None:
+    ended = in_turn(
+        site,
+        3,
+        ["run.toml"],
+        ["evaluate", "run.toml", "--checkpoint", "last", "--json"],
+        ["test", "run.toml", "--json"],
+        ["predict", "run.toml", "--output", "three"],
+        ["evaluate", "run.toml", 'training.strategy="fsdp"', "--json"],
+        ["predict", "run.toml", 'data.train="nowhere.h5"', "--output", "four"],
+    )
+    assert [each.code for each in ended] == [0, 0, 0, 0, 0, 78]
+    evaluations = metrics(site / "runs" / "fit", "evaluation")
+    last = json.loads(ended[1].stdout)
+    # Averages, batch statistics and all: the numbers of the run's own evaluation.
+    own = {name: evaluations[-1][name] for name in last["metrics"]}
+    assert last["metrics"] == pytest.approx(own, rel=1e-6)
+    assert (last["weights"], last["samples"]) == ("average", 13)
+    best = min(evaluations, key=lambda each: each["loss"])
+    assert json.loads(ended[4].stdout)["step"] == best["step"]
+
+    tested = json.loads(ended[2].stdout)
+    assert (tested["split"], tested["samples"]) == ("test", 17)
+    here(site, "predict", "run.toml", "--output", "one")
+    one, three = predictions(site / "one"), predictions(site / "three")
+    assert one.shape == (17, 1)
+    assert np.allclose(one, three, rtol=1e-6)
+    # In the unit of the files, although the model was trained on normalized numbers.
+    y = predictions_of(site / "test", "y")
+    scale = np.concatenate([predictions_of(site / "train", "y")]).std()
+    assert np.mean((one - y) ** 2) == pytest.approx(tested["metrics"]["mse"] * scale**2, rel=1e-5)
+
+
+def predictions_of(folder: Path, name: str) -> npt.NDArray[Any]:
+    return np.concatenate([h5py.File(path)[name][:] for path in sorted(folder.glob("*.h5"))])
+
+
+def test_what_is_not_needed_may_be_missing(site: Path, tmp_path: Path) -> None:
+    """The training data, where the checkpoint knows their statistics; the targets to predict."""
+    here(site, "run.toml", 'run.name="alone"')
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(site / "runs" / "alone", elsewhere / "runs" / "alone")
+    for name in ("nets.py", "run.toml"):
+        shutil.copy(site / name, elsewhere)
+    write(elsewhere / "new", 5, 4, target=False)
+    (elsewhere / "train").mkdir()
+    said = ['run.name="alone"', 'data.validation="new"', 'data.test="new"']
+    here(elsewhere, "predict", "run.toml", *said, "--output", "p")
+    there = here(
+        site, "predict", "run.toml", *said[:1], f'data.test="{elsewhere}/new"', "--output", "p"
+    )
+    assert "5 samples of test, average weights of the best loss of runs/alone" in there
+    assert np.array_equal(predictions(elsewhere / "p"), predictions(site / "p"))
+    assert '"y"' in here(elsewhere, "test", "run.toml", *said[:2], 'data.test="new"', code=65)
+
+
+def test_weights_of_a_file_and_outputs_of_an_own_task(site: Path) -> None:
+    here(site, "run.toml", 'run.name="weights"', "training.ema_decay=0.5")
+    here(site, "ckpt", "export", "runs/weights", "w.safetensors", "--average", "--best")
+    own = ["predict", "run.toml", 'run.name="weights"', "training.ema_decay=0.5"]
+    here(site, *own, 'task.use="nets:Both"', "--output", "own")
+    here(site, *own, "--checkpoint", "w.safetensors", "--output", "file", "--split", "test")
+    hot, y = (predictions(site / "own", name) for name in ("hot", "y"))
+    assert np.array_equal(hot, y[:, 0] > 0)
+    # What an own method returns is stored as it is; else a target has its files' unit.
+    train = predictions_of(site / "train", "y")
+    assert np.allclose(y * train.std() + train.mean(), predictions(site / "file"), rtol=1e-5)
+
+
+def test_what_cannot_be_done_is_told(site: Path) -> None:
+    told = here(site, "evaluate", "run.toml", 'run.name="never"', code=74)
+    assert "runs/never has no checkpoint: train first" in told
+    here(site, "run.toml", 'run.name="told"', "training.max_epochs=1")
+    told = here(site, "evaluate", "run.toml", 'run.name="told"', 'model.use="nets:Wide"', code=74)
+    assert "it was saved of another model" in told
+    told = here(site, "predict", "run.toml", "--split", "holdout", "--output", "x", code=64)
+    assert "holdout" in told
+    told = here(site, "test", "run.toml", 'run.name="told"', 'data.test="validation/*.nc"', code=78)
+    assert "data.test" in told
