@@ -32,7 +32,7 @@ from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
-from hpctrain.training.optim.lr_scheduler import LearningRate
+from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
 from hpctrain.training.optimizer_trial import try_optimizer
 from hpctrain.training.position import StopAt
@@ -57,7 +57,7 @@ class Parts:
     model: nn.Module
     task: Task
     number_format: NumberFormat
-    schedule: LearningRate
+    schedule: Schedule
     step: TrainStep
     notes: Sequence[str] = ()
 
@@ -141,7 +141,7 @@ def build_parts(
         )
         if tried is not None:
             tried.check_schedule(config.scheduler, config.optimizer.groups)
-        schedule = LearningRate.of(
+        schedule: Schedule = LearningRate.of(
             config.scheduler, components["scheduler"], config.optimizer.lr, stop_at
         )
         evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps

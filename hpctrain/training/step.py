@@ -245,8 +245,13 @@ class TrainStep:
         )
         self._passes.moves = bool(self.disturbance.moved)
 
-    def __call__(self, batch: ShareOfBatch, lr: float) -> None:
-        """Update the parameters by one global batch. Collective: all ranks."""
+    def __call__(self, batch: ShareOfBatch, lr: float | None) -> None:
+        """Update the parameters by one global batch. Collective: all ranks.
+
+        Args:
+            batch: this rank's share.
+            lr: learning rate; None: the groups of the optimizer have it.
+        """
         self._pulse.tick()  # a batch has come
         self._wrapped.begin()
         self._passes.loss_sum, self._passes.weight = None, 0
@@ -391,13 +396,13 @@ class Update:
         """Call something once, before the next time that the optimizer's state changes."""
         self._before = do
 
-    def apply(self, gradients: list[Tensor], lr: float, factor: Tensor | None) -> None:
+    def apply(self, gradients: list[Tensor], lr: float | None, factor: Tensor | None) -> None:
         """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
 
         Args:
             gradients: of all parameters that have one, or of what this rank holds of them; changed
                 in place.
-            lr: learning rate.
+            lr: learning rate; None: the groups of the optimizer have it.
             factor: by which the gradients are too small, (); None: they are not.
         """
         if self._complex:
@@ -426,7 +431,8 @@ class Update:
         if self._before is not None:
             self._before()
             self._before = None
-        set_learning_rate(self.optimizer, lr)
+        if lr is not None:
+            set_learning_rate(self.optimizer, lr)
         if not self._looks:
             # Fused kernels read this flag and leave parameters and their own state alone.
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]

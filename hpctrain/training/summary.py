@@ -190,6 +190,7 @@ def _notes(
             f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "
             "themselves: every step waits for the device"
         )
+    notes += parts.schedule.notes
     training = config.training
     evaluates = training.evaluate_every_epochs or training.evaluate_every_steps
     if config.checkpoint.keep_best is not None and not evaluates:

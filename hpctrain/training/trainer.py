@@ -23,6 +23,7 @@ from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
+from hpctrain.training.optim.lr_scheduler import Schedule
 from hpctrain.training.position import Interval, Position, StopAt
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rank_zero import RankZero
@@ -32,9 +33,6 @@ from hpctrain.training.step import TrainStep
 from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
-
-Schedule = Callable[[Position, Position], float]
-"""(place, end of the run) to the learning rate of the next step."""
 
 Metrics = dict[str, float]
 
@@ -109,6 +107,7 @@ def fit(
         metrics = hooks.evaluate(place, place.epoch - (place.position == 0))
         if metrics is None:
             return place, False  # the checkpoint that the run came from says all there is
+        schedule.advance_monitored(place)
         # That one was saved without these metrics.
         if plan.save.due(place) or place.step == end.step:
             hooks.save(place, metrics)
@@ -116,8 +115,9 @@ def fit(
         epoch = place.epoch
         for batch in loader.epoch(epoch, place.position):
             lr = schedule(place, end)
-            step(batch, lr)
+            step(batch, None if schedule.in_groups else lr)
             place = place.after(batch.global_size, plan.stop_at.epoch_samples)
+            schedule.advance(place)
             hooks.advanced(place)
 
             complete = place.step == end.step
@@ -125,11 +125,14 @@ def fit(
                 hooks.log(place, epoch, lr)
             if plan.check.due(place):
                 hooks.check(place)
-            metrics = None
+            metrics, cut_short = None, False
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)
                 # Without it the run is not done; a later job begins with it.
                 complete = complete and metrics is not None
+                cut_short = metrics is None
+            if not cut_short:
+                schedule.advance_monitored(place)
             stopped = hooks.stop_agreed() and not complete
             if complete or stopped or hooks.save_agreed() or plan.save.due(place):
                 hooks.save(place, metrics)
@@ -234,6 +237,7 @@ class Run:
                 "samples_seen": place.samples_seen,
                 "loss": numbers["loss"],
                 "lr": lr,
+                **self._parts.schedule.rates(),
                 "grad_norm": numbers["grad_norm"],
                 "skipped_steps": self.skipped_steps,
                 "samples_per_second": rate,

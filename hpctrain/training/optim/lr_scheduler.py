@@ -4,14 +4,63 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from hpctrain.config.schema import SchedulerSection, Unit
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.optim.schedules import Factor, Plateau
 from hpctrain.training.position import Position, StopAt
+
+
+class Schedule(Protocol):
+    """What a run asks of its schedule, and tells it.
+
+    Attributes:
+        in_groups: whether the learning rates are in the optimizer's groups by themselves, and are
+            not to be set before a step.
+        notes: what the header should say of it.
+    """
+
+    in_groups: ClassVar[bool]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the header should say of it."""
+        ...
+
+    def __call__(self, place: Position, end: Position) -> float:
+        """Return the learning rate of the step that begins at `place`."""
+        ...
+
+    def rates(self) -> Mapping[str, float]:
+        """Return further learning rates of the last step, by name."""
+        ...
+
+    def watch(self, metrics: Mapping[str, Any]) -> None:
+        """Learn which metrics an evaluation gives."""
+        ...
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation."""
+        ...
+
+    def advance(self, place: Position) -> None:
+        """Take note of the step that led to `place`."""
+        ...
+
+    def advance_monitored(self, place: Position) -> None:
+        """Take note that all that is measured at `place` is known."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +76,9 @@ class LearningRate:
         warmup_unit: what `warmup` is counted in.
         stop_at: how long an epoch is.
     """
+
+    in_groups: ClassVar[bool] = False
+    notes: ClassVar[Sequence[str]] = ()
 
     peak: float
     factor: Factor
@@ -103,6 +155,16 @@ class LearningRate:
                 "warm-up: a factor is a number from 0"
             )
         return self.peak * value
+
+    def rates(self) -> Mapping[str, float]:
+        """Return none: groups of the config have a factor of the one learning rate."""
+        return {}
+
+    def advance(self, place: Position) -> None:
+        """Do nothing: where a run stands is asked with the rate."""
+
+    def advance_monitored(self, place: Position) -> None:
+        """Do nothing, see `observe`."""
 
     def watch(self, metrics: Mapping[str, Any]) -> None:
         """Tell a schedule that needs evaluations what they give.

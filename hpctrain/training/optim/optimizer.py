@@ -27,9 +27,13 @@ _ELEMENTWISE = {
 _ELEMENTWISE_OF_OTHERS = {
     ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 }
-# Who names one of these has chosen an implementation.
 _IN_WORDS = (TypeError, ValueError, RuntimeError)
 _OF_CONSTRUCTORS = (*_IN_WORDS, AttributeError, LookupError, AssertionError, ImportError)
+OF_CONFIG = "[optimizer] use"
+"""Place of an optimizer that the config names, in messages."""
+FUSED_KEY = "optimizer.fused = true"
+
+# Who names one of these has chosen an implementation.
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -87,12 +91,7 @@ def build_optimizer(
             f"[optimizer] use: {type(optimizer).__name__} is not a torch.optim.Optimizer"
         )
     refuse_unknown_kernels(optimizer)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ConfigError(
-            f"[optimizer] use: {type(optimizer).__name__} evaluates the model several times a "
-            "step by itself (it needs a closure), which a step over ranks cannot do"
-        )
+    refuse_closure(optimizer)
     if "weight_decay" not in optimizer.defaults and any("weight_decay" in g for g in chosen_groups):
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} has no weight decay: leave out "
@@ -103,11 +102,34 @@ def build_optimizer(
     return optimizer
 
 
-def refuse_whole_tensors(optimizer: Optimizer) -> None:
+def refuse_closure(optimizer: Optimizer, place: str = OF_CONFIG) -> None:
+    """Refuse optimizers that evaluate the model by themselves.
+
+    Args:
+        optimizer: any.
+        place: where it comes from, for the message.
+
+    Raises:
+        ConfigError: if its step takes a closure that it cannot do without.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{place}: {type(optimizer).__name__} evaluates the model several times a step by "
+            "itself (it needs a closure), which a step over ranks cannot do: take another, or "
+            "write the loop yourself, with hpctrain.connect"
+        )
+
+
+def refuse_whole_tensors(optimizer: Optimizer, place: str = OF_CONFIG) -> None:
     """Refuse optimizers that have to see whole tensors, where a rank has some rows of each.
 
     A class of the user's own says by an attribute `elementwise = True` that every element is
     updated by itself.
+
+    Args:
+        optimizer: any.
+        place: where it comes from, for the message.
 
     Raises:
         ConfigError: if the optimizer is not known to work element by element.
@@ -118,7 +140,7 @@ def refuse_whole_tensors(optimizer: Optimizer) -> None:
     )
     if not (known or getattr(kind, "elementwise", False)):
         raise ConfigError(
-            f'[optimizer] use: with training.strategy = "fsdp" each rank has some rows of every '
+            f'{place}: with training.strategy = "fsdp" each rank has some rows of every '
             f"parameter, and {kind.__name__} is not known to update each element by itself. Those "
             f"of torch that do are {', '.join(sorted(_ELEMENTWISE))}; a class of your own says so "
             'by the attribute elementwise = True. With "ddp" any of them trains'
@@ -158,11 +180,54 @@ def _fused_kernels_fit(
     )
 
 
-def prepare_momentum(optimizer: Optimizer) -> None:
+def make_fused(optimizer: Optimizer) -> None:
+    """Have an optimizer of torch's own use fused kernels, where these are right.
+
+    Only before its first step, and where nobody has chosen an implementation. What it does then is
+    what it would do had it been built with `fused=True`.
+
+    Source: the constructors of torch.optim, read in 2.6 to 2.13; compared in
+    tests/unit/training/test_fused.py.
+    """
+    kind = type(optimizer)
+    groups = optimizer.param_groups
+    parameters = [item for group in groups for item in group["params"]]
+    chosen = any(group.get(name) is not None for group in groups for name in ("fused", "foreach"))
+    differs = any(group.get(name) for group in groups for name in ("capturable", "differentiable"))
+    dampened = issubclass(kind, SGD) and any(group["dampening"] for group in groups)
+    if (
+        "fused" not in optimizer.defaults
+        or chosen
+        or differs
+        or dampened
+        or _steps_its_own_way(kind)
+        or unknown_because(kind, parameters) is not None
+    ):
+        return
+    for values in (optimizer.defaults, *groups):
+        values["fused"] = True
+    fused: Any = optimizer
+    fused._step_supports_amp_scaling = True
+    fused._need_device_dtype_check_for_fused = True
+    for state in optimizer.state.values():  # Adagrad counts from the beginning, in this dtype
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(torch.float32)
+
+
+def _steps_its_own_way(kind: type[Optimizer]) -> bool:
+    """Tell whether a class that inherits from one of torch's has a step of its own."""
+    return not kind.step.__module__.startswith("torch.optim.")
+
+
+def prepare_momentum(optimizer: Optimizer, key: str = FUSED_KEY) -> None:
     """Give fused SGD momentum buffers of zeros where it has none yet.
 
     It would make them in its first step, uninitialised, and where that step is refused they stay
     so: seen in torch 2.13. From zeros the first step does the same, unless there is dampening.
+
+    Args:
+        optimizer: any.
+        key: that the user has chosen fused kernels by, for the message.
 
     Raises:
         ConfigError: if the user asked for fused kernels and dampening.
@@ -173,7 +238,7 @@ def prepare_momentum(optimizer: Optimizer) -> None:
         if not group["momentum"]:
             continue
         if group["dampening"]:
-            raise ConfigError("optimizer.fused = true: not together with dampening; leave it out")
+            raise ConfigError(f"{key}: not together with dampening; leave it out")
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if state.get("momentum_buffer") is None:
@@ -329,8 +394,12 @@ def unknown_because(
     return None
 
 
-def refuse_unknown_kernels(optimizer: Optimizer) -> None:
+def refuse_unknown_kernels(optimizer: Optimizer, key: str = FUSED_KEY) -> None:
     """Refuse fused kernels that the user has chosen where they are not known to be right.
+
+    Args:
+        optimizer: any.
+        key: that the user has chosen them by, for the message.
 
     Raises:
         ConfigError: naming the reason.
@@ -340,8 +409,8 @@ def refuse_unknown_kernels(optimizer: Optimizer) -> None:
     reason = unknown_because(type(optimizer), parameters) if chosen else None
     if reason is not None:
         raise ConfigError(
-            f"optimizer.fused = true: {reason}. Leave it out: fused kernels are used by themselves "
-            "wherever they were measured or read, see docs/training.md"
+            f"{key}: {reason}. Leave it out: fused kernels are used by themselves wherever they "
+            "were measured or read, see docs/training.md"
         )
 
 

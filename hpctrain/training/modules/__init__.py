@@ -1,0 +1,1 @@
+"""Modules with a `training_step`: what they return, log and ask for, as their authors know it."""
