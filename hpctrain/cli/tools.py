@@ -162,6 +162,10 @@ def ckpt(arguments: list[str]) -> int:
         text = inspect.verified(parsed.run)
     elif tool == "diff":
         text = inspect.compared(parsed.run, other)
+    elif other.suffix == ".ckpt":
+        from hpctrain.checkpoint.lightning_file import export_lightning
+
+        text = export_lightning(parsed.run, other, average=parsed.average, best=parsed.best)
     else:
         text = export.export(parsed.run, other, average=parsed.average, best=parsed.best)
     write_out(printable_lines(text) + "\n")

@@ -63,7 +63,8 @@ commands:
   ckpt diff RUN [OTHER]
                     in what two checkpoints differ: config, tensors, numbers
   ckpt export RUN FILE [--average] [--best]
-                    the weights as one safetensors file: of the newest checkpoint, or the best
+                    the weights as one safetensors file: of the newest checkpoint, or the best;
+                    FILE.ckpt: as Lightning's load_from_checkpoint reads them
   bundle RUN [FILE ...]
                     pack what tells how the run went for a support desk, below 5 MB, and list it:
                     config, job records, ends, stacks, the last of the log; no data, no weights,
