@@ -55,6 +55,7 @@ class World:
             your own calls `world.pulse.step_done(step)` after every step, or never.
         nccl_log: what NCCL says of its way; None where it does not run, or the user has said how it
             is to log.
+        guard: ends the job for a failure of this rank alone, and is told the run folder.
     """
 
     topology: Topology
@@ -63,6 +64,7 @@ class World:
     backend: str | None
     pulse: Pulse = field(default_factory=Pulse)
     nccl_log: NcclLog | None = None
+    guard: Guard | None = None
 
 
 @contextmanager
@@ -212,6 +214,7 @@ def process_group(
             backend=backend,
             pulse=keeper.pulse,
             nccl_log=nccl_log,
+            guard=keeper,
         )
         keeper.leaving()
 
@@ -224,7 +227,8 @@ def connect(
 
     Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
     was not up before. An exception of one rank ends the whole job, with its traceback; in a world
-    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does.
+    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does, and
+    so does a SystemExit that all ranks share, by an attribute `everywhere`.
 
     Example:
         >>> with hpctrain.connect() as world:
@@ -239,7 +243,7 @@ def connect(
         LaunchError: if the processes cannot form one world.
     """
     section = section or LaunchSection()
-    success: SystemExit | None = None
+    ending: SystemExit | None = None
     try:
         with (
             _alone_in_this_process(),
@@ -253,14 +257,14 @@ def connect(
             try:
                 yield world
             except SystemExit as asked:
-                if asked.code not in (0, None):
+                if asked.code not in (0, None) and not getattr(asked, "everywhere", False):
                     raise
-                success = asked
+                ending = asked
     except HpctrainError as error:
         end_quietly_if_uncaught(error)
         raise
-    if success is not None:
-        raise success
+    if ending is not None:
+        raise ending
 
 
 _in_use = threading.Lock()

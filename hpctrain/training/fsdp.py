@@ -55,6 +55,7 @@ class ShardedModel:
         rank: this one.
         tied: further names of parameters, and the names that they are held under.
         offloaded: whether the rows are in host memory.
+        root: what gathers: called with a method of the model's and its arguments.
     """
 
     distributed = True
@@ -84,7 +85,7 @@ class ShardedModel:
         """
         self.model = model
         # The root of what is gathered, so that any method of the model finds its parameters.
-        callee = Callee(model)
+        self.root = callee = Callee(model)
         self.world_size, self.rank = world.topology.world_size, world.topology.rank
         self.unused = UnusedParameters(section.unused_parameters, self.world_size)
         self.offloaded = section.cpu_offload
@@ -251,9 +252,13 @@ class ShardedModel:
         Raises:
             TrainingError: on every rank, if they called different units in the first evaluation.
         """
+        self.release()
+        self._order.agree()
+
+    def release(self) -> None:
+        """Let go of gathered parameters, so that the next pass gathers what they are by then."""
         for unit in self._units:
             unit.reshard()
-        self._order.agree()
 
     def agree(self) -> None:
         """Compare which units the ranks have called. Collective: all ranks.
