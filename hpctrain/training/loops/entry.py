@@ -127,7 +127,9 @@ def _refuse_copy(self: nn.Module, memo: Any) -> nn.Module:
 
 def _refuse_part(model: nn.Module, name: str, child: nn.Module, _args: Any) -> None:
     """Refuse a part of a spread model that is called by itself: it has only rows."""
-    if not model.__dict__[_ENTRY].inside:
+    # A backward pass runs parts again whose activations were not kept.
+    is_backward = torch._C._current_graph_task_id() != -1
+    if not (model.__dict__[_ENTRY].inside or is_backward):
         kind = type(model).__name__
         raise TrainingError(
             f"{kind}.{name} was called by itself, and has only some rows of its parameters (strategy "
