@@ -12,8 +12,8 @@ from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from hpctrain.config.validate import load as load_config
-    from hpctrain.launch.process_group import World, connect
     from hpctrain.training.language_modeling import LanguageModeling
+    from hpctrain.training.loops.world import World, connect
     from hpctrain.training.regression import Regression
     from hpctrain.training.task import Classification, Task
 
@@ -33,8 +33,8 @@ _HOMES = {
     "LanguageModeling": "hpctrain.training.language_modeling:LanguageModeling",
     "Regression": "hpctrain.training.regression:Regression",
     "Task": "hpctrain.training.task:Task",
-    "World": "hpctrain.launch.process_group:World",
-    "connect": "hpctrain.launch.process_group:connect",
+    "World": "hpctrain.training.loops.world:World",
+    "connect": "hpctrain.training.loops.world:connect",
     "load_config": "hpctrain.config.validate:load",
 }
 

@@ -227,8 +227,8 @@ def connect(
 
     Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
     was not up before. An exception of one rank ends the whole job, with its traceback; in a world
-    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does, and
-    so does a SystemExit that all ranks share, by an attribute `everywhere`.
+    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does,
+    and so does a SystemExit that all ranks share, by an attribute `everywhere`.
 
     Example:
         >>> with hpctrain.connect() as world:

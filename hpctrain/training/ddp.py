@@ -322,6 +322,29 @@ def broadcast_buffers(world: World, model: nn.Module) -> None:
         module._buffers[key] = data.view(dtype).view(shape)
 
 
+def take_buffers_of_rank_zero(modules: Iterable[nn.Module], rank: int) -> None:
+    """Have every rank's buffers be rank 0's, all in one message. Collective: all ranks.
+
+    Args:
+        modules: of a model that ranks have run alike, so that they have the same buffers.
+        rank: this one.
+    """
+    # Looked up by name: a forward pass may have put others in their place.
+    unique = {id(item): item for module in modules for item in module._buffers.values()}
+    buffers = [item for item in unique.values() if item is not None and item.numel()]
+    if not buffers:
+        return
+    pieces = [tensor_bytes(item) for item in buffers]
+    whole = torch.cat(pieces)
+    dist.broadcast(whole, src=0)
+    if rank:
+        received = whole.split([piece.numel() for piece in pieces])
+        with torch.no_grad():
+            for buffer, piece in zip(buffers, received, strict=True):
+                # A copy begins where any dtype may begin.
+                buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
+
+
 _SHOWN = 4
 # Integers of the size of an element: sums of their bits are exact in any order.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -21,12 +21,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from hpctrain.checkpoint.tensors import tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import Communicator
 from hpctrain.training.call import Call, Callee, Method
+from hpctrain.training.ddp import take_buffers_of_rank_zero
 from hpctrain.training.fsdp_units import Findings, find_units
 from hpctrain.training.plain_names import PlainNames
 from hpctrain.training.precision import NumberFormat
@@ -167,21 +167,8 @@ class ShardedModel:
     def begin(self) -> None:
         """Forget all gradients, and take rank 0's buffers, as DDP does. Collective: all ranks."""
         self.clear_gradients()
-        self._uses.begin()
-        # Looked up by name: a forward pass may have put others in their place.
-        unique = {id(item): item for module in self._modules for item in module._buffers.values()}
-        buffers = [item for item in unique.values() if item is not None and item.numel()]
-        if not buffers:
-            return
-        pieces = [tensor_bytes(item) for item in buffers]
-        whole = torch.cat(pieces)  # all in one message
-        dist.broadcast(whole, src=0)
-        if self.rank:
-            received = whole.split([piece.numel() for piece in pieces])
-            with torch.no_grad():
-                for buffer, piece in zip(buffers, received, strict=True):
-                    # A copy begins where any dtype may begin.
-                    buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
+        self.count_uses_anew()
+        take_buffers_of_rank_zero(self._modules, self.rank)
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -206,6 +193,14 @@ class ShardedModel:
         """Run backward from `loss` and average the gradients. Collective: all ranks."""
         torch.autograd.backward(loss, seed)
         self._whole.reduce()
+
+    def reduce_whole(self) -> None:
+        """Average the gradients of what every rank has. Collective: all ranks."""
+        self._whole.reduce()
+
+    def whole_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that every rank has all of."""
+        return list(self._whole.named.values())
 
     def gradients(self) -> list[Tensor]:
         """Return this rank's rows of all gradients, where the optimizer finds them.
@@ -276,6 +271,10 @@ class ShardedModel:
         """Say whether the backward passes that follow are of samples."""
         self._uses.counting = counts
 
+    def count_uses_anew(self) -> None:
+        """Forget which parameters backward passes have come to: an update follows of others."""
+        self._uses.begin()
+
     def watched(self) -> list[tuple[str, nn.Parameter]]:
         """Return the whole parameters, for hooks of autograd. Collective: all ranks."""
         found: list[tuple[str, nn.Parameter]] = []
@@ -293,10 +292,17 @@ class ShardedModel:
         """Do nothing: FSDP looks at no graph."""
 
     def refresh(self) -> None:
-        """Look for the rows where torch keeps them after its first pass. Collective: all ranks."""
+        """Look for the rows where torch keeps them after its first pass. Collective: all ranks.
+
+        Gradients are lost.
+        """
+        self.find_rows()
+        self._uses.watch(self.watched())
+
+    def find_rows(self) -> None:
+        """Look for the rows where torch keeps them after its first pass, gradients and all."""
         for name, spread in self._spread.items():
             self._rows[name].data = spread.to_local().detach()
-        self._uses.watch(self.watched())
 
     def time_communication(self, last: nn.Parameter) -> None:
         """Count nothing, see `communication_seconds`."""

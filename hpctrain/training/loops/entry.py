@@ -1,8 +1,8 @@
 """The way into a model of a loop of one's own: its number format, and what FSDP gathers around it.
 
 The model stays the object that its owner has made. Where something has to happen around a call, its
-class becomes a class of the same name below its own, whose methods do that: a copy of the model, its
-state and its attributes are as they were.
+class becomes a class of the same name below its own, whose methods do that: a copy of the model,
+its state and its attributes are as they were.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import TrainingError
 from hpctrain.training.fsdp import ShardedModel
 from hpctrain.training.precision import NumberFormat
@@ -63,7 +63,7 @@ class Entry:
     def run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what a method of the model makes of its arguments. Under FSDP, collective."""
         if self._format.casts:
-            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+            args, kwargs = map_tensors(self._cast, (args, kwargs))
         with self._entered(), self._format.arithmetic():
             if self._sharded is None:
                 result = method(*args, **kwargs)
@@ -74,7 +74,7 @@ class Entry:
 
                 result = self._sharded.root(of_bare, {})
         # Sums of many numbers, as losses are, need more than 8 or 11 bits.
-        return tree_map_only(Tensor, _wide, result)
+        return map_tensors(_wide, result)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._format.fitting(tensor.dtype))
@@ -132,7 +132,7 @@ def _refuse_part(model: nn.Module, name: str, child: nn.Module, _args: Any) -> N
     if not (model.__dict__[_ENTRY].inside or is_backward):
         kind = type(model).__name__
         raise TrainingError(
-            f"{kind}.{name} was called by itself, and has only some rows of its parameters (strategy "
-            f'"fsdp"), which are gathered for calls of {kind}: put the call into a method of '
-            f'{kind}, or take strategy="ddp"'
+            f"{kind}.{name} was called by itself, and has only some rows of its parameters "
+            f'(strategy "fsdp"), which are gathered for calls of {kind}: put the call into a '
+            f'method of {kind}, or take strategy="ddp"'
         )

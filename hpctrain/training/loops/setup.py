@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,14 @@ from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.ddp import broadcast_model, check_equal_shapes
+from hpctrain.training.ddp import (
+    broadcast_model,
+    check_equal_shapes,
+    take_buffers_of_rank_zero,
+)
 from hpctrain.training.loops.entry import enter_by
 from hpctrain.training.loops.gradients import Reducer
+from hpctrain.training.loops.registry import Setups
 from hpctrain.training.nonfinite import BadSteps
 from hpctrain.training.optim.ema import EvaluationWeights, begin_training, has_modes
 from hpctrain.training.optim.optimizer import (
@@ -43,6 +48,8 @@ class WholeModel:
     Attributes:
         model: the model itself.
     """
+
+    spread = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -69,56 +76,6 @@ class Setup:
     section: TrainingSection
 
 
-@dataclass(slots=True)
-class Setups:
-    """All that was set up in a world.
-
-    Attributes:
-        scaler: of all losses; None before the first setup.
-        bad_steps: updates that were not applied, of all optimizers.
-    """
-
-    all: list[Setup] = field(default_factory=list)
-    scaler: LossScale | None = None
-    bad_steps: BadSteps | None = None
-
-    def models(self) -> list[nn.Module]:
-        """Return all models, in the order in which they were set up."""
-        return [model for setup in self.all for model in setup.models]
-
-    def held(self) -> list[Any]:
-        """Return what this rank has of each model."""
-        return [held for setup in self.all for held in setup.held]
-
-    def steppers(self) -> list[Stepper]:
-        """Return what steps for each optimizer."""
-        return [stepper for setup in self.all for stepper in setup.optimizers]
-
-    def stepper_of(self, optimizer: Optimizer) -> Stepper:
-        """Return what steps for an optimizer.
-
-        Raises:
-            ConfigError: if it was not set up.
-        """
-        for stepper in self.steppers():
-            if stepper.optimizer is optimizer:
-                return stepper
-        raise ConfigError(
-            f"{type(optimizer).__name__} was not set up: net, optimizer = world.setup(net, "
-            "optimizer)",
-            everywhere=True,
-        )
-
-    def seed(self, loss: Tensor, factor: float = 1.0) -> Tensor:
-        """Return the gradient to begin a backward pass from a loss with, ()."""
-        seed = torch.full_like(loss, factor)
-        for stepper in self.steppers():
-            stepper.begun = True
-        if self.scaler is not None and self.scaler.enabled:
-            seed = seed * self.scaler.scale.to(seed.dtype)
-        return seed
-
-
 class Stepper:
     """The update of one optimizer: mean gradients, clipped, refused where they are not finite.
 
@@ -129,6 +86,7 @@ class Stepper:
         state: what it has learned.
         begun: whether a backward pass has begun by way of the world since the last update.
         steps: updates so far, in this job.
+        applies: whether the update itself is under way.
         evaluation: its own weights for evaluations; None where it has one set only.
     """
 
@@ -140,21 +98,26 @@ class Stepper:
         *,
         section: TrainingSection,
         scaler: LossScale,
-        bad_steps: BadSteps,
+        setups: Setups,
     ) -> None:
         self.optimizer = optimizer
+        self._setups = setups
         self.begun = False
         self.steps = 0
-        self._step = optimizer.step
+        self.applies = False
+        self.plain_step = optimizer.step
         self._zero_grad = optimizer.zero_grad
         self._scaler = scaler
         self._sharded = [item for item in held if not isinstance(item, WholeModel)]
         self._parameters = [item for group in optimizer.param_groups for item in group["params"]]
         self._reducer = Reducer(self._parameters, world.topology.world_size)
         self._whole = {id(item) for each in self._sharded for item in each.whole_parameters()}
-        self._rank = world.topology.rank
+        self._rank, self._world_size = world.topology.rank, world.topology.world_size
+        self._modules = [list(each.model.modules()) for each in held]
         self.state = OptimizerState(optimizer, rows=bool(self._sharded))
-        self.evaluation = EvaluationWeights(optimizer, Named(held)) if has_modes(optimizer) else None
+        self.evaluation = (
+            EvaluationWeights(optimizer, Named(held)) if has_modes(optimizer) else None
+        )
         offloaded = any(each.offloaded for each in self._sharded)
         self.update = Update(
             optimizer,
@@ -165,9 +128,9 @@ class Stepper:
             counted=self._counted if self._sharded else None,
             reduce_norm=self._sharded[0].reduce_norm if self._sharded else None,
         )
-        self.update.bad_steps = bad_steps
+        assert setups.bad_steps is not None
+        self.update.bad_steps = setups.bad_steps
         self._uncounted = 0
-        self._refreshed = False
 
     def take_over(self) -> None:
         """Have `optimizer.step()` and `optimizer.zero_grad()` be ours."""
@@ -188,16 +151,36 @@ class Stepper:
                 'precision "16-mixed" scales losses before their backward pass: call '
                 "world.backward(loss) or run.backward(loss) in place of loss.backward()"
             )
+        if self._setups.is_idle and not self.begun:
+            self._refuse_or_forget()
         self.begun = False
         gradients = self._gathered() if self._sharded else self._reducer.reduce()
-        del self.optimizer.step  # type: ignore[attr-defined]
+        self.applies = True  # what a scheduler has put around `step` stays around it
         try:
             self.update.apply(gradients, None, None)
         finally:
-            self.take_over()
+            self.applies = False
         for each in self._sharded:
             each.release()
+            each.count_uses_anew()
+        if self._world_size > 1:
+            for modules in self._modules:
+                take_buffers_of_rank_zero(modules, self._rank)  # as DistributedDataParallel does
         self.steps += 1
+
+    def _refuse_or_forget(self) -> None:
+        """See to it that the held sample of a rank without others counts for nothing.
+
+        Raises:
+            TrainingError: on this rank, where its gradients are in all ranks' already.
+        """
+        if self._sharded:
+            raise TrainingError(
+                "this rank has no samples in this batch, and its held one counted as much as any: "
+                "call world.backward(loss, samples=batch.size) in place of loss.backward()"
+            )
+        for item in self._parameters:
+            item.grad = None
 
     def clear_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters of this optimizer."""
@@ -207,10 +190,9 @@ class Stepper:
 
     def _gathered(self) -> list[Tensor]:
         """Return this rank's rows of the gradients, and those of what every rank has."""
-        if not self._refreshed:
-            self._refreshed = True
+        if not self.steps:
             for each in self._sharded:
-                each.refresh()
+                each.find_rows()
         found: list[Tensor] = []
         whole: list[Tensor] = []
         for each in self._sharded:
@@ -229,6 +211,8 @@ class Stepper:
 def _step_of(stepper: Stepper) -> Callable[..., Any]:
     def step(_optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients over the ranks, clip them, and update. Collective: all ranks."""
+        if stepper.applies:
+            return stepper.plain_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -320,11 +304,11 @@ def set_up(
     steppers = [
         Stepper(
             optimizer,
-            held,
+            [each for each in held if _has_some_of(each, optimizer)],
             world,
             section=section,
             scaler=scaler,
-            bad_steps=setups.bad_steps,
+            setups=setups,
         )
         for optimizer in optimizers
     ]
@@ -439,10 +423,16 @@ def _spread(
     names = {id(item): plain(name) for name, item in model.named_parameters()}
     with raise_together(world.communicator):
         sharded = ShardedModel(model, section, number_format, world)
+    sharded.refresh()
     rows = dict(sharded.named_parameters())
     for optimizer in optimizers:
         replace_parameters(optimizer, {key: rows[name] for key, name in names.items()})
     return sharded
+
+
+def _has_some_of(held: Any, optimizer: Optimizer) -> bool:
+    own = {id(item) for group in optimizer.param_groups for item in group["params"]}
+    return any(id(item) in own for _, item in held.named_parameters())
 
 
 def replace_parameters(optimizer: Optimizer, by_id: Mapping[int, nn.Parameter]) -> None:
@@ -491,11 +481,10 @@ def section_for(
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if value is not None and not value > 0:
             raise ConfigError(f"{name} = {value}: expected a number above 0, or None")
-    section = TrainingSection(
+    return TrainingSection(
         max_steps=1,
         precision=precision,
         clip_norm=clip_norm,
         clip_value=clip_value,
-        **{"unused_parameters": "allow", **training},
+        **training,
     )
-    return section

@@ -1,0 +1,106 @@
+"""What ranks tell each other in a loop of one's own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hpctrain.errors import ConfigError
+from hpctrain.launch.process_group import World
+from hpctrain.utils.text import did_you_mean
+
+Reduction = Literal["mean", "sum", "min", "max"]
+
+_OPERATIONS = {
+    "mean": dist.ReduceOp.SUM,
+    "sum": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+}
+
+
+def all_gather(world: World, tensor: Tensor) -> Tensor:
+    """Return the rows of all ranks, in rank order, with their gradients. Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        tensor: (rows, ...); ranks may have different numbers of rows. A number, (), is one row.
+
+    Returns:
+        (rows of all ranks, ...). In a backward pass the rows of this rank get the sum of the
+        gradients that all ranks give them.
+    """
+    rows = tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
+    if world.topology.world_size == 1:
+        return rows
+    result: Tensor = _AllGather.apply(world, rows)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, world: World, rows: Tensor) -> Tensor:
+        ranks, rank = world.topology.world_size, world.topology.rank
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(ranks)]
+        dist.all_gather(counts, count)
+        sizes = [int(item) for item in torch.cat(counts).tolist()]
+        # All ranks send equally many rows: gloo and NCCL know no others.
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        ctx.first = sum(sizes[:rank])
+        ctx.stop = ctx.first + sizes[rank]
+        return torch.cat([item[:size] for item, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return None, gradient[ctx.first : ctx.stop]
+
+
+def reduce(world: World, value: Tensor | float, how: str) -> Tensor:
+    """Return the mean, sum, minimum or maximum over all ranks, everywhere. Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        value: a number, or a tensor of the same shape on all ranks; it stays as it is.
+        how: "mean", "sum", "min" or "max".
+
+    Raises:
+        ConfigError: if `how` is something else.
+    """
+    if how not in _OPERATIONS:
+        raise ConfigError(
+            f"world.reduce: {how!r}: expected one of {', '.join(_OPERATIONS)}"
+            f"{did_you_mean(how, list(_OPERATIONS), quote=chr(34))}",
+            everywhere=True,
+        )
+    if isinstance(value, Tensor):
+        result = value.detach().to(world.device, copy=True)
+    else:
+        result = torch.tensor(value, dtype=torch.float64, device=world.device)
+    if world.topology.world_size > 1:
+        dist.all_reduce(result, op=_OPERATIONS[how])
+    return result / world.topology.world_size if how == "mean" else result
+
+
+def broadcast(world: World, value: Any) -> Any:
+    """Return rank 0's value on every rank. Collective: all ranks.
+
+    Args:
+        world: the ranks.
+        value: a tensor, of which all ranks have one in the same shape and dtype; or numbers, texts
+            and containers of these, of which rank 0 has one.
+    """
+    if not isinstance(value, Tensor):
+        return world.communicator.broadcast(value)
+    result = value.detach().to(world.device, copy=True).contiguous()
+    if world.topology.world_size > 1:
+        dist.broadcast(result, src=0)
+    return result

@@ -1,0 +1,265 @@
+"""`hpctrain.connect()`: the world of a loop of one's own.
+
+Nothing here imports torch before the world is made: MPI has to be up first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpctrain.config.choices import choices, device_of, precision_of, training_of
+from hpctrain.config.schema import LaunchSection, Precision
+from hpctrain.errors import ConfigError
+from hpctrain.launch import process_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpctrain.training.loops.loader import Loader
+    from hpctrain.training.loops.registry import Setups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World(process_group.World):
+    """A proven world, ready to train in; made by `connect`.
+
+    Attributes:
+        seed: of weights, data and draws; None: nothing was seeded.
+        precision: of models that are set up without another one.
+        training: the same of the strategy, as keys of `[training]`.
+        setups: what was set up in it.
+    """
+
+    seed: int | None = None
+    precision: Precision = "32-true"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    setups: Setups = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """Of this process, 0 to world_size - 1."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Of this process among those of its node."""
+        return self.topology.local_rank
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.topology.is_rank_zero
+
+    def setup(
+        self,
+        *objects: Any,
+        precision: str | int | None = None,
+        strategy: str | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        **training: Any,
+    ) -> Any:
+        """Make models and their optimizers ready, and return them. Collective: all ranks.
+
+        They stay the same objects. A model goes to the device, and every rank's is rank 0's;
+        calling it, its methods, its attributes and its `state_dict` work at any world size. The
+        optimizer's `step` averages the gradients over the ranks, clips them, and leaves everything
+        as it is where they are not finite. A schedule is made after this, of the optimizer that
+        comes back.
+
+        Args:
+            objects: one model or several, and optimizers of their parameters.
+            precision: such as "bf16-mixed"; None: that of `connect`.
+            strategy: "ddp" or "fsdp"; None: that of `connect`.
+            clip_norm: clip the norm of an optimizer's whole gradient to this.
+            clip_value: clip every element of the gradient to this, after its norm.
+            training: further keys of `[training]`, such as `shard`.
+
+        Returns:
+            What was given: one object, or a tuple of them in the same order.
+
+        Raises:
+            ConfigError: on every rank, if they do not fit together or cannot be trained so.
+        """
+        from hpctrain.training.loops.setup import section_for, set_up
+
+        section = section_for(
+            precision=self.precision if precision is None else precision_of(precision),
+            training={
+                **(self.training if strategy is None else training_of(strategy)),
+                **training,
+            },
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+        )
+        set_up(self, self.setups, objects, section)
+        return objects[0] if len(objects) == 1 else objects
+
+    def loader(
+        self,
+        source: Any,
+        batch_size: int,
+        *,
+        training: bool = True,
+        fields: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Loader:
+        """Return batches of a dataset on the device. Collective: all ranks.
+
+        Args:
+            source: a folder of shards or a pattern of HDF5 files, or a map-style torch Dataset.
+            batch_size: samples of all ranks together: the same batches at any world size.
+            training: in the one order, another one each epoch; False: every sample exactly once,
+                in the dataset's order.
+            fields: of the files, that are wanted; None: all.
+            options: further keys of `[data]`, such as `micro_batch_size`, `drop_last`, `normalize`.
+
+        Raises:
+            ConfigError: on every rank, if an option is none, or of a wrong type.
+            DatasetError: on every rank, if there are no such data.
+        """
+        from hpctrain.training.loops.loader import Loader
+
+        return Loader(
+            self,
+            self.setups,
+            source,
+            batch_size=batch_size,
+            training=training,
+            seed=self.seed,
+            fields=None if fields is None else tuple(fields),
+            options=options,
+        )
+
+    def backward(self, loss: Tensor, *, samples: int | None = None) -> None:
+        """Run a backward pass, from a scaled loss in 16-mixed. Under FSDP, collective: all ranks.
+
+        Args:
+            loss: (), a mean over samples.
+            samples: how many: `batch.size`. Then the update is that of the mean over the global
+                batch, whatever each rank's share. None: the mean over the ranks, as DDP's is.
+
+        Raises:
+            TrainingError: on this rank, if the running batch has another number of samples.
+        """
+        self.setups.backward(loss, self.setups.factor(samples, self.world_size))
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return every rank's value on rank 0, in rank order, None elsewhere. Collective.
+
+        Args:
+            value: numbers, texts, arrays, tensors, and containers of these; tensors come back on
+                the host.
+        """
+        from hpctrain.data.loading.nested import map_tensors
+        from hpctrain.training.evaluation import gather_at_rank_zero
+
+        return gather_at_rank_zero(map_tensors(lambda item: item.detach().cpu(), value), self)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all ranks, (rows, ...), with gradients. Collective: all ranks.
+
+        Args:
+            tensor: (rows, ...), of which ranks may have different numbers; a number is one row.
+        """
+        from hpctrain.training.loops.collectives import all_gather
+
+        return all_gather(self, tensor)
+
+    def reduce(
+        self, value: Tensor | float, how: Literal["mean", "sum", "min", "max"] = "mean"
+    ) -> Tensor:
+        """Return the mean, sum, minimum or maximum over all ranks. Collective: all ranks."""
+        from hpctrain.training.loops.collectives import reduce
+
+        return reduce(self, value, how)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank. Collective: all ranks.
+
+        Args:
+            value: a tensor, of one shape and dtype on all ranks; or numbers, texts and containers
+                of these.
+        """
+        from hpctrain.training.loops.collectives import broadcast
+
+        return broadcast(self, value)
+
+    def barrier(self) -> None:
+        """Return once every rank has come. Collective: all ranks."""
+        self.communicator.barrier()
+
+    def print(self, *words: Any, **options: Any) -> None:
+        """Print on rank 0 only; not collective."""
+        if self.is_rank_zero:
+            print(*words, **{"flush": True, **options})  # noqa: T201 - what it is for
+
+
+@contextmanager
+def connect(
+    section: LaunchSection | None = None,
+    *,
+    communicator: Any = None,
+    seed: int | None = None,
+    device: str | None = None,
+    precision: str | int | None = None,
+    strategy: str | None = None,
+) -> Iterator[World]:
+    """Make the world of this job and give it, ready for a training loop of your own.
+
+    Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
+    was not up before. An exception of one rank ends the whole job, with its traceback; in a world
+    of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does.
+
+    What is None here is as the command line of `python -m hpctrain run` has chosen it.
+
+    Example:
+        >>> with hpctrain.connect(seed=1) as world:
+        ...     net, optimizer = world.setup(net, optimizer)
+
+    Args:
+        section: of the launch; None: as a config without one has it.
+        communicator: mpi4py's, of the ranks that train, where an mpirun has started others too,
+            such as a simulation; None: all ranks. A failure ends all that mpirun has started.
+        seed: of torch's, numpy's and Python's generators, the same on all ranks until training
+            begins, and of the order of the data.
+        device: "cpu", "gpu", "auto", ...
+        precision: of models, such as "bf16-mixed".
+        strategy: "ddp" or "fsdp".
+
+    Raises:
+        LaunchError: if the processes cannot form one world.
+        ConfigError: if there is no such device, precision or strategy.
+    """
+    chosen = choices()
+    accelerator = chosen.accelerator if device is None else device_of(device)
+    section = section or LaunchSection()
+    if accelerator is not None:
+        section = replace(section, device=accelerator)  # type: ignore[arg-type]
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {seed}: expected a whole number from 0 to 2**63 - 1")
+    training = chosen.training if strategy is None else training_of(strategy)
+    number_format = chosen.precision if precision is None else precision_of(precision)
+    with process_group.connect(section, communicator=communicator) as world:
+        from hpctrain.training.loops.registry import Setups
+
+        if seed is not None:
+            from hpctrain.training.build import seed_generators
+
+            seed_generators(seed)
+        facts = {each.name: getattr(world, each.name) for each in fields(world)}
+        yield World(
+            **facts,
+            seed=seed,
+            precision=number_format or "32-true",
+            training=training,
+            setups=Setups(),
+        )
