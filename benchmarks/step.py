@@ -35,6 +35,7 @@ from hpctrain.batch.stop import StopAgreement
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
+from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position
 from hpctrain.training.rank_zero import RankZero, SaveClock
 from hpctrain.training.trainer import Metrics, Phases, Plan, Run, fit
@@ -152,6 +153,7 @@ class Job:
         self.run = _Run(
             self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
             rank_zero=rank_zero, place=self.place, metrics={},
+            stopping=EarlyStopping(self.config.early_stopping, self.config.training),
         )  # fmt: skip
 
     def __call__(self) -> None:

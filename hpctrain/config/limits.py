@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hpctrain.config.schema import Config, DataSection, TrainingSection
+from hpctrain.config.schema import Config, DataSection, EarlyStoppingSection, TrainingSection
 
 FAST_DEV_RUN = "fast-dev-run"
 """What the name of such a run ends with: it never meets the run that it is a trial of."""
@@ -53,6 +53,7 @@ def fast_dev_run(config: Config) -> Config:
             limit_train_batches=None,
             limit_validation_batches=steps,
         ),
+        early_stopping=EarlyStoppingSection(),
         checkpoint=dataclasses.replace(config.checkpoint, resume="never"),
         logging=dataclasses.replace(config.logging, every_steps=1),
     )

@@ -6,6 +6,7 @@ passes over a value of the wrong type, of which the schema speaks.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import re
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from typing import Any
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference, problem_of
-from hpctrain.config.messages import KeyPath, Mistake
+from hpctrain.config.messages import KeyPath, Mistake, shown
 from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
-from hpctrain.config.schema import RunSection
+from hpctrain.config.schema import EarlyStoppingSection, RunSection
 from hpctrain.config.toml import Source
 from hpctrain.utils.text import did_you_mean, printable
 
@@ -339,12 +340,46 @@ def check_warmup(source: Source) -> list[Mistake]:
 
 
 def check_best(source: Source) -> list[Mistake]:
-    """Check that there are evaluations by which to find the best checkpoint."""
-    best = source.get("checkpoint", "keep_best")
-    if best is None or has_validation(source):
+    """Check that there are evaluations by which to find the best checkpoint, or the end."""
+    if has_validation(source):
         return []
     problem = "needs evaluations, and data.validation is not set"
-    return [source.mistake(("checkpoint", "keep_best"), problem)]
+    keys = (("checkpoint", "keep_best"), ("early_stopping", "monitor"))
+    return [source.mistake(key, problem) for key in keys if source.get(*key) is not None]
+
+
+def check_early_stopping(source: Source) -> list[Mistake]:
+    """Check that early stopping has something to go by, and does not contradict other keys."""
+    given, monitor = source.get("early_stopping"), source.get("early_stopping", "monitor")
+    mistakes = []
+    if monitor is None and isinstance(given, dict):
+        usual = {field.name: field.default for field in dataclasses.fields(EarlyStoppingSection)}
+        problem = "there is no early_stopping.monitor beside it, so nothing ends the run early"
+        mistakes += [
+            source.mistake(("early_stopping", key), problem)
+            for key, value in given.items()
+            if key in usual and value != usual[key]  # a saved config writes defaults out
+        ]
+    elif monitor is not None and not _evaluates(source):
+        problem = "needs evaluations, and training.evaluate_every_epochs = 0 makes none"
+        mistakes.append(source.mistake(("early_stopping", "monitor"), problem))
+    mode, other = source.get("early_stopping", "mode"), source.get("checkpoint", "keep_best_mode")
+    same = monitor is not None and monitor == source.get("checkpoint", "keep_best")
+    if same and None not in (mode, other) and mode != other:
+        problem = f"the same metric has checkpoint.keep_best_mode = {shown(other)}"
+        mistakes.append(source.mistake(("early_stopping", "mode"), problem))
+    for unit in ("epochs", "steps"):
+        least, most = (source.get("training", f"{end}_{unit}") for end in ("min", "max"))
+        if type(least) is int and type(most) is int and least > most:
+            problem = f"more than training.max_{unit} = {most}, which ends the run"
+            mistakes.append(source.mistake(("training", f"min_{unit}"), problem))
+    return mistakes
+
+
+def _evaluates(source: Source) -> bool:
+    """Tell whether evaluations are made, where there is something to evaluate with."""
+    epochs = source.get("training", "evaluate_every_epochs")
+    return epochs != 0 or bool(source.get("training", "evaluate_every_steps"))
 
 
 def check_deterministic(source: Source) -> list[Mistake]:
@@ -407,6 +442,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_sampling,
     check_warmup,
     check_best,
+    check_early_stopping,
     check_deterministic,
     check_capabilities,
 )

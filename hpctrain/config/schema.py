@@ -329,6 +329,12 @@ class TrainingSection:
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] | None = None
     """Keep a moving average of the parameters, and evaluate that; none: no average."""
 
+    min_epochs: Count | None = None
+    """Let nothing but these limits end the run before so many epochs, such as early stopping."""
+
+    min_steps: Count | None = None
+    """The same in steps."""
+
     limit_train_batches: CountOrPart | None = None
     """Let an epoch end after so many global batches, or such a part of them; none: all."""
 
@@ -384,6 +390,32 @@ class TrainingSection:
 
     unused_parameters: Literal["error", "allow"] = "error"
     """Over ranks: parameters without a part in a step are an error, or looked for in every step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyStoppingSection:
+    """When a run ends before its limits, by a metric of its evaluations."""
+
+    monitor: Text | None = None
+    """The metric; none: the limits alone end a run."""
+
+    mode: Literal["min", "max"] | None = None
+    """Which direction is better; none: as the task declares it."""
+
+    patience: CountOrNever = 3
+    """End after so many evaluations in a row that were not better than the best."""
+
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """Better is what is better by more than this."""
+
+    stopping_threshold: float | None = None
+    """End once the metric is better than this."""
+
+    divergence_threshold: float | None = None
+    """End once the metric is worse than this."""
+
+    check_finite: bool = True
+    """End where the metric is not a finite number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,6 +513,7 @@ class Config:
     optimizer: OptimizerSection
     scheduler: SchedulerSection = field(default_factory=SchedulerSection)
     training: TrainingSection
+    early_stopping: EarlyStoppingSection = field(default_factory=EarlyStoppingSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     logging: LoggingSection = field(default_factory=LoggingSection)

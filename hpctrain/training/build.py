@@ -127,7 +127,7 @@ def build_parts(
         with raise_together(world.communicator):
             sharded = ShardedModel(model, training, number_format, world, findings)
     with raise_together(world.communicator):
-        _check_best(config, task)
+        _check_monitored(config, task)
         build = functools.partial(_build_optimizer, config, components)
         optimizer = build(sharded or model)
         if sharded is not None:
@@ -295,20 +295,27 @@ def _records_graphs(config: Config) -> bool:
 
 def directions(config: Config, task: Task) -> dict[str, Mode]:
     """Return which direction of each metric of the evaluation is better: the config's word wins."""
-    section = config.checkpoint
-    said = {section.keep_best: section.keep_best_mode} if section.keep_best else {}
+    checkpoint, stopping = config.checkpoint, config.early_stopping
+    asked = (
+        (stopping.monitor, stopping.mode),
+        (checkpoint.keep_best, checkpoint.keep_best_mode),
+    )
+    said = {name: mode for name, mode in asked if mode is not None}
     return {name: said.get(name) or mode for name, mode in task.metrics.items()}
 
 
-def _check_best(config: Config, task: Task) -> None:
-    metric = config.checkpoint.keep_best
-    if metric is None or metric in task.metrics:
-        return
+def _check_monitored(config: Config, task: Task) -> None:
+    asked = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "early_stopping.monitor": config.early_stopping.monitor,
+    }
     known: Sequence[str] = sorted(task.metrics)
-    raise ConfigError(
-        f'checkpoint.keep_best = "{metric}": {config.task.use} has no such metric'
-        f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"
-    )
+    for key, metric in asked.items():
+        if metric is not None and metric not in task.metrics:
+            raise ConfigError(
+                f'{key} = "{metric}": {config.task.use} has no such metric'
+                f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"
+            )
 
 
 # What hpctrain itself passes, by section: not for the config to give.

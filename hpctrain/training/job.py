@@ -30,12 +30,19 @@ from hpctrain.launch.rendezvous import Meeting
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.brought import NOTHING, Brought
-from hpctrain.training.build import Components, Parts, build_parts, resolve_components
+from hpctrain.training.build import (
+    Components,
+    Parts,
+    build_parts,
+    directions,
+    resolve_components,
+)
 from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
 from hpctrain.training.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.coupling import find_coupling
 from hpctrain.training.data import Data, open_data
+from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
 from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.position import Interval
@@ -44,6 +51,7 @@ from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.summary import complete_text, header_text, summary_text, transport_notes
+from hpctrain.training.task import Task
 from hpctrain.training.trainer import Phases, Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
@@ -133,11 +141,12 @@ def _train(
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
         folder.begin(place.step)
-    if data.stop_at.reached(place) and not evaluation_owed:
+    early = None if resumed is None else ended_early(config, resumed.values, place)
+    if (data.stop_at.reached(place) or early) and not evaluation_owed:
         if folder is not None and resumed is not None:
-            logger.info(complete_text(config, world, data, resumed, command))
+            logger.info(complete_text(config, world, data, resumed, early, command))
             folder.step = place.step
-        return ExitCode.DONE, "complete"
+        return ExitCode.DONE, early or "complete"
 
     if reasons := stop.agree():
         return _stopped_early(reasons, data)
@@ -167,6 +176,7 @@ def _train(
         phases=phases,
         stop=stop,
         rank_zero=rank_zero,
+        stopping=early_stopping_of(config, parts.task, resumed),
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
     )
@@ -198,8 +208,17 @@ def _train(
             )
     data.close()
     if complete:
-        return ExitCode.DONE, "complete"
+        return ExitCode.DONE, run.stopping.reason or "complete"
     return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+def early_stopping_of(config: Config, task: Task, resumed: Resumed | None) -> EarlyStopping:
+    """Return what may end the run before its limits, as far as it had come when it was saved."""
+    mode = directions(config, task).get(config.early_stopping.monitor or "", "min")
+    stopping = EarlyStopping(config.early_stopping, config.training, mode)
+    if resumed is not None:
+        stopping.load_state_dict(resumed.values.get(STATE, {}))
+    return stopping
 
 
 def _plan(config: Config, data: Data) -> Plan:

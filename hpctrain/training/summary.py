@@ -94,7 +94,7 @@ def summary_text(
     return summary(
         SummaryFacts(
             run=config.run.name,
-            ended="complete" if complete else "stopped and saved",
+            ended=_ended(run.stopping.reason) if complete else "stopped and saved",
             step=run.place.step,
             total_steps=data.stop_at.total_steps(run.place),
             elapsed_seconds=phases.elapsed(),
@@ -112,6 +112,10 @@ def summary_text(
     )
 
 
+def _ended(early: str | None) -> str:
+    return "complete" if early is None else f"complete ({early})"
+
+
 def _next(
     config: Config, world: World, run: Run, data: Data, complete: bool, command: Sequence[str]
 ) -> tuple[str, str]:
@@ -119,23 +123,35 @@ def _next(
     if config.training.fast_dev_run:
         return "train", _command(world, _with(command, "training.fast_dev_run", "false"))
     if complete:
-        further = data.stop_at.further(run.place)
-        return "train on", _command(world, _further(command, further))
+        early = run.stopping.reason is not None
+        return "train on", _command(world, _further(command, _longer(data, run.place, early)))
     return "resume", _command(world, command)
 
 
+def _longer(data: Data, place: Position, early: bool) -> dict[str, int]:
+    """Return limits under which a complete run has more to do."""
+    further = data.stop_at.further(place)
+    return {**further, "min_steps": 2 * place.step} if early else further
+
+
 def complete_text(
-    config: Config, world: World, data: Data, resumed: Resumed, command: Sequence[str]
+    config: Config,
+    world: World,
+    data: Data,
+    resumed: Resumed,
+    early: str | None,
+    command: Sequence[str],
 ) -> str:
     """Return what to say when there is nothing left to do."""
     place = resumed.place
     metrics = resumed.values["metrics"]
     shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
-    further = _further(command, data.stop_at.further(data.place))
+    further = _further(command, _longer(data, data.place, early is not None))
     counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
+    facts = ", ".join(filter(None, [counted, shown]))
     return "\n".join(
         [
-            f"run {config.run.name} is complete: {', '.join(filter(None, [counted, shown]))}",
+            f"run {config.run.name} is {_ended(early)}: {facts}",
             f"  checkpoint  {resumed.path}",
             f"  train on    {_command(world, further)}",
             f"  start anew  {_command(world, _with(command, 'run.name', f'{config.run.name}-2'))}",

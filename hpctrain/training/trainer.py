@@ -21,6 +21,7 @@ from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
 from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
+from hpctrain.training.early_stopping import STATE, EarlyStopping
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
@@ -50,6 +51,10 @@ class Hooks(Protocol):
 
     def evaluate(self, place: Position, epoch: int) -> Metrics | None:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
+        ...
+
+    def ended_early(self, place: Position) -> bool:
+        """Tell whether the run is complete before its limits. The same on all ranks."""
         ...
 
     def check(self, place: Position) -> None:
@@ -109,9 +114,9 @@ def fit(
             return place, False  # the checkpoint that the run came from says all there is
         schedule.advance_monitored(place)
         # That one was saved without these metrics.
-        if plan.save.due(place) or place.step == end.step:
+        if plan.save.due(place) or place.step == end.step or hooks.ended_early(place):
             hooks.save(place, metrics)
-    while place.step < end.step:
+    while place.step < end.step and not hooks.ended_early(place):
         epoch = place.epoch
         for batch in loader.epoch(epoch, place.position):
             lr = schedule(place, end)
@@ -120,7 +125,7 @@ def fit(
             schedule.advance(place)
             hooks.advanced(place)
 
-            complete = place.step == end.step
+            complete = place.step == end.step or hooks.ended_early(place)
             if complete or plan.log.due(place):
                 hooks.log(place, epoch, lr)
             if plan.check.due(place):
@@ -129,7 +134,7 @@ def fit(
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)
                 # Without it the run is not done; a later job begins with it.
-                complete = complete and metrics is not None
+                complete = (complete or hooks.ended_early(place)) and metrics is not None
                 cut_short = metrics is None
             if not cut_short:
                 schedule.advance_monitored(place)
@@ -147,6 +152,7 @@ class Run:
     """The hooks of the loop, on one rank.
 
     Attributes:
+        stopping: what ends the run before its limits.
         metrics: of the newest evaluation.
         first_place: where this job began.
         place: where it stands.
@@ -165,6 +171,7 @@ class Run:
         phases: Phases,
         stop: StopAgreement,
         rank_zero: RankZero | None,
+        stopping: EarlyStopping,
         place: Position,
         metrics: Metrics,
     ) -> None:
@@ -177,6 +184,7 @@ class Run:
         self._rank_zero = rank_zero
         self._logged_samples = place.samples_seen
         self._logged_time = time.perf_counter()
+        self.stopping = stopping
         self.metrics = metrics
         self.first_place = self.place = place
         self.reasons = 0
@@ -269,12 +277,17 @@ class Run:
             return None
         self.metrics = metrics
         self._parts.schedule.observe(self.metrics)
+        self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
             record = {"kind": "evaluation", "split": "validation", "step": place.step}
             self._rank_zero.writer.write({**record, "epoch": epoch, **self.metrics})
             shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
+
+    def ended_early(self, place: Position) -> bool:
+        """Tell whether the run is complete before its limits. The same on all ranks."""
+        return self.stopping.ends(place)
 
     def check(self, place: Position) -> None:
         """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
@@ -377,6 +390,7 @@ class Run:
             "schedule": self._parts.schedule.state_dict(),
             "metrics": self.metrics,
             "evaluation_owed": self.evaluation_owed,
+            STATE: self.stopping.state_dict(),
             **self._data.record(self._config),
         }
 
@@ -399,7 +413,8 @@ class Run:
             TrainingError: on every rank.
         """
         steps = place.step - self.first_place.step
-        complete = place.step >= self._data.stop_at.total_steps(place)
+        complete = self.stopping.ends(place)
+        complete = complete or place.step >= self._data.stop_at.total_steps(place)
         scaler = self._parts.step.scaler
         # A loss scale that still falls goes on doing so in the next job.
         ends = complete or (self.reasons != 0 and not scaler.enabled)

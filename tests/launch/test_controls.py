@@ -91,3 +91,41 @@ def test_a_trial_of_a_few_steps(site: Path, steps: str) -> None:
         assert outcome(trial)["code"] == 0
         assert not [*(trial / "checkpoints").glob("*")]
     assert not (site / "runs" / "digits").exists()
+
+
+@pytest.mark.ranks(2)
+def test_early_stopping_is_agreed_and_known_ever_after(site: Path) -> None:
+    """Stopped anywhere and started again, a run ends where it ends without that."""
+    common = [*COMMON, "early_stopping.monitor=loss", "early_stopping.patience=2"]
+    common += ["training.evaluate_every_steps=3", "training.evaluate_every_epochs=0"]
+    common += ["checkpoint.every_steps=4", "training.limit_validation_batches=1"]
+    common += ["optimizer.lr=0.03", "early_stopping.min_delta=0.3"]
+    whole = site / "runs" / "whole"
+    said = here(site, *common, "run.name=whole")
+    assert "early stopping: loss has not become better for 2 evaluations" in said
+    ended = outcome(whole)
+    step = ended["step"]
+    assert (ended["code"], step % 3) == (0, 0)
+    assert 9 <= step < 276
+    assert "has not become better" in here(site, "status", "runs/whole")
+    again = here(site, *common, "run.name=whole")  # nothing is left to do
+    assert f"training.min_steps={2 * step}" in again
+    assert outcome(whole)["reason"] == ended["reason"]
+
+    # A limit makes an evaluation of its own: it has to be where one is due.
+    stops = [f"training.max_steps={at}" for at in (step - 6, step - 3)]
+    runs = [[*common, f"run.name={name}"] for name in ("ddp", "fsdp")]
+    runs[1].append("training.strategy=fsdp")
+    jobs = [[*run, stop] for run in runs for stop in stops] + runs
+    longer = [*runs[0], f"training.min_steps={step + 5}", "early_stopping.patience=2"]
+    undisturbed = [*common, "run.name=undisturbed"]
+    for job in in_turn(site, 2, *jobs, longer, undisturbed):
+        assert job.code == 0, job.output
+    expected = metrics(site / "runs" / "undisturbed")
+    stopped = [each for each in metrics(site / "runs" / "ddp") if each["step"] <= step]
+    assert [each for each in stopped if each["kind"] == "train"] == [
+        each for each in expected if each["kind"] == "train"
+    ]
+    for name in ("undisturbed", "fsdp"):
+        assert outcome(site / "runs" / name)["step"] == step
+    assert outcome(site / "runs" / "ddp")["step"] == step + 5

@@ -190,6 +190,27 @@ def test_the_best_of_no_evaluations() -> None:
     ]
 
 
+def test_early_stopping_has_something_to_go_by() -> None:
+    assert told(VALID, "early_stopping.monitor=loss", "early_stopping.mode=min") == []
+    (alone,) = told(VALID, "early_stopping.patience=5")
+    assert alone.startswith("early_stopping.patience = 5: there is no early_stopping.monitor")
+    assert told(VALID, "early_stopping.patience=3") == []  # as a saved config has it
+    for override, message in [
+        ("training.evaluate_every_epochs=0", "training.evaluate_every_epochs = 0 makes none"),
+        ("training.min_steps=9", "training.min_steps = 9: more than training.max_steps = 5"),
+    ]:
+        (found,) = told(VALID, "early_stopping.monitor=loss", override)
+        assert message in found
+    modes = ["early_stopping.mode=max", "checkpoint.keep_best_mode=min"]
+    (found,) = told(VALID, "early_stopping.monitor=loss", *modes)
+    assert found.endswith('the same metric has checkpoint.keep_best_mode = "min"')
+    without = VALID.replace('validation = "shards/*.h5"', "")
+    assert [each.split(" = ")[0] for each in told(without, "early_stopping.monitor=loss")] == [
+        "checkpoint.keep_best",
+        "early_stopping.monitor",
+    ]
+
+
 def test_nccl_without_gpus() -> None:
     assert told(VALID, "launch.device=cpu", "launch.backend=nccl") == [
         'launch.backend = "nccl": NCCL carries nothing between CPUs; "gloo" does'
