@@ -34,7 +34,7 @@ from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
-from hpctrain.training.optimizer_trial import try_optimizer
+from hpctrain.training.optimizer_trial import by_pattern, try_optimizer
 from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
@@ -135,7 +135,7 @@ def build_parts(
         tried = try_optimizer(
             build,
             sharded or model,
-            config.optimizer.groups,
+            by_pattern(config.optimizer.groups),
             rows=sharded is not None,
             ranks=world.topology.world_size,
         )

@@ -27,6 +27,7 @@ from hpctrain.checkpoint.state import HasParameters, UnsavableError
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.optim.ema import EvaluationWeights, has_modes
+from hpctrain.training.optim.optimizer import OF_CONFIG
 from hpctrain.training.undisturbed import kept_generators
 
 
@@ -39,12 +40,14 @@ class TriedOptimizer:
         slots: that it keeps of some parameters after one step, by the parameters' names.
         learns: whether it keeps more than slots of parameters.
         follows_lr: whether a step depends on the `lr` of its `param_groups`.
+        place: where it comes from, for messages.
     """
 
     name: str
     slots: Mapping[str, frozenset[str]]
     learns: bool
     follows_lr: bool
+    place: str = OF_CONFIG
 
     def check_schedule(self, scheduler: SchedulerSection, groups: Sequence[ParameterGroup]) -> None:
         """Refuse learning rates that change nothing.
@@ -52,15 +55,24 @@ class TriedOptimizer:
         Raises:
             ConfigError: naming the key.
         """
-        if self.follows_lr:
-            return
         ignored = None
         warmup = scheduler.warmup_steps or scheduler.warmup_epochs or scheduler.warmup_samples
         if scheduler.use != "constant" or warmup:
             ignored = f'[scheduler] use = "{scheduler.use}"'
         elif any(group.lr_factor != 1 for group in groups):
             ignored = "[[optimizer.groups]] lr_factor"
-        if ignored is not None:
+        self.check_rates(ignored)
+
+    def check_rates(self, ignored: str | None) -> None:
+        """Refuse what sets learning rates that the optimizer does not read.
+
+        Args:
+            ignored: what sets them; None: nothing does.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        if ignored is not None and not self.follows_lr:
             raise ConfigError(
                 f"{ignored}: {self.name} does not read `lr` in its `param_groups` when it steps, "
                 "so that this would change nothing: leave it out, or take another optimizer"
@@ -85,19 +97,34 @@ class TriedOptimizer:
             if missing:
                 before = "" if saved.values is None else f", which is of {saved.values['kind']}"
                 raise CheckpointError(
-                    f"{self.name}, built as optimizer.use and its arguments say today, needs "
+                    f"{self.name}, built as {self.place} says today, needs "
                     f"{', '.join(missing)} of {name}, and the checkpoint{before}, has none: bring "
-                    "the old [optimizer] back, or begin a new run with checkpoint.initialize_from"
+                    "the old optimizer back, or begin a new run with checkpoint.initialize_from"
                 )
+
+
+GroupOf = Callable[[str, nn.Parameter], object]
+"""(name, parameter) to what tells its group from others."""
+
+
+def by_pattern(groups: Sequence[ParameterGroup]) -> GroupOf:
+    """Return what tells apart the groups of a config."""
+
+    def group_of(name: str, parameter: nn.Parameter) -> object:
+        fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
+        return fits.index(True) if True in fits else None
+
+    return group_of
 
 
 def try_optimizer(
     build: Callable[[HasParameters], Optimizer],
     model: HasParameters,
-    groups: Sequence[ParameterGroup],
+    group_of: GroupOf,
     *,
     rows: bool,
     ranks: int = 1,
+    place: str = OF_CONFIG,
 ) -> TriedOptimizer | None:
     """Take steps on stand-ins, save the optimizer, put it back, and go on with both.
 
@@ -106,9 +133,10 @@ def try_optimizer(
     Args:
         build: makes an optimizer as that of the run.
         model: names the parameters of the run.
-        groups: of the config.
+        group_of: tells parameters apart that are trained differently.
         rows: whether a rank holds some rows of each parameter only.
         ranks: that take the same steps.
+        place: where the optimizer comes from, for messages.
 
     Returns:
         What it has shown; None if no optimizer can be built of stand-ins.
@@ -116,7 +144,7 @@ def try_optimizer(
     Raises:
         ConfigError: if steps need more than gradients, or what the optimizer keeps cannot be saved.
     """
-    stand_ins = StandIns.of(model, groups)
+    stand_ins = StandIns.of(model, group_of)
     device = next(iter(stand_ins.parameters.values())).device
     # What it prints when it is built was printed when the run's own was.
     with kept_generators(device), _without_compiler(), redirect_stdout(io.StringIO()):
@@ -124,7 +152,7 @@ def try_optimizer(
             optimizer = build(stand_ins)
         except ConfigError:
             return None  # the run's own could be: it is looked at after its first step
-        return _Trial(build, stand_ins, optimizer, rows=rows, ranks=ranks).run()
+        return _Trial(build, stand_ins, optimizer, rows=rows, ranks=ranks, place=place).run()
 
 
 class _Trial:
@@ -136,7 +164,9 @@ class _Trial:
         *,
         rows: bool,
         ranks: int,
+        place: str,
     ) -> None:
+        self._place = place
         self._drifts = ranks > 1 and not rows
         self._build = build
         self._stand_ins = stand_ins
@@ -153,7 +183,7 @@ class _Trial:
         saved = self._saved()
         if changed := attributes.changed():
             raise ConfigError(
-                f"[optimizer] use: {self._name} changes its attribute {', '.join(changed)} at each "
+                f"{self._place}: {self._name} changes its attribute {', '.join(changed)} at each "
                 "step, which no checkpoint holds: keep that in its `state`, under any key, or in "
                 "`param_groups`, which are saved"
             )
@@ -172,6 +202,7 @@ class _Trial:
             slots={} if tolerant else slot_names(first),
             learns=learned,
             follows_lr=follows_lr,
+            place=self._place,
         )
 
     def _step(self, optimizer: Optimizer, stand_ins: StandIns, number: int) -> None:
@@ -182,18 +213,18 @@ class _Trial:
             optimizer.step()
         except Exception as error:
             raise ConfigError(
-                f"[optimizer] use: {self._name} cannot take a step that is given gradients and no "
+                f"{self._place}: {self._name} cannot take a step that is given gradients and no "
                 f"closure: {type(error).__name__}: {error}. One that evaluates the model by itself "
                 "cannot be used"
             ) from error
         if _rates(optimizer) != rates:
             raise ConfigError(
-                f"[optimizer] use: {self._name} changes `lr` itself, which is set before a step, "
+                f"{self._place}: {self._name} changes `lr` itself, which is set before a step, "
                 "as optimizer.lr and the schedule say: let it keep a factor of its own"
             )
         if self._drifts and generator_states() != drawn:
             raise ConfigError(
-                f"[optimizer] use: {self._name} draws random numbers in its steps, and every rank "
+                f"{self._place}: {self._name} draws random numbers in its steps, and every rank "
                 "draws its own: the parameters of the ranks would drift apart. Train on one rank, "
                 "or let it draw by what all ranks know, such as the number of the step"
             )
@@ -203,7 +234,7 @@ class _Trial:
             saved = self._state.capture(self._stand_ins)
         except UnsavableError as error:
             raise ConfigError(
-                f"[optimizer] use: {error}. Keep what counts as tensors, numbers and texts"
+                f"{self._place}: {error}. Keep what counts as tensors, numbers and texts"
             ) from error
         memory = {
             item.untyped_storage().data_ptr(): name
@@ -213,7 +244,7 @@ class _Trial:
         for key, tensor in saved.tensors.items():
             if tensor.numel() and (name := memory.get(tensor.untyped_storage().data_ptr())):
                 raise ConfigError(
-                    f"[optimizer] use: {self._name} keeps the memory of the parameter {name} as "
+                    f"{self._place}: {self._name} keeps the memory of the parameter {name} as "
                     f"{key}, and would not share it after a restart: keep a copy"
                 )
         return SavedOptimizer(
@@ -228,7 +259,7 @@ class _Trial:
             alike = name is not None and tensor.shape == shapes[name] and not key.startswith(OWN)
             if tensor.ndim and not alike:
                 raise ConfigError(
-                    f"[optimizer] use: {self._name} keeps {key}, which has not the shape of a "
+                    f"{self._place}: {self._name} keeps {key}, which has not the shape of a "
                     'parameter: with training.strategy = "fsdp" each rank has some rows of the '
                     'parameters, and its own numbers here. Use "ddp"'
                 )
@@ -241,7 +272,7 @@ class _Trial:
         after = self._saved()
         if after.values != saved.values or not _same(after.tensors, saved.tensors):
             raise ConfigError(
-                f"[optimizer] use: the state of {self._name} is another one after eval() and "
+                f"{self._place}: the state of {self._name} is another one after eval() and "
                 "train(): a run would depend on how often it is evaluated"
             )
 
@@ -257,7 +288,7 @@ class _Trial:
         # Where two copies of one state differ the device itself does not compute alike.
         if not self._stand_ins.equal(copies[0]) and copies[0].equal(copies[1]):
             raise ConfigError(
-                f"[optimizer] use: {self._name} goes on in another way after a restart, though its "
+                f"{self._place}: {self._name} goes on in another way after a restart, though its "
                 "`state` and `param_groups` are put back: it keeps something elsewhere"
             )
         # Where the step changes nothing, as at a tiny rate, it shows nothing either.
@@ -304,15 +335,13 @@ class StandIns:
         self.parameters = dict(parameters)
 
     @classmethod
-    def of(cls, model: HasParameters, groups: Sequence[ParameterGroup]) -> StandIns:
+    def of(cls, model: HasParameters, group_of: GroupOf) -> StandIns:
         """Make them: a kind is a group, a number of dimensions, a dtype and a device."""
         found: dict[tuple[object, ...], tuple[str, nn.Parameter]] = {}
         for name, item in model.named_parameters():
             if item.requires_grad:
-                fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
                 flat = 1 in item.shape or not item.numel()
-                pattern = fits.index(True) if True in fits else None
-                kind = (pattern, item.ndim, item.dtype, item.device, flat)
+                kind = (group_of(name, item), item.ndim, item.dtype, item.device, flat)
                 found.setdefault(kind, (name, item))
         return cls({name: _small(item) for name, item in found.values()})
 

@@ -86,6 +86,7 @@ class ModuleSchedule:
         self.uses = configured.uses
         self.states = SchedulerStates(configured, stop_at, step_scheduler)
         self._place = configured.place
+        self._trained = configured.trained
         self._stop_at = stop_at
         self._step = step_scheduler or step_as_torch
         self._evaluated: dict[str, Any] = {}
@@ -97,7 +98,13 @@ class ModuleSchedule:
         self._warned: set[str] = set()
 
     def __call__(self, place: Position, end: Position) -> float:
-        """Return the first group's learning rate for the step that begins at `place`."""
+        """Return the first group's learning rate for the step that begins at `place`.
+
+        Raises:
+            TrainingError: if other parameters are trained than at the beginning.
+        """
+        if self._trained is not None and not place.position:
+            self._trained.check()
         self._rates = [_kept(group["lr"]) for group in self.optimizer.param_groups]
         return float(self._rates[0])
 

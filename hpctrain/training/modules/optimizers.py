@@ -6,9 +6,12 @@ and modules find what they know.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.errors import ConfigError
+from hpctrain.training.modules.trained import Trained, settle_parameters
 from hpctrain.training.optim.ema import begin_training
 from hpctrain.training.optim.optimizer import (
     make_fused,
@@ -24,6 +28,7 @@ from hpctrain.training.optim.optimizer import (
     refuse_closure,
     refuse_unknown_kernels,
 )
+from hpctrain.training.optimizer_trial import TriedOptimizer, try_optimizer
 from hpctrain.utils.text import listed, plural
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -66,12 +71,14 @@ class Configured:
         uses: its LR schedulers, in the order in which they are stepped.
         notes: what the header should say of it.
         place: of the method, for messages: file, line and class.
+        trained: sees that the parameters stay the same.
     """
 
     optimizer: Optimizer
     uses: Sequence[SchedulerUse] = ()
     notes: Sequence[str] = ()
     place: str = "configure_optimizers"
+    trained: Trained | None = None
 
 
 def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None) -> Configured:
@@ -95,7 +102,8 @@ def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None
         returned = module.configure_optimizers()
     found = parse(returned, module, place)
     optimizer = found.optimizer
-    notes = [*found.notes, *_settle_parameters(optimizer, held, place)]
+    settled = settle_parameters(optimizer, held, place, spread=sharded is not None)
+    notes = [*found.notes, *settled]
     refuse_closure(optimizer, place)
     refuse_unknown_kernels(optimizer, f"{place}: fused=True")
     if isinstance(optimizer, _FUSED_AS_THEY_ARE):
@@ -105,7 +113,68 @@ def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None
     # torch warns of a scheduler that is stepped before the optimizer, also where a step whose
     # gradient was not finite was left out. Here the order is the loop's.
     optimizer._opt_called = True  # type: ignore[attr-defined]
-    return Configured(optimizer=optimizer, uses=found.uses, notes=notes, place=place)
+    return replace(found, notes=notes, trained=Trained(model, optimizer, place))
+
+
+def tried(
+    configured: Configured, held: HasParameters, *, rows: bool, ranks: int
+) -> TriedOptimizer | None:
+    """Try an optimizer on stand-ins of its parameters, see `try_optimizer`.
+
+    Args:
+        configured: the optimizer and its schedulers, as `configure` returns them.
+        held: the model, or what this rank holds of it.
+        rows: whether that is some rows of each parameter.
+        ranks: that take the same steps.
+
+    Raises:
+        ConfigError: if it cannot be used or saved, or does not read what its schedulers set.
+    """
+    optimizer = configured.optimizer
+    groups = {
+        item: number
+        for number, group in enumerate(optimizer.param_groups)
+        for item in group["params"]
+    }
+    shown = try_optimizer(
+        partial(_copy_of, optimizer, {item: name for name, item in held.named_parameters()}),
+        held,
+        lambda name, item: groups.get(item),
+        rows=rows,
+        ranks=ranks,
+        place=configured.place,
+    )
+    if shown is not None and configured.uses:
+        shown.check_rates(f"{configured.place}: {type(configured.uses[0].scheduler).__name__}")
+    return shown
+
+
+def _copy_of(optimizer: Optimizer, names: Mapping[Any, str], stand_ins: HasParameters) -> Optimizer:
+    """Return an optimizer of stand-ins of the parameters, with the values that another has.
+
+    Raises:
+        ConfigError: if its class does not take them, as those of torch do.
+    """
+    made_of = dict(stand_ins.named_parameters())
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        chosen = [made_of[names[item]] for item in group["params"] if names[item] in made_of]
+        if chosen:
+            values = {key: item for key, item in group.items() if key != "params"}
+            groups.append({**copy.deepcopy(values), "params": chosen})
+    kind: Any = type(optimizer)
+    known = inspect.signature(kind).parameters
+    arguments = {key: item for key, item in optimizer.defaults.items() if key in known}
+    try:
+        made: Optimizer = kind(groups, **arguments)
+    except Exception as error:
+        raise ConfigError(f"{kind.__name__} cannot be built again: {error}") from error
+    for key, item in vars(optimizer).items():
+        if isinstance(item, bool | int | float | str) or item is None:
+            setattr(made, key, item)  # what the constructor was told, and no group has
+    prepare_momentum(made)
+    begin_training(made)
+    return made
 
 
 def parse(returned: object, module: object, place: str) -> Configured:
@@ -293,31 +362,3 @@ def _plain_named(model: nn.Module, sharded: ShardedModel) -> Iterable[tuple[str,
     """Return the parameters of the model, under the names that their rows have."""
     names = [name for name, _ in sharded.named_parameters()]
     return zip(names, model.parameters(), strict=True)
-
-
-def _settle_parameters(optimizer: Optimizer, held: HasParameters, place: str) -> list[str]:
-    """Compare what an optimizer updates with what a model trains.
-
-    Returns:
-        What the header should say of what it leaves out.
-
-    Raises:
-        ConfigError: if it updates what is no parameter of the model.
-    """
-    names: dict[Any, str] = {item: name for name, item in held.named_parameters()}
-    given = [item for group in optimizer.param_groups for item in group["params"]]
-    if not any(item.requires_grad for item in given):
-        raise ConfigError(f"{place}: no parameter of the optimizer requires a gradient")
-    if strange := [tuple(item.shape) for item in given if item not in names]:
-        raise ConfigError(
-            f"{place}: the optimizer updates {plural(len(strange), 'tensor')} of shape "
-            f"{listed([str(shape) for shape in strange], 3)} that no attribute of the module holds "
-            "as a parameter: no checkpoint would hold them. Make it a parameter of the module; and "
-            "take parameters from the module in this very method, since those that were put aside "
-            "in __init__ may be others by now"
-        )
-    updated = set(given)
-    left_out = [name for item, name in names.items() if item.requires_grad and item not in updated]
-    if not left_out:
-        return []
-    return [f"{place}: the optimizer leaves out {listed(left_out, 3)}: they stay as they are"]

@@ -6,13 +6,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import optimizer_zoo as zoo
+from prodigyopt import Prodigy
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
-from hpctrain.errors import ConfigError
-from hpctrain.training.modules.optimizers import Configured, configure
+from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.training.modules.optimizers import Configured, configure, tried
 from hpctrain.training.optim.optimizer import refuses_on_device
+from hpctrain.training.optimizer_trial import TriedOptimizer
 
 Configuration = Callable[["Net"], Any]
 
@@ -180,7 +184,7 @@ def test_what_is_passed_over_is_said() -> None:
         "scheduler not known here, nor in Lightning, and not used",
         "freq not known here, nor in Lightning, and not used",
         'OneCycleLR is stepped once an epoch; a cycle of steps has interval="step"',
-        "the optimizer leaves out layer.bias: they stay as they are",
+        "the optimizer leaves out layer.bias: they are frozen",
     ]
 
 
@@ -270,3 +274,80 @@ def test_an_optimizer_stays_as_it_is_where_fused_kernels_are_not_known_right(
     optimizer = made(configuration).optimizer
     assert not refuses_on_device(optimizer)
     assert not any(group.get("fused") for group in optimizer.param_groups)
+
+
+class Needy(zoo.Plain):
+    """In the manner of SAM: what it needs shows in its step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None
+
+
+class Deaf(zoo.Plain):
+    """Takes its rate where it was built."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-self.defaults["lr"])
+
+
+class Choosy(zoo.Plain):
+    """Cannot be built of its groups and their values alone."""
+
+    def __init__(self, params: Any, secret: object, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+
+
+def shown(kind: Callable[..., Optimizer], *arguments: Any) -> TriedOptimizer | None:
+    module = Net(lambda module: kind(module.parameters(), *arguments))
+    return tried(configure(module, module), module, rows=False, ranks=2)
+
+
+@pytest.mark.parametrize(
+    "kind", [SGD, AdamW, Adagrad, zoo.ListState, zoo.GroupState, Prodigy, AdamWScheduleFree]
+)
+def test_an_optimizer_is_tried_on_stand_ins_of_its_groups(kind: type[Optimizer]) -> None:
+    found = shown(kind)
+    assert found is not None
+    assert found.name == kind.__name__
+    assert found.place.endswith("Net.configure_optimizers")
+
+
+def test_what_the_trial_shows_is_told_with_the_place() -> None:
+    with pytest.raises(ConfigError, match=r"optimizers.py:\d+, .*Needy cannot take a step"):
+        shown(Needy)
+    assert shown(Choosy, object()) is None
+
+    def configuration(module: Net) -> Any:
+        optimizer = Deaf(module.parameters())
+        return [optimizer], [step_lr(optimizer)]
+
+    module = Net(configuration)
+    with pytest.raises(ConfigError, match="StepLR: Deaf does not read `lr`"):
+        tried(configure(module, module), module, rows=False, ranks=1)
+
+
+def test_parameters_that_thaw_in_mid_run_are_named() -> None:
+    module = Net(sgd)
+    module.layer.bias.requires_grad_(False)
+    trained = configure(module, module).trained
+    assert trained is not None
+    trained.check()
+    module.layer.bias.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"layer\.bias: no longer frozen since the run began"):
+        trained.check()
+    module.layer.bias.requires_grad_(False)
+    module.layer.weight.requires_grad_(False)
+    with pytest.raises(TrainingError, match=r"layer\.weight: frozen since the run began"):
+        trained.check()
+
+
+def test_groups_that_come_in_mid_run_are_named() -> None:
+    module = Net(lambda module: SGD([module.layer.weight], lr=0.1))
+    configured = configure(module, module)
+    configured.optimizer.add_param_group({"params": [module.layer.bias]})
+    assert configured.trained is not None
+    with pytest.raises(TrainingError, match="has other groups of parameters than when it was made"):
+        configured.trained.check()

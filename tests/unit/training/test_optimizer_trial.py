@@ -20,7 +20,7 @@ from hpctrain.checkpoint.optimizer_state import OptimizerState, SavedOptimizer
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.optimizer_trial import TriedOptimizer, try_optimizer
+from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer
 
 GROUPS = (ParameterGroup(pattern="0.*", weight_decay=0.0), ParameterGroup(pattern="*.bias"))
 
@@ -44,7 +44,7 @@ def tried(
 
     model = network() if model is None else model
     build(model)
-    return try_optimizer(build, model, groups, rows=rows, ranks=ranks)
+    return try_optimizer(build, model, by_pattern(groups), rows=rows, ranks=ranks)
 
 
 class Caches(zoo.Plain):
