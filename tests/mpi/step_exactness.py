@@ -150,7 +150,7 @@ def _resume(world: World, static_graph: bool) -> dict[str, Tensor]:
         if name not in rank_zero_decides or world.topology.rank == 0:
             assert torch.equal(item, model.state_dict()[name]), name
     if world.topology.world_size > 1:
-        facts = whole._replica.call._get_ddp_logging_data()
+        facts = whole._wrapped.call._get_ddp_logging_data()
         assert facts.get("static_graph", False) == static_graph
         assert len(facts["rebuilt_bucket_sizes"].split(",")) > 1  # else the order could not differ
         assert whole.communication_seconds() > 0
