@@ -21,6 +21,7 @@ from hpctrain.data.loading.delivery import (
     groups_in_use,
     sample_bytes,
 )
+from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.sources import (
     BlockSource,
@@ -30,12 +31,11 @@ from hpctrain.data.loading.sources import (
     Source,
     group_bounds,
 )
-from hpctrain.data.order import Draw, Epoch, Order, Plan, plan_epoch, served_samples
+from hpctrain.data.order import Draw, Epoch, Order
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.runs import Bytes
-from hpctrain.errors import ConfigError, DatasetError
 
 __all__ = ["Batch", "LoaderOptions", "TrainLoader"]
 
@@ -50,6 +50,8 @@ class TrainLoader:
         epoch_size: samples of all ranks that an epoch serves.
         largest_share: the most samples of any rank in any full batch.
         smallest_share: the fewest of any rank in any batch that begins where one ends.
+        order_of: returns the order of an epoch, for the resume state.
+        rows: returns which rows of the dataset this rank serves of positions of an epoch.
         buffer_bytes: host memory that reading ahead takes on this rank.
     """
 
@@ -96,38 +98,26 @@ class TrainLoader:
             ConfigError: if there are more ranks than lanes.
             DatasetError: if a field is not there, or the batch is larger than the dataset.
         """
-        if global_batch_size > order.length:
-            raise DatasetError(
-                f"data.global_batch_size = {global_batch_size}, but an epoch of {dataset.source} "
-                f"has only {order.length} samples: set it to at most {order.length}"
-            )
         self._dataset = dataset.select(fields)
-        self._order = order
-        self._draw = draw
-        self._begun = dict(begun or {})
-        order.require_world_size(world_size)
-        for epoch, each in self._begun.items():
-            if each.has_lanes and world_size > each.lanes:
-                raise ConfigError(
-                    f"epoch {epoch} was begun with {each.lanes} lanes and goes on with them, but "
-                    f"there are {world_size} ranks: start at most {each.lanes} ranks until it ends"
-                )
+        self._epochs = epochs = Epochs(
+            order,
+            dataset.source,
+            global_batch_size=global_batch_size,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            begun=begun,
+            draw=draw,
+            limit=limit,
+        )
         self._global_batch_size = global_batch_size
         self._rank = rank
         self._read_retries = options.read_retries
         self._world_size = world_size
-        self.epoch_size = served_samples(order.length, global_batch_size, drop_last, limit)
-        self.largest_share = max(
-            each.largest_share(global_batch_size, world_size)
-            for each in (order, *self._begun.values())
-        )
-        self.smallest_share = min(
-            each.smallest_share(global_batch_size, self.epoch_size, world_size)
-            for each in (order, *self._begun.values())
-        )
-        ahead = max(
-            each.batches_ahead(global_batch_size) for each in (order, *self._begun.values())
-        )
+        self.epoch_size, self.order_of = epochs.size, epochs.order_of
+        self.largest_share, self.smallest_share = epochs.largest_share, epochs.smallest_share
+        self.rows = epochs.rows
+        ahead = max(each.batches_ahead(global_batch_size) for each in epochs.orders)
         share, staging = sample_bytes(self._dataset, preparation)
         self._memory = memory
         spent = MemoryPlan.make(
@@ -141,10 +131,9 @@ class TrainLoader:
         )
         self._windows_fit = spent.windows_fit
         self._group_batches = spent.group_batches
-        self._planned: tuple[int, Plan] | None = None
         rows = max(
             each.largest_share_of_group(global_batch_size, spent.group_batches, world_size)
-            for each in (order, *self._begun.values())
+            for each in epochs.orders
         )
         decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
         self._needs_keys = preparation is not None or batch_transform.needs_keys
@@ -171,10 +160,6 @@ class TrainLoader:
     def failed_reads(self) -> int:
         """How often a read failed so far, whatever came of it."""
         return self._delivery.access.failed_reads
-
-    def order_of(self, epoch: int) -> Order:
-        """Return the order of an epoch, for the resume state."""
-        return self._begun.get(epoch, self._order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's share of every global batch of an epoch.
@@ -214,12 +199,6 @@ class TrainLoader:
         count = min(most, samples)
         rows = (np.arange(count, dtype=np.int64) * samples + self._rank) // count % samples
         return Rows(self._delivery.some(np.unique(rows)))
-
-    def rows(self, epoch: int, start: int, stop: int) -> Int64s:
-        """Return which rows of the dataset this rank serves of positions start to stop - 1."""
-        order = self.order_of(epoch)
-        positions = order.positions(start, stop, self._rank, self._world_size)
-        return plan_epoch(order, epoch, self._draw).rows(positions)
 
     def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
         """Return runs of rows of the dataset as (name of the shard, first row in it, last).
@@ -261,7 +240,7 @@ class TrainLoader:
                 keys = order.sample_keys(epoch, positions, rows) if self._needs_keys else None
                 yield Group(bounds, positions, rows, keys)
         # What comes next is planned while the consumer is busy with the last of this epoch.
-        self._plan(self.order_of(epoch + 1), epoch + 1)
+        self._epochs.plan(epoch + 1)
 
     def _source(self, order: Order, epoch: int, start: int) -> Source:
         # The thread of an earlier epoch must not read any more.
@@ -277,16 +256,10 @@ class TrainLoader:
     def _rows_at(self, order: Order, epoch: int, start: int) -> Callable[[Int64s], Int64s]:
         """Return what finds the rows at this rank's positions, asked in their order."""
         if order.block_rows == 1:
-            return self._plan(order, epoch).rows
+            return self._epochs.plan(epoch).rows
         return RowStream(self._windows(order, epoch, start)).next
 
     def _windows(self, order: Order, epoch: int, start: int) -> LaneWindows:
-        plan = self._plan(order, epoch)
+        plan = self._epochs.plan(epoch)
         assert isinstance(plan, Epoch)
         return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)
-
-    def _plan(self, order: Order, epoch: int) -> Plan:
-        """Return the order of an epoch: the one that was asked for last costs nothing."""
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, plan_epoch(order, epoch, self._draw)
-        return self._planned[1]
