@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +14,7 @@ from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters
-from hpctrain.data.loading.batch import Rows, ShareOfBatch, repeated
+from hpctrain.data.loading.batch import Rows, ShareOfBatch, count_passes, cut, repeated
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
@@ -459,27 +457,3 @@ class Update:
 def runs_ahead(device: torch.device) -> bool:
     """Tell whether the host goes on while the device computes, and waits where it reads of it."""
     return device.type != "cpu"
-
-
-def count_passes(largest_share: int, micro_batch_size: int | None) -> int:
-    """Return the forward passes of a step, the same on every rank.
-
-    Args:
-        largest_share: the most samples of any rank in any batch.
-        micro_batch_size: at most so many samples in one pass; None: the whole share.
-    """
-    if micro_batch_size is None:
-        return 1
-    return max(1, -(-largest_share // micro_batch_size))
-
-
-@functools.cache  # a run has two or three shares, and asks in every step
-def cut(share: int, passes: int) -> tuple[tuple[int, int], ...]:
-    """Cut `share` samples into `passes` ranges of sizes as equal as can be.
-
-    Returns:
-        (first, stop) of every pass; first == stop where there are fewer samples than passes. The
-        last is empty only if the share is.
-    """
-    bounds = [index * share // passes for index in range(passes + 1)]
-    return tuple(itertools.pairwise(bounds))

@@ -13,7 +13,7 @@ from step_world import alone
 from torch import Tensor, nn
 
 import hpctrain
-from hpctrain.data.loading.batch import Batch, Rows
+from hpctrain.data.loading.batch import Batch, Rows, count_passes, cut
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
@@ -22,7 +22,7 @@ from hpctrain.training.fsdp_units import Findings, try_out
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.rehearsal import rehearse
-from hpctrain.training.step import TrainStep, count_passes, cut
+from hpctrain.training.step import TrainStep
 
 LARGEST = 13
 COUNTS = (LARGEST, 1, 12)

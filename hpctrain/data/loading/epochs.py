@@ -88,7 +88,8 @@ class Epochs:
 
     def rows(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""
-        return plan_epoch(self.order_of(epoch), epoch, self._draw).rows(self.positions(epoch, start, stop))
+        plan = plan_epoch(self.order_of(epoch), epoch, self._draw)
+        return plan.rows(self.positions(epoch, start, stop))
 
     def plan(self, epoch: int) -> Plan:
         """Return the order of an epoch drawn up: the one that was asked for last costs nothing."""

@@ -17,7 +17,8 @@ from hpctrain.data.loading.buffers import BufferPool, new_bytes
 from hpctrain.data.loading.sample_transform import Arrays, SampleError, SampleRunner
 from hpctrain.data.loading.sources import Group, HostGroup, Source
 from hpctrain.data.loading.worker import Slot, SlotLayout
-from hpctrain.data.loading.worker_pool import Job, WorkerError, WorkerPool
+from hpctrain.data.loading.worker_pool import Job, WorkerPool
+from hpctrain.data.loading.worker_process import WorkerError
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.runs import Bytes

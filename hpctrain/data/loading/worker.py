@@ -1,4 +1,4 @@
-"""A worker process that transforms samples, and the memory that it shares with its rank.
+"""Where worker processes begin; and one that transforms samples, in memory shared with its rank.
 
 It is started afresh, not forked, and by nobody's main module: MPI, torch and the rank's threads are
 not in it. It has the rank's place in no world: those variables are not in its environment.
@@ -6,6 +6,7 @@ not in it. It has the rank's place in no world: those variables are not in its e
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 import select
@@ -82,7 +83,7 @@ class Slot:
         self.layout = layout
         size = max(1, layout.total_bytes)
         if descriptor is None:
-            descriptor = _new_file()
+            descriptor = new_file()
             os.ftruncate(descriptor, size)
         self.descriptor = descriptor
         memory = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
@@ -95,7 +96,8 @@ class Slot:
         os.close(self.descriptor)
 
 
-def _new_file() -> int:
+def new_file() -> int:
+    """Return the descriptor of a file without a name, in memory."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("hpctrain-samples")
     with tempfile.TemporaryFile() as file:  # not on Linux
@@ -126,20 +128,22 @@ def _typed(raw: Mapping[str, Bytes], fields: Mapping[str, Field]) -> dict[str, n
 
 
 def main() -> None:
-    """Serve the process at the other end of the socket whose descriptor is the last argument."""
+    """Serve the process at the other end of a socket; the last arguments say how, and which."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)  # blocked since before this process began
-    descriptor = int(sys.argv.pop())
+    descriptor, service = int(sys.argv.pop()), sys.argv.pop()
     threading.Thread(target=_end_with_rank, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     try:
-        _serve(connection)
+        module, _, name = service.partition(":")
+        getattr(importlib.import_module(module), name)(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the rank has closed its end, or is gone
 
 
-def _serve(connection: Any) -> None:
+def serve_transform(connection: Any) -> None:
+    """Transform samples for a rank, until it closes its end."""
     key, reference, arguments = connection.recv()
     try:
         runner = SampleRunner(build_transform(key, reference, arguments))

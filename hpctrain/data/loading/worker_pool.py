@@ -1,32 +1,18 @@
-"""Starts, feeds and ends the workers of `data.sample_transform`: threads, or processes."""
+"""Workers that do jobs side by side; and those of `data.sample_transform`."""
 
 from __future__ import annotations
 
-import json
 import queue
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import Pipe, reduction
-from typing import Any, NamedTuple, Protocol
+from multiprocessing import reduction
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hpctrain.config.importing import build_transform
 from hpctrain.data.loading.sample_transform import SampleError, SampleRunner, SampleTransform
-from hpctrain.data.loading.worker import IGNORED, Slot
+from hpctrain.data.loading.worker import Slot
+from hpctrain.data.loading.worker_process import WorkerError, WorkerProcess
 from hpctrain.data.permutation import UInt64s
-
-# Its path is that of the rank, and no main module of anybody's is imported.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from hpctrain.data.loading.worker import main; main()"
-)
-_LAST_SECONDS = 5.0
-
-
-class WorkerError(Exception):
-    """A worker process has ended, or cannot be started."""
 
 
 class Job(NamedTuple):
@@ -46,14 +32,18 @@ class Job(NamedTuple):
     training: bool
 
 
-class Worker(Protocol):
+JobT_contra = TypeVar("JobT_contra", contravariant=True)
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+class Worker(Protocol[JobT_contra, ResultT_co]):
     """Does one job after the other."""
 
-    def run(self, job: Job) -> None:
-        """Transform rows.
+    def run(self, job: JobT_contra) -> ResultT_co:
+        """Do a job.
 
         Raises:
-            SampleError: with the index of the sample in the job, if the transform fails.
+            SampleError: with the index of the sample in the job, if the user's code fails.
             WorkerError: if the worker has ended.
         """
         ...
@@ -100,109 +90,88 @@ class ProcessWorker:
             arguments: its arguments.
             environment: of the process.
         """
-        self._transform = (key, reference, dict(arguments))
-        # The rank's threads and other workers have the other cores.
-        self._environment = {**environment, "OMP_NUM_THREADS": "1"}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Any = None
+        self._name = f'{key} = "{reference}"'
+        self._process = WorkerProcess(
+            f"{key}: the rank could make the transform",
+            "hpctrain.data.loading.worker:serve_transform",
+            (key, reference, dict(arguments)),
+            environment,
+        )
         self._known: set[Slot] = set()
 
     def run(self, job: Job) -> None:
         try:
-            if self._process is None:
-                self._start()
+            self._process.start()
             answer = self._ask(job)
         except (EOFError, OSError) as error:
-            message = self._exit_message()
+            worker = f"{self._name}: a worker process"
+            message = self._process.exit_message(worker, "sample transforms")
             self.close()
             raise WorkerError(message) from error
         if isinstance(answer, SampleError):
             raise answer
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()  # the process ends by itself
-        if self._process is not None:
-            try:
-                self._process.wait(_LAST_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._process = self._connection = None
+        self._process.close()
         self._known.clear()
 
-    def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        # From its first instant the process must not die of what the scheduler sends to all.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
-        try:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-X", "faulthandler", "-c", _START),
-                    *(str(theirs.fileno()), json.dumps(sys.path)),
-                ],
-                stdin=subprocess.DEVNULL,
-                env=self._environment,
-                pass_fds=[theirs.fileno()],
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-        self._connection.send(self._transform)
-        refusal = self._connection.recv()
-        if refusal is not None:
-            self.close()
-            raise WorkerError(
-                f"{self._transform[0]}: the rank could make the transform, but not a worker "
-                f"process: {refusal.rstrip()}"
-            )
-
     def _ask(self, job: Job) -> SampleError | None:
-        slot = job.slot
+        slot, connection = job.slot, self._process.connection
         layout = None if slot in self._known else slot.layout
-        message = (id(slot), layout, job.start, job.stop, job.keys, job.training)
-        self._connection.send(message)
+        connection.send((id(slot), layout, job.start, job.stop, job.keys, job.training))
         if layout is not None:
-            assert self._process is not None
-            reduction.send_handle(self._connection, slot.descriptor, self._process.pid)
+            reduction.send_handle(connection, slot.descriptor, self._process.pid)
             self._known.add(slot)
-        answer: SampleError | None = self._connection.recv()
+        answer: SampleError | None = connection.recv()
         return answer
 
-    def _exit_message(self) -> str:
-        """Return how the process ended, for the message of the rank."""
-        key, reference, _ = self._transform
-        worker = f'{key} = "{reference}": a worker process'
-        if self._process is None:
-            return f"{worker} could not be started"
-        worker = f"{worker} (pid {self._process.pid})"
-        try:
-            code = self._process.wait(_LAST_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"{worker} does not answer"
-        if code >= 0:
-            return f"{worker} ended with exit code {code}; sample transforms must not end it"
-        name = signal.Signals(-code).name
-        hint = "; if nobody did that, the node may be out of memory" if name == "SIGKILL" else ""
-        return f"{worker} was killed by {name}{hint}"
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 
-class WorkerPool:
-    """Workers that transform samples side by side.
+class Workers(Generic[J, R]):
+    """Workers that do jobs side by side.
 
     Attributes:
-        transform: what is done, for the rank itself to try.
         size: how many jobs are done at a time.
     """
 
-    def __init__(self, transform: SampleTransform, workers: Sequence[Worker]) -> None:
-        self.transform = transform
+    def __init__(self, workers: Sequence[Worker[J, R]]) -> None:
         self.size = len(workers)
         self._workers = workers
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Worker[J, R]] = queue.SimpleQueue()
         for worker in workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="hpctrain-samples")
+
+    def submit(self, job: J) -> Future[R]:
+        """Have a job done; the future raises what its worker does."""
+        return self._threads.submit(self._do, job)
+
+    def close(self) -> None:
+        """End processes; they start again when they are needed. No job may be under way."""
+        for worker in self._workers:
+            worker.close()
+
+    def _do(self, job: J) -> R:
+        worker = self._idle.get()
+        try:
+            return worker.run(job)
+        finally:
+            self._idle.put(worker)
+
+
+class WorkerPool(Workers[Job, None]):
+    """Workers that transform samples.
+
+    Attributes:
+        transform: what is done, for the rank itself to try.
+    """
+
+    def __init__(self, transform: SampleTransform, workers: Sequence[Worker[Job, None]]) -> None:
+        super().__init__(workers)
+        self.transform = transform
 
     @classmethod
     def of(
@@ -225,19 +194,3 @@ class WorkerPool:
             transform,
             [ProcessWorker(key, reference, arguments, environment) for _ in range(workers)],
         )
-
-    def submit(self, job: Job) -> Future[None]:
-        """Have a job done; the future raises what its worker does."""
-        return self._threads.submit(self._do, job)
-
-    def close(self) -> None:
-        """End processes; they start again when they are needed. No job may be under way."""
-        for worker in self._workers:
-            worker.close()
-
-    def _do(self, job: Job) -> None:
-        worker = self._idle.get()
-        try:
-            worker.run(job)
-        finally:
-            self._idle.put(worker)

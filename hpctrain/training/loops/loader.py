@@ -20,7 +20,7 @@ from hpctrain.config.schema import (
 )
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.discovery import open_dataset
-from hpctrain.data.loading.batch import ShareOfBatch
+from hpctrain.data.loading.batch import ShareOfBatch, count_passes, cut
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
@@ -28,7 +28,6 @@ from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.data import Data, open_data
 from hpctrain.training.loops.registry import Setups
-from hpctrain.training.step import count_passes, cut
 from hpctrain.training.undisturbed import (
     copied_buffers,
     evaluating,

@@ -21,6 +21,7 @@ from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.capabilities import unsupported
 from hpctrain.config.schema import Precision
+from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.mlp import MLP
@@ -30,7 +31,7 @@ from hpctrain.training.position import Position
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.regression import Regression
 from hpctrain.training.snapshot import capture
-from hpctrain.training.step import Update, count_passes, cut
+from hpctrain.training.step import Update
 from hpctrain.training.task import Classification
 
 
