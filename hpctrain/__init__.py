@@ -13,6 +13,7 @@ from hpctrain.version import __version__
 if TYPE_CHECKING:
     from hpctrain.config.validate import load as load_config
     from hpctrain.training.language_modeling import LanguageModeling
+    from hpctrain.training.loaded_model import load_model
     from hpctrain.training.loops.world import World, connect
     from hpctrain.training.regression import Regression
     from hpctrain.training.task import Classification, Task
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "connect",
     "load_config",
+    "load_model",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "World": "hpctrain.training.loops.world:World",
     "connect": "hpctrain.training.loops.world:connect",
     "load_config": "hpctrain.config.validate:load",
+    "load_model": "hpctrain.training.loaded_model:load_model",
 }
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hpctrain.checkpoint.best import Best, Preference
 from hpctrain.checkpoint.format import (
     AVERAGE,
+    CONFIG,
     EVALUATION,
     MODEL,
     TRAINING,
+    VALUES,
     Spread,
     evaluations,
     join,
@@ -22,9 +25,17 @@ from hpctrain.checkpoint.format import (
     resolved,
 )
 from hpctrain.checkpoint.safetensors_files import RawTensor, raw_tensors, write_raw
-from hpctrain.errors import CheckpointError
+from hpctrain.config.fields import normalization_of
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
+from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.utils.files import replacement
+from hpctrain.utils.json_files import parse_json
 from hpctrain.utils.run_folder import CHECKPOINTS, folder_name
+
+RECIPE = "hpctrain"
+"""Name among the metadata of an export, under which stands how the model is made."""
+RECIPE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +110,11 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
             written.
     """
     weights = Weights.read(best_checkpoint(path) if best else resolved(path), average=average)
+    facts = {"format": "pt", "step": str(weights.step), "weights": weights.which}
+    if (made := recipe(weights.source)) is not None:
+        facts[RECIPE] = json.dumps(made)
     try:
         with replacement(target) as temporary:
-            facts = {"format": "pt", "step": str(weights.step), "weights": weights.which}
             write_raw(temporary, weights.tensors, facts)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
@@ -110,6 +123,47 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
         f"{target}: {len(weights.tensors)} tensors, {size / 1e6:,.1f} MB, {weights.which} weights "
         f"of step {weights.step:,}"
     )
+
+
+def recipe(source: Path) -> dict[str, Any] | None:
+    """Return how the model of a checkpoint is made, and what is done to its inputs.
+
+    None where its config is not one that this version understands.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole.
+    """
+    meta = read_meta(source)
+    try:
+        config, _ = validate(parse(read_file(source, CONFIG, meta).decode("utf-8"), CONFIG))
+        values: Any = parse_json(read_file(source, VALUES, meta))
+        numbers = values.get("normalization", {})
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source} is damaged: {error}") from error
+    except ConfigError:
+        return None
+    if config is None:
+        return None
+    normalize = {
+        name: {key: each[key] for key in ("mean", "std")} for name, each in numbers.items()
+    }
+    for name, given in config.data.normalize.items():
+        said = normalization_of(given)
+        if name not in normalize and not isinstance(said, str):
+            normalize[name] = {"mean": list(said.mean), "std": list(said.std)}
+    return {
+        "version": RECIPE_VERSION,
+        "model": asdict(config.model),
+        "task": asdict(config.task),
+        "precision": config.training.precision,
+        "transform": config.data.transform,
+        "transform_arguments": config.data.transform_arguments,
+        "sample_transform": config.data.sample_transform,
+        "normalize": normalize,
+        "fill": {
+            name: table.fill for name, table in config.data.fields.items() if table.fill is not None
+        },
+    }
 
 
 def best_of(run: Path) -> Best | None:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.export import Weights, best_checkpoint, best_of
-from hpctrain.checkpoint.format import newest_first, resolved
-from hpctrain.checkpoint.load import fitting_names, load_values
+from hpctrain.checkpoint.export import Weights, best_checkpoint, best_of, whole_tensors
+from hpctrain.checkpoint.format import TRAINING, newest_first, read_meta, resolved
+from hpctrain.checkpoint.load import load_values
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of, stored_fields
@@ -42,14 +42,14 @@ from hpctrain.training.data import find_normalizations, normalizations_begun_wit
 from hpctrain.training.ddp import broadcast_tensors
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.initialize import read_weights
-from hpctrain.training.plain_names import load_plain_state
+from hpctrain.training.plain_names import load_checked
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.regression import Regression
-from hpctrain.training.snapshot import is_extra, model_tensors
+from hpctrain.training.snapshot import EXTRA, restore_extra_states
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.transforms import Transforms
 from hpctrain.training.undisturbed import evaluating
-from hpctrain.utils.text import listed, printable
+from hpctrain.utils.text import printable
 
 logger = logging.getLogger("hpctrain")
 
@@ -64,6 +64,7 @@ class Chosen:
         weights: which of them: training, average or evaluation.
         tensors: by name, on the host.
         values: what is no tensor of it; empty for a file.
+        extra: tensors of the extra state of modules, on the host.
         why: how it was chosen, such as "best accuracy of runs/digits".
     """
 
@@ -72,6 +73,7 @@ class Chosen:
     weights: str
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
+    extra: Mapping[str, Tensor]
     why: str
 
 
@@ -95,11 +97,18 @@ def choose_checkpoint(config: Config, world: World, wanted: str | None) -> Chose
         if world.topology.is_rank_zero:
             chosen = _read(config, wanted)
     tensors = broadcast_tensors(world, None if chosen is None else chosen.tensors)
+    extra = broadcast_tensors(world, None if chosen is None else chosen.extra)
     facts = None if chosen is None else (chosen.source, chosen.step, chosen.weights, chosen.why)
     source, step, weights, why = world.communicator.broadcast(facts)
     values = world.communicator.broadcast(None if chosen is None else chosen.values)
     return Chosen(
-        source=source, step=step, weights=weights, tensors=tensors, values=values, why=why
+        source=source,
+        step=step,
+        weights=weights,
+        tensors=tensors,
+        values=values,
+        extra=extra,
+        why=why,
     )
 
 
@@ -114,6 +123,7 @@ def _read(config: Config, wanted: str | None) -> Chosen:
                 weights="training",
                 tensors=read_weights(path),
                 values={},
+                extra={},
                 why=wanted,
             )
         source, why = resolved(path), str(path)
@@ -128,13 +138,18 @@ def _read(config: Config, wanted: str | None) -> Chosen:
         why = f"the best {best.metric} of {run}"
     else:
         source, why = resolved(run), f"the last checkpoint of {run}"
+    values, extra = load_values(source), {}
+    if values.get("extra_state"):
+        training = whole_tensors(source, TRAINING, read_meta(source))
+        extra = tensors_from_raw({n: raw for n, raw in training.items() if n.startswith(EXTRA)})
     weights = Weights.read(source, average=None if config.training.ema_decay else False)
     return Chosen(
         source=str(source),
         step=weights.step,
         weights=weights.which,
         tensors=tensors_from_raw(weights.tensors),
-        values=load_values(source),
+        values=values,
+        extra=extra,
         why=why,
     )
 
@@ -289,7 +304,9 @@ class Trained:
         with raise_together(world.communicator):
             self._model, self._number_format, _ = build_model(config, world, components, semantics)
             self.task: Task = build_task(config, components)
-            load_weights(self._model, chosen)
+            load_checked(self._model, chosen.tensors, chosen.source)
+            states = chosen.values.get("extra_state", {})
+            restore_extra_states(self._model, states, chosen.extra, torch.device("cpu"))
             # Whole on every rank: nothing is kept beside it.
             self._model.to(world.device)
         self._world = world
@@ -381,29 +398,6 @@ class Trained:
 
     def _output(self, model: nn.Module, fields: Fields) -> Any:
         return model(*[fields[name] for name in self.task.inputs])
-
-
-def load_weights(model: nn.Module, chosen: Chosen) -> None:
-    """Put the weights of a checkpoint into a model.
-
-    Raises:
-        CheckpointError: if they are not those of this model.
-    """
-    here = {name: item for name, item in model_tensors(model).items() if not is_extra(name)}
-    there = fitting_names(here, chosen.tensors)
-    weights = {there.get(name, name): item for name, item in chosen.tensors.items()}
-    missing = [name for name in here if name not in weights]
-    unlike = [
-        f"{printable(name)} {tuple(weights[name].shape)}, not {tuple(item.shape)}"
-        for name, item in here.items()
-        if name in weights and weights[name].shape != item.shape
-    ]
-    if missing or unlike:
-        what = f"has no {listed(missing)}" if missing else f"has {listed(unlike)}"
-        raise CheckpointError(
-            f"{chosen.source} {what}: it was saved of another model than [model] makes now"
-        )
-    load_plain_state(model, weights)
 
 
 def as_fields(output: object, samples: int) -> dict[str, npt.NDArray[Any]]:

@@ -7,7 +7,13 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from hpctrain.checkpoint.load import fitting_names
+from hpctrain.errors import CheckpointError
+from hpctrain.utils.text import listed, printable
+
 T = TypeVar("T")
+
+_EXTRA_STATE = "_extra_state"  # as torch calls what `get_extra_state` returns
 
 
 class PlainNames:
@@ -54,6 +60,34 @@ def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(
         {raw[name]: item for name, item in tensors.items() if name in raw}, strict=False
     )
+
+
+def load_checked(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put all parameters and buffers into a model, by names that wrappers may have changed.
+
+    Raises:
+        CheckpointError: if some are missing or of another shape; `source` is for the message.
+    """
+    plain = PlainNames(model)
+    here = {
+        plain(name): item
+        for name, item in model.state_dict().items()
+        if isinstance(item, Tensor) and not name.endswith(_EXTRA_STATE)
+    }
+    there = fitting_names(here, tensors)
+    weights = {there.get(name, name): item for name, item in tensors.items()}
+    missing = [printable(name) for name in here if name not in weights]
+    unlike = [
+        f"{printable(name)} {tuple(weights[name].shape)}, not {tuple(item.shape)}"
+        for name, item in here.items()
+        if name in weights and weights[name].shape != item.shape
+    ]
+    if missing or unlike:
+        what = f"has no {listed(missing)}" if missing else f"has {listed(unlike)}"
+        raise CheckpointError(
+            f"{source} {what}: it was saved of another model than [model] makes now"
+        )
+    load_plain_state(model, weights)
 
 
 def adopt_buffers(

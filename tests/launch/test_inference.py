@@ -14,10 +14,12 @@ import pytest
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
 
+from hpctrain import load_model
+from hpctrain.errors import CheckpointError
+
 pytestmark = pytest.mark.ranks(3)
 
 MODULE = """
-import torch
 from torch import nn
 from hpctrain import Regression
 
@@ -164,6 +166,35 @@ def test_weights_of_a_file_and_outputs_of_an_own_task(site: Path) -> None:
     # What an own method returns is stored as it is; else a target has its files' unit.
     train = predictions_of(site / "train", "y")
     assert np.allclose(y * train.std() + train.mean(), predictions(site / "file"), rtol=1e-5)
+
+
+def test_a_loaded_model_takes_and_gives_what_files_hold(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `predict` does it, of a run and of an export, far from data and config."""
+    here(site, "run.toml", 'run.name="loaded"', 'training.precision="bf16-mixed"')
+    export = here(site, "ckpt", "export", "runs/loaded", "l.safetensors", "--average", "--best")
+    assert "average weights" in export
+    own = ['run.name="loaded"', 'training.precision="bf16-mixed"']
+    here(site, "predict", "run.toml", *own, "--output", "of-loaded")
+    monkeypatch.syspath_prepend(str(site))
+    x = predictions_of(site / "test", "x")
+    for path in (site / "runs" / "loaded", site / "l.safetensors"):
+        model = load_model(path)
+        assert (model.inputs, model.notes) == (("x",), ())
+        given = model(x).numpy()
+        assert np.allclose(given, predictions(site / "of-loaded"), rtol=1e-6), "other predictions"
+        with pytest.raises(TypeError, match=r"takes 1 inputs \(x\)"):
+            model(x, x)
+
+
+def test_files_of_others_are_refused(site: Path) -> None:
+    here(site, "run.toml", 'run.name="others"')
+    checkpoint = next((site / "runs" / "others" / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match="ckpt export"):
+        load_model(checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(site / "run.toml")
 
 
 def test_what_cannot_be_done_is_told(site: Path) -> None:

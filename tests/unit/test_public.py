@@ -22,6 +22,7 @@ NAMES = {
     "__version__",
     "connect",
     "load_config",
+    "load_model",
 }
 OF_DATA = {"Storage", "Writer", "open_dataset"}
 
