@@ -25,21 +25,32 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """By which metric one evaluation is better than another, and which direction of it is."""
+    """By which metric one evaluation is better than another, and which direction of it is.
+
+    Attributes:
+        metric: its name.
+        mode: which direction is better.
+        count: how many of the best are kept.
+    """
 
     metric: str
     mode: Mode
+    count: int = 1
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Preference | None:
         """Return what the meta.json of a checkpoint says; None: its run keeps no best."""
         found = meta.get("keep_best") or {}
         metric, mode = found.get("metric"), found.get("mode")
-        return cls(metric, mode) if metric is not None and mode in ("min", "max") else None
+        if metric is None or mode not in ("min", "max"):
+            return None
+        count = str(found.get("count", "1"))
+        return cls(metric, mode, max(1, int(count)) if count.isdecimal() else 1)
 
     def to_json(self) -> dict[str, str]:
-        """Return what meta.json is to say."""
-        return {"metric": self.metric, "mode": self.mode}
+        """Return what meta.json is to say: words, since older releases read nothing else there."""
+        said = {"metric": self.metric, "mode": self.mode}
+        return said if self.count == 1 else {**said, "count": str(self.count)}
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Tell whether a value is better than another, of which None is the worst.
@@ -55,9 +66,14 @@ class Preference:
 
         Of equals it is the one of the lowest step, which was there first.
         """
-        best: Best | None = None
-        for step, metrics in sorted(evaluated, key=lambda item: item[0]):
-            value = None if metrics is None else metrics.get(self.metric)
-            if value is not None and self.is_better(value, best.value if best else None):
-                best = Best(self.metric, value, step)
-        return best
+        return next(iter(self.ranked(evaluated)), None)
+
+    def ranked(self, evaluated: Iterable[tuple[int, Mapping[str, float] | None]]) -> list[Best]:
+        """Return the best of these that a run keeps, the best one first: at most `count`."""
+        found = [
+            Best(self.metric, metrics[self.metric], step)
+            for step, metrics in evaluated
+            if metrics is not None and math.isfinite(metrics.get(self.metric, math.nan))
+        ]
+        sign = -1 if self.mode == "max" else 1
+        return sorted(found, key=lambda best: (sign * best.value, best.step))[: self.count]

@@ -168,14 +168,19 @@ def recipe(source: Path) -> dict[str, Any] | None:
 
 def best_of(run: Path) -> Best | None:
     """Return the best checkpoint of a run as its newest says, None if it keeps none."""
+    return next(iter(best_ones(run)), None)
+
+
+def best_ones(run: Path) -> list[Best]:
+    """Return the best checkpoints of a run that its newest says it keeps, the best one first."""
     checkpoints = run / CHECKPOINTS
     for path in newest_first(checkpoints):
         try:
             preference = Preference.of(read_meta(path))
         except CheckpointError:
             continue
-        return None if preference is None else preference.best_of(evaluations(checkpoints))
-    return None
+        return [] if preference is None else preference.ranked(evaluations(checkpoints))
+    return []
 
 
 def best_checkpoint(run: Path) -> Path:

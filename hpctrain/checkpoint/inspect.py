@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.checkpoint.export import best_of, whole_tensors
+from hpctrain.checkpoint.export import best_ones, whole_tensors
 from hpctrain.checkpoint.format import (
     CONFIG,
     META,
@@ -43,7 +43,7 @@ def listed(run: Path) -> str:
     Raises:
         CheckpointError: if there is none.
     """
-    latest, best = _latest(run), best_of(run)
+    latest, ranks = _latest(run), {best.step: rank for rank, best in enumerate(best_ones(run), 1)}
     lines = []
     for path in _of_run(run):
         try:
@@ -55,7 +55,8 @@ def listed(run: Path) -> str:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / META).stat().st_mtime))
         metrics = meta["metrics"] or {}
         shown = [f"{printable(name)} {value:.6g}" for name, value in metrics.items()]
-        shown += ["best"] if best is not None and meta["step"] == best.step else []
+        if (rank := ranks.get(meta["step"])) is not None:
+            shown.append("best" if rank == 1 else f"best {rank}")
         shown += ["evaluation weights too"] if "evaluation" in meta.get("weights", ()) else []
         shown += ["latest"] if path.name == latest else []
         lines.append("  ".join([f"  {path.name}", f"{size / 1e6:10,.1f} MB", saved, *shown]))

@@ -51,17 +51,21 @@ class Retention:
         keep_every: steps between those that stay for ever; 0: none.
         metric: name of the evaluation's metric by which the best stays too; None: no best.
         mode: direction of the metric that is better.
+        keep_best_count: how many of the best stay.
     """
 
     keep_last: int
     keep_every: int = 0
     metric: str | None = None
     mode: Mode = "min"
+    keep_best_count: int = 1
 
     @property
     def preference(self) -> Preference | None:
         """Metric and direction by which the best is found; None: no best."""
-        return None if self.metric is None else Preference(self.metric, self.mode)
+        if self.metric is None:
+            return None
+        return Preference(self.metric, self.mode, self.keep_best_count)
 
     def surplus(self, checkpoints: Sequence[tuple[int, Mapping[str, float] | None]]) -> list[int]:
         """Return the steps to delete.
@@ -73,8 +77,8 @@ class Retention:
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        if self.preference is not None and (best := self.preference.best_of(checkpoints)):
-            kept.add(best.step)
+        if self.preference is not None:
+            kept |= {best.step for best in self.preference.ranked(checkpoints)}
         return [step for step in steps if step not in kept]
 
 

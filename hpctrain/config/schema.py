@@ -443,6 +443,9 @@ class CheckpointSection:
     keep_best_mode: Literal["min", "max"] | None = None
     """Which direction is better; none: as the task declares it."""
 
+    keep_best_count: Count = 1
+    """How many of the best to keep."""
+
     resume: Text = "auto"
     """"auto": from the newest whole checkpoint if there is one; "never"; or a checkpoint folder."""
 

@@ -89,6 +89,7 @@ def prepare_rank_zero(
             keep_last=section.keep_last,
             keep_every=section.keep_every,
             metric=keep_best,
+            keep_best_count=section.keep_best_count,
             mode=mode,
         ),
         confirm=folder.confirm,

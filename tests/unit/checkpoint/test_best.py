@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.best import Best, Preference
-from hpctrain.checkpoint.export import export
+from hpctrain.checkpoint.export import best_checkpoint, export
 from hpctrain.checkpoint.format import checksum_of_meta
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors
@@ -48,10 +48,10 @@ def test_the_first_of_equals_is_the_best(mode: Any, values: list[Any], step: int
     assert kept == {len(values)} | ({step} if step else set())
 
 
-def save(run: Path, values: list[float]) -> CheckpointManager:
+def save(run: Path, values: list[float], count: int = 1) -> CheckpointManager:
     store = CheckpointManager(
         run,
-        retention=Retention(keep_last=1, metric="accuracy", mode="max"),
+        retention=Retention(keep_last=1, metric="accuracy", mode="max", keep_best_count=count),
         confirm=lambda: None,
         warn=print,
     )
@@ -84,6 +84,22 @@ def test_all_name_the_same_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "of step 2" in capsys.readouterr().out
     (weight,) = raw_tensors(target.read_bytes(), target).values()
     assert weight.values() == [2.0]
+
+
+def test_several_of_the_best_are_kept(tmp_path: Path) -> None:
+    store = save(tmp_path, [0.5, 0.9, NAN, 0.7, 0.9, 0.7, 0.1], count=3)
+    assert store.best() == Best("accuracy", 0.9, 2)
+    lines = {line.split()[0]: line for line in inspect.listed(tmp_path).splitlines()[1:]}
+    marked = {name: line.split("loss")[1].split()[1:] for name, line in lines.items()}
+    assert marked == {
+        "step-00000002": ["best"],
+        "step-00000004": ["best", "3"],
+        "step-00000005": ["best", "2"],
+        "step-00000007": ["latest"],
+    }
+    assert best_checkpoint(tmp_path).name == "step-00000002"
+    meta = json.loads((tmp_path / "checkpoints/step-00000007/meta.json").read_text())
+    assert meta["keep_best"] == {"metric": "accuracy", "mode": "max", "count": "3"}
 
 
 def test_without_a_best_there_is_none_to_export(tmp_path: Path) -> None:

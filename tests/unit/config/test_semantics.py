@@ -122,6 +122,7 @@ AS_BEFORE = {
     "run.group_writable": "the folder is the user's, as before",
     "training.keep_compiled": "nothing is kept, as before",
     "training.cudnn_benchmark": "no algorithm is timed, as before",
+    "checkpoint.keep_best_count": "one best checkpoint is kept, as before",
     "training.fast_dev_run": "it is no trial, as before",
     **dict.fromkeys(
         (f"early_stopping.{key}" for key in ("patience", "min_delta", "check_finite")),
