@@ -116,6 +116,33 @@ def resolve_all(
     return targets
 
 
+def resolve_callbacks(
+    config: Config, *, path: str | None = None, overrides: Sequence[str] = ()
+) -> list[Callable[..., Any]]:
+    """Import every callback and check its arguments.
+
+    Args:
+        config: whose `callbacks`.
+        path: the file that the config was loaded from; with it, mistakes have their lines.
+        overrides: those that it was loaded with.
+
+    Raises:
+        ConfigError: with every mistake in all of them.
+    """
+    targets: list[Callable[..., Any]] = []
+    mistakes: list[Mistake] = []
+    for component in config.callbacks:
+        try:
+            targets.append(imported(component.use))
+        except ConfigError as error:
+            mistakes.append(_mistake("callbacks", component, str(error)))
+        else:
+            mistakes += bind("callbacks", component, targets[-1])
+    if mistakes:
+        raise placed_error(mistakes, path, overrides)
+    return targets
+
+
 def placed_error(
     mistakes: Sequence[Mistake], path: str | None, overrides: Sequence[str]
 ) -> ConfigError:

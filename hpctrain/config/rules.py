@@ -145,6 +145,21 @@ def check_components(source: Source) -> list[Mistake]:
     return mistakes
 
 
+def check_callbacks(source: Source) -> list[Mistake]:
+    """Check that `use` of every callback can be imported."""
+    given = source.get("callbacks")
+    mistakes = []
+    for table in given if isinstance(given, list) else []:
+        use = table.get("use") if isinstance(table, dict) else None
+        if not isinstance(use, str) or not use:
+            continue
+        problem = problem_of(use) if is_reference(use) else 'expected "package.module:Name"'
+        if problem is not None:
+            mistake = Mistake(key=("callbacks", "use"), problem=problem, value=use)
+            mistakes.append(source.place(mistake))
+    return mistakes
+
+
 def check_fields(source: Source) -> list[Mistake]:
     """Check that the fields described are those of the task, and their files go together."""
     inputs, target = source.get("task", "inputs"), source.get("task", "target")
@@ -433,6 +448,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_run,
     check_paths,
     check_components,
+    check_callbacks,
     check_fields,
     check_samples,
     check_transforms,

@@ -520,3 +520,4 @@ class Config:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    callbacks: tuple[ComponentSection, ...] = ()

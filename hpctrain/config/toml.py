@@ -342,9 +342,9 @@ def to_toml(config: Config) -> str:
     """Return the resolved config, every default written out; `load` of it gives an equal one."""
     import tomli_w
 
-    return tomli_w.dumps(
-        {field.name: _table(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    )
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    # A list of tables that are none has no header to write.
+    return tomli_w.dumps({name: _value(item) for name, item in sections.items() if item != ()})
 
 
 def _table(section: Any) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
             if key not in found:
                 found.add(key)
                 missing = item["type"].startswith("missing")
-                if inner is not None:
+                if _is_list(key[0]):
+                    mistakes.append(_list_misfit(source, key[0], item["loc"][1:3], missing))
+                elif inner is not None:
                     problem = f"expected {expectation(inner)}"
                     if isinstance(value := source.get(*key), str):
                         problem += did_you_mean(value, _choices(inner), quote='"')
@@ -103,15 +105,27 @@ def _sections() -> dict[str, type]:
     return typing.get_type_hints(Config)
 
 
+def _is_list(section: str) -> bool:
+    """Tell whether a section is written once for each of several tables, such as [[callbacks]]."""
+    return typing.get_origin(_sections()[section]) is tuple
+
+
+def _section_type(section: str) -> type:
+    """Return the dataclass of a section, or of each of its tables."""
+    annotation = _sections()[section]
+    kind: type = typing.get_args(annotation)[0] if _is_list(section) else annotation
+    return kind
+
+
 @functools.cache
 def _fields(section: str) -> dict[str, Any]:
     """Return the annotation of every key that a section of the file may have."""
-    return typing.get_type_hints(_sections()[section], include_extras=True)
+    return typing.get_type_hints(_section_type(section), include_extras=True)
 
 
 def reserved_keys(section: str) -> tuple[str, ...]:
     """Return the keys that are hpctrain's own in a section, not arguments of its component."""
-    return tuple(field.name for field in dataclasses.fields(_sections()[section]))
+    return tuple(field.name for field in dataclasses.fields(_section_type(section)))
 
 
 def _item_type(section: str, key: str) -> type | None:
@@ -133,7 +147,7 @@ def _place(where: KeyPath) -> tuple[KeyPath, Any]:
 
 def _is_component(section: str) -> bool:
     """Tell whether further keys of a section are arguments of what it names."""
-    return issubclass(_sections()[section], ComponentSection)
+    return issubclass(_section_type(section), ComponentSection)
 
 
 def _usable(source: Source) -> tuple[Table, list[Mistake]]:
@@ -172,7 +186,12 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
         if section not in _sections():
             mistakes.append(source.mistake((section,), _unknown_section(section, given)))
             continue
-        if not isinstance(given, dict):
+        if _is_list(section) and isinstance(given, list):
+            moved = [_with_arguments(source, section, item) for item in given]
+            known[section] = [item for _, item in moved]
+            mistakes += [mistake for found, _ in moved for mistake in found]
+            continue
+        if not isinstance(given, dict) or _is_list(section):
             known[section] = given
             continue
         reserved = reserved_keys(section)
@@ -186,12 +205,23 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
         if not _is_component(section):
             mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]
             continue
-        named = given.get("arguments", {})
-        if isinstance(named, dict):
-            problem = f"given twice, also in [{section}.arguments]"
-            mistakes += [source.mistake((section, key), problem) for key in further if key in named]
-            known[section]["arguments"] = {key: given[key] for key in further} | named
+        twice, moved_into = _with_arguments(source, section, given)
+        mistakes += twice
+        if "arguments" in moved_into:
+            known[section]["arguments"] = moved_into["arguments"]
     return mistakes, known
+
+
+def _with_arguments(source: Source, section: str, given: Any) -> tuple[list[Mistake], Any]:
+    """Return the keys that are given twice, and a component with further keys as arguments."""
+    if not isinstance(given, dict) or not isinstance(named := given.get("arguments", {}), dict):
+        return [], given
+    reserved = reserved_keys(section)
+    further = [key for key in given if key not in reserved]
+    problem = f"given twice, also in [{section}.arguments]"
+    mistakes = [source.mistake((section, key), problem) for key in further if key in named]
+    known = {key: value for key, value in given.items() if key in reserved}
+    return mistakes, {**known, "arguments": {key: given[key] for key in further} | named}
 
 
 def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
@@ -226,8 +256,18 @@ def _item_misfit(
     problem = f"expected {expectation(typing.get_type_hints(kind, include_extras=True)[name])}"
     if missing:
         return source.mistake((*key, name), f"missing; {problem}")
-    value = source.get(*key)[index][name]
+    item = source.get(*key)[index]
+    value = item[name] if isinstance(item, dict) else item
     return source.place(Mistake(key=(*key, name), problem=problem, value=value))
+
+
+def _list_misfit(
+    source: Source, section: str, within: tuple[int | str, ...], missing: bool
+) -> Mistake:
+    """Say what is wrong with a section that is written once for each of its tables."""
+    if len(within) < 2:
+        return _misfit(source, (section,), missing=missing)
+    return _item_misfit(source, (section,), _section_type(section), within, missing)
 
 
 def _unknown_in_items(source: Source, key: KeyPath, kind: type, items: list[Any]) -> list[Mistake]:

@@ -300,7 +300,9 @@ def test_every_default_is_written_and_what_is_none_is_left_out() -> None:
     assert text.startswith(head + model)
     assert "validation" not in text
     sections = [line[1:-1] for line in text.split("\n") if line.startswith("[") and "." not in line]
-    assert sections == [field.name for field in dataclasses.fields(Config)]
+    # [[callbacks]] stands once for each, and there is none.
+    known = [field.name for field in dataclasses.fields(Config)]
+    assert sections == [name for name in known if name != "callbacks"]
 
 
 @settings(

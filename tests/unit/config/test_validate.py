@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hpctrain.config import Config, load
+from hpctrain.config import Config, load, to_toml
 from hpctrain.errors import ConfigError, ExitCode
 
 SMALLEST = """\
@@ -313,3 +314,43 @@ def test_a_mistake_is_told_without_anything_heavy() -> None:
     message = 'c.toml: 1 mistake\n  line 13  optimizer.lr = "fast": expected a number above 0'
     assert told.stdout == f"{message}\n\n"
     assert told.stderr == ""
+
+
+CALLBACKS = """
+[[callbacks]]
+use = "collections:OrderedDict"
+decay = 0.9
+[callbacks.arguments]
+use = 3
+
+[[callbacks]]
+use = "collections:Counter"
+"""
+
+
+def test_callbacks_are_tables_with_arguments_of_their_own() -> None:
+    Path("c.toml").write_text(SMALLEST + CALLBACKS, encoding="utf-8")
+    config = load("c.toml")
+    assert [(each.use, each.arguments) for each in config.callbacks] == [
+        ("collections:OrderedDict", {"decay": 0.9, "use": 3}),
+        ("collections:Counter", {}),
+    ]
+    Path("c.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load("c.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[[callbacks]]\ndecay = 1\n", "callbacks.use: missing"),
+        ("[[callbacks]]\nuse = 1\n", "callbacks.use = 1: expected a non-empty string"),
+        ('[[callbacks]]\nuse = "Counter"\n', 'expected "package.module:Name"'),
+        ('[[callbacks]]\nuse = "fractions:Fracton"\n', "did you mean Fraction"),
+        ('[callbacks]\nuse = "collections:Counter"\n', "expected a list of tables"),
+        ("[[callbacks]]\nuse = 'a:b'\nx = 1\n[callbacks.arguments]\nx = 2\n", "given twice"),
+    ],
+)
+def test_what_is_wrong_with_a_callback_is_told(text: str, told: str) -> None:
+    Path("c.toml").write_text(SMALLEST + text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load("c.toml")
