@@ -1,6 +1,7 @@
 """Batch training for MPI clusters: launch, sharded HDF5, DDP, checkpoints, life in a queue.
 
-Public are the names of `__all__` here and in `hpctrain.data`; all else is private and may change.
+Public are the names of `__all__` here, in `hpctrain.data` and in `hpctrain.lightning`; all else is
+private and may change.
 """
 
 from __future__ import annotations

@@ -59,6 +59,36 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def from_table(
+    name: str, table: Table, overrides: Sequence[str] = (), *, given: frozenset[str] = frozenset()
+) -> Config:
+    """Return the config that a table of sections comes to, by the same checks as a file's.
+
+    Args:
+        name: of what has made the table, for the messages.
+        table: by section.
+        overrides: over it, as on a command line.
+        given: sections in whose place objects stand: what theirs would name is not looked for.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    source = Source(path=name, text="", table=table)
+    mistakes = apply_overrides(source, overrides)
+    config, against_schema = validate(source)
+    mistakes += against_schema
+    misfits = {mistake.key for mistake in mistakes}
+    for check in CHECKS:
+        mistakes += [
+            mistake
+            for mistake in check(source)
+            if mistake.key not in misfits and not given.intersection(mistake.key[:1])
+        ]
+    if config is None or mistakes:
+        raise config_error(name, mistakes)
+    return config
+
+
 def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
     """Return the config, or None and every mistake against the schema."""
     table, mistakes = _usable(source)

@@ -246,7 +246,7 @@ def connect(
     ending: SystemExit | None = None
     try:
         with (
-            _alone_in_this_process(),
+            alone_in_this_process(),
             control_plane(part=communicator) as (topology, messages),
             guard(topology, is_callers=True) as keeper,
             # One process tells nothing: its failure may be caught.
@@ -271,7 +271,7 @@ _in_use = threading.Lock()
 
 
 @contextmanager
-def _alone_in_this_process() -> Iterator[None]:
+def alone_in_this_process() -> Iterator[None]:
     """Refuse a second world beside one that is in use: device, process group and MPI are one.
 
     Raises:

@@ -367,6 +367,40 @@ def _every_steps(batches: int, accumulated: int) -> Keys:
     }
 
 
+def _limits(given: TrainerArguments) -> Keys:
+    """Return how much of the data is taken; Lightning counts batches before accumulation."""
+    accumulated = given.accumulate_grad_batches
+    keys: Keys = {}
+    if given.fast_dev_run:
+        keys["training.fast_dev_run"] = given.fast_dev_run
+    for name, key in _LIMITS.items():
+        value = getattr(given, name)
+        is_part = isinstance(value, float)
+        if value in (None, 0) or (is_part and value == 1.0):
+            continue
+        if isinstance(value, bool) or value < 0 or (is_part and value > 1 and value % 1):
+            raise ConfigError(f"{name}={value!r}: expected a part of the data or a number of them")
+        if is_part and value < 1:
+            keys[key] = value
+            continue
+        if name != "limit_val_batches" and isinstance(accumulated, int) and value % accumulated:
+            raise ConfigError(
+                f"{name}={value!r} batches are no whole number of steps of "
+                f"accumulate_grad_batches={accumulated}"
+            )
+        keys[key] = int(value) // (1 if name == "limit_val_batches" else accumulated)
+    if given.limit_train_batches == 0 and given.limit_train_batches is not False:
+        raise ConfigError("limit_train_batches=0 trains nothing: trainer.validate evaluates")
+    return keys
+
+
+_LIMITS = {
+    "limit_train_batches": "training.limit_train_batches",
+    "limit_val_batches": "training.limit_validation_batches",
+    "overfit_batches": "training.overfit_batches",
+}
+
+
 def _accumulation(given: TrainerArguments) -> Keys:
     value = given.accumulate_grad_batches
     if isinstance(value, dict):
@@ -442,12 +476,8 @@ def _refused(given: TrainerArguments) -> Keys:
 
 _SUBSET = "cut the data: torch.utils.data.Subset(dataset, range(n))"
 _NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "fast_dev_run": ((False, 0), f"give max_steps, and {_SUBSET}"),
-    "limit_train_batches": ((None, 1.0), _SUBSET),
-    "limit_val_batches": ((None, 1.0, 0), _SUBSET),
     "limit_test_batches": ((None, 1.0), _SUBSET),
     "limit_predict_batches": ((None, 1.0), _SUBSET),
-    "overfit_batches": ((0, 0.0), _SUBSET),
     "min_epochs": ((None, 0, 1), "a run goes on to max_epochs"),
     "min_steps": ((None, 0, 1), "a run goes on to max_steps"),
     "profiler": ((None,), "metrics.jsonl has the seconds of every phase"),
@@ -468,6 +498,7 @@ _RULES: tuple[Callable[[TrainerArguments], Keys], ...] = (
     _length,
     _validation,
     _accumulation,
+    _limits,
     _clipping,
     _arithmetic,
     _told,

@@ -123,10 +123,8 @@ def _model_checkpoint(callback: Any) -> Keys:
         keys["checkpoint.keep_best_mode"] = callback.mode
     if top == -1:
         keys["checkpoint.keep_last"] = KEEP_ALL
-    elif top > 1:
-        raise ConfigError(
-            f"save_top_k={top}: the best one is kept (save_top_k=1), or all of them (-1)"
-        )
+    elif top > 1 and callback.monitor is not None:
+        keys["checkpoint.keep_best_count"] = top
     seconds = callback._train_time_interval
     if callback._every_n_train_steps:
         keys["checkpoint.every_steps"] = callback._every_n_train_steps

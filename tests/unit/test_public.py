@@ -12,6 +12,7 @@ from helpers.limits import JOB_SECONDS
 
 import hpctrain
 import hpctrain.data
+import hpctrain.lightning
 
 NAMES = {
     "Classification",
@@ -24,6 +25,7 @@ NAMES = {
     "load_config",
     "load_model",
 }
+OF_LIGHTNING = {"Trainer"}
 OF_DATA = {"Storage", "Writer", "open_dataset"}
 
 WITHOUT_ANYTHING_HEAVY = """
@@ -38,7 +40,8 @@ assert not heavy, heavy
 def test_names() -> None:
     assert set(hpctrain.__all__) == NAMES
     assert set(hpctrain.data.__all__) >= OF_DATA
-    for module in (hpctrain, hpctrain.data):
+    assert set(hpctrain.lightning.__all__) == OF_LIGHTNING
+    for module in (hpctrain, hpctrain.data, hpctrain.lightning):
         for name in module.__all__:
             assert getattr(module, name) is not None
     assert hpctrain.Classification.__name__ == "Classification"

@@ -148,6 +148,18 @@ def test_every_key_is_one_of_the_config() -> None:
             },
             {"training.evaluate_every_epochs": 0, "training.evaluate_every_steps": 25},
         ),
+        (
+            {"limit_train_batches": 6, "limit_val_batches": 5, "accumulate_grad_batches": 2},
+            {"training.limit_train_batches": 3, "training.limit_validation_batches": 5},
+        ),
+        (
+            {"limit_train_batches": 0.5, "limit_val_batches": 1.0},
+            {"training.limit_train_batches": 0.5},
+        ),
+        ({"overfit_batches": 1}, {"training.overfit_batches": 1}),
+        ({"overfit_batches": 0.01}, {"training.overfit_batches": 0.01}),
+        ({"fast_dev_run": True}, {"training.fast_dev_run": True}),
+        ({"fast_dev_run": 7}, {"training.fast_dev_run": 7}),
         ({"log_every_n_steps": 5}, {"logging.every_steps": 5}),
         ({"log_every_n_steps": 0}, {"logging.every_steps": NEVER}),
         ({"enable_progress_bar": False}, {"logging.progress": "none"}),
@@ -239,6 +251,10 @@ def test_argument(given: dict[str, Any], keys: dict[str, Any]) -> None:
         ({"deterministic": "warn"}, "nothing in between"),
         ({"plugins": MixedPrecision("bf16-mixed", "cpu")}, "precision="),
         ({"barebones": True, "profiler": "simple"}, "leave out one"),
+        ({"limit_train_batches": 0}, "trainer.validate"),
+        ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, "no whole number of steps"),
+        ({"limit_val_batches": 1.5}, "part of the data"),
+        ({"overfit_batches": -1}, "part of the data"),
         ({"min_epochs": 5}, "max_epochs"),
         ({"profiler": "simple"}, "seconds of every phase"),
         ({"reload_dataloaders_every_n_epochs": 1}, "__getitem__"),
@@ -360,6 +376,12 @@ def test_callbacks() -> None:
         "checkpoint.every_epochs": 0,
         "checkpoint.every_minutes": 5.0,
         "checkpoint.keep_last": KEEP_ALL,
+    }
+    several = theirs.ModelCheckpoint(monitor="val_loss", save_top_k=3)
+    assert new(callbacks=several)["checkpoint.keep_best_count"] == 3
+    assert new(callbacks=theirs.ModelCheckpoint(save_top_k=0)) == {
+        "checkpoint.every_epochs": 0,
+        "checkpoint.keep_last": 1,
     }
     assert new(callbacks=theirs.TQDMProgressBar(refresh_rate=0)) == {"logging.progress": "none"}
     assert new(callbacks=theirs.Timer("00:00:10:00")) == {"run.max_seconds": 600.0}

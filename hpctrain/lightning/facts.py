@@ -1,0 +1,166 @@
+"""What a Trainer tells of itself and of its last run, by Lightning's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpctrain.config import Config
+from hpctrain.launch.environment import Claim
+from hpctrain.lightning.arguments import Mapped, TrainerArguments
+from hpctrain.lightning.checkpoints import Checkpoints
+from hpctrain.topology import Topology
+from hpctrain.training.brought import Brought
+
+_OF_ARGUMENTS = (
+    *("accumulate_grad_batches", "check_val_every_n_epoch", "fast_dev_run", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "limit_predict_batches", "limit_test_batches"),
+    *("limit_train_batches", "limit_val_batches", "log_every_n_steps", "max_steps", "min_epochs"),
+    *("min_steps", "num_sanity_val_steps", "overfit_batches", "val_check_interval"),
+    *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams", "barebones", "profiler"),
+)
+"""Attributes that are the arguments themselves."""
+
+_BEFORE = {
+    "callback_metrics": {},
+    "logged_metrics": {},
+    "progress_bar_metrics": {},
+    "global_step": 0,
+    "current_epoch": 0,
+    "should_stop": False,
+    "interrupted": False,
+    "lr_scheduler_configs": [],
+    "optimizers": [],
+    "training": False,
+    "validating": False,
+    "testing": False,
+    "predicting": False,
+    "evaluating": False,
+    "sanity_checking": False,
+}
+"""Attributes that are of a run, before there is one."""
+
+
+class Facts:
+    """Facts of a Trainer: of its arguments, of the ranks, and of its last run.
+
+    Attributes:
+        callbacks: those given, that are called, or whose work keys do.
+        loggers: those given that lines of metrics are handed to.
+        model: the module of the last call; `lightning_module` is another name for it.
+        datamodule: of the last call.
+    """
+
+    def __init__(self, claim: Claim, mapped: Mapped, given: TrainerArguments) -> None:
+        self._given = given
+        self._claim = claim
+        self._topology: Topology | None = None
+        self._stand_in: Any = None
+        self._config: Config | None = None
+        self.callbacks: list[Any] = [*mapped.callbacks, *mapped.checkpoints, *mapped.stoppings]
+        self.loggers: list[Any] = list(mapped.loggers)
+        self.model: Any = None
+        self.datamodule: Any = None
+        self.precision = mapped.keys.get("training.precision", "32-true")
+        self.checkpoint_callbacks: list[Any] = list(mapped.checkpoints)
+        if not self.checkpoint_callbacks and given.enable_checkpointing is not False:
+            self.checkpoint_callbacks = [Checkpoints()]
+        self.early_stopping_callbacks: list[Any] = list(mapped.stoppings)
+        self.max_epochs = mapped.keys.get("training.max_epochs", -1)
+
+    @property
+    def lightning_module(self) -> Any:
+        return self.model
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        return self.checkpoint_callbacks[0] if self.checkpoint_callbacks else None
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        return self.early_stopping_callbacks[0] if self.early_stopping_callbacks else None
+
+    @property
+    def logger(self) -> Any:
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def default_root_dir(self) -> str:
+        return str(self._given.default_root_dir or Path.cwd())
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of the last run; None: there was none yet."""
+        return None if self._config is None else str(run_folder(self._config))
+
+    @property
+    def world_size(self) -> int:
+        if self._topology is not None:
+            return self._topology.world_size
+        return self._claim.world_size or 1
+
+    @property
+    def global_rank(self) -> int:
+        return self._claim.rank or 0 if self._topology is None else self._topology.rank
+
+    @property
+    def local_rank(self) -> int:
+        if self._topology is not None:
+            return self._topology.local_rank
+        return self._claim.local_rank or 0
+
+    @property
+    def node_rank(self) -> int:
+        return 0 if self._topology is None else self._topology.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        return self._given.num_nodes if self._topology is None else self._topology.num_nodes
+
+    @property
+    def num_devices(self) -> int:
+        if self._topology is not None:
+            return self._topology.local_world_size
+        return self._claim.local_world_size or 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """Print on rank 0."""
+        if self.is_global_zero:
+            print(*values, **options)  # noqa: T201 - what the user asked for
+
+    def begins(self, brought: Brought, config: Config, topology: Topology) -> None:
+        """Take note of the run that is about to begin."""
+        self.model, self.datamodule = brought.model, brought.datamodule
+        self._config, self._topology = config, topology
+        self._stand_in = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in _OF_ARGUMENTS:
+            return getattr(self._given, name)
+        # What modules see as `self.trainer` knows the run, and still does after its end.
+        of_run = stand_in_of(self.__dict__.get("model"))
+        if of_run is not None and hasattr(of_run, name):
+            return getattr(of_run, name)
+        if name in _BEFORE:
+            return _BEFORE[name]
+        raise AttributeError(
+            f"trainer.{name}: hpctrain.lightning.Trainer has no such attribute; "
+            "docs/from-lightning.md has a row for every one of Lightning's, with what stands for it"
+        )
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of the run that a config names."""
+    return Path(config.run.directory, config.run.name)
+
+
+def stand_in_of(model: Any) -> Any:
+    """Return what a module has as its `trainer`; None before its first run."""
+    found = getattr(model, "_trainer", None)
+    return found if found is not None or model is None else vars(model).get("trainer")
