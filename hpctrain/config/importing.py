@@ -181,6 +181,34 @@ def problem_of(reference: str) -> str | None:
     return f"module {module!r} has no {first!r}{did_you_mean(first, names)}"
 
 
+_PLAIN_BASES = {"object", "Module", "nn.Module", "torch.nn.Module"}
+"""Bases of a class that bring no method of a task."""
+
+
+def has_method(reference: str, method: str) -> bool | None:
+    """Tell whether a class defines or may inherit a method, without importing it.
+
+    Returns:
+        None where its source does not tell: a function, a class with other bases, no source.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        spec = _locate(module)
+        tree = None if spec is None else _tree(spec)
+    except (LookupError, SyntaxError):
+        return None  # of which `problem_of` speaks
+    body = [] if tree is None else tree.body
+    found = [item for item in body if isinstance(item, ast.ClassDef) and item.name == name]
+    if len(found) != 1:
+        return None
+    methods = {item.name for item in found[0].body if isinstance(item, ast.FunctionDef)}
+    if method in methods:
+        return True
+    plain = not found[0].decorator_list and not found[0].keywords
+    bases = {ast.unparse(base) for base in found[0].bases}
+    return False if plain and bases <= _PLAIN_BASES else None
+
+
 def _locate(module: str) -> ModuleSpec | None:
     """Return the spec of "package.module"; None if there may be such a module.
 
@@ -249,14 +277,9 @@ def _names(spec: ModuleSpec) -> set[str] | None:
     """
     if spec.origin is None and spec.submodule_search_locations is not None:
         return set()  # a folder without __init__.py holds modules and nothing else
-    if spec.origin is None or not isinstance(spec.loader, SourceFileLoader):
+    tree = _tree(spec)
+    if tree is None:
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as an odd escape in a string: not our business
-            tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
-    except (OSError, ValueError, RecursionError, MemoryError):
-        return None  # the import itself will tell
     for node in ast.walk(tree):
         word = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
         if word in _MAKES_NAMES:
@@ -266,6 +289,22 @@ def _names(spec: ModuleSpec) -> set[str] | None:
         name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names
     }
     return None if names & {"*", "__getattr__"} else names
+
+
+def _tree(spec: ModuleSpec) -> ast.Module | None:
+    """Return the source of a module, parsed; None if it has none that can be read.
+
+    Raises:
+        SyntaxError: if it is not Python.
+    """
+    if spec.origin is None or not isinstance(spec.loader, SourceFileLoader):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as an odd escape in a string: not our business
+            return ast.parse(Path(spec.origin).read_bytes(), spec.origin)
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return None  # the import itself will tell
 
 
 def _defined(body: Sequence[ast.AST]) -> Iterator[str]:

@@ -13,6 +13,9 @@ from hpctrain.config.toml import apply_overrides, read
 from hpctrain.errors import ConfigError
 from hpctrain.utils.text import did_you_mean
 
+OWN = "module"
+"""Name of the task and the optimizer that a model with a `training_step` brings itself."""
+
 BUILTINS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "convnet": "hpctrain.models.convnet:ConvNet",
@@ -25,6 +28,7 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
     "task": {
         "classification": "hpctrain.training.task:Classification",
         "language_modeling": "hpctrain.training.language_modeling:LanguageModeling",
+        OWN: "hpctrain.training.modules.task:ModuleTask",
         "regression": "hpctrain.training.regression:Regression",
     },
     "optimizer": {
@@ -32,6 +36,7 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
         "adagrad": "torch.optim:Adagrad",
         "adam": "torch.optim:Adam",
         "adamw": "torch.optim:AdamW",
+        OWN: "hpctrain.training.modules.optimizers:configure",
         "nadam": "torch.optim:NAdam",
         "radam": "torch.optim:RAdam",
         "rmsprop": "torch.optim:RMSprop",

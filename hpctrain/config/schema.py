@@ -56,10 +56,13 @@ class ComponentSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSection(ComponentSection):
-    """What a step computes from a batch."""
+    """What a step computes from a batch; none: what the model's own `training_step` does."""
 
-    inputs: Annotated[tuple[str, ...], MinLen(1)]
-    """Fields of the dataset that the model receives, in the order of its arguments."""
+    use: Reference = "module"
+    """A built-in name, or "package.module:Name"; "module": the model is a task itself."""
+
+    inputs: Annotated[tuple[str, ...], MinLen(1)] | tuple[()] = ()
+    """Fields of the dataset that the model receives, in order; for a module, none: all of them."""
 
     target: Text | None = None
     """Field that the loss compares the model's output with."""
@@ -242,9 +245,12 @@ class ParameterGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSection(ComponentSection):
-    """The optimizer; further keys are its keyword arguments."""
+    """The optimizer; further keys are its keyword arguments. None: the module's own."""
 
-    lr: Annotated[float, Gt(0)]
+    use: Reference = "module"
+    """A built-in name, or "package.module:Name"; "module": what `configure_optimizers` returns."""
+
+    lr: Annotated[float, Gt(0)] | None = None
     """Peak learning rate."""
 
     decay_norms_and_biases: bool = True
@@ -511,9 +517,9 @@ class Config:
 
     run: RunSection
     model: ComponentSection
-    task: TaskSection
+    task: TaskSection = field(default_factory=TaskSection)
     data: DataSection
-    optimizer: OptimizerSection
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     scheduler: SchedulerSection = field(default_factory=SchedulerSection)
     training: TrainingSection
     early_stopping: EarlyStoppingSection = field(default_factory=EarlyStoppingSection)

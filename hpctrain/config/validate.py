@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
+from hpctrain.config.importing import has_method, is_reference
 from hpctrain.config.messages import KeyPath, Mistake, config_error
+from hpctrain.config.registry import BUILTINS, OWN
 from hpctrain.config.rules import CHECKS
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.toml import Source, Table, apply_overrides, read, refuse_depth
@@ -51,6 +53,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     refuse_depth(source)
     config, against_schema = validate(source)
     mistakes += against_schema
+    mistakes += _without_echoes([*mistakes, *_missing_parts(source)])[len(mistakes) :]
     misfits = {mistake.key for mistake in mistakes}
     for check in CHECKS:
         mistakes += [mistake for mistake in check(source) if mistake.key not in misfits]
@@ -278,6 +281,36 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
     return source.mistake(key, problem)
 
 
+def _missing_parts(source: Source) -> list[Mistake]:
+    """Return what the config has to say of the task and the optimizer of a model that has none.
+
+    A module, with a `training_step`, brings its own. Where its source does not tell whether a model
+    is one, that is found out once it is built.
+    """
+    use = source.get("model", "use")
+    may_be_module = isinstance(use, str) and is_reference(use) and use not in BUILTINS["model"]
+    if may_be_module and has_method(use, "training_step") is not False:
+        needed = [key for key in _NEEDED if source.get(key[0], "use") not in (None, OWN)]
+        needed = [key for key in needed if key[1] != "use"]
+    else:
+        needed = [key for key in _NEEDED if isinstance(source.get(key[0]), dict)]
+        absent = {section for section, _ in _NEEDED if source.get(section) is None}
+        needed += [(section,) for section in sorted(absent, reverse=True)]
+    return [
+        _misfit(source, key, missing=source.get(*key) is None)
+        for key in needed
+        if source.get(*key) is None or source.get(*key) in (OWN, [])
+    ]
+
+
+_NEEDED: tuple[KeyPath, ...] = (
+    ("task", "use"),
+    ("task", "inputs"),
+    ("optimizer", "use"),
+    ("optimizer", "lr"),
+)
+
+
 def _item_misfit(
     source: Source, key: KeyPath, kind: type, within: tuple[int | str, ...], missing: bool
 ) -> Mistake:
@@ -414,7 +447,7 @@ def expectation(annotation: Any) -> str:
             text = _limited(text, constraint)
         return text
     if origin in (Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        kinds = [kind for kind in typing.get_args(annotation) if kind not in _UNSAID]
         return " or ".join(expectation(kind) for kind in kinds)
     if origin is Literal:
         words = [f'"{word}"' for word in typing.get_args(annotation)]
@@ -422,6 +455,10 @@ def expectation(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return "a table"
     return _collection(annotation) or _KINDS[origin or annotation]
+
+
+_UNSAID = (type(None), tuple[()])
+"""Parts of annotations that stand for a key that is left out."""
 
 
 def _collection(annotation: Any) -> str | None:

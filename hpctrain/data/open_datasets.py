@@ -44,7 +44,7 @@ def open_datasets(
 
     Args:
         section: of the config.
-        fields: that the task needs.
+        fields: that the task needs; none: all that the files have.
         semantics: the rules of the run.
 
     Returns:
@@ -63,6 +63,7 @@ def open_for_training(
     section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
 ) -> Dataset:
     """Return the samples to train with, see `open_datasets`."""
+    fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
     return _open(section, fields, "train", semantics).as_stored(stored)
 
@@ -74,8 +75,15 @@ def open_for_evaluation(
     of_same_files = section.samples.validation or section.samples.validation_fraction
     if section.validation is None and not of_same_files:
         return None
+    fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
     return _open(section, fields, "validation", semantics).as_stored(stored)
+
+
+def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
+    """Return the fields of the training files, and those that the config finds elsewhere."""
+    found = open_dataset(section.train, None, order=semantics.file_order).fields
+    return list(dict.fromkeys([*found, *section.fields]))
 
 
 def _stored(section: DataSection, fields: Sequence[str], semantics: Semantics) -> list[str]:

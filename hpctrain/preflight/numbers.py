@@ -103,7 +103,7 @@ def try_real_data(
     return NumberFacts(samples=share.size, loss=loss, grad_norm=norm, trouble=trouble)
 
 
-def _step(parts: Parts, share: Batch, lr: float) -> tuple[float, float]:
+def _step(parts: Parts, share: Batch, lr: float | None) -> tuple[float, float]:
     """Return loss and norm of the gradient of a step, at loss scale 1."""
     step = parts.step
     step.scaler.scale.fill_(1.0)

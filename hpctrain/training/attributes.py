@@ -189,6 +189,8 @@ _FIXED = (
 _SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _OF_MODULES = frozenset(nn.Module().__dict__)
 # torch's own objects are its own affair, but for those that are made to hold what users put there.
+_OWN = "hpctrain.training.modules."
+"""What modules are given here, such as their trainer: not theirs to change."""
 _HOLDERS_OF_TORCH = ("torch.optim.", "torch.distributions.")
 
 
@@ -217,7 +219,7 @@ def is_fixed(value: object) -> bool:
         return _SIMPLE.issuperset(map(type, value))  # type: ignore[call-overload]
     kind = f"{type(value).__module__}."
     return (
-        kind.startswith("torch.")
+        kind.startswith(("torch.", _OWN))
         and not kind.startswith(_HOLDERS_OF_TORCH)
         and not isinstance(value, nn.Module | Tensor | torch.Generator)
     )

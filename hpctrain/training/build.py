@@ -21,8 +21,8 @@ from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import target_mask
 from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake, shown
-from hpctrain.config.registry import placed_error, resolve_all
-from hpctrain.config.schema import OptimizerSection
+from hpctrain.config.registry import OWN, placed_error, resolve_all
+from hpctrain.config.schema import OptimizerSection, SchedulerSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.permutation import derive_key
 from hpctrain.errors import ConfigError
@@ -32,9 +32,13 @@ from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.modules.lr_schedulers import ModuleSchedule
+from hpctrain.training.modules.optimizers import configure
+from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
-from hpctrain.training.optimizer_trial import by_pattern, try_optimizer
+from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer
 from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
@@ -114,8 +118,18 @@ def build_parts(
     training = config.training
     with raise_together(world.communicator):
         _check_capabilities(config, world)
-        model, number_format, notes = build_model(config, world, components, semantics, brought)
+        model = make_model(config, components, brought)
         task = build_task(config, components)
+        if isinstance(task, ModuleTask):
+            _refuse_half(config, model, task)
+            task.bind(model, config, world, stop_at)
+    if isinstance(task, ModuleTask):
+        with raise_together(world.communicator):
+            task.prepare_data()
+    with raise_together(world.communicator):
+        if isinstance(task, ModuleTask):
+            task.set_up()
+        model, number_format, notes = finish_model(model, config, world, semantics)
         example = shapes.example()
     sharded: ShardedModel | None = None
     if is_spread(training, world.topology.world_size):
@@ -127,25 +141,17 @@ def build_parts(
         with raise_together(world.communicator):
             sharded = ShardedModel(model, training, number_format, world, findings)
     with raise_together(world.communicator):
-        _check_monitored(config, task)
-        build = functools.partial(_build_optimizer, config, components)
-        optimizer = build(sharded or model)
+        if not isinstance(task, ModuleTask):
+            check_monitored(config, task)
+        optimizer, schedule, tried = _build_updates(
+            config, world, components, model, task, sharded, stop_at
+        )
         if sharded is not None:
             refuse_whole_tensors(optimizer)
-        tried = try_optimizer(
-            build,
-            sharded or model,
-            by_pattern(config.optimizer.groups),
-            rows=sharded is not None,
-            ranks=world.topology.world_size,
-        )
-        if tried is not None:
-            tried.check_schedule(config.scheduler, config.optimizer.groups)
-        schedule: Schedule = LearningRate.of(
-            config.scheduler, components["scheduler"], config.optimizer.lr, stop_at
-        )
-        evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
-        schedule.watch(directions(config, task) if validates and evaluates else {})
+        if isinstance(task, ModuleTask):
+            task.begin(optimizer, list(example) if isinstance(example, Mapping) else [])
+        else:
+            watch_metrics(config, task, schedule, validates=validates)
     check_equal_shapes(model, world)
     step = TrainStep(
         model,
@@ -170,6 +176,8 @@ def build_parts(
     )
     if tried is not None:
         step.optimizer_state.check = tried.check
+    if isinstance(schedule, ModuleSchedule):
+        step.registered.add("lr_schedulers", schedule.states)
     with ranges_checked(task):
         step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
@@ -182,6 +190,43 @@ def build_parts(
         step=step,
         notes=notes,
     )
+
+
+def watch_metrics(config: Config, task: Task, schedule: Schedule, *, validates: bool) -> None:
+    """Tell a schedule which metrics there will be.
+
+    Raises:
+        ConfigError: if that is not what it needs.
+    """
+    evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
+    schedule.watch(directions(config, task) if validates and evaluates else {})
+
+
+def _refuse_half(config: Config, model: nn.Module, task: ModuleTask) -> None:
+    """Refuse a config that leaves to a model what that does not bring.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    name = type(model).__name__
+    if is_module(model) and config.optimizer.use == OWN and not is_own(model, OPTIMIZERS):
+        raise ConfigError(
+            f"model.use: {name} has no configure_optimizers, and the config no [optimizer]: one of "
+            "them says what trains it"
+        )
+    if is_module(model) and config.optimizer.use != OWN and is_own(model, OPTIMIZERS):
+        raise ConfigError(
+            f"[optimizer] use: {name} has configure_optimizers ({place_of(model, OPTIMIZERS)}), "
+            "and both say what trains it: leave [optimizer] and [scheduler] out"
+        )
+    if config.optimizer.use == OWN and config.scheduler != SchedulerSection():
+        raise ConfigError(
+            f"[scheduler]: {name} makes its optimizer and LR schedulers in configure_optimizers "
+            f"({place_of(model, OPTIMIZERS)}): leave [scheduler] out"
+        )
+
+
+OPTIMIZERS = "configure_optimizers"
 
 
 def build_model(
@@ -199,15 +244,36 @@ def build_model(
     Raises:
         ConfigError: if the component refuses its arguments, or makes no model.
     """
-    training = config.training
-    number_format = NumberFormat.of(
-        training.precision, world.device, channels_last=training.channels_last
-    )
+    model = make_model(config, components, brought)
+    return finish_model(model, config, world, semantics)
+
+
+def make_model(config: Config, components: Components, brought: Brought = NOTHING) -> nn.Module:
+    """Return the model as its maker makes it, or as it was brought.
+
+    Raises:
+        ConfigError: if the component refuses its arguments, or makes no model.
+    """
     model = brought.model
     if model is None:
         model = _built("model", config, components, **config.model.arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
+    return model
+
+
+def finish_model(
+    model: nn.Module, config: Config, world: World, semantics: Semantics = NEWEST
+) -> tuple[nn.Module, NumberFormat, list[str]]:
+    """Bring a model to its device and into its number format, see `build_model`.
+
+    Raises:
+        ConfigError: if it has parameters without numbers, or a key of the config fits it not.
+    """
+    training = config.training
+    number_format = NumberFormat.of(
+        training.precision, world.device, channels_last=training.channels_last
+    )
     refuse_unmade(model)
     notes = []
     if semantics.model_dtypes == "cast":
@@ -258,7 +324,44 @@ def _mask(config: Config) -> dict[str, str]:
     return {"mask": mask}
 
 
+def _build_updates(
+    config: Config,
+    world: World,
+    components: Components,
+    model: nn.Module,
+    task: Task,
+    sharded: ShardedModel | None,
+    stop_at: StopAt,
+) -> tuple[Optimizer, Schedule, TriedOptimizer | None]:
+    """Return the optimizer, its learning rates, and what was found out about it.
+
+    Raises:
+        ConfigError: if the config's, or the module's own, cannot be built.
+    """
+    if isinstance(task, ModuleTask) and config.optimizer.use == OWN:
+        configured = configure(model, model, sharded)
+        schedule = ModuleSchedule(configured, stop_at, task.scheduler_step, lambda: task.logs.last)
+        return configured.optimizer, schedule, None
+    build = functools.partial(_build_optimizer, config, components)
+    optimizer = build(sharded or model)
+    tried = try_optimizer(
+        build,
+        sharded or model,
+        by_pattern(config.optimizer.groups),
+        rows=sharded is not None,
+        ranks=world.topology.world_size,
+    )
+    if tried is not None:
+        tried.check_schedule(config.scheduler, config.optimizer.groups)
+    assert config.optimizer.lr is not None  # the schema has seen to it
+    learning_rate = LearningRate.of(
+        config.scheduler, components["scheduler"], config.optimizer.lr, stop_at
+    )
+    return optimizer, learning_rate, tried
+
+
 def _build_optimizer(config: Config, components: Components, model: HasParameters) -> Optimizer:
+    assert config.optimizer.lr is not None
     return build_optimizer(
         components["optimizer"],
         model,
@@ -304,7 +407,12 @@ def directions(config: Config, task: Task) -> dict[str, Mode]:
     return {name: said.get(name) or mode for name, mode in task.metrics.items()}
 
 
-def _check_monitored(config: Config, task: Task) -> None:
+def check_monitored(config: Config, task: Task) -> None:
+    """See to it that there are the metrics that the config watches.
+
+    Raises:
+        ConfigError: if the task is known to have no such metric.
+    """
     asked = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "early_stopping.monitor": config.early_stopping.monitor,
@@ -349,18 +457,19 @@ def resolve_components(
         ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
     """
     # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
+    without = {*given, *(["optimizer"] if config.optimizer.use == OWN else [])}
     with loading():
         components = resolve_all(
-            config, given=_given, path=path, overrides=overrides, without=given
+            config, given=_given, path=path, overrides=overrides, without=without
         )
-        mistake = _refused(config.optimizer, components["optimizer"])
+        mistake = _refused(config.optimizer, components.get("optimizer"))
     if mistake:
         raise placed_error([mistake], path, overrides)
     _refuse_live_code()
     return components
 
 
-def _refused(section: OptimizerSection, target: Callable[..., Any]) -> Mistake | None:
+def _refused(section: OptimizerSection, target: Callable[..., Any] | None) -> Mistake | None:
     """Return the first argument that an optimizer refuses, found by leaving out one at a time.
 
     A signature tells names only: that betas are two numbers, and below 1, the class says itself.

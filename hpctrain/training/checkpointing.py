@@ -268,7 +268,25 @@ def restore(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
         rank = world.topology.rank
         mine = _below(training, f"{GENERATORS}{rank}/")
         restore_rng(mine, resumed.values["generators"][rank], world.device)
-    return notes
+    return [*notes, *_restore_logged(world, step, resumed)]
+
+
+def _restore_logged(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
+    """Put back what a module has logged in the epoch under way, and say where that is not done."""
+    logged = resumed.values.get("logged", [])
+    if len(logged) != world.topology.world_size:
+        in_epoch = resumed.place.position and any(each is not None for each in logged)
+        return [_LOGGED_ANEW] if in_epoch else []
+    rank = world.topology.rank
+    if logged[rank] is not None:
+        step.restore_logged(logged[rank], _below(resumed.training, f"{GENERATORS}{rank}/"))
+    return []
+
+
+_LOGGED_ANEW = (
+    "there are not as many ranks as before: what is logged for the epoch under way, by "
+    "self.log(..., on_epoch=True), counts from here on only"
+)
 
 
 def restore_parameters(step: TrainStep, resumed: Resumed) -> None:

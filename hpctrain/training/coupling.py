@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hpctrain.data.loading.batch import Samples
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Task
@@ -97,6 +98,8 @@ class _Comparison:
     def loss(self, rows: Samples, start: int, stop: int, seed: int = 0) -> dict[str, float]:
         """Return the sums of losses and weights of some of the rows."""
         fields = self._format.cast(rows.part(start, stop), self._task.inputs)
+        if isinstance(self._task, ModuleTask):
+            self._task.samples = stop - start
         with self._arithmetic, kept_generators(self._device):
             torch.manual_seed(seed)
             loss_sum, weight = self._step.call(self._task.loss, fields)

@@ -108,6 +108,7 @@ def open_data(
     section, topology = config.data, world.topology
     fields = stored_fields(config)
     train, validation, normalizations = _open_datasets(config, world, fields, semantics, resumed)
+    fields = fields or list(train.fields)  # a module that names none gets them all
     if section.verify == "start":
         with raise_together(world.communicator):
             datasets = [train, *filter(None, [validation])]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
 from hpctrain.training.ddp import DDPModel
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import Disturbance, judge, kept_generators, kept_model
 from hpctrain.utils.text import listed
@@ -61,6 +62,8 @@ def prime(
     with kept_generators(device), kept_model(wrapped.model, task=task) as found:
         wrapped.clear_gradients()
         with raise_together(communicator), wrapped.local():
+            if isinstance(task, ModuleTask):
+                task.begin_dry_run(samples)
             last = _first_pass(wrapped, task, fields, samples, arithmetic, explain)
         wrapped.agree()
         wrapped.clear_gradients()
@@ -77,6 +80,8 @@ def prime(
                 wrapped.clear_gradients()
             wrapped.time_communication(last)
             wrapped.refresh()
+    if isinstance(task, ModuleTask):
+        task.end_dry_run()
     judge(found, communicator)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from hpctrain.topology import on_rank_zero
 from hpctrain.training.call import Call, call_directly
 from hpctrain.training.ddp import broadcast_buffers
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators, kept_tensors
@@ -61,6 +62,7 @@ def evaluate(
         TrainingError: if the task breaks its contract, or gives other metrics than it declares.
     """
     call = call or call_directly(model)
+    module = task if isinstance(task, ModuleTask) else None
     objects = MetricObjects(task, world.device)
     totals = Totals(task, objects, reused=reused)
     try:
@@ -70,11 +72,17 @@ def evaluate(
             _tensors_of_rank_zero(model, world),
             evaluating(model.modules()),
             objects.local(),
+            # A module's are those of its training, too, which may be in the middle of an epoch.
+            nullcontext() if module is None else objects.untouched(),
         ):
             objects.reset()
+            if module is not None:
+                module.begin_evaluation()
             for batch in batches:
                 world.pulse.tick()
                 fields = number_format.cast(batch.fields, task.inputs)
+                if module is not None:
+                    module.samples = batch.size
                 with number_format.arithmetic():
                     totals.add(call(task.evaluate, fields))
                 rounds -= 1
@@ -84,12 +92,17 @@ def evaluate(
             for _ in range(rounds):
                 if idle_row is not None:
                     with objects.untouched(), number_format.arithmetic():
-                        call(task.evaluate, idle_row)
+                        call(task.evaluate if module is None else module.accompany, idle_row)
                 if stopping():
                     return None
-            return _combined(totals.part(), task, objects, world)
+            part = totals.part()
+            metrics = _combined(part, task, objects, world)
+            return metrics if module is None else module.end_evaluation(metrics, part, objects)
     finally:
-        objects.reset()
+        if module is None:
+            objects.reset()
+        else:
+            module.leave_evaluation()
 
 
 def _combined(part: Part, task: Task, objects: MetricObjects, world: World) -> dict[str, float]:

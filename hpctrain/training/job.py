@@ -34,8 +34,10 @@ from hpctrain.training.build import (
     Components,
     Parts,
     build_parts,
+    check_monitored,
     directions,
     resolve_components,
+    watch_metrics,
 )
 from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
@@ -45,6 +47,7 @@ from hpctrain.training.data import Data, open_data
 from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
 from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.position import Interval
 from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
@@ -275,6 +278,11 @@ def _build(
                 explain=lambda error, fields: explain_misfit(error, fields, config),
             )
         step.settle()
+    if isinstance(parts.task, ModuleTask):
+        # Its metrics are those that it has logged by now.
+        with raise_together(world.communicator):
+            check_monitored(config, parts.task)
+            watch_metrics(config, parts.task, parts.schedule, validates=loader is not None)
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
     notes += transport_notes(world)

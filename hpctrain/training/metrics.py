@@ -197,6 +197,8 @@ def combine(parts: Sequence[Part], task: Any, objects: MetricObjects) -> dict[st
             )
         for name, value in finished.items():
             found |= _numbers(value, name, task)
+    if getattr(task, "discovers_metrics", False):
+        return found
     if found.keys() != task.metrics.keys():
         raise TrainingError(_other_metrics(found, task))
     return {name: found[name] for name in task.metrics}
@@ -364,6 +366,16 @@ class MetricObjects:
             for path, item in self._holders.items()
         }
 
+    def load(self, states: Mapping[str, State]) -> None:
+        """Give objects the states that `states` gave; those that have none begin anew."""
+        self.reset()
+        for path, state in states.items():
+            if (item := self._holders.get(path)) is None:
+                continue
+            for name in item._defaults:
+                setattr(item, name, _to(state[name], item.device))
+            item._update_count = state[COUNT]
+
     def merge(self, parts: Sequence[Mapping[str, State]]) -> None:
         """Give every object the state of all parts together.
 
@@ -398,6 +410,11 @@ class MetricObjects:
         finally:
             for path, function in before.items():
                 self._objects[path].distributed_available_fn = function
+
+    def keep_local(self) -> None:
+        """Keep the objects from reducing over ranks by themselves, for good."""
+        for _, item in self._reducing():
+            item.distributed_available_fn = _not_distributed
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from hpctrain.data.loading.batch import ShareOfBatch
 from hpctrain.training.ddp import DDPModel
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import (
@@ -67,6 +68,7 @@ class Passes:
         self.weight: Tensor | int = 0
         self.moves = False
         self._task = task
+        self._module = task if isinstance(task, ModuleTask) else None
         self._loss = differentiable(task.loss, wrapped.unused, spread=wrapped.spread)
         self._wrapped = wrapped
         self._alone = None if wrapped.distributed else partial(self._loss, wrapped.model)
@@ -95,6 +97,8 @@ class Passes:
         fields = batch.fields if stop - first == batch.size else batch.part(first, stop)
         with self._arithmetic:
             cast = self._format.cast(fields, self._task.inputs)
+            if self._module is not None:
+                self._module.begin_pass(cast, stop - first)
             if self._alone is not None:
                 loss_sum, weight = self._alone(cast)
             else:
@@ -114,6 +118,8 @@ class Passes:
         others need this rank's in the order in which the model runs: it does so on a held row. So
         it does where passes change parameters, or this rank would keep those of before.
         """
+        if self._module is not None:
+            self._module.begin_pass(self._held, 0)
         if not self._wrapped.spread and not self.moves:
             loss_sum, _ = self._wrapped.call(reach_all, {})
             return loss_sum, torch.zeros_like(loss_sum)

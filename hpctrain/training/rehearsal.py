@@ -23,6 +23,7 @@ from hpctrain.training.build import seed_generators
 from hpctrain.training.call import Call, call_directly
 from hpctrain.training.dry_run import Explain, explained
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.replay import Replay
 from hpctrain.training.task import Task
@@ -83,6 +84,16 @@ def rehearse(
         rehearsal.objects.untouched(),
         rehearsal.objects.local(),
     ):
+        if isinstance(task, ModuleTask):
+            with raise_together(together), explained(explain, rehearsal.fields):
+                task.rehearse(rows.size)
+                rehearsal.run()
+            try:
+                # Outside: hooks may talk to the other ranks.
+                task.end_rehearsal()
+            finally:
+                task.leave_evaluation()
+            return
         with raise_together(together), explained(explain, rehearsal.fields):
             rehearsal.run()
         if rehearsal.count == 1:

@@ -102,11 +102,12 @@ def capture(
         if is_rank_zero or sharded is not None:
             captured = _captured(step)
     tensors, values = rng_to_tensors(world.device)
+    logged = step.capture_logged(tensors)
     digest = "" if captured is None or sharded is None else _digest_of_optimizer(captured)
-    everyone = world.communicator.all_gather((tensors, values, digest))
+    everyone = world.communicator.all_gather((tensors, values, digest, logged))
     if captured is None:
         return None
-    if sharded is not None and len({of_rank for *_, of_rank in everyone}) > 1:
+    if sharded is not None and len({of_rank for _, _, of_rank, _ in everyone}) > 1:
         raise CheckpointError(
             f"{type(step.optimizer).__name__} has learned other numbers on each rank, where these "
             "hold rows of the parameters, and a checkpoint holds one for all: use "
@@ -136,7 +137,8 @@ def capture(
             "device": world.device.type,
             "threads": torch.get_num_threads(),
             "scaler": step.scaler.state_dict(),
-            "generators": [of_rank for _, of_rank, _ in everyone],
+            "generators": [of_rank for _, of_rank, *_ in everyone],
+            "logged": [of_rank for *_, of_rank in everyone],
             **captured.values,
             **extra,
         },
@@ -466,6 +468,7 @@ class _Values:
         optimizer: None where 0.1.0 has written it.
         extra_state: of modules that have one, by name.
         registered: of further objects, by name.
+        logged: by each rank in the epoch under way, of a module; None of any other task.
         schedule: state of a schedule that has one.
     """
 
@@ -483,6 +486,7 @@ class _Values:
     optimizer: _Optimizer | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
     registered: dict[str, Any] = field(default_factory=dict)
+    logged: list[Any] = field(default_factory=list)
     normalization: dict[str, _Normalization] = field(default_factory=dict)
     schedule: dict[str, str | float | None] | None = None
     evaluation_owed: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
-from hpctrain.checkpoint.state import HasParameters
+from hpctrain.checkpoint.state import HasParameters, Json
 from hpctrain.data.loading.batch import Rows, ShareOfBatch, count_passes, cut, repeated
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
@@ -21,6 +21,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.training.call import Call
 from hpctrain.training.ddp import DDPModel
 from hpctrain.training.dry_run import Explain, prime
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BAD, RECENT_STEPS, BadBatch, BadSteps
 from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
 from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
@@ -111,6 +112,7 @@ class TrainStep:
                 samples, or weights were to be averaged twice.
         """
         check_task(task)
+        self._module = task if isinstance(task, ModuleTask) else None
         self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
         if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
             _refuse_synchronised_statistics(model)
@@ -197,6 +199,19 @@ class TrainStep:
         """One held sample, for passes that only keep the others company."""
         return self._held
 
+    def capture_logged(self, tensors: dict[str, Tensor]) -> Json:
+        """Return what a module has logged in the epoch under way, on this rank; None: no module.
+
+        Args:
+            tensors: takes the tensors of it.
+        """
+        return None if self._module is None else self._module.capture(tensors)
+
+    def restore_logged(self, saved: Json, tensors: Mapping[str, Tensor]) -> None:
+        """Have a module go on with what `capture_logged` gave."""
+        if self._module is not None:
+            self._module.restore(saved, tensors)
+
     def evaluation_weights(self) -> AbstractContextManager[object]:
         """Return the context in which the model has the weights that evaluations are of."""
         chosen = self.average or self.evaluation
@@ -251,6 +266,9 @@ class TrainStep:
             lr: learning rate; None: the groups of the optimizer have it.
         """
         self._pulse.tick()  # a batch has come
+        module = self._module
+        if module is not None:
+            module.begin_step(batch.epoch, batch.start, batch.global_size)
         self._wrapped.begin()
         self._passes.loss_sum, self._passes.weight = None, 0
         *before, last = cut(batch.size, self.grad_accum_steps)
@@ -258,16 +276,34 @@ class TrainStep:
             with self._wrapped.local():
                 for first, stop in before:
                     loss, seed = self._passes.forward(batch, first, stop)
+                    if module is not None:
+                        module.before_backward()
                     self._wrapped.backward(loss, seed)
+                    if module is not None:
+                        module.after_backward()
                     if self._own_gradients is not None:
                         self._own_gradients.keep()
         loss, seed = self._passes.forward(batch, *last)
         counts_samples = self._task.counts_samples
         self._pulse.tick()  # what follows waits for the other ranks
         factor = None if counts_samples else self._passes.reduce_weight(batch.global_size)
+        if module is not None:
+            module.before_backward()
         self._wrapped.backward_and_reduce(loss, seed)
-        self._update.apply(self._wrapped.gradients(), lr, factor)
+        if module is not None:
+            module.after_backward()
+        looks = module is not None and module.hooks.has("on_before_optimizer_step")
+        look = self._shown_gradients if looks else None
+        self._update.apply(self._wrapped.gradients(), lr, factor, look)
+        if module is not None:
+            module.end_step()
         self._recent.append((batch.epoch, batch.start, batch.global_size, self._passes.loss_sum))
+
+    def _shown_gradients(self) -> list[Tensor]:
+        """Show the gradients to whoever has a hook for it, and return what becomes of them."""
+        assert self._module is not None
+        self._module.before_update()
+        return self._wrapped.gradients()
 
     def read(self) -> dict[str, float]:
         """Return the numbers of the last step, over all ranks. Collective: all ranks.
@@ -280,17 +316,10 @@ class TrainStep:
             in a row since the last call; skipped_steps: all that were not applied, an overflow
             that a smaller loss scale cures too.
         """
-        numbers = torch.zeros(6, dtype=torch.float64, device=self._device)
-        if self._passes.loss_sum is not None:
-            numbers[0].copy_(self._passes.loss_sum)
-            numbers[1] = self._passes.weight
-        if self._world_size > 1:
-            dist.all_reduce(numbers)
-        # These are the same on all ranks already.
-        numbers[2].copy_(self._update.grad_norm)
-        numbers[3:].copy_(self._update.bad_steps.counts())
+        while (numbers := self._reduced_numbers()) is None:
+            pass  # the ranks have met a name that one of them has logged, and agreed on it
+        loss_sum, weight, norm, bad, most, skipped = numbers
         self._update.bad_steps.look_anew()
-        loss_sum, weight, norm, bad, most, skipped = numbers.tolist()
         return {
             "loss": loss_sum / weight if weight else float("nan"),
             "grad_norm": norm,
@@ -298,6 +327,29 @@ class TrainStep:
             "most_bad_steps": most,
             "skipped_steps": skipped,
         }
+
+    def _reduced_numbers(self) -> list[float] | None:
+        """Return what `read` returns, and have the module's logs take theirs. Collective.
+
+        None where the ranks had to agree on what is logged first.
+        """
+        logs = None if self._module is None else self._module.logs
+        further = 0 if logs is None else logs.width
+        numbers = torch.zeros(_NUMBERS + further, dtype=torch.float64, device=self._device)
+        if self._passes.loss_sum is not None:
+            numbers[0].copy_(self._passes.loss_sum)
+            numbers[1] = self._passes.weight
+        if logs is not None:
+            logs.fill(numbers[_NUMBERS:])
+        if self._world_size > 1:
+            dist.all_reduce(numbers)
+        # These are the same on all ranks already.
+        numbers[2].copy_(self._update.grad_norm)
+        numbers[3:_NUMBERS].copy_(self._update.bad_steps.counts())
+        values = numbers.tolist()
+        if logs is not None and not logs.take(values[_NUMBERS:]):
+            return None
+        return values[:_NUMBERS]
 
     def recent_batches(self) -> list[tuple[int, int, int]]:
         """Return epoch, start and size of the newest batches, oldest first."""
@@ -327,6 +379,10 @@ class TrainStep:
             )
             if bad == BAD
         ]
+
+
+_NUMBERS = 6
+"""Of every step, before those that a module logs."""
 
 
 def _refuse_synchronised_statistics(model: nn.Module) -> None:
@@ -394,7 +450,13 @@ class Update:
         """Call something once, before the next time that the optimizer's state changes."""
         self._before = do
 
-    def apply(self, gradients: list[Tensor], lr: float | None, factor: Tensor | None) -> None:
+    def apply(
+        self,
+        gradients: list[Tensor],
+        lr: float | None,
+        factor: Tensor | None,
+        look: Callable[[], list[Tensor]] | None = None,
+    ) -> None:
         """Update the parameters by their gradients. Where ranks hold parts, collective: all ranks.
 
         Args:
@@ -402,6 +464,8 @@ class Update:
                 in place.
             lr: learning rate; None: the groups of the optimizer have it.
             factor: by which the gradients are too small, (); None: they are not.
+            look: called once the gradients are what they stand for; returns them, whatever has
+                become of them.
         """
         if self._complex:
             # The norm is that of real and imaginary parts, and real factors multiply both.
@@ -410,6 +474,8 @@ class Update:
             factor = factor.to(self._norm_dtype)
         if self._scaler.enabled:
             factor = (self._one if factor is None else factor) / self._scaler.scale
+        if look is not None:
+            gradients, factor = self._looked_at(gradients, factor, look), None
         norm = self._norm(gradients)
         if factor is not None:
             norm = norm * factor
@@ -422,10 +488,7 @@ class Update:
             factor = clip if factor is None else clip * factor
         if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
-        if self._clip_value is not None and gradients:
-            torch._foreach_clamp_min_(gradients, -self._clip_value)
-            torch._foreach_clamp_max_(gradients, self._clip_value)
-
+        self._clamp(gradients)
         if self._before is not None:
             self._before()
             self._before = None
@@ -439,6 +502,20 @@ class Update:
             self.optimizer.step()
         if self._scaler.enabled:
             self._scaler.update(bad)
+
+    def _clamp(self, gradients: list[Tensor]) -> None:
+        if self._clip_value is not None and gradients:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+
+    def _looked_at(
+        self, gradients: list[Tensor], factor: Tensor | None, look: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """Return the gradients once they are what they stand for, and somebody has seen them."""
+        if factor is not None and gradients:
+            torch._foreach_mul_(gradients, factor)
+        gradients = look()
+        return [real_view(item) for item in gradients] if self._complex else gradients
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         if self._counted is not None:

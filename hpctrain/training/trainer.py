@@ -23,6 +23,7 @@ from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
 from hpctrain.training.early_stopping import STATE, EarlyStopping
 from hpctrain.training.evaluation import evaluate
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
 from hpctrain.training.position import Interval, Position, StopAt
@@ -43,6 +44,14 @@ class Hooks(Protocol):
 
     def advanced(self, place: Position) -> None:
         """Take note of a step. Called after every one, so it must cost next to nothing."""
+        ...
+
+    def begin_epoch(self, place: Position) -> None:
+        """Take note of an epoch that begins, or goes on in this job."""
+        ...
+
+    def end_epoch(self, place: Position, epoch: int) -> None:
+        """Write down what the epoch that led to `place` has given. Collective: all ranks."""
         ...
 
     def log(self, place: Position, epoch: int, lr: float) -> None:
@@ -108,16 +117,15 @@ def fit(
         Where the run stands, and whether it is complete.
     """
     end = plan.stop_at.end(place)
-    if evaluation_owed and plan.evaluate is not None:
-        metrics = hooks.evaluate(place, place.epoch - (place.position == 0))
-        if metrics is None:
-            return place, False  # the checkpoint that the run came from says all there is
-        schedule.advance_monitored(place)
-        # That one was saved without these metrics.
-        if plan.save.due(place) or place.step == end.step or hooks.ended_early(place):
-            hooks.save(place, metrics)
+    if (
+        evaluation_owed
+        and plan.evaluate is not None
+        and not _caught_up(place, plan, schedule, hooks)
+    ):
+        return place, False  # the checkpoint that the run came from says all there is
     while place.step < end.step and not hooks.ended_early(place):
         epoch = place.epoch
+        hooks.begin_epoch(place)
         for batch in loader.epoch(epoch, place.position):
             lr = schedule(place, end)
             step(batch, None if schedule.in_groups else lr)
@@ -130,14 +138,15 @@ def fit(
                 hooks.log(place, epoch, lr)
             if plan.check.due(place):
                 hooks.check(place)
-            metrics, cut_short = None, False
+            metrics, owed = None, False
             if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
                 metrics = hooks.evaluate(place, epoch)
-                # Without it the run is not done; a later job begins with it.
-                complete = (complete or hooks.ended_early(place)) and metrics is not None
-                cut_short = metrics is None
-            if not cut_short:
-                schedule.advance_monitored(place)
+                owed = metrics is None
+                complete = complete or hooks.ended_early(place)
+            if not owed:
+                _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+            # Without its evaluation a run is not done; a later job begins with it.
+            complete = complete and not owed
             stopped = hooks.stop_agreed() and not complete
             if complete or stopped or hooks.save_agreed() or plan.save.due(place):
                 hooks.save(place, metrics)
@@ -146,6 +155,29 @@ def fit(
             if complete:
                 break
     return place, True
+
+
+def _caught_up(place: Position, plan: Plan, schedule: Schedule, hooks: Hooks) -> bool:
+    """Evaluate where a stop has cut that short; tell whether it got done. Collective: all ranks."""
+    epoch = place.epoch - (place.position == 0)
+    metrics = hooks.evaluate(place, epoch)
+    if metrics is None:
+        return False
+    complete = plan.stop_at.reached(place) or hooks.ended_early(place)
+    _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+    # The checkpoint was saved without these metrics.
+    if plan.save.due(place) or complete:
+        hooks.save(place, metrics)
+    return True
+
+
+def _after_evaluation(
+    place: Position, epoch: int, schedule: Schedule, hooks: Hooks, *, complete: bool
+) -> None:
+    """End an epoch that ends here, and tell the schedule. Collective: all ranks."""
+    if complete or place.position == 0:
+        hooks.end_epoch(place, epoch)
+    schedule.advance_monitored(place)
 
 
 class Run:
@@ -179,6 +211,7 @@ class Run:
         self._world = world
         self._data = data
         self._parts = parts
+        self._module = parts.task if isinstance(parts.task, ModuleTask) else None
         self._phases = phases
         self._stop = stop
         self._rank_zero = rank_zero
@@ -232,6 +265,11 @@ class Run:
         now = time.perf_counter()
         rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
         self._logged_samples, self._logged_time = place.samples_seen, now
+        logged: dict[str, Any] = {}
+        if self._module is not None:
+            self._module.tell_metrics()
+            if written := self._written("train", self._module.logs.step_values):
+                logged = {"logged": written}
         if self._rank_zero is None:
             return
         self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
@@ -248,10 +286,32 @@ class Run:
                 **self._parts.schedule.rates(),
                 "grad_norm": numbers["grad_norm"],
                 "skipped_steps": self.skipped_steps,
+                **logged,
                 "samples_per_second": rate,
                 "seconds": self._phases.lap(),
             }
         )
+
+    def begin_epoch(self, place: Position) -> None:
+        """Take note of an epoch that begins, or goes on in this job."""
+        if self._module is not None:
+            self._module.begin_epoch(place.epoch)
+
+    def end_epoch(self, place: Position, epoch: int) -> None:
+        """Write down what a module has logged for the epoch. Collective: all ranks."""
+        if self._module is None:
+            return
+        logged = self._module.end_epoch()
+        if self._rank_zero is not None and (written := self._written("train", logged)):
+            record = {"kind": "epoch", "split": "train", "step": place.step, "epoch": epoch}
+            self._rank_zero.writer.write({**record, **written, **record})
+
+    def _written(self, stage: str, logged: Mapping[str, float]) -> Metrics:
+        """Return what of logged values goes into the metrics."""
+        if self._module is None:
+            return dict(logged)
+        logs = self._module.logs
+        return {name: value for name, value in logged.items() if logs.written(stage, name)}
 
     def evaluate(self, place: Position, epoch: int) -> Metrics | None:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
@@ -280,7 +340,9 @@ class Run:
         self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
             record = {"kind": "evaluation", "split": "validation", "step": place.step}
-            self._rank_zero.writer.write({**record, "epoch": epoch, **self.metrics})
+            written = self._written("validate", self.metrics)
+            record |= {"epoch": epoch}
+            self._rank_zero.writer.write({**record, **written, **record})
             shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
@@ -306,6 +368,9 @@ class Run:
 
     def begin(self, place: Position) -> None:
         """See that the ranks are equal and the run can be saved. Collective: all ranks."""
+        if self._module is not None:
+            loader = self._data.validation_loader
+            self._module.begin_training(place, 0 if loader is None else loader.most_batches)
         self.check(place)
         self.try_save(place)
 
@@ -374,6 +439,8 @@ class Run:
     def finish(self) -> None:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""
         self._stop.flush()
+        if self._module is not None:
+            self._module.end_training()
 
     @contextmanager
     def saves_finished(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class ModuleSchedule:
         uses: its schedulers.
     """
 
-    in_groups = True
+    in_groups: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -75,6 +75,7 @@ class LearningRate:
         warmup: so much rises in a straight line from near 0 to the peak.
         warmup_unit: what `warmup` is counted in.
         stop_at: how long an epoch is.
+        in_groups: whether learning rates are in the optimizer's groups, and only read here.
     """
 
     in_groups: ClassVar[bool] = False

@@ -127,7 +127,7 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
             "optimizer.use=torch.optim.SGD",
             (
                 'optimizer.use = "torch.optim.SGD": expected "adafactor", "adagrad", "adam", '
-                '"adamw", "nadam", "radam", "rmsprop", "sgd", '
+                '"adamw", "module", "nadam", "radam", "rmsprop", "sgd", '
                 f'{IMPORT}; did you mean "torch.optim:SGD"?'
             ),
         ),
@@ -135,7 +135,7 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
             "task.use=a:b:c",
             (
                 'task.use = "a:b:c": expected "classification", "language_modeling", '
-                f'"regression", {IMPORT}'
+                f'"module", "regression", {IMPORT}'
             ),
         ),
         (

@@ -1,0 +1,111 @@
+"""The hooks of a module and of callbacks: called as Lightning calls them, or refused at start."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from hpctrain.errors import ConfigError
+from hpctrain.training.modules.log import Logs
+from hpctrain.training.modules.overrides import is_own, place_of
+from hpctrain.training.modules.stand_in import TrainerStandIn
+
+_OWN_LOOP = (
+    "A step here is one optimizer's, over all ranks, by its own order; what a loop has to do "
+    "otherwise is an own loop: docs/own-code.md, hpctrain.connect"
+)
+
+REFUSED = {
+    "optimizer_step": _OWN_LOOP,
+    "optimizer_zero_grad": _OWN_LOOP,
+    "backward": _OWN_LOOP,
+    "configure_gradient_clipping": (
+        "Gradients are clipped by training.clip_norm and training.clip_value"
+    ),
+    "configure_sharded_model": "Build the model in configure_model",
+    "on_save_checkpoint": (
+        "What a checkpoint holds here are tensors of the model: keep a state of your own in a "
+        "buffer, or by get_extra_state and set_extra_state of a module"
+    ),
+    "on_load_checkpoint": (
+        "What a checkpoint holds here are tensors of the model: keep a state of your own in a "
+        "buffer, or by get_extra_state and set_extra_state of a module"
+    ),
+}
+"""Methods of a module that are not called, and the way out."""
+
+
+class Hooks:
+    """Calls a hook of the callbacks, in their order, and then of the module.
+
+    Attributes:
+        callbacks: objects with Lightning's names for hooks.
+    """
+
+    def __init__(self, module: nn.Module, trainer: TrainerStandIn, logs: Logs) -> None:
+        self._module = module
+        self._trainer = trainer
+        self._logs = logs
+        self.callbacks: Sequence[Any] = ()
+        self._known: dict[str, tuple[list[Callable[..., Any]], Callable[..., Any] | None]] = {}
+
+    def set_callbacks(self, callbacks: Sequence[Any]) -> None:
+        """Have the hooks of these called, too, before the module's."""
+        self.callbacks = self._trainer.callbacks = list(callbacks)
+        self._known.clear()
+
+    def has(self, name: str) -> bool:
+        """Tell whether anybody has a hook of this name."""
+        of_callbacks, of_module = self._found(name)
+        return bool(of_callbacks) or of_module is not None
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call a hook, and return what the module's own returns."""
+        of_callbacks, of_module = self._found(name)
+        if not of_callbacks and of_module is None:
+            return None
+        logs = self._logs
+        before, logs.fx = logs.fx, name
+        try:
+            for hook in of_callbacks:
+                hook(self._trainer, self._module, *args)
+            return None if of_module is None else of_module(*args)
+        finally:
+            logs.fx = before
+
+    def _found(self, name: str) -> tuple[list[Callable[..., Any]], Callable[..., Any] | None]:
+        found = self._known.get(name)
+        if found is None:
+            of_module = getattr(self._module, name) if is_own(self._module, name) else None
+            of_callbacks = [getattr(each, name) for each in self.callbacks if is_own(each, name)]
+            found = self._known[name] = of_callbacks, of_module
+        return found
+
+
+def refuse_unknown_ways(module: nn.Module) -> None:
+    """Refuse what a module does that a step over ranks cannot do.
+
+    Raises:
+        ConfigError: naming the method, its place and the way out.
+    """
+    kind = type(module).__name__
+    if getattr(module, "automatic_optimization", True) is False:
+        raise ConfigError(
+            f"model.use: {kind} sets automatic_optimization = False "
+            f"({place_of(module, 'training_step')}): manual optimization is an own loop: "
+            "docs/own-code.md, hpctrain.connect"
+        )
+    for name, way in REFUSED.items():
+        if is_own(module, name):
+            raise ConfigError(
+                f"model.use: {kind}.{name} ({place_of(module, name)}) is not called here. {way}"
+            )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:  # type: ignore[arg-type]
+        raise ConfigError(
+            f"model.use: {kind}.training_step ({place_of(module, 'training_step')}) takes a "
+            "dataloader_iter: batches come one by one here, in the one order of the data. Take "
+            "(batch, batch_idx)"
+        )

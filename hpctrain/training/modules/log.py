@@ -1,0 +1,563 @@
+"""What a module logs: `self.log` and `self.log_dict`, exact over passes and ranks.
+
+A step keeps what was logged as it is, detached: no number is fetched, and no rank is asked. At log
+steps the values ride in the one reduction that these make anyway. What is logged for an epoch is
+added up in float64 on every rank, and summed exactly over all ranks at the epoch's end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hpctrain.errors import TrainingError
+from hpctrain.topology import Communicator
+from hpctrain.training.metrics import Gather
+from hpctrain.utils.text import listed
+
+Reduction = Literal["mean", "sum", "min", "max"]
+
+_STEP_HOOKS = frozenset(
+    {
+        *("training_step", "on_train_batch_start", "on_train_batch_end", "on_before_zero_grad"),
+        *("on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+    }
+)
+"""Where a value is one of the step unless it is said to be one of the epoch."""
+
+_EPOCH_HOOKS = frozenset(
+    {
+        *("validation_step", "test_step", "on_train_start", "on_train_epoch_start"),
+        *("on_train_epoch_end", "on_validation_start", "on_validation_epoch_start"),
+        *("on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end"),
+        *("on_test_start", "on_test_epoch_start", "on_test_batch_start", "on_test_batch_end"),
+        "on_test_epoch_end",
+    }
+)
+"""Where it is one of the epoch unless it is said to be one of the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How a name is logged; that of its first call counts.
+
+    Attributes:
+        on_step: reduced at log steps.
+        on_epoch: reduced at the end of the epoch.
+        reduction: over passes and ranks, and over the steps of an epoch.
+        shown: on the line of progress.
+        written: to the metrics; False: for monitors only.
+        on_rank_zero: only rank 0 logs it.
+        is_metric: a torchmetrics object, which adds up by itself.
+    """
+
+    on_step: bool
+    on_epoch: bool
+    reduction: Reduction
+    shown: bool
+    written: bool
+    on_rank_zero: bool
+    is_metric: bool
+
+    def step_name(self, name: str) -> str:
+        return f"{name}_step" if self.on_epoch else name
+
+    def epoch_names(self, name: str) -> list[str]:
+        """Return its names at an epoch's end; a monitor may leave out the ending."""
+        return [name, f"{name}_epoch"] if self.on_step else [name]
+
+
+class Total:
+    """One value added up over an epoch, on this rank; numbers stay on the device."""
+
+    __slots__ = ("on_device", "on_host", "reduction", "weight")
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+        self.on_host = {"min": math.inf, "max": -math.inf}.get(reduction, 0.0)
+        self.on_device: Tensor | None = None
+        self.weight = 0.0
+
+    def add(self, value: Tensor | float, weight: float) -> None:
+        """Add a value that stands for so many samples."""
+        factor = weight if self.reduction == "mean" else 1.0
+        self.weight += factor if self.reduction == "mean" else bool(weight)
+        if not weight:
+            return
+        if not isinstance(value, Tensor):
+            self.on_host = _joined(self.reduction, self.on_host, float(value) * factor)
+        elif self.on_device is None:
+            self.on_device = value.double() * factor
+        elif self.reduction in ("mean", "sum"):
+            self.on_device.add_(value, alpha=factor)
+        else:
+            pick = torch.minimum if self.reduction == "min" else torch.maximum
+            self.on_device = pick(self.on_device, value.double())
+
+    def value(self) -> tuple[float, float]:
+        """Return the total and its weight; waits for the device."""
+        if self.on_device is None:
+            return self.on_host, self.weight
+        return _joined(self.reduction, self.on_host, self.on_device.item()), self.weight
+
+
+class Logs:
+    """What a module logs, on one rank.
+
+    Attributes:
+        fx: the method of the module that runs; None: none that may log.
+        stage: "train", "validate", "test"; what is logged belongs to it.
+        weight: samples that a value stands for.
+        records: False in a dry run: names are taken down, and values are not.
+        entries: how each name of each stage is logged.
+        last: the newest reduced values, by the names that monitors have for them.
+        step_values: those of the step that was reduced last.
+        samples: that this rank has seen in this epoch, or in this evaluation.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self._communicator = communicator
+        self._device = device
+        self.fx: str | None = None
+        self.stage = "train"
+        self.weight: float = 0
+        self.records = False
+        self.entries: dict[tuple[str, str], Entry] = {}
+        self.last: dict[str, float] = {}
+        self.metrics: dict[tuple[str, str], Any] = {}
+        self._step: dict[str, list[tuple[Tensor | float, float]]] = {}
+        self._epoch: dict[str, Total] = {}
+        self._batch: dict[str, list[tuple[Tensor | float, float]]] = {}
+        self.objects: dict[str, Any] = {}
+        self._reduced: tuple[str, ...] = ()
+        self.samples = self.samples_trained = 0
+        self.step_values: dict[str, float] = {}
+
+    def __deepcopy__(self, memo: Any) -> Logs:
+        return self  # copies of a module, such as averages, are of the same run
+
+    # What the module calls.
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log a number, a tensor of one, or a torchmetrics object, as Lightning's `self.log`.
+
+        Always over all ranks: `sync_dist` has nothing to do here.
+        """
+        del enable_graph, sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute
+        entry = self.entries.get((self.stage, name))
+        if entry is None:
+            entry = self._entry(
+                name, value, on_step, on_epoch, reduce_fx, prog_bar, logger, rank_zero_only
+            )
+        if not self.records:
+            return
+        weight = self.weight if batch_size is None else batch_size
+        if entry.is_metric:
+            self._log_metric(name, entry, value, weight)
+            return
+        value = _checked(name, value)
+        if self.stage != "train":
+            self._batch.setdefault(name, []).append((value, weight))
+            return
+        if entry.on_step:
+            self._step.setdefault(name, []).append((value, weight))
+        if entry.on_epoch:
+            total = self._epoch.get(name)
+            if total is None:
+                total = self._epoch[name] = Total(entry.reduction)
+            total.add(value, weight)
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **keywords: Any) -> None:
+        """Log several at once, or all of a collection of torchmetrics."""
+        if hasattr(dictionary, "compute"):  # as Lightning takes a MetricCollection apart
+            items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
+        else:
+            items = dictionary.items()
+        for name, value in items:
+            self.log(name, value, *args, **keywords)
+
+    # What the step asks.
+
+    def begin_step(self) -> None:
+        """Forget what the step before has logged."""
+        if self._step:
+            self._step = {}
+
+    def begin_epoch(self) -> None:
+        """Forget what the epoch before has added up."""
+        self.forget_sums()
+        self.samples = 0
+
+    def forget_sums(self) -> None:
+        """Forget what was added up so far."""
+        self._epoch = {}
+
+    @property
+    def width(self) -> int:
+        """How many numbers of a log step's reduction are its."""
+        return 1 + sum(self._slots(name) for name in self._reduced)
+
+    def fill(self, numbers: Tensor) -> None:
+        """Put this step's values into numbers that are to be added up over the ranks.
+
+        Args:
+            numbers: (width,) float64 zeros. The first tells that this rank has a name that the
+                ranks have not agreed on. Where the smallest or largest is wanted every rank has a
+                place of its own.
+        """
+        numbers[0] = float(any(name not in self._reduced for name in self._step))
+        at = 1
+        for name in self._reduced:
+            reduction = self.entries["train", name].reduction
+            total = Total(reduction)
+            for value, weight in self._step.get(name, ()):
+                total.add(value, weight)
+            places = numbers[at : at + self._slots(name)]
+            if reduction in ("min", "max"):
+                places = places[2 * self._communicator.rank :]
+            if total.weight:
+                if total.on_device is not None:
+                    places[0].copy_(total.on_device)
+                    if reduction in ("mean", "sum"):
+                        places[0] += total.on_host
+                else:
+                    places[0] = total.on_host
+                places[1] = total.weight
+            at += self._slots(name)
+
+    def take(self, numbers: list[float]) -> bool:
+        """Take note of the step's values over all ranks; False: they had to agree on names first.
+
+        Collective in that case: all ranks.
+
+        Args:
+            numbers: what `fill` has put there, added up.
+
+        Raises:
+            TrainingError: on every rank, if only some of those with samples log a name.
+        """
+        if numbers[0]:
+            self._agree()
+            return False
+        found: dict[str, float] = {}
+        at = 1
+        for name in self._reduced:
+            entry = self.entries["train", name]
+            slots = numbers[at : at + self._slots(name)]
+            at += self._slots(name)
+            pairs = [(slots[i], slots[i + 1]) for i in range(0, len(slots), 2)]
+            there = [value for value, weight in pairs if weight]
+            if not there:
+                continue
+            key = entry.step_name(name)
+            found[key] = _reduced(entry.reduction, pairs)
+            self.last[key] = found[key]
+            if not entry.on_epoch:
+                self.last[name] = found[key]
+        self.step_values = found
+        return True
+
+    def _agree(self) -> None:
+        """Agree on the names of steps. Collective: all ranks."""
+        ran = bool(self._step) or self.weight > 0
+        mine = {name: self.entries["train", name] for name in self._step}
+        everyone = self._communicator.all_gather(
+            (ran, {name: _packed(entry) for name, entry in mine.items()})
+        )
+        names = dict.fromkeys([*self._reduced, *(n for _, theirs in everyone for n in theirs)])
+        for name in names:
+            if name in self._reduced:
+                continue
+            entry = next(_unpacked(theirs[name]) for _, theirs in everyone if name in theirs)
+            lacking = [
+                rank for rank, (ran, theirs) in enumerate(everyone) if ran and name not in theirs
+            ]
+            if lacking and not entry.on_rank_zero:
+                first = next(rank for rank, (_, t) in enumerate(everyone) if name in t)
+                raise TrainingError(
+                    f'self.log("{name}"): rank {lacking[0]} has not logged it in a step in which '
+                    f"rank {first} has: what is logged on a step is a mean over all ranks, so log "
+                    "it on all of them, or with rank_zero_only=True",
+                    everywhere=True,
+                )
+            self.entries.setdefault(("train", name), entry)
+        self._reduced = tuple(sorted(names))
+
+    def _slots(self, name: str) -> int:
+        gathers = self.entries["train", name].reduction in ("min", "max")
+        return 2 * self._communicator.world_size if gathers else 2
+
+    # What an epoch and an evaluation ask.
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return what was logged for the epoch, over all ranks. Collective: all ranks."""
+        mine = {name: (total.reduction, *total.value()) for name, total in self._epoch.items()}
+        return self._gathered(mine)
+
+    def end_hook(self) -> dict[str, float]:
+        """Return what was logged at the end of an evaluation. Collective: all ranks.
+
+        In contrast to `end_epoch` each value is of its rank: weighted by the samples of that.
+        """
+        mine = {}
+        for name, values in self._batch.items():
+            total = Total(self.entries[self.stage, name].reduction)
+            for value, weight in values:
+                total.add(value, weight)
+            mine[name] = (total.reduction, *total.value())
+        self._batch = {}
+        return self._gathered(mine)
+
+    def take_batch(self) -> dict[str, Any]:
+        """Return what was logged for a batch of an evaluation, as `Task.evaluate` returns it."""
+        returned, self.objects = dict(self.objects), {}
+        for name, values in self._batch.items():
+            reduction = self.entries[self.stage, name].reduction
+            pairs = [(torch.as_tensor(v, dtype=torch.float64), w) for v, w in values if w]
+            if not pairs:
+                continue
+            if reduction == "mean":
+                total = pairs[0][0] * pairs[0][1]
+                for value, weight in pairs[1:]:
+                    total = total + value * weight
+                returned[name] = (total, sum(weight for _, weight in pairs))
+            elif reduction == "sum":
+                returned[f"sum{_MARK}{name}"] = torch.stack([value for value, _ in pairs]).sum(0)
+            else:
+                rows = torch.stack([value for value, _ in pairs])
+                returned[f"{reduction}{_MARK}{name}"] = Gather(rows)
+        self._batch = {}
+        return returned
+
+    @staticmethod
+    def finish(sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return sums, and smallest and largest values, of a whole evaluation."""
+        found = {}
+        for key, tensor in sums.items():
+            reduction, _, name = key.partition(_MARK)
+            picks: dict[str, Callable[[Tensor], Tensor]]
+            picks = {"sum": torch.sum, "min": torch.min, "max": torch.max}
+            found[name] = float(picks[reduction](tensor))
+        return found
+
+    def _gathered(self, mine: Mapping[str, tuple[Reduction, float, float]]) -> dict[str, float]:
+        everyone = self._communicator.all_gather(dict(mine))
+        found: dict[str, float] = {}
+        for name in sorted({name for theirs in everyone for name in theirs}):
+            parts = [theirs[name] for theirs in everyone if name in theirs]
+            pairs = [(value, weight) for _, value, weight in parts]
+            if any(weight for _, weight in pairs):
+                found[name] = _reduced(parts[0][0], pairs)
+        return found
+
+    def named(self, stage: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Return reduced values of an epoch under all their names."""
+        named: dict[str, float] = {}
+        for name, value in values.items():
+            entry = self.entries.get((stage, name))
+            for each in [name] if entry is None else entry.epoch_names(name):
+                named[each] = value
+        self.last |= named
+        return named
+
+    def written(self, stage: str, name: str) -> bool:
+        """Tell whether a value goes into the metrics."""
+        for ending in ("", "_step", "_epoch"):
+            if name.endswith(ending):
+                entry = self.entries.get((stage, name.removesuffix(ending)))
+                if entry is not None:
+                    return entry.written
+        return True
+
+    def shown(self) -> dict[str, float]:
+        """Return the newest values that belong on the line of progress."""
+        names = [
+            each
+            for (_, name), entry in self.entries.items()
+            if entry.shown
+            for each in (name, f"{name}_step", f"{name}_epoch")
+        ]
+        return {name: self.last[name] for name in names if name in self.last}
+
+    # What is saved.
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums of an epoch that is under way, of this rank."""
+        return {
+            f"{total.reduction}/{name}": torch.tensor(total.value(), dtype=torch.float64)
+            for name, total in self._epoch.items()
+        } | {"samples": torch.tensor([float(self.samples)], dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such sums."""
+        self.begin_epoch()
+        for key, numbers in state.items():
+            if key == "samples":
+                self.samples = int(numbers[0].item())
+                continue
+            reduction, _, name = key.partition("/")
+            total = self._epoch[name] = Total(reduction)  # type: ignore[arg-type]
+            total.on_host, total.weight = numbers.tolist()
+
+    # The first call of a name.
+
+    def _entry(
+        self,
+        name: str,
+        value: Any,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        prog_bar: bool,
+        logger: bool | None,
+        rank_zero_only: bool,
+    ) -> Entry:
+        if self.fx not in _STEP_HOOKS and self.fx not in _EPOCH_HOOKS:
+            raise TrainingError(
+                f'self.log("{name}"): nothing can be logged '
+                + ("outside of the module's hooks" if self.fx is None else f"in {self.fx}")
+                + ": log in a step, or in a hook of an epoch"
+            )
+        is_metric = all(callable(getattr(value, each, None)) for each in ("update", "compute"))
+        if not is_metric:
+            _checked(name, value)
+        is_step = self.fx in _STEP_HOOKS
+        entry = Entry(
+            on_step=is_step if on_step is None else bool(on_step),
+            on_epoch=not is_step if on_epoch is None else bool(on_epoch),
+            reduction=_reduction(name, reduce_fx),
+            shown=bool(prog_bar),
+            written=logger is not False,
+            on_rank_zero=rank_zero_only,
+            is_metric=is_metric,
+        )
+        self.entries[self.stage, name] = entry
+        return entry
+
+    def _log_metric(self, name: str, entry: Entry, value: Any, weight: float) -> None:
+        if self.stage != "train":
+            self.objects[name] = value
+            return
+        if entry.on_epoch:
+            self.metrics[self.stage, name] = value
+        if not entry.on_step:
+            return
+        newest = getattr(value, "_forward_cache", None)
+        if newest is None:
+            raise TrainingError(
+                f'self.log("{name}"): the {type(value).__name__} was updated and not called, so it '
+                f"has no value of this step: call it, metric(preds, target), or log it with "
+                "on_step=False, on_epoch=True"
+            )
+        self._step.setdefault(name, []).append((_checked(name, newest), weight))
+
+
+def _reduction(name: str, reduce_fx: Any) -> Reduction:
+    """Return a known reduction by its name or torch's function."""
+    known: dict[Any, Reduction] = {
+        "mean": "mean",
+        "sum": "sum",
+        "min": "min",
+        "max": "max",
+        "avg": "mean",
+        torch.mean: "mean",
+        torch.sum: "sum",
+        torch.min: "min",
+        torch.max: "max",
+        min: "min",
+        max: "max",
+        sum: "sum",
+    }
+    found = known.get(reduce_fx) if isinstance(reduce_fx, str) or callable(reduce_fx) else None
+    if found is None:
+        raise TrainingError(
+            f'self.log("{name}", reduce_fx={reduce_fx!r}): known are "mean", "sum", "min" and '
+            '"max", which come out the same over any number of ranks: for another, log a '
+            "torchmetrics object"
+        )
+    return found
+
+
+def _checked(name: str, value: Any) -> Tensor | float:
+    """Return a number, or a detached tensor, ()."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TrainingError(
+                f'self.log("{name}"): a tensor {tuple(value.shape)} of {value.dtype}: one number '
+                "can be logged; take its mean()"
+            )
+        return value.detach().reshape(())
+    if isinstance(value, bool | int | float) or getattr(value, "shape", None) == ():
+        return float(value)
+    raise TrainingError(
+        f'self.log("{name}"): {type(value).__name__} cannot be logged: give a number, a tensor of '
+        "one, or a torchmetrics object; several at once by self.log_dict"
+    )
+
+
+_MARK = "\n"
+"""Separates a reduction from a name that is summed or gathered: no name has it."""
+
+
+def _joined(reduction: Reduction, one: float, other: float) -> float:
+    if reduction == "min":
+        return min(one, other)
+    return max(one, other) if reduction == "max" else one + other
+
+
+def _reduced(reduction: Reduction, pairs: list[tuple[float, float]]) -> float:
+    """Return one value of all ranks' totals and weights."""
+    there = [value for value, weight in pairs if weight]
+    if reduction == "min":
+        return min(there)
+    if reduction == "max":
+        return max(there)
+    total = math.fsum(there)
+    return total / math.fsum(weight for _, weight in pairs) if reduction == "mean" else total
+
+
+def _packed(entry: Entry) -> tuple[bool, bool, str, bool, bool, bool, bool]:
+    return (
+        *(entry.on_step, entry.on_epoch, entry.reduction, entry.shown, entry.written),
+        *(entry.on_rank_zero, entry.is_metric),
+    )
+
+
+def _unpacked(packed: tuple[Any, ...]) -> Entry:
+    return Entry(*packed)
+
+
+def names_of(logs: Logs, stage: str) -> list[str]:
+    """Return the names that a stage has logged for its epochs, as monitors know them."""
+    return [
+        each
+        for (of, name), entry in logs.entries.items()
+        if of == stage and (entry.on_epoch or stage != "train")
+        for each in entry.epoch_names(name)
+    ]
+
+
+def unknown_monitor(metric: str, known: list[str]) -> str:
+    """Return what to say of a monitor that nothing logs."""
+    return f'nothing logs "{metric}" (logged: {listed(known) if known else "nothing"})'

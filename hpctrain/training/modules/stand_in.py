@@ -1,0 +1,206 @@
+"""What `self.trainer` of a module is here: facts of the run, and nothing that would steer it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from hpctrain.config import Config
+from hpctrain.launch.process_group import World
+from hpctrain.training.modules.overrides import inner_modules
+from hpctrain.training.position import Position, StopAt
+
+
+class State:
+    """The stage of a run, by the names that Lightning has for it."""
+
+    def __init__(self) -> None:
+        self.fn = "fit"
+        self.stage: str | None = None
+        self.status = "running"
+
+
+class Strategy:
+    """What modules ask of a strategy: to talk to the other ranks. Collective: all ranks."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._lightning_optimizers: list[Optimizer] = []
+        self.root_device = world.device
+        self.world_size = world.topology.world_size
+        self.global_rank = world.topology.rank
+        self.local_rank = world.topology.local_rank
+        self.is_global_zero = world.topology.is_rank_zero
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        del name
+        self._world.communicator.barrier()
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Return a rank's value on all of them."""
+        if src:
+            return self._world.communicator.all_gather(value)[src]
+        return self._world.communicator.broadcast(value)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return the tensors of all ranks, stacked; on one rank the tensor itself."""
+        if self.world_size == 1:
+            return tensor
+        if sync_grads:
+            from torch.distributed.nn.functional import all_gather
+
+            return torch.stack(all_gather(tensor.contiguous(), group))
+        pieces = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(pieces, tensor.contiguous(), group)
+        return torch.stack(pieces)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the mean, or the sum, of a tensor over the ranks."""
+        if self.world_size == 1 or not isinstance(tensor, Tensor):
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=group)
+        is_mean = str(reduce_op).lower() in ("mean", "avg", "none")
+        return total / self.world_size if is_mean else total
+
+
+class TrainerStandIn:
+    """Facts of the run for a module: what is not here cannot be asked, and says so.
+
+    Attributes:
+        should_stop: set by a module or callback: all ranks agree to end here, complete.
+    """
+
+    # Modules see what Lightning's own trainer has under these names.
+    def __init__(self, config: Config, world: World, stop_at: StopAt, module: nn.Module) -> None:
+        topology, training = world.topology, config.training
+        self.global_step = self.current_epoch = 0
+        self.is_last_batch = False
+        self._stop_at = stop_at
+        self.lightning_module = self.model = module
+        self.world_size = topology.world_size
+        self.global_rank = topology.rank
+        self.local_rank = topology.local_rank
+        self.node_rank = topology.node_rank
+        self.num_nodes = topology.num_nodes
+        self.num_devices = topology.local_world_size
+        self.is_global_zero = topology.is_rank_zero
+        self.max_epochs = -1 if training.max_epochs is None else training.max_epochs
+        self.max_steps = -1 if training.max_steps is None else training.max_steps
+        self.min_epochs: int | None = None
+        self.min_steps: int | None = None
+        self.num_training_batches = stop_at.epoch_steps
+        self.num_val_batches: Sequence[int] = ()
+        self.val_dataloaders: Any = None
+        self.train_dataloader: Any = None
+        self.accumulate_grad_batches = 1
+        self.gradient_clip_val = training.clip_norm or training.clip_value
+        self.gradient_clip_algorithm = "norm" if training.clip_norm else None
+        self.check_val_every_n_epoch = training.evaluate_every_epochs
+        self.log_every_n_steps = config.logging.every_steps
+        self.precision = training.precision
+        folder = str(Path(config.run.directory, config.run.name))
+        self.default_root_dir = self.log_dir = folder
+        self.strategy = Strategy(world)
+        self.state = State()
+        self.callbacks: list[Any] = []
+        self.checkpoint_callback = self.early_stopping_callback = None
+        self.progress_bar_callback = None
+        self.datamodule: Any = None
+        self.loggers: list[Any] = []
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[Any] = []
+        self.barebones = self.fast_dev_run = self.should_stop = False
+        self.enable_validation = True
+        self.ckpt_path: str | None = None
+        self.callback_metrics: Mapping[str, Tensor] = {}
+        self.logged_metrics: Mapping[str, Tensor] = {}
+        self.progress_bar_metrics: Mapping[str, float] = {}
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """How many optimizer steps the run takes."""
+        return self._stop_at.total_steps(Position()) or math.inf
+
+    @property
+    def device_ids(self) -> list[int]:
+        index = self.strategy.root_device.index
+        return [self.local_rank if index is None else index]
+
+    @property
+    def logger(self) -> Any:
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def training(self) -> bool:
+        return self.state.stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        return self.state.stage == "validate"
+
+    @property
+    def testing(self) -> bool:
+        return self.state.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        return self.state.stage == "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        return self.validating or self.testing
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self.state.stage == "sanity_check"
+
+    def print(self, *args: Any, **keywords: Any) -> None:
+        """Print on rank 0."""
+        if self.is_global_zero:
+            print(*args, **keywords)  # noqa: T201 - what the user asked for
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = sorted(each for each in {*vars(self), *dir(type(self))} if not each.startswith("_"))
+        raise AttributeError(
+            f"self.trainer.{name}: hpctrain's trainer for modules has no such attribute; it has "
+            f"{', '.join(known)}. What steers a run is in its config; for a loop of your own see "
+            "docs/own-code.md"
+        )
+
+    def __deepcopy__(self, memo: Any) -> TrainerStandIn:
+        return self  # copies of a module, such as averages, know the same run
+
+
+def attach(module: nn.Module, trainer: TrainerStandIn, logs: Any) -> None:
+    """Give a module, and those inside it, its trainer, and `self.log`."""
+    for each in inner_modules(module):
+        if hasattr(type(each), "trainer"):
+            each._trainer = trainer  # type: ignore[assignment]
+        else:
+            each.trainer = trainer  # type: ignore[assignment]
+        each.__dict__["log"] = logs.log
+        each.__dict__["log_dict"] = logs.log_dict
+
+
+def tell_device(module: nn.Module, device: torch.device) -> None:
+    """Tell modules where their parameters are, as `self.device` has it.
+
+    Lightning's base class takes that down when its `to` is called, and nobody calls that here.
+    """
+    for each in module.modules():
+        if any(kind.__name__ == "_DeviceDtypeModuleMixin" for kind in type(each).__mro__):
+            each._device = device  # type: ignore[assignment]
+            dtypes = [item.dtype for item in each.parameters() if item.is_floating_point()]
+            if dtypes:
+                each._dtype = dtypes[0]  # type: ignore[assignment]

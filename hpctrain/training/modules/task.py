@@ -1,0 +1,510 @@
+"""A module as a task: what its own `training_step` and `validation_step` compute."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpctrain.checkpoint.state import Json, decode, encode
+from hpctrain.config import Config
+from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.launch.process_group import World
+from hpctrain.topology import on_rank_zero
+from hpctrain.training.metrics import COUNT, MetricObjects, Part
+from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
+from hpctrain.training.modules.log import Logs, names_of
+from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.stand_in import TrainerStandIn, attach, tell_device
+from hpctrain.training.position import Position, StopAt
+from hpctrain.training.task import Direction
+
+_SMALLER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "bits")
+_LARGER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2", "map")
+
+
+_HOOK_NAMES = {"validate": "validation", "test": "test"}
+"""What hooks of a stage are named after."""
+
+
+class ModuleTask:
+    """The Task contract around a module.
+
+    A `training_step` returns the mean loss of its samples, or `{"loss": mean, "weight": n}` where
+    it is one over something else, such as tokens. Names of metrics are those that `self.log` gets.
+
+    Attributes:
+        module: the bare one.
+        trainer: what it knows as `self.trainer`.
+        logs: what it logs.
+        hooks: its hooks, and those of callbacks.
+        inputs: fields of a batch; the datasets' own where the config names none.
+        metrics: known so far; a first evaluation may give more.
+        counts_samples: whether a loss is a mean over samples.
+        samples: of the pass that comes next; whoever calls knows it.
+    """
+
+    discovers_metrics = True
+
+    def __init__(
+        self,
+        inputs: Sequence[str] = (),
+        target: str | None = None,
+        *,
+        batch: Literal["dict", "tuple"] = "dict",
+        loss: Literal["mean", "sum"] = "mean",
+        batch_dependent_loss: bool = False,
+    ) -> None:
+        """Check the arguments.
+
+        Args:
+            inputs: fields of a batch; none: all that the files have.
+            target: another one, the last.
+            batch: what a step gets of HDF5 files: a dict by field, or a tuple in their order.
+            loss: "sum": what a `training_step` returns is the sum over its samples.
+            batch_dependent_loss: whether it is meant that samples depend on others of their pass.
+
+        Raises:
+            ConfigError: if an argument makes no sense.
+        """
+        if batch not in ("dict", "tuple") or loss not in ("mean", "sum"):
+            raise ConfigError(
+                f'[task] batch = "{batch}", loss = "{loss}": expected "dict" or "tuple", and '
+                '"mean" or "sum"'
+            )
+        self.inputs: Sequence[str] = tuple(inputs) + ((target,) if target else ())
+        self._known: dict[str, Direction] = {}
+        self.metrics: Mapping[str, Direction] = self._known
+        self.counts_samples = True
+        self.batch_dependent_loss = batch_dependent_loss
+        self.samples = 0
+        self.batch_idx = 0
+        self._batch = batch
+        self._loss = loss
+        self._checked = False
+        self._output: Any = None
+        self._ready: tuple[Any, Any] = (None, None)
+        self._begun = False
+
+    def bind(self, module: nn.Module, config: Config, world: World, stop_at: StopAt) -> None:
+        """Take the module, and give it its trainer and its hooks.
+
+        Raises:
+            ConfigError: if it is none, or does what cannot be done here.
+        """
+        if not is_module(module):
+            raise ConfigError(
+                f"model.use: {type(module).__name__} has no training_step of its own, so what to "
+                "train it for has to be said: by [task] and [optimizer], or by a training_step"
+            )
+        refuse_unknown_ways(module)
+        self.module = module
+        self.trainer = TrainerStandIn(config, world, stop_at, module)
+        self.logs = Logs(world.communicator, world.device)
+        self.hooks = Hooks(module, self.trainer, self.logs)
+        self._world = world
+        self._stop_at = stop_at
+        attach(module, self.trainer, self.logs)
+        self._takes_index = {
+            name: _takes_index(getattr(module, name))
+            for name in ("training_step", "validation_step", "test_step")
+            if callable(getattr(module, name, None))
+        }
+
+    def set_up(self) -> None:
+        """Have the module make what it makes by itself: `setup`, `configure_model`."""
+        self.hooks.call("setup", "fit")
+        self.hooks.call("configure_model")
+        # Layers may have come that know neither their trainer nor where to log.
+        attach(self.module, self.trainer, self.logs)
+
+    def prepare_data(self) -> None:
+        """Have the data prepared on one rank of each node, or of all."""
+        topology = self._world.topology
+        each_node = getattr(self.module, "prepare_data_per_node", True)
+        if topology.local_rank == 0 if each_node else topology.is_rank_zero:
+            self.hooks.call("prepare_data")
+
+    @property
+    def scheduler_step(self) -> Callable[[Any, Any], None] | None:
+        """How an LR scheduler is stepped; None: as torch's are."""
+        if not self.hooks.has("lr_scheduler_step"):
+            return None
+        return lambda scheduler, metric: self.hooks.call("lr_scheduler_step", scheduler, metric)
+
+    def begin(self, optimizer: Optimizer, inputs: Sequence[str]) -> None:
+        """Take note of what was built, before the first pass.
+
+        Args:
+            optimizer: the one that trains the module.
+            inputs: fields of a batch, where the config names none.
+        """
+        self.inputs = self.inputs or tuple(inputs)
+        self.trainer.optimizers = [optimizer]
+        self.trainer.strategy._lightning_optimizers = [optimizer]
+        tell_device(self.module, self._world.device)
+        self.objects = MetricObjects(self, self._world.device)
+        self.objects.keep_local()
+        self.hooks.call("on_fit_start")
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a `validation_step`."""
+        return is_own(self.module, "validation_step")
+
+    # What a step calls.
+
+    def loss(self, model: nn.Module, fields: Any) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the losses, and the weight of what they are a mean of."""
+        samples, logs = self.samples, self.logs
+        logs.weight, logs.fx = samples, "training_step"
+        step: Callable[..., Any] = model.training_step  # type: ignore[assignment]
+        made_of, batch = self._ready
+        if made_of is not fields:
+            batch = self.batch(fields)
+        try:
+            output = (
+                step(batch, self.batch_idx) if self._takes_index["training_step"] else step(batch)
+            )
+        finally:
+            logs.fx = None
+        if logs.records:
+            logs.samples += samples
+        return self._loss_sum(output, samples)
+
+    def _loss_sum(self, output: Any, samples: int) -> tuple[Tensor, Tensor | int]:
+        weight: Tensor | int | None = None
+        self._output = output
+        if isinstance(output, Mapping):
+            loss, weight = output.get("loss"), output.get("weight")
+        else:
+            loss = output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TrainingError(_no_loss(self.module, output))
+        if loss.ndim:
+            loss = loss.reshape(())
+        if loss.element_size() < 4:
+            loss = loss.float()
+        if weight is None:
+            if not self.counts_samples:
+                raise TrainingError(_other_weight(self.module, "no weight", "one"))
+            return (loss if self._loss == "sum" else loss * samples), samples
+        if self._checked and self.counts_samples:
+            raise TrainingError(_other_weight(self.module, "a weight", "none"))
+        self.counts_samples = False
+        weight = torch.as_tensor(weight, device=loss.device)
+        return (loss if self._loss == "sum" else loss * weight.detach()), weight
+
+    # What a step does besides.
+
+    def begin_step(self, epoch: int, start: int, global_size: int) -> None:
+        """Begin a step with the global batch of these samples of the epoch."""
+        trainer = self.trainer
+        self.batch_idx = start // self._stop_at.global_batch_size
+        trainer.current_epoch = epoch
+        trainer.is_last_batch = start + global_size >= self._stop_at.epoch_samples
+        self.logs.begin_step()
+        self._begun = False
+        self._output = None
+
+    def begin_pass(self, fields: Any, samples: int) -> None:
+        """Make a batch of the fields of a pass; the first pass of a step begins with its hooks.
+
+        Args:
+            fields: of the pass; a held row on a rank that has no samples.
+            samples: how many there are in truth.
+        """
+        self.samples = samples
+        self._ready = fields, self.batch(fields)
+        if not self._begun:
+            self.logs.weight = samples
+            self._begun = True
+            self.hooks.call("on_train_batch_start", self._ready[1], self.batch_idx)
+
+    def before_backward(self) -> None:
+        """Call the hooks between the forward and the backward pass."""
+        hooks = self.hooks
+        if hooks.has("on_before_zero_grad") and self._begun:
+            hooks.call("on_before_zero_grad", self.trainer.optimizers[0])
+        if self.samples and hooks.has("on_before_backward"):
+            hooks.call("on_before_backward", self._outputs()["loss"])
+
+    def after_backward(self) -> None:
+        """Call the hook behind a backward pass."""
+        self.hooks.call("on_after_backward")
+
+    def before_update(self) -> None:
+        """Call the hook that sees the gradients: whole, unscaled, not clipped."""
+        self.hooks.call("on_before_optimizer_step", self.trainer.optimizers[0])
+
+    def end_step(self) -> None:
+        """End a step."""
+        self.trainer.global_step += 1
+        if self.hooks.has("on_train_batch_end"):
+            outputs = self._outputs()
+            outputs["loss"] = outputs["loss"].detach()
+            self.hooks.call("on_train_batch_end", outputs, self._ready[1], self.batch_idx)
+        self._ready = None, None
+
+    def _outputs(self) -> dict[str, Any]:
+        output = self._output
+        if output is None:  # a rank that had no samples
+            return {"loss": torch.zeros((), device=self._world.device)}
+        return dict(output) if isinstance(output, Mapping) else {"loss": output}
+
+    def begin_dry_run(self, samples: int) -> None:
+        """Call the hooks that a first step may rely on; what they do is put back."""
+        self.samples = samples
+        self.trainer.state.stage = "sanity_check"
+        self.hooks.call("on_train_start")
+        self.hooks.call("on_train_epoch_start")
+
+    def end_dry_run(self) -> None:
+        """Take note that a loss stays one over samples, or over weights."""
+        self._checked = True
+
+    # What a checkpoint holds.
+
+    def capture(self, tensors: MutableMapping[str, Tensor]) -> Json:
+        """Return what was logged in the epoch under way, on this rank, as JSON.
+
+        Args:
+            tensors: takes the tensors of it.
+        """
+        states = self.objects.states() if self.objects else {}
+        begun = {path: state for path, state in states.items() if state[COUNT]}
+        state = {"logs": self.logs.state(), "metrics": begun}
+        return encode(state, "logged", tensors, lambda _: {})
+
+    def restore(self, saved: Json, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from that."""
+        state = decode(saved, tensors, lambda tensor, _: tensor.clone())
+        self.logs.load_state(state["logs"])
+        self.objects.load(state["metrics"])
+
+    # What an evaluation calls.
+
+    def begin_evaluation(self, stage: Literal["validate", "test"] = "validate") -> None:
+        """Begin an evaluation, with its hooks."""
+        logs, hooks = self.logs, self.hooks
+        self._before = (logs.stage, self.trainer.state.stage, self.batch_idx)
+        logs.stage = self.trainer.state.stage = stage
+        logs.records, logs.samples_trained, logs.samples = True, logs.samples, 0
+        logs.weight = 0
+        self.batch_idx = 0
+        name = _HOOK_NAMES[stage]
+        for hook in (f"{name}_model_zero_grad", f"{name}_model_eval"):
+            hooks.call(f"on_{hook}")
+        hooks.call(f"on_{name}_start")
+        hooks.call(f"on_{name}_epoch_start")
+
+    def end_evaluation(
+        self, metrics: Mapping[str, float], part: Part, objects: MetricObjects
+    ) -> dict[str, float]:
+        """End an evaluation, with its hooks, and return all that it gave. Collective: all ranks.
+
+        Args:
+            metrics: of all ranks.
+            part: of this rank.
+            objects: the torchmetrics objects.
+        """
+        name = _HOOK_NAMES[self.logs.stage]
+        found = self.note(metrics)
+        if self.hooks.has(f"on_{name}_epoch_end"):
+            if objects:
+                # What the hook computes is of all samples, on every rank.
+                objects.merge(self._world.communicator.all_gather(part.states))
+            self.logs.weight = self.logs.samples
+            self.hooks.call(f"on_{name}_epoch_end")
+            found |= self.note(self._computed() | self.logs.end_hook())
+        self.hooks.call(f"on_{name}_end")
+        self.hooks.call(f"on_{name}_model_train")
+        return found
+
+    def leave_evaluation(self) -> None:
+        """Go back to what was before, also where an evaluation was cut short."""
+        self.logs.stage, self.trainer.state.stage, self.batch_idx = self._before
+        self.logs.samples = self.logs.samples_trained
+
+    def _computed(self) -> dict[str, float]:
+        """Return what objects that a hook has logged compute, merged. Collective: all ranks."""
+        objects, self.logs.objects = self.logs.objects, {}
+        if not objects:
+            return {}
+        return on_rank_zero(
+            self._world.communicator,
+            lambda: {name: float(objects[name].compute()) for name in sorted(objects)},
+        )
+
+    def rehearse(self, samples: int) -> None:
+        """Begin a rehearsal: hooks run, names are taken down, and nothing is logged."""
+        self.begin_evaluation()
+        self.trainer.state.stage = "sanity_check"
+        self.logs.records = False
+        self.samples = samples
+
+    def end_rehearsal(self) -> None:
+        """End it, with the hooks at the end of an evaluation, and declare the names."""
+        self.logs.weight = self.samples
+        for hook in ("epoch_end", "end", "model_train"):
+            self.hooks.call(f"on_validation_{hook}")
+        for name in names_of(self.logs, "validate"):
+            self._known.setdefault(name, direction_of(name) or "min")
+
+    # What the job does around the steps.
+
+    def begin_training(self, place: Position, num_val_batches: int) -> None:
+        """Begin the training proper, at a place."""
+        self.trainer.global_step, self.trainer.current_epoch = place.step, place.epoch
+        self.trainer.num_val_batches = [num_val_batches]
+        self.trainer.state.stage = "train"
+        self.logs.stage, self.logs.records = "train", True
+        self.hooks.call("on_train_start")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch, or go on in one."""
+        self.trainer.current_epoch = epoch
+        self.logs.weight = 1
+        self.hooks.call("on_train_epoch_start")
+
+    def end_epoch(self) -> dict[str, float]:
+        """End an epoch, and return what was logged for it. Collective: all ranks."""
+        logs = self.logs
+        hooked = self.hooks.has("on_train_epoch_end")
+        logged = {name: each for (stage, name), each in logs.metrics.items() if stage == "train"}
+        states = self.objects.states() if self.objects and (hooked or logged) else {}
+        if states:
+            self.objects.merge(self._world.communicator.all_gather(states))
+        logs.weight = logs.samples
+        found = self.note(logs.end_epoch(), "train")
+        logs.forget_sums()
+        self.hooks.call("on_train_epoch_end")
+        computed = {}
+        if logged := {n: each for (stage, n), each in logs.metrics.items() if stage == "train"}:
+            computed = on_rank_zero(
+                self._world.communicator,
+                lambda: {name: float(logged[name].compute()) for name in sorted(logged)},
+            )
+        found |= self.note(computed | logs.end_epoch(), "train")
+        if states:
+            self.objects.reset()
+        logs.begin_epoch()
+        return found
+
+    def end_training(self) -> None:
+        """End the training proper."""
+        self.hooks.call("on_train_end")
+        self.hooks.call("on_fit_end")
+        self.hooks.call("teardown", "fit")
+
+    def evaluate(self, model: nn.Module, fields: Any) -> dict[str, Any]:
+        """Run `validation_step` with its hooks, and return what was logged."""
+        stage = _HOOK_NAMES[self.logs.stage]
+        batch, index = self.batch(fields), self.batch_idx
+        self.logs.weight = samples = self.samples
+        self.hooks.call(f"on_{stage}_batch_start", batch, index)
+        output = self._evaluation_step(model, f"{stage}_step", batch, index)
+        self.hooks.call(f"on_{stage}_batch_end", output, batch, index)
+        self.batch_idx += 1
+        self.logs.samples += samples
+        return self.logs.take_batch()
+
+    def accompany(self, model: nn.Module, fields: Any) -> None:
+        """Run a step on a held row for the sake of other ranks: nothing is logged."""
+        records, self.logs.records = self.logs.records, False
+        try:
+            stage = _HOOK_NAMES[self.logs.stage]
+            self._evaluation_step(model, f"{stage}_step", self.batch(fields), self.batch_idx)
+        finally:
+            self.logs.records = records
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the sums and the smallest and largest values that were logged."""
+        return self.logs.finish(sums)
+
+    def _evaluation_step(self, model: nn.Module, name: str, batch: Any, index: int) -> Any:
+        self.logs.fx = name
+        step: Callable[..., Any] = getattr(model, name)
+        try:
+            return step(batch, index) if self._takes_index[name] else step(batch)
+        finally:
+            self.logs.fx = None
+
+    def batch(self, fields: Any) -> Any:
+        """Return a batch as the module's steps take it."""
+        batch: Any = fields
+        if self._batch == "tuple":
+            batch = tuple(fields[name] for name in self.inputs)
+        hooks = self.hooks
+        if hooks.has("on_before_batch_transfer"):
+            batch = hooks.call("on_before_batch_transfer", batch, 0)
+        if hooks.has("transfer_batch_to_device"):
+            batch = hooks.call("transfer_batch_to_device", batch, self._world.device, 0)
+        if hooks.has("on_after_batch_transfer"):
+            batch = hooks.call("on_after_batch_transfer", batch, 0)
+        return batch
+
+    # What the job asks.
+
+    def note(self, metrics: Mapping[str, float], stage: str | None = None) -> dict[str, float]:
+        """Take note of an epoch's metrics, and return them under all their names."""
+        stage = stage or self.logs.stage
+        named = self.logs.named(stage, metrics)
+        for name in named if stage == "validate" else ():
+            self._known.setdefault(name, direction_of(name) or "min")
+        self.tell_metrics()
+        return named
+
+    def tell_metrics(self) -> None:
+        """Have the module's trainer show the newest values."""
+        tensors = {name: torch.tensor(value) for name, value in self.logs.last.items()}
+        self.trainer.callback_metrics = self.trainer.logged_metrics = tensors
+        self.trainer.progress_bar_metrics = self.logs.shown()
+
+
+def direction_of(name: str) -> Direction | None:
+    """Return which direction of a metric is better, as its name tells; None: it does not."""
+    words = name.lower().replace("/", "_").replace("-", "_")
+    if any(word in words for word in _SMALLER_IS_BETTER):
+        return "min"
+    return "max" if any(word in words for word in _LARGER_IS_BETTER) else None
+
+
+def _takes_index(step: Callable[..., Any]) -> bool:
+    """Tell whether a step takes a batch and an index, whatever their names."""
+    kinds = [item.kind for item in inspect.signature(step).parameters.values()]
+    positional = [kind for kind in kinds if kind.name.startswith("POSITIONAL")]
+    return len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _no_loss(module: nn.Module, output: Any) -> str:
+    where = place_of(module, "training_step")
+    kind = type(module).__name__
+    if output is None:
+        return (
+            f"{kind}.training_step ({where}) returned None: a step that is left out on one rank is "
+            "one that the others wait for. Return 0 times a loss, or leave such samples out of the "
+            "data"
+        )
+    if isinstance(output, Mapping):
+        what = f"a dict with {', '.join(map(str, output)) or 'nothing'}"
+    elif isinstance(output, Tensor):
+        what = f"a tensor {tuple(output.shape)}"
+    else:
+        what = type(output).__name__
+    return (
+        f'{kind}.training_step ({where}) returned {what}: expected one number, or {{"loss": mean}} '
+        'and with it "weight" where it is a mean over something else than samples'
+    )
+
+
+def _other_weight(module: nn.Module, now: str, before: str) -> str:
+    return (
+        f"{type(module).__name__}.training_step ({place_of(module, 'training_step')}) returned "
+        f"{now}, and {before} in the dry run: a loss is a mean over samples, or over weights, in "
+        "every step"
+    )
