@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.cli.jobs import started
-from hpctrain.cli.usage import PROGRAM, Parser
+from hpctrain.cli.usage import PROGRAM, Parser, say
 from hpctrain.errors import ExitCode
 from hpctrain.launch.environment import Claim
+from hpctrain.topology import raise_together
 from hpctrain.utils.streams import reserved_stdout, write_out
 from hpctrain.utils.text import metric, plural, printable
 
@@ -41,22 +42,22 @@ def test(arguments: list[str], claim: Claim) -> int:
 def predict(arguments: list[str], claim: Claim) -> int:
     """Write the predictions of a checkpoint for a split. Collective: all ranks."""
     parser = _parser("predict", "test")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", required=True)
+    parser.add_argument("--output", type=Path, metavar="FOLDER|FILE.nc", required=True)
     if (parsed := _parsed(parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     found = _answered(command, claim, parsed.split, parsed.checkpoint, output=parsed.output)
-    if found is None:
-        return ExitCode.DONE
     if found.missing:
-        write_out(
+        say(
+            claim,
             f"{parsed.output}: stopped with {plural(found.missing, 'shard')} of predictions left; "
-            "the same command goes on with them\n"
+            "the same command goes on with them\n",
         )
         return ExitCode.STOPPED
     samples = plural(found.samples, "sample")
-    write_out(f"{parsed.output}: predictions for {samples} of {parsed.split}, {_of(found)}\n")
-    return ExitCode.DONE
+    return say(
+        claim, f"{parsed.output}: predictions for {samples} of {parsed.split}, {_of(found)}\n"
+    )
 
 
 def _metrics(name: str, split: str, arguments: list[str], claim: Claim) -> int:
@@ -67,7 +68,7 @@ def _metrics(name: str, split: str, arguments: list[str], claim: Claim) -> int:
     command = [parsed.config, *parsed.overrides]
     with reserved_stdout(parsed.json) as out:
         found = _answered(command, claim, parsed.split, parsed.checkpoint)
-        if found is not None:
+        if claim.rank in (None, 0):
             show = _json if parsed.json else _text
             write_out(show(found, parsed.split), out)
     return ExitCode.DONE
@@ -99,11 +100,17 @@ def _answered(
     checkpoint: str | None,
     *,
     output: Path | None = None,
-) -> Answer | None:
-    """Return what comes of a command on rank 0, else None. Collective: all ranks."""
+) -> Answer:
+    """Return what comes of a command, on every rank. Collective: all ranks."""
     from hpctrain.batch.stop import SignalFlag
+    from hpctrain.convert import netcdf
     from hpctrain.launch.process_group import gathering, loading, process_group
 
+    file = output if output is not None and output.suffix == netcdf.SUFFIX else None
+    # Ranks write shards, of which one makes the file in the end.
+    folder = output if file is None else file.with_name(f"{file.name}.parts")
+    if file is not None:
+        netcdf.require_libraries()
     with ExitStack() as stack:
         # Metrics are soon there; of predictions whole shards stay, so that a stop is no loss.
         signals = None if output is None else stack.enter_context(SignalFlag())
@@ -124,10 +131,16 @@ def _answered(
             command,
             split=split,
             checkpoint=checkpoint,
-            output=output,
+            output=folder,
             stopping=lambda: signals is not None and bool(signals.value),
         )
-        return found if job.topology.is_rank_zero else None
+        if file is not None and not found.missing:
+            # The others wait for the one that writes.
+            with world.pulse.long_phase(), raise_together(world.communicator):
+                if world.topology.is_rank_zero:
+                    assert folder is not None
+                    netcdf.gather(folder, file, job.config, found.dataset)
+        return found
 
 
 def _of(found: Answer) -> str:

@@ -38,9 +38,10 @@ commands:
   evaluate CONFIG   the metrics of a trained model, of data.validation; test: of data.test
                     --checkpoint best|last|PATH (a checkpoint, a run, or a file of weights)
                     --split validation|test|train  --json
-  predict CONFIG --output FOLDER
+  predict CONFIG --output FOLDER|FILE.nc
                     its predictions for every sample of data.test, as a dataset in the order of
-                    the samples; goes on where a job before was killed. --checkpoint, --split
+                    the samples, or as netCDF-4 on the coordinates of the source; goes on where a
+                    job before was killed. --checkpoint, --split
   status RUN        how the run in this folder ended or where it stands. --json: for programs.
                     --exit-code: for job scripts, after the launcher has ended: 0 complete,
                     75 submit again, 1 neither (the file STOP is there, no step was gained

@@ -448,15 +448,19 @@ class Answer:
 
     Attributes:
         chosen: the checkpoint.
-        samples: of the split.
+        dataset: the samples of the split.
         metrics: empty where predictions were asked for.
         missing: shards of predictions that a stop has left for a later job.
     """
 
     chosen: Chosen
-    samples: int
+    dataset: Dataset
     metrics: Mapping[str, float]
     missing: int = 0
+
+    @property
+    def samples(self) -> int:
+        return self.dataset.samples
 
 
 def answer(
@@ -491,9 +495,8 @@ def answer(
     served = open_split(config, world, split, chosen, fields)
     try:
         trained = Trained(config, world, components, chosen, served)
-        samples = served.dataset.samples
         if output is None:
-            return Answer(chosen=chosen, samples=samples, metrics=trained.evaluate())
+            return Answer(chosen=chosen, dataset=served.dataset, metrics=trained.evaluate())
         origin = Origin(
             checkpoint=chosen.source,
             step=chosen.step,
@@ -502,7 +505,7 @@ def answer(
             fingerprint=served.dataset.fingerprint,
         )
         writer = trained.predict(output, origin, stopping)
-        return Answer(chosen=chosen, samples=samples, metrics={}, missing=writer.finish())
+        return Answer(chosen=chosen, dataset=served.dataset, metrics={}, missing=writer.finish())
     finally:
         served.close()
 

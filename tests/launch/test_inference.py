@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xarray as xr
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
 
@@ -207,3 +208,97 @@ def test_what_cannot_be_done_is_told(site: Path) -> None:
     assert "holdout" in told
     told = here(site, "test", "run.toml", 'run.name="told"', 'data.test="validation/*.nc"', code=78)
     assert "data.test" in told
+
+
+FORECAST = """
+[run]
+name = "forecast"
+[model]
+use = "nets:Grid"
+[task]
+use = "regression"
+inputs = ["now"]
+target = "later"
+[data]
+train = "sst/*.nc"
+validation = "sst/*.nc"
+test = "sst/*.nc"
+global_batch_size = 8
+[data.fields.now]
+path = "sst"
+fill = 0.0
+[data.fields.later]
+path = "sst"
+lead = 2
+[data.normalize]
+now = {mean = 280.0, std = 10.0}
+later = {mean = 280.0, std = 10.0}
+[optimizer]
+use = "adamw"
+lr = 1e-3
+[training]
+max_epochs = 1
+"""
+GRID = """
+import torch
+from torch import nn
+
+class Grid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+"""
+
+
+def test_predictions_lie_on_the_coordinates_of_their_source(tmp_path: Path) -> None:
+    """Packed netCDF-4 by xarray, in months with units of their own and a calendar of 365 days."""
+    (tmp_path / "sst").mkdir()
+    generator = np.random.default_rng(0)
+    for month in ("02", "03"):
+        first = f"2000-{month}-01"
+        times = xr.date_range(first, periods=28, freq="D", calendar="noleap", use_cftime=True)
+        values = 280 + 10 * generator.normal(size=(28, 4, 6)).astype(np.float32)
+        dataset = xr.Dataset(
+            {"sst": (("time", "lat", "lon"), values, {"units": "K", "long_name": "of the sea"})},
+            {
+                "time": times,
+                "lat": ("lat", np.linspace(-45, 45, 4), {"units": "degrees_north"}),
+                "lon": ("lon", np.arange(6) * 60.0, {"units": "degrees_east"}),
+                "area": (("lat", "lon"), np.ones((4, 6))),
+            },
+        )
+        packed = {"dtype": "i2", "scale_factor": 0.01, "add_offset": 280.0, "_FillValue": -32768}
+        encoding = {"sst": packed, "time": {"units": f"days since {first}"}}
+        dataset.to_netcdf(tmp_path / "sst" / f"{month}.nc", engine="h5netcdf", encoding=encoding)
+    (tmp_path / "nets.py").write_text(GRID, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(FORECAST, encoding="utf-8")
+    ended = in_turn(
+        tmp_path,
+        3,
+        ["run.toml"],
+        ["predict", "run.toml", "--output", "sst.nc"],
+        ["test", "run.toml", "--json"],
+    )
+    assert [each.code for each in ended] == [0, 0, 0], [each.output for each in ended]
+    assert not (tmp_path / "sst.nc.parts").exists()
+    paths = sorted((tmp_path / "sst").glob("*.nc"))
+    truth = xr.concat([xr.open_dataset(path, engine="h5netcdf").load() for path in paths], "time")
+    with xr.open_dataset(tmp_path / "sst.nc", engine="netcdf4") as predicted:
+        assert predicted.sst.dims == ("time", "lat", "lon")
+        assert predicted.sst.attrs == {"units": "K", "long_name": "of the sea"}
+        # Every row of the input has a prediction, those too whose target is not there yet.
+        assert list(predicted.time.values) == list(truth.time.values)
+        assert predicted.time.dt.calendar == "noleap"
+        for name in ("lat", "lon", "area"):
+            xr.testing.assert_identical(predicted[name].drop_vars("lead_time"), truth[name])
+        assert predicted.lead_time.dt.days == 2
+        assert list(predicted.valid_time.values[:-2]) == list(truth.time.values[2:])
+        # The error against what came to be: samples do not reach from one file into the next.
+        known = [*range(26), *range(28, 54)]
+        error = predicted.sst.values[known] - truth.sst.values[[row + 2 for row in known]]
+    tested = json.loads(ended[2].stdout)
+    assert tested["samples"] == len(known)
+    assert np.mean(error**2) == pytest.approx(tested["metrics"]["mse"] * 10.0**2, rel=1e-5)
