@@ -79,7 +79,7 @@ def _parser(name: str, split: str) -> Parser:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--checkpoint", metavar="best|last|PATH")
-    parser.add_argument("--split", choices=SPLITS, default=split)
+    parser.add_argument("--split", metavar="|".join((*SPLITS, "NAME")), default=split)
     return parser
 
 

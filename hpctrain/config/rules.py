@@ -26,6 +26,8 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 
 _RESUME = ("auto", "never")
 
+_SPLITS = ("train", "test", "validation")
+
 _SPLITTING = {"split_seed": 0, "split_by": "rows", "piece_rows": None}
 """Keys that say how to split, and their defaults, which a saved config writes out."""
 
@@ -64,7 +66,7 @@ def _obstacle(path: Path) -> str | None:
 def check_paths(source: Source) -> list[Mistake]:
     """Check that the paths lead somewhere; what is inside is for later."""
     mistakes = []
-    fields = source.get("data", "fields")
+    fields, evaluations = source.get("data", "fields"), source.get("data", "evaluations")
     keys: list[KeyPath] = [
         ("data", "train"),
         ("data", "validation"),
@@ -73,6 +75,10 @@ def check_paths(source: Source) -> list[Mistake]:
             ("data", "fields", name, part)
             for name in (fields if isinstance(fields, dict) else ())
             for part in ("train", "validation")
+        ),
+        *(
+            ("data", "evaluations", name)
+            for name in (evaluations if isinstance(evaluations, dict) else ())
         ),
         ("data", "weights"),
         ("checkpoint", "resume"),
@@ -346,6 +352,28 @@ def check_sampling(source: Source) -> list[Mistake]:
     return mistakes
 
 
+def check_evaluations(source: Source) -> list[Mistake]:
+    """Check that further data to evaluate with have names, and something that they are beside."""
+    evaluations = source.get("data", "evaluations")
+    if not isinstance(evaluations, dict) or not evaluations:
+        return []
+    mistakes = []
+    if not has_validation(source):
+        problem = "these are further ones, and data.validation is not set: name the first there"
+        mistakes.append(source.mistake(("data", "evaluations"), problem))
+    for name in evaluations:
+        if not _FOLDER_NAME.fullmatch(name) or name in _SPLITS:
+            problem = f"expected a plain name: letters, digits and . _ + = -, not {_SPLITS[-1]}"
+            mistakes.append(source.mistake(("data", "evaluations", name), problem))
+    for name, table in _tables(source).items():
+        if "train" in table or "validation" in table:
+            problem = (
+                "data.evaluations name one place for all fields, and this one has files of its own"
+            )
+            mistakes.append(source.mistake(("data", "fields", name), problem))
+    return mistakes
+
+
 def check_warmup(source: Source) -> list[Mistake]:
     """Check that the warm-up has one length."""
     keys = [f"warmup_{unit}" for unit in ("steps", "epochs", "samples")]
@@ -456,6 +484,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_limits,
     check_batch_sizes,
     check_sampling,
+    check_evaluations,
     check_warmup,
     check_best,
     check_early_stopping,

@@ -86,6 +86,17 @@ def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     return list(dict.fromkeys([*found, *section.fields]))
 
 
+def open_named(
+    section: DataSection, name: str, fields: Sequence[str], semantics: Semantics = NEWEST
+) -> Dataset:
+    """Return the samples of one of `data.evaluations`: all of its files, in their windows."""
+    samples = SamplesTable(stride=section.samples.stride, across_files=section.samples.across_files)
+    named = dataclasses.replace(section, validation=section.evaluations[name], samples=samples)
+    fields = fields or _all_fields(section, semantics)
+    stored = _stored(section, fields, semantics)
+    return _open(named, fields, "validation", semantics).as_stored(stored)
+
+
 def _stored(section: DataSection, fields: Sequence[str], semantics: Semantics) -> list[str]:
     """Return the fields whose numbers are taken as they are stored."""
     tables = {name: section.fields.get(name, FieldTable()) for name in fields}

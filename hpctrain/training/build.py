@@ -404,7 +404,10 @@ def directions(config: Config, task: Task) -> dict[str, Mode]:
         (checkpoint.keep_best, checkpoint.keep_best_mode),
     )
     said = {name: mode for name, mode in asked if mode is not None}
-    return {name: said.get(name) or mode for name, mode in task.metrics.items()}
+    declared = dict(task.metrics)
+    for further in config.data.evaluations:
+        declared |= {f"{further}/{name}": mode for name, mode in task.metrics.items()}
+    return {name: said.get(name) or mode for name, mode in declared.items()}
 
 
 def check_monitored(config: Config, task: Task) -> None:
@@ -417,9 +420,9 @@ def check_monitored(config: Config, task: Task) -> None:
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "early_stopping.monitor": config.early_stopping.monitor,
     }
-    known: Sequence[str] = sorted(task.metrics)
+    known: Sequence[str] = sorted(directions(config, task))
     for key, metric in asked.items():
-        if metric is not None and metric not in task.metrics:
+        if metric is not None and metric not in known:
             raise ConfigError(
                 f'{key} = "{metric}": {config.task.use} has no such metric'
                 f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from hpctrain.config.semantics import Semantics, recorded
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import verify_share
+from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.node_cache import hold_on_node
-from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.open_datasets import open_datasets, open_named
 from hpctrain.data.order import Order, Sampling, served_samples
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.state import from_state
@@ -41,6 +43,14 @@ logger = logging.getLogger("hpctrain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """One of the further datasets that a run evaluates with."""
+
+    dataset: Dataset
+    loader: EvaluationLoader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """The datasets of a run, the same on all ranks, and how the training data are served.
 
@@ -49,6 +59,7 @@ class Data:
         normalizations: the numbers in use, by field.
         transforms: what becomes of samples between the files and the task.
         place: where the run goes on.
+        evaluations: further data to evaluate with, by name.
     """
 
     semantics: Semantics
@@ -61,6 +72,13 @@ class Data:
     place: Position
     stop_at: StopAt
     staging: Staging
+    evaluations: Mapping[str, Evaluated] = field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> list[Dataset]:
+        """What the run evaluates with."""
+        further = [each.dataset for each in self.evaluations.values()]
+        return [*filter(None, [self.validation]), *further]
 
     def record(self, config: Config) -> dict[str, Any]:
         """Return what a checkpoint says of how the data become numbers: rules and statistics."""
@@ -72,13 +90,15 @@ class Data:
 
     def stage(self, config: Config, world: World) -> None:
         """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
-        self.staging.start(config, world, [self.train, *filter(None, [self.validation])])
+        self.staging.start(config, world, [self.train, *self.evaluated])
 
     def close(self) -> None:
         """End the threads and close all files."""
         self.train_loader.close()
         if self.validation_loader is not None:
             self.validation_loader.close()
+        for each in self.evaluations.values():
+            each.loader.close()
         self.transforms.close()
         self.staging.close()
 
@@ -107,11 +127,13 @@ def open_data(
     """
     section, topology = config.data, world.topology
     fields = stored_fields(config)
-    train, validation, normalizations = _open_datasets(config, world, fields, semantics, resumed)
+    train, validation, further, normalizations = _open_datasets(
+        config, world, fields, semantics, resumed
+    )
     fields = fields or list(train.fields)  # a module that names none gets them all
     if section.verify == "start":
         with raise_together(world.communicator):
-            datasets = [train, *filter(None, [validation])]
+            datasets = [train, *filter(None, [validation]), *further.values()]
             verify_share(datasets, topology.rank, topology.world_size)
     weights = _open_weights(config, world, train, semantics)
     staging = Staging()
@@ -130,7 +152,9 @@ def open_data(
         order, place, begun = _order_and_place(
             config, train, resumed, weights, is_resident=memory is not None
         )
-        transforms = Transforms.of(config, train, validation, fields, normalizations, world)
+        transforms = Transforms.of(
+            config, train, validation, fields, normalizations, world, [*further.values()]
+        )
         options = LoaderOptions(
             device=world.device,
             buffer_mb=section.buffer_mb,
@@ -158,18 +182,30 @@ def open_data(
             decoding=transforms.decoding,
             **in_common,
         )
-        validation_loader = None
-        if validation is not None:
-            validation_loader = EvaluationLoader(
-                validation,
+
+        def evaluation_loader(
+            dataset: Dataset, preparation: SamplePreparation | None, decoding: Decoding
+        ) -> EvaluationLoader:
+            return EvaluationLoader(
+                dataset,
                 options,
                 batch_size=section.micro_batch_size or train_loader.largest_share,
-                preparation=transforms.validation,
-                decoding=transforms.validation_decoding,
+                preparation=preparation,
+                decoding=decoding,
                 seed=config.run.seed,
-                samples=evaluated_samples(config, validation.samples),
+                samples=evaluated_samples(config, dataset.samples),
                 **in_common,
             )
+
+        validation_loader = None
+        if validation is not None:
+            validation_loader = evaluation_loader(
+                validation, transforms.validation, transforms.validation_decoding
+            )
+        evaluations = {
+            name: Evaluated(dataset=dataset, loader=evaluation_loader(dataset, *made))
+            for (name, dataset), made in zip(further.items(), transforms.further, strict=True)
+        }
     return Data(
         semantics=semantics,
         normalizations=normalizations,
@@ -181,7 +217,12 @@ def open_data(
         place=place,
         stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=staging,
+        evaluations=evaluations,
     )
+
+
+Opened = tuple[Dataset, Dataset | None, dict[str, Dataset], dict[str, Normalization]]
+"""To train with, to evaluate with, further ones by name; and normalizations by field."""
 
 
 def _open_datasets(
@@ -190,17 +231,21 @@ def _open_datasets(
     fields: Sequence[str],
     semantics: Semantics,
     resumed: Resumed | None,
-) -> tuple[Dataset, Dataset | None, dict[str, Normalization]]:
+) -> Opened:
     """Look into the files on rank 0, for all ranks. Collective: all ranks."""
-    opened: tuple[Dataset, Dataset | None, dict[str, Normalization]] | None = None
+    opened: Opened | None = None
     with raise_together(world.communicator):
         if world.topology.is_rank_zero:
             train, validation = open_datasets(config.data, fields, semantics)
+            further = {
+                name: open_named(config.data, name, fields, semantics)
+                for name in config.data.evaluations
+            }
             begun = {}
             if resumed is not None:
                 refuse_other_decoding(config, train, resumed.values)
                 begun = normalizations_begun_with(config, resumed.values)
-            opened = train, validation, find_normalizations(config, train, begun)
+            opened = train, validation, further, find_normalizations(config, train, begun)
     opened = world.communicator.broadcast(opened)
     assert opened is not None
     return opened

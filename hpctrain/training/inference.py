@@ -24,7 +24,7 @@ from hpctrain.config.semantics import Semantics, semantics_of
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions
-from hpctrain.data.open_datasets import open_for_evaluation, open_for_training
+from hpctrain.data.open_datasets import open_for_evaluation, open_for_training, open_named
 from hpctrain.data.predictions import Origin, PredictionWriter
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.errors import CheckpointError, ConfigError, TrainingError
@@ -49,7 +49,7 @@ from hpctrain.training.snapshot import EXTRA, restore_extra_states
 from hpctrain.training.task import Fields, Task
 from hpctrain.training.transforms import Transforms
 from hpctrain.training.undisturbed import evaluating
-from hpctrain.utils.text import printable
+from hpctrain.utils.text import did_you_mean, printable
 
 logger = logging.getLogger("hpctrain")
 
@@ -200,7 +200,7 @@ def open_split(
     Args:
         config: names the data.
         world: the ranks.
-        name: "train", "validation" or "test".
+        name: "train", "validation", "test", or a name of `data.evaluations`.
         chosen: the checkpoint.
         fields: of the samples, as they are stored.
 
@@ -241,6 +241,14 @@ def _open(config: Config, name: str, fields: Sequence[str], semantics: Semantics
     section = config.data
     if name == "train":
         return open_for_training(section, fields, semantics)
+    if name in section.evaluations:
+        return open_named(section, name, fields, semantics)
+    if name not in ("test", "validation"):
+        known = ["train", "validation", "test", *section.evaluations]
+        raise ConfigError(
+            f"--split {name}: data.evaluations has no such name{did_you_mean(name, known)}: "
+            f"expected one of {', '.join(known)}"
+        )
     if name == "test":
         if section.test is None and section.samples.test is None:
             raise ConfigError(
@@ -479,7 +487,7 @@ def answer(
         config: of the run.
         world: the ranks.
         command: the config file and overrides, as they were given.
-        split: "train", "validation" or "test".
+        split: "train", "validation", "test", or a name of `data.evaluations`.
         checkpoint: as `choose_checkpoint` takes it.
         output: where predictions go; None: metrics are asked for.
         stopping: whether this rank is to leave the rest of the predictions for a later job.

@@ -13,6 +13,7 @@ from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
 from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
+from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.state import to_state
 from hpctrain.launch.process_group import World
@@ -37,6 +38,9 @@ from hpctrain.utils.text import metric
 logger = logging.getLogger("hpctrain")
 
 Metrics = dict[str, float]
+
+VALIDATION = "validation"
+"""What the data are called whose metrics have no name before theirs."""
 
 
 class Hooks(Protocol):
@@ -317,35 +321,48 @@ class Run:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         loader = self._data.validation_loader
         assert loader is not None
-        step = self._parts.step
-        with self._phases.measure("evaluation"), step.evaluation_weights():
-            metrics = evaluate(
-                self._parts.model,
-                self._parts.task,
-                loader,
-                self._world,
-                self._parts.number_format,
-                rounds=loader.most_batches,
-                call=step.call,
-                idle_row=None if step.sharded is None else step.idle_row,
-                reused=step.graphs,
-                stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
-            )
-            step.settle()
-        if metrics is None:
-            self.evaluation_owed = True
-            return None
-        self.metrics = metrics
+        further = {name: each.loader for name, each in self._data.evaluations.items()}
+        found: dict[str, Metrics] = {}
+        with self._phases.measure("evaluation"), self._parts.step.evaluation_weights():
+            for name, each in {VALIDATION: loader, **further}.items():
+                metrics = self._evaluated(each)
+                if metrics is None:
+                    self.evaluation_owed = True
+                    return None
+                found[name] = metrics
+        self.metrics = {
+            key if name == VALIDATION else f"{name}/{key}": value
+            for name, metrics in found.items()
+            for key, value in metrics.items()
+        }
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
-            record = {"kind": "evaluation", "split": "validation", "step": place.step}
-            written = self._written("validate", self.metrics)
-            record |= {"epoch": epoch}
-            self._rank_zero.writer.write({**record, **written, **record})
+            for name, metrics in found.items():
+                record = {"kind": "evaluation", "split": name, "step": place.step, "epoch": epoch}
+                written = self._written("validate", metrics)
+                self._rank_zero.writer.write({**record, **written, **record})
             shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
+
+    def _evaluated(self, loader: EvaluationLoader) -> Metrics | None:
+        """Return the metrics of some data, None if stopped. Collective: all ranks."""
+        step = self._parts.step
+        metrics = evaluate(
+            self._parts.model,
+            self._parts.task,
+            loader,
+            self._world,
+            self._parts.number_format,
+            rounds=loader.most_batches,
+            call=step.call,
+            idle_row=None if step.sharded is None else step.idle_row,
+            reused=step.graphs,
+            stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
+        )
+        step.settle()
+        return metrics
 
     def ended_early(self, place: Position) -> bool:
         """Tell whether the run is complete before its limits. The same on all ranks."""

@@ -37,6 +37,7 @@ class Transforms:
         decoding: what is decoded, of what to train with.
         validation_decoding: the same, of what to evaluate with.
         fields: by name, as they are once decoded, of what to train with.
+        further: as `validation` and `validation_decoding`, of further data to evaluate with.
     """
 
     train: SamplePreparation | None
@@ -45,6 +46,7 @@ class Transforms:
     validation_decoding: Decoding
     batch_transform: BatchTransform
     fields: Mapping[str, Field]
+    further: Sequence[tuple[SamplePreparation | None, Decoding]]
     _worker_pool: WorkerPool | None
 
     @classmethod
@@ -56,6 +58,7 @@ class Transforms:
         fields: Sequence[str],
         normalizations: Mapping[str, Normalization],
         world: World,
+        further: Sequence[Dataset] = (),
     ) -> Transforms:
         """Make them, and try what is done to samples on one; another one on each rank.
 
@@ -66,12 +69,14 @@ class Transforms:
             fields: that the files hold of what the task needs.
             normalizations: by field.
             world: the ranks.
+            further: to evaluate with besides `validation`.
 
         Raises:
             HpctrainError: if a transform cannot be made, or does not fit the data.
         """
         worker_pool = _worker_pool(config)
-        datasets = [each.select(fields) for each in (train, validation) if each is not None]
+        given = [train, *filter(None, [validation]), *further]
+        datasets = [each.select(fields) for each in given]
         decodings = Decodings.of(config, datasets)
 
         def preparation(index: int) -> SamplePreparation | None:
@@ -106,6 +111,11 @@ class Transforms:
                 config, decoded, decodings.of_floats(decoded), normalizations, world.device
             ),
             fields=decoded,
+            further=[
+                (prepared, decoding(index, prepared))
+                for index in range(len(datasets) - len(further), len(datasets))
+                for prepared in [preparation(index)]
+            ],
             _worker_pool=worker_pool,
         )
 

@@ -129,3 +129,51 @@ def test_early_stopping_is_agreed_and_known_ever_after(site: Path) -> None:
     for name in ("undisturbed", "fsdp"):
         assert outcome(site / "runs" / name)["step"] == step
     assert outcome(site / "runs" / "ddp")["step"] == step + 5
+
+
+@pytest.mark.ranks(3)
+def test_further_data_to_evaluate_with(site: Path) -> None:
+    """Their metrics have names of their own, and are as good for all that goes by a metric."""
+    further = [
+        "data.evaluations.same=data/digits/validation",
+        "data.evaluations.seen=data/digits/train",
+        "training.max_epochs=2",
+        "training.precision=64-true",
+    ]
+    by_them = [
+        "checkpoint.keep_best=seen/accuracy",
+        "checkpoint.keep_best_mode=max",
+        "early_stopping.monitor=same/loss",
+        "early_stopping.patience=9",
+        "scheduler.use=plateau",
+        "scheduler.metric=seen/loss",
+        "training.strategy=fsdp",
+    ]
+    said = here(site, *COMMON, *further, "run.name=one")
+    assert "seen: 1,438 samples to evaluate with as well" in said
+    (job,) = in_turn(site, 3, [*COMMON, *further, *by_them, "run.name=three"])
+    assert job.code == 0, job.output
+    records = {name: metrics(site / "runs" / name, "evaluation") for name in ("one", "three")}
+    for name, found in records.items():
+        assert [each["split"] for each in found] == ["validation", "same", "seen"] * 2
+        for each, same, seen in zip(found[::3], found[1::3], found[2::3], strict=True):
+            assert (each["loss"], each["accuracy"]) == (same["loss"], same["accuracy"])
+            assert seen["loss"] != each["loss"]
+        listed = here(site, "ckpt", "ls", f"runs/{name}")
+        assert f"seen/accuracy {found[-1]['accuracy']:.6g}" in listed
+    for one, three in zip(records["one"], records["three"], strict=True):
+        assert three["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    answered = here(
+        site,
+        "evaluate",
+        *COMMON,
+        *further,
+        "run.name=one",
+        "--split",
+        "seen",
+        "--checkpoint",
+        "last",
+    )
+    assert f"{records['one'][-1]['accuracy']:.4}" in answered
+    unknown = here(site, "evaluate", *COMMON, *further, "run.name=one", "--split", "sene", code=78)
+    assert "did you mean seen?" in unknown

@@ -104,6 +104,11 @@ class EvaluationLoader:
         return len(range(self._first, self._stop, self._batch_size))
 
     @property
+    def samples(self) -> int:
+        """Samples that all ranks together serve."""
+        return self._samples
+
+    @property
     def most_batches(self) -> int:
         """How many batches the rank with the most samples has."""
         largest_share = -(-self._samples // self._world_size)

@@ -211,6 +211,21 @@ def test_early_stopping_has_something_to_go_by() -> None:
     ]
 
 
+def test_further_data_to_evaluate_with() -> None:
+    for override, message in [
+        ("data.evaluations.other=train", None),
+        ("data.evaluations.other=nix", 'data.evaluations.other = "nix": no such file or folder'),
+        ("data.evaluations.test=train", "expected a plain name: letters, digits and"),
+        ("data.evaluations={'a/b'='train'}", "expected a plain name: letters, digits and"),
+    ]:
+        found = told(VALID, override)
+        assert (len(found), message or "") == (message is not None, message or "")
+        assert message is None or message in found[0]
+    text = VALID.replace('validation = "shards/*.h5"', "").replace('keep_best = "loss"', "")
+    (found,) = told(text, "data.evaluations.other=train")
+    assert "and data.validation is not set" in found
+
+
 def test_nccl_without_gpus() -> None:
     assert told(VALID, "launch.device=cpu", "launch.backend=nccl") == [
         'launch.backend = "nccl": NCCL carries nothing between CPUs; "gloo" does'

@@ -123,6 +123,7 @@ AS_BEFORE = {
     "training.keep_compiled": "nothing is kept, as before",
     "training.cudnn_benchmark": "no algorithm is timed, as before",
     "checkpoint.keep_best_count": "one best checkpoint is kept, as before",
+    "data.evaluations": "there are no further ones, as before",
     "training.fast_dev_run": "it is no trial, as before",
     **dict.fromkeys(
         (f"early_stopping.{key}" for key in ("patience", "min_delta", "check_finite")),
