@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Protocol
 
-import psutil
-
-from hpctrain.batch.scheduler import Deadline
 from hpctrain.batch.stop import (
     SAVE_DUE,
     SignalFlag,
     StopAgreement,
-    Watch,
     describe,
-    reserve_seconds,
 )
 from hpctrain.config import Config
 from hpctrain.config.limits import fast_dev_run
-from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
+from hpctrain.errors import ExitCode
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World, prepare_deterministic, process_group
 from hpctrain.launch.rendezvous import Meeting
-from hpctrain.observe import log
 from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.build import (
@@ -53,6 +44,7 @@ from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
+from hpctrain.training.session import finish_writing, session
 from hpctrain.training.summary import complete_text, header_text, summary_text, transport_notes
 from hpctrain.training.task import Task
 from hpctrain.training.trainer import Phases, Plan, Run, fit
@@ -91,36 +83,17 @@ def train(
     """
     guard.pulse.tick()  # from here on, standing still has a limit
     config = fast_dev_run(config)
-    path = Path(config.run.directory, config.run.name)
-    folder: RunFolder | None = None
-    with ExitStack() as stack:
-        # A lease that cannot be judged at once is watched.
-        with guard.pulse.long_phase(), raise_together(communicator):
-            if topology.is_rank_zero:
-                folder = stack.enter_context(
-                    RunFolder(path, group_writable=config.run.group_writable)
-                )
-        guard.report_to(path)
-        stack.enter_context(log.start(path if folder else None, is_reporter=folder is not None))
-        try:
-            stop = _stop_agreement(config, communicator, signals, folder, stack)
-            if config.run.deterministic:
-                prepare_deterministic()
-            if config.training.compile:
-                keep_on_node()
-            group = process_group(topology, communicator, config.launch, meeting, guard)
-            world = stack.enter_context(group)
-            begin_record(folder, world)
-            ending, reason = _train(config, world, stop, folder, command, brought)
-        except HpctrainError as error:
-            if folder is not None:
-                with suppress(CheckpointError):  # the first failure is the one to tell
-                    folder.end(error.exit_code, str(error).splitlines()[0])
-            raise
-        with raise_together(communicator):
-            if folder is not None:
-                folder.end(ending, reason)
-        return ending
+    with session(config, communicator, signals=signals, guard=guard) as job:
+        if config.run.deterministic:
+            prepare_deterministic()
+        if config.training.compile:
+            keep_on_node()
+        group = process_group(topology, communicator, config.launch, meeting, guard)
+        world = job.stack.enter_context(group)
+        begin_record(job.folder, world)
+        ending, reason = _train(config, world, job.stop, job.folder, command, brought)
+        job.end(ending, reason)
+    return ending
 
 
 def _train(
@@ -198,17 +171,13 @@ def _train(
         )
     run.finish()
     data.staging.tell_problems(world)
-    # The others wait while rank 0 writes the last checkpoint to its end.
-    with world.pulse.long_phase(), raise_together(world.communicator):
-        if folder is not None and rank_zero is not None:
-            with phases.measure("checkpoint"):
-                rank_zero.store.finish()
-            folder.step = place.step
-            rank_zero.progress.close()
-            rank_zero.writer.close()
-            logger.info(
-                summary_text(config, world, run, rank_zero, data, phases, complete, command)
-            )
+    finish_writing(
+        world,
+        rank_zero,
+        phases,
+        place,
+        lambda writers: summary_text(config, world, run, writers, data, phases, complete, command),
+    )
     data.close()
     if complete:
         return ExitCode.DONE, run.stopping.reason or "complete"
@@ -306,32 +275,6 @@ def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
         return []
     found = find_coupling(step, parts.task, rows, parts.number_format, world.device)
     return [] if found is None else [f"the loss is no sum over samples: {found}"]
-
-
-def _stop_agreement(
-    config: Config,
-    communicator: Communicator,
-    signals: SignalFlag,
-    folder: RunFolder | None,
-    stack: ExitStack,
-) -> StopAgreement:
-    """Return the agreement to stop; rank 0's watch begins with it. Collective: all ranks."""
-    stop = StopAgreement(communicator, lambda: signals.value)
-    with raise_together(communicator):
-        if folder is not None:
-            deadline = Deadline(
-                max_seconds=config.run.max_seconds,
-                environ=os.environ,
-                began=psutil.Process().create_time(),
-                warn=logger.warning,
-            )
-            watch = Watch(
-                folder.path,
-                deadline,
-                lambda: reserve_seconds(stop.reaction_seconds, folder.save_seconds),
-            )
-            stop.add(stack.enter_context(watch).reasons)
-    return stop
 
 
 def _stopped_early(reasons: int, data: Data) -> tuple[ExitCode, str]:

@@ -151,10 +151,7 @@ def fit(
                 _after_evaluation(place, epoch, schedule, hooks, complete=complete)
             # Without its evaluation a run is not done; a later job begins with it.
             complete = complete and not owed
-            stopped = hooks.stop_agreed() and not complete
-            if complete or stopped or hooks.save_agreed() or plan.save.due(place):
-                hooks.save(place, metrics)
-            if stopped:
+            if ends_here(place, plan, hooks, metrics, complete=complete):
                 return place, False
             if complete:
                 break
@@ -182,6 +179,26 @@ def _after_evaluation(
     if complete or place.position == 0:
         hooks.end_epoch(place, epoch)
     schedule.advance_monitored(place)
+
+
+def ends_here(
+    place: Position, plan: Plan, hooks: Hooks, metrics: Metrics | None, *, complete: bool
+) -> bool:
+    """Save where it is time, and tell whether all ranks stop here, before the run is complete.
+
+    Collective: all ranks.
+
+    Args:
+        place: that a step led to.
+        plan: when the loop does what.
+        hooks: of the job.
+        metrics: of an evaluation at this very place.
+        complete: whether the run ends here anyway.
+    """
+    stopped = hooks.stop_agreed() and not complete
+    if complete or stopped or hooks.save_agreed() or plan.save.due(place):
+        hooks.save(place, metrics)
+    return stopped
 
 
 class Run:
@@ -259,8 +276,17 @@ class Run:
             self._confirmed = True
             self.try_save(place)
 
-    def log(self, place: Position, epoch: int, lr: float) -> None:
-        """Write the step that led to `place` to the metrics. Collective: all ranks."""
+    def log(
+        self, place: Position, epoch: int, lr: float, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the step that led to `place` to the metrics. Collective: all ranks.
+
+        Args:
+            place: where the run stands.
+            epoch: of the step.
+            lr: its learning rate.
+            more: further numbers of it, by name.
+        """
         numbers = self._read(place)
         if self._world.device.type != "cpu":
             # The device has nothing to do at this moment: the next step may look, too.
@@ -293,6 +319,7 @@ class Run:
                 **logged,
                 "samples_per_second": rate,
                 "seconds": self._phases.lap(),
+                **(more or {}),
             }
         )
 
@@ -424,15 +451,19 @@ class Run:
             self._world,
             self._parts.step,
             place,
-            data=to_state(
-                self._data.train_loader.order_of(place.epoch),
-                place.epoch,
-                place.position,
-                self._data.train.fingerprint,
-            ),
+            data=self._place_in_data(place),
             extra=self._memory(),
             config_toml=to_toml(self._config),
             metrics=metrics,
+        )
+
+    def _place_in_data(self, place: Position) -> dict[str, Any]:
+        """Return what the next batch follows from."""
+        return to_state(
+            self._data.train_loader.order_of(place.epoch),
+            place.epoch,
+            place.position,
+            self._data.train.fingerprint,
         )
 
     def stop_agreed(self) -> bool:
