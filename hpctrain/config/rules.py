@@ -17,6 +17,7 @@ from hpctrain.config.capabilities import unsupported
 from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
+from hpctrain.config.object_rules import MAY_BE_OBJECTS, check_objects, names_object
 from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
 from hpctrain.config.schema import EarlyStoppingSection, RunSection
 from hpctrain.config.toml import Source
@@ -95,6 +96,8 @@ def check_paths(source: Source) -> list[Mistake]:
             hint = did_you_mean(value, _RESUME, quote='"')
         elif key == ("data", "weights"):
             problem, hint = _absent_weights(value), ""
+        elif key in MAY_BE_OBJECTS and names_object(value):
+            problem, hint = problem_of(value), ""
         else:
             problem = _absence(value, may_be_pattern=True)
             hint = _data_hint(value)
@@ -463,6 +466,8 @@ def check_capabilities(source: Source) -> list[Mistake]:
 
 def has_validation(source: Source) -> bool:
     """Tell whether there is something to evaluate with, of files of its own or not."""
+    if source.get("data", "use") is not None:
+        return True  # as far as anybody knows before a datamodule is made
     return source.get("data", "validation") is not None or _of_same_files(source)
 
 
@@ -480,6 +485,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_fields,
     check_samples,
     check_transforms,
+    check_objects,
     check_normalize,
     check_limits,
     check_batch_sizes,

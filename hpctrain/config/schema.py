@@ -139,11 +139,24 @@ class SamplesTable:
 class DataSection:
     """Where the samples are and how they are cut into batches."""
 
-    train: Text
-    """A folder of shards, or a pattern of HDF5 files such as "/scratch/me/*.h5"."""
+    use: Reference | None = None
+    """Import path of a LightningDataModule, which makes what the next keys name; none: they do."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments: further keys of the table, and those of its `arguments` table."""
+
+    train: str = ""
+    """A folder of shards, a pattern of HDF5 files such as "/scratch/me/*.h5", or the import path
+    "package.module:Name" of what makes a torch Dataset or DataLoader."""
+
+    train_arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of what is at that import path."""
 
     validation: Text | None = None
     """The same, for evaluation; none: no evaluation."""
+
+    validation_arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of what is at that import path."""
 
     test: Text | None = None
     """The same, for `python -m hpctrain test`; training does not look at it."""
@@ -160,8 +173,8 @@ class DataSection:
     Of these two, none means in a run that has begun: as it began, `hpctrain.config.semantics`.
     """
 
-    global_batch_size: Count
-    """Samples of all ranks in one step."""
+    global_batch_size: Count = 0
+    """Samples of all ranks in one step; left out, 0: as many as a DataLoader says."""
 
     micro_batch_size: Count | None = None
     """At most so many samples per rank and forward pass; none: a rank's whole share."""
@@ -213,11 +226,18 @@ class DataSection:
     sample_transform_arguments: dict[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
 
-    workers: Annotated[int, Interval(ge=1, le=1024)] = 1
-    """How many of each rank run `sample_transform`, beside the training."""
+    workers: Annotated[int, Interval(ge=0, le=1024)] = 1
+    """How many of each rank run `sample_transform`, or read a torch Dataset, beside the training.
+
+    Those of a Dataset are processes, and 0 has the rank read it itself; a DataLoader says it.
+    """
 
     workers_are: Literal["threads", "processes"] = "threads"
     """Threads of the rank, or processes, for transforms that hold Python's lock."""
+
+    seed_samples: bool = True
+    """Seed the generators that a torch Dataset draws from for each sample: at any world size,
+    and after a restart, the same augmentations."""
 
     transform: Text | None = None
     """Import path of what is done to every batch on the device, after `normalize`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.config.messages import NOT_GIVEN, KeyPath, Mistake, Verbatim, config_error, shown
-from hpctrain.config.schema import ComponentSection, Config
+from hpctrain.config.schema import ComponentSection, Config, DataSection
 from hpctrain.errors import ConfigError
 from hpctrain.utils.files import open_file
 from hpctrain.utils.text import did_you_mean, printable
@@ -353,7 +353,7 @@ def _table(section: Any) -> dict[str, Any]:
         for field in dataclasses.fields(section)
         if getattr(section, field.name) is not None  # TOML knows no null: left out is none
     }
-    if isinstance(section, ComponentSection):
+    if isinstance(section, ComponentSection | DataSection):
         reserved = {field.name for field in dataclasses.fields(section)}
         arguments = table.pop("arguments")
         # As people write them: among the section's own keys, apart only where names collide.
@@ -361,6 +361,8 @@ def _table(section: Any) -> dict[str, Any]:
         apart = {key: value for key, value in arguments.items() if key in reserved}
         if apart:
             table["arguments"] = apart
+    if isinstance(section, DataSection):  # of objects, which say by themselves what is left out
+        table = {k: v for k, v in table.items() if v or k not in ("train", "global_batch_size")}
     return table
 
 

@@ -97,7 +97,7 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
     table, mistakes = _usable(source)
     found = {mistake.key for mistake in mistakes}
     unknown, table = _known_only(source, table)
-    mistakes += unknown
+    mistakes += [*unknown, *_missing_data(source)]
 
     from pydantic import ValidationError
 
@@ -123,7 +123,7 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
                 else:
                     mistakes.append(_misfit(source, key, missing=missing))
         return None, _without_echoes(mistakes)
-    return (None if mistakes else config), mistakes
+    return (None if mistakes else config), _without_echoes(mistakes)
 
 
 @functools.cache
@@ -208,6 +208,21 @@ def _usable(source: Source) -> tuple[Table, list[Mistake]]:
     return usable(source.table, ()), mistakes
 
 
+def _missing_data(source: Source) -> list[Mistake]:
+    """Return what a config has to say of files, which a datamodule or a DataLoader brings."""
+    data = source.get("data")
+    if not isinstance(data, dict) or data.get("use") is not None:
+        return []
+    needed = ["train"]
+    if not (isinstance(train := data.get("train"), str) and is_reference(train)):
+        needed.append("global_batch_size")
+    return [
+        _misfit(source, ("data", key), missing=key not in data)
+        for key in needed
+        if data.get(key) in (None, "", 0)
+    ]
+
+
 def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
     """Return what the schema does not know, and a table without it.
 
@@ -235,7 +250,7 @@ def _known_only(source: Source, table: Table) -> tuple[list[Mistake], Table]:
             for within, near in _unknown_inside(_fields(section)[key], value).items():
                 mistakes.append(source.mistake((section, key, *within), f"unknown key{near}"))
         further = [key for key in given if key not in reserved]
-        if not _is_component(section):
+        if not _is_component(section) and not (section == "data" and "use" in given):
             mistakes += [source.mistake((section, key), _unknown(section, key)) for key in further]
             continue
         twice, moved_into = _with_arguments(source, section, given)

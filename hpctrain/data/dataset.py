@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,29 @@ class Field:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class DatasetFacts(Protocol):
+    """What an order, and a run that goes on, have to know of a dataset."""
+
+    @property
+    def source(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the samples do, as far as that is seen."""
+        ...
+
+    @property
+    def bytes_per_sample(self) -> int: ...
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that no read should cut."""
+        ...
 
 
 ELSEWHERE = frozenset(["virtual", "in an external file", "in another file, by a link"])

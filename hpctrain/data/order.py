@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from hpctrain.config.limits import limited
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import DatasetFacts
 from hpctrain.data.permutation import (
     Int64s,
     UInt64s,
@@ -131,7 +131,7 @@ class Order:
     @classmethod
     def for_dataset(
         cls,
-        dataset: Dataset,
+        dataset: DatasetFacts,
         *,
         seed: int,
         global_batch_size: int,

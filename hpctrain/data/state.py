@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import DatasetFacts
 from hpctrain.data.order import Order, Sampling
 from hpctrain.errors import ConfigError, DatasetError
 
@@ -43,7 +43,7 @@ def to_state(order: Order, epoch: int, position: int, fingerprint: str) -> dict[
 
 def from_state(
     state: Mapping[str, Any],
-    dataset: Dataset,
+    dataset: DatasetFacts,
     order: Order,
     epoch_size: int,
     *,

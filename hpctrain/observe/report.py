@@ -26,7 +26,7 @@ class HeaderFacts:
         backend: carrier of gradients, None for one process.
         devices: such as "cpu, 1 thread per rank" or "cuda, NVIDIA H100".
         train_samples: samples of the training data.
-        train_shards: files that they lie in.
+        train_shards: files that they lie in; 0: torch Datasets.
         validation_samples: None without validation data.
         global_batch_size: samples of all ranks in one step.
         micro_batch_size: at most so many per rank and forward pass.
@@ -163,10 +163,11 @@ def _world(facts: HeaderFacts) -> list[str]:
 
 def _data(facts: HeaderFacts) -> list[str]:
     train = text.plural(facts.train_samples, "sample")
-    shards = text.plural(facts.train_shards, "shard")
+    if facts.train_shards:  # else they are in no files that anybody knows of
+        train += f" in {text.plural(facts.train_shards, 'shard')}"
     if facts.validation_samples is None:
-        return [f"{train} in {shards}", "no validation"]
-    return [f"{train} in {shards}", f"{facts.validation_samples:,} for validation"]
+        return [train, "no validation"]
+    return [train, f"{facts.validation_samples:,} for validation"]
 
 
 def _batch(facts: HeaderFacts) -> str:

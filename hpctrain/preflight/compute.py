@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.batch import Batch, repeated
+from hpctrain.data.loading.batch import Batch, ShareOfBatch, TrainBatches, cut, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
 from hpctrain.data.loading.decoder import torch_dtype_of
+from hpctrain.data.loading.map_style.dataset import MapDataset
+from hpctrain.data.loading.map_style.passes import CollatedBatch
+from hpctrain.data.loading.nested import moved
 from hpctrain.data.node_cache import host_memory
 from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
@@ -66,13 +70,7 @@ def check_compute(
         missing = "group" if world is None else "dataset" if opened is None else "model"
         checks.skip(["step", "memory", "numbers"], f"there is no {missing} to try it with")
         return None
-    loader = SyntheticLoader(
-        fields=opened.transforms.fields,
-        largest_share=opened.train_loader.largest_share,
-        smallest_share=opened.train_loader.smallest_share,
-        device=world.device,
-        batch_transform=opened.transforms.batch_transform,
-    )
+    loader = _stand_in(opened, world)
     # Every rank by itself first: one that fails alone would leave the others in a reduction.
     together = checks.topology.world_size > 1
     # Not on the device, where a whole one may have no room.
@@ -112,7 +110,7 @@ def _resolve(checks: Checks, command: Sequence[str]) -> Components | None:
 
 
 def _try_whole(
-    checks: Checks, world: World, components: Components, loader: SyntheticLoader, opened: Data
+    checks: Checks, world: World, components: Components, loader: StandIn, opened: Data
 ) -> list[StepFacts] | None:
     """Run a model that is to be spread once, each rank on its host. Collective: all ranks.
 
@@ -135,7 +133,7 @@ def _try(
     checks: Checks,
     world: World,
     components: Components,
-    loader: SyntheticLoader,
+    loader: StandIn,
     opened: Data,
     timed_seconds: float,
 ) -> list[StepFacts] | None:
@@ -154,6 +152,59 @@ def _try(
     except CheckError as error:
         checks.add(error.finding("step", step_fix(str(error))))
         return None
+
+
+class StandIn(Protocol):
+    """What stands in for the loader of the training data."""
+
+    @property
+    def largest_share(self) -> int: ...
+    @property
+    def smallest_share(self) -> int: ...
+    def example(self, count: int = 1) -> Any:
+        """Return one sample so many times, as a pass has it, on the device."""
+
+    def share(self, world_size: int, passes: int) -> ShareOfBatch:
+        """Return a share of the most samples that any rank has."""
+
+
+def _stand_in(opened: Data, world: World) -> StandIn:
+    loader = opened.train_loader
+    if isinstance(opened.train, MapDataset):
+        return RepeatingLoader(loader)
+    return SyntheticLoader(
+        fields=opened.transforms.fields,
+        largest_share=loader.largest_share,
+        smallest_share=loader.smallest_share,
+        device=world.device,
+        batch_transform=opened.transforms.batch_transform,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatingLoader:
+    """Stands in for the loader of a torch Dataset: one sample again and again."""
+
+    loader: TrainBatches
+
+    @property
+    def largest_share(self) -> int:
+        return self.loader.largest_share
+
+    @property
+    def smallest_share(self) -> int:
+        return self.loader.smallest_share
+
+    def example(self, count: int = 1) -> Any:
+        """Return one sample so many times, as a pass has it, on the device."""
+        return self.loader.example(count)
+
+    def share(self, world_size: int, passes: int) -> CollatedBatch:
+        """Return a share of the most samples that any rank has."""
+        size = self.largest_share
+        cuts = cut(size, passes)
+        made = {bounds: self.example(bounds[1] - bounds[0]) for bounds in cuts}
+        return CollatedBatch(made, size, size * world_size, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +228,13 @@ class SyntheticLoader:
     def example(self, count: int = 1) -> dict[str, torch.Tensor]:
         """Return one row of every field so many times, (count, *shape) on the device."""
         return repeated(self.rows(1), count)
+
+    def share(self, world_size: int, passes: int) -> Batch:
+        """Return a share of the most samples that any rank has."""
+        size = self.largest_share
+        return Batch(
+            fields=self.rows(size), size=size, global_size=size * world_size, epoch=0, start=0
+        )
 
     def rows(self, count: int) -> dict[str, torch.Tensor]:
         """Return rows that any model takes: floats from 0 to 1, and 0, which is also a class."""
@@ -235,7 +293,7 @@ def try_on_host(
     config: Config,
     world: World,
     components: Components,
-    loader: SyntheticLoader,
+    loader: StandIn,
     semantics: Semantics,
 ) -> None:
     """Run a model that is to be spread over the ranks once, on this rank's host.
@@ -246,7 +304,7 @@ def try_on_host(
     """
     seed_generators(config.run.seed)
     model, number_format, _ = build_model(config, world, components, semantics)
-    row = {name: item.cpu() for name, item in loader.example().items()}
+    row = moved(loader.example(), torch.device("cpu"))
     task = build_task(config, components)
     try:
         try_whole(model, task, number_format.cast(row, task.inputs))
@@ -259,7 +317,7 @@ def take_steps(
     config: Config,
     world: World,
     components: Components,
-    loader: SyntheticLoader,
+    loader: StandIn,
     opened: Data,
     timed_seconds: float,
 ) -> StepFacts:
@@ -286,13 +344,7 @@ def take_steps(
         validates=validates,
     )
     step = parts.step
-    batch = Batch(
-        fields=loader.rows(loader.largest_share),
-        size=loader.largest_share,
-        global_size=loader.largest_share * world.topology.world_size,
-        epoch=0,
-        start=0,
-    )
+    batch = loader.share(world.topology.world_size, step.grad_accum_steps)
     step(batch, config.optimizer.lr)  # makes the state of the optimizer
     numbers = step.read()
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described
-from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.batch import TrainBatches
+from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
@@ -44,10 +45,24 @@ def open_and_check(checks: Checks, world: World) -> Data | None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")
         return None
     decoded = {name: described(each) for name, each in opened.transforms.decoding.all.items()}
+    if isinstance(opened.train, MapDataset):
+        checks.add(_judge_objects(opened))
+        return opened
+    assert not isinstance(opened.validation, MapDataset)
     checks.add(judge_dataset(opened.train, opened.validation, decoded))
-    _check_shards(checks, opened)
+    _check_shards(checks, opened.train)
     _check_locking(checks, [shard.path for shard in opened.train.shards])
     return opened
+
+
+def _judge_objects(opened: Data) -> Finding:
+    """Tell what torch Datasets hold."""
+    samples = {"train": opened.train.samples}
+    if opened.validation is not None:
+        samples["validation"] = opened.validation.samples
+    return Finding(
+        name="dataset", status="pass", fact="; ".join(opened.notes), values={"samples": samples}
+    )
 
 
 def check_reading(checks: Checks, opened: Data | None, steps: Sequence[StepFacts] | None) -> None:
@@ -64,15 +79,13 @@ def check_reading(checks: Checks, opened: Data | None, steps: Sequence[StepFacts
         return
     rate = None
     if steps is not None:
-        rate = checks.config.data.global_batch_size / max(step.seconds for step in steps)
+        rate = opened.config.data.global_batch_size / max(step.seconds for step in steps)
     checks.add(judge_reading(readings, rate))
 
 
-def _check_shards(checks: Checks, opened: Data) -> None:
+def _check_shards(checks: Checks, train: Dataset) -> None:
     looks = checks.topology.local_rank == 0
-    unseen = checks.gather(
-        "shards", DATASET_FIX, lambda: unseen_shards(opened.train) if looks else None
-    )
+    unseen = checks.gather("shards", DATASET_FIX, lambda: unseen_shards(train) if looks else None)
     if unseen is not None:
         by_host = zip(checks.hosts, unseen, strict=True)
         checks.add(judge_visibility({host: each for host, each in by_host if each is not None}))
@@ -100,7 +113,7 @@ class Reading:
     seconds: float
 
 
-def read_batches(loader: TrainLoader, bytes_per_sample: int) -> Reading:
+def read_batches(loader: TrainBatches, bytes_per_sample: int) -> Reading:
     """Read real batches for some seconds.
 
     Raises:

@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.data.loading.batch import Batch
+from hpctrain.data.loading.batch import ShareOfBatch
+from hpctrain.data.loading.nested import named_tensors
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
@@ -103,7 +105,7 @@ def try_real_data(
     return NumberFacts(samples=share.size, loss=loss, grad_norm=norm, trouble=trouble)
 
 
-def _step(parts: Parts, share: Batch, lr: float | None) -> tuple[float, float]:
+def _step(parts: Parts, share: Any, lr: float | None) -> tuple[float, float]:
     """Return loss and norm of the gradient of a step, at loss scale 1."""
     step = parts.step
     step.scaler.scale.fill_(1.0)
@@ -112,18 +114,19 @@ def _step(parts: Parts, share: Batch, lr: float | None) -> tuple[float, float]:
     return numbers["loss"], numbers["grad_norm"]
 
 
-def _trouble_of_step(share: Batch, opened: Data, loss: float) -> str:
+def _trouble_of_step(share: ShareOfBatch, opened: Data, loss: float) -> str:
     loader = opened.train_loader
     rows = loader.rows(0, share.start, share.start + share.global_size)
     what = "the gradient" if math.isfinite(loss) else "the loss"
-    for name, values in share.fields.items():
+    fields = dict(named_tensors(share.fields))
+    for name, values in fields.items():
         if (bad := _rows_that_are_not_finite(values)).any():
             return f'{what} of the first batch is not finite: "{name}" of ' + listed_rows(
                 loader, rows[bad]
             )
     return (
         f"{what} of the first batch is not finite, though all its values are: "
-        f"{', '.join(share.fields)} of {listed_rows(loader, rows)}"
+        f"{', '.join(fields)} of {listed_rows(loader, rows)}"
     )
 
 
@@ -151,8 +154,9 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
             continue
         assert opened.validation is not None
         [(shard, inside)] = opened.validation.places(np.array([row]))
-        bad = [name for name, values in one.items() if _rows_that_are_not_finite(values).any()]
-        whose = f'"{bad[0]}"' if bad else f"{', '.join(one)}, whose values are finite,"
+        held = dict(named_tensors(one))
+        bad = [name for name, each in held.items() if _rows_that_are_not_finite(each).any()]
+        whose = f'"{bad[0]}"' if bad else f"{', '.join(held)}, whose values are finite,"
         return f"the metric {found[0]} is not finite: {whose} of {shard.name} row {inside}"
     return ""
 

@@ -14,12 +14,15 @@ from hpctrain.config.fields import Normalization, normalization_of, stored_field
 from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import verify_share
+from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.loading.map_style.dataset import MapDataset
+from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.open_datasets import open_datasets, open_named
@@ -37,6 +40,7 @@ from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.position import Position, StopAt
 from hpctrain.training.staging import Staging
 from hpctrain.training.transforms import Transforms
+from hpctrain.training.user_data import brings_data, served, take_data
 from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")
@@ -55,42 +59,48 @@ class Data:
     """The datasets of a run, the same on all ranks, and how the training data are served.
 
     Attributes:
+        config: of the job, with what a DataLoader says of batches and their order.
         semantics: the rules by which the run understands its config.
         normalizations: the numbers in use, by field.
         transforms: what becomes of samples between the files and the task.
         place: where the run goes on.
         evaluations: further data to evaluate with, by name.
+        notes: what the header should say of the data.
     """
 
+    config: Config
     semantics: Semantics
     normalizations: Mapping[str, Normalization]
-    train: Dataset
-    validation: Dataset | None
-    train_loader: TrainLoader
-    validation_loader: EvaluationLoader | None
+    train: Dataset | MapDataset
+    validation: Dataset | MapDataset | None
+    train_loader: TrainBatches
+    validation_loader: EvaluationBatches | None
     transforms: Transforms
     place: Position
     stop_at: StopAt
     staging: Staging
+    notes: Sequence[str] = ()
     evaluations: Mapping[str, Evaluated] = field(default_factory=dict)
 
     @property
-    def evaluated(self) -> list[Dataset]:
+    def evaluated(self) -> list[Dataset | MapDataset]:
         """What the run evaluates with."""
         further = [each.dataset for each in self.evaluations.values()]
-        return [*filter(None, [self.validation]), *further]
+        own = [] if self.validation is None else [self.validation]
+        return [*own, *further]
 
     def record(self, config: Config) -> dict[str, Any]:
         """Return what a checkpoint says of how the data become numbers: rules and statistics."""
         return {
             SEMANTICS: self.semantics.to_json(),
-            DECODING: decoding_to_record(self.train),
+            DECODING: decoding_to_record(self.train) if isinstance(self.train, Dataset) else {},
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
         }
 
     def stage(self, config: Config, world: World) -> None:
         """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""
-        self.staging.start(config, world, [self.train, *self.evaluated])
+        files = [each for each in (self.train, *self.evaluated) if isinstance(each, Dataset)]
+        self.staging.start(config, world, files)
 
     def close(self) -> None:
         """End the threads and close all files."""
@@ -125,6 +135,8 @@ def open_data(
         ConfigError: on every rank, if there are more ranks than lanes, or `[data.normalize]` or
             `data.transform` do not fit the data.
     """
+    if brings_data(config, brought):
+        return _open_objects(config, world, semantics, resumed, brought)
     section, topology = config.data, world.topology
     fields = stored_fields(config)
     train, validation, further, normalizations = _open_datasets(
@@ -207,6 +219,7 @@ def open_data(
             for (name, dataset), made in zip(further.items(), transforms.further, strict=True)
         }
     return Data(
+        config=config,
         semantics=semantics,
         normalizations=normalizations,
         train=train,
@@ -223,6 +236,67 @@ def open_data(
 
 Opened = tuple[Dataset, Dataset | None, dict[str, Dataset], dict[str, Normalization]]
 """To train with, to evaluate with, further ones by name; and normalizations by field."""
+
+
+def _open_objects(
+    config: Config,
+    world: World,
+    semantics: Semantics,
+    resumed: Resumed | None,
+    brought: Brought,
+) -> Data:
+    """Serve torch Datasets in place of files. Collective: all ranks."""
+    section, topology = config.data, world.topology
+    config, brought, notes = take_data(config, world, brought, "CONFIG")
+    section, intake = config.data, brought.train
+    train = served(intake, config, world)
+    validation = served(brought.validation, config, world) if brought.validation else None
+    with raise_together(world.communicator):
+        weights = None
+        if intake.weights is not None:
+            weights = Weights.of(intake.weights, f"the sampler of {train.dataset.source}")
+        # The same order as of the same samples in memory: of each its own.
+        order, place, begun = _order_and_place(
+            config, train.dataset, resumed, weights, is_resident=True
+        )
+        train_loader = MapTrainLoader(
+            train.dataset,
+            order,
+            train.reader,
+            global_batch_size=section.global_batch_size,
+            micro_batch_size=section.micro_batch_size,
+            drop_last=section.drop_last,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            begun=begun,
+            draw=weights,
+            limit=train_limit(config.training),
+        )
+        validation_loader = None
+        if validation is not None:
+            validation_loader = MapEvaluationLoader(
+                validation.dataset,
+                validation.reader,
+                batch_size=section.micro_batch_size or train_loader.largest_share,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                seed=config.run.seed,
+                samples=evaluated_samples(config, validation.dataset.samples),
+            )
+    return Data(
+        config=config,
+        semantics=semantics,
+        normalizations={},
+        train=train.dataset,
+        validation=None if validation is None else validation.dataset,
+        train_loader=train_loader,
+        validation_loader=validation_loader,
+        transforms=Transforms.none(),
+        place=place,
+        stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
+        staging=Staging(),
+        notes=[*notes, *train.notes, *(validation.notes if validation else ())],
+    )
 
 
 def _open_datasets(
@@ -273,15 +347,15 @@ def evaluated_samples(config: Config, samples: int) -> int:
     )
 
 
-def _sampling(config: Config) -> Sampling:
-    if config.data.weights is not None:
+def _sampling(config: Config, weights: Weights | None) -> Sampling:
+    if weights is not None:
         return "weighted"
     return "shuffled" if is_shuffled(config.data, config.training) else "sequential"
 
 
 def _order_and_place(
     config: Config,
-    train: Dataset,
+    train: DatasetFacts,
     resumed: Resumed | None,
     weights: Weights | None,
     *,
@@ -300,7 +374,7 @@ def _order_and_place(
         lanes=lanes,
         window=section.window,
         is_resident=is_resident,
-        sampling=_sampling(config),
+        sampling=_sampling(config, weights),
         draws=section.epoch_samples,
         weights=None if weights is None else weights.fingerprint,
     )

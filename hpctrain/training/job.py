@@ -113,7 +113,7 @@ def _train(
     )
     semantics, changes = rules_and_changes(config, resumed)
     data = open_data(config, world, semantics, resumed, brought)
-    place = data.place
+    config, place = data.config, data.place
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
         folder.begin(place.step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.config.schema import TrainingSection
-from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.batch import TrainBatches
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
@@ -179,7 +179,7 @@ class BadBatch:
     loss_is_finite: bool
 
 
-def explain(batches: Sequence[BadBatch], loader: TrainLoader, world: World) -> str:
+def explain(batches: Sequence[BadBatch], loader: TrainBatches, world: World) -> str:
     """Return where the newest run of bad batches began. Collective: all ranks.
 
     Ranks whose own loss was not finite read their samples of that batch again and look for values
@@ -215,7 +215,7 @@ def explain(batches: Sequence[BadBatch], loader: TrainLoader, world: World) -> s
     return f"{where}; the loss was not finite on {'; '.join(told[:_SHOWN_RANKS])}{more}"
 
 
-def _suspects(batch: BadBatch, loader: TrainLoader) -> str:
+def _suspects(batch: BadBatch, loader: TrainBatches) -> str:
     """Return this rank's samples of a batch: those with values that are not finite, or all."""
     rows = loader.rows(batch.epoch, batch.start, batch.start + batch.global_size)
     try:
@@ -233,7 +233,7 @@ def _suspects(batch: BadBatch, loader: TrainLoader) -> str:
     return f"{listed_rows(loader, rows)} (all values of the data are finite)"
 
 
-def listed_rows(loader: TrainLoader, rows: Int64s) -> str:
+def listed_rows(loader: TrainBatches, rows: Int64s) -> str:
     """Return rows of the dataset as shards and their rows, such as "a.h5 rows 3, 7-9"."""
     texts: list[str] = []
     shard = ""

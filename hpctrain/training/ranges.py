@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.batch import TrainBatches
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.training.nonfinite import listed_rows
 
@@ -73,7 +73,7 @@ def look_at_ranges(task: Any, *, looks: bool) -> None:
 
 @contextmanager
 def explained_indices(
-    task: Any, loader: TrainLoader, batches: Callable[[], Sequence[Batch]]
+    task: Any, loader: TrainBatches, batches: Callable[[], Sequence[Batch]]
 ) -> Iterator[None]:
     """Raise what the body raises about an index, with the samples it came from.
 
@@ -108,7 +108,7 @@ def _looked_at(ranges: Mapping[str, Any]) -> str:
 
 
 def _find(
-    ranges: Mapping[str, tuple[int, int | None]], loader: TrainLoader, batches: Sequence[Batch]
+    ranges: Mapping[str, tuple[int, int | None]], loader: TrainBatches, batches: Sequence[Batch]
 ) -> str | None:
     """Return what the first batch holds that is out of range, read again on the host."""
     if not ranges:

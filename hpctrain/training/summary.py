@@ -12,6 +12,7 @@ import torch
 from hpctrain.config import Config
 from hpctrain.config.limits import is_shuffled, train_limit
 from hpctrain.config.schema import FieldTable
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
@@ -200,7 +201,9 @@ def _notes(
         is_nan = each.marks and not each.keeps_numbers and is_left
         hint = f"; missing ones are NaN, without data.fields.{name}.fill" if is_nan else ""
         notes.append(f"decoded: {name}, {described(each)}{hint}")
-    notes += [f"not used: {each}" for each in unused_attributes(data.train)]
+    if isinstance(data.train, Dataset):
+        notes += [f"not used: {each}" for each in unused_attributes(data.train)]
+    notes += data.notes
     if parts.step.syncs:
         notes.append(
             f"{config.optimizer.use} has no fused kernels that refuse a bad gradient by "

@@ -13,8 +13,7 @@ from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
 from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
-from hpctrain.data.loading.evaluation_loader import EvaluationLoader
-from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.state import to_state
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
@@ -106,7 +105,7 @@ def fit(
     plan: Plan,
     *,
     step: TrainStep,
-    loader: TrainLoader,
+    loader: TrainBatches,
     schedule: Schedule,
     hooks: Hooks,
     evaluation_owed: bool = False,
@@ -373,7 +372,7 @@ class Run:
             self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
         return self.metrics
 
-    def _evaluated(self, loader: EvaluationLoader) -> Metrics | None:
+    def _evaluated(self, loader: EvaluationBatches) -> Metrics | None:
         """Return the metrics of some data, None if stopped. Collective: all ranks."""
         step = self._parts.step
         metrics = evaluate(

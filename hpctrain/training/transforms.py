@@ -119,6 +119,20 @@ class Transforms:
             _worker_pool=worker_pool,
         )
 
+    @classmethod
+    def none(cls) -> Transforms:
+        """Return those of data that come as the task wants them."""
+        return cls(
+            train=None,
+            validation=None,
+            decoding=Decoding(),
+            validation_decoding=Decoding(),
+            batch_transform=BatchTransform(),
+            fields={},
+            further=(),
+            _worker_pool=None,
+        )
+
     def close(self) -> None:
         """End all processes; no loader may be at work."""
         if self._worker_pool is not None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from hpctrain.data.order import Order
+from hpctrain.data.permutation import Int64s
 
 
 class Samples(Protocol):
@@ -105,6 +109,87 @@ class Batch:
     def part(self, first: int, stop: int) -> dict[str, Tensor]:
         """Return the rows first to stop - 1: those of one pass."""
         return {name: tensor[first:stop] for name, tensor in self.fields.items()}
+
+
+class TrainBatches(Protocol):
+    """What serves the epochs of a dataset, whatever it is made of; see `TrainLoader`."""
+
+    epoch_size: int
+    largest_share: int
+    smallest_share: int
+    buffer_bytes: int
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        ...
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed so far, whatever came of it."""
+        ...
+
+    def order_of(self, epoch: int, /) -> Order:
+        """Return the order of an epoch, for the resume state."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0, /) -> Iterator[ShareOfBatch]:
+        """Yield this rank's share of every global batch of an epoch, from a position on."""
+        ...
+
+    def example(self, count: int = 1) -> Any:
+        """Return one real sample so many times, as a pass has it, on the device."""
+        ...
+
+    def examples(self, most: int) -> Samples:
+        """Return some real samples: at most `most`, as many on every rank."""
+        ...
+
+    def rows(self, epoch: int, start: int, stop: int, /) -> Int64s:
+        """Return which samples this rank serves of positions of an epoch."""
+        ...
+
+    def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
+        """Return runs of samples, ascending, as (where they are, the first there, the last)."""
+        ...
+
+    def read(self, rows: Int64s) -> dict[str, npt.NDArray[Any]]:
+        """Return what samples hold, by name, read apart from the epochs."""
+        ...
+
+    def close(self) -> None:
+        """End what reads. The loader can be used again."""
+        ...
+
+
+class EvaluationBatches(Protocol):
+    """What serves every sample exactly once over all ranks; see `EvaluationLoader`."""
+
+    buffer_bytes: int
+
+    def __len__(self) -> int: ...
+    @property
+    def most_batches(self) -> int:
+        """How many batches the rank with the most samples has."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far."""
+        ...
+
+    def __iter__(self) -> Iterator[ShareOfBatch]: ...
+    def examples(self, most: int) -> Samples:
+        """Return some real samples of this rank: at most `most`, as many on every rank."""
+        ...
+
+    def example_rows(self, most: int) -> Int64s:
+        """Return which samples `examples` gives."""
+        ...
+
+    def close(self) -> None:
+        """End what reads. The loader can be used again."""
+        ...
 
 
 def count_passes(largest_share: int, micro_batch_size: int | None) -> int:

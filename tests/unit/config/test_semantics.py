@@ -130,6 +130,10 @@ AS_BEFORE = {
         "nothing is monitored, as before",
     ),
     "training.unused_parameters": "over several ranks it is an error, as before",
+    **dict.fromkeys(
+        (f"data.{key}" for key in ("train_arguments", "validation_arguments", "seed_samples")),
+        "no run that has begun has torch Datasets",
+    ),
     "data.shuffle": "rows are shuffled, as before",
     "launch.prepare_timeout_seconds": "nothing of a run that has begun calls prepare_data",
 }

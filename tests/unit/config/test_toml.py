@@ -298,7 +298,7 @@ def test_every_default_is_written_and_what_is_none_is_left_out() -> None:
         '[model.arguments]\nuse = "more"\n\n'
     )
     assert text.startswith(head + model)
-    assert "validation" not in text
+    assert "\nvalidation =" not in text
     sections = [line[1:-1] for line in text.split("\n") if line.startswith("[") and "." not in line]
     # [[callbacks]] stands once for each, and there is none.
     known = [field.name for field in dataclasses.fields(Config)]

@@ -60,6 +60,11 @@ class MapDataset:
         """The name of its class."""
         return type(self.dataset).__qualname__
 
+    def places(self, samples: Int64s) -> list[tuple[Shard, int]]:
+        """Return where samples are: each in the Dataset, by its number."""
+        here = Shard(self.source, self.samples, 0, None, {})
+        return [(here, sample) for sample in samples.tolist()]
+
     def failed(self, error: FetchError, rows: Int64s, whose: str = "") -> HpctrainError:
         """Return what to raise where samples cannot be had."""
         at = "" if error.index is None else f"sample {int(rows[error.index])} of "

@@ -37,6 +37,7 @@ class Intake:
         shuffle: whether epochs differ in their order.
         drop_last: whether the last, smaller batch is left out.
         weights: how often each sample is drawn, relative to others.
+        draws: samples of an epoch, where they are drawn by weight.
     """
 
     dataset: MapDataset
@@ -44,6 +45,7 @@ class Intake:
     shuffle: bool | None = None
     drop_last: bool | None = None
     weights: Any = None
+    draws: int | None = None
 
     @property
     def from_loader(self) -> bool:
@@ -91,7 +93,7 @@ def taken_in(given: Any, source: str, *, workers: int, seeded: bool) -> Intake:
             f"{source}: {type(batches).__name__} puts batches together, whose samples no other "
             f"number of ranks could find: give a batch_size, or {_packed(source)}"
         )
-    sampler = batches.sampler
+    sampler: Any = batches.sampler
     if type(sampler) is SubsetRandomSampler:
         dataset = Subset(dataset, list(sampler.indices))
     samples = length_of(dataset, source)
@@ -112,12 +114,13 @@ def taken_in(given: Any, source: str, *, workers: int, seeded: bool) -> Intake:
         shuffle=shuffle,
         drop_last=batches.drop_last,
         weights=weights,
+        draws=None if weights is None else sampler.num_samples,
     )
 
 
 def only_samples(intake: Intake) -> Intake:
     """Return the same for an evaluation: every sample once, whatever a DataLoader says."""
-    return dataclasses.replace(intake, shuffle=None, drop_last=None, weights=None)
+    return dataclasses.replace(intake, shuffle=None, drop_last=None, weights=None, draws=None)
 
 
 def _map_style(dataset: Any, source: str) -> Any:
@@ -160,11 +163,13 @@ def _order_of(sampler: Any, samples: int, source: str) -> tuple[bool, Any]:
         return bool(sampler.shuffle), None
     if kind is RandomSampler and not sampler.replacement and sampler.num_samples == samples:
         return True, None
-    if kind is WeightedRandomSampler:
+    if kind is WeightedRandomSampler and sampler.replacement:
         return True, sampler.weights
     what = kind.__name__
     if kind is RandomSampler:
         what += " with replacement or num_samples"
+    if kind is WeightedRandomSampler:
+        what += " without replacement"
     raise ConfigError(
         f"{source}: {what} chooses samples in an order of its own, which no other number of ranks "
         "has: leave it out, and give shuffle=True or False, a WeightedRandomSampler, or a Subset; "

@@ -167,7 +167,13 @@ class MapTrainLoader:
 
 
 class MapEvaluationLoader:
-    """Serves every sample of a Dataset exactly once over all ranks, as `EvaluationLoader` does."""
+    """Serves every sample of a Dataset exactly once over all ranks, as `EvaluationLoader` does.
+
+    Attributes:
+        buffer_bytes: host memory that is known to be taken: what a batch takes is not.
+    """
+
+    buffer_bytes = 0
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -73,8 +74,8 @@ class CollatedBatch:
 
     @property
     def fields(self) -> Any:
-        """All of the share, where it is one pass."""
-        return self.passes[0, self.size]
+        """All of the share, where it is one pass; else its passes."""
+        return self.passes.get((0, self.size), list(self.passes.values()))
 
     def part(self, first: int, stop: int) -> Any:
         """Return the samples first to stop - 1, which are one pass."""
@@ -159,7 +160,10 @@ class PassReader:
         self.stop()
         if self._workers is None:
             for share in shares:
-                yield self._batch(share, self._here(share), [])
+                began = time.perf_counter()
+                passes = self._here(share)
+                self._waited += time.perf_counter() - began
+                yield self._batch(share, passes, [])
             return
         with Prefetch(lambda: self._read_ahead(shares), BATCHES_READY) as running:
             self._running = running

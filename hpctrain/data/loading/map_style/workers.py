@@ -28,7 +28,7 @@ class PassJob(NamedTuple):
     """A pass to read.
 
     Attributes:
-        rows: (count,) int64, one at least.
+        rows: (count,) int64; none: only have the worker be there.
         keys: (count,) uint64, what each sample draws from.
     """
 
@@ -72,7 +72,7 @@ class FetchProcess:
             if self._process.start():
                 self._memories.clear()
                 self._free = deque()
-            answer = self._ask(job)
+            answer = self._ask(job) if len(job.rows) else None
         except (EOFError, OSError) as error:
             message = self._process.exit_message(self._worker, "a Dataset")
             self.close()
@@ -117,7 +117,7 @@ def processes(
     seeded: bool,
     used: tuple[str, ...],
 ) -> Workers[PassJob, Any]:
-    """Return so many processes that read a Dataset; none is started yet.
+    """Return so many processes that read a Dataset, and begin to start them.
 
     Args:
         source: what the user calls it.
@@ -133,6 +133,10 @@ def processes(
     ]
     pool: Workers[PassJob, Any] = Workers(found)
     weakref.finalize(pool, _close, parcel.descriptor).atexit = False
+    # They load torch while the model is built.
+    nothing = PassJob(np.empty(0, np.int64), np.empty(0, np.uint64))
+    for _ in found:
+        pool.submit(nothing)
     return pool
 
 

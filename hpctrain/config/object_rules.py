@@ -1,0 +1,79 @@
+"""What a config says of torch Datasets and datamodules, and what it must not say beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hpctrain.config.importing import is_reference, problem_of
+from hpctrain.config.messages import Mistake
+from hpctrain.config.schema import DataSection
+from hpctrain.config.toml import Source
+
+MAY_BE_OBJECTS = (("data", "train"), ("data", "validation"), ("data", "test"))
+"""Keys that name files, or the import path of what makes a Dataset."""
+
+_OF_FILES = (
+    *("file_order", "decode", "verify", "fields", "samples", "stage", "stage_directory"),
+    *("normalize", "sample_transform", "transform", "cache", "weights", "evaluations"),
+)
+"""Keys that say how files are read; what becomes of a sample, a torch Dataset does by itself."""
+
+
+def names_object(value: object) -> bool:
+    """Tell whether a value of `data.train` is an import path, and no file of that name."""
+    return isinstance(value, str) and is_reference(value) and not Path(value).exists()
+
+
+def check_objects(source: Source) -> list[Mistake]:
+    """Check what makes torch Datasets, and that nothing is said of files beside it."""
+    data = source.get("data")
+    if not isinstance(data, dict):
+        return []
+    use, is_object = data.get("use"), names_object(data.get("train"))
+    mistakes = _check_arguments(source, data)
+    if isinstance(use, str) and use:
+        expected = 'expected an import path "package.module:Name" of a LightningDataModule'
+        problem = problem_of(use) if is_reference(use) else expected
+        if problem is not None:
+            mistakes.append(source.mistake(("data", "use"), problem))
+        for name in ("train", "validation"):
+            if data.get(name):
+                problem = "data.use makes the datasets: leave one of the two out"
+                mistakes.append(source.mistake(("data", name), problem))
+    if not is_object and not use:
+        if data.get("workers") == 0:
+            problem = "0 is for torch Datasets; expected a whole number from 1"
+            mistakes.append(source.mistake(("data", "workers"), problem))
+        return mistakes
+    for name in _OF_FILES:
+        if not _is_default(name, data.get(name)):
+            problem = "is of files; a torch Dataset does by itself what is to be done"
+            mistakes.append(source.mistake(("data", name), problem))
+    validation = data.get("validation")
+    if is_object and validation and not names_object(validation):
+        problem = "data.train is an import path, and so has data.validation to be"
+        mistakes.append(source.mistake(("data", "validation"), problem))
+    return mistakes
+
+
+def _check_arguments(source: Source, data: dict[str, Any]) -> list[Mistake]:
+    """Check that arguments have something to go to."""
+    takers = {"arguments": "use", "train_arguments": "train", "validation_arguments": "validation"}
+    return [
+        source.mistake(("data", name), f"there is no import path in data.{of} that takes them")
+        for name, of in takers.items()
+        if data.get(name) and not names_object(data.get(of))
+    ]
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Tell whether a key says what is so without it, as a saved config writes it out."""
+    default = getattr(DataSection(), name)
+    if value is None or value == default:
+        return True
+    if isinstance(value, dict) and dataclasses.is_dataclass(default):
+        own = dataclasses.asdict(default)  # type: ignore[arg-type]
+        return all(own.get(key) == given for key, given in value.items())
+    return False

@@ -1,0 +1,259 @@
+"""Datasets that users bring as objects: made, looked at, and served as those of files are."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpctrain.config import Config
+from hpctrain.config.fields import needed_fields
+from hpctrain.config.importing import imported
+from hpctrain.config.object_rules import names_object
+from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, looked_at
+from hpctrain.data.loading.map_style.fetch import Fetcher
+from hpctrain.data.loading.map_style.intake import Intake, only_samples, taken_in
+from hpctrain.data.loading.map_style.parcel import Parcel
+from hpctrain.data.loading.map_style.passes import PassReader
+from hpctrain.data.loading.map_style.service import Travelling
+from hpctrain.data.loading.map_style.workers import FetchThread, PassJob, processes
+from hpctrain.data.loading.worker_pool import Workers
+from hpctrain.errors import ConfigError, DatasetError
+from hpctrain.launch.environment import without_rank
+from hpctrain.launch.process_group import World
+from hpctrain.topology import on_all_ranks, raise_together
+from hpctrain.training.brought import Brought
+from hpctrain.training.prepare_data import prepare_data
+
+logger = logging.getLogger("hpctrain")
+
+_LIGHTNING = ("lightning", "pytorch_lightning")
+"""Packages whose own base classes have every hook, which then does nothing."""
+
+
+def brings_data(config: Config, brought: Brought) -> bool:
+    """Tell whether objects stand in place of files."""
+    given = (config.data.use, brought.train, brought.datamodule)
+    return any(each is not None for each in given) or names_object(config.data.train)
+
+
+def take_data(
+    config: Config, world: World, brought: Brought, what: str
+) -> tuple[Config, Brought, list[str]]:
+    """Make the Datasets, and the config that their DataLoaders ask for. Collective: all ranks.
+
+    Args:
+        config: names them, where they are not brought.
+        world: the ranks.
+        brought: Datasets, DataLoaders, or a datamodule.
+        what: the config or script, for what the user may have to do about downloads.
+
+    Returns:
+        The config with the batch size, the order and the end of epochs of the DataLoader; `Intake`
+        objects in place of Datasets; and lines for the header.
+
+    Raises:
+        HpctrainError: on every rank, if they cannot be made, or not be served in the one order.
+    """
+    made = _made(config, world, brought, what)
+    with raise_together(world.communicator):
+        taken = {name: _taken(each, name, config) for name, each in made.items()}
+        if "train" not in taken:
+            raise ConfigError("the datamodule has no train_dataloader: nothing to train with")
+        config, notes = _settled(config, taken["train"])
+    validation = taken.get("validation")
+    if validation is not None:
+        validation = only_samples(validation)
+    brought = dataclasses.replace(brought, train=taken["train"], validation=validation)
+    return config, brought, notes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One Dataset of a run, as this rank reads it.
+
+    Attributes:
+        dataset: with its fingerprint.
+        reader: of its passes.
+        notes: what the header should say of it.
+    """
+
+    dataset: MapDataset
+    reader: PassReader
+    notes: Sequence[str]
+
+
+def served(intake: Intake, config: Config, world: World) -> Served:
+    """Look at a Dataset on every rank, and find who reads it. Collective: all ranks.
+
+    Raises:
+        DatasetError: on every rank, if it is not the same on all of them.
+    """
+    dataset = intake.dataset
+    fetcher = Fetcher(dataset.dataset, dataset.collate, seeded=dataset.seeded)
+    facts = on_all_ranks(world.communicator, lambda: looked_at(dataset, fetcher, config.run.seed))
+    _require_equal(dataset.source, facts)
+    dataset = dataclasses.replace(dataset, fingerprint=fingerprint_of(facts[0]))
+    workers, note = _workers(dataset, fetcher)
+    names = needed_fields(config)
+    reader = PassReader(dataset, fetcher, workers, world.device, names)
+    return Served(dataset=dataset, reader=reader, notes=[note])
+
+
+def _made(config: Config, world: World, brought: Brought, what: str) -> dict[str, Any]:
+    """Return what the user gives to train and to evaluate with. Collective: all ranks."""
+    from hpctrain.training.build import seed_generators
+
+    # Splits that are drawn at random are then the same on all ranks.
+    seed_generators(config.run.seed)
+    section, datamodule = config.data, brought.datamodule
+    if datamodule is None and section.use is not None:
+        with raise_together(world.communicator):
+            datamodule = _built("data.use", section.use, section.arguments)
+    if datamodule is not None:
+        prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds, what=what)
+        return _of_datamodule(datamodule)
+    found = {"train": brought.train, "validation": brought.validation}
+    named: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+        "train": (section.train, section.train_arguments),
+        "validation": (section.validation, section.validation_arguments),
+    }
+    with raise_together(world.communicator):
+        for name, (reference, arguments) in named.items():
+            if found[name] is None and brought.train is None and names_object(reference):
+                found[name] = _built(f"data.{name}", reference, arguments)
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _built(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
+    """Return what an import path makes.
+
+    Raises:
+        ConfigError: if it cannot be imported, or its arguments do not fit.
+    """
+    try:
+        target: Any = imported(reference)
+    except ConfigError as error:
+        raise ConfigError(f'{key} = "{reference}": {error}') from error
+    try:
+        inspect.signature(target).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f'{key} = "{reference}" refuses its arguments: {error}') from error
+    except ValueError:  # written in C without a signature: the call will tell
+        pass
+    return target(**arguments)
+
+
+def _of_datamodule(datamodule: Any) -> dict[str, Any]:
+    """Return what a datamodule has to train and to evaluate with."""
+    if (setup := own_hook(datamodule, "setup")) is not None:
+        setup("fit")
+    hooks = {"train": "train_dataloader", "validation": "val_dataloader"}
+    found = {}
+    for name, hook in hooks.items():
+        if (make := own_hook(datamodule, hook)) is not None and (made := make()) is not None:
+            found[name] = made
+    return found
+
+
+def own_hook(owner: Any, name: str) -> Any:
+    """Return a hook that the user has written, None if it is only Lightning's empty one."""
+    hook = getattr(owner, name, None)
+    if not callable(hook):
+        return None
+    if name in vars(owner):
+        return hook  # as LightningDataModule.from_datasets sets it
+    defined_by = next((each for each in type(owner).__mro__ if name in vars(each)), None)
+    module = "" if defined_by is None else defined_by.__module__
+    return None if module.partition(".")[0] in _LIGHTNING else hook
+
+
+def _taken(given: Any, name: str, config: Config) -> Intake:
+    if isinstance(given, Intake):
+        return given
+    if isinstance(given, list | tuple) and len(given) == 1:
+        (given,) = given
+    named = getattr(config.data, name)
+    source = named if names_object(named) else config.data.use or f"the {name} data"
+    return taken_in(given, source, workers=config.data.workers, seeded=config.data.seed_samples)
+
+
+def _settled(config: Config, train: Intake) -> tuple[Config, list[str]]:
+    """Return the config with what a DataLoader says, where the config says nothing.
+
+    Raises:
+        ConfigError: if neither says how large a batch is.
+    """
+    section, notes = config.data, []
+    changed: dict[str, Any] = {}
+    if train.batch_size is None and not section.global_batch_size:
+        raise ConfigError(
+            f"data.global_batch_size: missing; {train.dataset.source} is a Dataset, and no "
+            "DataLoader says how many samples of all ranks make a batch"
+        )
+    if train.batch_size is not None:
+        size = section.global_batch_size or train.batch_size
+        changed["global_batch_size"] = size
+        if size != train.batch_size:
+            notes.append(
+                f"data.global_batch_size = {size}, not the {train.batch_size} of the DataLoader"
+            )
+        elif train.from_loader:
+            notes.append(f"the DataLoader's batch size, {size}, is that of all ranks together")
+    if train.shuffle is False and section.shuffle:
+        changed["shuffle"] = False
+        notes.append("the DataLoader does not shuffle: data.shuffle = false")
+    if train.draws is not None:
+        changed["epoch_samples"] = section.epoch_samples or train.draws
+        notes.append("samples are drawn by the weights of the DataLoader's sampler")
+    if train.drop_last:
+        changed["drop_last"] = True
+    return dataclasses.replace(config, data=dataclasses.replace(section, **changed)), notes
+
+
+def _require_equal(source: str, facts: Sequence[Sequence[str]]) -> None:
+    """Check that all ranks have the same Dataset.
+
+    Raises:
+        DatasetError: naming what differs.
+    """
+    for rank, each in enumerate(facts):
+        for ours, theirs in zip(facts[0], each, strict=False):
+            if ours != theirs:
+                raise DatasetError(
+                    f"{source} is not the same on all ranks: {theirs} on rank {rank}, {ours} on "
+                    "rank 0. A split has to be drawn from a generator with a seed of its own, and "
+                    "files have to be listed in a sorted order",
+                    everywhere=True,
+                )
+
+
+def _workers(dataset: MapDataset, fetcher: Fetcher) -> tuple[Workers[PassJob, Any] | None, str]:
+    """Return who reads a Dataset beside the training, None if nobody, and a line that says so."""
+    who = f"{dataset.source}: {dataset.kind} of {dataset.samples:,} samples"
+    reason = "data.workers = 0"
+    if dataset.workers:
+        try:
+            parcel = Parcel.of(Travelling(dataset.dataset, dataset.collate, dataset.worker_init))
+        except Exception as error:  # noqa: BLE001 - whatever the user's class raises
+            reason = f"it cannot be sent to worker processes: {type(error).__name__}: {error}"
+        else:
+            used = () if fetcher.draws is None else tuple(sorted(fetcher.draws.used))
+            found = processes(
+                dataset.source,
+                parcel,
+                dataset.workers,
+                without_rank(os.environ),
+                seeded=dataset.seeded,
+                used=used,
+            )
+            return found, f"{who}, read by {dataset.workers} worker processes a rank"
+    if dataset.seeded:
+        return None, f"{who}, read by the rank itself between steps: {reason}"
+    threads = max(1, dataset.workers)
+    pool: Workers[PassJob, Any] = Workers([FetchThread(fetcher) for _ in range(threads)])
+    return pool, f"{who}, read by {threads} threads of the rank: {reason}"
