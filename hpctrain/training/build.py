@@ -21,7 +21,7 @@ from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import target_mask
 from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake, shown
-from hpctrain.config.registry import OWN, placed_error, resolve_all
+from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_callbacks
 from hpctrain.config.schema import OptimizerSection, SchedulerSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.permutation import derive_key
@@ -32,8 +32,14 @@ from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.modules.callbacks import (
+    build_callbacks,
+    notes_of,
+    register,
+    with_those_of_module,
+)
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
-from hpctrain.training.modules.optimizers import configure
+from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
@@ -121,8 +127,7 @@ def build_parts(
         model = make_model(config, components, brought)
         task = build_task(config, components)
         if isinstance(task, ModuleTask):
-            _refuse_half(config, model, task)
-            task.bind(model, config, world, stop_at)
+            _bind(task, model, config, world, stop_at, brought)
     if isinstance(task, ModuleTask):
         with raise_together(world.communicator):
             task.prepare_data()
@@ -143,13 +148,13 @@ def build_parts(
     with raise_together(world.communicator):
         if not isinstance(task, ModuleTask):
             check_monitored(config, task)
-        optimizer, schedule, tried = _build_updates(
+        optimizer, schedule, found = _build_updates(
             config, world, components, model, task, sharded, stop_at
         )
-        if sharded is not None:
-            refuse_whole_tensors(optimizer)
         if isinstance(task, ModuleTask):
-            task.begin(optimizer, list(example) if isinstance(example, Mapping) else [])
+            names = list(example) if isinstance(example, Mapping) else []
+            uses = schedule.uses if isinstance(schedule, ModuleSchedule) else ()
+            task.begin(optimizer, names, uses)
         else:
             watch_metrics(config, task, schedule, validates=validates)
     check_equal_shapes(model, world)
@@ -174,10 +179,13 @@ def build_parts(
         graphs=_records_graphs(config) and world.device.type == "cuda",
         sharded=sharded,
     )
-    if tried is not None:
-        step.optimizer_state.check = tried.check
+    if found is not None:
+        step.optimizer_state.check = found.check
     if isinstance(schedule, ModuleSchedule):
         step.registered.add("lr_schedulers", schedule.states)
+    if isinstance(task, ModuleTask):
+        register(task.hooks.callbacks, step.registered, task.trainer, model)
+        notes += notes_of(task.hooks.callbacks)
     with ranges_checked(task):
         step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
@@ -200,6 +208,25 @@ def watch_metrics(config: Config, task: Task, schedule: Schedule, *, validates: 
     """
     evaluates = config.training.evaluate_every_epochs or config.training.evaluate_every_steps
     schedule.watch(directions(config, task) if validates and evaluates else {})
+
+
+def _bind(
+    task: ModuleTask,
+    model: nn.Module,
+    config: Config,
+    world: World,
+    stop_at: StopAt,
+    brought: Brought,
+) -> None:
+    """Give a task its module, and both their callbacks.
+
+    Raises:
+        ConfigError: if the module is none, or one of the callbacks.
+    """
+    _refuse_half(config, model, task)
+    task.bind(model, config, world, stop_at)
+    given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
+    task.hooks.set_callbacks(with_those_of_module(given, model))
 
 
 def _refuse_half(config: Config, model: nn.Module, task: ModuleTask) -> None:
@@ -340,24 +367,34 @@ def _build_updates(
     """
     if isinstance(task, ModuleTask) and config.optimizer.use == OWN:
         configured = configure(model, model, sharded)
+        if sharded is not None:
+            refuse_whole_tensors(configured.optimizer, configured.place)
+        shown = tried(
+            configured,
+            sharded or model,
+            rows=sharded is not None,
+            ranks=world.topology.world_size,
+        )
         schedule = ModuleSchedule(configured, stop_at, task.scheduler_step, lambda: task.logs.last)
-        return configured.optimizer, schedule, None
+        return configured.optimizer, schedule, shown
     build = functools.partial(_build_optimizer, config, components)
     optimizer = build(sharded or model)
-    tried = try_optimizer(
+    if sharded is not None:
+        refuse_whole_tensors(optimizer)
+    found = try_optimizer(
         build,
         sharded or model,
         by_pattern(config.optimizer.groups),
         rows=sharded is not None,
         ranks=world.topology.world_size,
     )
-    if tried is not None:
-        tried.check_schedule(config.scheduler, config.optimizer.groups)
+    if found is not None:
+        found.check_schedule(config.scheduler, config.optimizer.groups)
     assert config.optimizer.lr is not None  # the schema has seen to it
     learning_rate = LearningRate.of(
         config.scheduler, components["scheduler"], config.optimizer.lr, stop_at
     )
-    return optimizer, learning_rate, tried
+    return optimizer, learning_rate, found
 
 
 def _build_optimizer(config: Config, components: Components, model: HasParameters) -> Optimizer:
@@ -465,6 +502,7 @@ def resolve_components(
         components = resolve_all(
             config, given=_given, path=path, overrides=overrides, without=without
         )
+        resolve_callbacks(config, path=path, overrides=overrides)
         mistake = _refused(config.optimizer, components.get("optimizer"))
     if mistake:
         raise placed_error([mistake], path, overrides)

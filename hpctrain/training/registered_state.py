@@ -16,6 +16,12 @@ REGISTERED = "registered/"
 """Begins the names of their tensors among those of the training state."""
 
 
+_OF_ROWS = (
+    '. With training.strategy = "fsdp" parameters are spread over the ranks, and so are copies of '
+    'them: training.ema_decay keeps an average of them, or use "ddp"'
+)
+
+
 class Stateful(Protocol):
     """What can be saved and go on, as torch's own objects can."""
 
@@ -68,7 +74,8 @@ class RegisteredState:
             try:
                 found[name] = encode(state, REGISTERED + name, tensors, tensor_facts)
             except UnsavableError as error:
-                raise UnsavableError(f"the state of {name}: {error}") from error
+                hint = _OF_ROWS if "DTensor" in str(error) else ""
+                raise UnsavableError(f"the state of {name}: {error}{hint}") from error
         return found
 
     def restore(self, saved: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> list[str]:

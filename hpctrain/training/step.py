@@ -296,7 +296,7 @@ class TrainStep:
         look = self._shown_gradients if looks else None
         self._update.apply(self._wrapped.gradients(), lr, factor, look)
         if module is not None:
-            module.end_step()
+            module.stepped()
         self._recent.append((batch.epoch, batch.start, batch.global_size, self._passes.loss_sum))
 
     def _shown_gradients(self) -> list[Tensor]:

@@ -263,6 +263,8 @@ class Run:
         """Take note of a step. Collective after the first one: all ranks."""
         self.place = place
         self._world.pulse.step_done(place.step)
+        if self._module is not None:
+            self._module.end_step()
         if self._parts.step.average is not None:
             self._parts.step.average.update(place.step)
         if self._rank_zero is not None:

@@ -43,6 +43,8 @@ class Hooks:
 
     Attributes:
         callbacks: objects with Lightning's names for hooks.
+        trial: whether what runs is put back afterwards: callbacks are then left out, since what
+            they do is done, in files and in themselves.
     """
 
     def __init__(self, module: nn.Module, trainer: TrainerStandIn, logs: Logs) -> None:
@@ -50,6 +52,7 @@ class Hooks:
         self._trainer = trainer
         self._logs = logs
         self.callbacks: Sequence[Any] = ()
+        self.trial = False
         self._known: dict[str, tuple[list[Callable[..., Any]], Callable[..., Any] | None]] = {}
 
     def set_callbacks(self, callbacks: Sequence[Any]) -> None:
@@ -60,7 +63,7 @@ class Hooks:
     def has(self, name: str) -> bool:
         """Tell whether anybody has a hook of this name."""
         of_callbacks, of_module = self._found(name)
-        return bool(of_callbacks) or of_module is not None
+        return bool(of_callbacks and not self.trial) or of_module is not None
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a hook, and return what the module's own returns."""
@@ -70,11 +73,17 @@ class Hooks:
         logs = self._logs
         before, logs.fx = logs.fx, name
         try:
-            for hook in of_callbacks:
-                hook(self._trainer, self._module, *args)
+            if not self.trial:
+                for hook in of_callbacks:
+                    hook(self._trainer, self._module, *args)
             return None if of_module is None else of_module(*args)
         finally:
             logs.fx = before
+
+    def call_callbacks(self, name: str, *args: Any) -> None:
+        """Call a hook of the callbacks alone, whatever is tried."""
+        for hook in self._found(name)[0]:
+            hook(self._trainer, self._module, *args)
 
     def _found(self, name: str) -> tuple[list[Callable[..., Any]], Callable[..., Any] | None]:
         found = self._known.get(name)

@@ -85,6 +85,7 @@ class ModuleSchedule:
         self.optimizer = configured.optimizer
         self.uses = configured.uses
         self.states = SchedulerStates(configured, stop_at, step_scheduler)
+        self._notes = configured.notes
         self._place = configured.place
         self._trained = configured.trained
         self._stop_at = stop_at
@@ -96,6 +97,7 @@ class ModuleSchedule:
         self._rates: Sequence[Any] = ()
         self._used: Sequence[Any] = ()
         self._warned: set[str] = set()
+        self._differing: set[int] = set()
 
     def __call__(self, place: Position, end: Position) -> float:
         """Return the first group's learning rate for the step that begins at `place`.
@@ -111,20 +113,21 @@ class ModuleSchedule:
     def rates(self) -> dict[str, float]:
         """Return the learning rates of the last step, of groups that differ from the first.
 
-        By the names that Lightning's LearningRateMonitor gives their groups, below "lr".
+        Or have differed in this job. By the names that Lightning's LearningRateMonitor gives their
+        groups, below "lr".
         """
-        first, *others = map(float, self._used)
-        groups = self.optimizer.param_groups[1:]
+        rates = [float(rate) for rate in self._used]
+        self._differing |= {index for index, rate in enumerate(rates) if rate != rates[0]}
+        groups = self.optimizer.param_groups
         return {
-            f"lr/{group.get('name', f'pg{number}')}": rate
-            for number, (group, rate) in enumerate(zip(groups, others, strict=False), start=2)
-            if rate != first
+            f"lr/{groups[index].get('name', f'pg{index + 1}')}": rates[index]
+            for index in sorted(self._differing)
         }
 
     @property
     def notes(self) -> Sequence[str]:
         """What the header should say of it."""
-        return self.states.notes
+        return [*self._notes, *self.states.notes]
 
     def advance(self, place: Position) -> None:
         """Step the schedulers that no metric decides about, after the step that led to `place`."""

@@ -103,7 +103,7 @@ def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None
     found = parse(returned, module, place)
     optimizer = found.optimizer
     settled = settle_parameters(optimizer, held, place, spread=sharded is not None)
-    notes = [*found.notes, *settled]
+    notes = [_described_optimizer(found), *found.notes, *settled]
     refuse_closure(optimizer, place)
     refuse_unknown_kernels(optimizer, f"{place}: fused=True")
     if isinstance(optimizer, _FUSED_AS_THEY_ARE):
@@ -114,6 +114,19 @@ def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None
     # gradient was not finite was left out. Here the order is the loop's.
     optimizer._opt_called = True  # type: ignore[attr-defined]
     return replace(found, notes=notes, trained=Trained(model, optimizer, place))
+
+
+def _described_optimizer(found: Configured) -> str:
+    """Return what the header says of an optimizer and its schedulers."""
+    groups = found.optimizer.param_groups
+    parts = [type(found.optimizer).__name__]
+    if len(groups) > 1:
+        parts.append(f"{len(groups)} groups of parameters")
+    for use in found.uses:
+        often = use.interval if use.frequency == 1 else f"{use.frequency} {use.interval}s"
+        by = f" by {use.monitor}" if use.reduce_on_plateau else ""
+        parts.append(f"{type(use.scheduler).__name__} every {often}{by}")
+    return f"configure_optimizers: {', '.join(parts)}"
 
 
 def tried(

@@ -117,8 +117,10 @@ class ModuleTask:
 
     def set_up(self) -> None:
         """Have the module make what it makes by itself: `setup`, `configure_model`."""
-        self.hooks.call("setup", "fit")
-        self.hooks.call("configure_model")
+        hooks = self.hooks
+        hooks.call("setup", "fit")
+        hooks.trial = True  # until the training proper begins
+        hooks.call("configure_model")
         # Layers may have come that know neither their trainer nor where to log.
         attach(self.module, self.trainer, self.logs)
 
@@ -136,15 +138,17 @@ class ModuleTask:
             return None
         return lambda scheduler, metric: self.hooks.call("lr_scheduler_step", scheduler, metric)
 
-    def begin(self, optimizer: Optimizer, inputs: Sequence[str]) -> None:
+    def begin(self, optimizer: Optimizer, inputs: Sequence[str], uses: Sequence[Any] = ()) -> None:
         """Take note of what was built, before the first pass.
 
         Args:
             optimizer: the one that trains the module.
             inputs: fields of a batch, where the config names none.
+            uses: its LR schedulers.
         """
         self.inputs = self.inputs or tuple(inputs)
         self.trainer.optimizers = [optimizer]
+        self.trainer.lr_scheduler_configs = list(uses)
         self.trainer.strategy._lightning_optimizers = [optimizer]
         tell_device(self.module, self._world.device)
         self.objects = MetricObjects(self, self._world.device)
@@ -241,9 +245,12 @@ class ModuleTask:
         """Call the hook that sees the gradients: whole, unscaled, not clipped."""
         self.hooks.call("on_before_optimizer_step", self.trainer.optimizers[0])
 
-    def end_step(self) -> None:
-        """End a step."""
+    def stepped(self) -> None:
+        """Take note of an update, before LR schedulers do."""
         self.trainer.global_step += 1
+
+    def end_step(self) -> None:
+        """End a step, after its LR schedulers were stepped."""
         if self.hooks.has("on_train_batch_end"):
             outputs = self._outputs()
             outputs["loss"] = outputs["loss"].detach()
@@ -363,6 +370,9 @@ class ModuleTask:
         self.trainer.num_val_batches = [num_val_batches]
         self.trainer.state.stage = "train"
         self.logs.stage, self.logs.records = "train", True
+        self.hooks.trial = False
+        # Those of callbacks may rely on what they knew when the run was saved.
+        self.hooks.call_callbacks("on_fit_start")
         self.hooks.call("on_train_start")
 
     def begin_epoch(self, epoch: int) -> None:

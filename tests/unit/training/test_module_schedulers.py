@@ -300,7 +300,7 @@ def test_a_run_goes_on_in_mid_epoch_bit_for_bit(name: str) -> None:
         second = Here(RESUMED[name])
         second.go_on(first.save())
         assert before + second.run(EPOCHS * STEPS - stop) == whole
-        assert second.schedule.notes == []
+        assert second.schedule.states.notes == []
 
 
 def test_rates_that_a_hook_has_set_are_kept() -> None:
@@ -356,7 +356,7 @@ def test_another_schedule_holds_from_the_beginning(
     second = Here(now)
     second.go_on(first.save())
     assert second.run(STEPS) == Here(now).run(2 * STEPS + 3)[STEPS + 3 :]
-    notes = "\n".join(second.schedule.notes)
+    notes = "\n".join(second.schedule.states.notes)
     assert bool(notes) == bool(said)
     assert re.search(said, notes)
 
@@ -369,7 +369,7 @@ def test_learning_rates_come_from_the_code() -> None:
     other = Here(lambda module: SGD(module.parameters(), lr=0.7))
     other.go_on(first.save())
     assert other.run(1) == [[0.7]]
-    assert "lr: [0.4, 0.1] then, [0.7] now" in other.schedule.notes[0]
+    assert "lr: [0.4, 0.1] then, [0.7] now" in other.schedule.states.notes[0]
 
 
 def test_a_plateau_keeps_what_it_has_seen_under_another_patience() -> None:
@@ -387,7 +387,7 @@ def test_a_plateau_keeps_what_it_has_seen_under_another_patience() -> None:
     scheduler = second.schedule.uses[0].scheduler
     assert (scheduler.best, scheduler.patience) == (3.0, 5)
     assert second.run(1)[0][0] == pytest.approx(0.02)
-    assert "patience: 0 then, 5 now" in second.schedule.notes[0]
+    assert "patience: 0 then, 5 now" in second.schedule.states.notes[0]
 
 
 def test_groups_that_differ_are_told() -> None:
