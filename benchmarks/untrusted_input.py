@@ -89,10 +89,10 @@ def main() -> int:
             if outcome != expected:
                 print(f"job {number} under attack ended otherwise: {outcome}\n{log}")
                 return 1
-            # Probes and hub share one doorkeeper; the hub's socket closes once all nodes are there.
-            done = [counts["probe"] + counts["hub"], counts["local"]]
+            # Probes share its doorkeeper; its socket closes once all nodes are there.
+            done = [counts["probe"] + counts["coordinator"], counts["local"]]
             print(f"{number} jobs, {time.monotonic() - begin:.0f} s: {show(counts)}", flush=True)
-            if number == asked.jobs or (min(done) >= len(STRINGS) and counts["hub"]):
+            if number == asked.jobs or (min(done) >= len(STRINGS) and counts["coordinator"]):
                 break
         print(f"all {number} jobs ended as the undisturbed one")
     return 0
@@ -278,7 +278,7 @@ class Stranger:
             begin = time.monotonic()
             while kind != "other" or time.monotonic() < begin + 6:
                 with connect(words) as connection:
-                    if kind in ("probe", "hub") and not greets(connection):
+                    if kind in ("probe", "coordinator") and not greets(connection):
                         return  # it has become that of torch's store
                     connection.settimeout(0.5)
                     with suppress(OSError):
@@ -286,7 +286,7 @@ class Stranger:
                     self._count(kind)
                 if len(idle) < IDLE and kind != "other":
                     idle.append(connect(words))
-                    if kind in ("probe", "hub") and not greets(idle[-1]):
+                    if kind in ("probe", "coordinator") and not greets(idle[-1]):
                         idle.pop().close()
                         return
                     self._count(f"{kind}, half-open")
@@ -303,7 +303,7 @@ class Stranger:
             ports = self._ours.setdefault(words[0], [])
             if words[1] not in ports:
                 ports.append(words[1])
-            return "probe" if ports.index(words[1]) == 0 else "hub"
+            return "probe" if ports.index(words[1]) == 0 else "coordinator"
 
     def _count(self, kind: str) -> None:
         with self._lock:

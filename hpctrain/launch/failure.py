@@ -22,7 +22,7 @@ from types import TracebackType
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
 from hpctrain.launch.voice import tell_once
-from hpctrain.launch.watchdog.client import Member, Pulse
+from hpctrain.launch.watchdog.client import Pulse, WatchdogClient
 from hpctrain.launch.watchdog.coordinator import show_own_stacks
 from hpctrain.launch.watchdog.crash_report import versions, write_report
 from hpctrain.launch.watchdog.evidence import Requests
@@ -44,31 +44,31 @@ class Guard:
     def __init__(self, topology: Topology) -> None:
         self.pulse = Pulse()
         self._topology = topology
-        self._member: Member | None = None
+        self._client: WatchdogClient | None = None
         self._folder: Path | None = None
         self._requests: Requests | None = None
         self._about: dict[str, object] = {"mpi": topology.mpi}
 
-    def watched_by(self, member: Member) -> None:
+    def watched_by(self, client: WatchdogClient) -> None:
         """Have the watchdog decide from here on which rank tells how the job failed."""
-        self._member = member
+        self._client = client
 
     def wait_until_watched(self) -> None:
         """Return once the watchdog sees this rank: what ends later is not lost on it."""
-        if self._member is not None:
-            self._member.wait_until_watched()
+        if self._client is not None:
+            self._client.wait_until_watched()
 
     def leaving(self) -> None:
         """Say that this rank's part is done: the others are to come to their end as well."""
-        if self._member is not None:
-            self._member.leaving()
+        if self._client is not None:
+            self._client.leaving()
 
     def report_to(self, folder: Path) -> None:
         """Take note of the run folder, where reports go."""
         self._folder = folder
-        if self._member is not None and self._topology.is_rank_zero:
-            self._member.tell_folder(folder)
-        if self._member is None and self._topology.world_size == 1:
+        if self._client is not None and self._topology.is_rank_zero:
+            self._client.tell_folder(folder)
+        if self._client is None and self._topology.world_size == 1:
             self._requests = show_own_stacks(folder)
 
     def close(self) -> None:
@@ -79,8 +79,8 @@ class Guard:
     def runs_on(self, device: str) -> None:
         """Take note of the device, for the report."""
         self._about = {"device": device, "mpi": self._topology.mpi, "versions": versions()}
-        if self._member is not None:
-            self._member.tell_about(self._about)
+        if self._client is not None:
+            self._client.tell_about(self._about)
 
     def end_job(self, error: BaseException, trace: TracebackType | None) -> None:
         """Tell what failed, write the crash report, and end all ranks. Does not return.
@@ -90,8 +90,8 @@ class Guard:
         code = exit_code(error)
         # torch, gloo, NCCL and MPI raise these where another rank has gone.
         may_be_echo = isinstance(error, RuntimeError)
-        member = self._member
-        if member is not None and not member.ask_to_speak(code, may_be_echo=may_be_echo):
+        client = self._client
+        if client is not None and not client.ask_to_speak(code, may_be_echo=may_be_echo):
             # Another rank tells the story, and the watchdog ends this one.
             time.sleep(_SILENT_SECONDS)
             os._exit(code)

@@ -139,9 +139,9 @@ def gathering(
         keeper.pulse,
         hang_timeout_seconds=section.hang_timeout_seconds,
         first_step_timeout_seconds=section.first_step_timeout_seconds,
-    ) as member:
-        if member is not None:
-            keeper.watched_by(member)
+    ) as client:
+        if client is not None:
+            keeper.watched_by(client)
         # What takes long from here on is for the watchdog to judge.
         communicator.limit(None)
         yield meeting

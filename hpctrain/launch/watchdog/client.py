@@ -95,7 +95,7 @@ def read_row(memory: mmap.mmap, index: int) -> Reading:
     return Reading(progress, bool(long_phase), step)
 
 
-class Member:
+class WatchdogClient:
     """Says what the watchdog cannot see, and does what it asks; made by `join`."""
 
     def __init__(self, connection: socket.socket, pulse: Pulse, index: int, stacks: int) -> None:
@@ -226,7 +226,7 @@ def proof_of_rank(secret: str, rank: int) -> str:
     return hmac.new(secret.encode(), f"rank {rank}".encode(), "sha256").hexdigest()
 
 
-def join(address: str, secret: str, rank: int, index: int, pulse: Pulse) -> Member:
+def join(address: str, secret: str, rank: int, index: int, pulse: Pulse) -> WatchdogClient:
     """Connect to the watchdog of this node, and let it ask for stacks.
 
     Args:
@@ -249,7 +249,7 @@ def join(address: str, secret: str, rank: int, index: int, pulse: Pulse) -> Memb
     hello = json.dumps({"hello": rank, "proof": proof_of_rank(secret, rank)}).encode() + b"\n"
     socket.send_fds(connection, [hello], [stacks])
     # It stays open as long as the process: faulthandler goes on writing to it.
-    return Member(connection, pulse, index, stacks)
+    return WatchdogClient(connection, pulse, index, stacks)
 
 
 def flight_record() -> bytes | None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 PURPOSE = "watchdog"
 CONNECT_SECONDS = 20.0
-"""Time for all nodes to reach the hub."""
+"""Time for all nodes to reach the coordinator."""
 
 _WRITE_SECONDS = 2.0
 _FAREWELL_SECONDS = 2.0
@@ -60,7 +60,7 @@ _ANSWER_SECONDS = 6.0
 _SHOWN = 8
 
 
-class Hub:
+class Coordinator:
     """Hears all watchdogs, has the judge decide, and tells user and watchdogs."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Hub:
         Args:
             judge: decides.
             groups: of all nodes, by their lowest rank.
-            leader: lowest rank of the hub's own node.
+            leader: lowest rank of the coordinator's own node.
             secret: of the job; the others prove that they know it.
             listener: where they come; None where there is no other node.
             selector: of the process.
@@ -113,7 +113,7 @@ class Hub:
             self._refusals = self._door.refusals
 
     def send(self, message: Message) -> None:
-        """Hear the hub's own node."""
+        """Hear the coordinator's own node."""
         self._hear(self._leader, protocol.parse_report(message, self._groups[self._leader]))
 
     def look(self, now: float) -> None:

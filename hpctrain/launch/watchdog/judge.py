@@ -1,7 +1,7 @@
 """What happened, whose word is heard, and when the job ends: decided once, for all ranks.
 
-The hub's part, as a state machine without sockets, processes or clocks of its own: every event
-comes with the time, and what to do comes back.
+The coordinator's part, as a state machine without sockets, processes or clocks of its own: every
+event comes with the time, and what to do comes back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hpctrain.launch.watchdog.verdicts import (
 _ECHO_SECONDS = 0.5
 # Launchers whose own process was killed mostly end the ranks of the other nodes, in their own time.
 _LAUNCHER_SECONDS = 2.0
-# The rank that fails tells its story and ends the job itself; after this the hub does.
+# The rank that fails tells its story and ends the job itself; after this the coordinator does.
 _SPEECH_SECONDS = 5.0
 # Stopped processes answer nothing; the others dump their stacks in milliseconds.
 _STACKS_SECONDS = 2.0

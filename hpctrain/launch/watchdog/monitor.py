@@ -45,7 +45,7 @@ _STACK_CHARACTERS = 4000
 
 
 class LocalRanks:
-    """Tells what becomes of the ranks of this node, and does to them what the hub decides."""
+    """Reports what becomes of this node's ranks, and does to them what the coordinator decides."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LocalRanks:
             listener: bound to the address that they know.
             secret: of the job.
             selector: of the process; every registered thing has a callable as its data.
-            send: takes messages to the hub.
+            send: takes messages to the coordinator.
         """
         self._group = group
         self._secret = secret
@@ -87,7 +87,7 @@ class LocalRanks:
         return all(rank.left or rank.gone for rank in self._ranks.values())
 
     def obey(self, order: protocol.Order) -> None:
-        """Do what the hub says."""
+        """Do what the coordinator says."""
         match order:
             case protocol.Reply():
                 rank = self._ranks[order.rank]
@@ -207,7 +207,7 @@ class LocalRanks:
                 self._forward(rank, {**message, "rank": rank.rank})
 
     def _forward(self, rank: Rank, message: Message) -> None:
-        """Tell the hub what a rank says of itself, if it is something that a rank may say."""
+        """Pass on what a rank says of itself, if it is something that a rank may say."""
         try:
             if "about" in message:
                 rank.about = protocol.parse_about(message)
@@ -295,7 +295,7 @@ class Daemons:
             daemons: id, start time and name of each, and whether it started the ranks itself.
             group: the ranks that they have started.
             selector: of the process; every registered thing has a callable as its data.
-            send: takes messages to the hub.
+            send: takes messages to the coordinator.
         """
         self._group = group
         self._selector = selector
@@ -351,7 +351,7 @@ class _Show:
 
 
 class Evidence:
-    """Asks the ranks where they are, and tells the hub."""
+    """Asks the ranks where they are, and tells the coordinator."""
 
     def __init__(
         self,
@@ -366,7 +366,7 @@ class Evidence:
             host: of the ranks.
             ranks: of this node.
             readings: what they have said of themselves, in their order.
-            send: takes messages to the hub.
+            send: takes messages to the coordinator.
         """
         self._host = host
         self._ranks = ranks
@@ -383,7 +383,7 @@ class Evidence:
         return not (self._dump_at is None and self._stands_at is None and self._show is None)
 
     def collect(self, folder: Path | None) -> None:
-        """Have the ranks say where they stand still; the hub hears it from `look`.
+        """Have the ranks say where they stand still; the coordinator hears it from `look`.
 
         Args:
             folder: for the stacks; None: a new one on this node.
@@ -468,5 +468,5 @@ class Evidence:
 
 
 def _message(stand: Stand) -> Message:
-    """Return a stand as it comes out of JSON, which the hub's own node does not go through."""
+    """Return a stand as it comes out of JSON, which the own node's does not go through."""
     return {**asdict(stand), "collectives": [asdict(each) for each in stand.collectives]}

@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpctrain.launch.watchdog.coordinator import Hub
+from hpctrain.launch.watchdog.coordinator import Coordinator
+from hpctrain.launch.watchdog.coordinator_link import CoordinatorLink
 from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.monitor import Daemons, LocalRanks
-from hpctrain.launch.watchdog.spoke import Spoke
 from hpctrain.launch.watchdog.verdicts import Group
 
 
@@ -25,13 +25,14 @@ class Orders:
 
     Attributes:
         leader: lowest rank of its node.
-        groups: ranks of every node, by their lowest rank; on other nodes than the hub's only the
-            own ones and the hub's.
+        groups: ranks of every node, by their lowest rank; on other nodes than the coordinator's
+            only the own ones and the coordinator's.
         secret: of the job; it comes over stdin, and stands in no name, argument or variable.
         ranks_fd: listening socket for the ranks of this node.
-        hub_fd: listening socket for the other watchdogs; None where there are none, and elsewhere.
-        hub_address: host and port of the hub; None at the hub.
-        speaks_for_hub: tells the user if the hub is gone.
+        coordinator_fd: listening socket for the other watchdogs; None where there are none, and
+            elsewhere.
+        coordinator_address: host and port of the coordinator; None at the coordinator.
+        reports_its_loss: tells the user if the coordinator is gone.
         daemons: the launcher's processes above the ranks of this node: id, start time, name, and
             whether it started the ranks itself.
     """
@@ -40,9 +41,9 @@ class Orders:
     groups: dict[int, Group]
     secret: str = field(repr=False)
     ranks_fd: int
-    hub_fd: int | None
-    hub_address: tuple[str, int] | None
-    speaks_for_hub: bool
+    coordinator_fd: int | None
+    coordinator_address: tuple[str, int] | None
+    reports_its_loss: bool
     daemons: tuple[tuple[int, str, str, bool], ...]
     hang_timeout_seconds: float
     first_step_timeout_seconds: float
@@ -51,38 +52,40 @@ class Orders:
 def run(orders: Orders) -> None:
     """Watch until all ranks of this node have left or ended."""
     selector = selectors.DefaultSelector()
-    hub = _hub(orders, selector)
+    coordinator = _coordinator(orders, selector)
     ranks = LocalRanks(
         orders.groups[orders.leader],
         socket.socket(fileno=orders.ranks_fd),
         orders.secret,
         selector,
-        hub.send,
+        coordinator.send,
     )
-    hub.obey = ranks.obey
-    daemons = Daemons(orders.daemons, orders.groups[orders.leader], selector, hub.send)
+    coordinator.obey = ranks.obey
+    daemons = Daemons(orders.daemons, orders.groups[orders.leader], selector, coordinator.send)
     most = min(1.0, orders.hang_timeout_seconds / 5)
     while not ranks.done:
-        wait = min(most, ranks.due_seconds(), hub.due_seconds(time.monotonic()))
+        wait = min(most, ranks.due_seconds(), coordinator.due_seconds(time.monotonic()))
         # In the order of events, as the kernel saw them: the first to die is the one to name.
         for key, _ in selector.select(wait):
             key.data()
         now = time.monotonic()
         ranks.look(now)
         daemons.look()
-        hub.look(now)
-    hub.leave()
+        coordinator.look(now)
+    coordinator.leave()
 
 
-def _hub(orders: Orders, selector: selectors.BaseSelector) -> Hub | Spoke:
-    if orders.hub_address is None:
+def _coordinator(orders: Orders, selector: selectors.BaseSelector) -> Coordinator | CoordinatorLink:
+    if orders.coordinator_address is None:
         judge = Judge(
             orders.groups,
             hang_timeout_seconds=orders.hang_timeout_seconds,
             first_step_timeout_seconds=orders.first_step_timeout_seconds,
         )
-        listener = None if orders.hub_fd is None else socket.socket(fileno=orders.hub_fd)
-        return Hub(
+        listener = (
+            None if orders.coordinator_fd is None else socket.socket(fileno=orders.coordinator_fd)
+        )
+        return Coordinator(
             judge,
             orders.groups,
             leader=orders.leader,
@@ -90,13 +93,13 @@ def _hub(orders: Orders, selector: selectors.BaseSelector) -> Hub | Spoke:
             listener=listener,
             selector=selector,
         )
-    return Spoke(
-        orders.hub_address,
+    return CoordinatorLink(
+        orders.coordinator_address,
         leader=orders.leader,
         secret=orders.secret,
         group=orders.groups[orders.leader],
-        hub=orders.groups[0],
-        speaks_for_hub=orders.speaks_for_hub,
+        coordinator=orders.groups[0],
+        reports_its_loss=orders.reports_its_loss,
         selector=selector,
     )
 
@@ -107,12 +110,12 @@ def parse_orders(content: dict[str, Any]) -> Orders:
         int(leader): Group(host=group["host"], ranks=tuple(group["ranks"]))
         for leader, group in content["groups"].items()
     }
-    address = content["hub_address"]
+    address = content["coordinator_address"]
     return Orders(
         **{
             **content,
             "groups": groups,
-            "hub_address": tuple(address) if address else None,
+            "coordinator_address": tuple(address) if address else None,
             "daemons": tuple(tuple(daemon) for daemon in content["daemons"]),
         }
     )

@@ -131,7 +131,7 @@ def notice_silence(connection: socket.socket) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """The watchdog of a node has proved the secret, and knows that the hub has."""
+    """The watchdog of a node has proved the secret, and knows that the coordinator has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ def parse_report(message: Message, group: Group) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The hub's answer to a rank that asked to tell its story."""
+    """The coordinator's answer to a rank that asked to tell its story."""
 
     rank: int
     may_speak: bool
@@ -242,7 +242,7 @@ Order = Reply | DumpStacks | ShowStacks | StopRanks | EndRanks | Bye
 
 
 def parse_order(message: Message, group: Group) -> Order:
-    """Return what the hub says to the watchdog of a group.
+    """Return what the coordinator says to the watchdog of a group.
 
     Raises:
         ValueError: if it says nothing that it may say.

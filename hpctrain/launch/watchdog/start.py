@@ -25,7 +25,7 @@ from hpctrain.errors import LaunchError
 from hpctrain.launch.environment import names_of
 from hpctrain.launch.launchers import LAUNCHERS
 from hpctrain.launch.rendezvous import Meeting, listen
-from hpctrain.launch.watchdog.client import Member, Pulse, join
+from hpctrain.launch.watchdog.client import Pulse, WatchdogClient, join
 from hpctrain.launch.watchdog.process import Orders
 from hpctrain.launch.watchdog.verdicts import Group
 from hpctrain.topology import Communicator, Topology, closing_together, raise_together
@@ -96,7 +96,7 @@ def watched(
     *,
     hang_timeout_seconds: float,
     first_step_timeout_seconds: float,
-) -> Iterator[Member | None]:
+) -> Iterator[WatchdogClient | None]:
     """Have watchdogs see to it that no rank dies or stands still unnoticed. Collective: all ranks.
 
     Gives None where there is nothing to watch with: outside Linux.
@@ -129,9 +129,9 @@ def watched(
         ranks[0]: Group(host=topology.hosts[spaces[ranks[0]][0]], ranks=tuple(ranks))
         for ranks in members.values()
     }
-    is_hub = topology.is_rank_zero and len(groups) > 1
-    hub_listener = listen(len(groups), meeting.ip) if is_hub else None
-    port = hub_listener.getsockname()[1] if hub_listener is not None else 0
+    is_coordinator = topology.is_rank_zero and len(groups) > 1
+    coordinator_listener = listen(len(groups), meeting.ip) if is_coordinator else None
+    port = coordinator_listener.getsockname()[1] if coordinator_listener is not None else 0
     # Everybody on a node can read the names of its sockets: the name and the secret are two.
     port, name, secret = communicator.broadcast(
         (port, secrets.token_hex(16), secrets.token_hex(32))
@@ -141,43 +141,45 @@ def watched(
     process: subprocess.Popen[bytes] | None = None
     with raise_together(communicator):
         if topology.rank == leader:
-            hub_leader = leader == 0
+            coordinator_leader = leader == 0
             speaker = min((key for key in groups if key != 0), default=None)
             ranks_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             ranks_listener.bind(address)
             ranks_listener.listen(max(_BACKLOG, len(own)))
             orders = Orders(
                 leader=leader,
-                groups=groups if hub_leader else {key: groups[key] for key in {0, leader}},
+                groups=groups if coordinator_leader else {key: groups[key] for key in {0, leader}},
                 secret=secret,
                 ranks_fd=ranks_listener.fileno(),
-                hub_fd=None if hub_listener is None else hub_listener.fileno(),
-                hub_address=None if hub_leader else (meeting.ip, port),
-                speaks_for_hub=leader == speaker,
+                coordinator_fd=None
+                if coordinator_listener is None
+                else coordinator_listener.fileno(),
+                coordinator_address=None if coordinator_leader else (meeting.ip, port),
+                reports_its_loss=leader == speaker,
                 daemons=tuple(dict.fromkeys(daemon for rank in own for daemon in said[rank][2])),
                 hang_timeout_seconds=hang_timeout_seconds,
                 first_step_timeout_seconds=first_step_timeout_seconds,
             )
             process = _start(orders, topology.host)
             ranks_listener.close()
-            if hub_listener is not None:
-                hub_listener.close()
+            if coordinator_listener is not None:
+                coordinator_listener.close()
     with raise_together(communicator):
         try:
-            member = join(address, secret, topology.rank, own.index(topology.rank), pulse)
+            client = join(address, secret, topology.rank, own.index(topology.rank), pulse)
         except OSError as error:
             raise LaunchError(
                 f"the watchdog of {topology.host} does not answer: {error.strerror}"
             ) from error
 
     def leave() -> None:
-        member.leave()
+        client.leave()
         if process is not None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_LEAVE_SECONDS)
 
     with closing_together(communicator, leave):
-        yield member
+        yield client
 
 
 def _spaces() -> tuple[str, str] | None:
@@ -195,7 +197,9 @@ def _start(orders: Orders, host: str) -> subprocess.Popen[bytes]:
     Raises:
         LaunchError: if the node has no room for a process more.
     """
-    descriptors = [number for number in (orders.ranks_fd, orders.hub_fd) if number is not None]
+    descriptors = [
+        number for number in (orders.ranks_fd, orders.coordinator_fd) if number is not None
+    ]
     # The watchdog inherits that every signal is blocked: those of a scheduler go to all processes
     # of a job.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

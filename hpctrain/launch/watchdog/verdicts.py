@@ -61,7 +61,7 @@ class Death:
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """A node whose watchdog has gone silent, or never spoke."""
+    """A node whose watchdog has gone silent, or never link."""
 
     group: Group
     code: int = ExitCode.LAUNCH

@@ -1,4 +1,4 @@
-"""The watchdogs' hub over real sockets: who is heard, for whom, and what becomes of the others."""
+"""The watchdogs' coordinator over real sockets: who is heard, and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from helpers.limits import JOB_SECONDS
 from hpctrain.launch.handshake import prove
 from hpctrain.launch.rendezvous import listen
 from hpctrain.launch.watchdog import coordinator, protocol
-from hpctrain.launch.watchdog.coordinator import PURPOSE, Hub
+from hpctrain.launch.watchdog.coordinator import PURPOSE, Coordinator
+from hpctrain.launch.watchdog.coordinator_link import CoordinatorLink
 from hpctrain.launch.watchdog.judge import Judge
-from hpctrain.launch.watchdog.spoke import Spoke
 from hpctrain.launch.watchdog.verdicts import Group
 
 SECRET = "s" * 64
@@ -32,7 +32,7 @@ GROUPS = {
 
 
 class Lab:
-    """A hub, and time that passes while something is waited for."""
+    """A coordinator, and time that passes while something is waited for."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -41,27 +41,27 @@ class Lab:
         self.listener = listen(2, "127.0.0.1")
         self.address: tuple[str, int] = self.listener.getsockname()
         judge = Judge(GROUPS, hang_timeout_seconds=600, first_step_timeout_seconds=600)
-        self.hub = Hub(
+        self.coordinator = Coordinator(
             judge, GROUPS, leader=0, secret=SECRET, listener=self.listener, selector=self.selector
         )
-        self.hub.obey = self.orders.append
-        self.spokes: list[Spoke] = []
+        self.coordinator.obey = self.orders.append
+        self.links: list[CoordinatorLink] = []
         self.sockets: list[socket.socket] = []
 
-    def spoke(self, leader: int) -> tuple[Spoke, list[protocol.Order]]:
+    def link(self, leader: int) -> tuple[CoordinatorLink, list[protocol.Order]]:
         orders: list[protocol.Order] = []
-        spoke = Spoke(
+        link = CoordinatorLink(
             self.address,
             leader=leader,
             secret=SECRET,
             group=GROUPS[leader],
-            hub=GROUPS[0],
-            speaks_for_hub=leader == 2,
+            coordinator=GROUPS[0],
+            reports_its_loss=leader == 2,
             selector=self.selector,
         )
-        spoke.obey = orders.append
-        self.spokes.append(spoke)
-        return spoke, orders
+        link.obey = orders.append
+        self.links.append(link)
+        return link, orders
 
     def proven(self, name: str) -> socket.socket:
         """Return a connection of a program that knows the secret, and speaks by hand."""
@@ -81,9 +81,9 @@ class Lab:
             for key, _ in self.selector.select(0.01):
                 key.data()
             now = time.monotonic()
-            self.hub.look(now)
-            for spoke in self.spokes:
-                spoke.look(now)
+            self.coordinator.look(now)
+            for link in self.links:
+                link.look(now)
 
     def is_cut_off(self, connection: socket.socket) -> bool:
         connection.setblocking(False)
@@ -95,12 +95,12 @@ class Lab:
             return True
 
     def close(self) -> None:
-        for spoke in self.spokes:
-            spoke.leave()
+        for link in self.links:
+            link.leave()
         for connection in self.sockets:
             connection.close()
-        self.hub.leave()
-        for channel in self.hub._channels.values():
+        self.coordinator.leave()
+        for channel in self.coordinator._channels.values():
             channel.close()
         self.selector.close()
         self.listener.close()
@@ -110,7 +110,7 @@ class Lab:
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     made = Lab()
     monkeypatch.setattr(coordinator, "say", made.said.append)
-    monkeypatch.setattr("hpctrain.launch.watchdog.spoke.say", made.said.append)
+    monkeypatch.setattr("hpctrain.launch.watchdog.coordinator_link.say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._ECHO_SECONDS", 0.0)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._LAUNCHER_SECONDS", 0.0)
     monkeypatch.setattr("hpctrain.launch.watchdog.coordinator._ANSWER_SECONDS", 0.5)
@@ -120,9 +120,9 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 
 
 def test_all_nodes_are_heard_and_then_nobody_else_can_connect(lab: Lab) -> None:
-    (two, _), (four, heard) = lab.spoke(2), lab.spoke(4)
-    two.send({"moved": False})  # kept until the hub is reached
-    lab.until(lambda: lab.hub._door is None)
+    (two, _), (four, heard) = lab.link(2), lab.link(4)
+    two.send({"moved": False})  # kept until the coordinator is reached
+    lab.until(lambda: lab.coordinator._door is None)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(lab.address)
     death = {"rank": 3, "oom_kills": 0, "step": 5, "about": {}, "signal": "SIGKILL"}
@@ -139,13 +139,13 @@ def test_strangers_are_told_of_once_and_end_nothing(lab: Lab) -> None:
         lab.sockets.append(stranger)
         stranger.sendall(text)
         lab.until(functools.partial(lab.is_cut_off, stranger))
-    spoke, orders = lab.spoke(2)
-    lab.until(lambda: 2 not in lab.hub._awaited)
+    link, orders = lab.link(2)
+    lab.until(lambda: 2 not in lab.coordinator._awaited)
     assert orders == []
     assert lab.orders == []
     (said,) = lab.said
     assert said.startswith("hpctrain: watchdog on a: 1 connection of strangers refused, the last")
-    assert spoke._channel is not None
+    assert link._channel is not None
 
 
 def test_a_node_that_never_comes_among_strangers_is_told_with_them(lab: Lab) -> None:
@@ -153,7 +153,7 @@ def test_a_node_that_never_comes_among_strangers_is_told_with_them(lab: Lab) -> 
     lab.sockets.append(stranger)
     stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
     lab.until(lambda: lab.said)
-    lab.hub._connect_until = 0.0
+    lab.coordinator._connect_until = 0.0
     lab.until(lambda: len(lab.said) == 2)
     assert "is gone" in lab.said[1]
     assert "flooded? 1 connection of strangers refused, the last from 127.0.0.1" in lab.said[1]
@@ -195,11 +195,11 @@ def test_a_node_that_says_what_it_may_not_is_lost_and_nothing_of_it_is_heard(
 ) -> None:
     connection = lab.proven("2")
     connection.sendall(b'{"here": true}\n')
-    lab.until(lambda: 2 not in lab.hub._awaited)
+    lab.until(lambda: 2 not in lab.coordinator._awaited)
     connection.sendall(text)
     lab.until(lambda: lab.said)
     assert "node b with ranks 2 to 3 is gone" in lab.said[0]
-    assert lab.hub._folder is None
+    assert lab.coordinator._folder is None
     assert lab.orders == [protocol.EndRanks(69)]
 
 
@@ -207,7 +207,7 @@ def test_a_node_that_says_what_it_may_not_is_lost_and_nothing_of_it_is_heard(
 def test_a_name_that_is_no_node_is_not_let_in(lab: Lab, name: str) -> None:
     connection = lab.proven(name)
     lab.until(lambda: lab.is_cut_off(connection))
-    assert not lab.hub._channels
+    assert not lab.coordinator._channels
     assert lab.said == []
 
 
@@ -217,24 +217,26 @@ def test_a_node_whose_first_connection_was_in_vain_is_taken_at_the_second(lab: L
     first.close()
     second = lab.proven("2")
     second.sendall(b'{"here": true}\n')
-    lab.until(lambda: 2 not in lab.hub._awaited)
+    lab.until(lambda: 2 not in lab.coordinator._awaited)
     assert lab.said == []
     assert lab.orders == []
 
 
-def test_a_hub_that_is_none_is_not_believed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coordinator_that_is_none_is_not_believed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another program has the address, and says how the job is to end."""
-    monkeypatch.setattr("hpctrain.launch.watchdog.spoke.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("hpctrain.launch.watchdog.coordinator_link.CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         lab.address = server.getsockname()
-        spoke, orders = lab.spoke(2)
+        link, orders = lab.link(2)
         connection, _ = server.accept()
         with connection:
             connection.sendall(b"hpctrain-1 %b\n" % (b"00" * 16) + b'{"end": 0}\n' * 100)
             lab.until(lambda: orders)
     assert orders == [protocol.EndRanks(69)]
     assert "another job answers there" in lab.said[0]
-    assert spoke._channel is None
+    assert link._channel is None
 
 
 @pytest.mark.parametrize(
@@ -261,14 +263,14 @@ def test_orders_that_are_none(message: dict[str, object]) -> None:
 
 def test_all_nodes_are_asked_to_show_where_they_are(lab: Lab, tmp_path: Path) -> None:
     """Once one has answered and the other has not, the user is told so."""
-    (two, heard), (four, _) = lab.spoke(2), lab.spoke(4)
-    lab.until(lambda: lab.hub._door is None)
-    lab.hub.send({"folder": str(tmp_path)})
+    (two, heard), (four, _) = lab.link(2), lab.link(4)
+    lab.until(lambda: lab.coordinator._door is None)
+    lab.coordinator.send({"folder": str(tmp_path)})
     (tmp_path / "STACKS").touch()
     order = protocol.ShowStacks(tmp_path / "stacks")
     lab.until(lambda: order in heard and order in lab.orders)
     assert not (tmp_path / "STACKS").exists()
-    lab.hub.send({"shown": 2, "missing": []})
+    lab.coordinator.send({"shown": 2, "missing": []})
     two.send({"shown": 1, "missing": [3]})
     four.send({"moved": False})  # it is there, but has no stacks to show
     lab.until(lambda: lab.said)
@@ -277,7 +279,7 @@ def test_all_nodes_are_asked_to_show_where_they_are(lab: Lab, tmp_path: Path) ->
 
 
 def test_the_end_of_a_launcher_on_another_node_ends_all(lab: Lab) -> None:
-    (two, _), (_, heard) = lab.spoke(2), lab.spoke(4)
+    (two, _), (_, heard) = lab.link(2), lab.link(4)
     gone = {"name": "\x1bprted", "pid": 4, "signal": "SIGKILL", "is_front_end": False}
     two.send({"launcher_gone": gone})
     lab.until(lambda: protocol.EndRanks(69) in heard)
@@ -285,7 +287,7 @@ def test_the_end_of_a_launcher_on_another_node_ends_all(lab: Lab) -> None:
 
 
 def test_what_ranks_say_is_escaped(lab: Lab, tmp_path: Path) -> None:
-    lab.hub.send({"folder": str(tmp_path)})
+    lab.coordinator.send({"folder": str(tmp_path)})
     connection = lab.proven("2")
     stack = "\x1b]0;x\x07\n\u202eevil\n"
     stand = {"progress": 1, "step": 1, "state": "T", "stack": stack}

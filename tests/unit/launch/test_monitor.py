@@ -21,7 +21,7 @@ from helpers.garbage import STRUCTURED, random_strings
 from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.launch.watchdog.client import Member, Pulse, join, proof_of_rank
+from hpctrain.launch.watchdog.client import Pulse, WatchdogClient, join, proof_of_rank
 from hpctrain.launch.watchdog.monitor import LocalRanks
 from hpctrain.launch.watchdog.processes import is_ending
 from hpctrain.launch.watchdog.protocol import Channel
@@ -64,17 +64,17 @@ class Watchdog:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind("\0" + self.name)
         self.listener.listen(128)
-        self.members: list[Member] = []
+        self.members: list[WatchdogClient] = []
         self.sent: list[dict[str, Any]] = []
         self.selector = selectors.DefaultSelector()
         group = Group(host="here", ranks=(3,))
         self.ranks = LocalRanks(group, self.listener, SECRET, self.selector, self.sent.append)
 
-    def join(self) -> Member:
-        member = join("\0" + self.name, SECRET, 3, 0, Pulse())
-        self.members.append(member)
+    def join(self) -> WatchdogClient:
+        client = join("\0" + self.name, SECRET, 3, 0, Pulse())
+        self.members.append(client)
         self.until(lambda: self.is_complete)
-        return member
+        return client
 
     def close(self) -> None:
         self.selector.close()
@@ -85,11 +85,11 @@ class Watchdog:
             for descriptor in filter(None, (rank.pidfd, max(0, rank.stacks))):
                 os.close(descriptor)
         os.close(self.ranks._memory_fd)
-        for member in self.members:
+        for client in self.members:
             for thread in threading.enumerate():
                 if thread.name == "hpctrain-watchdog":
                     thread.join(JOB_SECONDS)
-            member._connection.close()
+            client._connection.close()
 
     def until(self, condition: Callable[[], Any]) -> None:
         end = time.monotonic() + JOB_SECONDS
@@ -114,9 +114,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user
 
 
 def test_a_rank_comes_in_and_then_nobody_else(watchdog: Watchdog) -> None:
-    member = watchdog.join()
-    member.tell_about({"device": "cpu"})
-    member.leaving()
+    client = watchdog.join()
+    client.tell_about({"device": "cpu"})
+    client.leaving()
     watchdog.until(lambda: watchdog.sent)
     assert watchdog.sent == [{"leaving": True, "rank": 3}]
     assert watchdog.ranks._ranks[3].about == {"device": "cpu"}
@@ -125,7 +125,7 @@ def test_a_rank_comes_in_and_then_nobody_else(watchdog: Watchdog) -> None:
         pytest.raises(ConnectionRefusedError),
     ):
         late.connect("\0" + watchdog.name)
-    member.leave()
+    client.leave()
     watchdog.until(lambda: watchdog.ranks.done)
 
 
@@ -222,7 +222,7 @@ def test_other_programs_of_the_same_user_are_sent_away(watchdog: Watchdog) -> No
 
 
 def test_a_rank_says_nothing_for_others(watchdog: Watchdog) -> None:
-    member = watchdog.join()
+    client = watchdog.join()
     messages: list[dict[str, Any]] = [
         {"died": {"rank": 0}},
         {"stands": []},
@@ -233,9 +233,9 @@ def test_a_rank_says_nothing_for_others(watchdog: Watchdog) -> None:
         {"bye?": True},
     ]
     for message in messages:
-        member._channel.send(message)
-    member._channel.send({"failing": 70, "may_be_echo": False, "rank": 0})
+        client._channel.send(message)
+    client._channel.send({"failing": 70, "may_be_echo": False, "rank": 0})
     watchdog.until(lambda: watchdog.sent)
     assert watchdog.sent == [{"failing": 70, "may_be_echo": False, "rank": 3}]
-    member.leave()
+    client.leave()
     watchdog.until(lambda: watchdog.ranks.done)

@@ -1,4 +1,4 @@
-"""The way from a node's watchdog to the hub."""
+"""The way from a node's watchdog to the coordinator."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _LONGEST_PAUSE_SECONDS = 1.0
 _FAREWELL_SECONDS = 2.0
 
 
-class Spoke:
-    """A watchdog's connection to the hub; it is tried until it stands, or the time is over."""
+class CoordinatorLink:
+    """A watchdog's connection to the coordinator, tried until it stands, or the time is over."""
 
     def __init__(
         self,
@@ -36,25 +36,25 @@ class Spoke:
         leader: int,
         secret: str,
         group: Group,
-        hub: Group,
-        speaks_for_hub: bool,
+        coordinator: Group,
+        reports_its_loss: bool,
         selector: selectors.BaseSelector,
     ) -> None:
         """Begin to connect, in a thread: the ranks of this node are watched meanwhile.
 
         Args:
-            address: of the hub.
+            address: of the coordinator.
             leader: lowest rank of this node.
             secret: of the job.
             group: of this node.
-            hub: the group of the hub.
-            speaks_for_hub: this is the one watchdog that tells of the hub's end.
+            coordinator: the group of the coordinator.
+            reports_its_loss: this is the one watchdog that tells of the coordinator's end.
             selector: of the process.
         """
         self.obey: Obey
         self._group = group
-        self._hub = hub
-        self._speaks_for_hub = speaks_for_hub
+        self._coordinator = coordinator
+        self._speaks_for_hub = reports_its_loss
         self._selector = selector
         self._channel: Channel | None = None
         self._waiting: list[Message] = []
@@ -64,7 +64,7 @@ class Spoke:
         )
 
     def send(self, message: Message) -> None:
-        """Tell the hub, once it is reached."""
+        """Tell the coordinator, once it is reached."""
         if self._channel is None:
             self._waiting.append(message)
         else:
@@ -84,7 +84,7 @@ class Spoke:
         return 0.02 if self._channel is None and not self._over else 1.0
 
     def leave(self) -> None:
-        """Take leave of the hub."""
+        """Take leave of the coordinator."""
         self._dialling.join(_FAREWELL_SECONDS)
         self.look(time.monotonic())
         self.send({"bye": True})
@@ -119,7 +119,7 @@ class Spoke:
 
     def _lost(self, why: str) -> None:
         self._over = True
-        lost = NodeLost(self._hub)
+        lost = NodeLost(self._coordinator)
         if self._speaks_for_hub:
             say(story(lost) + (f"Its watchdog at {why}\n" if why else ""))
         self.obey(EndRanks(lost.code))
