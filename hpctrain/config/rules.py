@@ -13,19 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
 from hpctrain.config.object_rules import MAY_BE_OBJECTS, check_objects, names_object
 from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
-from hpctrain.config.schema import EarlyStoppingSection, RunSection
+from hpctrain.config.schema import EarlyStoppingSection, ProfileSection, RunSection
 from hpctrain.config.toml import Source
 from hpctrain.utils.text import did_you_mean, printable
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 
 _RESUME = ("auto", "never")
+
+_NO_HISTORY = ("cpu", "xpu", "mps")
 
 _SPLITS = ("train", "test", "validation")
 
@@ -422,6 +424,41 @@ def check_early_stopping(source: Source) -> list[Mistake]:
     return mistakes
 
 
+def check_profile(source: Source) -> list[Mistake]:
+    """Check that what the profiler is to record has steps, and a device that has it."""
+    given = source.get("profile")
+    if not isinstance(given, dict):
+        return []
+    usual = {field.name: field.default for field in dataclasses.fields(ProfileSection)}
+    if not given.get("active_steps"):
+        problem = "there is no profile.active_steps beside it, so nothing is recorded"
+        return [
+            source.mistake(("profile", key), problem)
+            for key, value in given.items()
+            # A saved config writes defaults out.
+            if key in usual and (tuple(value) if isinstance(value, list) else value) != usual[key]
+        ]
+    if given.get("memory_snapshot") is True and source.get("launch", "device") in _NO_HISTORY:
+        device = shown(source.get("launch", "device"))
+        problem = f"only CUDA's memory has a history, and launch.device = {device}"
+        return [source.mistake(("profile", "memory_snapshot"), problem)]
+    return []
+
+
+def check_anomaly(source: Source) -> list[Mistake]:
+    """Check that the host may look at gradients while they are computed."""
+    compiled, mode = source.get("training", "compile"), source.get("training", "compile_mode")
+    if source.get("training", "detect_anomaly") is not True or not isinstance(mode, str):
+        return []
+    if not records_graphs(compile=compiled is True, mode=mode):
+        return []
+    problem = (
+        "looks at every gradient on the host, which CUDA graphs do not allow, and "
+        f"training.compile_mode = {shown(mode)} records them"
+    )
+    return [source.mistake(("training", "detect_anomaly"), problem)]
+
+
 def _evaluates(source: Source) -> bool:
     """Tell whether evaluations are made, where there is something to evaluate with."""
     epochs = source.get("training", "evaluate_every_epochs")
@@ -494,6 +531,8 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_warmup,
     check_best,
     check_early_stopping,
+    check_profile,
+    check_anomaly,
     check_deterministic,
     check_capabilities,
 )

@@ -376,6 +376,9 @@ class TrainingSection:
     fast_dev_run: bool | CountOrNever = False
     """A trial of so many steps and evaluation batches, true: one; it keeps no checkpoint."""
 
+    detect_anomaly: bool = False
+    """Name the operation whose gradient is the first that is NaN; this is slow."""
+
     evaluate_every_epochs: CountOrNever = 1
     """Evaluate after so many epochs; 0: never."""
 
@@ -535,6 +538,35 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSection:
+    """What torch's profiler records."""
+
+    active_steps: CountOrNever = 0
+    """So many steps of a job; 0: none, at no cost."""
+
+    wait_steps: CountOrNever = 10
+    """So many steps of a job before that are like any other."""
+
+    warmup_steps: Count = 2
+    """So many after those are recorded and thrown away: the first are slower."""
+
+    ranks: Annotated[tuple[CountOrNever, ...], MinLen(1)] = (0,)
+    """The ranks that record."""
+
+    record_shapes: bool = False
+    """Record the shapes of what operations get."""
+
+    with_stack: bool = False
+    """Record which line has called an operation; this is slow."""
+
+    profile_memory: bool = False
+    """Record what memory operations take and release."""
+
+    memory_snapshot: bool = False
+    """On CUDA: also write all allocations with their stacks, for pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole config file, resolved: every default filled in."""
 
@@ -549,4 +581,5 @@ class Config:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    profile: ProfileSection = field(default_factory=ProfileSection)
     callbacks: tuple[ComponentSection, ...] = ()

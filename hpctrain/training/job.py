@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+
 from hpctrain.batch.stop import (
     SAVE_DUE,
     SignalFlag,
@@ -40,6 +42,7 @@ from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.position import Interval
+from hpctrain.training.profiling import StepProfiler, profiled
 from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
@@ -90,6 +93,8 @@ def train(
             keep_on_node()
         group = process_group(topology, communicator, config.launch, meeting, guard)
         world = job.stack.enter_context(group)
+        if config.training.detect_anomaly:
+            job.stack.enter_context(torch.autograd.set_detect_anomaly(True))
         begin_record(job.folder, world)
         ending, reason = _train(config, world, job.stop, job.folder, command, brought)
         job.end(ending, reason)
@@ -126,6 +131,8 @@ def _train(
 
     if reasons := stop.agree():
         return _stopped_early(reasons, data)
+    with raise_together(world.communicator):
+        profiler = StepProfiler.of(config, world)
     data.stage(config, world)
     with kept_compiled(config, world):
         parts = _build(config, world, components, data, changes, brought)
@@ -155,11 +162,12 @@ def _train(
         stopping=early_stopping_of(config, parts.task, resumed),
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
+        profiler=profiler,
     )
     plan = _plan(config, data)
     run.begin(place)
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
-    with run.saves_finished(), indices:
+    with run.saves_finished(), indices, profiled(profiler):
         place, complete = fit(
             place,
             plan,

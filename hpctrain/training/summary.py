@@ -211,6 +211,8 @@ def _notes(
         )
     notes += parts.schedule.notes
     training = config.training
+    if training.detect_anomaly:
+        notes.append("training.detect_anomaly looks at every gradient, and makes steps slow")
     evaluates = training.evaluate_every_epochs or training.evaluate_every_steps
     if config.checkpoint.keep_best is not None and not evaluates:
         notes.append(

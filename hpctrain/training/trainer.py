@@ -27,6 +27,7 @@ from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
 from hpctrain.training.position import Interval, Position, StopAt
+from hpctrain.training.profiling import StepProfiler
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.record import made_by
@@ -226,6 +227,7 @@ class Run:
         stopping: EarlyStopping,
         place: Position,
         metrics: Metrics,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -246,6 +248,7 @@ class Run:
         self.evaluation_owed = False
         self._save_agreed = False
         self._confirmed = False
+        self._profiler = profiler
         self._looks = False
         self._together: TogetherSaver | None = None
         if parts.step.sharded is not None:
@@ -276,6 +279,8 @@ class Run:
             # Only now the optimizer has all that it keeps.
             self._confirmed = True
             self.try_save(place)
+        if self._profiler is not None and self._profiler.step_done(place.step):
+            self._profiler = None
 
     def log(
         self, place: Position, epoch: int, lr: float, more: Mapping[str, float] | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from helpers.jobs import here, in_turn
+from helpers.jobs import here, in_turn, train
 from helpers.runs import losses, metrics, outcome
 
 pytestmark = pytest.mark.ranks(1)
@@ -177,3 +178,67 @@ def test_further_data_to_evaluate_with(site: Path) -> None:
     assert f"{records['one'][-1]['accuracy']:.4}" in answered
     unknown = here(site, "evaluate", *COMMON, *further, "run.name=one", "--split", "sene", code=78)
     assert "did you mean seen?" in unknown
+
+
+def events(path: Path) -> list[str]:
+    """Return what a trace has recorded, by name."""
+    return [each.get("name", "") for each in json.loads(path.read_bytes())["traceEvents"]]
+
+
+@pytest.mark.ranks(3)
+def test_profiles_of_chosen_ranks_and_steps(site: Path) -> None:
+    chosen = ["profile.active_steps=2", "profile.wait_steps=1", "training.max_steps=6"]
+    said = here(site, *COMMON, *chosen, "run.name=one", "profile.record_shapes=true")
+    assert "profiled 2 steps up to step 5 on 1 rank" in said
+    assert "Self CPU time total" in said
+    (trace,) = (site / "runs/one/profile").iterdir()
+    assert trace.name == "step-00000005-rank-00000.json"
+    names = events(trace)
+    assert {name for name in names if name.startswith("ProfilerStep")} == {
+        "ProfilerStep#3",
+        "ProfilerStep#4",
+    }
+    assert any("convolution" in name for name in names)
+
+    # Over at the last step but one, or before the first that would count.
+    some = [*chosen, "profile.ranks=[1,2]", "training.strategy=fsdp", "run.name=some"]
+    cut = [*chosen, "training.max_steps=4", "run.name=cut"]
+    short = [*chosen, "training.max_steps=2", "run.name=short"]
+    none = [*chosen, "profile.ranks=[3]", "run.name=none"]
+    jobs = in_turn(site, 3, *([*COMMON, *each] for each in (some, cut, short, none)))
+    assert [job.code for job in jobs] == [0, 0, 0, 78], jobs[3].output
+    for job, word in zip(
+        jobs,
+        (
+            "profiled 2 steps up to step 5 on 2 ranks",
+            "profiled 1 step up to step 4 on 1 rank",
+            "no step was profiled: the first 3 steps of a job are not",
+            "profile.ranks: no rank 3 among 3 ranks, counted from 0",
+        ),
+        strict=True,
+    ):
+        assert job.output.count(word) == 1, job.output
+    traces = sorted((site / "runs/some/profile").iterdir())
+    assert [each.name[-7:] for each in traces] == ["01.json", "02.json"]
+    # What is recorded changes nothing.
+    assert losses(site / "runs/some")[:4] == pytest.approx(losses(site / "runs/cut"), rel=1e-4)
+
+
+def test_the_operation_that_made_the_first_nan_is_named(site: Path) -> None:
+    (site / "sick.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, **_):\n"
+        "        super().__init__()\n"
+        "        self.last = torch.nn.Linear(64, 10)\n"
+        "        self.steps = 0\n"
+        "    def forward(self, image):\n"
+        "        self.steps += self.training\n"
+        "        scores = self.last(image.flatten(1).float())\n"
+        "        zero = scores * 0 if self.steps > 3 else scores * scores + 1\n"
+        "        return scores + zero.sqrt()\n"
+    )
+    model = ["model.use=sick:Net", "training.max_steps=8", "run.name=sick"]
+    said = train(site, 0, *COMMON[1:], *model, "training.detect_anomaly=true", code=70)
+    assert "MulBackward0" in said
+    assert "zero = scores * 0 if" in said  # the line of the forward pass

@@ -226,6 +226,23 @@ def test_further_data_to_evaluate_with() -> None:
     assert "and data.validation is not set" in found
 
 
+def test_what_is_profiled() -> None:
+    assert told(VALID, "profile.active_steps=2", "profile.ranks=[0,1]") == []
+    assert told(VALID, "profile.ranks=[0]") == []  # as a saved config has it
+    (found,) = told(VALID, "profile.with_stack=true")
+    assert "there is no profile.active_steps beside it" in found
+    snapshot = ["profile.active_steps=2", "profile.memory_snapshot=true", "launch.device=cpu"]
+    (found,) = told(VALID, *snapshot)
+    assert found.endswith('only CUDA\'s memory has a history, and launch.device = "cpu"')
+
+
+def test_anomalies_cannot_be_seen_in_cuda_graphs() -> None:
+    graphs = ["training.compile=true", 'training.compile_mode="reduce-overhead"']
+    assert told(VALID, *graphs) == told(VALID, "training.detect_anomaly=true") == []
+    (found,) = told(VALID, *graphs, "training.detect_anomaly=true")
+    assert 'training.compile_mode = "reduce-overhead" records them' in found
+
+
 def test_nccl_without_gpus() -> None:
     assert told(VALID, "launch.device=cpu", "launch.backend=nccl") == [
         'launch.backend = "nccl": NCCL carries nothing between CPUs; "gloo" does'

@@ -124,6 +124,17 @@ AS_BEFORE = {
     "training.cudnn_benchmark": "no algorithm is timed, as before",
     "checkpoint.keep_best_count": "one best checkpoint is kept, as before",
     "data.evaluations": "there are no further ones, as before",
+    "training.detect_anomaly": "nothing looks at gradients, as before",
+    **dict.fromkeys(
+        (
+            f"profile.{key}"
+            for key in (
+                *("active_steps", "wait_steps", "warmup_steps", "ranks", "record_shapes"),
+                *("with_stack", "profile_memory", "memory_snapshot"),
+            )
+        ),
+        "nothing is recorded, as before",
+    ),
     "training.fast_dev_run": "it is no trial, as before",
     **dict.fromkeys(
         (f"early_stopping.{key}" for key in ("patience", "min_delta", "check_finite")),
