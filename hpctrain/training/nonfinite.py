@@ -306,3 +306,32 @@ class BadSteps:
         total.add_(torch.count_nonzero(flags))
         self._before = torch.cat([self._before, flags])[-RECENT_STEPS:]
         self._used = 0
+
+
+def bad_among(
+    bad_steps: BadSteps, recent: Sequence[tuple[int, int, int, Tensor | None]], step: int
+) -> list[BadBatch]:
+    """Return those of the newest batches that were not applied, oldest first.
+
+    Waits for the device.
+
+    Args:
+        bad_steps: flags of the steps.
+        recent: epoch, start, size and this rank's loss of the newest batches, oldest first.
+        step: that the newest batch led to.
+    """
+    flags = bad_steps.recent().tolist()
+    known = min(len(flags), len(recent))
+    return [
+        BadBatch(
+            step=step - known + 1 + index,
+            epoch=epoch,
+            start=start,
+            global_size=size,
+            loss_is_finite=loss is None or bool(torch.isfinite(loss)),
+        )
+        for index, (bad, (epoch, start, size, loss)) in enumerate(
+            zip(flags[len(flags) - known :], recent[len(recent) - known :], strict=True)
+        )
+        if bad == BAD
+    ]

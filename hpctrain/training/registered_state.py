@@ -59,6 +59,11 @@ class RegisteredState:
                 raise ConfigError(f"state {name!r}: {type(item).__name__} has no {method}")
         self._items[name] = item
 
+    @property
+    def names(self) -> set[str]:
+        """Of all objects."""
+        return set(self._items)
+
     def capture(self, tensors: MutableMapping[str, Tensor]) -> dict[str, Json]:
         """Return what they know as JSON, by name.
 

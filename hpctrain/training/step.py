@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from hpctrain.training.call import Call
 from hpctrain.training.ddp import DDPModel
 from hpctrain.training.dry_run import Explain, prime
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.nonfinite import BAD, RECENT_STEPS, BadBatch, BadSteps
+from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, BadSteps, bad_among
 from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
 from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
 from hpctrain.training.passes import OwnGradients, Passes
@@ -318,15 +318,8 @@ class TrainStep:
         """
         while (numbers := self._reduced_numbers()) is None:
             pass  # the ranks have met a name that one of them has logged, and agreed on it
-        loss_sum, weight, norm, bad, most, skipped = numbers
         self._update.bad_steps.look_anew()
-        return {
-            "loss": loss_sum / weight if weight else float("nan"),
-            "grad_norm": norm,
-            "bad_steps": bad,
-            "most_bad_steps": most,
-            "skipped_steps": skipped,
-        }
+        return named_numbers(numbers)
 
     def _reduced_numbers(self) -> list[float] | None:
         """Return what `read` returns, and have the module's logs take theirs. Collective.
@@ -363,26 +356,23 @@ class TrainStep:
         Args:
             step: that the newest batch led to.
         """
-        flags = self._update.bad_steps.recent().tolist()
-        recent = list(self._recent)
-        known = min(len(flags), len(recent))
-        return [
-            BadBatch(
-                step=step - known + 1 + index,
-                epoch=epoch,
-                start=start,
-                global_size=size,
-                loss_is_finite=loss is None or bool(torch.isfinite(loss)),
-            )
-            for index, (bad, (epoch, start, size, loss)) in enumerate(
-                zip(flags[len(flags) - known :], recent[len(recent) - known :], strict=True)
-            )
-            if bad == BAD
-        ]
+        return bad_among(self._update.bad_steps, list(self._recent), step)
 
 
 _NUMBERS = 6
 """Of every step, before those that a module logs."""
+
+
+def named_numbers(values: Sequence[float]) -> dict[str, float]:
+    """Return what `TrainStep.read` does, of the sum of losses, weight, norm and counts."""
+    loss_sum, weight, norm, bad, most, skipped = values
+    return {
+        "loss": loss_sum / weight if weight else float("nan"),
+        "grad_norm": norm,
+        "bad_steps": bad,
+        "most_bad_steps": most,
+        "skipped_steps": skipped,
+    }
 
 
 def _refuse_synchronised_statistics(model: nn.Module) -> None:

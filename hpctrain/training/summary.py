@@ -123,6 +123,8 @@ def _next(
     """Return what one may want to do next, and the command for it."""
     if config.training.fast_dev_run:
         return "train", _command(world, _with(command, "training.fast_dev_run", "false"))
+    if _is_script(command):
+        return "start again" if complete else "resume", _command(world, command)
     if complete:
         early = run.stopping.reason is not None
         return "train on", _command(world, _further(command, _longer(data, run.place, early)))
@@ -181,7 +183,13 @@ def _command(world: World, command: Sequence[str]) -> str:
         prefix = f"mpirun -np {world.topology.world_size} "
     elif launcher == "srun":
         prefix = "srun "
-    return f"{prefix}python -m hpctrain {shlex.join(command)}"
+    program = "python" if _is_script(command) else "python -m hpctrain"
+    return f"{prefix}{program} {shlex.join(command)}"
+
+
+def _is_script(command: Sequence[str]) -> bool:
+    """Tell whether a command is a program of the user's own, and not a config."""
+    return command[0].endswith(".py")
 
 
 def _devices(world: World) -> str:

@@ -211,6 +211,7 @@ class Run:
         place: where it stands.
         reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
         evaluation_owed: an evaluation at `place` was cut short by a stop.
+        rank_zero: what only rank 0 has; None on the others.
         skipped_steps: steps of the run, as far as is known, that were not applied.
     """
 
@@ -236,7 +237,7 @@ class Run:
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
         self._phases = phases
         self._stop = stop
-        self._rank_zero = rank_zero
+        self.rank_zero = self._rank_zero = rank_zero
         self._logged_samples = place.samples_seen
         self._logged_time = time.perf_counter()
         self.stopping = stopping

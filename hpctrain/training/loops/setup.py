@@ -30,6 +30,7 @@ from hpctrain.training.loops.registry import Setups
 from hpctrain.training.nonfinite import BadSteps
 from hpctrain.training.optim.ema import EvaluationWeights, begin_training, has_modes
 from hpctrain.training.optim.optimizer import (
+    make_fused,
     prepare_momentum,
     refuse_unknown_kernels,
     refuse_whole_tensors,
@@ -86,6 +87,7 @@ class Stepper:
         state: what it has learned.
         begun: whether a backward pass has begun by way of the world since the last update.
         steps: updates so far, in this job.
+        parameters: of the optimizer, or what this rank holds of them.
         applies: whether the update itself is under way.
         evaluation: its own weights for evaluations; None where it has one set only.
     """
@@ -109,8 +111,8 @@ class Stepper:
         self._zero_grad = optimizer.zero_grad
         self._scaler = scaler
         self._sharded = [item for item in held if not isinstance(item, WholeModel)]
-        self._parameters = [item for group in optimizer.param_groups for item in group["params"]]
-        self._reducer = Reducer(self._parameters, world.topology.world_size)
+        self.parameters = [item for group in optimizer.param_groups for item in group["params"]]
+        self._reducer = Reducer(self.parameters, world.topology.world_size)
         self._whole = {id(item) for each in self._sharded for item in each.whole_parameters()}
         self._rank, self._world_size = world.topology.rank, world.topology.world_size
         self._modules = [list(each.model.modules()) for each in held]
@@ -139,8 +141,11 @@ class Stepper:
         if self._sharded:
             optimizer.zero_grad = types.MethodType(_zero_grad_of(self), optimizer)
 
-    def apply(self) -> None:
+    def apply(self, factor: Tensor | None = None) -> None:
         """Update the parameters by the mean of all ranks' gradients. Collective: all ranks.
+
+        Args:
+            factor: by which the gradients are too small, (); None: they are not.
 
         Raises:
             TrainingError: on this rank, if the gradients are not those of scaled losses where they
@@ -157,7 +162,7 @@ class Stepper:
         gradients = self._gathered() if self._sharded else self._reducer.reduce()
         self.applies = True  # what a scheduler has put around `step` stays around it
         try:
-            self.update.apply(gradients, None, None)
+            self.update.apply(gradients, None, factor)
         finally:
             self.applies = False
         for each in self._sharded:
@@ -179,7 +184,7 @@ class Stepper:
                 "this rank has no samples in this batch, and its held one counted as much as any: "
                 "call world.backward(loss, samples=batch.size) in place of loss.backward()"
             )
-        for item in self._parameters:
+        for item in self.parameters:
             item.grad = None
 
     def clear_gradients(self, *, set_to_none: bool = True) -> None:
@@ -198,7 +203,7 @@ class Stepper:
         for each in self._sharded:
             each.reduce_whole()
             each.gradients()
-        for item in self._parameters:
+        for item in self.parameters:
             if item.grad is not None:
                 (whole if id(item) in self._whole else found).append(item.grad)
         self._uncounted = len(whole) if self._rank else 0
@@ -296,6 +301,7 @@ def set_up(
             if spread:
                 refuse_whole_tensors(optimizer)
             _place_state(optimizer)
+            make_fused(optimizer)
             prepare_momentum(optimizer)
             begin_training(optimizer)
     if setups.bad_steps is None:

@@ -16,10 +16,14 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch import process_group
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
     from torch import Tensor
 
     from hpctrain.training.loops.loader import Loader
     from hpctrain.training.loops.registry import Setups
+    from hpctrain.training.loops.run import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,85 @@ class World(process_group.World):
             seed=self.seed,
             fields=None if fields is None else tuple(fields),
             options=options,
+        )
+
+    def run(
+        self,
+        folder: str | Path,
+        models: Any,
+        optimizers: Any,
+        loader: Loader | None = None,
+        *,
+        schedule: Any = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        save_epochs: int = 1,
+        save_steps: int = 0,
+        save_minutes: float = 0.0,
+        keep_last: int = 3,
+        keep_best: str | None = None,
+        keep_best_mode: Literal["min", "max"] | None = None,
+        resume: str = "auto",
+        log_steps: int = 10,
+        progress: Literal["auto", "bar", "lines", "none"] = "auto",
+        max_minutes: float | None = None,
+    ) -> AbstractContextManager[Run]:
+        """Hold a run folder in a `with` block, as a job does. Collective: all ranks.
+
+        The run goes on from its newest checkpoint, bit for bit; it ends at a step that all ranks
+        agree on when the batch system's time runs out, a signal comes or there is a file STOP in
+        the folder. Then all is saved, and the program ends with exit code 75 after the block: the
+        next one goes on from there.
+
+        Args:
+            folder: of the run; it need not be there.
+            models: that were set up: one, a list, or a dict with their names in checkpoints.
+            optimizers: one, or a list of all of these models'.
+            loader: of the data to train with; None: the loop has other samples, and `steps`.
+            schedule: of torch's learning rates, or a list of them; they are saved with the run, and
+                the loop steps them.
+            epochs: end after so many epochs.
+            steps: end after so many steps.
+            save_epochs: save after so many epochs; 0: never. The end is always saved.
+            save_steps: save after so many steps; 0: never.
+            save_minutes: save once so many minutes have passed; 0: never.
+            keep_last: keep the newest so many checkpoints.
+            keep_best: also keep the best one by this metric of `run.evaluation()`.
+            keep_best_mode: which direction is better; None: "min".
+            resume: "auto", "never", or the folder of a checkpoint.
+            log_steps: write a line of metrics after so many steps.
+            progress: "bar", "lines" or "none"; "auto": a bar on a terminal.
+            max_minutes: save and stop so long after the job began; None: no limit.
+
+        Raises:
+            ConfigError: on every rank, if an argument makes no sense.
+            CheckpointError: on every rank, if the folder is in use, or cannot be written to.
+        """
+        from hpctrain.training.loops.run import running, sections
+
+        checkpoint, logging = sections(
+            every_epochs=save_epochs,
+            every_steps=save_steps,
+            every_minutes=save_minutes,
+            keep_last=keep_last,
+            keep_best=keep_best,
+            keep_best_mode=keep_best_mode,
+            resume=resume,
+            log_steps=log_steps,
+            progress=progress,
+        )
+        return running(
+            self,
+            folder,
+            models,
+            optimizers,
+            loader,
+            schedule=schedule,
+            epochs=epochs,
+            steps=steps,
+            checkpoint=checkpoint,
+            logging_section=logging,
+            max_seconds=None if max_minutes is None else 60 * max_minutes,
         )
 
     def backward(self, loss: Tensor, *, samples: int | None = None) -> None:

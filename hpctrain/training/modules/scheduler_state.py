@@ -107,7 +107,7 @@ class SchedulerStates:
             differences.insert(0, f"lr: {rates[0]} then, {rates[1]} now")
         if not differences:
             for use, now in zip(self._configured.uses, state["now"], strict=True):
-                _load(use.scheduler, now)
+                load_portable(use.scheduler, now)
             _set_rates(self._groups, before)
             return
         self._re_evaluate(state)
@@ -149,7 +149,7 @@ class SchedulerStates:
             for key, value in now.items()
             if key in live and not _same(value, built.get(key))
         }
-        _load(use.scheduler, {**live, **seen})
+        load_portable(use.scheduler, {**live, **seen})
         if len(state["rates"]) == len(self._groups):
             # So many falls as there were, from where the code begins today.
             _set_rates(
@@ -210,7 +210,7 @@ def _portable(value: Any, name: str, depth: int) -> Tree:
     return copy.deepcopy(value)
 
 
-def _load(scheduler: Any, saved: Mapping[str, Tree]) -> None:
+def load_portable(scheduler: Any, saved: Mapping[str, Tree]) -> None:
     """Have a scheduler, or an object inside one, go on from what was saved of it.
 
     Raises:
@@ -237,7 +237,7 @@ def _merged(live: Any, saved: Tree) -> Any:
         if _OF_THE_CODE in saved:
             return live
         if _NESTED in saved:
-            _load(live, saved[_NESTED])
+            load_portable(live, saved[_NESTED])
             return live
         there = live if isinstance(live, Mapping) else {}
         merged = {key: _merged(there.get(key), item) for key, item in saved.items()}

@@ -1,0 +1,791 @@
+"""A run of a loop of one's own: `world.run`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from hpctrain.batch.stop import SignalFlag, describe
+from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
+from hpctrain.config import Config
+from hpctrain.config.schema import (
+    CheckpointSection,
+    ComponentSection,
+    LoggingSection,
+    OptimizerSection,
+    RunSection,
+)
+from hpctrain.data.loading.batch import ShareOfBatch
+from hpctrain.data.permutation import derive_key
+from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError, TrainingError
+from hpctrain.topology import on_rank_zero, raise_together
+from hpctrain.training.build import Parts, seed_generators
+from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
+from hpctrain.training.early_stopping import EarlyStopping
+from hpctrain.training.evaluation import gather_at_rank_zero
+from hpctrain.training.job import ReadTrouble
+from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples
+from hpctrain.training.loops.step import (
+    RATES,
+    SCHEDULE,
+    Counted,
+    LearningRates,
+    LoopStep,
+    NamedStates,
+    ScheduleState,
+    summed,
+)
+from hpctrain.training.loops.without_data import WithoutData, config_without_data
+from hpctrain.training.loops.world import World
+from hpctrain.training.metrics import MetricObjects, Totals, quotient
+from hpctrain.training.position import Interval, Position
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.rank_zero import prepare_rank_zero
+from hpctrain.training.record import begin_record, rules_and_changes
+from hpctrain.training.session import Session, finish_writing, session
+from hpctrain.training.summary import header_text, summary_text
+from hpctrain.training.trainer import Phases, Plan, ends_here
+from hpctrain.training.trainer import Run as JobRun
+from hpctrain.training.undisturbed import evaluating, kept_generators
+from hpctrain.utils.json_files import checked
+from hpctrain.utils.text import listed, metric
+
+logger = logging.getLogger("hpctrain")
+
+_RECORD = {"kind", "step", "epoch", "samples_seen", "seconds"}
+"""What a line of metrics.jsonl has of its own."""
+
+
+class Stopped(SystemExit):
+    """All ranks have saved and stopped early: the program is to be started again."""
+
+    everywhere = True
+
+
+class Run:
+    """A run that a loop drives: `for batch in run.steps()`.
+
+    Attributes:
+        state: objects that are saved with the run and put back: `run.state["ema"] = ema`. Each has
+            `state_dict` and `load_state_dict`, of tensors, numbers, texts and containers of these.
+        metrics: of the newest evaluation.
+        is_resumed: whether the run goes on from a checkpoint.
+        stopped: whether all ranks have agreed to stop before the end.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        config: Config,
+        step: LoopStep,
+        hooks: _Hooks,
+        plan: Plan,
+        data: Any,
+        loader: Loader | None,
+        phases: Phases,
+        resumed: Resumed | None,
+    ) -> None:
+        self.state = NamedStates(step.registered)
+        self.metrics: dict[str, float] = hooks.metrics
+        self.is_resumed = resumed is not None
+        self.stopped = False
+        self._world = world
+        self._setups = world.setups
+        self._step = step
+        self._hooks = hooks
+        self._plan = plan
+        self._data = data
+        self._loader = loader
+        self._phases = phases
+        self._place: Position = data.place
+        self._end = plan.stop_at.end(data.place)
+        self._passes = step.grad_accum_steps
+        if self._passes > 1 and len(step.steppers) > 1:
+            raise ConfigError(
+                "micro_batch_size: with several optimizers a step is not cut into passes, as each "
+                "of them may see what another has updated: leave it out",
+                everywhere=True,
+            )
+        # What a program draws until its first step is drawn again when it goes on.
+        self._generators = rng_to_tensors(world.device) if self.is_resumed else None
+        self._running: ShareOfBatch | None = None
+        self._updated = False
+        self._weights: list[Tensor | float] = []
+        self._logged: dict[str, list[Counted]] = {}
+        self._lr: Any = 0.0
+        self._totals: Totals | None = None
+        self._fresh: dict[str, float] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The running epoch, from 0."""
+        return self._place.epoch
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the run began, those of earlier jobs included."""
+        return self._place.step
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples that all ranks together have trained with since the run began."""
+        return self._place.samples_seen
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the epoch ends with the running pass; to be asked in the body of the loop."""
+        running: Samples | None = self._setups.current
+        return running is not None and running.is_last_batch and running.is_last_pass
+
+    def steps(self) -> Iterator[Any]:
+        """Yield what each pass of each step is of, from where the run stands to its end.
+
+        Collective: all ranks. After the body of a step it is logged, saved and stopped, where it is
+        time. Without a loader the number of the step is yielded, from 0.
+
+        Raises:
+            TrainingError: on every rank, if a body has updated nothing, or training diverges.
+        """
+        self._begin()
+        while self._place.step < self._end.step:
+            for share in self._shares():
+                self._open(share)
+                yield from self._passes_of(share)
+                if self._close():
+                    self.stopped = True
+                    return
+                if self._place.step >= self._end.step:
+                    break
+
+    def step(
+        self, loss: Tensor, *, samples: int | None = None, weight: Tensor | float | None = None
+    ) -> None:
+        """Run the backward pass of a loss, and after the last pass of a step its update.
+
+        Collective: all ranks.
+
+        Args:
+            loss: (), a mean over the samples of the pass.
+            samples: how many: `batch.size`, as without it. The update is that of the mean over the
+                global batch, whatever the ranks' shares.
+            weight: what the mean is over, where that depends on the data, such as the number of
+                tokens that count; a number, or (). Costs one more reduction a step.
+
+        Raises:
+            TrainingError: on this rank, if the loss has no backward pass, or there are several
+                optimizers.
+        """
+        if len(self._step.steppers) > 1:
+            raise TrainingError(
+                "run.step updates by one optimizer, and there are several: run.backward(loss), "
+                "then run.update(optimizer)"
+            )
+        self.backward(loss, samples=samples, weight=weight)
+        self.update(self._step.steppers[0].optimizer)
+
+    def backward(
+        self, loss: Tensor, *, samples: int | None = None, weight: Tensor | float | None = None
+    ) -> None:
+        """Run the backward pass of a loss, as `step` takes it. Under FSDP, collective."""
+        if self._running is None:
+            raise TrainingError("run.backward and run.step belong into `for batch in run.steps()`")
+        running: Samples | None = self._setups.current
+        if weight is None:
+            if samples is None and running is not None:
+                samples = running.size
+            self._setups.backward(loss, self._setups.factor(samples, self._world.world_size))
+            counts: Tensor | float = 1.0 if samples is None else samples
+        else:
+            counts = self._backward_by_weight(loss, weight)
+        self._step.losses.append((loss.detach(), counts))
+
+    def _backward_by_weight(self, loss: Tensor, weight: Tensor | float) -> Tensor | float:
+        if len(self._step.steppers) > 1:
+            raise TrainingError("weight= is for a loop with one optimizer: weigh the loss yourself")
+        if self._setups.is_idle:
+            weight = 0.0
+        if isinstance(weight, Tensor):
+            weight = weight.detach().reshape(())
+        nominal = self._world.world_size / self._running_size()
+        self._setups.backward(loss, weight * nominal)
+        self._weights.append(weight)
+        return weight
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Update by the mean gradients of all ranks, and forget these. Collective: all ranks.
+
+        After the last pass of a step; before it, gradients are only added up.
+
+        Raises:
+            TrainingError: on this rank, if no backward pass came before.
+        """
+        stepper = self._setups.stepper_of(optimizer)
+        if stepper not in self._step.steppers:
+            raise TrainingError(f"{type(optimizer).__name__} is of no model of this run")
+        if not stepper.begun:
+            raise TrainingError(
+                "run.update without a backward pass: run.backward(loss) in place of loss.backward()"
+            )
+        running: Samples | None = self._setups.current
+        if running is not None and not running.is_last_pass:
+            return
+        factor = self._by_weights() if self._weights else None
+        stepper.apply(factor)
+        stepper.clear_gradients()
+        if not self._updated:
+            self._lr = optimizer.param_groups[0]["lr"]
+        self._updated = True
+
+    def _by_weights(self) -> Tensor:
+        """Return what makes a mean over samples one over weights, (). Collective: all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for weight in self._weights:
+            total = total + weight
+        if self._world.world_size > 1:
+            dist.all_reduce(total)
+        # Where nothing at all counts, the gradient is 0 and stays so.
+        return self._running_size() / torch.where(total == 0, 1.0, total)
+
+    def _running_size(self) -> int:
+        assert self._running is not None
+        return self._running.global_size if self._loader is not None else self._world.world_size
+
+    def log(self, *, weight: Tensor | float | None = None, **numbers: Tensor | float) -> None:
+        """Have numbers of this pass in the metrics, where the step is logged; else do nothing.
+
+        They are means over all ranks and passes of the step. Nothing waits for the device before.
+
+        Args:
+            weight: how much they count; None: the samples of the pass.
+            numbers: by name, each the same on all ranks: numbers, or tensors of one.
+
+        Raises:
+            TrainingError: on this rank, if one is no number, or a name is taken.
+        """
+        if taken := _RECORD & numbers.keys():
+            raise TrainingError(f"run.log: the name {listed(sorted(taken))} is taken")
+        if not self._logs_now():
+            return
+        running: Samples | None = self._setups.current
+        if weight is None:
+            weight = 1.0 if running is None else running.size
+        for name, value in numbers.items():
+            tensor = value.detach() if isinstance(value, Tensor) else value
+            if isinstance(tensor, Tensor) and tensor.numel() != 1:
+                raise TrainingError(
+                    f"run.log({name}=...) is a tensor {tuple(tensor.shape)}: expected one number"
+                )
+            number = torch.as_tensor(tensor, device=self._world.device).reshape(())
+            self._logged.setdefault(name, []).append((number, weight))
+
+    def _logs_now(self) -> bool:
+        step = self._place.step + 1
+        return step == self._end.step or self._plan.log.due(replace(self._place, step=step))
+
+    @contextmanager
+    def evaluation(self, split: str = "validation") -> Iterator[None]:
+        """Evaluate in the body: no gradients, modules in eval mode, generators kept.
+
+        Collective: all ranks. What `update_metric` was given there is in `metrics` after it, in
+        metrics.jsonl, and with the checkpoint of this step.
+
+        Args:
+            split: what the data are called.
+        """
+        totals = self._totals = Totals(_EVALUATION, MetricObjects(_EVALUATION, self._world.device))
+        with (
+            self._phases.measure("evaluation"),
+            self._step.evaluation_weights(),
+            torch.no_grad(),
+            kept_generators(self._world.device),
+            evaluating([each for model in self._setups.models() for each in model.modules()]),
+        ):
+            yield
+            self._step.settle()
+        self._totals = None
+        parts = gather_at_rank_zero(totals.part().quotients, self._world)
+
+        def combined() -> dict[str, float]:
+            names = list(dict.fromkeys(name for part in parts or () for name in part))
+            return {
+                name: quotient([part[name] for part in parts or () if name in part])
+                for name in names
+            }
+
+        self.metrics = self._fresh = on_rank_zero(self._world.communicator, combined)
+        self._hooks.evaluated(self._place, self._position(), split, self.metrics)
+
+    def update_metric(self, **sums: tuple[Tensor | float, Tensor | float]) -> None:
+        """Add to metrics: each is (sum, weight), and the quotient of both over all data and ranks.
+
+        Raises:
+            TrainingError: on this rank, outside of an evaluation, or if one is something else.
+        """
+        if self._totals is None:
+            raise TrainingError("run.update_metric belongs into `with run.evaluation()`")
+        for name, value in sums.items():
+            if not isinstance(value, tuple):
+                raise TrainingError(
+                    f"run.update_metric({name}=...) is {type(value).__name__}: expected a tuple "
+                    "(sum, weight), such as (correct.sum(), batch.size)"
+                )
+        self._totals.add(sums)
+
+    def _begin(self) -> None:
+        """Begin where the run stands: what was drawn until here is not part of it."""
+        for name in self._step.registered.left_over():
+            self._hooks.warn(
+                f'the checkpoint has run.state["{name}"], and this program gives no object of that '
+                "name"
+            )
+        if self._generators is not None:
+            tensors, values = self._generators
+            restore_rng(tensors, values, self._world.device)
+        elif self._world.seed is not None:
+            # From here every rank draws its own numbers.
+            seed_generators(derive_key(self._world.seed, 1 + self._world.rank))
+        self._generators = None
+        self._hooks.begin(self._place)
+
+    def _shares(self) -> Iterator[ShareOfBatch]:
+        """Yield this rank's shares of the global batches of the running epoch."""
+        loader = self._data.train_loader
+        yield from loader.epoch(self._place.epoch, self._place.position)
+
+    def _open(self, share: ShareOfBatch) -> None:
+        self._running = share
+        self._updated = False
+        self._weights, self._logged = [], {}
+        self._step.losses.clear()
+        self._step.clear_gradients()
+
+    def _passes_of(self, share: ShareOfBatch) -> Iterator[Any]:
+        if self._loader is None:
+            self._world.pulse.tick()
+            yield self._place.step
+            return
+        for samples in self._loader.passes(share, self._passes):
+            with ExitStack() as stack:
+                if not samples.is_last_pass:
+                    for held in self._setups.held():
+                        stack.enter_context(held.local() if held.spread else nullcontext())
+                yield samples
+
+    def _position(self) -> Position:
+        """Return where the run stands once the running step is done."""
+        if self._running is None:
+            return self._place
+        return self._place.after(self._running.global_size, self._plan.stop_at.epoch_samples)
+
+    def _close(self) -> bool:
+        """End a step: log it and save it where it is time. Collective: all ranks.
+
+        Returns:
+            Whether all ranks stop here.
+
+        Raises:
+            TrainingError: on every rank that comes here, if nothing was updated.
+        """
+        if not self._updated:
+            raise TrainingError(
+                "the loop took a batch and updated nothing by it: call run.step(loss) or "
+                "run.update(optimizer) in every step. Gradients of several passes are added up by "
+                "world.loader(..., micro_batch_size=...)",
+                everywhere=True,
+            )
+        share = self._running
+        assert share is not None
+        epoch, place = self._place.epoch, self._position()
+        self._running = None
+        self._step.taken(epoch, share.start, share.global_size)
+        self._place = place
+        self._hooks.advanced(place)
+        complete = place.step == self._end.step
+        if complete or self._plan.log.due(place):
+            self._hooks.log(place, epoch, float(self._lr), self._reduced())
+        fresh, self._fresh = self._fresh, None
+        return ends_here(place, self._plan, self._hooks, fresh, complete=complete)
+
+    def _reduced(self) -> dict[str, float]:
+        """Return what was logged, over all ranks and passes of the step. Collective: all ranks.
+
+        Raises:
+            TrainingError: on every rank, if they have logged other names.
+        """
+        mine = {}
+        for name, items in self._logged.items():
+            total, weight = summed(items, self._world.device)
+            mine[name] = (0.0 if total is None else float(total), float(weight))
+        everyone = self._world.communicator.all_gather(mine)
+        for rank, each in enumerate(everyone):
+            if each.keys() != everyone[0].keys():
+                other = listed(sorted(each.keys() ^ everyone[0].keys()))
+                raise TrainingError(
+                    f"run.log: ranks 0 and {rank} have logged different names: {other}. Log the "
+                    "same on all ranks",
+                    everywhere=True,
+                )
+        return {name: quotient([each[name] for each in everyone]) for name in everyone[0]}
+
+    def end(self) -> bool:
+        """Save what a loop has left unsaved by a `break`, and tell whether the run is complete.
+
+        Collective: all ranks.
+        """
+        if self._running is not None and self._updated:
+            self.stopped = self._close() or self.stopped
+            if not self.stopped and self._place.step < self._end.step:
+                self._hooks.save(self._place, None)
+        self._setups.current = None
+        return not self.stopped
+
+
+class _Evaluation:
+    """Stands for the task of an evaluation, in messages."""
+
+
+_EVALUATION = _Evaluation()
+
+
+class _Hooks(JobRun):
+    """What a job does between two steps, for a loop of one's own."""
+
+    def evaluated(
+        self, before: Position, place: Position, split: str, metrics: Mapping[str, float]
+    ) -> None:
+        """Write down the metrics of an evaluation."""
+        self.metrics = dict(metrics)
+        if self._rank_zero is not None:
+            record = {"kind": "evaluation", "split": split, "step": place.step}
+            self._rank_zero.writer.write({**record, "epoch": before.epoch, **metrics})
+            shown = "  ".join(f"{name} {metric(value)}" for name, value in metrics.items())
+            self._rank_zero.progress.note(f"step {place.step:,}  epoch {before.epoch}  {shown}")
+
+    def warn(self, text: str) -> None:
+        """Say on rank 0 what a user should know."""
+        self._tell(text)
+
+    @property
+    def _has_data(self) -> bool:
+        data: object = self._data
+        return not isinstance(data, WithoutData)
+
+    def _place_in_data(self, place: Position) -> dict[str, Any]:
+        return super()._place_in_data(place) if self._has_data else {}
+
+    def _explain(self, step: int) -> str:
+        return super()._explain(step) if self._has_data else "see the losses in metrics.jsonl"
+
+
+class _Task:
+    """Stands for a job's task: what an evaluation of the loop gives is known to the loop only."""
+
+    def __init__(self, keep_best: str | None, mode: str | None) -> None:
+        self.metrics = {} if keep_best is None else {keep_best: mode or "min"}
+
+
+class _Schedule:
+    """Stands for a job's schedule: the loop has its own."""
+
+    in_groups = True
+    notes: Sequence[str] = ()
+
+    def __init__(self, step: LoopStep) -> None:
+        self._step = step
+
+    def __call__(self, place: Position, end: Position) -> float:
+        """Return the learning rate of the first group."""
+        return float(self._step.optimizer.param_groups[0]["lr"])
+
+    def rates(self) -> dict[str, float]:
+        """Return no further ones."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the loop's own schedules are saved by name."""
+        return {}
+
+
+@contextmanager
+def running(
+    world: World,
+    folder: str | Path,
+    models: Any,
+    optimizers: Any,
+    loader: Loader | None,
+    *,
+    schedule: Any,
+    epochs: int | None,
+    steps: int | None,
+    checkpoint: CheckpointSection,
+    logging_section: LoggingSection,
+    max_seconds: float | None,
+) -> Iterator[Run]:
+    """Hold a run folder in the body, as a job does. Collective: all ranks.
+
+    See `World.run`.
+    """
+    with raise_together(world.communicator):
+        named = _named_models(models)
+        step = LoopStep(world, world.setups, named)
+        _check_optimizers(world, step, optimizers)
+        config = _config(
+            world,
+            Path(folder),
+            named,
+            step,
+            loader,
+            epochs=epochs,
+            steps=steps,
+            checkpoint=checkpoint,
+            logging_section=logging_section,
+            max_seconds=max_seconds,
+        )
+        schedules = schedule if isinstance(schedule, list | tuple) else [schedule]
+        for number, each in enumerate(schedules):
+            if each is not None:
+                name = SCHEDULE if len(schedules) == 1 else f"{SCHEDULE} {number}"
+                step.registered.add(name, ScheduleState(each))
+        step.registered.add(RATES, LearningRates(step.steppers))
+    assert world.guard is not None
+    stopped = False
+    with (
+        _signals() as signals,
+        session(config, world.communicator, signals=signals, guard=world.guard) as job,
+    ):
+        begin_record(job.folder, world)
+        run, hooks, data, phases = _begun(world, config, step, loader, job)
+        try:
+            with hooks.saves_finished():
+                yield run
+                complete = run.end()
+        except HpctrainError:
+            raise
+        except BaseException as error:
+            if job.folder is not None and world.world_size == 1:  # else the guard tells
+                with suppress(CheckpointError):
+                    job.folder.end(ExitCode.BUG, f"{type(error).__name__}: {error}")
+            raise
+        hooks.finish()
+        data.staging.tell_problems(world)
+        command = [sys.argv[0] or "python", *sys.argv[1:]]
+        finish_writing(
+            world,
+            hooks.rank_zero,
+            phases,
+            hooks.place,
+            lambda writers: summary_text(
+                config, world, hooks, writers, data, phases, complete, command
+            ),
+        )
+        data.close()
+        if complete:
+            job.end(ExitCode.DONE, "complete")
+        else:
+            stopped = True
+            job.end(ExitCode.STOPPED, f"stopped by {describe(hooks.reasons)}")
+    if stopped:
+        raise Stopped(int(ExitCode.STOPPED))
+
+
+def _begun(
+    world: World, config: Config, step: LoopStep, loader: Loader | None, job: Session
+) -> tuple[Run, _Hooks, Any, Phases]:
+    """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
+    folder = job.folder
+    resumed = (
+        find_checkpoint(config, world, None)
+        if folder is None
+        else find_checkpoint(config, world, folder.path, folder.resume)
+    )
+    semantics, changes = rules_and_changes(config, resumed)
+    data: Any = (
+        WithoutData(config, resumed) if loader is None else loader.open(config, semantics, resumed)
+    )
+    if loader is not None:
+        step.grad_accum_steps = loader.count_passes()
+    place = data.place
+    if folder is not None:
+        folder.begin(place.step)
+    with raise_together(world.communicator):
+        if resumed is not None:
+            changes += restore(world, step, resumed)  # type: ignore[arg-type]
+            resumed = resumed.without_tensors()
+    keep_best, mode = config.checkpoint.keep_best, config.checkpoint.keep_best_mode
+    parts = Parts(
+        model=step.model,
+        task=_Task(keep_best, mode),  # type: ignore[arg-type]
+        number_format=NumberFormat.of(config.training.precision, world.device),
+        schedule=_Schedule(step),  # type: ignore[arg-type]
+        step=step,  # type: ignore[arg-type]
+    )
+    with raise_together(world.communicator):
+        rank_zero = None
+        if folder is not None:
+            rank_zero = prepare_rank_zero(config, parts, data, folder, place, False)
+            job.stop.add(rank_zero.save_clock.bit)
+            if loader is not None:
+                logger.info(
+                    header_text(config, world, parts, data, resumed, place, folder, changes)
+                )
+        job.stop.add(ReadTrouble(data.train_loader).bit)
+        stall = (lambda: rank_zero.store.stall_seconds) if rank_zero is not None else (lambda: 0.0)
+        phases = Phases({"data": lambda: data.train_loader.wait_seconds, "checkpoint": stall})
+    hooks = _Hooks(
+        config,
+        world,
+        data,
+        parts,
+        phases=phases,
+        stop=job.stop,
+        rank_zero=rank_zero,
+        place=place,
+        metrics={} if resumed is None else dict(resumed.values["metrics"]),
+        stopping=EarlyStopping(config.early_stopping, config.training, "min"),
+    )
+    checkpoint = config.checkpoint
+    plan = Plan(
+        stop_at=data.stop_at,
+        log=Interval(every_steps=config.logging.every_steps),
+        evaluate=None,
+        check=Interval(),
+        save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+    )
+    run = Run(world, config, step, hooks, plan, data, loader, phases, resumed)
+    return run, hooks, data, phases
+
+
+def sections(
+    *, log_steps: int, progress: str, **checkpoint: Any
+) -> tuple[CheckpointSection, LoggingSection]:
+    """Return what is saved and told, as a config would say it.
+
+    Raises:
+        ConfigError: if a number is out of its range, or a word is none.
+    """
+    try:
+        return (
+            checked(checkpoint, CheckpointSection),
+            checked({"every_steps": log_steps, "progress": progress}, LoggingSection),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"world.run: {error}", everywhere=True) from error
+
+
+@contextmanager
+def _signals() -> Iterator[SignalFlag]:
+    """Catch signals in the body, where that is possible: in the main thread."""
+    flag = SignalFlag()
+    if threading.current_thread() is not threading.main_thread():
+        logger.warning("signals do not stop this run: it is not in the main thread")
+        yield flag
+        return
+    with flag:
+        yield flag
+
+
+def _named_models(models: Any) -> dict[str, nn.Module]:
+    """Return the models of a run by the names that their parameters have in a checkpoint."""
+    if isinstance(models, nn.Module):
+        return {"": models}
+    if isinstance(models, Mapping):
+        named = dict(models)
+    elif isinstance(models, list | tuple):
+        kinds = [type(model).__name__ for model in models]
+        names = kinds if len(set(kinds)) == len(kinds) else [f"{k}{i}" for i, k in enumerate(kinds)]
+        named = dict(zip(names, models, strict=True))
+    else:
+        named = {}
+    if not named or not all(isinstance(model, nn.Module) for model in named.values()):
+        raise ConfigError(
+            "world.run takes a model, a list of them, or a dict by name, as world.setup has "
+            "returned them"
+        )
+    if wrong := [name for name in named if not name.isidentifier()]:
+        raise ConfigError(f"world.run: {wrong[0]!r} is no name for a model: letters, digits and _")
+    return named
+
+
+def _check_optimizers(world: World, step: LoopStep, optimizers: Any) -> None:
+    given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
+    for optimizer in given:
+        world.setups.stepper_of(optimizer)
+    missing = [each for each in step.steppers if not any(each.optimizer is one for one in given)]
+    if missing:
+        kind = type(missing[0].optimizer).__name__
+        raise ConfigError(f"world.run: {kind} updates a model of the run: give it as well")
+
+
+def _config(
+    world: World,
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    step: LoopStep,
+    loader: Loader | None,
+    *,
+    epochs: int | None,
+    steps: int | None,
+    checkpoint: CheckpointSection,
+    logging_section: LoggingSection,
+    max_seconds: float | None,
+) -> Config:
+    """Return the config that a job like this run would have; it is saved with the run.
+
+    Raises:
+        ConfigError: if the run has no end, or no folder.
+    """
+    if loader is not None and not loader.training:
+        raise ConfigError("world.run: the loader is for evaluation: give one to train with")
+    if loader is None and steps is None:
+        raise ConfigError("world.run without a loader has no epochs: give steps=")
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise ConfigError(f"world.run: {name}={value!r}: expected a whole number from 1")
+    if epochs is None and steps is None:
+        raise ConfigError("world.run: how long? Give epochs= or steps=")
+    if loader is None and epochs is not None:
+        raise ConfigError("world.run without a loader has no epochs: give steps= alone")
+    if not folder.name:
+        raise ConfigError(f"world.run: {str(folder)!r} is no folder of a run")
+    section = next(
+        setup.section
+        for setup in world.setups.all
+        if any(model is one for model in setup.models for one in models.values())
+    )
+    groups = step.optimizer.param_groups
+    lr = float(groups[0]["lr"])
+    common: dict[str, Any] = {
+        "training": replace(section, max_epochs=epochs, max_steps=steps),
+        "run": RunSection(
+            name=folder.name,
+            directory=str(folder.parent),
+            seed=DEFAULT_SEED if world.seed is None else world.seed,
+            max_seconds=max_seconds,
+        ),
+        "model": ComponentSection(use=" and ".join(_use(model) for model in models.values())),
+        "optimizer": OptimizerSection(
+            use=" and ".join(_use(each.optimizer) for each in step.steppers),
+            lr=lr if math.isfinite(lr) and lr > 0 else 1.0,
+        ),
+        "checkpoint": checkpoint,
+        "logging": logging_section,
+    }
+    return config_without_data(**common) if loader is None else loader.config(**common)
+
+
+def _use(item: object) -> str:
+    return f"{type(item).__module__}:{type(item).__qualname__}"
