@@ -9,10 +9,11 @@ from pathlib import Path
 
 from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
+from hpctrain.cli.scripts import run_script
 from hpctrain.cli.tools import bundle, ckpt, data, job, status
 from hpctrain.cli.usage import HELP, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
-from hpctrain.launch.environment import Claim, this_process
+from hpctrain.launch.environment import Claim, launchers_in, this_process
 from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
 
@@ -51,12 +52,23 @@ def claim_for(arguments: Sequence[str]) -> Claim:
     try:
         return this_process()
     except LaunchError:
+        if _is_one_of_nodes(arguments):
+            return Claim(launcher=None, rank=0, world_size=1)
         if _is_collective(arguments):
             raise
         # Work for one process; it only matters which one it is.
         from hpctrain.launch.speaking import may_speak
 
         return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
+
+
+def _is_one_of_nodes(arguments: Sequence[str]) -> bool:
+    """Tell whether this command is given once on each of several nodes, and is no rank yet."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    is_told = not given.isdisjoint({"--num-nodes", "--node-rank"}) or (
+        arguments[:1] == ["run"] and "NODE_RANK" in os.environ
+    )
+    return is_told and "RANK" not in os.environ and not launchers_in(os.environ)
 
 
 def _is_collective(arguments: Sequence[str]) -> bool:
@@ -96,6 +108,8 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     _require_folder()
     if first == "data":
         return data(rest, claim)
+    if first == "run":
+        return run_script(rest, claim)
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE

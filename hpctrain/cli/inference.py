@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.cli.jobs import started
+from hpctrain.cli.processes import declare_processes, take_processes
 from hpctrain.cli.usage import PROGRAM, Parser, say
 from hpctrain.errors import ExitCode
 from hpctrain.launch.environment import Claim
@@ -43,7 +44,7 @@ def predict(arguments: list[str], claim: Claim) -> int:
     """Write the predictions of a checkpoint for a split. Collective: all ranks."""
     parser = _parser("predict", "test")
     parser.add_argument("--output", type=Path, metavar="FOLDER|FILE.nc", required=True)
-    if (parsed := _parsed(parser, arguments, claim)) is None:
+    if (parsed := _parsed("predict", parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     found = _answered(command, claim, parsed.split, parsed.checkpoint, output=parsed.output)
@@ -63,7 +64,7 @@ def predict(arguments: list[str], claim: Claim) -> int:
 def _metrics(name: str, split: str, arguments: list[str], claim: Claim) -> int:
     parser = _parser(name, split)
     parser.add_argument("--json", action="store_true")
-    if (parsed := _parsed(parser, arguments, claim)) is None:
+    if (parsed := _parsed(name, parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     with reserved_stdout(parsed.json) as out:
@@ -75,22 +76,30 @@ def _metrics(name: str, split: str, arguments: list[str], claim: Claim) -> int:
 
 
 def _parser(name: str, split: str) -> Parser:
-    parser = Parser(prog=f"{PROGRAM} {name}", add_help=True, description=_ABOUT)
+    parser = Parser(name, prog=f"{PROGRAM} {name}", add_help=True, description=_ABOUT)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--checkpoint", metavar="best|last|PATH")
     parser.add_argument("--split", metavar="|".join((*SPLITS, "NAME")), default=split)
+    declare_processes(parser)
     return parser
 
 
-def _parsed(parser: Parser, arguments: list[str], claim: Claim) -> Namespace | None:
+def _parsed(command: str, parser: Parser, arguments: list[str], claim: Claim) -> Namespace | None:
     """Return what a command is told; None: it is its help that was asked for."""
     if not {"-h", "--help"}.isdisjoint(arguments) and claim.rank not in (None, 0):
         return None
     try:
-        return parser.parse_intermixed_args(arguments)
+        parsed = parser.parse_intermixed_args(arguments)
     except SystemExit:  # argparse has told it
         return None
+    given = vars(parsed)
+    options = [
+        f"--{key}={given[key]}" for key in ("checkpoint", "split", "output") if given.get(key)
+    ]
+    options += ["--json"] if given.get("json") else []
+    take_processes(parsed, command, claim, options)
+    return parsed
 
 
 def _answered(

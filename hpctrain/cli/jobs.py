@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from hpctrain.cli.usage import Parser, usage_error
+from hpctrain.cli.processes import declare_processes, take_processes
+from hpctrain.cli.usage import PROGRAM, USAGES, Parser, usage_error, usage_of
 from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
@@ -17,6 +18,7 @@ from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import write_out
+from hpctrain.utils.text import nearest
 
 if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
@@ -24,18 +26,7 @@ if TYPE_CHECKING:
 
 def run(arguments: list[str], claim: Claim) -> int:
     """Train. Collective: all ranks."""
-    parser = Parser()
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--np", type=int)
-    parser.add_argument("--code", type=Path)
-    # Overrides may stand before and after --np.
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.np is not None:
-        code = [] if parsed.code is None else ["--code", str(parsed.code)]
-        start_here(parsed.np, [parsed.config, *parsed.overrides, *code], claim)
-    if parsed.code is not None:
-        use_snapshot(parsed.code)
+    parsed = _parsed(Parser(""), arguments, claim, "")
 
     from hpctrain.batch.stop import SignalFlag
     from hpctrain.launch.process_group import gathering, loading
@@ -62,14 +53,9 @@ def run(arguments: list[str], claim: Claim) -> int:
 
 def check(arguments: list[str], claim: Claim) -> int:
     """Try everything that a run needs, and train nothing. Collective: all ranks."""
-    parser = Parser()
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser = Parser("check")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--code", type=Path)
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.code is not None:
-        use_snapshot(parsed.code)
+    parsed = _parsed(parser, arguments, claim, "check")
 
     from hpctrain.preflight.report import start_failed_json
     from hpctrain.utils.streams import reserved_stdout
@@ -134,23 +120,62 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
         yield Job(config=config, topology=topology, communicator=communicator, guard=keeper)
 
 
-def start_here(num_processes: int, arguments: Sequence[str], claim: Claim) -> NoReturn:
-    """Become an mpirun that runs the same command on this node.
+def _parsed(
+    parser: Parser, arguments: Sequence[str], claim: Claim, command: str
+) -> argparse.Namespace:
+    """Return the arguments of a job; where they ask for more processes, become what starts these.
+
+    Args:
+        parser: knows the command's own options.
+        arguments: of the command line.
+        claim: what the launcher says of this process.
+        command: "check", or "" for the run itself.
 
     Raises:
-        UsageError: under a launcher, or for no processes.
-        LaunchError: if there is no MPI to do it with.
+        UsageError: if they do not fit.
     """
-    if num_processes < 1:
-        raise usage_error(f"--np {num_processes}: at least one process is needed")
-    if claim.launcher is not None:
-        raise usage_error(
-            f"--np {num_processes} starts an mpirun of its own, but {claim.launcher.label} has "
-            "started this process already: leave out one of the two"
-        )
-    from hpctrain.launch.mpirun import start
+    _check_is_no_program(arguments)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--code", type=Path)
+    declare_processes(parser)
+    # Overrides may stand before and after options.
+    parsed = parser.parse_intermixed_args(arguments)
+    _check_is_command(parsed.config)
+    given = {"--json": vars(parsed).get("json"), f"--code={parsed.code}": parsed.code is not None}
+    take_processes(
+        parsed, command, claim, [option for option, is_given in given.items() if is_given]
+    )
+    if parsed.code is not None:
+        use_snapshot(parsed.code)
+    return parsed
 
-    start(num_processes, [sys.executable, "-m", "hpctrain", *arguments])
+
+def _check_is_no_program(arguments: Sequence[str]) -> None:
+    """Tell how a program is run, where one stands in place of a config.
+
+    Raises:
+        UsageError: if it does.
+    """
+    path = next((word for word in arguments if not word.startswith("-")), "")
+    if Path(path).suffix == ".py":
+        raise usage_error(
+            f"{path} is a Python program, not a config: {PROGRAM} run {' '.join(arguments)}",
+            usage_of("run"),
+        )
+
+
+def _check_is_command(word: str) -> None:
+    """Tell which command was meant by what is neither one nor a config.
+
+    Raises:
+        UsageError: if one is near.
+    """
+    if Path(word).suffix or Path(word).exists():
+        return
+    near = nearest(word, [name for name in USAGES if name])
+    if near is not None:
+        raise usage_error(f"there is no command {word!r}; did you mean {near!r}?", usage_of(near))
 
 
 def _config_or_error(path: str, overrides: Sequence[str]) -> Config | ConfigError:

@@ -26,7 +26,7 @@ _ENDING_SECONDS = 10.0
 
 def status(arguments: list[str]) -> int:
     """Tell how a run ended, or where it stands."""
-    parser = Parser()
+    parser = Parser("status")
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--exit-code", action="store_true")
@@ -66,7 +66,7 @@ def _lives(run: Path, wait_seconds: float) -> bool | None:
 
 def bundle(arguments: list[str]) -> int:
     """Pack what tells how a run went, for a support desk."""
-    parser = Parser()
+    parser = Parser("bundle")
     parser.add_argument("run", type=Path)
     parser.add_argument("more", type=Path, nargs="*")
     parser.add_argument("--output", type=Path)
@@ -95,7 +95,7 @@ def job(arguments: list[str]) -> int:
     """Print or submit a job script."""
     from hpctrain.batch import job_script
 
-    parser = Parser()
+    parser = Parser("job")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--scheduler", choices=job_script.SCHEDULERS)
@@ -141,7 +141,7 @@ def job(arguments: list[str]) -> int:
 
 def ckpt(arguments: list[str]) -> int:
     """Look at checkpoints; RUN is the folder of a run or of one of its checkpoints."""
-    parser = Parser()
+    parser = Parser("ckpt")
     parser.add_argument("tool", choices=["ls", "verify", "diff", "export"])
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")

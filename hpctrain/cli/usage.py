@@ -8,22 +8,31 @@ from typing import Any, NoReturn
 from hpctrain.errors import ExitCode, UsageError
 from hpctrain.launch.environment import Claim
 from hpctrain.utils.streams import write_out
+from hpctrain.utils.text import did_you_mean
 
 PROGRAM = "python -m hpctrain"
 
-USAGE = """\
-usage: python -m hpctrain CONFIG [--np N] [SECTION.KEY=VALUE ...]
-       python -m hpctrain check CONFIG [SECTION.KEY=VALUE ...] [--json]
-       python -m hpctrain evaluate|test|predict CONFIG [SECTION.KEY=VALUE ...] [OPTIONS]
-       python -m hpctrain status RUN [--json | --exit-code] [--max-tries N]
-       python -m hpctrain job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS
-       python -m hpctrain data TOOL ...
-       python -m hpctrain ckpt ls|verify|diff|export RUN [...]
-       python -m hpctrain bundle RUN [FILE ...] [--output FILE]
-"""
+USAGES = {
+    "": "CONFIG [--np N] [SECTION.KEY=VALUE ...]",
+    "run": "run [OPTIONS] SCRIPT [OPTIONS] [--] [ARGUMENTS ...]",
+    "prepare": "prepare CONFIG|SCRIPT [SECTION.KEY=VALUE ... | ARGUMENTS ...]",
+    "check": "check CONFIG [--np N] [SECTION.KEY=VALUE ...] [--json]",
+    "evaluate": "evaluate CONFIG [SECTION.KEY=VALUE ...] [OPTIONS]",
+    "test": "test CONFIG [SECTION.KEY=VALUE ...] [OPTIONS]",
+    "predict": "predict CONFIG [SECTION.KEY=VALUE ...] --output FOLDER|FILE.nc [OPTIONS]",
+    "status": "status RUN [--json | --exit-code] [--max-tries N]",
+    "job": "job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS",
+    "data": "data TOOL ...",
+    "ckpt": "ckpt ls|verify|diff|export RUN [...]",
+    "bundle": "bundle RUN [FILE ...] [--output FILE]",
+}
+"""What each command takes; "" is a run of a config."""
+
+_LINES = "\n       ".join(f"{PROGRAM} {usage}" for usage in USAGES.values())
 
 HELP = f"""\
-{USAGE}
+usage: {_LINES}
+
 Train as the TOML file CONFIG says. Start it under the launcher of the cluster:
 
   mpirun -np 16 python -m hpctrain configs/run.toml
@@ -33,6 +42,13 @@ Overrides are TOML values for single keys. Started again, a run continues from i
 checkpoint. Alone, without a launcher, it is one process.
 
 commands:
+  run SCRIPT        run your own program: its hpctrain.connect() or hpctrain.lightning.Trainer
+                    finds all processes, and the end of one ends all. Options as below, before or
+                    after SCRIPT; what follows -- is the script's. -m MODULE in place of SCRIPT.
+                    Under mpirun or srun it runs in each of the ranks that are there already
+  prepare CONFIG|SCRIPT
+                    fetch the data, on a node with internet: prepare_data of the model and its
+                    data, in one process, without MPI or GPU
   check CONFIG      under the launcher, before a long job: try network, devices, model, data and
                     run folder, train nothing, say what is wrong and how to fix it; 0 or 69
   evaluate CONFIG   the metrics of a trained model, of data.validation; test: of data.test
@@ -71,8 +87,18 @@ commands:
                     config, job records, ends, stacks, the last of the log; no data, no weights,
                     no secrets that can be told by their look. FILE: more, such as a job's log
 
-options:
+options of a run, of check and of run SCRIPT:
   --np N            start N processes on this node, under the mpirun of the bound MPI library
+  --devices N|auto|0,1
+                    the same, for each node: as many processes, one for every GPU, or for those
+  --num-nodes N --node-rank R --main-address A [--main-port P]
+                    one such command on each of N nodes that have no launcher; for a script also
+                    from WORLD_SIZE (which counts nodes only here), NODE_RANK, MASTER_ADDR and
+                    MASTER_PORT
+  --accelerator cpu|gpu|auto  --precision 32|16|bf16|64|bf16-true|...  --strategy ddp|fsdp|...
+                    keys of the config; for a script, where it says nothing itself
+
+options:
   --code DIRECTORY  take your modules from a snapshot that `job --snapshot` has made
   -h, --help        show this message
   --version         show the version
@@ -86,18 +112,48 @@ exit codes:
 class Parser(argparse.ArgumentParser):
     """argparse in our voice: mistakes are UsageErrors, and options are never guessed."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, command: str | None = None, **options: Any) -> None:
+        """Take nothing yet.
+
+        Args:
+            command: one of USAGES; None: a tool that tells its own usage.
+            options: of argparse.
+        """
         ours = {"prog": PROGRAM, "add_help": False, "allow_abbrev": False}
         super().__init__(**{**ours, **options})
+        self._command = command
 
     def error(self, message: str) -> NoReturn:
-        raise usage_error(message, USAGE if self.prog == PROGRAM else self.format_usage())
+        message += self._meant(message)
+        if self._command is None:
+            raise usage_error(message, self.format_usage().rstrip())
+        raise usage_error(message, usage_of(self._command))
+
+    def _meant(self, message: str) -> str:
+        """Return what may have been meant by a word that is not known."""
+        words = message.removeprefix(_UNKNOWN)
+        if words == message or self._command is None:
+            return ""
+        option = words.split()[0].partition("=")[0]
+        near = did_you_mean(option, self._option_string_actions)
+        if near or "config" not in {action.dest for action in self._actions}:
+            return near
+        return "; keys of the config are set without dashes: SECTION.KEY=VALUE"
 
 
-def usage_error(message: str, usage: str = USAGE) -> UsageError:
-    """Return the failure of a command line that does not fit."""
+_UNKNOWN = "unrecognized arguments: "
+
+
+def usage_of(command: str) -> str:
+    """Return the line that tells what a command takes."""
+    return f"usage: {PROGRAM} {USAGES[command]}"
+
+
+def usage_error(message: str, usage: str = usage_of("")) -> UsageError:
+    """Return the failure of a command line that does not fit: fact, usage, and where more is."""
+    more = f"{PROGRAM} --help tells of all commands and options"
     # Every rank was given the same words.
-    return UsageError(f"{message}\n{usage}", everywhere=True)
+    return UsageError(f"{message}\n{usage}\n{more}", everywhere=True)
 
 
 def number(text: str) -> int:

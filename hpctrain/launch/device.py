@@ -270,6 +270,11 @@ def _count_visible(kind: str) -> int:
     return 0 if module is None or not torch_sees(kind) else module.device_count()
 
 
+def num_devices() -> int:
+    """Return how many devices "auto" would find on this node."""
+    return next((count for kind in _ACCELERATORS if (count := _count_visible(kind))), 0)
+
+
 def torch_sees(kind: str) -> bool:
     """Tell whether this torch can compute on a kind of device here."""
     available: bool = _module(kind).is_available()

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
+from hpctrain.launch.standing import standing
 from hpctrain.launch.voice import tell_once
 from hpctrain.launch.watchdog.client import Pulse, WatchdogClient
 from hpctrain.launch.watchdog.coordinator import show_own_stacks
@@ -58,6 +60,17 @@ class Guard:
         if self._client is not None:
             self._client.wait_until_watched()
 
+    def outside(self) -> None:
+        """Say that this rank goes on in its program, where it may take its time."""
+        if self._client is not None:
+            self._client.outside()
+
+    def entering(self, section: LaunchSection) -> None:
+        """Say that this rank enters a job's body, with the limits that hold in there."""
+        self.pulse.begin()
+        if self._client is not None:
+            self._client.entering(section.hang_timeout_seconds, section.first_step_timeout_seconds)
+
     def leaving(self) -> None:
         """Say that this rank's part is done: the others are to come to their end as well."""
         if self._client is not None:
@@ -86,6 +99,10 @@ class Guard:
         """Tell what failed, write the crash report, and end all ranks. Does not return.
 
         Not collective: this is how a rank leaves alone.
+
+        Args:
+            error: what failed.
+            trace: where; None: a program that has ended itself, and said why.
         """
         code = exit_code(error)
         # torch, gloo, NCCL and MPI raise these where another rank has gone.
@@ -125,6 +142,9 @@ class Guard:
             return f"hpctrain: error on {who}: {error}\n"
         if isinstance(error, KeyboardInterrupt):
             return f"hpctrain: {who} was interrupted and ends the job\n"
+        if isinstance(error, SystemExit) and trace is None:
+            said = f"{error.code}\n" if isinstance(error.code, str) else ""
+            return f"{said}hpctrain: {who} exited with {exit_code(error)} and ends the job\n"
         while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
             trace = trace.tb_next  # our own context managers are not the story
         lines = traceback.format_exception(type(error), error, trace)
@@ -146,7 +166,9 @@ def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
     if is_callers and topology.world_size == 1:
         yield Guard(topology)
         return
-    keeper = Guard(topology)
+    around = standing()
+    is_part = around is not None and around.topology is topology
+    keeper = around.guard if around is not None and is_part else Guard(topology)
     previous = threading.excepthook
 
     def thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -163,7 +185,8 @@ def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
         keeper.end_job(error, error.__traceback__)
     finally:
         threading.excepthook = previous
-        keeper.close()
+        if not is_part:
+            keeper.close()
 
 
 def exit_code(error: BaseException) -> int:
@@ -172,8 +195,9 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code != 0:
-        return error.code
+    if isinstance(error, SystemExit):
+        # As Python does it, but that a failure is never 0.
+        return (error.code & 0xFF if isinstance(error.code, int) else 1) or ExitCode.BUG
     return ExitCode.BUG
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -85,11 +85,47 @@ _SRUN_OPTIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What starts the ranks of one node.
+
+    Attributes:
+        program: to run.
+        arguments: its own name first; the command of the ranks follows.
+        environment: for it.
+        note: what to say of it.
+    """
+
+    program: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    note: str
+
+
 def start(num_processes: int, command: Sequence[str]) -> NoReturn:
     """Replace this process by an mpirun of `command` on this node.
 
-    Its signals and its exit code are mpirun's from here on. In a job without an mpirun that fits,
-    the batch system's own launcher serves.
+    Raises:
+        LaunchError: if there is no MPI library, or nothing that starts its ranks.
+    """
+    become(find_launch(num_processes), command)
+
+
+def become(launch: Launch, command: Sequence[str]) -> NoReturn:
+    """Replace this process by what starts `command` as ranks on this node.
+
+    Its signals and its exit code are the launcher's from here on.
+    """
+    tell(launch.note)
+    # mpirun would take the lines of a loop around it for its first rank.
+    _leave_stdin()
+    os.execve(launch.program, [*launch.arguments, *command], dict(launch.environment))
+
+
+def find_launch(num_processes: int) -> Launch:
+    """Return what starts ranks on this node: the mpirun of the bound MPI library.
+
+    In a job without an mpirun that fits, the batch system's own launcher serves.
 
     Raises:
         LaunchError: if there is no MPI library, or nothing that starts its ranks.
@@ -101,12 +137,19 @@ def start(num_processes: int, command: Sequence[str]) -> NoReturn:
         launcher = _of_the_batch_system(num_processes, version)
         if launcher is None:
             raise
-        _tell(f"{num_processes} processes under {' '.join(launcher)}, for: {error}")
-        _become(launcher[0], [*launcher, *command], dict(os.environ))
-    _tell(f"{num_processes} processes under {mpirun}")
+        return Launch(
+            program=launcher[0],
+            arguments=launcher,
+            environment=dict(os.environ),
+            note=f"{num_processes} processes under {' '.join(launcher)}, for: {error}",
+        )
     options = [*starter.options, *(starter.root_options if os.geteuid() == 0 else ())]
-    arguments = [str(mpirun), *options, "-np", str(num_processes), *command]
-    _become(str(mpirun), arguments, _environment(mpirun, starter.environment))
+    return Launch(
+        program=str(mpirun),
+        arguments=[str(mpirun), *options, "-np", str(num_processes)],
+        environment=_environment(mpirun, starter.environment),
+        note=f"{num_processes} processes under {mpirun}",
+    )
 
 
 def _of_the_batch_system(num_processes: int, version: str) -> list[str] | None:
@@ -133,18 +176,13 @@ def _of_the_batch_system(num_processes: int, version: str) -> list[str] | None:
     return None
 
 
-def _become(program: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
-    """Replace this process, which leaves its stdin to whom it belongs."""
-    _leave_stdin()
-    os.execve(program, arguments, environment)
-
-
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Say on stderr what is started."""
     print(f"hpctrain: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _leave_stdin() -> None:
-    """Lead stdin nowhere: mpirun would take the lines of a loop around it for its first rank."""
+    """Lead stdin nowhere, and leave it to whom it belongs."""
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, _STDIN)
     os.close(nowhere)

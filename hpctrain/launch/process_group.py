@@ -20,6 +20,7 @@ from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
 from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
+from hpctrain.launch.standing import Standing, standing, stands
 from hpctrain.launch.surroundings import (
     check_own_place,
     look_around_alone,
@@ -86,6 +87,9 @@ def control_plane(
     """
     quiet_native_libraries()  # read when torch is loaded, which comes next
     raise_open_files()
+    if part is None and (around := standing()) is not None:
+        yield around.topology, around.communicator
+        return
     if part is not None:
         from hpctrain.launch.mpi import claim_of_part, mpi_part
 
@@ -130,6 +134,13 @@ def gathering(
     """
     if topology.world_size == 1:
         yield None
+        return
+    if (around := standing()) is not None and around.communicator is communicator:
+        # They are watched already. Those that take their time in the program are waited for.
+        meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
+        keeper.entering(section)
+        yield meeting
+        keeper.outside()
         return
     meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
     with watched(
@@ -265,6 +276,38 @@ def connect(
         raise
     if ending is not None:
         raise ending
+
+
+@contextmanager
+def standing_ranks(claim: Claim) -> Iterator[Standing]:
+    """Connect the ranks of a launcher around a whole program, and have them watched.
+
+    Collective: all ranks. What fails or ends on one of them, before the program's first
+    `connect()` too, ends the job; each `connect()` in the body is of these ranks. MPI is up from
+    before the body until after it.
+
+    Args:
+        claim: what the launcher says of this process.
+
+    Raises:
+        LaunchError: if the processes cannot form one world.
+    """
+    with (
+        control_plane(claim) as (topology, messages),
+        guard(topology) as keeper,
+        telling(topology.is_rank_zero),
+        gathering(topology, messages, LaunchSection(), keeper),
+    ):
+        keeper.wait_until_watched()
+        keeper.outside()
+        around = Standing(topology=topology, communicator=messages, guard=keeper)
+        if topology.world_size == 1:
+            yield around
+            return
+        with stands(around):
+            yield around
+        # The others may be long in what they do alone.
+        keeper.leaving()
 
 
 _in_use = threading.Lock()

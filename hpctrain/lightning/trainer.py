@@ -122,7 +122,7 @@ class Trainer(Facts):
             if ending == ExitCode.DONE:
                 self._export(job, config)
         if ending == ExitCode.STOPPED:
-            raise SystemExit(int(ending))
+            raise _stopped(ending)
 
     def _train(self, job: Started, config: Config, handed: Handed) -> ExitCode:
         """Run the job. Collective: all ranks."""
@@ -211,3 +211,10 @@ def _told() -> Iterator[None]:
         error.everywhere = True
         end_quietly_if_uncaught(error)
         raise
+
+
+def _stopped(ending: ExitCode) -> SystemExit:
+    """Return the end of a program whose ranks have all been stopped, and have saved."""
+    asked = SystemExit(int(ending))
+    asked.__dict__["everywhere"] = True  # as `connect()` and `run` know it: in good order
+    return asked

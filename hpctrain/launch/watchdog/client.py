@@ -66,6 +66,10 @@ class Pulse:
         self._row[_LONG_PHASE] = 0
         self._row[_PROGRESS] += 1
 
+    def begin(self) -> None:
+        """Have the longer limit hold again, as before a first step."""
+        self._row[_LONG_PHASE] = 1
+
     @contextmanager
     def long_phase(self) -> Iterator[None]:
         """Have the longer limit hold in the body."""
@@ -143,6 +147,15 @@ class WatchdogClient:
     def leaving(self) -> None:
         """Say that this rank has done its part, and waits for the others."""
         self._channel.send({"leaving": True})
+
+    def outside(self) -> None:
+        """Say that this rank goes on in its program, where it may take its time."""
+        self._channel.send({"outside": True})
+
+    def entering(self, hang_timeout_seconds: float, first_step_timeout_seconds: float) -> None:
+        """Say that this rank enters a job's body; rank 0's limits hold in there."""
+        limits = (float(hang_timeout_seconds), float(first_step_timeout_seconds))
+        self._channel.send(dict(zip(("entering", "first_step"), limits, strict=True)))
 
     def leave(self) -> None:
         """Say that this rank ends in good order."""

@@ -203,8 +203,8 @@ class Coordinator:
                 self._do(self._judge.failing(report.rank, code, may_be_echo, now))
             case LauncherGone():
                 self._judge.launcher_gone(report, now)
-            case protocol.Leaving():
-                self._judge.leaving(report.rank, now)
+            case protocol.Leaving() | protocol.Outside() | protocol.Entering():
+                self._hear_where(report, now)
             case protocol.Stands():
                 self._do(self._judge.stands(report.stands))
             case protocol.Shown():
@@ -214,6 +214,19 @@ class Coordinator:
                 self._showing.look_in(report.path)
             case protocol.Bye():
                 self._left.add(leader)
+
+    def _hear_where(
+        self, report: protocol.Leaving | protocol.Outside | protocol.Entering, now: float
+    ) -> None:
+        match report:
+            case protocol.Leaving():
+                self._judge.leaving(report.rank, now)
+            case protocol.Outside():
+                self._judge.outside(report.rank)
+            case protocol.Entering():
+                self._judge.entering(
+                    report.rank, report.hang_timeout_seconds, report.first_step_timeout_seconds
+                )
 
     def _close_door(self) -> None:
         """Listen no more: whoever is to come is there, or is not waited for."""

@@ -58,6 +58,7 @@ class Judge:
         self._has_asked_to_stop = False
         self._moved_at: float | None = None  # None: no rank has ever ticked
         self._long_phase: dict[int, bool] = {}
+        self._outside: set[int] = set()
         self._leaving: set[int] = set()
         self._left_at: float | None = None  # the first of them
         self._asked_at: float | None = None
@@ -124,6 +125,27 @@ class Judge:
         if self._left_at is None:
             self._left_at = now
 
+    def outside(self, rank: int) -> None:
+        """Take note of a rank that goes on in its program, and waits for nobody there."""
+        self._outside.add(rank)
+        self._back(rank)
+
+    def entering(
+        self, rank: int, hang_timeout_seconds: float, first_step_timeout_seconds: float
+    ) -> None:
+        """Take note of a rank that enters a job's body; rank 0's limits hold in there."""
+        self._outside.discard(rank)
+        self._back(rank)
+        self._moved_at = None
+        if rank == 0:
+            self._hang_timeout_seconds = hang_timeout_seconds
+            self._first_step_timeout_seconds = first_step_timeout_seconds
+
+    def _back(self, rank: int) -> None:
+        self._leaving.discard(rank)
+        if not self._leaving:
+            self._left_at = None
+
     def stands(self, stands: Sequence[Stand]) -> Sequence[Action]:
         """Take note of where ranks stand; the verdict follows once all have said it."""
         self._stands.update((stand.rank, stand) for stand in stands)
@@ -167,13 +189,20 @@ class Judge:
 
     def _standing_still(self) -> tuple[float | None, float]:
         """Return since when there is no progress, None if there never was any, and the limit."""
-        if self._left_at is not None and len(self._leaving) < self._world_size:
+        if self._left_at is not None and self._has_left_behind:
             # A loop that gives no heartbeats, too, has to end once a rank has left it.
             return max(self._left_at, self._moved_at or self._left_at), self._hang_timeout_seconds
+        if self._outside:
+            return None, self._hang_timeout_seconds
         limit = self._hang_timeout_seconds
         if any(self._long_phase.values()):
             limit = max(self._first_step_timeout_seconds, limit)
         return self._moved_at, limit
+
+    @property
+    def _has_left_behind(self) -> bool:
+        """Whether a rank is in a job's body that another one has left."""
+        return len(self._leaving | self._outside) < self._world_size
 
     def _look_for_stall(self, now: float) -> Sequence[Action]:
         since, limit = self._standing_still()

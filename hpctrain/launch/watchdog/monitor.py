@@ -222,7 +222,7 @@ class LocalRanks:
         except ValueError:
             return
         names_folder = isinstance(report, protocol.RunFolder) and rank.rank == 0
-        if names_folder or isinstance(report, protocol.Failing | protocol.Leaving):
+        if names_folder or isinstance(report, protocol.OfRank):
             self._send(message)
 
     def _ended(self, rank: Rank) -> None:

@@ -158,6 +158,22 @@ class Leaving:
 
 
 @dataclass(frozen=True, slots=True)
+class Outside:
+    """A rank is in its program, and in no job's body: it may take its time."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """A rank enters a job's body, with the limits on standing still there."""
+
+    rank: int
+    hang_timeout_seconds: float
+    first_step_timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stands:
     """Where the ranks of the group stand."""
 
@@ -184,7 +200,10 @@ class Shown:
     missing: tuple[int, ...]
 
 
-Report = Here | Moved | Death | LauncherGone | Failing | Leaving | Stands | Shown | RunFolder | Bye
+OfRank = Failing | Leaving | Outside | Entering
+"""What any rank may say for all to hear."""
+
+Report = Here | Moved | Death | LauncherGone | OfRank | Stands | Shown | RunFolder | Bye
 
 
 def longest_report(group: Group) -> int:
@@ -296,6 +315,13 @@ def _failing(message: Message, group: Group) -> Failing:
     return Failing(_rank(message, "rank", group), code, _flag(message, "may_be_echo"))
 
 
+def _entering(message: Message, group: Group) -> Entering:
+    limits = [_get(message, key, float) for key in ("entering", "first_step")]
+    if not all(0 < seconds < _LARGEST for seconds in limits):
+        raise ValueError("limits are out of range")
+    return Entering(_rank(message, "rank", group), *limits)
+
+
 def _stands(message: Message, group: Group) -> Stands:
     found = _get(message, "stands", list)
     if len(found) > len(group.ranks):
@@ -370,6 +396,8 @@ _REPORTS: Mapping[str, Callable[[Message, Group], Report]] = {
     "shown": _shown,
     "failing": _failing,
     "leaving": lambda message, group: Leaving(_rank(message, "rank", group)),
+    "outside": lambda message, group: Outside(_rank(message, "rank", group)),
+    "entering": _entering,
     "stands": _stands,
     "folder": _run_folder,
     "bye": lambda message, group: Bye(),

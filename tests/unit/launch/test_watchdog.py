@@ -189,6 +189,35 @@ class TestJudge:
         judge.moved(0, True, 106.0)
         assert judge.look(200.0) == []  # all are on their way out, for which the longer limit holds
 
+    def test_a_program_around_several_jobs_takes_its_time(self, judge: Judge) -> None:
+        """A heartbeat of one job's body, and one that left it, say nothing of what follows."""
+        for rank in range(4):
+            judge.entering(
+                rank,
+                30,
+                40,
+            )
+        judge.moved(0, False, 0.0)
+        for rank in range(4):
+            judge.leaving(rank, 1.0)
+        for rank in range(4):
+            judge.outside(rank)
+        assert judge.look(1000.0) == []
+        judge.leaving(3, 1000.0)  # its program is over, and the others do what they have to
+        assert judge.look(2000.0) == []
+        judge.entering(0, 30, 40)  # and one waits in the next body for one that is over
+        assert judge.look(2001.0) == [AskStacks()]
+
+    def test_limits_are_those_of_the_body(self, judge: Judge) -> None:
+        for rank in range(4):
+            judge.outside(rank)
+        for rank in range(4):
+            judge.entering(rank, 30 if rank == 0 else 10, 40)
+        assert judge.look(100.0) == []  # no heartbeat yet
+        judge.moved(0, False, 100.0)
+        assert judge.look(129.9) == []
+        assert judge.look(130.0) == [AskStacks()]
+
     def test_nodes_that_do_not_answer_are_not_waited_for(self, judge: Judge) -> None:
         judge.moved(0, False, 0.0)
         judge.look(60)
