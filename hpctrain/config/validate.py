@@ -95,9 +95,10 @@ def from_table(
 def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
     """Return the config, or None and every mistake against the schema."""
     table, mistakes = _usable(source)
+    mistakes += _missing_data(source)
     found = {mistake.key for mistake in mistakes}
     unknown, table = _known_only(source, table)
-    mistakes += [*unknown, *_missing_data(source)]
+    mistakes += unknown
 
     from pydantic import ValidationError
 

@@ -89,7 +89,7 @@ def named_tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(data, Mapping):
         inner = iter(data.items())
     elif isinstance(data, list | tuple):
-        inner = iter(enumerate(data))
+        inner = iter(zip(getattr(data, "_fields", range(len(data))), data, strict=True))
     elif dataclasses.is_dataclass(data) and not isinstance(data, type):
         inner = iter((field.name, getattr(data, field.name)) for field in dataclasses.fields(data))
     for key, value in inner:

@@ -70,11 +70,12 @@ class MapDataset:
         at = "" if error.index is None else f"sample {int(rows[error.index])} of "
         if error.index is None and len(rows):
             at = f"samples {_listed(rows)} of "
-        message = f"{at}{self.source} ({self.kind}){whose}: "
+        message = f"{at}{self.source} ({self.kind}){whose}:"
         if not error.of_data:
-            return TrainingError(f"{message}\n{error.text}")
+            gap = "\n" if error.text.startswith("Traceback") else " "
+            return TrainingError(f"{message}{gap}{error.text}")
         first, *lines = error.text.splitlines()
-        return DatasetError(f"{message}{_last(error.text) or first}", first, *lines)
+        return DatasetError(f"{message} {_last(error.text) or first}", first, *lines)
 
 
 def _listed(rows: Int64s) -> str:
