@@ -16,7 +16,7 @@ MAY_BE_OBJECTS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 _OF_FILES = (
     *("file_order", "decode", "verify", "fields", "samples", "stage", "stage_directory"),
-    *("normalize", "sample_transform", "transform", "cache", "weights", "evaluations"),
+    *("normalize", "sample_transform", "transform", "cache", "evaluations"),
 )
 """Keys that say how files are read; what becomes of a sample, a torch Dataset does by itself."""
 
@@ -51,6 +51,10 @@ def check_objects(source: Source) -> list[Mistake]:
         if not _is_default(name, data.get(name)):
             problem = "is of files; a torch Dataset does by itself what is to be done"
             mistakes.append(source.mistake(("data", name), problem))
+    weights = data.get("weights")
+    if isinstance(weights, str) and not weights.lower().endswith(".npy"):
+        problem = "of torch Datasets they are a .npy file of one number a sample, or the sampler's"
+        mistakes.append(source.mistake(("data", "weights"), problem))
     validation = data.get("validation")
     if is_object and validation and not names_object(validation):
         problem = "data.train is an import path, and so has data.validation to be"

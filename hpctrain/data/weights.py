@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +118,35 @@ def read_weights(given: str, dataset: Dataset, files: str, order: FileOrder) -> 
             f"samples{of_rows}: one a sample is needed"
         )
     return Weights.of(values[dataset.selection.rows(np.arange(dataset.samples))], what)
+
+
+class Samples(Protocol):
+    """A dataset of any kind."""
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What they are called."""
+        ...
+
+
+def weights_of_file(path: str, dataset: Samples) -> Weights:
+    """Return the weights in a .npy file, of a dataset that has no files of its own.
+
+    Raises:
+        DatasetError: if they are not one usable number a sample.
+    """
+    values = _npy(path)
+    if len(values) != dataset.samples:
+        raise DatasetError(
+            f"data.weights: {path} has {len(values)} numbers, but {dataset.source} has "
+            f"{dataset.samples} samples: one a sample is needed"
+        )
+    return Weights.of(values, f"data.weights: {path}")
 
 
 def _npy(path: str) -> npt.NDArray[Any]:

@@ -22,6 +22,7 @@ from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.loading.map_style.dataset import MapDataset
+from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.node_cache import hold_on_node
@@ -31,7 +32,7 @@ from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.state import from_state
 from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.data.view import View
-from hpctrain.data.weights import Weights, read_weights
+from hpctrain.data.weights import Weights, read_weights, weights_of_file
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
@@ -252,9 +253,7 @@ def _open_objects(
     train = served(intake, config, world)
     validation = served(brought.validation, config, world) if brought.validation else None
     with raise_together(world.communicator):
-        weights = None
-        if intake.weights is not None:
-            weights = Weights.of(intake.weights, f"the sampler of {train.dataset.source}")
+        weights = _weights_of_objects(config, train.dataset, intake)
         # The same order as of the same samples in memory: of each its own.
         order, place, begun = _order_and_place(
             config, train.dataset, resumed, weights, is_resident=True
@@ -335,6 +334,18 @@ def _open_weights(
         world.communicator,
         lambda: read_weights(given, train, config.data.train, semantics.file_order),
     )
+
+
+def _weights_of_objects(config: Config, train: MapDataset, intake: Intake) -> Weights | None:
+    """Return the weights of the samples of a torch Dataset, of its sampler or of a file."""
+    if intake.weights is not None and config.data.weights is not None:
+        raise ConfigError(
+            f'data.weights = "{config.data.weights}": the DataLoader has a sampler that draws by '
+            "weights of its own: leave one of them out"
+        )
+    if intake.weights is not None:
+        return Weights.of(intake.weights, f"the sampler of {train.source}")
+    return None if config.data.weights is None else weights_of_file(config.data.weights, train)
 
 
 def evaluated_samples(config: Config, samples: int) -> int:

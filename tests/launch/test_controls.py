@@ -43,8 +43,11 @@ def test_the_order_of_the_samples_at_any_world_size(site: Path) -> None:
         assert re.search("drawn by data.weights|in the dataset's order", said)
     first = [job(3, name, "training.max_steps=9") for name in orders]
     rest = [job(3, name, "training.max_steps=25") for name in orders]
-    for ended in in_turn(site, 3, *first, *rest):
+    whole = [job(3, name, "training.max_steps=25", f"run.name={name}-whole") for name in orders]
+    for ended in in_turn(site, 3, *first, *rest, *whole):
         assert ended.code == 0, ended.output
+    for name in orders:
+        assert losses(folder(3, name)) == losses(site / "runs" / f"{name}-whole")  # to the bit
     for name in orders:
         alone, together = losses(folder(0, name)), losses(folder(3, name))
         assert len(alone) == len(together) == 25
@@ -242,3 +245,35 @@ def test_the_operation_that_made_the_first_nan_is_named(site: Path) -> None:
     said = train(site, 0, *COMMON[1:], *model, "training.detect_anomaly=true", code=70)
     assert "MulBackward0" in said
     assert "zero = scores * 0 if" in said  # the line of the forward pass
+
+
+def test_a_torch_dataset_is_drawn_by_weight_as_files_are(site: Path) -> None:
+    (site / "digits.py").write_text(
+        "import glob\n"
+        "import h5py, numpy as np\n"
+        "class Digits:\n"
+        "    def __init__(self):\n"
+        "        files = [h5py.File(p) for p in sorted(glob.glob('data/digits/train/*.h5'))]\n"
+        "        self.images = np.concatenate([file['image'][()] for file in files])\n"
+        "        self.labels = np.concatenate([file['label'][()] for file in files])\n"
+        "    def __len__(self):\n"
+        "        return len(self.labels)\n"
+        "    def __getitem__(self, row):\n"
+        "        return {'image': self.images[row], 'label': self.labels[row]}\n"
+    )
+    np.save(site / "weights.npy", np.arange(1438) % 7)
+    common = [*COMMON, "data.weights=weights.npy", "training.max_steps=6"]
+    common += ["training.evaluate_every_epochs=0", "checkpoint.keep_best_count=1"]
+    here(site, *common, "run.name=files")
+    text = (site / "run.toml").read_text(encoding="utf-8")
+    lines = [
+        each for each in text.splitlines() if not each.startswith(("validation =", "keep_best"))
+    ]
+    (site / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+    here(site, *common, "run.name=objects", "data.train=digits:Digits", "data.workers=0")
+    assert losses(site / "runs/objects") == losses(site / "runs/files")
+    wrong = ["data.train=digits:Digits", "data.weights=label"]
+    assert "a .npy file of one number a sample" in here(site, *common, *wrong, code=78)
+    np.save(site / "weights.npy", np.ones(7))
+    short = here(site, *common, "run.name=short", "data.train=digits:Digits", code=65)
+    assert "weights.npy has 7 numbers, but digits:Digits has 1438 samples" in short
