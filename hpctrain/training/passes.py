@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,7 @@ class Passes:
             kept_generators(self._device),
             copied_buffers(self._wrapped.model),
             evaluating(self._statistics),
+            nullcontext() if self._module is None else self._module.unseen(),
             self._arithmetic,
         ):
             loss_sum, _ = self._wrapped.call(self._loss, self._held)

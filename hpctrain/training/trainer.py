@@ -495,7 +495,7 @@ class Run:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""
         self._stop.flush()
         if self._module is not None:
-            self._module.end_training()
+            self._module.end_training(self.place.epoch)
 
     @contextmanager
     def saves_finished(self) -> Iterator[None]:

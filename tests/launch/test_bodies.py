@@ -51,6 +51,8 @@ def said(site: Path) -> dict[tuple[str, int], str]:
         }
         if "exact" in CHECKS[ranks]:
             lines["exact"] = ["sharded_saves.py", str(site / "exact"), "exact"]
+        if ranks == 3:
+            lines["modules"] = ["modules.py", str(site / "modules")]
         if ranks == 1:
             lines["whole"] = ["resume_cases.py", str(site / "whole"), "elastic", "100"]
         ended = in_turn(site, ranks, *lines.values(), env=ONE_THREAD)
@@ -66,6 +68,11 @@ def cases_of(ranks: int) -> list[dict[str, str]]:
 def test_all_checks_of_a_body_pass(said: dict[tuple[str, int], str], body: str, ranks: int) -> None:
     """A step is that of the whole global batch; whatever a task does with a model."""
     assert said[body, ranks] == f"passed {PASSED[body, ranks]}\n"
+
+
+def test_modules_are_what_tasks_by_hand_are(said: dict[tuple[str, int], str]) -> None:
+    """Under ddp and fsdp, where ranks come to be without a sample, and weights are uneven."""
+    assert said["modules", 3] == "passed 5\n"
 
 
 def test_a_spread_run_resumed_is_exact_and_damage_is_noticed(

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.checkpoint import manager
+from hpctrain.config import Config
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.data import Writer
@@ -59,6 +61,7 @@ MODELS = {
     "statistics": "Noisy",
     "buffers assigned anew": "AssignsAnew",
     "complex parameters": "Complex",
+    "a module": "Logged",
 }
 OPTIMIZERS = {
     "slots": "adamw",
@@ -116,6 +119,35 @@ class Anew(Centred):
         if self.training:
             self.mean = 0.7 * self.mean + 0.3 * x.detach().mean(0).to(self.mean.dtype)
         return x - self.mean
+
+
+class Logged(Noisy):
+    """A module of its own: steps, an optimizer, metrics that add up over an epoch."""
+
+    log: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = torchmetrics.Accuracy("multiclass", num_classes=5)
+        self.valid = torchmetrics.Accuracy("multiclass", num_classes=5)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, y = self(batch["x"]).float(), batch["y"].long()
+        loss = nn.functional.cross_entropy(logits, y)
+        self.right.update(logits, y)
+        self.log("mean", loss, on_step=True, on_epoch=True)
+        self.log("right", self.right, on_step=False, on_epoch=True)
+        self.log("largest", loss, on_epoch=True, reduce_fx="max")
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.valid.update(self(batch["x"]).float(), batch["y"].long())
+        self.log("accuracy", self.valid)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.7)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class Turned(nn.Module):
@@ -228,6 +260,10 @@ class Site:
         text = tomli_w.dumps(config_of(name, self.folder, **settings))
         config, mistakes = validate(parse(text, "run.toml"))
         assert config is not None, mistakes
+        return self.train(config, signals)
+
+    def train(self, config: Config, signals: Callable[[], int] = lambda: 0) -> ExitCode:
+        """Run a job of this config to its end. Collective: all ranks."""
 
         class Signals:
             value = property(lambda _: signals())
@@ -272,7 +308,7 @@ def config_of(
     epochs: int = EPOCHS,
 ) -> dict[str, Any]:
     """Return the tables of a config."""
-    return {
+    tables = {
         "run": {"name": name, "directory": f"{folder}/runs"},
         "model": {"use": f"resume_cases:{MODELS.get(model, model)}"},
         "task": {"use": "classification", "inputs": ["x"], "target": "y"},
@@ -302,6 +338,9 @@ def config_of(
             **({} if optimizer == "two sets of weights" else {"ema_decay": 0.9}),
         },
     }
+    if model == "a module":  # which has these itself
+        del tables["task"], tables["optimizer"], tables["scheduler"]
+    return tables
 
 
 @contextmanager

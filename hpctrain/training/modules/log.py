@@ -115,6 +115,8 @@ class Logs:
         weight: samples that a value stands for.
         records: False in a dry run: names are taken down, and values are not.
         entries: how each name of each stage is logged.
+        metrics: the torchmetrics objects of epochs, by stage and name; a dry run finds them.
+        objects: those that were logged in the evaluation under way.
         last: the newest reduced values, by the names that monitors have for them.
         step_values: those of the step that was reduced last.
         samples: that this rank has seen in this epoch, or in this evaluation.
@@ -453,14 +455,14 @@ class Logs:
             is_metric=is_metric,
         )
         self.entries[self.stage, name] = entry
+        if is_metric and entry.on_epoch:
+            self.metrics[self.stage, name] = value
         return entry
 
     def _log_metric(self, name: str, entry: Entry, value: Any, weight: float) -> None:
         if self.stage != "train":
             self.objects[name] = value
             return
-        if entry.on_epoch:
-            self.metrics[self.stage, name] = value
         if not entry.on_step:
             return
         newest = getattr(value, "_forward_cache", None)

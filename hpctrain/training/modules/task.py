@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from hpctrain.config import Config
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
+from hpctrain.training.attributes import Attributes
 from hpctrain.training.metrics import COUNT, MetricObjects, Part
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs, names_of
@@ -227,7 +229,21 @@ class ModuleTask:
         if not self._begun:
             self.logs.weight = samples
             self._begun = True
-            self.hooks.call("on_train_batch_start", self._ready[1], self.batch_idx)
+            answer = self.hooks.call("on_train_batch_start", self._ready[1], self.batch_idx)
+            if answer == -1:
+                raise TrainingError(_no_leaving(self.module))
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Leave no trace of a pass over a held row: nothing logged, kept or added up."""
+        logs, attributes = self.logs, Attributes({"": self.module})
+        records, logs.records = logs.records, False
+        try:
+            with self.objects.untouched():
+                yield
+        finally:
+            attributes.put_back()
+            logs.records = records
 
     def before_backward(self) -> None:
         """Call the hooks between the forward and the backward pass."""
@@ -295,12 +311,20 @@ class ModuleTask:
 
     # What an evaluation calls.
 
-    def begin_evaluation(self, stage: Literal["validate", "test"] = "validate") -> None:
-        """Begin an evaluation, with its hooks."""
+    def begin_evaluation(
+        self, stage: Literal["validate", "test"] = "validate", *, rehearses: bool = False
+    ) -> None:
+        """Begin an evaluation, with its hooks.
+
+        Args:
+            stage: what it is for.
+            rehearses: names are taken down, and nothing is logged.
+        """
         logs, hooks = self.logs, self.hooks
         self._before = (logs.stage, self.trainer.state.stage, self.batch_idx)
-        logs.stage = self.trainer.state.stage = stage
-        logs.records, logs.samples_trained, logs.samples = True, logs.samples, 0
+        logs.stage = stage
+        self.trainer.state.stage = "sanity_check" if rehearses else stage
+        logs.records, logs.samples_trained, logs.samples = not rehearses, logs.samples, 0
         logs.weight = 0
         self.batch_idx = 0
         name = _HOOK_NAMES[stage]
@@ -327,7 +351,8 @@ class ModuleTask:
                 objects.merge(self._world.communicator.all_gather(part.states))
             self.logs.weight = self.logs.samples
             self.hooks.call(f"on_{name}_epoch_end")
-            found |= self.note(self._computed() | self.logs.end_hook())
+            logged, self.logs.objects = self.logs.objects, {}
+            found |= self.note(self._computed(logged) | self.logs.end_hook())
         self.hooks.call(f"on_{name}_end")
         self.hooks.call(f"on_{name}_model_train")
         return found
@@ -335,11 +360,10 @@ class ModuleTask:
     def leave_evaluation(self) -> None:
         """Go back to what was before, also where an evaluation was cut short."""
         self.logs.stage, self.trainer.state.stage, self.batch_idx = self._before
-        self.logs.samples = self.logs.samples_trained
+        self.logs.records, self.logs.samples = self.trainer.training, self.logs.samples_trained
 
-    def _computed(self) -> dict[str, float]:
-        """Return what objects that a hook has logged compute, merged. Collective: all ranks."""
-        objects, self.logs.objects = self.logs.objects, {}
+    def _computed(self, objects: Mapping[str, Any]) -> dict[str, float]:
+        """Return what merged torchmetrics objects compute, by name. Collective: all ranks."""
         if not objects:
             return {}
         return on_rank_zero(
@@ -348,10 +372,8 @@ class ModuleTask:
         )
 
     def rehearse(self, samples: int) -> None:
-        """Begin a rehearsal: hooks run, names are taken down, and nothing is logged."""
-        self.begin_evaluation()
-        self.trainer.state.stage = "sanity_check"
-        self.logs.records = False
+        """Begin a rehearsal of an evaluation with so many samples."""
+        self.begin_evaluation(rehearses=True)
         self.samples = samples
 
     def end_rehearsal(self) -> None:
@@ -384,29 +406,30 @@ class ModuleTask:
     def end_epoch(self) -> dict[str, float]:
         """End an epoch, and return what was logged for it. Collective: all ranks."""
         logs = self.logs
-        hooked = self.hooks.has("on_train_epoch_end")
-        logged = {name: each for (stage, name), each in logs.metrics.items() if stage == "train"}
-        states = self.objects.states() if self.objects and (hooked or logged) else {}
-        if states:
+        adds_up = any(stage == "train" for stage, _ in logs.metrics)
+        states = {}
+        if self.objects and (adds_up or self.hooks.has("on_train_epoch_end")):
+            states = self.objects.states()
             self.objects.merge(self._world.communicator.all_gather(states))
         logs.weight = logs.samples
         found = self.note(logs.end_epoch(), "train")
         logs.forget_sums()
         self.hooks.call("on_train_epoch_end")
-        computed = {}
-        if logged := {n: each for (stage, n), each in logs.metrics.items() if stage == "train"}:
-            computed = on_rank_zero(
-                self._world.communicator,
-                lambda: {name: float(logged[name].compute()) for name in sorted(logged)},
-            )
+        updated = {
+            name: each
+            for (stage, name), each in logs.metrics.items()
+            if stage == "train" and getattr(each, COUNT, True)
+        }
+        computed = self._computed(updated)
         found |= self.note(computed | logs.end_epoch(), "train")
         if states:
             self.objects.reset()
         logs.begin_epoch()
         return found
 
-    def end_training(self) -> None:
+    def end_training(self, epoch: int) -> None:
         """End the training proper."""
+        self.trainer.current_epoch = epoch
         self.hooks.call("on_train_end")
         self.hooks.call("on_fit_end")
         self.hooks.call("teardown", "fit")
@@ -509,6 +532,14 @@ def _no_loss(module: nn.Module, output: Any) -> str:
     return (
         f'{kind}.training_step ({where}) returned {what}: expected one number, or {{"loss": mean}} '
         'and with it "weight" where it is a mean over something else than samples'
+    )
+
+
+def _no_leaving(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__}.on_train_batch_start ({place_of(module, 'on_train_batch_start')})"
+        " returned -1, to leave the rest of the epoch out: an epoch is all of its samples. For "
+        "fewer set training.limit_train_batches; an own loop (docs/own-code.md) may leave any time"
     )
 
 

@@ -1,0 +1,311 @@
+"""Modules by config: as Lightning itself runs them, and refused where a step cannot do it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from helpers.jobs import here
+from helpers.runs import metrics
+from torch.utils.data import DataLoader, Dataset
+
+from hpctrain.data import Writer
+
+pytestmark = pytest.mark.ranks(1)
+
+ROWS, BATCH = 40, 8
+
+MODULES = """
+import lightning as L
+import torch
+import torchmetrics
+from torch import nn
+from torch.nn import functional as F
+
+CALLS = []
+
+
+class Lit(L.LightningModule):
+    def __init__(self, hidden=16, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, 3))
+        self.train_acc = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.val_acc = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.val_f1 = torchmetrics.F1Score("multiclass", num_classes=3, average="macro")
+        self.outputs = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def step(self, batch, stage):
+        logits, y = self(batch["x"]), batch["y"].long()
+        loss = F.cross_entropy(logits, y)
+        self.log(f"{stage}_loss", loss, prog_bar=True)
+        return loss, logits, y
+
+    def training_step(self, batch, batch_idx):
+        loss, logits, y = self.step(batch, "train")
+        self.train_acc(logits, y)
+        self.log("train_acc", self.train_acc, on_step=True, on_epoch=True)
+        self.log("train_mean", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log("largest_weight", max(p.abs().max() for p in self.parameters()))
+
+    def validation_step(self, batch, batch_idx):
+        loss, logits, y = self.step(batch, "val")
+        self.val_acc.update(logits, y)
+        self.val_f1.update(logits, y)
+        self.outputs.append(loss)
+        self.log("val_acc", self.val_acc)
+        return loss
+
+    def on_validation_epoch_end(self):
+        self.log("val_f1", self.val_f1.compute())
+        self.log("val_batches", float(len(self.outputs)))
+        self.val_f1.reset()
+        self.outputs.clear()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def recorded(name):
+    inner = getattr(Lit, name)
+
+    def method(self, *args, **keywords):
+        if self._trainer is None or not self.trainer.sanity_checking:
+            numbers = [each for each in [*args, *keywords.values()] if isinstance(each, int | str)]
+            CALLS.append((name, self.global_step, self.current_epoch, *numbers))
+        return inner(self, *args, **keywords)
+
+    return method
+
+
+NAMES = [
+    name
+    for name in dir(L.LightningModule)
+    if (name.startswith("on_") and not name.endswith(("_gpu", "_checkpoint")))
+    or name in ("setup", "teardown", "prepare_data", "configure_model", "configure_optimizers")
+    or name in ("training_step", "validation_step", "transfer_batch_to_device", "lr_scheduler_step")
+]
+Recorded = type("Recorded", (Lit,), {name: recorded(name) for name in NAMES})
+
+
+class Steps(Lit):
+    def optimizer_step(self, *args, **keywords):
+        return super().optimizer_step(*args, **keywords)
+
+
+class Clips(Lit):
+    def configure_gradient_clipping(self, *args, **keywords):
+        pass
+
+
+class Manual(Lit):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Nothing(Lit):
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+class Two(Lit):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net.parameters(), lr=1.0) for _ in range(2)]
+
+
+class Odd(Lit):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("odd", loss, reduce_fx=torch.median)
+        return loss
+
+
+class Leaves(Lit):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 1 else None
+
+
+class Iterates(Lit):
+    def training_step(self, dataloader_iter):
+        pass
+
+
+def a_net():
+    return nn.Linear(6, 3)
+"""
+
+CONFIG = """
+[run]
+name = "lit"
+[model]
+use = "lit_modules:Lit"
+[data]
+train = "rows"
+validation = "rows"
+global_batch_size = 8
+shuffle = false
+[training]
+max_epochs = 2
+[logging]
+every_steps = 1
+progress = "none"
+"""
+
+
+class Rows(Dataset[Any]):
+    def __init__(self) -> None:
+        draw = np.random.default_rng(0)
+        self.x = draw.standard_normal((ROWS, 6)).astype(np.float32)
+        self.y = draw.integers(3, size=ROWS)
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": self.x[index], "y": self.y[index]}
+
+
+class Steps(L.Callback):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "lit_modules.py").write_text(MODULES, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
+    rows = Rows()
+    with Writer(tmp_path / "rows") as writer:
+        writer.extend({"x": rows.x, "y": rows.y})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("lit_modules", None)
+
+
+def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
+    """Return the losses of a run of Lightning's, and what it has logged last."""
+    import lit_modules
+
+    steps = Steps()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1234)
+        module = getattr(lit_modules, name)()
+        trainer = L.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            callbacks=[steps],
+        )
+        trainer.fit(module, DataLoader(Rows(), BATCH), DataLoader(Rows(), BATCH))
+    return steps.losses, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def test_a_module_trains_and_logs_as_under_lightning(site: Path) -> None:
+    theirs, logged = by_lightning("Lit")
+    here(site, "run.toml")
+    records = metrics(site / "runs" / "lit")
+    ours = [record["loss"] for record in records if record["kind"] == "train"]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    found = {}
+    for record in records:
+        found |= record | record.get("logged", {})
+    for name, value in logged.items():
+        if name not in ("train_acc",):  # of the epoch there
+            assert found[name] == pytest.approx(value, abs=1e-5), name
+    assert found["lr"] == 0.05
+
+
+def test_hooks_are_called_in_lightnings_order(site: Path) -> None:
+    by_lightning("Recorded")
+    import lit_modules
+
+    theirs = list(lit_modules.CALLS)
+    lit_modules.CALLS.clear()
+    here(site, "run.toml", "model.use=lit_modules:Recorded")
+    assert len(theirs) > 100
+    assert theirs == lit_modules.CALLS
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "told"),
+    [
+        ("Steps", 78, "Steps.optimizer_step"),
+        ("Clips", 78, "training.clip_norm"),
+        ("Manual", 78, "hpctrain.connect"),
+        ("Nothing", 70, "returned None"),
+        ("Two", 78, "2 optimizers"),
+        ("Odd", 70, 'known are "mean"'),
+        ("Leaves", 70, "-1"),
+        ("Iterates", 78, "dataloader_iter"),
+        ("a_net", 78, "has no training_step of its own"),
+    ],
+)
+def test_what_a_step_cannot_do_is_refused_with_its_place(
+    site: Path, name: str, code: int, told: str
+) -> None:
+    said = here(site, "run.toml", f"model.use=lit_modules:{name}", code=code)
+    assert told in said
+    if code == 78 and name not in ("a_net", "Manual"):
+        assert "lit_modules.py" in said
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("optimizer.use=sgd", "optimizer.lr: missing"),
+        ("scheduler.use=cosine", "leave [scheduler] out"),
+        ("checkpoint.keep_best=val_los", "did you mean val_loss"),
+    ],
+)
+def test_what_the_config_says_beside_a_module(site: Path, section: str, told: str) -> None:
+    assert told in here(site, "run.toml", section, code=78)
+
+
+def test_an_optimizer_beside_the_modules_own_is_refused(site: Path) -> None:
+    said = here(site, "run.toml", "optimizer.use=sgd", "optimizer.lr=0.1", code=78)
+    assert "both say what trains it" in said
+
+
+def test_a_model_that_is_no_module_needs_a_task(site: Path) -> None:
+    (site / "plain.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Module):\n    pass\n", encoding="utf-8"
+    )
+    said = here(site, "run.toml", "model.use=plain:Net", code=78)
+    assert "task: missing section" in said
+    assert "optimizer: missing section" in said
+
+
+def test_the_best_checkpoint_is_found_by_what_was_logged(site: Path) -> None:
+    said = here(site, "run.toml", "checkpoint.keep_best=val_acc", "training.max_epochs=3")
+    records = metrics(site / "runs" / "lit")
+    found = {each["step"]: each["val_acc"] for each in records if each["kind"] == "evaluation"}
+    best = max(found, key=lambda step: (found[step], -step))
+    assert f"best val_acc {found[best]:.4g} at step {best}" in " ".join(said.split())
