@@ -63,7 +63,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_table(
-    name: str, table: Table, overrides: Sequence[str] = (), *, given: frozenset[str] = frozenset()
+    name: str,
+    table: Table,
+    overrides: Sequence[str] = (),
+    *,
+    given: frozenset[KeyPath] = frozenset(),
 ) -> Config:
     """Return the config that a table of sections comes to, by the same checks as a file's.
 
@@ -71,7 +75,7 @@ def from_table(
         name: of what has made the table, for the messages.
         table: by section.
         overrides: over it, as on a command line.
-        given: sections in whose place objects stand: what theirs would name is not looked for.
+        given: keys that name what is there already, an object: nothing is looked for.
 
     Raises:
         ConfigError: with every mistake.
@@ -85,7 +89,7 @@ def from_table(
         mistakes += [
             mistake
             for mistake in check(source)
-            if mistake.key not in misfits and not given.intersection(mistake.key[:1])
+            if mistake.key not in misfits and mistake.key not in given
         ]
     if config is None or mistakes:
         raise config_error(name, mistakes)

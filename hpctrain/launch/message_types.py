@@ -18,7 +18,7 @@ _NAMES = {
     "config.schema": (
         "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "
         "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
-        "LaunchSection LoggingSection EarlyStoppingSection Config"
+        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection Config"
     ),
     "config.semantics": "Semantics",
     "data.coding": "Coding",

@@ -31,9 +31,10 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from hpctrain.errors import LaunchError
+from hpctrain.errors import ExitCode, LaunchError
 from hpctrain.launch.arrivals import IN_MPI_INIT, marked, ranks_of_node, tell_missing
 from hpctrain.launch.environment import Claim, Environment, ancestors, this_process
 from hpctrain.launch.launchers import Launcher
@@ -73,12 +74,17 @@ _FIX = (
 
 
 @contextmanager
-def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
+def mpi_world(claim: Claim, *, keep: bool = False) -> Iterator[MPICommunicator]:
     """Initialise MPI and give the communicator of the world that the launcher claims.
 
     Collective: all ranks. MPI is finalized only where the body succeeds: after a failure the
     others may be anywhere, and MPI_Finalize would wait for them. Where somebody else has
     initialised MPI in this process, it is joined, and theirs to finalize.
+
+    Args:
+        claim: what the launcher says of this process.
+        keep: leave MPI up until the interpreter's exit, for further worlds of this process; an
+            exception that comes to the top in between ends all ranks.
 
     Raises:
         LaunchError: if the bound library cannot join the launcher's world, or sees another one, or
@@ -119,12 +125,29 @@ def mpi_world(claim: Claim) -> Iterator[MPICommunicator]:
     _check_world(claim, library, MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size())
     communicator = MPICommunicator(MPI.COMM_WORLD, library)
     is_alone = communicator.world_size == 1
-    if is_ours and is_alone:
-        # It is not collective then, and so can wait until nobody may want to connect again.
+    # Alone it is not collective, and so can wait until nobody may want to connect again.
+    stays = is_ours and (is_alone or keep)
+    if stays:
         atexit.register(_finalize, MPI)
-    finalize = is_ours and not is_alone
+    if stays and not is_alone:
+        _abort_if_uncaught()
+    finalize = is_ours and not stays
     with closing_together(communicator, MPI.Finalize if finalize else communicator.free):
         yield communicator
+
+
+def _abort_if_uncaught() -> None:
+    """Have an exception at the top of this rank end all: the others wait where it will not come."""
+    previous = sys.excepthook
+
+    def uncaught(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        previous(kind, error, trace)
+        sys.stderr.flush()
+        abort(ExitCode.BUG)
+
+    sys.excepthook = uncaught
 
 
 def _finalize(MPI: Any) -> None:  # noqa: N803 - mpi4py's name

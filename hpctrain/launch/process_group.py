@@ -70,7 +70,7 @@ class World:
 
 @contextmanager
 def control_plane(
-    claim: Claim | None = None, part: Intracomm | None = None
+    claim: Claim | None = None, part: Intracomm | None = None, *, keep_mpi: bool = False
 ) -> Iterator[tuple[Topology, Communicator]]:
     """Find out who and where all ranks are, and connect them for messages.
 
@@ -80,6 +80,7 @@ def control_plane(
     Args:
         claim: what the launcher says of this process; None: asked here.
         part: mpi4py's communicator of the ranks that are meant, where they are not all.
+        keep_mpi: leave MPI up for further worlds of this process.
 
     Raises:
         LaunchError: if the launcher's claim is broken, MPI sees another world, or some ranks do
@@ -108,7 +109,7 @@ def control_plane(
     if claim.needs_mpi:
         from hpctrain.launch.mpi import mpi_world
 
-        with mpi_world(claim) as over_mpi:
+        with mpi_world(claim, keep=keep_mpi) as over_mpi:
             topology = discover(claim, over_mpi, mpi=over_mpi.library, program=over_mpi.program)
             yield _placed(topology), over_mpi
     else:

@@ -430,10 +430,25 @@ def _arithmetic(given: TrainerArguments) -> Keys:
             "bits, False allows it; there is nothing in between"
         )
     return {
+        **_profile(given.profiler),
+        **({"training.detect_anomaly": True} if given.detect_anomaly else {}),
         "run.deterministic": bool(given.deterministic),
         "training.cudnn_benchmark": bool(given.benchmark),
         "training.sync_batchnorm": bool(given.sync_batchnorm),
     }
+
+
+def _profile(profiler: Any) -> Keys:
+    """Return the keys for a profiler: what takes time by phase is in metrics.jsonl in any case."""
+    name = profiler if isinstance(profiler, str) else type(profiler).__name__
+    if profiler is None or name in ("simple", "SimpleProfiler", "PassThroughProfiler"):
+        return {}
+    if name in ("pytorch", "PyTorchProfiler"):
+        return {"profile.active_steps": 3}
+    raise ConfigError(
+        f'profiler={profiler!r}: profiler="pytorch" traces three steps, and metrics.jsonl has the '
+        "seconds of every phase"
+    )
 
 
 def _told(given: TrainerArguments) -> Keys:
@@ -474,14 +489,9 @@ def _refused(given: TrainerArguments) -> Keys:
     return {}
 
 
-_SUBSET = "cut the data: torch.utils.data.Subset(dataset, range(n))"
 _NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "limit_test_batches": ((None, 1.0), _SUBSET),
-    "limit_predict_batches": ((None, 1.0), _SUBSET),
     "min_epochs": ((None, 0, 1), "a run goes on to max_epochs"),
     "min_steps": ((None, 0, 1), "a run goes on to max_steps"),
-    "profiler": ((None,), "metrics.jsonl has the seconds of every phase"),
-    "detect_anomaly": ((False,), "torch.autograd.set_detect_anomaly(True) before fit does it"),
     "reload_dataloaders_every_n_epochs": (
         (0,),
         "a run has one order of its data, from its first epoch on: what changes is for __getitem__",

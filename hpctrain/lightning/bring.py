@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.errors import ConfigError
 from hpctrain.lightning.keys import Keys
 from hpctrain.training.brought import Brought
+from hpctrain.training.user_data import own_hook
 
 _METHODS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 
@@ -34,50 +35,135 @@ def hand(
     *,
     train: Any = None,
     validation: Any = None,
-    test: Any = None,
-    predict: Any = None,
     datamodule: Any = None,
     accumulated: int = 1,
-    callbacks: Any = (),
+    callbacks: Sequence[Any] = (),
 ) -> Handed:
-    """Return the objects of a script as a job takes them.
+    """Return the objects of a script as a job takes them to train.
 
     Args:
         model: to train.
         train: a DataLoader, or a data module in its place.
-        validation: a DataLoader, or several.
-        test: the same.
-        predict: the same.
-        datamodule: makes the four.
+        validation: a DataLoader.
+        datamodule: makes both.
         accumulated: batches of the loader that make a step.
         callbacks: that are called.
 
     Raises:
         ConfigError: if they are none of these, or two stand for the same.
     """
-    _require_module(model)
-    loaders = {"train": train, "validation": validation, "test": test, "predict": predict}
-    for name, loader in loaders.items():
-        if is_datamodule(loader):
-            if datamodule is not None:
-                raise ConfigError(
-                    f"a data module was given twice, as {name} data and as datamodule"
-                )
-            datamodule, loaders[name] = loader, None
-    if datamodule is not None and any(loader is not None for loader in loaders.values()):
+    require_module(model)
+    train, datamodule = apart(train, datamodule)
+    if datamodule is not None and validation is not None:
         raise ConfigError("data loaders and a datamodule were given: leave out one of them")
-    loaders = {name: _single(name, loader) for name, loader in loaders.items()}
+    loaders = {"train": single("train", train), "validation": single("validation", validation)}
+    if datamodule is None and ModuleData.is_needed(model, loaders):
+        datamodule, loaders = ModuleData(model, loaders), dict.fromkeys(loaders)
+    if datamodule is None and loaders["train"] is None:
+        raise ConfigError(
+            "no data to train with: give fit a DataLoader or a datamodule, or the module a "
+            "train_dataloader"
+        )
     first = loaders["train"]
     return Handed(
         brought=Brought(
             model=model,
             datamodule=datamodule,
             callbacks=callbacks,
+            accumulated=accumulated,
             **loaders,
         ),
-        keys={"model.use": _reference(model), **_arguments(model), **_batch(first, accumulated)},
-        batches=None if first is None else len(first),
+        keys={"model.use": reference(model), **_arguments(model), **_named(datamodule, loaders)},
+        batches=len(first) if hasattr(first, "batch_size") else None,
     )
+
+
+def hand_to_evaluate(
+    stage: str, model: Any, loader: Any, datamodule: Any, callbacks: Sequence[Any]
+) -> Handed:
+    """Return the objects of a script as an evaluation takes them.
+
+    Args:
+        stage: "validate", "test" or "predict".
+        model: the module.
+        loader: a DataLoader, or a data module in its place.
+        datamodule: makes it; where neither is given the module does.
+        callbacks: that are called.
+
+    Raises:
+        ConfigError: if they are none of these, or two stand for the same.
+    """
+    require_module(model)
+    loader, datamodule = apart(loader, datamodule)
+    name = "validation" if stage == "validate" else stage
+    served = single(name, loader)
+    brought = Brought(model=model, datamodule=datamodule, callbacks=callbacks, **{name: served})
+    source = next(each for each in (served, datamodule, model) if each is not None)
+    keys = {"model.use": reference(model), "data.train": reference(source)}
+    return Handed(brought=brought, keys=keys, batches=None)
+
+
+class ModuleData:
+    """A module's own loaders, as a data module has them.
+
+    What the module prepares and sets up comes before its loaders, as there; the job, which would
+    call that later once more, finds it done.
+    """
+
+    def __init__(self, module: Any, loaders: Mapping[str, Any]) -> None:
+        """Take the loaders that are given, and the module's own in place of others."""
+        self._module = module
+        for name, hook in _HOOKS.items():
+            loader, own = loaders[name], own_hook(module, hook)
+            if loader is not None:
+                setattr(self, hook, lambda loader=loader: loader)
+            elif own is not None:
+                setattr(self, hook, own)
+
+    @staticmethod
+    def is_needed(module: Any, loaders: Mapping[str, Any]) -> bool:
+        """Tell whether a module has loaders of its own in place of those that are not given."""
+        return any(
+            loaders[name] is None and own_hook(module, hook) is not None
+            for name, hook in _HOOKS.items()
+        )
+
+    def prepare_data(self) -> None:
+        """Have the module fetch what it needs."""
+        self._once("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        """Have the module make what it needs."""
+        self._once("setup", stage)
+
+    def _once(self, name: str, *arguments: Any) -> None:
+        if (hook := own_hook(self._module, name)) is not None:
+            hook(*arguments)
+            self._module.__dict__[name] = _done
+
+    def release(self) -> None:
+        """Give the module its methods back."""
+        for name in ("prepare_data", "setup"):
+            if vars(self._module).get(name) is _done:
+                del self._module.__dict__[name]
+
+
+_HOOKS = {"train": "train_dataloader", "validation": "val_dataloader"}
+
+
+def _done(*_: Any) -> None:
+    """Stand for a method of a module that has been called."""
+
+
+def apart(loader: Any, datamodule: Any) -> tuple[Any, Any]:
+    """Return a loader, and a data module, which may have been given in the loader's place.
+
+    Raises:
+        ConfigError: if both were given.
+    """
+    if loader is not None and datamodule is not None:
+        raise ConfigError("data loaders and a datamodule were given: leave out one of them")
+    return (None, loader) if is_datamodule(loader) else (loader, datamodule)
 
 
 def is_datamodule(loader: Any) -> bool:
@@ -85,7 +171,12 @@ def is_datamodule(loader: Any) -> bool:
     return any(callable(getattr(loader, name, None)) for name in _METHODS)
 
 
-def _require_module(model: Any) -> None:
+def require_module(model: Any) -> None:
+    """See that a model is a module.
+
+    Raises:
+        ConfigError: if it is none.
+    """
     from torch import nn
 
     if isinstance(model, nn.Module) and callable(getattr(model, "training_step", None)):
@@ -96,7 +187,7 @@ def _require_module(model: Any) -> None:
     )
 
 
-def _single(name: str, loader: Any) -> Any:
+def single(name: str, loader: Any) -> Any:
     """Return the one loader of a kind, None if there is none."""
     if isinstance(loader, list | tuple):
         if len(loader) > 1:
@@ -114,21 +205,21 @@ def _single(name: str, loader: Any) -> Any:
     )
 
 
-def _batch(loader: Any, accumulated: int) -> Keys:
-    """Return the size of a step's global batch: that of the loader, as for one process."""
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        return {}
-    keys: Keys = {"data.global_batch_size": size * accumulated}
-    if accumulated > 1:
-        keys["data.micro_batch_size"] = size
-    return keys
+def _named(datamodule: Any, loaders: Mapping[str, Any]) -> Keys:
+    """Return the names of what the data come from, for the record in config.toml."""
+    if datamodule is not None:
+        return {"data.use": reference(datamodule)}
+    return {
+        f"data.{name}": reference(getattr(loaders[name], "dataset", loaders[name]))
+        for name in ("train", "validation")
+        if loaders[name] is not None
+    }
 
 
-def _reference(model: Any) -> str:
-    """Return the import path of a module's class; of one of the script itself: `__main__:Name`."""
-    kind = type(model)
-    return f"{kind.__module__}:{kind.__qualname__}"
+def reference(thing: Any) -> str:
+    """Return the import path of an object's class; of one of the script itself: `__main__:Name`."""
+    kind = type(thing)
+    return f"{kind.__module__}:{kind.__name__}"
 
 
 def _arguments(model: Any) -> Keys:

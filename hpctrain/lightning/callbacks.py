@@ -69,8 +69,7 @@ def name_of(callback: Any) -> str | None:
     """
     for base in type(callback).__mro__:
         if base.__module__.startswith(_PACKAGES):
-            is_base = base.__name__ in ("Callback", "BasePredictionWriter")
-            return None if is_base else base.__name__
+            return None if base.__name__ == "Callback" else base.__name__
     return None
 
 
@@ -138,10 +137,21 @@ def _model_checkpoint(callback: Any) -> Keys:
 
 
 def _early_stopping(callback: Any) -> Keys:
-    raise ConfigError(
-        f'monitor="{callback.monitor}": runs go on to their end; keep the best, '
-        "ModelCheckpoint(monitor=...), and stop by hand with the file STOP"
-    )
+    if callback._check_on_train_epoch_end:
+        raise ConfigError(
+            "check_on_train_epoch_end=True: evaluations are what it looks at; let one come after "
+            "every epoch"
+        )
+    keys = {
+        "monitor": callback.monitor,
+        "mode": callback.mode,
+        "patience": callback.patience,
+        "min_delta": abs(callback.min_delta),  # which Lightning has a sign for
+        "stopping_threshold": callback.stopping_threshold,
+        "divergence_threshold": callback.divergence_threshold,
+        "check_finite": callback.check_finite,
+    }
+    return {f"early_stopping.{name}": value for name, value in keys.items() if value is not None}
 
 
 def _progress_bar(callback: Any) -> Keys:
@@ -193,6 +203,7 @@ _REFUSED = {
     "with ckpt_path of the first's weights",
     "BaseFinetuning": "a run has one set of trained parameters: freeze in two runs, the second "
     "with ckpt_path of the first's weights",
+    "BasePredictionWriter": "predict returns all batches on rank 0, for the script to write",
     "BatchSizeFinder": "`python -m hpctrain check` tells whether a batch size fits into memory",
     "Checkpoint": "checkpoints are the run's own: ModelCheckpoint says which are kept",
     "EMAWeightAveraging": _OTHER_WEIGHTS,
@@ -205,4 +216,4 @@ _REFUSED = {
 
 def known() -> Sequence[str]:
     """Return the names of Lightning's callbacks of which something is said here."""
-    return sorted({*_MAPPED, *_DONE_ANYWAY, *_REFUSED, "BasePredictionWriter", "LambdaCallback"})
+    return sorted({*_MAPPED, *_DONE_ANYWAY, *_REFUSED, "LambdaCallback"})

@@ -10,7 +10,6 @@ from hpctrain.launch.environment import Claim
 from hpctrain.lightning.arguments import Mapped, TrainerArguments
 from hpctrain.lightning.checkpoints import Checkpoints
 from hpctrain.topology import Topology
-from hpctrain.training.brought import Brought
 
 _OF_ARGUMENTS = (
     *("accumulate_grad_batches", "check_val_every_n_epoch", "fast_dev_run", "gradient_clip_val"),
@@ -55,7 +54,6 @@ class Facts:
         self._given = given
         self._claim = claim
         self._topology: Topology | None = None
-        self._stand_in: Any = None
         self._config: Config | None = None
         self.callbacks: list[Any] = [*mapped.callbacks, *mapped.checkpoints, *mapped.stoppings]
         self.loggers: list[Any] = list(mapped.loggers)
@@ -132,11 +130,10 @@ class Facts:
         if self.is_global_zero:
             print(*values, **options)  # noqa: T201 - what the user asked for
 
-    def begins(self, brought: Brought, config: Config, topology: Topology) -> None:
+    def begins(self, model: Any, datamodule: Any, config: Config, topology: Topology) -> None:
         """Take note of the run that is about to begin."""
-        self.model, self.datamodule = brought.model, brought.datamodule
+        self.model, self.datamodule = model, datamodule
         self._config, self._topology = config, topology
-        self._stand_in = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

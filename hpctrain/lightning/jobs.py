@@ -18,14 +18,18 @@ from hpctrain.launch.voice import telling
 from hpctrain.lightning.keys import Keys
 from hpctrain.topology import Communicator, Topology
 
+_GIVEN = frozenset(
+    {("model", "use"), ("data", "use"), ("data", "train"), ("data", "validation")},
+)
+"""Keys that name the classes of what a script brings as objects."""
 
-def make_config(keys: Keys, overrides: Sequence[str], given: frozenset[str]) -> Config:
+
+def make_config(keys: Keys, overrides: Sequence[str]) -> Config:
     """Return the config that keys with a dot come to.
 
     Args:
         keys: of the config.
         overrides: over them, as on a command line.
-        given: sections in whose place objects stand.
 
     Raises:
         ConfigError: with every mistake, as of a config file.
@@ -34,7 +38,7 @@ def make_config(keys: Keys, overrides: Sequence[str], given: frozenset[str]) -> 
     for key, value in keys.items():
         section, _, name = key.partition(".")
         table.setdefault(section, {})[name] = value
-    return from_table("Trainer", table, overrides, given=given)
+    return from_table("Trainer", table, overrides, given=_GIVEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +52,14 @@ class Started:
 
 
 @contextmanager
-def started(claim: Claim) -> Iterator[Started]:
+def started(claim: Claim, *, stops: bool = True) -> Iterator[Started]:
     """Connect all ranks for messages; a failure that all share is told once. Collective: all ranks.
 
     An exception of one rank ends the job; in a world of one process it is the caller's to catch.
+
+    Args:
+        claim: what the launcher says of this process.
+        stops: signals ask for a stop, which somebody acts upon; else they are as they were.
 
     Raises:
         HpctrainError: of all ranks.
@@ -59,8 +67,8 @@ def started(claim: Claim) -> Iterator[Started]:
     try:
         with (
             alone_in_this_process(),
-            SignalFlag() as signals,
-            control_plane(claim) as (topology, communicator),
+            SignalFlag() if stops else nullcontext(SignalFlag()) as signals,
+            control_plane(claim, keep_mpi=True) as (topology, communicator),
             # One process tells nothing: its failure may be caught.
             telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
             guard(topology, is_callers=True) as keeper,

@@ -11,29 +11,30 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpctrain.config import Config
 from hpctrain.config.choices import choices, is_preparing
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError
 from hpctrain.launch.environment import this_process
 from hpctrain.launch.failure import end_quietly_if_uncaught
-from hpctrain.launch.process_group import gathering, loading
+from hpctrain.launch.process_group import gathering, loading, process_group
+from hpctrain.lightning.after import AfterFit, tell_rank
 from hpctrain.lightning.arguments import evaluation_keys, mapped, parse
-from hpctrain.lightning.bring import Handed, hand
+from hpctrain.lightning.bring import Handed, ModuleData, apart, hand, hand_to_evaluate
 from hpctrain.lightning.checkpoints import export_for_scripts, tell
 from hpctrain.lightning.facts import Facts, run_folder
 from hpctrain.lightning.folders import Fit, choose_version, newest_version, script_name
 from hpctrain.lightning.jobs import Started, make_config, started
 from hpctrain.lightning.keys import Keys
 from hpctrain.lightning.launching import compare, start_ranks
+from hpctrain.observe import log
 from hpctrain.topology import raise_together
+from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
-
-_GIVEN = frozenset({"model", "data", "task", "optimizer"})
-"""Sections of which a script brings objects."""
 
 
 class Trainer(Facts):
@@ -100,6 +101,7 @@ class Trainer(Facts):
         """
         del weights_only
         with _told():
+            train_dataloaders, datamodule = apart(train_dataloaders, datamodule)
             handed = hand(
                 model,
                 train=train_dataloaders,
@@ -109,15 +111,16 @@ class Trainer(Facts):
                 callbacks=self._mapped.callbacks,
             )
             keys = self._mapped.keys | handed.keys | evaluation_keys(self._given, handed.batches)
-            keys |= _start(ckpt_path)
+            keys |= _seed() | _start(ckpt_path)
         if is_preparing():
             self._prepare(handed)
             return
         self._fits += 1
         with started(self._claim) as job:
             compare(job.topology, self._mapped.devices, self._mapped.num_nodes)
+            tell_rank(job.topology.rank)
             config = self._make_config(job, keys, is_last=ckpt_path == "last")
-            self.begins(handed.brought, config, job.topology)
+            self.begins(model, datamodule, config, job.topology)
             ending = self._train(job, config, handed)
             if ending == ExitCode.DONE:
                 self._export(job, config)
@@ -126,11 +129,15 @@ class Trainer(Facts):
 
     def _train(self, job: Started, config: Config, handed: Handed) -> ExitCode:
         """Run the job. Collective: all ranks."""
+        model = handed.brought.model
+        assert model is not None
+        after = AfterFit(model)
+        brought = replace(handed.brought, callbacks=[*handed.brought.callbacks, after])
         with gathering(job.topology, job.communicator, config.launch, job.guard) as meeting:
             with loading():
                 from hpctrain.training.job import train
 
-            return train(
+            ending = train(
                 config,
                 job.topology,
                 job.communicator,
@@ -138,8 +145,12 @@ class Trainer(Facts):
                 signals=job.signals,
                 guard=job.guard,
                 command=["run", *sys.argv],
-                brought=handed.brought,
+                brought=brought,
             )
+        if isinstance(handed.brought.datamodule, ModuleData):
+            handed.brought.datamodule.release()
+        after.settle(config, is_complete=ending == ExitCode.DONE)
+        return ending
 
     def _export(self, job: Started, config: Config) -> None:
         """Leave the weights as a file for Lightning. Collective: all ranks."""
@@ -157,9 +168,8 @@ class Trainer(Facts):
         config: Config | None = None
         with raise_together(job.communicator):
             if job.topology.is_rank_zero:
-                config = make_config(
-                    keys | self._place(keys, is_last=is_last), self._given.overrides, _GIVEN
-                )
+                place = self._place(keys, is_last=is_last)
+                config = make_config(keys | place, self._given.overrides)
         config = job.communicator.broadcast(config)
         assert config is not None
         return config
@@ -176,12 +186,195 @@ class Trainer(Facts):
             place["run.name"] = newest_version(folder) if is_last else choose_version(folder, fit)
         return place
 
+    def validate(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Return what `validation_step` logs over all samples. Collective: all ranks.
+
+        Args:
+            model: the module; None: that of the last call, with the best weights of its run.
+            dataloaders: a DataLoader.
+            ckpt_path: "best" or "last" of the last run, a checkpoint, or a file of weights.
+            verbose: print the metrics on rank 0.
+            datamodule: makes the DataLoader.
+            weights_only: nothing else is ever read from a file.
+
+        Returns:
+            One dictionary in a list.
+
+        Raises:
+            HpctrainError: on every rank.
+        """
+        del weights_only
+        found = self._evaluated("validate", model, dataloaders, datamodule, ckpt_path)
+        return self._shown("validation", found, verbose=verbose)
+
+    def test(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Return what `test_step` logs over all samples, see `validate`. Collective: all ranks."""
+        del weights_only
+        found = self._evaluated("test", model, dataloaders, datamodule, ckpt_path)
+        return self._shown("test", found, verbose=verbose)
+
+    def predict(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Return what `predict_step` gives for each batch, see `validate`. Collective: all ranks.
+
+        Returns:
+            On rank 0 a list in the dataset's order, of the loader's batches at any number of
+            ranks; None on other ranks, or with `return_predictions=False`.
+        """
+        del weights_only
+        found: list[Any] | None
+        found = self._evaluated("predict", model, dataloaders, datamodule, ckpt_path)
+        return None if return_predictions is False else found
+
+    def _evaluated(
+        self,
+        stage: Literal["validate", "test", "predict"],
+        model: Any,
+        loader: Any,
+        datamodule: Any,
+        ckpt_path: str | os.PathLike[str] | None,
+    ) -> Any:
+        """Run a stage in a world of its own. Collective: all ranks."""
+        with _told():
+            if model is None and self.model is None:
+                raise ConfigError(f"trainer.{stage}: which module? Give it one")
+            weights = None if ckpt_path is None else os.fspath(ckpt_path)
+            if model is None and weights is None and self._config is not None:
+                weights = ""
+            if loader is None and datamodule is None:
+                datamodule = self.datamodule
+            handed = hand_to_evaluate(
+                stage, model or self.model, loader, datamodule, self._mapped.callbacks
+            )
+            config = self._evaluation_config(handed, weights)
+            if weights == "best" and config.checkpoint.keep_best is None:
+                weights = "last"  # as Lightning's ModelCheckpoint without a monitor has it
+        if is_preparing():
+            self._prepare(handed)
+            return []
+        with started(self._claim, stops=False) as job:
+            tell_rank(job.topology.rank)
+            self._topology = job.topology
+            found = self._in_world(job, config, handed, stage, weights)
+        self.model, self.datamodule = handed.brought.model, handed.brought.datamodule
+        self.model.cpu()
+        return found
+
+    def _in_world(
+        self,
+        job: Started,
+        config: Config,
+        handed: Handed,
+        stage: Literal["validate", "test", "predict"],
+        weights: str | None,
+    ) -> Any:
+        brought, given = handed.brought, self._given
+        is_reporter = job.topology.is_rank_zero
+        with (
+            log.start(None, is_reporter=is_reporter),
+            gathering(job.topology, job.communicator, config.launch, job.guard) as meeting,
+            process_group(
+                job.topology, job.communicator, config.launch, meeting, job.guard
+            ) as world,
+        ):
+            from hpctrain.training.modules.inference import module_metrics, module_predictions
+
+            if stage == "predict":
+                limit = given.limit_predict_batches
+                return module_predictions(config, world, brought, weights=weights, limit=limit)
+            limit = given.limit_test_batches if stage == "test" else given.limit_val_batches
+            return module_metrics(config, world, brought, stage, weights=weights, limit=limit)
+
+    def _evaluation_config(self, handed: Handed, weights: str | None) -> Config:
+        """Return the config of the run whose weights are wanted, or one without a run."""
+        if weights in ("", "best", "last"):
+            if self._config is None:
+                raise ConfigError(
+                    f'ckpt_path="{weights}": this trainer has not run fit: name a checkpoint'
+                )
+            return self._config
+        keys = {
+            key: value
+            for key, value in self._mapped.keys.items()
+            if not key.startswith(("checkpoint.", "early_stopping."))
+        }
+        return make_config(
+            keys | handed.keys | _seed() | {"run.name": "evaluation"}, self._given.overrides
+        )
+
+    def _shown(
+        self, name: str, metrics: dict[str, float], *, verbose: bool
+    ) -> list[dict[str, float]]:
+        if verbose and metrics:
+            shown = "  ".join(f"{key} {metric(value)}" for key, value in metrics.items())
+            self.print(f"{name}  {shown}")
+        return [metrics]
+
+    def save_checkpoint(
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+    ) -> None:
+        """Write the weights of the last call's module as a file for `load_from_checkpoint`.
+
+        On rank 0 alone; the checkpoints that a run goes on from are in its folder.
+
+        Raises:
+            HpctrainError: if there is no module yet, or the file cannot be written.
+        """
+        del weights_only, storage_options
+        if self.model is None:
+            raise ConfigError("trainer.save_checkpoint: there is no module yet: call fit first")
+        if self.is_global_zero:
+            from hpctrain.checkpoint.lightning_file import VERSION, write_file
+
+            hparams = dict(getattr(self.model, "hparams", None) or {})
+            content = {
+                "epoch": self.current_epoch,
+                "global_step": self.global_step,
+                "pytorch-lightning_version": VERSION,
+                "state_dict": self.model.state_dict(),
+                "hparams_name": getattr(self.model, "_hparams_name", None) or "kwargs",
+                "hyper_parameters": hparams,
+            }
+            write_file(content, Path(filepath))
+
     def _prepare(self, handed: Handed) -> None:
         """Fetch the data, and train nothing: `python -m hpctrain prepare`."""
         from hpctrain.training.prepare_data import prepare_alone
 
         brought = handed.brought
         prepare_alone(owner for owner in (brought.datamodule, brought.model) if owner is not None)
+
+
+def _seed() -> Keys:
+    """Return the seed that `seed_everything` has left in the environment."""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return {"run.seed": int(seed)} if seed.isdecimal() else {}
 
 
 def _start(ckpt_path: str | os.PathLike[str] | None) -> Keys:

@@ -25,6 +25,7 @@ class Brought:
         predict: the same, for `predict`.
         datamodule: makes those four.
         callbacks: objects with the hook names of a Lightning Callback.
+        accumulated: batches of a DataLoader that make a step.
     """
 
     model: nn.Module | None = None
@@ -34,6 +35,7 @@ class Brought:
     predict: Any = None
     datamodule: Any = None
     callbacks: Sequence[Any] = ()
+    accumulated: int = 1
 
     @property
     def sections(self) -> frozenset[str]:

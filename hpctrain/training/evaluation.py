@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -35,6 +35,7 @@ def evaluate(
     idle_row: Any = None,
     reused: bool = False,
     stopping: Callable[[], bool] = lambda: False,
+    stage: Literal["validate", "test"] = "validate",
 ) -> dict[str, float] | None:
     """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
 
@@ -57,6 +58,7 @@ def evaluate(
         reused: whether the model's outputs lie where its next ones will, as under CUDA graphs.
         stopping: asked after every batch, `rounds` times on every rank, so that it may
             communicate; True on all ranks in the same round.
+        stage: which of a module's steps and hooks are called.
 
     Raises:
         TrainingError: if the task breaks its contract, or gives other metrics than it declares.
@@ -77,7 +79,7 @@ def evaluate(
         ):
             objects.reset()
             if module is not None:
-                module.begin_evaluation()
+                module.begin_evaluation(stage)
             for batch in batches:
                 world.pulse.tick()
                 fields = number_format.cast(batch.fields, task.inputs)

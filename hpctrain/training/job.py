@@ -48,7 +48,13 @@ from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.session import finish_writing, session
-from hpctrain.training.summary import complete_text, header_text, summary_text, transport_notes
+from hpctrain.training.summary import (
+    complete_text,
+    header_text,
+    is_script,
+    summary_text,
+    transport_notes,
+)
 from hpctrain.training.task import Task
 from hpctrain.training.trainer import Phases, Plan, Run, fit
 
@@ -110,7 +116,9 @@ def _train(
     brought: Brought,
 ) -> tuple[ExitCode, str]:
     with raise_together(world.communicator):
-        components = resolve_components(config, command[0], command[1:], given=brought.sections)
+        # A script has no file with a line for each key.
+        path, overrides = (None, ()) if is_script(command) else (command[0], command[1:])
+        components = resolve_components(config, path, overrides, given=brought.sections)
     resumed = (
         find_checkpoint(config, world, None)
         if folder is None

@@ -121,6 +121,8 @@ def _next(
     config: Config, world: World, run: Run, data: Data, complete: bool, command: Sequence[str]
 ) -> tuple[str, str]:
     """Return what one may want to do next, and the command for it."""
+    if is_script(command):
+        return ("start anew", _command(world, command)) if complete else ("resume", _LAST)
     if config.training.fast_dev_run:
         return "train", _command(world, _with(command, "training.fast_dev_run", "false"))
     if _is_script(command):
@@ -129,6 +131,14 @@ def _next(
         early = run.stopping.reason is not None
         return "train on", _command(world, _further(command, _longer(data, run.place, early)))
     return "resume", _command(world, command)
+
+
+_LAST = 'the same script, with ckpt_path="last"; a batch job that is started again needs none'
+
+
+def is_script(command: Sequence[str]) -> bool:
+    """Tell whether a job is one of a script, whose command has no overrides of a config."""
+    return command[:1] == ["run"]
 
 
 def _longer(data: Data, place: Position, early: bool) -> dict[str, int]:
@@ -149,13 +159,18 @@ def complete_text(
     place = resumed.place
     metrics = resumed.values["metrics"]
     shown = ", ".join(f"{name} {metric(value)}" for name, value in metrics.items())
-    further = _further(command, _longer(data, data.place, early is not None))
     counted = f"{plural(place.step, 'step')}, {plural(place.epoch, 'epoch')}"
     facts = ", ".join(filter(None, [counted, shown]))
+    head = [
+        f"run {config.run.name} is {_ended(early)}: {facts}",
+        f"  checkpoint  {resumed.path}",
+    ]
+    if is_script(command):
+        return "\n".join(head)
+    further = _further(command, _longer(data, data.place, early is not None))
     return "\n".join(
         [
-            f"run {config.run.name} is {_ended(early)}: {facts}",
-            f"  checkpoint  {resumed.path}",
+            *head,
             f"  train on    {_command(world, further)}",
             f"  start anew  {_command(world, _with(command, 'run.name', f'{config.run.name}-2'))}",
         ]

@@ -61,10 +61,10 @@ def take_data(
     """
     made = _made(config, world, brought, what)
     with raise_together(world.communicator):
-        taken = {name: _taken(each, name, config) for name, each in made.items()}
+        taken = {name: taken_by_name(each, name, config) for name, each in made.items()}
         if "train" not in taken:
             raise ConfigError("the datamodule has no train_dataloader: nothing to train with")
-        config, notes = _settled(config, taken["train"])
+        config, notes = _settled(config, taken["train"], brought.accumulated)
     validation = taken.get("validation")
     if validation is not None:
         validation = only_samples(validation)
@@ -172,18 +172,28 @@ def own_hook(owner: Any, name: str) -> Any:
     return None if module.partition(".")[0] in _LIGHTNING else hook
 
 
-def _taken(given: Any, name: str, config: Config) -> Intake:
+def taken_by_name(given: Any, name: str, config: Config) -> Intake:
+    """Return what is to be served of what the user gives to train, validate, test or predict with.
+
+    Raises:
+        HpctrainError: if it cannot be served in the one order.
+    """
     if isinstance(given, Intake):
         return given
     if isinstance(given, list | tuple) and len(given) == 1:
         (given,) = given
-    named = getattr(config.data, name)
-    source = named if names_object(named) else config.data.use or f"the {name} data"
+    named: Any = getattr(config.data, name, None)
+    source: str = named if names_object(named) else config.data.use or f"the {name} data"
     return taken_in(given, source, workers=config.data.workers, seeded=config.data.seed_samples)
 
 
-def _settled(config: Config, train: Intake) -> tuple[Config, list[str]]:
+def _settled(config: Config, train: Intake, accumulated: int = 1) -> tuple[Config, list[str]]:
     """Return the config with what a DataLoader says, where the config says nothing.
+
+    Args:
+        config: of the job.
+        train: what it trains with.
+        accumulated: batches of the DataLoader that make a step.
 
     Raises:
         ConfigError: if neither says how large a batch is.
@@ -196,8 +206,10 @@ def _settled(config: Config, train: Intake) -> tuple[Config, list[str]]:
             "DataLoader says how many samples of all ranks make a batch"
         )
     if train.batch_size is not None:
-        size = section.global_batch_size or train.batch_size
+        size = section.global_batch_size or train.batch_size * accumulated
         changed["global_batch_size"] = size
+        if accumulated > 1:
+            changed["micro_batch_size"] = section.micro_batch_size or train.batch_size
         if size != train.batch_size:
             notes.append(
                 f"data.global_batch_size = {size}, not the {train.batch_size} of the DataLoader"

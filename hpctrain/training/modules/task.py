@@ -48,6 +48,7 @@ class ModuleTask:
         metrics: known so far; a first evaluation may give more.
         counts_samples: whether a loss is a mean over samples.
         samples: of the pass that comes next; whoever calls knows it.
+        takes_index: whether a step takes the number of its batch, by name.
     """
 
     discovers_metrics = True
@@ -111,16 +112,16 @@ class ModuleTask:
         self._world = world
         self._stop_at = stop_at
         attach(module, self.trainer, self.logs)
-        self._takes_index = {
+        self.takes_index = {
             name: _takes_index(getattr(module, name))
-            for name in ("training_step", "validation_step", "test_step")
+            for name in ("training_step", "validation_step", "test_step", "predict_step")
             if callable(getattr(module, name, None))
         }
 
-    def set_up(self) -> None:
+    def set_up(self, stage: str = "fit") -> None:
         """Have the module make what it makes by itself: `setup`, `configure_model`."""
         hooks = self.hooks
-        hooks.call("setup", "fit")
+        hooks.call("setup", stage)
         hooks.trial = True  # until the training proper begins
         hooks.call("configure_model")
         # Layers may have come that know neither their trainer nor where to log.
@@ -174,7 +175,7 @@ class ModuleTask:
             batch = self.batch(fields)
         try:
             output = (
-                step(batch, self.batch_idx) if self._takes_index["training_step"] else step(batch)
+                step(batch, self.batch_idx) if self.takes_index["training_step"] else step(batch)
             )
         finally:
             logs.fx = None
@@ -463,7 +464,7 @@ class ModuleTask:
         self.logs.fx = name
         step: Callable[..., Any] = getattr(model, name)
         try:
-            return step(batch, index) if self._takes_index[name] else step(batch)
+            return step(batch, index) if self.takes_index[name] else step(batch)
         finally:
             self.logs.fx = None
 

@@ -74,7 +74,10 @@ def test_every_key_is_one_of_the_config() -> None:
         max_time="00:01:00:00",
         enable_progress_bar=False,
         gradient_clip_val=1,
-        callbacks=[theirs.ModelCheckpoint(monitor="a", every_n_train_steps=5, save_top_k=-1)],
+        callbacks=[
+            theirs.ModelCheckpoint(monitor="a", every_n_train_steps=5, save_top_k=-1),
+            theirs.EarlyStopping("a", stopping_threshold=1.0, divergence_threshold=2.0),
+        ],
         logger=CSVLogger("logs"),
     )
     for key in given.keys:
@@ -156,6 +159,9 @@ def test_every_key_is_one_of_the_config() -> None:
             {"limit_train_batches": 0.5, "limit_val_batches": 1.0},
             {"training.limit_train_batches": 0.5},
         ),
+        ({"profiler": "pytorch"}, {"profile.active_steps": 3}),
+        ({"profiler": "simple"}, {}),
+        ({"detect_anomaly": True}, {"training.detect_anomaly": True}),
         ({"overfit_batches": 1}, {"training.overfit_batches": 1}),
         ({"overfit_batches": 0.01}, {"training.overfit_batches": 0.01}),
         ({"fast_dev_run": True}, {"training.fast_dev_run": True}),
@@ -256,7 +262,7 @@ def test_argument(given: dict[str, Any], keys: dict[str, Any]) -> None:
         ({"limit_val_batches": 1.5}, "part of the data"),
         ({"overfit_batches": -1}, "part of the data"),
         ({"min_epochs": 5}, "max_epochs"),
-        ({"profiler": "simple"}, "seconds of every phase"),
+        ({"profiler": "advanced"}, "seconds of every phase"),
         ({"reload_dataloaders_every_n_epochs": 1}, "__getitem__"),
         ({"model_registry": "mine"}, "nothing is uploaded"),
         ({"max_epoch": 3}, "did you mean max_epochs"),
@@ -383,6 +389,13 @@ def test_callbacks() -> None:
         "checkpoint.every_epochs": 0,
         "checkpoint.keep_last": 1,
     }
+    assert new(callbacks=theirs.EarlyStopping("val_loss", min_delta=0.1, patience=5)) == {
+        "early_stopping.monitor": "val_loss",
+        "early_stopping.mode": "min",
+        "early_stopping.patience": 5,
+        "early_stopping.min_delta": 0.1,
+        "early_stopping.check_finite": True,
+    }
     assert new(callbacks=theirs.TQDMProgressBar(refresh_rate=0)) == {"logging.progress": "none"}
     assert new(callbacks=theirs.Timer("00:00:10:00")) == {"run.max_seconds": 600.0}
     assert new(callbacks=theirs.GradientAccumulationScheduler({0: 1})) == {}
@@ -393,6 +406,7 @@ def test_callbacks() -> None:
     [
         (Watching(), "on_train_end would never be called"),
         (theirs.StochasticWeightAveraging(swa_lrs=0.1), "training.ema_decay"),
+        (theirs.EarlyStopping("loss", check_on_train_epoch_end=True), "after every epoch"),
         (theirs.EMAWeightAveraging(), "training.ema_decay"),
         (theirs.GradientAccumulationScheduler({0: 2}), "accumulate_grad_batches"),
         ([Named(), theirs.ModelCheckpoint(monitor="other")], "two callbacks"),

@@ -1,0 +1,245 @@
+"""A module of a script at work: validate, test and predict, without a run and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.config import Config
+from hpctrain.data.loading.map_style.intake import only_samples
+from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
+from hpctrain.data.loading.nested import map_tensors
+from hpctrain.errors import ConfigError
+from hpctrain.launch.process_group import World
+from hpctrain.topology import raise_together
+from hpctrain.training.brought import Brought
+from hpctrain.training.build import finish_model, seed_generators
+from hpctrain.training.call import call_directly
+from hpctrain.training.evaluation import evaluate, gather_at_rank_zero
+from hpctrain.training.inference import choose_checkpoint
+from hpctrain.training.modules.callbacks import with_those_of_module
+from hpctrain.training.modules.overrides import is_own
+from hpctrain.training.modules.stand_in import tell_device
+from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.plain_names import load_checked
+from hpctrain.training.position import StopAt
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.prepare_data import prepare_data
+from hpctrain.training.undisturbed import evaluating
+from hpctrain.training.user_data import own_hook, served, taken_by_name
+
+Stage = Literal["validate", "test", "predict"]
+
+ANY = ""
+"""The best weights of a run where it keeps some, else its last."""
+
+_LOADERS = {
+    "validate": ("validation", "val_dataloader", "validation_step"),
+    "test": ("test", "test_dataloader", "test_step"),
+    "predict": ("predict", "predict_dataloader", "predict_step"),
+}
+"""What a stage takes of what was brought: name, hook of a data module, step of the module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A module on its device, and the samples of this rank."""
+
+    model: nn.Module
+    task: ModuleTask
+    number_format: NumberFormat
+    loader: MapEvaluationLoader
+
+
+def module_metrics(
+    config: Config,
+    world: World,
+    brought: Brought,
+    stage: Literal["validate", "test"],
+    *,
+    weights: str | None = None,
+    limit: float | None = None,
+) -> dict[str, float]:
+    """Return what a module logs over a dataset, every sample once. Collective: all ranks.
+
+    Args:
+        config: of the job; of its run where the weights of one are wanted.
+        world: the ranks.
+        brought: the module, and a loader or a data module.
+        stage: whose step and hooks are called.
+        weights: "best", "last", a path, or ANY of the run; None: the module as it is.
+        limit: so many batches, or such a part of them; None: all.
+
+    Raises:
+        HpctrainError: on every rank.
+    """
+    with _ready(config, world, brought, stage, weights, limit) as ready:
+        loader = ready.loader
+        metrics = evaluate(
+            ready.model,
+            ready.task,
+            loader,
+            world,
+            ready.number_format,
+            rounds=loader.most_batches,
+            call=call_directly(ready.model),
+            stage=stage,
+        )
+    assert metrics is not None  # nobody stops it
+    return metrics
+
+
+def module_predictions(
+    config: Config,
+    world: World,
+    brought: Brought,
+    *,
+    weights: str | None = None,
+    limit: float | None = None,
+) -> list[Any] | None:
+    """Return what `predict_step` gives for every batch, in the dataset's order, on rank 0.
+
+    The batches are those of the loader, at any number of ranks; None on the other ranks.
+
+    Collective: all ranks.
+
+    Args:
+        config: of the job; of its run where the weights of one are wanted.
+        world: the ranks.
+        brought: the module, and a loader or a data module.
+        weights: "best", "last", a path, or ANY of the run; None: the module as it is.
+        limit: so many batches, or such a part of them; None: all.
+
+    Raises:
+        HpctrainError: on every rank.
+    """
+    with _ready(config, world, brought, "predict", weights, limit) as ready:
+        mine = _predicted(ready, world)
+    everyone = gather_at_rank_zero(mine, world)
+    return None if everyone is None else [batch for part in everyone for batch in part]
+
+
+def _predicted(ready: _Ready, world: World) -> list[Any]:
+    task, hooks = ready.task, ready.task.hooks
+    step: Any = ready.model.predict_step
+    task.trainer.state.stage = task.logs.stage = "predict"
+    found = []
+    with torch.no_grad(), evaluating(ready.model.modules()), ready.number_format.arithmetic():
+        hooks.call("on_predict_start")
+        hooks.call("on_predict_epoch_start")
+        for index, share in enumerate(ready.loader):
+            world.pulse.tick()
+            batch = task.batch(ready.number_format.cast(share.fields, task.inputs))
+            hooks.call("on_predict_batch_start", batch, index)
+            output = step(batch, index) if task.takes_index["predict_step"] else step(batch)
+            hooks.call("on_predict_batch_end", output, batch, index)
+            found.append(map_tensors(_on_host, output))
+        hooks.call("on_predict_epoch_end")
+        hooks.call("on_predict_end")
+    return found
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
+
+
+@contextmanager
+def _ready(
+    config: Config,
+    world: World,
+    brought: Brought,
+    stage: Stage,
+    weights: str | None,
+    limit: float | None,
+) -> Iterator[_Ready]:
+    """Make a module and its data ready. Collective: all ranks."""
+    model = brought.model
+    assert model is not None
+    seed_generators(config.run.seed)
+    # Only the forward pass is wanted, and of the module as it is.
+    plain = dataclasses.replace(
+        config.training,
+        compile=False,
+        sync_batchnorm=False,
+        strategy="ddp",
+        activation_checkpointing=(),
+    )
+    config = dataclasses.replace(config, training=plain)
+    task = ModuleTask()
+    with raise_together(world.communicator):
+        _require_step(model, stage)
+        task.bind(model, config, world, StopAt.of(plain, 1, 1))
+        task.hooks.set_callbacks(with_those_of_module(brought.callbacks, model))
+    owners = [owner for owner in (brought.datamodule, model) if owner is not None]
+    prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds, what="SCRIPT")
+    loader = _loader(config, world, brought, stage, task, limit)
+    try:
+        if weights is not None:
+            chosen = choose_checkpoint(config, world, None if weights == ANY else weights)
+            with raise_together(world.communicator):
+                load_checked(model, chosen.tensors, chosen.source)
+        with raise_together(world.communicator):
+            made, number_format, _ = finish_model(model, config, world)
+        tell_device(made, world.device)
+        task.hooks.trial = False
+        yield _Ready(model=made, task=task, number_format=number_format, loader=loader)
+        task.hooks.call("teardown", stage)
+    finally:
+        loader.close()
+
+
+def _require_step(model: nn.Module, stage: Stage) -> None:
+    step = _LOADERS[stage][2]
+    # Lightning's own predict_step calls the module; its others do nothing.
+    if stage != "predict" and not is_own(model, step):
+        raise ConfigError(f"{type(model).__name__} has no {step}, which trainer.{stage} would call")
+    if not callable(getattr(model, step, None)):
+        raise ConfigError(f"{type(model).__name__} has no {step}")
+
+
+def _loader(
+    config: Config,
+    world: World,
+    brought: Brought,
+    stage: Stage,
+    task: ModuleTask,
+    limit: float | None,
+) -> MapEvaluationLoader:
+    """Return what serves each rank whole batches of the user's loader. Collective: all ranks."""
+    name, hook, _ = _LOADERS[stage]
+    with raise_together(world.communicator):
+        if brought.datamodule is not None and (set_up := own_hook(brought.datamodule, "setup")):
+            set_up(stage)
+        task.set_up(stage)
+        given = getattr(brought, name)
+        make = own_hook(brought.datamodule or brought.model, hook)
+        if given is None and make is not None:
+            given = make()
+        if given is None:
+            raise ConfigError(f"trainer.{stage}: no loader was given, and there is no {hook}")
+        intake = taken_by_name(given, name, config)
+        size = intake.batch_size or 1
+    ready = served(only_samples(intake), config, world)
+    batches = -(-ready.dataset.samples // size)
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else max(1, int(batches * limit))
+    rank, ranks = world.topology.rank, world.topology.world_size
+    first, stop = (each * batches // ranks for each in (rank, rank + 1))
+    samples = min(batches * size, ready.dataset.samples)
+    return MapEvaluationLoader(
+        ready.dataset,
+        ready.reader,
+        batch_size=size,
+        rank=rank,
+        world_size=ranks,
+        seed=config.run.seed,
+        samples=samples,
+        rows=np.arange(first * size, min(stop * size, samples), dtype=np.int64),
+    )

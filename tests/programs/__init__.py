@@ -1,0 +1,1 @@
+"""Programs as users of Lightning write them, for tests to train here and there."""

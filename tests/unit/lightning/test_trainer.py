@@ -1,0 +1,264 @@
+"""A script's Trainer in one process: the same as Lightning's, which is asked for comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from helpers.runs import metrics
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hpctrain.errors import ConfigError
+from hpctrain.lightning import Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning would like workers, srun and more
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
+
+
+class Net(lightning.LightningModule):
+    def __init__(self, width: int = 8, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+        self.losses: list[float] = []
+
+    def step(self, batch: list[Tensor], name: str) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log(f"{name}_loss", loss)
+        return loss
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.step(batch, "train")
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.step(batch, "val")
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.step(batch, "test")
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Any]:
+        return {"output": self.net(batch[0]), "batch": batch_idx}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        }
+
+
+class Losses(lightning.Callback):
+    """What each step logs."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.found.append(float(trainer.callback_metrics["train_loss"]))
+
+
+def samples(count: int = 40) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 4, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True).sin())
+
+
+def loaders(batch_size: int = 8) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    return DataLoader(samples(), batch_size), DataLoader(samples(18), 8)
+
+
+def net(seed: int = 3) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    return tmp_path
+
+
+def theirs(tmp_path: Path, **options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        default_root_dir=tmp_path, enable_model_summary=False, logger=False, **QUIET, **options
+    )
+
+
+def run_folder(trainer: Trainer) -> Path:
+    assert trainer.log_dir is not None
+    return Path(trainer.log_dir)
+
+
+def test_losses_metrics_and_predictions_are_those_of_lightning(tmp_path: Path) -> None:
+    here, there, seen = net(), net(), Losses()
+    ours = Trainer(max_epochs=2, gradient_clip_val=0.5, **QUIET)
+    ours.fit(here, *loaders())
+    other = theirs(tmp_path, max_epochs=2, gradient_clip_val=0.5, callbacks=[seen])
+    other.fit(there, *loaders())
+    lines = [line["logged"]["train_loss"] for line in metrics(run_folder(ours), "train")]
+    assert lines == pytest.approx(seen.found, abs=1e-6)
+    assert ours.callback_metrics.keys() == other.callback_metrics.keys()
+    for name, value in other.callback_metrics.items():
+        assert float(ours.callback_metrics[name]) == pytest.approx(float(value), abs=1e-6)
+    assert (ours.global_step, ours.max_epochs) == (other.global_step, 2)
+    for mine, other_one in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(mine, other_one, atol=1e-6, rtol=0)
+
+    last = loaders()[1]
+    assert ours.validate(here, last)[0].keys() == other.validate(there, last)[0].keys()
+    found, expected = ours.test(here, last), other.test(there, last)
+    assert found[0] == pytest.approx(expected[0], abs=1e-6)
+    mine, others = ours.predict(here, last), other.predict(there, last)
+    assert mine is not None
+    assert [each["batch"] for each in mine] == [each["batch"] for each in others] == [0, 1, 2]
+    for each, reference in zip(mine, others, strict=True):
+        torch.testing.assert_close(each["output"], reference["output"], atol=1e-6, rtol=0)
+
+
+def test_what_is_left_of_a_run_is_read_by_lightning() -> None:
+    best = ModelCheckpoint(monitor="val_loss", save_top_k=2)
+    model, trainer = net(), Trainer(max_epochs=3, callbacks=best, **QUIET)
+    trainer.fit(model, *loaders())
+    assert trainer.checkpoint_callback is best
+    assert best.best_model_path.endswith("best.ckpt")
+    found = Net.load_from_checkpoint(best.best_model_path, weights_only=True)
+    assert found.hparams == model.hparams
+    assert trainer.validate(found, loaders()[1]) == trainer.validate(
+        net(9), loaders()[1], ckpt_path="best"
+    )
+    evaluations = metrics(run_folder(trainer), "evaluation")
+    assert float(best.best_model_score) == pytest.approx(
+        min(line["val_loss"] for line in evaluations)
+    )
+    trainer.save_checkpoint("mine.ckpt")
+    saved = Net.load_from_checkpoint("mine.ckpt", weights_only=True)
+    assert torch.equal(saved.net[0].weight, found.net[0].weight)
+    # Its weights, for a new run.
+    other = net(5)
+    Trainer(max_steps=1, overrides=["training.max_bad_steps=3"], **QUIET).fit(
+        other, *loaders(), ckpt_path="mine.ckpt"
+    )
+    assert not torch.equal(other.net[0].weight, net(5).net[0].weight)
+    torch.testing.assert_close(other.net[0].weight, saved.net[0].weight, atol=0.2, rtol=0)
+
+
+def test_a_second_start_begins_anew_and_the_last_can_be_gone_on_from() -> None:
+    whole, parts, again = net(), net(), net(7)
+    Trainer(max_epochs=3, **QUIET).fit(whole, *loaders())
+    first = Trainer(max_epochs=2, **QUIET)
+    first.fit(parts, *loaders())
+    assert run_folder(first).name == "version_1"
+    second = Trainer(max_epochs=3, **QUIET)
+    second.fit(again, *loaders(), ckpt_path="last")
+    assert run_folder(second) == run_folder(first)
+    for mine, expected in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_a_job_that_is_started_again_finds_its_complete_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the script goes on with trained weights, as if they had been trained just now."""
+    monkeypatch.setenv("HPCTRAIN_TOKEN", "t")
+    monkeypatch.setenv("HPCTRAIN_ATTEMPT", "1")
+    model, again = net(), net(7)
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(model, *loaders())
+    monkeypatch.setenv("HPCTRAIN_ATTEMPT", "2")
+    other = Trainer(max_epochs=1, **QUIET)
+    other.fit(again, *loaders())
+    assert run_folder(other) == run_folder(trainer)
+    for mine, expected in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    once, twice = net(), net()
+    Trainer(max_epochs=1, **QUIET).fit(once, *loaders(8))
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=2, **QUIET)
+    trainer.fit(twice, *loaders(4))
+    assert trainer.global_step == 5
+    for mine, expected in zip(twice.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=0)
+
+
+class WithLoaders(Net):
+    """One that makes its own data, in its own hooks."""
+
+    def prepare_data(self) -> None:
+        self.called = ["prepare_data"]
+
+    def setup(self, stage: str) -> None:
+        self.called.append(f"setup {stage}")
+        self.samples = samples()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.called.append("train_dataloader")
+        return DataLoader(self.samples, 8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, 8)
+
+    test_dataloader = val_dataloader
+
+
+def test_a_module_with_its_own_loaders() -> None:
+    torch.manual_seed(3)
+    model, trainer = WithLoaders(), Trainer(max_epochs=1, **QUIET)
+    trainer.fit(model)
+    assert model.called == ["prepare_data", "setup fit", "train_dataloader"]
+    assert trainer.global_step == 5
+    assert "val_loss" in trainer.callback_metrics
+    assert trainer.test(model)[0].keys() == {"test_loss"}
+    assert model.called == ["prepare_data", "setup test"]
+
+
+@pytest.mark.parametrize("value", [True, 2])
+def test_fast_dev_run(value: bool | int) -> None:
+    trainer = Trainer(fast_dev_run=value, **QUIET)
+    trainer.fit(net(), *loaders())
+    assert trainer.global_step == int(value)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda t: t.fit(nn.Linear(1, 1), *loaders()), "Linear is not a module with a training"),
+        (lambda t: t.fit(net()), "no data to train with"),
+        (lambda t: t.fit(net(), list(loaders())), "2 train data loaders"),
+        (lambda t: t.fit(net(), {"a": loaders()[0]}), "dict is no DataLoader"),
+        (lambda t: t.fit(net(), loaders()[0], datamodule=object()), "leave out one of them"),
+        (lambda t: t.fit(net(), *loaders(), ckpt_path="best"), '"last", or from a checkpoint'),
+        (lambda t: t.fit(net(), *loaders(), ckpt_path="last"), "no fit has left a checkpoint"),
+        (lambda t: t.fit(net(), *loaders(), ckpt_path="absent.ckpt"), "no such file"),
+        (lambda t: t.test(dataloaders=loaders()[1]), "which module"),
+        (lambda t: t.test(net(), loaders()[1], ckpt_path="best"), "has not run fit"),
+        (lambda t: t.test(net()), "there is no test_dataloader"),
+        (lambda t: t.save_checkpoint("x.ckpt"), "no module yet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_calls_that_cannot_be_had(call: Any, told: str) -> None:
+    trainer = Trainer(max_epochs=1, **QUIET)
+    with pytest.raises(ConfigError, match=told):
+        call(trainer)
+
+
+def test_overrides_are_keys_of_the_config() -> None:
+    trainer = Trainer(max_epochs=1, overrides=["checkpoint.keep_last=1", "run.seed=5"], **QUIET)
+    trainer.fit(net(), *loaders())
+    assert "seed = 5" in (run_folder(trainer) / "config.toml").read_text()
+    with pytest.raises(ConfigError, match="did you mean"):
+        Trainer(max_epochs=1, overrides=["checkpoint.keep_lst=1"], **QUIET).fit(net(), *loaders())
+
+
+def test_attributes_that_are_not_there_name_the_page() -> None:
+    with pytest.raises(AttributeError, match=r"docs/from-lightning.md has a row"):
+        _ = Trainer(**QUIET).fit_loop
