@@ -179,19 +179,19 @@ def parse_time(text: str) -> int:
     return seconds
 
 
-def check(job: Job, *, lanes: int, save_seconds: float) -> None:
+def check(job: Job, *, lanes: int | None, save_seconds: float) -> None:
     """Refuse a job that cannot run.
 
     Args:
         job: the job that is asked for.
-        lanes: largest number of ranks that can train.
+        lanes: largest number of ranks that can train; None: any number can.
         save_seconds: seconds of a save of this run, 0 if there was none yet.
 
     Raises:
         ConfigError: with everything that stands against it.
     """
     problems = []
-    if job.ranks > lanes:
+    if lanes is not None and job.ranks > lanes:
         problems.append(
             f"{job.nodes} nodes of {job.ranks_per_node} ranks are {job.ranks} ranks, and "
             f"data.lanes = {lanes} is the most that can train: set data.lanes={job.ranks}, or take "

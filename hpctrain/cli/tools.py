@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpctrain.cli.usage import PROGRAM, Parser, count, number, say
 from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
@@ -19,6 +20,9 @@ from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import printable, printable_lines, size
+
+if TYPE_CHECKING:
+    from hpctrain.config import Config
 
 _ENDING_SECONDS = 10.0
 """A script asks once its launcher has ended, which a killed launcher does before its ranks."""
@@ -114,14 +118,13 @@ def job(arguments: list[str]) -> int:
     from hpctrain.batch.exit_status import read_outcome
     from hpctrain.batch.snapshot import take_snapshot
     from hpctrain.config import load
-    from hpctrain.data.order import default_lanes
 
     config = load(parsed.config, parsed.overrides)
     wanted = job_script.plan(config, vars(parsed))
     before = read_outcome(Path(wanted.run_folder))
     job_script.check(
         wanted,
-        lanes=config.data.lanes or default_lanes(config.data.global_batch_size),
+        lanes=_lanes(config),
         save_seconds=0.0 if before is None else before.save_seconds,
     )
     if parsed.snapshot:
@@ -137,6 +140,19 @@ def job(arguments: list[str]) -> int:
         jobs = job_script.submit(path, wanted.scheduler, wanted.chain)
         write_out("".join(f"{item}\n" for item in jobs))
     return ExitCode.DONE
+
+
+def _lanes(config: Config) -> int | None:
+    """Return how many ranks can train; None: any number, or a DataLoader is to say."""
+    from hpctrain.config.limits import is_shuffled
+    from hpctrain.data.order import default_lanes
+
+    data = config.data
+    if data.weights is not None or not is_shuffled(data, config.training):
+        return None
+    if data.lanes is None and not data.global_batch_size:
+        return None
+    return data.lanes or default_lanes(data.global_batch_size)
 
 
 def ckpt(arguments: list[str]) -> int:

@@ -170,6 +170,7 @@ def test_times_that_schedulers_read_differently(text: str) -> None:
     ("options", "code", "words"),
     [
         (["--scheduler", "slurm", "--nodes", "32"], 78, ["data.lanes = 64", "take 16 nodes"]),
+        (["--scheduler", "slurm", "--nodes", "32", "data.shuffle=false"], 0, []),
         (["--site", "frontier", "--nodes", "4", "--time", "2:00:01"], 78, ["allows 2 h"]),
         (["--site", "frontier", "--nodes", "9999", "data.lanes=100000"], 78, ["at most 9472"]),
         (["--site", "polaris", "--nodes", "4", "--time", "1:00:00"], 78, ["begins at 10"]),
