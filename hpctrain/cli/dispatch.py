@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
+from hpctrain.cli.prepare import prepare
 from hpctrain.cli.scripts import run_script
 from hpctrain.cli.tools import bundle, ckpt, data, job, status
 from hpctrain.cli.usage import HELP, say, usage_error
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "job": job,
     "ckpt": ckpt,
     "bundle": bundle,
+    "prepare": prepare,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
     "check": check,

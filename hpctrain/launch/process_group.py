@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpctrain.config.choices import is_preparing
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import HpctrainError, LaunchError
 from hpctrain.launch.environment import Claim, this_process
@@ -240,7 +242,8 @@ def connect(
     Collective: all ranks. On leaving, the process group is destroyed and MPI finalized, where MPI
     was not up before. An exception of one rank ends the whole job, with its traceback; in a world
     of one process it is the caller's to catch. `sys.exit(0)` leaves as the end of the body does,
-    and so does a SystemExit that all ranks share, by an attribute `everywhere`.
+    and so does a SystemExit that all ranks share, by an attribute `everywhere`. Under `python -m
+    hpctrain prepare` it ends the program, which has fetched by then what it needs.
 
     Example:
         >>> with hpctrain.connect() as world:
@@ -254,6 +257,9 @@ def connect(
     Raises:
         LaunchError: if the processes cannot form one world.
     """
+    if is_preparing():
+        sys.stderr.write("hpctrain: prepared up to hpctrain.connect(): nothing is trained here\n")
+        raise SystemExit(0)
     section = section or LaunchSection()
     ending: SystemExit | None = None
     try:

@@ -87,10 +87,15 @@ def run_alone(program: Program) -> int:
     except HpctrainError:
         raise
     except Exception as error:  # noqa: BLE001 - as at the top of a program
-        shown = error.with_traceback(_of_program(error.__traceback__))
-        sys.excepthook(type(shown), shown, shown.__traceback__)
-        return _FAILED
+        return show_failure(error)
     return 0
+
+
+def show_failure(error: Exception) -> int:
+    """Print what a program has raised as Python does, and return the exit code."""
+    shown = error.with_traceback(_of_program(error.__traceback__))
+    sys.excepthook(type(shown), shown, shown.__traceback__)
+    return _FAILED
 
 
 def run_as_ranks(program: Program, claim: Claim, check: Callable[[Topology], None]) -> None:

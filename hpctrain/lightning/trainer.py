@@ -63,12 +63,14 @@ class Trainer(Facts):
             self._given = parse(arguments)
             self._mapped = mapped(self._given, choices())
             self._claim = this_process()
-            idle = start_ranks(
-                self._claim,
-                self._mapped.devices,
-                self._mapped.num_nodes,
-                self._mapped.keys.get("launch.device", "auto"),
-            )
+            idle = None
+            if not is_preparing():
+                idle = start_ranks(
+                    self._claim,
+                    self._mapped.devices,
+                    self._mapped.num_nodes,
+                    self._mapped.keys.get("launch.device", "auto"),
+                )
         super().__init__(self._claim, self._mapped, self._given)
         self._notes = [*self._mapped.notes, *([] if idle is None else [idle])]
         self._fits = 0

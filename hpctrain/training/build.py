@@ -48,6 +48,7 @@ from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_op
 from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
+from hpctrain.training.prepare_data import fetching, prepare_data
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.snapshot import refuse_unmade
 from hpctrain.training.step import TrainStep
@@ -129,8 +130,7 @@ def build_parts(
         if isinstance(task, ModuleTask):
             _bind(task, model, config, world, stop_at, brought)
     if isinstance(task, ModuleTask):
-        with raise_together(world.communicator):
-            task.prepare_data()
+        prepare_data([task], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
         if isinstance(task, ModuleTask):
             task.set_up()
@@ -283,7 +283,8 @@ def make_model(config: Config, components: Components, brought: Brought = NOTHIN
     """
     model = brought.model
     if model is None:
-        model = _built("model", config, components, **config.model.arguments)
+        with fetching(f'model.use = "{config.model.use}"'):
+            model = _built("model", config, components, **config.model.arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
     return model

@@ -248,7 +248,7 @@ def _open_objects(
 ) -> Data:
     """Serve torch Datasets in place of files. Collective: all ranks."""
     section, topology = config.data, world.topology
-    config, brought, notes = take_data(config, world, brought, "CONFIG")
+    config, brought, notes = take_data(config, world, brought)
     section, intake = config.data, brought.train
     train = served(intake, config, world)
     validation = served(brought.validation, config, world) if brought.validation else None

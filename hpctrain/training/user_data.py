@@ -27,7 +27,7 @@ from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_all_ranks, raise_together
 from hpctrain.training.brought import Brought
-from hpctrain.training.prepare_data import prepare_data
+from hpctrain.training.prepare_data import fetching, name_of, prepare_data
 
 logger = logging.getLogger("hpctrain")
 
@@ -41,16 +41,13 @@ def brings_data(config: Config, brought: Brought) -> bool:
     return any(each is not None for each in given) or names_object(config.data.train)
 
 
-def take_data(
-    config: Config, world: World, brought: Brought, what: str
-) -> tuple[Config, Brought, list[str]]:
+def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, Brought, list[str]]:
     """Make the Datasets, and the config that their DataLoaders ask for. Collective: all ranks.
 
     Args:
         config: names them, where they are not brought.
         world: the ranks.
         brought: Datasets, DataLoaders, or a datamodule.
-        what: the config or script, for what the user may have to do about downloads.
 
     Returns:
         The config with the batch size, the order and the end of epochs of the DataLoader; `Intake`
@@ -59,7 +56,7 @@ def take_data(
     Raises:
         HpctrainError: on every rank, if they cannot be made, or not be served in the one order.
     """
-    made = _made(config, world, brought, what)
+    made = _made(config, world, brought)
     with raise_together(world.communicator):
         taken = {name: taken_by_name(each, name, config) for name, each in made.items()}
         if "train" not in taken:
@@ -104,7 +101,7 @@ def served(intake: Intake, config: Config, world: World) -> Served:
     return Served(dataset=dataset, reader=reader, notes=[note])
 
 
-def _made(config: Config, world: World, brought: Brought, what: str) -> dict[str, Any]:
+def _made(config: Config, world: World, brought: Brought) -> dict[str, Any]:
     """Return what the user gives to train and to evaluate with. Collective: all ranks."""
     from hpctrain.training.build import seed_generators
 
@@ -113,9 +110,9 @@ def _made(config: Config, world: World, brought: Brought, what: str) -> dict[str
     section, datamodule = config.data, brought.datamodule
     if datamodule is None and section.use is not None:
         with raise_together(world.communicator):
-            datamodule = _built("data.use", section.use, section.arguments)
+            datamodule = built_object("data.use", section.use, section.arguments)
     if datamodule is not None:
-        prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds, what=what)
+        prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
         return _of_datamodule(datamodule)
     found = {"train": brought.train, "validation": brought.validation}
     named: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -125,11 +122,11 @@ def _made(config: Config, world: World, brought: Brought, what: str) -> dict[str
     with raise_together(world.communicator):
         for name, (reference, arguments) in named.items():
             if found[name] is None and brought.train is None and names_object(reference):
-                found[name] = _built(f"data.{name}", reference, arguments)
+                found[name] = built_object(f"data.{name}", reference, arguments)
     return {name: each for name, each in found.items() if each is not None}
 
 
-def _built(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
+def built_object(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
     """Return what an import path makes.
 
     Raises:
@@ -145,13 +142,15 @@ def _built(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(f'{key} = "{reference}" refuses its arguments: {error}') from error
     except ValueError:  # written in C without a signature: the call will tell
         pass
-    return target(**arguments)
+    with fetching(f'{key} = "{reference}"'):
+        return target(**arguments)
 
 
 def _of_datamodule(datamodule: Any) -> dict[str, Any]:
     """Return what a datamodule has to train and to evaluate with."""
     if (setup := own_hook(datamodule, "setup")) is not None:
-        setup("fit")
+        with fetching(f"setup of {name_of(datamodule)}"):
+            setup("fit")
     hooks = {"train": "train_dataloader", "validation": "val_dataloader"}
     found = {}
     for name, hook in hooks.items():

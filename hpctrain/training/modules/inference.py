@@ -178,7 +178,7 @@ def _ready(
         task.bind(model, config, world, StopAt.of(plain, 1, 1))
         task.hooks.set_callbacks(with_those_of_module(brought.callbacks, model))
     owners = [owner for owner in (brought.datamodule, model) if owner is not None]
-    prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds, what="SCRIPT")
+    prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds)
     loader = _loader(config, world, brought, stage, task, limit)
     try:
         if weights is not None:

@@ -128,11 +128,13 @@ class ModuleTask:
         attach(self.module, self.trainer, self.logs)
 
     def prepare_data(self) -> None:
-        """Have the data prepared on one rank of each node, or of all."""
-        topology = self._world.topology
-        each_node = getattr(self.module, "prepare_data_per_node", True)
-        if topology.local_rank == 0 if each_node else topology.is_rank_zero:
-            self.hooks.call("prepare_data")
+        """Have the module fetch what it needs. On one rank of each node, or of all."""
+        self.hooks.call("prepare_data")
+
+    @property
+    def prepare_data_per_node(self) -> bool:
+        """Whether each node fetches for itself."""
+        return bool(getattr(self.module, "prepare_data_per_node", True))
 
     @property
     def scheduler_step(self) -> Callable[[Any, Any], None] | None:
