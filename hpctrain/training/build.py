@@ -6,7 +6,7 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -41,7 +41,9 @@ from hpctrain.training.modules.callbacks import (
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.modules.task_callbacks import TaskCallbacks
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
 from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer
@@ -70,6 +72,7 @@ class Parts:
     number_format: NumberFormat
     schedule: Schedule
     step: TrainStep
+    callbacks: TaskCallbacks = field(default_factory=TaskCallbacks)
     notes: Sequence[str] = ()
 
 
@@ -127,13 +130,13 @@ def build_parts(
         _check_capabilities(config, world)
         model = make_model(config, components, brought)
         task = build_task(config, components)
-        if isinstance(task, ModuleTask):
-            _bind(task, model, config, world, stop_at, brought)
+        callbacks = _bind(task, model, config, world, stop_at, brought)
     if isinstance(task, ModuleTask):
         prepare_data([task], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
         if isinstance(task, ModuleTask):
             task.set_up()
+        callbacks.set_up()
         model, number_format, notes = finish_model(model, config, world, semantics)
         example = shapes.example()
     sharded: ShardedModel | None = None
@@ -156,6 +159,7 @@ def build_parts(
             uses = schedule.uses if isinstance(schedule, ModuleSchedule) else ()
             task.begin(optimizer, names, uses)
         else:
+            callbacks.set_optimizer(optimizer)
             watch_metrics(config, task, schedule, validates=validates)
     check_equal_shapes(model, world)
     step = TrainStep(
@@ -183,9 +187,7 @@ def build_parts(
         step.optimizer_state.check = found.check
     if isinstance(schedule, ModuleSchedule):
         step.registered.add("lr_schedulers", schedule.states)
-    if isinstance(task, ModuleTask):
-        register(task.hooks.callbacks, step.registered, task.trainer, model)
-        notes += notes_of(task.hooks.callbacks)
+    notes += _register(callbacks, task, step)
     with ranges_checked(task):
         step.prime(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
@@ -196,6 +198,7 @@ def build_parts(
         number_format=number_format,
         schedule=schedule,
         step=step,
+        callbacks=callbacks,
         notes=notes,
     )
 
@@ -211,22 +214,38 @@ def watch_metrics(config: Config, task: Task, schedule: Schedule, *, validates: 
 
 
 def _bind(
-    task: ModuleTask,
+    task: Task,
     model: nn.Module,
     config: Config,
     world: World,
     stop_at: StopAt,
     brought: Brought,
-) -> None:
+) -> TaskCallbacks:
     """Give a task its module, and both their callbacks.
+
+    Returns:
+        The callbacks of a hand-written task.
 
     Raises:
         ConfigError: if the module is none, or one of the callbacks.
     """
+    given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
+    if not isinstance(task, ModuleTask):
+        trainer = TrainerStandIn(config, world, stop_at, model) if given else None
+        return TaskCallbacks(given, trainer)
     _refuse_half(config, model, task)
     task.bind(model, config, world, stop_at)
-    given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
     task.hooks.set_callbacks(with_those_of_module(given, model))
+    return TaskCallbacks()
+
+
+def _register(callbacks: TaskCallbacks, task: Task, step: TrainStep) -> list[str]:
+    """Have what callbacks know saved with the run; return what the header should say of them."""
+    register(callbacks.items, step.registered, callbacks.trainer, step.model)
+    if not isinstance(task, ModuleTask):
+        return [*notes_of(callbacks.items), *callbacks.notes()]
+    register(task.hooks.callbacks, step.registered, task.trainer, step.model)
+    return notes_of(task.hooks.callbacks)
 
 
 def _refuse_half(config: Config, model: nn.Module, task: ModuleTask) -> None:

@@ -89,6 +89,7 @@ def evaluate(
                     totals.add(call(task.evaluate, fields))
                 rounds -= 1
                 if stopping():
+                    _cut_short(module)
                     return None
             # The others may have another batch, and come to another boundary.
             for _ in range(rounds):
@@ -96,6 +97,7 @@ def evaluate(
                     with objects.untouched(), number_format.arithmetic():
                         call(task.evaluate if module is None else module.accompany, idle_row)
                 if stopping():
+                    _cut_short(module)
                     return None
             part = totals.part()
             metrics = _combined(part, task, objects, world)
@@ -105,6 +107,12 @@ def evaluate(
             objects.reset()
         else:
             module.leave_evaluation()
+
+
+def _cut_short(module: ModuleTask | None) -> None:
+    """End an evaluation that a stop cuts short."""
+    if module is not None:
+        module.cut_short()
 
 
 def _combined(part: Part, task: Task, objects: MetricObjects, world: World) -> dict[str, float]:

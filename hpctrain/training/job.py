@@ -175,7 +175,7 @@ def _train(
     plan = _plan(config, data)
     run.begin(place)
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
-    with run.saves_finished(), indices, profiled(profiler):
+    with run.saves_finished(), indices, profiled(profiler), run.failures_told():
         place, complete = fit(
             place,
             plan,

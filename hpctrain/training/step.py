@@ -199,6 +199,12 @@ class TrainStep:
         """One held sample, for passes that only keep the others company."""
         return self._held
 
+    @property
+    def last_loss(self) -> Tensor | None:
+        """The mean loss of this rank's samples in the last step, (); None if it had none."""
+        loss_sum, weight = self._passes.loss_sum, self._passes.weight
+        return None if loss_sum is None else loss_sum / weight
+
     def capture_logged(self, tensors: dict[str, Tensor]) -> Json:
         """Return what a module has logged in the epoch under way, on this rank; None: no module.
 

@@ -235,6 +235,7 @@ class Run:
         self._data = data
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
+        self._callbacks = parts.callbacks
         self._phases = phases
         self._stop = stop
         self.rank_zero = self._rank_zero = rank_zero
@@ -269,6 +270,7 @@ class Run:
         self._world.pulse.step_done(place.step)
         if self._module is not None:
             self._module.end_step()
+        self._callbacks.end_step(place, self._data.stop_at, lambda: self._parts.step.last_loss)
         if self._parts.step.average is not None:
             self._parts.step.average.update(place.step)
         if self._rank_zero is not None:
@@ -332,11 +334,13 @@ class Run:
 
     def begin_epoch(self, place: Position) -> None:
         """Take note of an epoch that begins, or goes on in this job."""
+        self._callbacks.begin_epoch(place.epoch)
         if self._module is not None:
             self._module.begin_epoch(place.epoch)
 
     def end_epoch(self, place: Position, epoch: int) -> None:
         """Write down what a module has logged for the epoch. Collective: all ranks."""
+        self._callbacks.end_epoch()
         if self._module is None:
             return
         logged = self._module.end_epoch()
@@ -358,17 +362,20 @@ class Run:
         further = {name: each.loader for name, each in self._data.evaluations.items()}
         found: dict[str, Metrics] = {}
         with self._phases.measure("evaluation"), self._parts.step.evaluation_weights():
+            self._callbacks.begin_evaluation()
             for name, each in {VALIDATION: loader, **further}.items():
                 metrics = self._evaluated(each)
                 if metrics is None:
                     self.evaluation_owed = True
+                    self._callbacks.end_evaluation(None)
                     return None
                 found[name] = metrics
-        self.metrics = {
-            key if name == VALIDATION else f"{name}/{key}": value
-            for name, metrics in found.items()
-            for key, value in metrics.items()
-        }
+            self.metrics = {
+                key if name == VALIDATION else f"{name}/{key}": value
+                for name, metrics in found.items()
+                for key, value in metrics.items()
+            }
+            self._callbacks.end_evaluation(self.metrics)
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
@@ -422,6 +429,7 @@ class Run:
         if self._module is not None:
             loader = self._data.validation_loader
             self._module.begin_training(place, 0 if loader is None else loader.most_batches)
+        self._callbacks.begin_training(place)
         self.check(place)
         self.try_save(place)
 
@@ -494,8 +502,22 @@ class Run:
     def finish(self) -> None:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""
         self._stop.flush()
+        self._callbacks.end_training(self.place.epoch)
         if self._module is not None:
             self._module.end_training(self.place.epoch)
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Tell callbacks, and a module, of what the body fails by; on this rank."""
+        try:
+            yield
+        except Exception as error:
+            hooks: Any = self._callbacks if self._module is None else self._module
+            try:
+                hooks.fail(error)
+            except Exception:
+                logger.exception("on_exception has failed itself; what it was called for follows")
+            raise
 
     @contextmanager
     def saves_finished(self) -> Iterator[None]:

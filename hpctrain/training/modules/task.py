@@ -264,6 +264,10 @@ class ModuleTask:
         """Call the hook that sees the gradients: whole, unscaled, not clipped."""
         self.hooks.call("on_before_optimizer_step", self.trainer.optimizers[0])
 
+    def fail(self, error: BaseException) -> None:
+        """Tell of what ends the job."""
+        self.hooks.call("on_exception", error)
+
     def stepped(self) -> None:
         """Take note of an update, before LR schedulers do."""
         self.trainer.global_step += 1
@@ -359,6 +363,10 @@ class ModuleTask:
         self.hooks.call(f"on_{name}_end")
         self.hooks.call(f"on_{name}_model_train")
         return found
+
+    def cut_short(self) -> None:
+        """End an evaluation that a stop cuts short: what its beginning did is undone."""
+        self.hooks.call(f"on_{_HOOK_NAMES[self.logs.stage]}_end")
 
     def leave_evaluation(self) -> None:
         """Go back to what was before, also where an evaluation was cut short."""
