@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hpctrain.config.importing import is_reference
 from hpctrain.convert import pack as packing
 from hpctrain.convert.pack import Packing
 from hpctrain.convert.parallel import Progress
@@ -50,10 +52,42 @@ def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progr
             )
         return on_rank_zero(communicator, lambda: pack_digits(parsed.folder))
 
+    if (reference := _object(parsed.source)) is not None:
+        return _pack_object(reference, parsed, communicator, progress)
+
     def source() -> Source:
         return open_source(parsed.source, _reading(parsed))
 
     return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
+
+
+def _object(texts: Sequence[str]) -> str | None:
+    """Return the import path of a torch Dataset, None where files are packed."""
+    name, _, reference = texts[0].partition("=")
+    is_one = len(texts) == 1 and name == "dataset" and is_reference(reference)
+    return reference if is_one and not Path(texts[0]).exists() else None
+
+
+def _pack_object(
+    reference: str, parsed: argparse.Namespace, communicator: Communicator, progress: Progress
+) -> str:
+    """Pack a torch Dataset, or a stream of samples, which rank 0 reads. Collective: all ranks."""
+    from hpctrain.convert.sources.objects import ObjectSource, is_stream, made, spooled
+
+    if _reading(parsed) != Reading():
+        raise UsageError(
+            f"data pack dataset={reference}: samples are packed as the Dataset gives them, "
+            "without --axis, --dtype, --size, --grey and --tokens",
+            everywhere=True,
+        )
+    with ExitStack() as stack:
+
+        def source() -> Source:
+            if is_stream(made(reference)):
+                return stack.enter_context(spooled(reference, parsed.folder))
+            return ObjectSource.of(reference)
+
+        return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
 
 
 def again(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:

@@ -29,6 +29,7 @@ _NAMES = {
     "convert.sources.arrays": "ArrayFacts",
     "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",
+    "convert.sources.objects": "ObjectSource SpooledStream",
     "convert.sources.source": "Converted",
     "convert.sources.table": "Part Table",
     "convert.sources.text": "Text",
