@@ -43,11 +43,14 @@ def declare(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentPa
         made.set_defaults(work=work)
         return made
 
-    packing = tool("pack", commands.pack, "Pack arrays, images, text or HDF5 to shards.")
+    packing = tool(
+        "pack", commands.pack, "Pack arrays, images, text, HDF5 or a torch Dataset to shards."
+    )
     packing.add_argument(
         "source",
         nargs="+",
-        help="[NAME=]FILES[:FIELD]: .npy, .npz, IDX, HDF5, text, a folder of images; or: digits",
+        help="[NAME=]FILES[:FIELD]: .npy, .npz, IDX, HDF5, text, a folder of images; or: digits; "
+        "or the import path of what makes a torch Dataset: dataset=my_data:make",
     )
     _declare_output(packing)
     _declare_reading(packing)

@@ -1,0 +1,78 @@
+"""docs/own-code.md, "Datasets", run as it stands; and the same samples packed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launching import ROOT, mpirun_command, mpirun_environment
+from helpers.limits import JOB_SECONDS
+
+pytestmark = pytest.mark.ranks(3)
+
+PAGE = (ROOT / "docs" / "own-code.md").read_text(encoding="utf-8")
+SECTION = PAGE[PAGE.index("## Datasets") :].split("\n## ")[0]
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", SECTION, re.DOTALL)
+
+
+def run(site: Path, *command: str) -> str:
+    ended = subprocess.run(
+        command,
+        cwd=site,
+        env=mpirun_environment("mpich") | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+    return ended.stdout + ended.stderr
+
+
+def train(site: Path, *overrides: str) -> str:
+    return run(site, *mpirun_command("mpich", "mpich", 3, "-m", "hpctrain", *overrides))
+
+
+def ended(site: Path, name: str) -> tuple[list[dict[str, Any]], bytes]:
+    """Return the metrics of a run, and its weights."""
+    folder = site / "runs" / name
+    clocked = {"seconds", "samples_per_second", "time"}
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return metrics, (newest / "model.safetensors").read_bytes()
+
+
+def test_a_dataset_trains_as_the_same_samples_packed(tmp_path: Path) -> None:
+    """To the bit, though it was stopped in the midst of an epoch and has gone on."""
+    (program,), (config,) = blocks("python"), blocks("toml")
+    start, packs = blocks("console")
+    (tmp_path / "my_data.py").write_text(program, encoding="utf-8")
+    (tmp_path / "own.toml").write_text(config, encoding="utf-8")
+    assert shlex.split(start)[3:] == ["python", "-m", "hpctrain", "own.toml"]
+    told = train(tmp_path, "own.toml", "logging.every_steps=1", "training.max_steps=9")
+    assert "my_data:make_train: Subset of 1,438 samples, read by 1 worker processes" in told
+    assert "my_data:make_validation: Subset of 359 samples, read by the rank itself" in told
+    train(tmp_path, "own.toml", "logging.every_steps=1")
+
+    for line in packs.splitlines():
+        run(tmp_path, sys.executable, *shlex.split(line)[1:])
+    train(
+        tmp_path,
+        *("own.toml", "logging.every_steps=1", "run.name=packed", 'data.cache="memory"'),
+        *('data.train="data/own/train"', 'data.validation="data/own/validation"'),
+    )
+    metrics, weights = ended(tmp_path, "own")
+    expected, packed = ended(tmp_path, "packed")
+    assert [each for each in metrics if each["kind"] == "train"] == expected[:-1]
+    assert metrics[-1] == expected[-1]
+    assert weights == packed
