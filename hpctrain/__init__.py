@@ -13,6 +13,7 @@ from hpctrain.version import __version__
 
 if TYPE_CHECKING:
     from hpctrain.config.validate import load as load_config
+    from hpctrain.launch.function import launch
     from hpctrain.training.language_modeling import LanguageModeling
     from hpctrain.training.loaded_model import load_model
     from hpctrain.training.loops.world import World, connect
@@ -27,6 +28,7 @@ __all__ = [
     "World",
     "__version__",
     "connect",
+    "launch",
     "load_config",
     "load_model",
 ]
@@ -38,6 +40,7 @@ _HOMES = {
     "Task": "hpctrain.training.task:Task",
     "World": "hpctrain.training.loops.world:World",
     "connect": "hpctrain.training.loops.world:connect",
+    "launch": "hpctrain.launch.function:launch",
     "load_config": "hpctrain.config.validate:load",
     "load_model": "hpctrain.training.loaded_model:load_model",
 }

@@ -92,7 +92,19 @@ def start_on_this_node(num_processes: int, words: Sequence[str]) -> NoReturn:
     _become(num_processes, ["--standalone"], words)
 
 
+def command_here(num_processes: int, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command of such an agent, and its environment."""
+    return _command(num_processes, ["--standalone"], words)
+
+
 def _become(num_processes: int, options: Sequence[str], words: Sequence[str]) -> NoReturn:
+    command, environment = _command(num_processes, options, words)
+    os.execve(command[0], command, environment)
+
+
+def _command(
+    num_processes: int, options: Sequence[str], words: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", *options),
         *(f"--nproc-per-node={num_processes}", "--no-python", sys.executable, *words),
@@ -103,7 +115,7 @@ def _become(num_processes: int, options: Sequence[str], words: Sequence[str]) ->
     # The agent would set 1, and warn of it.
     cores = len(allowed_cores())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    os.execve(sys.executable, command, environment)
+    return command, environment
 
 
 def _number(env: Mapping[str, str], variable: str) -> int:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,10 +41,12 @@ class Guard:
 
     Attributes:
         pulse: heartbeats of this rank.
+        leave_word: is told the failure that ends the job, by the rank that tells it.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.pulse = Pulse()
+        self.leave_word: Callable[[BaseException], None] | None = None
         self._topology = topology
         self._client: WatchdogClient | None = None
         self._folder: Path | None = None
@@ -117,6 +119,9 @@ class Guard:
         timer.daemon = True
         timer.start()
         text = self._story(error, trace)
+        if self.leave_word is not None:
+            with suppress(OSError):
+                self.leave_word(error)
         finish_out()
         with suppress(OSError):
             sys.stderr.write(text)

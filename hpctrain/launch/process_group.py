@@ -320,6 +320,11 @@ def standing_ranks(claim: Claim) -> Iterator[Standing]:
 _in_use = threading.Lock()
 
 
+def is_in_use() -> bool:
+    """Tell whether this process is in a world already."""
+    return _in_use.locked()
+
+
 @contextmanager
 def alone_in_this_process() -> Iterator[None]:
     """Refuse a second world beside one that is in use: device, process group and MPI are one.

@@ -22,6 +22,7 @@ NAMES = {
     "World",
     "__version__",
     "connect",
+    "launch",
     "load_config",
     "load_model",
 }
