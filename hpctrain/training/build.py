@@ -155,9 +155,8 @@ def build_parts(
             config, world, components, model, task, sharded, stop_at
         )
         if isinstance(task, ModuleTask):
-            names = list(example) if isinstance(example, Mapping) else []
             uses = schedule.uses if isinstance(schedule, ModuleSchedule) else ()
-            task.begin(optimizer, names, uses)
+            task.begin(optimizer, uses)
         else:
             callbacks.set_optimizer(optimizer)
             watch_metrics(config, task, schedule, validates=validates)

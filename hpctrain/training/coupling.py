@@ -55,6 +55,8 @@ def find_coupling(
         kept_model(step.model, task=task),
         evaluating(step.model.modules()),
     ):
+        if isinstance(task, ModuleTask):
+            task.begin_dry_run(count)
         whole = comparison.loss(rows, 0, count)
         if not comparison.same(whole, comparison.loss(rows, 0, count, seed=1)):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ class ModuleTask:
         trainer: what it knows as `self.trainer`.
         logs: what it logs.
         hooks: its hooks, and those of callbacks.
-        inputs: fields of a batch; the datasets' own where the config names none.
+        inputs: fields of a batch that are cast to the run's precision; none: all, if that casts
+            the model, as Lightning has it.
         metrics: known so far; a first evaluation may give more.
         counts_samples: whether a loss is a mean over samples.
         samples: of the pass that comes next; whoever calls knows it.
@@ -84,7 +86,7 @@ class ModuleTask:
         self.metrics: Mapping[str, Direction] = self._known
         self.counts_samples = True
         self.batch_dependent_loss = batch_dependent_loss
-        self.samples = 0
+        self.samples = 1
         self.batch_idx = 0
         self._batch = batch
         self._loss = loss
@@ -118,6 +120,13 @@ class ModuleTask:
             if callable(getattr(module, name, None))
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleTask:
+        """Return a task of a copy of the module, for trials: it has the same trainer and logs."""
+        copied = copy.copy(self)
+        copied.module = copy.deepcopy(self.module, memo)
+        attach(copied.module, self.trainer, self.logs)
+        return copied
+
     def set_up(self, stage: str = "fit") -> None:
         """Have the module make what it makes by itself: `setup`, `configure_model`."""
         hooks = self.hooks
@@ -143,15 +152,13 @@ class ModuleTask:
             return None
         return lambda scheduler, metric: self.hooks.call("lr_scheduler_step", scheduler, metric)
 
-    def begin(self, optimizer: Optimizer, inputs: Sequence[str], uses: Sequence[Any] = ()) -> None:
+    def begin(self, optimizer: Optimizer, uses: Sequence[Any] = ()) -> None:
         """Take note of what was built, before the first pass.
 
         Args:
             optimizer: the one that trains the module.
-            inputs: fields of a batch, where the config names none.
             uses: its LR schedulers.
         """
-        self.inputs = self.inputs or tuple(inputs)
         self.trainer.optimizers = [optimizer]
         self.trainer.lr_scheduler_configs = list(uses)
         self.trainer.strategy._lightning_optimizers = [optimizer]
@@ -482,7 +489,7 @@ class ModuleTask:
         """Return a batch as the module's steps take it."""
         batch: Any = fields
         if self._batch == "tuple":
-            batch = tuple(fields[name] for name in self.inputs)
+            batch = tuple(fields[name] for name in self.inputs or fields)
         hooks = self.hooks
         if hooks.has("on_before_batch_transfer"):
             batch = hooks.call("on_before_batch_transfer", batch, 0)
