@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.jobs import in_turn
 from helpers.limits import JOB_SECONDS
+from helpers.resuming import ONE_THREAD
 
 pytestmark = pytest.mark.ranks(2)
 
@@ -198,3 +202,63 @@ def test_restarts_of_torchrun_form_a_world_each(tmp_path: Path) -> None:
     assert sorted(ended.stdout.splitlines()) == ["rank 0 sum 2", "rank 1 sum 2"]
     assert "rank 1@" in ended.stderr  # the watchdog's word on the first
     assert "met another world" not in ended.stderr
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "own-code.md"
+
+AS_FSDP = """
+import os
+import runpy
+import sys
+
+os.environ["HPCTRAIN_STRATEGY"] = "fsdp"
+os.chdir("fsdp")
+sys.path.insert(0, os.getcwd())
+runpy.run_path("loop.py", run_name="__main__")
+"""
+
+
+def programs() -> dict[str, str]:
+    """Return the programs of the section on own loops, by their names."""
+    section = (
+        DOCS.read_text(encoding="utf-8").partition("\n## Own loops\n")[2].partition("\n## ")[0]
+    )
+    return dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", section, re.DOTALL))
+
+
+def accuracies(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [each["accuracy"] for each in map(json.loads, lines) if each["kind"] == "evaluation"]
+
+
+def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) -> None:
+    """On three ranks, in ddp and fsdp, and the first of them on one: all without a change."""
+    for folder in (tmp_path, tmp_path / "fsdp", tmp_path / "alone"):
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "train").symlink_to(digits / "train")
+        (folder / "data" / "valid").symlink_to(digits / "validation")
+        for name, text in programs().items():
+            (folder / name).write_text(text, encoding="utf-8")
+    (tmp_path / "as_fsdp.py").write_text(AS_FSDP, encoding="utf-8")
+    names = ["loop.py", "gan.py", "actor_critic.py", "as_fsdp.py"]
+    lines = [["own_loops.py"], *([str(tmp_path / name)] for name in names)]
+    ended = in_turn(tmp_path, 3, *lines, env=ONE_THREAD)
+    assert ended[0].stdout.splitlines()[-1] == "passed 8"
+    alone = subprocess.run(
+        [sys.executable, "loop.py"],
+        cwd=tmp_path / "alone",
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    runs = [tmp_path / folder / "runs" / "mine" for folder in ("", "fsdp", "alone")]
+    found = [accuracies(run) for run in runs]
+    assert [len(each) for each in found] == [10, 10, 10]
+    for each in found:
+        assert abs(each[-1] - found[-1][-1]) < 0.02
+        assert each[-1] > 0.8
+    for run in ("gan", "walk"):
+        ending = json.loads((tmp_path / "runs" / run / "exit.json").read_text(encoding="utf-8"))
+        assert (ending["code"], ending["reason"]) == (0, "complete")

@@ -1,8 +1,8 @@
 """Run on every rank: command lines one after the other, in one world.
 
-Arguments: command lines as JSON lists, of hpctrain or of a body of this folder, such as "step.py".
-Each is all that it is by itself but for the start of its ranks: what they say goes to files of its
-own. Of each the exit code is printed.
+Arguments: command lines as JSON lists, of hpctrain, of a body of this folder, such as "step.py", or
+of another program. Each is all that it is by itself but for the start of its ranks: what they say
+goes to files of its own. Of each the exit code is printed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ def run(line: Sequence[str]) -> int:
     """Run a command line to its end and return the exit code."""
     if not line[0].endswith(".py"):
         return hpctrain(line)
-    arguments = sys.argv
+    arguments, places = sys.argv, list(sys.path)
     sys.argv = list(line)
+    program = Path(__file__).parent / line[0]
+    sys.path.insert(0, str(program.parent))
     try:
-        runpy.run_path(str(Path(__file__).with_name(line[0])), run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")
     finally:
-        sys.argv = arguments
+        sys.argv, sys.path[:] = arguments, places
     return 0
 
 

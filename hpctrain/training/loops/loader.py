@@ -115,7 +115,7 @@ class Loader:
         Args:
             world: the ranks.
             setups: models of the loop, which passes without samples must not change.
-            source: a folder of shards or a pattern of HDF5 files, or a torch Dataset.
+            source: a folder of shards or a pattern of HDF5 files, or a torch Dataset or DataLoader.
             batch_size: samples of all ranks in one batch.
             training: whether to train with it.
             seed: of the order.
@@ -141,15 +141,15 @@ class Loader:
         if self._is_path:
             self._fields, self._samples = self._look(fields)
         else:
-            self._fields, self._samples = ("batch",), len(source)
+            dataset = source.dataset if _is_data_loader(source) else source
+            self._fields, self._samples = (), len(dataset)
         with raise_together(world.communicator):
             self.config(training=TrainingSection(max_steps=1))
 
     def _check(self, source: Any, batch_size: int) -> None:
         kind = type(source).__name__
-        if not self._is_path and not (
-            hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        ):
+        is_map = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        if not (self._is_path or is_map or _is_data_loader(source)):
             raise ConfigError(
                 "world.loader takes a folder or pattern of HDF5 files, or a map-style torch "
                 f"Dataset, not {kind}: pack what can only be iterated with "
@@ -270,7 +270,7 @@ class Loader:
             return
         epoch, self._epoch = self._epoch, self._epoch + 1
         for batch in data.train_loader.epoch(epoch):
-            yield from self.passes(batch)
+            yield from self.passes(batch, self.count_passes())
 
     def passes(self, share: ShareOfBatch, passes: int = 1) -> Iterator[Samples]:
         """Yield the passes of a global batch, equally many on all ranks."""
@@ -327,6 +327,10 @@ def equal_rounds(samples: int, ranks: int, batch_size: int) -> int:
     while least and -(-least // size) != -(-most // size):
         size += 1
     return size
+
+
+def _is_data_loader(source: Any) -> bool:
+    return all(hasattr(source, name) for name in ("dataset", "collate_fn", "batch_sampler"))
 
 
 def _named(source: Any) -> str:
