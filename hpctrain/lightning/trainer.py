@@ -134,7 +134,12 @@ class Trainer(Facts):
         model = handed.brought.model
         assert model is not None
         after = AfterFit(model)
-        brought = replace(handed.brought, callbacks=[*handed.brought.callbacks, after])
+        brought = replace(
+            handed.brought,
+            callbacks=[*handed.brought.callbacks, after],
+            loggers=self.loggers,
+            notes=self._notes,
+        )
         with gathering(job.topology, job.communicator, config.launch, job.guard) as meeting:
             with loading():
                 from hpctrain.training.job import train

@@ -14,11 +14,12 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
+from hpctrain.observe.handed import Handed
 from hpctrain.observe.records import Record, cut_back, flat, read_records, to_line, to_row
 from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, replacing
@@ -73,7 +74,12 @@ class MetricsWriter:
                 "  fix: make the run folder writable and free some space, or choose another by "
                 "run.directory"
             ) from error
+        self._clock = clock
         self._queues = [_Queue(sink, clock) for sink in sinks]
+
+    def hand_to(self, loggers: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+        """Have further records handed to loggers of the user's; `arguments` are the model's."""
+        self._queues += [_Queue(Handed(each, arguments), self._clock) for each in loggers]
 
     def write(self, record: Record) -> None:
         """Write a record: "kind", "step", and values that JSON knows, nested or not."""

@@ -26,6 +26,8 @@ class Brought:
         datamodule: makes those four.
         callbacks: objects with the hook names of a Lightning Callback.
         accumulated: batches of a DataLoader that make a step.
+        loggers: objects that are handed every line of metrics, on rank 0.
+        notes: lines for the header.
     """
 
     model: nn.Module | None = None
@@ -36,6 +38,8 @@ class Brought:
     datamodule: Any = None
     callbacks: Sequence[Any] = ()
     accumulated: int = 1
+    loggers: Sequence[Any] = ()
+    notes: Sequence[str] = ()
 
     @property
     def sections(self) -> frozenset[str]:

@@ -235,6 +235,7 @@ def _bind(
     _refuse_half(config, model, task)
     task.bind(model, config, world, stop_at)
     task.hooks.set_callbacks(with_those_of_module(given, model))
+    task.trainer.loggers = list(brought.loggers)
     return TaskCallbacks()
 
 

@@ -125,6 +125,7 @@ def _train(
         else find_checkpoint(config, world, folder.path, folder.resume)
     )
     semantics, changes = rules_and_changes(config, resumed)
+    changes += brought.notes
     data = open_data(config, world, semantics, resumed, brought)
     config, place = data.config, data.place
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
@@ -155,6 +156,7 @@ def _train(
         rank_zero = None
         if folder is not None:
             rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
+            rank_zero.writer.hand_to(brought.loggers, config.model.arguments)
             stop.add(rank_zero.save_clock.bit)
             logger.info(header_text(config, world, parts, data, resumed, place, folder, changes))
         stop.add(ReadTrouble(data.train_loader).bit)

@@ -9,7 +9,8 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from helpers.runs import metrics
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -249,6 +250,47 @@ def test_calls_that_cannot_be_had(call: Any, told: str) -> None:
     trainer = Trainer(max_epochs=1, **QUIET)
     with pytest.raises(ConfigError, match=told):
         call(trainer)
+
+
+class Kept(Logger):
+    """A service's, which fails at its first line."""
+
+    name, version = "kept", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int | None, dict[str, float]]] = []
+        self.arguments: Any = None
+        self.ended = ""
+        self.fails = True
+
+    def log_hyperparams(self, params: Any, *arguments: Any, **more: Any) -> None:
+        self.arguments = params
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.fails:
+            self.fails = False
+            raise ConnectionError("no service")
+        self.lines.append((step, dict(metrics)))
+
+    def finalize(self, status: str) -> None:
+        self.ended = status
+
+
+def test_a_logger_is_handed_every_line(caplog: pytest.LogCaptureFixture) -> None:
+    kept = Kept()
+    model = net()
+    trainer = Trainer(max_epochs=1, logger=kept, callbacks=[LearningRateMonitor()], **QUIET)
+    trainer.fit(model, *loaders())
+    assert trainer.logger is kept is model.logger
+    assert kept.arguments == {"width": 8, "lr": 0.1}
+    assert [step for step, _ in kept.lines] == [1, 2, 3, 4, 5, 5]
+    assert {"train_loss", "loss", "lr", "epoch"} <= kept.lines[0][1].keys()
+    assert kept.lines[-1][1].keys() == {"epoch", "val_loss"}
+    assert kept.ended == "success"
+    assert "ConnectionError: no service" in caplog.text
+    # What is done in another way is said.
+    assert "LearningRateMonitor: metrics.jsonl has lr in every line" in caplog.text
 
 
 def test_overrides_are_keys_of_the_config() -> None:
