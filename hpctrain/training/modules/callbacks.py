@@ -44,6 +44,8 @@ KEYS = {
     "same parameters all the time",
     "BaseFinetuning": "two runs, the second with checkpoint.initialize_from: a run trains the same "
     "parameters all the time",
+    "BasePredictionWriter": "trainer.predict, which returns all batches on rank 0, or "
+    "`python -m hpctrain predict`",
     "BatchSizeFinder": "`python -m hpctrain check`, which tells whether a batch fits into memory",
     "Checkpoint": "[checkpoint]",
     "DeviceStatsMonitor": "nothing: the summary has device memory, metrics.jsonl the seconds",
@@ -70,7 +72,7 @@ KEYS = {
 """What does the work of Lightning's own callbacks here, by their names."""
 
 _LIGHTNING = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")
-_FREE = ("Callback", "LambdaCallback", "BasePredictionWriter")
+_FREE = ("Callback", "LambdaCallback")
 
 
 def build_callbacks(
@@ -157,8 +159,8 @@ def notes_of(callbacks: Sequence[Any]) -> list[str]:
 
 
 def hooks_of(callback: Any) -> list[str]:
-    """Return the hooks that a callback has itself, not by Lightning's base class."""
-    return [name for name in (*CALLED, *NOT_CALLED) if _is_own(callback, name)]
+    """Return the hooks that a callback has itself."""
+    return [name for name in (*CALLED, *NOT_CALLED) if has_hook(callback, name)]
 
 
 def name_in_lightning(callback: Any) -> str | None:
@@ -169,12 +171,16 @@ def name_in_lightning(callback: Any) -> str | None:
     return None
 
 
-def _is_own(callback: Any, name: str) -> bool:
+def has_hook(callback: Any, name: str) -> bool:
+    """Tell whether a callback has a method itself, not by the class that has all and does nothing.
+
+    A class of Lightning's that does something, such as its writer of predictions, has its own.
+    """
     if name in getattr(callback, "__dict__", {}):  # LambdaCallback has them so
         return callable(callback.__dict__[name])
     for kind in type(callback).__mro__:
         if name in vars(kind):
-            is_base = kind.__module__.startswith(_LIGHTNING) and kind.__name__ in _FREE
+            is_base = kind.__module__.startswith(_LIGHTNING) and kind.__name__ == "Callback"
             return not is_base and callable(getattr(callback, name))
     return False
 
@@ -212,9 +218,9 @@ class CallbackState:
     def state_dict(self) -> dict[str, Any]:
         """Return what both ways give."""
         found: dict[str, Any] = {}
-        if _is_own(self._callback, "state_dict"):
+        if has_hook(self._callback, "state_dict"):
             found["state"] = dict(self._callback.state_dict())
-        if _is_own(self._callback, "on_save_checkpoint"):
+        if has_hook(self._callback, "on_save_checkpoint"):
             checkpoint = _OwnPart(self._facts())
             self._callback.on_save_checkpoint(self._trainer, self._module, checkpoint)
             facts = self._facts()
@@ -223,10 +229,10 @@ class CallbackState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give both ways what they gave."""
-        if _is_own(self._callback, "on_load_checkpoint"):
+        if has_hook(self._callback, "on_load_checkpoint"):
             checkpoint = _OwnPart({**self._facts(), **state.get("saved", {})})
             self._callback.on_load_checkpoint(self._trainer, self._module, checkpoint)
-        if "state" in state and _is_own(self._callback, "load_state_dict"):
+        if "state" in state and has_hook(self._callback, "load_state_dict"):
             self._callback.load_state_dict(state["state"])
 
     def _facts(self) -> dict[str, Any]:
@@ -252,6 +258,6 @@ def register(
     for item in callbacks:
         name = type(item).__qualname__
         number = numbers[name] = numbers.get(name, 0) + 1
-        if any(_is_own(item, way) for way in ways):
+        if any(has_hook(item, way) for way in ways):
             suffix = "" if number == 1 else f" {number}"
             states.add(f"callback {name}{suffix}", CallbackState(item, trainer, module))

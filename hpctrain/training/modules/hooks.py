@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.training.modules.callbacks import has_hook
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.modules.overrides import is_own, place_of
 from hpctrain.training.modules.stand_in import TrainerStandIn
@@ -89,7 +90,7 @@ class Hooks:
         found = self._known.get(name)
         if found is None:
             of_module = getattr(self._module, name) if is_own(self._module, name) else None
-            of_callbacks = [getattr(each, name) for each in self.callbacks if is_own(each, name)]
+            of_callbacks = [getattr(each, name) for each in self.callbacks if has_hook(each, name)]
             found = self._known[name] = of_callbacks, of_module
         return found
 

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.errors import ConfigError
+from hpctrain.training.modules.overrides import is_own, place_of
 from hpctrain.training.modules.trained import Trained, settle_parameters
 from hpctrain.training.optim.ema import begin_training
 from hpctrain.training.optim.optimizer import (
@@ -96,7 +97,8 @@ def configure(module: Any, model: nn.Module, sharded: ShardedModel | None = None
         ConfigError: if what it returns is none of the known forms, several optimizers or one that
             steps by itself, or trains what is no parameter of the model.
     """
-    place = place_of(module, "configure_optimizers")
+    method = "configure_optimizers"
+    place = f"{place_of(module, method)}, {type(module).__name__}.{method}"
     held: HasParameters = model if sharded is None else sharded
     with nullcontext() if sharded is None else rows_in_place(model, sharded):
         returned = module.configure_optimizers()
@@ -225,13 +227,6 @@ def parse(returned: object, module: object, place: str) -> Configured:
     return Configured(optimizer=optimizer, uses=uses, notes=notes, place=place)
 
 
-def place_of(module: object, method: str) -> str:
-    """Return where a method is written, for messages: "nets.py:12, Net.configure_optimizers"."""
-    name = f"{type(module).__name__}.{method}"
-    code = getattr(getattr(type(module), method, None), "__code__", None)
-    return name if code is None else f"{code.co_filename}:{code.co_firstlineno}, {name}"
-
-
 _Parts = tuple[list[Any], list[Any], str | None]
 
 
@@ -335,9 +330,7 @@ def _check_scheduler(use: SchedulerUse, optimizer: Optimizer, module: object, pl
             f"{place}: the scheduler {name} has no {' and '.join(_STATE)}: no checkpoint could "
             "hold where it stands"
         )
-    hook = getattr(type(module), "lr_scheduler_step", None)
-    own_step = hook is not None and not hook.__module__.startswith(_LIGHTNING)
-    if not isinstance(use.scheduler, LRScheduler) and not own_step:
+    if not isinstance(use.scheduler, LRScheduler) and not is_own(module, "lr_scheduler_step"):
         raise ConfigError(
             f"{place}: {name} is not one of torch's LR schedulers: say in "
             "lr_scheduler_step(self, scheduler, metric) how it is stepped"
@@ -347,7 +340,6 @@ def _check_scheduler(use: SchedulerUse, optimizer: Optimizer, module: object, pl
 
 
 _STATE = ("state_dict", "load_state_dict")
-_LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def test_what_cannot_be_is_refused_with_file_and_line(case: str) -> None:
     configuration, message = REFUSED[case]
     with pytest.raises(
         ConfigError,
-        match=rf"(?s)test_module_optimizers.py:\d+, Net.configure_optimizers.*{message}",
+        match=rf"(?s)test_module_optimizers.py, line \d+, Net.configure_optimizers.*{message}",
     ):
         made(configuration)
 
@@ -317,7 +317,7 @@ def test_an_optimizer_is_tried_on_stand_ins_of_its_groups(kind: type[Optimizer])
 
 
 def test_what_the_trial_shows_is_told_with_the_place() -> None:
-    with pytest.raises(ConfigError, match=r"optimizers.py:\d+, .*Needy cannot take a step"):
+    with pytest.raises(ConfigError, match=r"optimizers.py, line \d+, .*Needy cannot take a step"):
         shown(Needy)
     assert shown(Choosy, object()) is None
 

@@ -399,7 +399,7 @@ def test_groups_that_differ_are_told() -> None:
 def test_a_metric_that_nobody_logs_ends_the_run_with_the_place() -> None:
     here = Here(uses(schedulers.ReduceLROnPlateau, monitor="val_los"))
     with pytest.raises(
-        TrainingError, match=r'test_module_schedulers.py:\d+.*did you mean "?val_loss'
+        TrainingError, match=r'test_module_schedulers.py, line \d+.*did you mean "?val_loss'
     ):
         here.run(STEPS)
 
