@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpctrain.training.language_modeling import LanguageModeling
     from hpctrain.training.loaded_model import load_model
     from hpctrain.training.loops.world import World, connect
+    from hpctrain.training.program import train
     from hpctrain.training.regression import Regression
     from hpctrain.training.task import Classification, Task
 
@@ -31,6 +32,7 @@ __all__ = [
     "launch",
     "load_config",
     "load_model",
+    "train",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "launch": "hpctrain.launch.function:launch",
     "load_config": "hpctrain.config.validate:load",
     "load_model": "hpctrain.training.loaded_model:load_model",
+    "train": "hpctrain.training.program:train",
 }
 
 

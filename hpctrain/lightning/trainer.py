@@ -27,11 +27,12 @@ from hpctrain.lightning.bring import Handed, ModuleData, apart, hand, hand_to_ev
 from hpctrain.lightning.checkpoints import export_for_scripts, tell
 from hpctrain.lightning.facts import Facts, run_folder
 from hpctrain.lightning.folders import Fit, choose_version, newest_version, script_name
-from hpctrain.lightning.jobs import Started, make_config, started
+from hpctrain.lightning.jobs import make_config
 from hpctrain.lightning.keys import Keys
 from hpctrain.lightning.launching import compare, start_ranks
 from hpctrain.observe import log
 from hpctrain.topology import raise_together
+from hpctrain.training.program import Started, started
 from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")

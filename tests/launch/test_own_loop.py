@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -240,7 +241,9 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
         for name, text in programs().items():
             (folder / name).write_text(text, encoding="utf-8")
     (tmp_path / "as_fsdp.py").write_text(AS_FSDP, encoding="utf-8")
-    names = ["loop.py", "gan.py", "actor_critic.py", "as_fsdp.py"]
+    shutil.copy(DOCS.parents[1] / "configs" / "run.toml", tmp_path)
+    (tmp_path / "data" / "digits").symlink_to(digits)
+    names = ["loop.py", "gan.py", "actor_critic.py", "sweep.py", "as_fsdp.py"]
     lines = [["own_loops.py"], *([str(tmp_path / name)] for name in names)]
     ended = in_turn(tmp_path, 3, *lines, env=ONE_THREAD)
     assert ended[0].stdout.splitlines()[-1] == "passed 8"
@@ -259,6 +262,6 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
     for each in found:
         assert abs(each[-1] - found[-1][-1]) < 0.02
         assert each[-1] > 0.8
-    for run in ("gan", "walk"):
+    for run in ("gan", "walk", "lr-0.01", "lr-0.001"):
         ending = json.loads((tmp_path / "runs" / run / "exit.json").read_text(encoding="utf-8"))
         assert (ending["code"], ending["reason"]) == (0, "complete")

@@ -25,6 +25,7 @@ NAMES = {
     "launch",
     "load_config",
     "load_model",
+    "train",
 }
 OF_LIGHTNING = {"Trainer"}
 OF_DATA = {"Storage", "Writer", "open_dataset"}

@@ -52,6 +52,7 @@ from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
 from hpctrain.training.position import Interval, Position
 from hpctrain.training.precision import NumberFormat
+from hpctrain.training.program import Stopped
 from hpctrain.training.rank_zero import prepare_rank_zero
 from hpctrain.training.record import begin_record, rules_and_changes
 from hpctrain.training.session import Session, finish_writing, session
@@ -66,12 +67,6 @@ logger = logging.getLogger("hpctrain")
 
 _RECORD = {"kind", "step", "epoch", "samples_seen", "seconds"}
 """What a line of metrics.jsonl has of its own."""
-
-
-class Stopped(SystemExit):
-    """All ranks have saved and stopped early: the program is to be started again."""
-
-    everywhere = True
 
 
 class Run:

@@ -1,0 +1,129 @@
+"""Jobs of a program: the ranks that it runs on, and `hpctrain.train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpctrain.batch.stop import SignalFlag
+from hpctrain.config import Config, load
+from hpctrain.errors import ConfigError, ExitCode, HpctrainError
+from hpctrain.launch.environment import Claim, this_process
+from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
+from hpctrain.launch.process_group import (
+    alone_in_this_process,
+    control_plane,
+    gathering,
+    loading,
+)
+from hpctrain.launch.voice import telling
+from hpctrain.topology import Communicator, Topology, on_rank_zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What every rank has before the process group is made."""
+
+    topology: Topology
+    communicator: Communicator
+    guard: Guard
+    signals: SignalFlag
+
+
+@contextmanager
+def started(claim: Claim, *, stops: bool = True) -> Iterator[Started]:
+    """Connect all ranks for messages; a failure that all share is told once. Collective: all ranks.
+
+    An exception of one rank ends the job; in a world of one process it is the caller's to catch.
+
+    Args:
+        claim: what the launcher says of this process.
+        stops: signals ask for a stop, which somebody acts upon; else they are as they were.
+
+    Raises:
+        HpctrainError: of all ranks.
+    """
+    try:
+        with (
+            alone_in_this_process(),
+            SignalFlag() if stops else nullcontext(SignalFlag()) as signals,
+            control_plane(claim, keep_mpi=True) as (topology, communicator),
+            # One process tells nothing: its failure may be caught.
+            telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
+            guard(topology, is_callers=True) as keeper,
+        ):
+            yield Started(
+                topology=topology, communicator=communicator, guard=keeper, signals=signals
+            )
+    except HpctrainError as error:
+        end_quietly_if_uncaught(error)
+        raise
+
+
+class Stopped(SystemExit):
+    """All ranks have saved and stopped early: the program is to be started again."""
+
+    everywhere = True
+
+
+def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Train as `python -m hpctrain CONFIG` does, and return the metrics. Collective: all ranks.
+
+    Under a launcher on all its ranks, else in one process; it may be called again and again, as for
+    a sweep. A run that is complete is not trained again.
+
+    Args:
+        config: a file, or what `load_config` gives.
+        overrides: as on the command line, such as "optimizer.lr=0.01"; for a file.
+
+    Returns:
+        Those of the newest evaluation; without any, the loss of the last step in the metrics.
+
+    Raises:
+        HpctrainError: on every rank.
+        SystemExit: with code 75, where all ranks have saved and stopped early.
+    """
+    path = "" if isinstance(config, Config) else str(config)
+    if not path and overrides:
+        raise ConfigError("hpctrain.train: overrides are for a file: give load_config them")
+    with started(this_process()) as job:
+
+        def loaded() -> Config:
+            return config if isinstance(config, Config) else load(path, overrides)
+
+        resolved = on_rank_zero(job.communicator, loaded)
+        with gathering(job.topology, job.communicator, resolved.launch, job.guard) as meeting:
+            with loading():
+                # torch follows MPI.
+                from hpctrain.training.job import train as run_job
+
+            code = run_job(
+                resolved,
+                job.topology,
+                job.communicator,
+                meeting=meeting,
+                signals=job.signals,
+                guard=job.guard,
+                command=[path, *overrides] if path else [sys.argv[0] or "python"],
+            )
+            metrics = on_rank_zero(job.communicator, lambda: _metrics(resolved))
+    if code == ExitCode.STOPPED:
+        raise Stopped(int(code))
+    return metrics
+
+
+def _metrics(config: Config) -> dict[str, float]:
+    """Return the numbers that a run ended with, as its checkpoint and its metrics have them."""
+    from hpctrain.observe.metrics import JSONL_FILE
+    from hpctrain.observe.records import newest_records
+    from hpctrain.training.checkpointing import values_to_go_on_from
+
+    values = values_to_go_on_from(config) or {}
+    if metrics := values.get("metrics"):
+        return dict(metrics)
+    records = newest_records(Path(config.run.directory, config.run.name, JSONL_FILE))
+    loss = records.get("train", {}).get("loss")
+    return {} if loss is None else {"loss": loss}
