@@ -32,7 +32,10 @@ STOP_FILE = DEADLINE << 1
 SAVE_DUE = STOP_FILE << 1
 """No stop: a save, which all ranks have to make at the same step too."""
 
-NUM_BITS = len(STOP_SIGNALS) + 3
+END_DUE = SAVE_DUE << 1
+"""No stop: the run is to end here, complete, because its own code says so."""
+
+NUM_BITS = len(STOP_SIGNALS) + 4
 
 MARGIN_SECONDS = 10.0
 """For what nobody measures: leaving MPI, closing files, the launcher's own end."""

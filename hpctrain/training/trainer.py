@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from hpctrain.batch.stop import SAVE_DUE, Boundary, StopAgreement
+from hpctrain.batch.stop import END_DUE, SAVE_DUE, Boundary, StopAgreement
 from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
@@ -150,7 +150,7 @@ def fit(
             if not owed:
                 _after_evaluation(place, epoch, schedule, hooks, complete=complete)
             # Without its evaluation a run is not done; a later job begins with it.
-            complete = complete and not owed
+            complete = (complete or hooks.ended_early(place)) and not owed
             if ends_here(place, plan, hooks, metrics, complete=complete):
                 return place, False
             if complete:
@@ -201,6 +201,9 @@ def ends_here(
     return stopped
 
 
+_ASKED = "self.trainer.should_stop was set"
+
+
 class Run:
     """The hooks of the loop, on one rank.
 
@@ -235,6 +238,8 @@ class Run:
         self._data = data
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
+        if self._module is not None:
+            stop.add(self._end_bit)
         self._callbacks = parts.callbacks
         self._phases = phases
         self._stop = stop
@@ -344,6 +349,8 @@ class Run:
         if self._module is None:
             return
         logged = self._module.end_epoch()
+        if any(self._world.communicator.all_gather(bool(self._module.trainer.should_stop))):
+            self.stopping.ask(_ASKED)
         if self._rank_zero is not None and (written := self._written("train", logged)):
             record = {"kind": "epoch", "split": "train", "step": place.step, "epoch": epoch}
             self._rank_zero.writer.write({**record, **written, **record})
@@ -481,6 +488,11 @@ class Run:
             self._data.train.fingerprint,
         )
 
+    def _end_bit(self) -> int:
+        """Return END_DUE if a module or a callback of this rank asks for the end, else 0."""
+        asked = self._module is not None and self._module.trainer.should_stop
+        return END_DUE if asked else 0
+
     def stop_agreed(self) -> bool:
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
         return self._agreed(Boundary.STEP)
@@ -492,7 +504,9 @@ class Run:
             if self._together is not None:
                 self._together.look()
             self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
-            self.reasons = agreed & ~SAVE_DUE
+            if agreed & END_DUE:
+                self.stopping.ask(_ASKED)
+            self.reasons = agreed & ~(SAVE_DUE | END_DUE)
         return self.reasons != 0
 
     def save_agreed(self) -> bool:

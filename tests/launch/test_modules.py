@@ -180,6 +180,12 @@ class Odd(Lit):
         return loss
 
 
+class Stops(Lit):
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.trainer.should_stop = self.current_epoch == 1
+
+
 class Leaves(Lit):
     def on_train_batch_start(self, batch, batch_idx):
         return -1 if batch_idx == 1 else None
@@ -344,6 +350,15 @@ def test_a_model_that_is_no_module_needs_a_task(site: Path) -> None:
     said = here(site, "run.toml", "model.use=plain:Net", code=78)
     assert "task: missing section" in said
     assert "optimizer: missing section" in said
+
+
+def test_a_module_that_asks_for_the_end_gets_it_and_the_next_job_knows(site: Path) -> None:
+    overrides = ("model.use=lit_modules:Stops", "training.max_epochs=5")
+    assert "self.trainer.should_stop was set" in here(site, "run.toml", *overrides)
+    assert metrics(site / "runs" / "lit")[-1]["step"] == 10
+    assert (site / "runs" / "lit" / "checkpoints" / "step-00000010").exists()
+    here(site, "run.toml", *overrides)
+    assert metrics(site / "runs" / "lit")[-1]["step"] == 10
 
 
 def test_the_best_checkpoint_is_found_by_what_was_logged(site: Path) -> None:
