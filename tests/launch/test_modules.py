@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import here
+from helpers.jobs import here, hpctrain
 from helpers.runs import metrics
 from torch.utils.data import DataLoader, Dataset
 
 from hpctrain.data import Writer
 
-pytestmark = pytest.mark.ranks(1)
+pytestmark = pytest.mark.ranks(2)
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-code.md"
 
 ROWS, BATCH = 40, 8
 
@@ -367,3 +370,21 @@ def test_the_best_checkpoint_is_found_by_what_was_logged(site: Path) -> None:
     found = {each["step"]: each["val_acc"] for each in records if each["kind"] == "evaluation"}
     best = max(found, key=lambda step: (found[step], -step))
     assert f"best val_acc {found[best]:.4g} at step {best}" in " ".join(said.split())
+
+
+def test_the_page_does_what_it_says(tmp_path: Path) -> None:
+    """docs/own-code.md, "Modules": its files, and its commands on two ranks."""
+    page = PAGE.read_text(encoding="utf-8")
+    section = page.split("## Modules\n")[1].split("\n## ")[0]
+    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
+    (tmp_path / "lit.py").write_text(blocks["python"], encoding="utf-8")
+    (tmp_path / "lit.toml").write_text(blocks["toml"], encoding="utf-8")
+    pack, train = [line.removeprefix("$ ").split() for line in blocks["console"].splitlines()]
+    here(tmp_path, *pack[3:])
+    assert train[:3] == ["mpirun", "-np", "2"]
+    said = hpctrain(tmp_path, 2, *train[6:]).stderr
+    assert "best" in said
+    (*_, last) = [
+        each for each in metrics(tmp_path / "runs" / "lit") if each["kind"] == "evaluation"
+    ]
+    assert last["val_accuracy"] > 0.8
