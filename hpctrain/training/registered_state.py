@@ -83,6 +83,11 @@ class RegisteredState:
                 raise UnsavableError(f"the state of {name}: {error}{hint}") from error
         return found
 
+    def ask(self) -> None:
+        """Ask them, where only another rank saves: they may talk to each other about it."""
+        for item in self._items.values():
+            item.state_dict()
+
     def restore(self, saved: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> list[str]:
         """Have them go on from what was saved.
 

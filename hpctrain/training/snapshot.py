@@ -101,6 +101,8 @@ def capture(
     with raise_together(world.communicator):
         if is_rank_zero or sharded is not None:
             captured = _captured(step)
+        else:
+            step.registered.ask()
     tensors, values = rng_to_tensors(world.device)
     logged = step.capture_logged(tensors)
     digest = "" if captured is None or sharded is None else _digest_of_optimizer(captured)

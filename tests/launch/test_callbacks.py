@@ -91,6 +91,7 @@ class EMACallback(L.Callback):
         self.backup = None
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        trainer.strategy.barrier()  # it is called on every rank
         checkpoint["ema_state_dict"] = self.ema_state_dict
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):

@@ -147,8 +147,10 @@ def check_callback(callback: Any, place: str) -> None:
 
 
 def notes_of(callbacks: Sequence[Any]) -> list[str]:
-    """Return what the header should say of hooks that are not called."""
-    notes = []
+    """Return what the header should say of them, and of hooks that are not called."""
+    if not callbacks:
+        return []
+    notes = [f"callbacks: {', '.join(type(item).__name__ for item in callbacks)}"]
     for item in callbacks:
         said = {name: NOT_CALLED[name] for name in hooks_of(item) if name in NOT_CALLED}
         for name in _named_as_hooks(item):
@@ -217,20 +219,19 @@ class CallbackState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what both ways give."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"facts": self._facts()}
         if has_hook(self._callback, "state_dict"):
             found["state"] = dict(self._callback.state_dict())
         if has_hook(self._callback, "on_save_checkpoint"):
             checkpoint = _OwnPart(self._facts())
             self._callback.on_save_checkpoint(self._trainer, self._module, checkpoint)
-            facts = self._facts()
-            found["saved"] = {key: item for key, item in checkpoint.items() if key not in facts}
+            found["saved"] = {k: item for k, item in checkpoint.items() if k not in found["facts"]}
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give both ways what they gave."""
         if has_hook(self._callback, "on_load_checkpoint"):
-            checkpoint = _OwnPart({**self._facts(), **state.get("saved", {})})
+            checkpoint = _OwnPart({**state["facts"], **state.get("saved", {})})
             self._callback.on_load_checkpoint(self._trainer, self._module, checkpoint)
         if "state" in state and has_hook(self._callback, "load_state_dict"):
             self._callback.load_state_dict(state["state"])

@@ -298,6 +298,11 @@ def _use(scheduler: Any, monitor: str | None, place: str, notes: list[str]) -> S
         notes.append(
             f'{place}: OneCycleLR is stepped once an epoch; a cycle of steps has interval="step"'
         )
+    if use.interval == "step" and use.reduce_on_plateau:
+        notes.append(
+            f"{place}: {type(use.scheduler).__name__} is stepped every step by {use.monitor}: of "
+            "what steps log the newest value is that of a log step, see logging.every_steps"
+        )
     return use
 
 

@@ -80,6 +80,7 @@ def test_only_own_hooks_count() -> None:
     assert ours.hooks_of(Plain()) == ["on_train_start"]
     assert set(ours.hooks_of(Inherits())) == {"on_train_epoch_end", "on_sanity_check_start"}
     assert [note.partition(" is not called: ")[::2] for note in ours.notes_of([Inherits()])] == [
+        ("callbacks: Inherits", ""),
         ("callback Inherits: on_sanity_check_start", ours.NOT_CALLED["on_sanity_check_start"]),
         ("callback Inherits: on_epoch_end", "it is the name of no hook"),
     ]
@@ -132,6 +133,7 @@ def test_what_callbacks_know_is_saved_by_both_ways() -> None:
     saved = json.loads(json.dumps(registered(first).capture(tensors)))
     assert set(saved) == {"callback BothWays", "callback BothWays 2"}
     second = [BothWays(), Plain(), BothWays()]
+    Trainer.current_epoch = Trainer.global_step = 0  # a job begins
     assert registered(second).restore(saved, tensors) == []
     assert torch.equal(second[0].average, first[0].average)
     assert (second[0].count, second[2].count) == (3, 5)
