@@ -19,7 +19,8 @@ from hpctrain.utils.streams import reserved_stdout, write_out
 from hpctrain.utils.text import metric, plural, printable
 
 if TYPE_CHECKING:
-    from hpctrain.training.inference import Answer
+    from hpctrain.training.inference.answer import Answer
+    from hpctrain.training.inference.trained import Stage
 
 SPLITS = ("validation", "test", "train")
 
@@ -32,12 +33,12 @@ _ABOUT = (
 
 def evaluate(arguments: list[str], claim: Claim) -> int:
     """Print the metrics of a checkpoint on the samples of validation. Collective: all ranks."""
-    return _metrics("evaluate", "validation", arguments, claim)
+    return _metrics("evaluate", "validate", "validation", arguments, claim)
 
 
 def test(arguments: list[str], claim: Claim) -> int:
     """Print the metrics of a checkpoint on the samples to test with. Collective: all ranks."""
-    return _metrics("test", "test", arguments, claim)
+    return _metrics("test", "test", "test", arguments, claim)
 
 
 def predict(arguments: list[str], claim: Claim) -> int:
@@ -47,7 +48,9 @@ def predict(arguments: list[str], claim: Claim) -> int:
     if (parsed := _parsed("predict", parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
-    found = _answered(command, claim, parsed.split, parsed.checkpoint, output=parsed.output)
+    found = _answered(
+        command, claim, "predict", parsed.split, parsed.checkpoint, output=parsed.output
+    )
     if found.missing:
         say(
             claim,
@@ -61,14 +64,14 @@ def predict(arguments: list[str], claim: Claim) -> int:
     )
 
 
-def _metrics(name: str, split: str, arguments: list[str], claim: Claim) -> int:
+def _metrics(name: str, stage: Stage, split: str, arguments: list[str], claim: Claim) -> int:
     parser = _parser(name, split)
     parser.add_argument("--json", action="store_true")
     if (parsed := _parsed(name, parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     with reserved_stdout(parsed.json) as out:
-        found = _answered(command, claim, parsed.split, parsed.checkpoint)
+        found = _answered(command, claim, stage, parsed.split, parsed.checkpoint)
         if claim.rank in (None, 0):
             show = _json if parsed.json else _text
             write_out(show(found, parsed.split), out)
@@ -105,6 +108,7 @@ def _parsed(command: str, parser: Parser, arguments: list[str], claim: Claim) ->
 def _answered(
     command: Sequence[str],
     claim: Claim,
+    stage: Stage,
     split: str,
     checkpoint: str | None,
     *,
@@ -128,7 +132,7 @@ def _answered(
         meeting = stack.enter_context(gathering(job.topology, job.communicator, launch, job.guard))
         with loading():
             from hpctrain.observe import log
-            from hpctrain.training.inference import answer
+            from hpctrain.training.inference.answer import answer
 
         stack.enter_context(log.start(None, is_reporter=job.topology.is_rank_zero))
         world = stack.enter_context(
@@ -138,6 +142,7 @@ def _answered(
             job.config,
             world,
             command,
+            stage=stage,
             split=split,
             checkpoint=checkpoint,
             output=folder,

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpctrain.config import Config
 from hpctrain.config.schema import FieldTable
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.index import read_index
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.view import View
@@ -55,7 +55,7 @@ class Source:
     has_steps: bool = False
 
 
-def gather(folder: Path, target: Path, config: Config, dataset: Dataset) -> None:
+def gather(folder: Path, target: Path, config: Config, dataset: DatasetFacts) -> None:
     """Make one file of a folder of predictions, and remove the folder.
 
     Args:
@@ -67,6 +67,11 @@ def gather(folder: Path, target: Path, config: Config, dataset: Dataset) -> None
     Raises:
         DatasetError: if the samples are not from netCDF-4 files, or the file cannot be written.
     """
+    if not isinstance(dataset, Dataset):
+        raise DatasetError(
+            f"{target}: the samples are not from files, and have no coordinates: give --output a "
+            f"folder. {folder} holds the predictions"
+        )
     write(folder, target, *source_of(config, dataset))
     shutil.rmtree(folder)
 

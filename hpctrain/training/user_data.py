@@ -31,6 +31,8 @@ from hpctrain.training.prepare_data import fetching, name_of, prepare_data
 
 logger = logging.getLogger("hpctrain")
 
+_LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
+
 _LIGHTNING = ("lightning", "pytorch_lightning")
 """Packages whose own base classes have every hook, which then does nothing."""
 
@@ -126,6 +128,44 @@ def _made(config: Config, world: World, brought: Brought) -> dict[str, Any]:
     return {name: each for name, each in found.items() if each is not None}
 
 
+def made_for(config: Config, world: World, name: str, stage: str) -> Any:
+    """Return what the config has to evaluate with, or to predict for. Collective: all ranks.
+
+    Args:
+        config: names a Dataset, or a datamodule.
+        world: the ranks.
+        name: "train", "validation" or "test".
+        stage: that a datamodule is set up for.
+
+    Returns:
+        A Dataset or DataLoader; None: there is none of that name.
+    """
+    from hpctrain.training.build import seed_generators
+
+    seed_generators(config.run.seed)
+    section = config.data
+    if section.use is None:
+        reference = getattr(section, name)
+        with raise_together(world.communicator):
+            if not names_object(reference):
+                return None
+            arguments = getattr(section, f"{name}_arguments", {})
+            return built_object(f"data.{name}", reference, arguments)
+    with raise_together(world.communicator):
+        datamodule = built_object("data.use", section.use, section.arguments)
+    prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
+    with raise_together(world.communicator):
+        if (setup := own_hook(datamodule, "setup")) is not None:
+            with fetching(f"setup of {name_of(datamodule)}"):
+                setup("fit" if name == "train" else stage)
+        hooks = [_LOADERS[name]]
+        if stage == "predict":
+            hooks.insert(0, "predict_dataloader")
+        makers = filter(None, (own_hook(datamodule, hook) for hook in hooks))
+        make = next(makers, None)
+        return None if make is None else make()
+
+
 def built_object(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
     """Return what an import path makes.
 
@@ -151,9 +191,9 @@ def _of_datamodule(datamodule: Any) -> dict[str, Any]:
     if (setup := own_hook(datamodule, "setup")) is not None:
         with fetching(f"setup of {name_of(datamodule)}"):
             setup("fit")
-    hooks = {"train": "train_dataloader", "validation": "val_dataloader"}
     found = {}
-    for name, hook in hooks.items():
+    for name in ("train", "validation"):
+        hook = _LOADERS[name]
         if (make := own_hook(datamodule, hook)) is not None and (made := make()) is not None:
             found[name] = made
     return found

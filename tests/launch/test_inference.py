@@ -204,8 +204,8 @@ def test_what_cannot_be_done_is_told(site: Path) -> None:
     here(site, "run.toml", 'run.name="told"', "training.max_epochs=1")
     told = here(site, "evaluate", "run.toml", 'run.name="told"', 'model.use="nets:Wide"', code=74)
     assert "it was saved of another model" in told
-    told = here(site, "predict", "run.toml", "--split", "holdout", "--output", "x", code=64)
-    assert "holdout" in told
+    told = here(site, "predict", "run.toml", "--split", "holdout", "--output", "x", code=78)
+    assert "--split holdout" in told
     told = here(site, "test", "run.toml", 'run.name="told"', 'data.test="validation/*.nc"', code=78)
     assert "data.test" in told
 
@@ -302,3 +302,102 @@ def test_predictions_lie_on_the_coordinates_of_their_source(tmp_path: Path) -> N
     tested = json.loads(ended[2].stdout)
     assert tested["samples"] == len(known)
     assert np.mean(error**2) == pytest.approx(tested["metrics"]["mse"] * 10.0**2, rel=1e-5)
+
+
+MODULES = """
+import lightning as L
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+def samples(rows, seed):
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, (x.sum(1) > 0).long())
+
+class Data(L.LightningDataModule):
+    def setup(self, stage):
+        assert stage in ("fit", "validate", "test", "predict")
+        self.stage = stage
+
+    def train_dataloader(self):
+        return DataLoader(samples(40, 0), batch_size=8, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(samples(13, 1), batch_size=4)
+
+    def test_dataloader(self):
+        assert self.stage == "test"
+        return DataLoader(samples(11, 2), batch_size=4)
+
+    def predict_dataloader(self):
+        return DataLoader(samples(11, 2), batch_size=4)
+
+class Lit(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        self.accuracy = MulticlassAccuracy(2)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.layers(x), y)
+
+    def evaluated(self, batch, stage):
+        x, y = batch
+        logits = self.layers(x)
+        self.accuracy(logits, y)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, y))
+        self.log(f"{stage}_accuracy", self.accuracy)
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated(batch, "val")
+
+    def test_step(self, batch, batch_idx):
+        self.evaluated(batch, "test")
+
+    def predict_step(self, batch, batch_idx):
+        x, y = batch
+        return {"logits": self.layers(x), "y": y}
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+"""
+OF_MODULES = """
+[run]
+name = "lit"
+[model]
+use = "nets:Lit"
+[data]
+use = "nets:Data"
+[training]
+max_epochs = 2
+[checkpoint]
+keep_best = "val_loss"
+"""
+
+
+def test_a_module_has_its_own_steps(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(MODULES, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(OF_MODULES, encoding="utf-8")
+    ended = in_turn(
+        tmp_path,
+        2,
+        ["run.toml"],
+        ["evaluate", "run.toml", "--checkpoint", "last", "--json"],
+        ["test", "run.toml", "--checkpoint", "last", "--json"],
+        ["predict", "run.toml", "--checkpoint", "last", "--output", "two"],
+    )
+    assert [each.code for each in ended] == [0] * 4, [each.output for each in ended]
+    own = metrics(tmp_path / "runs" / "lit", "evaluation")[-1]
+    validated, tested = (json.loads(each.stdout) for each in ended[1:3])
+    assert validated["samples"] == 13
+    assert validated["metrics"] == pytest.approx({k: own[k] for k in ("val_loss", "val_accuracy")})
+    assert tested["samples"] == 11
+    here(tmp_path, "predict", "run.toml", "--checkpoint", "last", "--output", "one")
+    logits, y = (predictions(tmp_path / "two", name) for name in ("logits", "y"))
+    assert np.allclose(logits, predictions(tmp_path / "one", "logits"), rtol=1e-5)
+    # Macro over classes, as torchmetrics has it by default.
+    by_class = [np.mean(logits[y == label].argmax(1) == label) for label in (0, 1)]
+    assert tested["metrics"]["test_accuracy"] == pytest.approx(np.mean(by_class))

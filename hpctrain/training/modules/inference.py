@@ -23,7 +23,7 @@ from hpctrain.training.brought import Brought
 from hpctrain.training.build import finish_model, seed_generators
 from hpctrain.training.call import call_directly
 from hpctrain.training.evaluation import evaluate, gather_at_rank_zero
-from hpctrain.training.inference import choose_checkpoint
+from hpctrain.training.inference.weights import choose_checkpoint
 from hpctrain.training.modules.callbacks import with_those_of_module
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.modules.stand_in import tell_device

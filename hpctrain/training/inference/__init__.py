@@ -1,0 +1,1 @@
+"""A trained model at work: its metrics on a dataset, and its predictions for every sample."""

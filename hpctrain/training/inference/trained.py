@@ -1,0 +1,257 @@
+"""A model with the weights of a checkpoint: its metrics, and its predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from hpctrain.config import Config
+from hpctrain.config.fields import Normalization
+from hpctrain.config.semantics import semantics_of
+from hpctrain.data.dataset import Field
+from hpctrain.data.predictions import Origin, PredictionWriter
+from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.launch.process_group import World
+from hpctrain.topology import raise_together
+from hpctrain.training.build import (
+    Components,
+    build_task,
+    finish_model,
+    make_model,
+    seed_generators,
+)
+from hpctrain.training.call import Method
+from hpctrain.training.evaluation import evaluate
+from hpctrain.training.inference.splits import Split
+from hpctrain.training.inference.weights import Chosen
+from hpctrain.training.modules.overrides import is_own
+from hpctrain.training.modules.stand_in import tell_device
+from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.plain_names import load_checked
+from hpctrain.training.position import StopAt
+from hpctrain.training.prepare_data import prepare_data
+from hpctrain.training.ranges import ranges_checked
+from hpctrain.training.regression import Regression
+from hpctrain.training.snapshot import restore_extra_states
+from hpctrain.training.task import Fields
+from hpctrain.training.undisturbed import evaluating
+from hpctrain.utils.text import printable
+
+Stage = Literal["validate", "test", "predict"]
+
+
+class Trained:
+    """A model with the weights of a checkpoint, whole on every rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        components: Components,
+        chosen: Chosen,
+        split: Split,
+        stage: Stage,
+    ) -> None:
+        """Build the model and load its weights. Collective: all ranks.
+
+        Raises:
+            HpctrainError: on every rank, if a component refuses its arguments, or the weights are
+                not those of the model.
+        """
+        self._world = world
+        self._split = split
+        self._stage = stage
+        seed_generators(config.run.seed)
+        semantics = semantics_of(config, chosen.values or None)
+        # Only forward passes are wanted, on every rank for itself.
+        plain = dataclasses.replace(
+            config.training, strategy="ddp", compile=False, activation_checkpointing=()
+        )
+        config = dataclasses.replace(config, training=plain)
+        with raise_together(world.communicator):
+            self._model = make_model(config, components)
+            self._task = build_task(config, components)
+            if isinstance(self._task, ModuleTask):
+                _bind(self._task, self._model, config, world, stage)
+        if isinstance(self._task, ModuleTask):
+            seconds = config.launch.prepare_timeout_seconds
+            prepare_data([self._model], world, seconds=seconds)
+        with raise_together(world.communicator):
+            if isinstance(self._task, ModuleTask):
+                self._task.set_up(stage)
+                self._task.inputs = self._task.inputs or tuple(split.fields)
+            load_checked(self._model, chosen.tensors, chosen.source)
+            states = chosen.values.get("extra_state", {})
+            restore_extra_states(self._model, states, chosen.extra, torch.device("cpu"))
+            self._model, self._number_format, _ = finish_model(
+                self._model, config, world, semantics
+            )
+            if isinstance(self._task, ModuleTask):
+                tell_device(self._model, world.device)
+                self._task.hooks.trial = False
+        self._predict, self._unit = self._way_to_predict(config)
+
+    def _way_to_predict(self, config: Config) -> tuple[Method, Normalization | None]:
+        """Return what predicts, and the numbers by which that was normalized, if it was."""
+        task: Any = self._task
+        if isinstance(task, ModuleTask):
+            return self._module_step, None
+        own: Method | None = getattr(task, "predict", None)
+        if own is not None:  # what it returns stands for what it says
+            return own, None
+        is_target = isinstance(task, Regression)
+        unit = self._split.normalizations.get(config.task.target or "") if is_target else None
+        return self._output, unit
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the split, the same on all ranks. Collective: all ranks."""
+        loader = self._split.loader(self._world)
+        try:
+            with ranges_checked(self._task):
+                metrics = evaluate(
+                    self._model,
+                    self._task,
+                    loader,
+                    self._world,
+                    self._number_format,
+                    rounds=loader.most_batches,
+                    stage="test" if self._stage == "test" else "validate",
+                )
+        finally:
+            loader.close()
+        assert metrics is not None  # nobody stops it
+        return metrics
+
+    def predict(
+        self, folder: Path, origin: Origin, stopping: Callable[[], bool]
+    ) -> PredictionWriter:
+        """Write the predictions for every sample of the split. Collective: all ranks.
+
+        Args:
+            folder: of the shards, new, or begun by a job that did not come to its end.
+            origin: of the predictions.
+            stopping: asked after every batch of this rank; True: leave the rest for a later job.
+
+        Returns:
+            What has written them; `finish` makes a dataset of them.
+
+        Raises:
+            HpctrainError: on every rank or ending the job, if the model gives nothing that can be
+                stored, or the folder cannot be written.
+        """
+        with raise_together(self._world.communicator):
+            loader = self._split.loader(self._world)
+            try:
+                example = self._predicted(loader.examples(1).part(0, 1), 1, 0)
+            finally:
+                loader.close()
+        fields = {name: Field(each.shape[1:], each.dtype) for name, each in example.items()}
+        communicator, samples = self._world.communicator, self._split.dataset.samples
+        writer = PredictionWriter(folder, origin, fields, samples, communicator)
+        loader = self._split.loader(self._world, writer.rows)
+        try:
+            for index, batch in enumerate(loader):
+                self._world.pulse.tick()
+                writer.add(self._predicted(batch.fields, batch.size, index))
+                if stopping():
+                    break
+        finally:
+            loader.close()
+        return writer
+
+    def _predicted(self, fields: Any, samples: int, index: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the predictions of a batch, by field, on the host."""
+        self._index = index
+        with torch.no_grad(), evaluating(self._model.modules()), self._number_format.arithmetic():
+            cast = self._number_format.cast(fields, self._task.inputs)
+            output = self._predict(self._model, cast)
+        return {
+            name: self._as_measured(values) for name, values in as_fields(output, samples).items()
+        }
+
+    def _as_measured(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return predictions of a target that is normalized in the unit of its files.
+
+        Only those of a regression stand for the target itself.
+        """
+        if self._unit is None or values.dtype.kind != "f":
+            return values
+        mean, std = (np.asarray(each, values.dtype) for each in (self._unit.mean, self._unit.std))
+        if mean.size > 1:  # of channels, the first axis of a sample
+            mean, std = (each.reshape(-1, *[1] * (values.ndim - 2)) for each in (mean, std))
+        measured: npt.NDArray[Any] = values * std + mean
+        return measured
+
+    def _output(self, model: nn.Module, fields: Fields) -> Any:
+        return model(*[fields[name] for name in self._task.inputs])
+
+    def _module_step(self, model: nn.Module, fields: Any) -> Any:
+        task: Any = self._task
+        step: Any = model.predict_step
+        batch = task.batch(fields)
+        return step(batch, self._index) if task.takes_index["predict_step"] else step(batch)
+
+
+def _bind(task: ModuleTask, model: nn.Module, config: Config, world: World, stage: Stage) -> None:
+    """Give a module its trainer, for a stage in which nothing is trained.
+
+    Raises:
+        ConfigError: if it has no step for it.
+    """
+    task.bind(model, config, world, StopAt.of(config.training, 1, 1))
+    step = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[stage]
+    # Lightning's own predict_step calls the module; its others do nothing.
+    has_step = callable(getattr(model, step, None))
+    if not has_step or (stage != "predict" and not is_own(model, step)):
+        raise ConfigError(f"model.use: {type(model).__name__} has no {step} of its own")
+    if stage == "predict" and not (is_own(model, step) or is_own(model, "forward")):
+        raise ConfigError(f"model.use: {type(model).__name__} has neither {step} nor forward")
+
+
+def as_fields(output: object, samples: int) -> dict[str, npt.NDArray[Any]]:
+    """Return what a model gives for a batch as fields of a dataset, on the host.
+
+    A tensor is the field "prediction"; a mapping has its own names; of a sequence they are
+    "prediction_0" and so on. Floats of 16 bits that numpy does not have become float32.
+
+    Args:
+        output: tensors of (samples, ...).
+        samples: of the batch.
+
+    Raises:
+        TrainingError: if it is something else.
+    """
+    if isinstance(output, Tensor):
+        named: Mapping[str, Any] = {"prediction": output}
+    elif isinstance(output, Mapping):
+        named = output
+    elif isinstance(output, tuple | list):
+        named = {f"prediction_{index}": each for index, each in enumerate(output)}
+    else:
+        named = {"prediction": output}
+    fields = {}
+    for name, each in named.items():
+        if not isinstance(each, Tensor) or each.shape[:1] != (samples,):
+            what = (
+                f"a tensor of {tuple(each.shape)}"
+                if isinstance(each, Tensor)
+                else type(each).__name__
+            )
+            raise TrainingError(
+                f'predict: "{printable(str(name))}" is {what} for {samples} samples: give tensors '
+                "with one row a sample, by a method `predict(model, fields)` of a task of your own"
+            )
+        tensor = each.detach()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        fields[str(name)] = tensor.cpu().numpy()
+    if not fields:
+        raise TrainingError("predict: the model gives nothing to store")
+    return fields
