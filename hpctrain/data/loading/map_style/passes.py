@@ -207,7 +207,7 @@ class PassReader:
         """Yield shares in their order, in the thread that reads ahead."""
         assert self._workers is not None
         enter(self._device)  # pinned memory is the current device's
-        ahead = self._workers.size * self._dataset.prefetch
+        ahead = max(1, self._dataset.workers) * self._dataset.prefetch
         pending: deque[tuple[Share, list[tuple[tuple[int, int], Future[Any]]]]] = deque()
         waiting = 0
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -50,7 +51,11 @@ class FetchThread:
 
 
 class FetchProcess:
-    """Has a process of its own read, started with the first job."""
+    """Has a process of its own read, started with the first job.
+
+    Several threads may give it jobs, so that the next one is there when one is done; it answers
+    them in their order.
+    """
 
     def __init__(self, source: str, hello: Hello, environment: Mapping[str, str]) -> None:
         """Prepare.
@@ -66,17 +71,26 @@ class FetchProcess:
         )
         self._memories: dict[int, Bytes] = {}
         self._free: deque[int] = deque()
+        self._asking = threading.Lock()
+        self._answered = threading.Condition()
+        self._asked = self._told = 0
+        self._ended: WorkerError | None = None
 
     def run(self, job: PassJob) -> Any:
         try:
-            if self._process.start():
-                self._memories.clear()
-                self._free = deque()
-            answer = self._ask(job) if len(job.rows) else None
+            turn = self._ask(job)
+            if turn is None:
+                return None
+            with self._answered:
+                self._answered.wait_for(lambda: self._told == turn)
+            try:
+                answer = self._answer()
+            finally:
+                with self._answered:
+                    self._told += 1
+                    self._answered.notify_all()
         except (EOFError, OSError) as error:
-            message = self._process.exit_message(self._worker, "a Dataset")
-            self.close()
-            raise WorkerError(message) from error
+            raise self._failed() from error
         if isinstance(answer, FetchError):
             raise answer
         return answer
@@ -84,10 +98,36 @@ class FetchProcess:
     def close(self) -> None:
         self._process.close()
         self._memories.clear()
+        self._free = deque()
+        self._asked = self._told = 0
+        self._ended = None
 
-    def _ask(self, job: PassJob) -> Any:
+    def _failed(self) -> WorkerError:
+        """Return how the process has ended, to every thread that waited for it the same."""
+        with self._asking:
+            if self._ended is None:
+                self._ended = WorkerError(self._process.exit_message(self._worker, "a Dataset"))
+                self._process.close()
+            return self._ended
+
+    def _ask(self, job: PassJob) -> int | None:
+        """Hand a job over, and return when its answer comes; None: there is none to a start."""
+        with self._asking:
+            if self._ended is not None:
+                raise self._ended
+            self._process.start()
+            if not len(job.rows):
+                return None
+            free = self._free
+            freed = [free.popleft() for _ in range(len(free))]
+            self._process.connection.send((freed, job.rows, job.keys))
+            self._asked += 1
+            return self._asked - 1
+
+    def _answer(self) -> Any:
         connection, free = self._process.connection, self._free
-        connection.send(([free.popleft() for _ in range(len(free))], job.rows, job.keys))
+        if connection is None:
+            raise EOFError
         answer: Handover | FetchError = connection.recv()
         if isinstance(answer, FetchError):
             return answer
@@ -131,7 +171,8 @@ def processes(
         FetchProcess(source, Hello(parcel, number, workers, seeded, used), environment)
         for number in range(workers)
     ]
-    pool: Workers[PassJob, Any] = Workers(found)
+    # Each with two jobs at a time: one that it is at, and one that waits for it.
+    pool: Workers[PassJob, Any] = Workers([*found, *found])
     weakref.finalize(pool, _close, parcel.descriptor).atexit = False
     # They load torch while the model is built.
     nothing = PassJob(np.empty(0, np.int64), np.empty(0, np.uint64))
