@@ -19,6 +19,8 @@ logger = logging.getLogger("hpctrain")
 
 STATE = "early_stopping"
 """Name of the state among the values of a checkpoint."""
+ASKED = "trainer.should_stop was set"
+"""The reason where code of the user's has ended a run."""
 
 
 class EarlyStopping:

@@ -21,7 +21,7 @@ from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
 from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
-from hpctrain.training.early_stopping import STATE, EarlyStopping
+from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
@@ -149,8 +149,9 @@ def fit(
                 complete = complete or hooks.ended_early(place)
             if not owed:
                 _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+                complete = complete or hooks.ended_early(place)
             # Without its evaluation a run is not done; a later job begins with it.
-            complete = (complete or hooks.ended_early(place)) and not owed
+            complete = complete and not owed
             if ends_here(place, plan, hooks, metrics, complete=complete):
                 return place, False
             if complete:
@@ -166,6 +167,7 @@ def _caught_up(place: Position, plan: Plan, schedule: Schedule, hooks: Hooks) ->
         return False
     complete = plan.stop_at.reached(place) or hooks.ended_early(place)
     _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+    complete = complete or hooks.ended_early(place)
     # The checkpoint was saved without these metrics.
     if plan.save.due(place) or complete:
         hooks.save(place, metrics)
@@ -199,9 +201,6 @@ def ends_here(
     if complete or stopped or hooks.save_agreed() or plan.save.due(place):
         hooks.save(place, metrics)
     return stopped
-
-
-_ASKED = "self.trainer.should_stop was set"
 
 
 class Run:
@@ -238,9 +237,10 @@ class Run:
         self._data = data
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
-        if self._module is not None:
-            stop.add(self._end_bit)
         self._callbacks = parts.callbacks
+        self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
+        if self._trainer is not None:
+            stop.add(self._trainer.end_due)
         self._phases = phases
         self._stop = stop
         self.rank_zero = self._rank_zero = rank_zero
@@ -346,11 +346,10 @@ class Run:
     def end_epoch(self, place: Position, epoch: int) -> None:
         """Write down what a module has logged for the epoch. Collective: all ranks."""
         self._callbacks.end_epoch()
-        if self._module is None:
+        logged = None if self._module is None else self._module.end_epoch()
+        self._ask_all()
+        if logged is None:
             return
-        logged = self._module.end_epoch()
-        if any(self._world.communicator.all_gather(bool(self._module.trainer.should_stop))):
-            self.stopping.ask(_ASKED)
         if self._rank_zero is not None and (written := self._written("train", logged)):
             record = {"kind": "epoch", "split": "train", "step": place.step, "epoch": epoch}
             self._rank_zero.writer.write({**record, **written, **record})
@@ -383,6 +382,7 @@ class Run:
                 for key, value in metrics.items()
             }
             self._callbacks.end_evaluation(self.metrics)
+        self._ask_all()
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
@@ -411,6 +411,17 @@ class Run:
         )
         step.settle()
         return metrics
+
+    def _ask_all(self) -> None:
+        """End the run here if code of the user's on any rank asks for it. Collective: all ranks.
+
+        Between two epochs and behind an evaluation; inside an epoch the agreement to stop tells
+        it, a few steps later.
+        """
+        if self._trainer is None or self.stopping.reason is not None:
+            return
+        if any(self._world.communicator.all_gather(bool(self._trainer.should_stop))):
+            self.stopping.ask(ASKED)
 
     def ended_early(self, place: Position) -> bool:
         """Tell whether the run is complete before its limits. The same on all ranks."""
@@ -488,11 +499,6 @@ class Run:
             self._data.train.fingerprint,
         )
 
-    def _end_bit(self) -> int:
-        """Return END_DUE if a module or a callback of this rank asks for the end, else 0."""
-        asked = self._module is not None and self._module.trainer.should_stop
-        return END_DUE if asked else 0
-
     def stop_agreed(self) -> bool:
         """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
         return self._agreed(Boundary.STEP)
@@ -505,7 +511,7 @@ class Run:
                 self._together.look()
             self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
             if agreed & END_DUE:
-                self.stopping.ask(_ASKED)
+                self.stopping.ask(ASKED)
             self.reasons = agreed & ~(SAVE_DUE | END_DUE)
         return self.reasons != 0
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from hpctrain.batch.stop import END_DUE
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
 from hpctrain.training.modules.overrides import inner_modules
@@ -95,8 +96,7 @@ class TrainerStandIn:
         self.is_global_zero = topology.is_rank_zero
         self.max_epochs = -1 if training.max_epochs is None else training.max_epochs
         self.max_steps = -1 if training.max_steps is None else training.max_steps
-        self.min_epochs: int | None = None
-        self.min_steps: int | None = None
+        self.min_epochs, self.min_steps = training.min_epochs, training.min_steps
         self.num_training_batches = stop_at.epoch_steps
         self.num_val_batches: Sequence[int] = ()
         self.val_dataloaders: Any = None
@@ -118,12 +118,17 @@ class TrainerStandIn:
         self.loggers: list[Any] = []
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[Any] = []
-        self.barebones = self.fast_dev_run = self.should_stop = False
+        self.barebones = self.should_stop = False
+        self.fast_dev_run = training.fast_dev_run
         self.enable_validation = True
         self.ckpt_path: str | None = None
         self.callback_metrics: Mapping[str, Tensor] = {}
         self.logged_metrics: Mapping[str, Tensor] = {}
         self.progress_bar_metrics: Mapping[str, float] = {}
+
+    def end_due(self) -> int:
+        """Return END_DUE if the run is to end, for the agreement of all ranks."""
+        return END_DUE if self.should_stop else 0
 
     @property
     def estimated_stepping_batches(self) -> int | float:
