@@ -294,7 +294,8 @@ def _length(given: TrainerArguments) -> Keys:
         keys["training.max_epochs"] = _DEFAULT_EPOCHS
     if given.max_time is not None:
         keys["run.max_seconds"] = seconds_of("max_time", given.max_time)
-    return keys
+    least = {"training.min_epochs": given.min_epochs, "training.min_steps": given.min_steps}
+    return keys | {key: value for key, value in least.items() if value not in (None, 0)}
 
 
 def _validation(given: TrainerArguments) -> Keys:
@@ -490,8 +491,6 @@ def _refused(given: TrainerArguments) -> Keys:
 
 
 _NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "min_epochs": ((None, 0, 1), "a run goes on to max_epochs"),
-    "min_steps": ((None, 0, 1), "a run goes on to max_steps"),
     "reload_dataloaders_every_n_epochs": (
         (0,),
         "a run has one order of its data, from its first epoch on: what changes is for __getitem__",
