@@ -27,14 +27,12 @@ from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_all_ranks, raise_together
 from hpctrain.training.brought import Brought
+from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.prepare_data import fetching, name_of, prepare_data
 
 logger = logging.getLogger("hpctrain")
 
 _LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
-
-_LIGHTNING = ("lightning", "pytorch_lightning")
-"""Packages whose own base classes have every hook, which then does nothing."""
 
 
 def brings_data(config: Config, brought: Brought) -> bool:
@@ -204,11 +202,7 @@ def own_hook(owner: Any, name: str) -> Any:
     hook = getattr(owner, name, None)
     if not callable(hook):
         return None
-    if name in vars(owner):
-        return hook  # as LightningDataModule.from_datasets sets it
-    defined_by = next((each for each in type(owner).__mro__ if name in vars(each)), None)
-    module = "" if defined_by is None else defined_by.__module__
-    return None if module.partition(".")[0] in _LIGHTNING else hook
+    return hook if is_own(owner, name) else None
 
 
 def taken_by_name(given: Any, name: str, config: Config) -> Intake:

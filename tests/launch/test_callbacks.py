@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from helpers.runs import metrics
 from torch.utils.data import DataLoader, Dataset
 
 from hpctrain.data import Writer
+
+PAGE = Path(__file__).parents[2] / "docs" / "own-code.md"
 
 ROWS, BATCH = 41, 8
 
@@ -311,6 +314,27 @@ def test_callbacks_beside_a_task_of_the_config(site: Path) -> None:
     here(site, "run.toml", *words, "training.max_epochs=3")
     calls, _ = json.loads((site / "calls.json").read_text())
     assert calls == [*first, ["start", 4], [0, 5], [1, 6], ["evaluation", 2]]
+
+
+def page_block(first_words: str) -> str:
+    """Return the fenced block of the docs that begins with these words."""
+    blocks = re.findall(r"```\w+\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (block for block in blocks if block.startswith(first_words))
+    return found
+
+
+@pytest.mark.ranks(1)
+def test_the_callback_of_the_docs(site: Path) -> None:
+    (site / "averages.py").write_text(page_block("# averages.py"), encoding="utf-8")
+    table = page_block('[[callbacks]]\nuse = "averages:Average"')
+    (site / "run.toml").write_text(CONFIG + table, encoding="utf-8")
+    words = ["run.toml", "model.schedule=plateau"]
+    here(site, *words, "run.name=whole")
+    here(site, *words, "training.max_epochs=1")
+    here(site, *words)
+    whole, resumed = (metrics(site / "runs" / name, "evaluation") for name in ("whole", "here"))
+    assert len(whole) == 2
+    assert whole == resumed
 
 
 @pytest.mark.ranks(3)

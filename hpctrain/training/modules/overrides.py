@@ -19,13 +19,22 @@ _BASES = (
 """Packages whose classes bring defaults: nobody's own words, and nothing is imported to know it."""
 
 
+def is_base(kind: type) -> bool:
+    """Tell whether a class brings defaults, and is not what somebody wants to train.
+
+    Lightning's own examples, in `lightning.pytorch.demos`, are modules like any other.
+    """
+    package, *within = kind.__module__.split(".")
+    return package in _BASES and "demos" not in within
+
+
 def is_own(holder: Any, name: str) -> bool:
     """Tell whether an object has a method that its author wrote, or has put there."""
     if name in getattr(holder, "__dict__", {}):
         return callable(holder.__dict__[name])
     for kind in type(holder).__mro__:
         if name in kind.__dict__:
-            return kind.__module__.partition(".")[0] not in _BASES
+            return not is_base(kind)
     return False
 
 

@@ -1,0 +1,69 @@
+"""The two programs of Lightning that every course has, on 1, 2 and 3 ranks, under ddp and fsdp."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launching import ROOT
+from helpers.limits import LONG_JOB_SECONDS
+from helpers.runs import losses
+
+SCRIPT = ROOT / "tests" / "programs" / "train_both.py"
+
+pytestmark = pytest.mark.ranks(2)
+
+
+@functools.cache
+def trained(ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run the script on so many ranks, and return what it tells."""
+    launcher = ["mpirun", "-np", str(ranks)] if ranks > 1 else []
+    ended = subprocess.run(
+        [*launcher, sys.executable, str(SCRIPT), f"{ranks}.json"],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LONG_JOB_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found: dict[str, dict[str, Any]] = json.loads((folder / f"{ranks}.json").read_text())
+    for each in found.values():
+        each["losses"] = losses(folder / each["run"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_digits(folder: Path, ranks: int) -> None:
+    """Without dropout a run on several ranks is the run on one."""
+    alone, found = trained(1, folder), trained(ranks, folder)
+    for strategy in ("ddp", "fsdp"):
+        here, there = found[f"digits {strategy}"], alone["digits ddp"]
+        assert here["losses"] == pytest.approx(there["losses"], rel=1e-3)
+        assert here["test"]["test_loss"] == pytest.approx(there["test"]["test_loss"], rel=0.05)
+        # The loader's own batches, in its order, whichever rank predicts them.
+        assert [len(batch) for batch in here["predicted"]] == [32, 32, 32]
+        assert here["predicted"] == found["digits ddp"]["predicted"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_language_model(folder: Path, ranks: int) -> None:
+    """With dropout every rank draws its own; the global batch is the same."""
+    alone, found = trained(1, folder), trained(ranks, folder)
+    for strategy in ("ddp", "fsdp"):
+        here, there = found[f"words {strategy}"], alone["words ddp"]
+        assert len(here["losses"]) == len(there["losses"]) == 2
+        assert here["losses"][0] == pytest.approx(there["losses"][0], abs=0.2)
+        assert here["test"]["test_loss"] == pytest.approx(there["test"]["test_loss"], abs=0.05)

@@ -1,0 +1,75 @@
+"""The two programs as scripts train them: `python train_both.py OUTPUT`, under any launcher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+
+from hpctrain.lightning import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from programs.language_model import WORDS, LanguageModel, loaders
+from programs.lit_mnist import DigitsDataModule, LitMNIST
+
+
+def digits(strategy: str) -> dict[str, Any]:
+    seed_everything(1)
+    data, model = DigitsDataModule(batch_size=32, samples=96), LitMNIST(dropout=0.0)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        strategy=strategy,
+        log_every_n_steps=1,
+        limit_val_batches=3,
+        limit_test_batches=3,
+        limit_predict_batches=3,
+    )
+    trainer.fit(model, data)
+    tested = trainer.test(model, data)[0]
+    found = trainer.predict(model, data)
+    best = trainer.checkpoint_callback.best_model_path
+    again = LitMNIST.load_from_checkpoint(best, weights_only=True).state_dict()
+    assert all(torch.equal(item, again[name]) for name, item in model.state_dict().items())
+    assert (found is None) == (not trainer.is_global_zero)
+    return {
+        "run": trainer.log_dir,
+        "val": float(trainer.callback_metrics.get("val_loss", tested["test_loss"])),
+        "test": tested,
+        "predicted": [] if found is None else [batch.tolist() for batch in found],
+    }
+
+
+def words(strategy: str) -> dict[str, Any]:
+    seed_everything(1)
+    model, (train, validation) = LanguageModel(WORDS), loaders()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        strategy=strategy,
+        gradient_clip_val=0.25,
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, train, validation)
+    tested = trainer.test(model, validation)[0]
+    return {"run": trainer.log_dir, "test": tested}
+
+
+def main() -> None:
+    found = {
+        f"{program.__name__} {strategy}": program(strategy)
+        for strategy in ("ddp", "fsdp")
+        for program in (digits, words)
+    }
+    ranks = Trainer(accelerator="cpu").is_global_zero
+    if ranks:
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
