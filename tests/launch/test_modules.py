@@ -357,7 +357,7 @@ def test_a_model_that_is_no_module_needs_a_task(site: Path) -> None:
 
 def test_a_module_that_asks_for_the_end_gets_it_and_the_next_job_knows(site: Path) -> None:
     overrides = ("model.use=lit_modules:Stops", "training.max_epochs=5")
-    assert "self.trainer.should_stop was set" in here(site, "run.toml", *overrides)
+    assert "trainer.should_stop was set" in here(site, "run.toml", *overrides)
     assert metrics(site / "runs" / "lit")[-1]["step"] == 10
     assert (site / "runs" / "lit" / "checkpoints" / "step-00000010").exists()
     here(site, "run.toml", *overrides)
