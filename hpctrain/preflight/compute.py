@@ -16,6 +16,7 @@ import torch
 
 from hpctrain.accelerator import synchronize
 from hpctrain.config import Config
+from hpctrain.config.registry import OWN
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch import Batch, ShareOfBatch, TrainBatches, cut, repeated
@@ -302,6 +303,8 @@ def try_on_host(
         Exception: what model or task raise there, if the ranks compute on their hosts; for a device
             it need not mean anything.
     """
+    if config.task.use == OWN:
+        return  # a module needs its trainer, and the step on all ranks gives it one
     seed_generators(config.run.seed)
     model, number_format, _ = build_model(config, world, components, semantics)
     row = moved(loader.example(), torch.device("cpu"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -23,9 +24,11 @@ from hpctrain.training.build import Components, Parts, build_parts
 from hpctrain.training.data import Data
 from hpctrain.training.metrics import MetricObjects, Part, Totals
 from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import listed_rows
 from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
+from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators
 from hpctrain.utils.text import metric
 
@@ -147,7 +150,8 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
     )
     each = [rows.part(index, index + 1) for index in range(rows.size)]
     # All of them on every rank: the others may wait for this one's part of the parameters.
-    problems = [_not_finite(_evaluated(parts, one, world)) for one in each]
+    with _evaluation_of_module(parts.task):
+        problems = [_not_finite(_evaluated(parts, one, world)) for one in each]
     parts.step.settle()
     for row, one, found in zip(loader.example_rows(MOST_ROWS), each, problems, strict=True):
         if not found:
@@ -159,6 +163,21 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
         whose = f'"{bad[0]}"' if bad else f"{', '.join(held)}, whose values are finite,"
         return f"the metric {found[0]} is not finite: {whose} of {shard.name} row {inside}"
     return ""
+
+
+@contextmanager
+def _evaluation_of_module(task: Task) -> Iterator[None]:
+    """Have a module evaluate single samples in the body, with its hooks."""
+    if not isinstance(task, ModuleTask):
+        yield
+        return
+    with torch.no_grad():
+        task.begin_evaluation()
+        task.samples = 1
+        try:
+            yield
+        finally:
+            task.leave_evaluation()
 
 
 def _evaluated(parts: Parts, rows: Mapping[str, Tensor], world: World) -> Part:

@@ -388,3 +388,7 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
         each for each in metrics(tmp_path / "runs" / "lit") if each["kind"] == "evaluation"
     ]
     assert last["val_accuracy"] > 0.8
+
+
+def test_check_knows_modules(site: Path) -> None:
+    assert "gradients and metrics are finite" in here(site, "check", "run.toml")
