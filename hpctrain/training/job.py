@@ -55,7 +55,7 @@ from hpctrain.training.summary import (
     summary_text,
     transport_notes,
 )
-from hpctrain.training.task import Task
+from hpctrain.training.task import Task, untrained_parameters
 from hpctrain.training.trainer import Phases, Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
@@ -272,6 +272,8 @@ def _build(
             watch_metrics(config, parts.task, parts.schedule, validates=loader is not None)
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
+    if (told := untrained_parameters(parts.task)) is not None:
+        notes.append(told)
     notes += transport_notes(world)
     return parts
 

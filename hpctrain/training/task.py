@@ -7,7 +7,7 @@ brings in your own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.ranges import check_range
+from hpctrain.utils.text import listed
 
 Fields = Mapping[str, Tensor]
 Direction = Literal["min", "max"]
@@ -37,8 +38,9 @@ class Task(Protocol):
     so by a further attribute, `batch_dependent_loss = True`: else the header warns of it. One with
     classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.ranges`.
 
-    `python -m hpctrain predict` stores what the model makes of its inputs, or what a further method
-    `predict(model, fields)` returns: a tensor of (samples, ...), or several by name.
+    One that wants to know where the run stands has a method `set_progress(step, epoch, stage)`,
+    called before the first step and after each with the steps that are done and "train", and before
+    an evaluation with its name, such as "validation".
     """
 
     inputs: Sequence[str]
@@ -284,6 +286,25 @@ class Classification(Supervised):
             return self._class_weights[labels].sum()
         # An ignored class may be none that has a weight.
         return (self._class_weights[labels.where(valid, 0)] * valid).sum()
+
+
+def learns_progress(task: object) -> Callable[[int, int, str], None] | None:
+    """Return what tells a task steps done, epoch and stage; None: it does not want to know."""
+    method = getattr(task, "set_progress", None)
+    return method if callable(method) else None
+
+
+def untrained_parameters(task: object) -> str | None:
+    """Return a line for the header where a task has parameters, which nothing trains."""
+    if not isinstance(task, nn.Module):
+        return None
+    names = [name for name, item in task.named_parameters() if item.requires_grad]
+    if not names:
+        return None
+    return (
+        f"{type(task).__name__} has the parameters {listed(names, 4)}, which are part of no model: "
+        "they are neither trained nor saved. Make them the model's, or set requires_grad = False"
+    )
 
 
 def check_task(task: Any) -> None:

@@ -33,6 +33,7 @@ from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.record import made_by
 from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
+from hpctrain.training.task import learns_progress
 from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
@@ -241,6 +242,7 @@ class Run:
         self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
         if self._trainer is not None:
             stop.add(self._trainer.end_due)
+        self._task_learns = learns_progress(parts.task)
         self._phases = phases
         self._stop = stop
         self.rank_zero = self._rank_zero = rank_zero
@@ -273,6 +275,7 @@ class Run:
         """Take note of a step. Collective after the first one: all ranks."""
         self.place = place
         self._world.pulse.step_done(place.step)
+        self._tell_task(place, "train")
         if self._module is not None:
             self._module.end_step()
         self._callbacks.end_step(place, self._data.stop_at, lambda: self._parts.step.last_loss)
@@ -370,9 +373,11 @@ class Run:
         with self._phases.measure("evaluation"), self._parts.step.evaluation_weights():
             self._callbacks.begin_evaluation()
             for name, each in {VALIDATION: loader, **further}.items():
+                self._tell_task(place, name)
                 metrics = self._evaluated(each)
                 if metrics is None:
                     self.evaluation_owed = True
+                    self._tell_task(place, "train")
                     self._callbacks.end_evaluation(None)
                     return None
                 found[name] = metrics
@@ -383,6 +388,7 @@ class Run:
             }
             self._callbacks.end_evaluation(self.metrics)
         self._ask_all()
+        self._tell_task(place, "train")
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         if self._rank_zero is not None:
@@ -448,8 +454,14 @@ class Run:
             loader = self._data.validation_loader
             self._module.begin_training(place, 0 if loader is None else loader.most_batches)
         self._callbacks.begin_training(place)
+        self._tell_task(place, "train")
         self.check(place)
         self.try_save(place)
+
+    def _tell_task(self, place: Position, stage: str) -> None:
+        """Say where the run stands to a task that wants to know."""
+        if self._task_learns is not None:
+            self._task_learns(place.step, place.epoch, stage)
 
     def try_save(self, place: Position) -> None:
         """Send what a save would hold to memory and back. Collective: all ranks.

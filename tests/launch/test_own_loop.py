@@ -265,3 +265,38 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
     for run in ("gan", "walk", "lr-0.01", "lr-0.001"):
         ending = json.loads((tmp_path / "runs" / run / "exit.json").read_text(encoding="utf-8"))
         assert (ending["code"], ending["reason"]) == (0, "complete")
+
+
+TASK = """
+import torch
+from torch import nn
+
+from hpctrain import Classification
+
+
+class Task(nn.Module, Classification):
+    def __init__(self, **arguments):
+        nn.Module.__init__(self)
+        Classification.__init__(self, **arguments)
+        self.weight = nn.Parameter(torch.ones(()))
+        self.told = []
+
+    def set_progress(self, step, epoch, stage):
+        self.told.append((step, epoch, stage))
+        with open("told.txt", "a", encoding="utf-8") as file:
+            print(step, epoch, stage, file=file)
+"""
+
+
+def test_a_task_learns_where_the_run_stands(site: Path) -> None:
+    """Step, epoch and stage, also where a run goes on; parameters that nobody trains are told."""
+    (site / "their_task.py").write_text(TASK, encoding="utf-8")
+    line = ["run.toml", "task.use=their_task:Task", "run.name=told", "data.global_batch_size=719"]
+    jobs = [[*line, "training.max_epochs=1"], [*line, "training.max_epochs=2"]]
+    first, _ = in_turn(site, 1, *jobs)
+    assert "Task has the parameters weight, which are part of no model" in first.output
+    told = (site / "told.txt").read_text(encoding="utf-8").splitlines()
+    assert told == [
+        *("0 0 train", "1 0 train", "2 1 train", "2 1 validation", "2 1 train"),
+        *("2 1 train", "3 1 train", "4 2 train", "4 2 validation", "4 2 train"),
+    ]
