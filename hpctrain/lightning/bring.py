@@ -155,6 +155,12 @@ def _done(*_: Any) -> None:
     """Stand for a method of a module that has been called."""
 
 
+def tear_down(datamodule: Any, stage: str) -> None:
+    """Have a data module put away what its `setup` has made."""
+    if datamodule is not None and (hook := own_hook(datamodule, "teardown")) is not None:
+        hook(stage)
+
+
 def apart(loader: Any, datamodule: Any) -> tuple[Any, Any]:
     """Return a loader, and a data module, which may have been given in the loader's place.
 

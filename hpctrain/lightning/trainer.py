@@ -23,7 +23,14 @@ from hpctrain.launch.failure import end_quietly_if_uncaught
 from hpctrain.launch.process_group import gathering, loading, process_group
 from hpctrain.lightning.after import AfterFit, tell_rank
 from hpctrain.lightning.arguments import evaluation_keys, mapped, parse
-from hpctrain.lightning.bring import Handed, ModuleData, apart, hand, hand_to_evaluate
+from hpctrain.lightning.bring import (
+    Handed,
+    ModuleData,
+    apart,
+    hand,
+    hand_to_evaluate,
+    tear_down,
+)
 from hpctrain.lightning.checkpoints import export_for_scripts, tell
 from hpctrain.lightning.facts import Facts, run_folder
 from hpctrain.lightning.folders import Fit, choose_version, newest_version, script_name
@@ -157,6 +164,7 @@ class Trainer(Facts):
             )
         if isinstance(handed.brought.datamodule, ModuleData):
             handed.brought.datamodule.release()
+        tear_down(handed.brought.datamodule, "fit")
         after.settle(config, is_complete=ending == ExitCode.DONE)
         return ending
 
@@ -288,6 +296,7 @@ class Trainer(Facts):
             self._topology = job.topology
             found = self._in_world(job, config, handed, stage, weights)
         self.model, self.datamodule = handed.brought.model, handed.brought.datamodule
+        tear_down(self.datamodule, stage)
         self.model.cpu()
         return found
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from hpctrain.config import Config
 from hpctrain.config.fields import needed_fields
 from hpctrain.config.importing import imported
@@ -184,8 +186,34 @@ def built_object(key: str, reference: str, arguments: Mapping[str, Any]) -> Any:
         return target(**arguments)
 
 
+_TRANSFER = "what becomes of a batch is for the module's own hook of this name, or for collate_fn"
+_STATE = "a run goes on by the order of its data, which needs no state of a datamodule"
+NOT_CALLED = {
+    "on_before_batch_transfer": _TRANSFER,
+    "transfer_batch_to_device": _TRANSFER,
+    "on_after_batch_transfer": _TRANSFER,
+    "state_dict": _STATE,
+    "load_state_dict": _STATE,
+    "on_exception": "a callback has the same hook",
+}
+"""Hooks of a datamodule that are not called, and the way out."""
+
+
+def check_datamodule(datamodule: Any) -> None:
+    """Refuse what a datamodule does by hooks that are not called.
+
+    Raises:
+        ConfigError: naming the hook and the way out.
+    """
+    for name, way_out in NOT_CALLED.items():
+        if own_hook(datamodule, name) is not None and not isinstance(datamodule, nn.Module):
+            kind = type(datamodule).__name__
+            raise ConfigError(f"datamodule: {kind}.{name} is not called here: {way_out}")
+
+
 def _of_datamodule(datamodule: Any) -> dict[str, Any]:
     """Return what a datamodule has to train and to evaluate with."""
+    check_datamodule(datamodule)
     if (setup := own_hook(datamodule, "setup")) is not None:
         with fetching(f"setup of {name_of(datamodule)}"):
             setup("fit")

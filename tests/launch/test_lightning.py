@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers.launching import ROOT
 from helpers.limits import LONG_JOB_SECONDS
-from helpers.runs import losses
+from helpers.runs import losses, metrics
 
 SCRIPT = ROOT / "tests" / "programs" / "train_both.py"
 
@@ -67,3 +67,26 @@ def test_language_model(folder: Path, ranks: int) -> None:
         assert len(here["losses"]) == len(there["losses"]) == 2
         assert here["losses"][0] == pytest.approx(there["losses"][0], abs=0.2)
         assert here["test"]["test_loss"] == pytest.approx(there["test"]["test_loss"], abs=0.05)
+
+
+def test_the_program_of_the_page(tmp_path: Path) -> None:
+    """As it stands, without a launcher: it begins again as the two ranks that it asks for."""
+    page = (ROOT / "docs" / "from-lightning.md").read_text(encoding="utf-8")
+    program = next(
+        text for text in page.split("```python\n") if text.startswith("import lightning")
+    )
+    (tmp_path / "train.py").write_text(program.partition("```")[0], encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LONG_JOB_SECONDS,
+        check=False,
+    )
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 0, told
+    assert "world       2 ranks on 1 node" in told
+    run = tmp_path / "runs" / "train" / "version_0"
+    assert metrics(run, "evaluation")[-1]["val_acc"] > 0.8
+    assert "validation  val_acc 0." in told

@@ -33,7 +33,12 @@ from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.undisturbed import evaluating
-from hpctrain.training.user_data import own_hook, served, taken_by_name
+from hpctrain.training.user_data import (
+    check_datamodule,
+    own_hook,
+    served,
+    taken_by_name,
+)
 
 Stage = Literal["validate", "test", "predict"]
 
@@ -215,6 +220,8 @@ def _loader(
     """Return what serves each rank whole batches of the user's loader. Collective: all ranks."""
     name, hook, _ = _LOADERS[stage]
     with raise_together(world.communicator):
+        if brought.datamodule is not None:
+            check_datamodule(brought.datamodule)
         if brought.datamodule is not None and (set_up := own_hook(brought.datamodule, "setup")):
             set_up(stage)
         task.set_up(stage)
