@@ -5,6 +5,7 @@ No run of ours goes on from such a file; Lightning makes them with pickle, and s
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,12 @@ VERSION = "2.0.0"
 
 
 def export_lightning(
-    path: Path, target: Path, *, average: bool | None = False, best: bool = False
+    path: Path,
+    target: Path,
+    *,
+    average: bool | None = False,
+    best: bool = False,
+    module: Any = None,
 ) -> str:
     """Write the weights of a checkpoint as a file for Lightning, and say which they are.
 
@@ -40,6 +46,7 @@ def export_lightning(
         target: the file.
         average: take the moving averages of the parameters; None: where there are some.
         best: take the best checkpoint of the run, not its newest.
+        module: whose hyperparameters are written as they are; None: those that its config holds.
 
     Returns:
         What to say.
@@ -55,7 +62,11 @@ def export_lightning(
         "global_step": weights.step,
         "pytorch-lightning_version": VERSION,
         "state_dict": state,
-        "hyper_parameters": _arguments(weights.source),
+        **(
+            {"hyper_parameters": _arguments(weights.source)}
+            if module is None
+            else hyperparameters(module)
+        ),
     }
     write_file(content, target)
     size = sum(item.nbytes for item in state.values())
@@ -63,6 +74,15 @@ def export_lightning(
         f"{target}: {len(state)} tensors, {size / 1e6:,.1f} MB, {weights.which} weights of step "
         f"{weights.step:,}, for load_from_checkpoint"
     )
+
+
+def hyperparameters(module: Any) -> dict[str, Any]:
+    """Return what a file says of a module's arguments, as `save_hyperparameters` kept them."""
+    hparams = getattr(module, "hparams", None)
+    if not hparams:
+        return {"hyper_parameters": {}}
+    name = getattr(module, "_hparams_name", None) or "kwargs"
+    return {"hparams_name": name, "hyper_parameters": dict(hparams)}
 
 
 def write_file(content: Mapping[str, Any], target: Path) -> None:
@@ -74,7 +94,8 @@ def write_file(content: Mapping[str, Any], target: Path) -> None:
     try:
         with replacement(target) as temporary:
             torch.save(dict(content), temporary)
-    except (OSError, RuntimeError) as error:  # torch has the latter for a folder that is not there
+    # torch has RuntimeError for a folder that is not there, pickle what it likes.
+    except (OSError, RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
 

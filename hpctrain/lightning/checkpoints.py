@@ -24,7 +24,7 @@ class Checkpoints:
         self.dirpath: str | None = None
 
 
-def export_for_scripts(run: Path) -> tuple[str, float | None]:
+def export_for_scripts(run: Path, module: Any) -> tuple[str, float | None]:
     """Write the best weights of a run, or its last, as the file that a script loads afterwards.
 
     For rank 0.
@@ -42,7 +42,7 @@ def export_for_scripts(run: Path) -> tuple[str, float | None]:
         return "", None
     source = run / CHECKPOINTS / folder_name(best.step) if best is not None else run
     target = run / (LAST if best is None else BEST)
-    export_lightning(source, target, average=None)
+    export_lightning(source, target, average=None, module=module)
     return str(target), None if best is None else best.value
 
 

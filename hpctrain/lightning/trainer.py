@@ -175,7 +175,7 @@ class Trainer(Facts):
         exported: tuple[str, float | None] | None = None
         with raise_together(job.communicator):
             if job.topology.is_rank_zero:
-                exported = export_for_scripts(run_folder(config))
+                exported = export_for_scripts(run_folder(config), self.model)
         path, score = job.communicator.broadcast(exported)
         tell(self.checkpoint_callbacks, run_folder(config), path, score)
 
@@ -367,16 +367,14 @@ class Trainer(Facts):
         if self.model is None:
             raise ConfigError("trainer.save_checkpoint: there is no module yet: call fit first")
         if self.is_global_zero:
-            from hpctrain.checkpoint.lightning_file import VERSION, write_file
+            from hpctrain.checkpoint.lightning_file import VERSION, hyperparameters, write_file
 
-            hparams = dict(getattr(self.model, "hparams", None) or {})
             content = {
                 "epoch": self.current_epoch,
                 "global_step": self.global_step,
                 "pytorch-lightning_version": VERSION,
                 "state_dict": self.model.state_dict(),
-                "hparams_name": getattr(self.model, "_hparams_name", None) or "kwargs",
-                "hyper_parameters": hparams,
+                **hyperparameters(self.model),
             }
             write_file(content, Path(filepath))
 

@@ -156,7 +156,8 @@ def _train(
         rank_zero = None
         if folder is not None:
             rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
-            rank_zero.writer.hand_to(brought.loggers, config.model.arguments)
+            arguments = getattr(brought.model, "hparams", None) or config.model.arguments
+            rank_zero.writer.hand_to(brought.loggers, arguments)
             stop.add(rank_zero.save_clock.bit)
             logger.info(header_text(config, world, parts, data, resumed, place, folder, changes))
         stop.add(ReadTrouble(data.train_loader).bit)

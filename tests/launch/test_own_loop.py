@@ -61,6 +61,20 @@ for attempt in range(2):
         sys.stdout.write(f"in {world.topology.rank}\\n")
 """
 
+SCRIPT = """
+import sys
+
+from hpctrain.launch.environment import this_process
+from hpctrain.training.program import started
+
+for attempt in range(2):
+    with started(this_process()) as job:
+        sys.stdout.write(f"in {job.topology.rank}\\n")
+    sys.stdout.flush()
+    if FAILS and job.topology.rank == 1:
+        raise ValueError("between two calls")
+"""
+
 MPI_FIRST = """
 from mpi4py import MPI
 
@@ -149,6 +163,16 @@ def test_a_launch_that_fails_is_one_message(tmp_path: Path) -> None:
     assert ended.returncode == 69, ended.stderr
     assert ended.stderr.count("hpctrain: error: MPICH 5.0.2 has been finalized") == 1
     assert "Traceback" not in ended.stderr
+
+
+def test_a_script_has_several_worlds_of_mpi_and_fails_between_them(tmp_path: Path) -> None:
+    """The other rank waits in a world that the failing one will not join: the job ends."""
+    ended = run(tmp_path, f"FAILS = False\n{SCRIPT}", *MPIRUN)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(ended.stdout.split()) == ["0", "0", "1", "1", "in", "in", "in", "in"]
+    ended = run(tmp_path, f"FAILS = True\n{SCRIPT}", *MPIRUN)
+    assert ended.returncode == 70, ended.stderr
+    assert "ValueError: between two calls" in ended.stderr
 
 
 def test_mpi_that_is_up_is_joined_and_left_as_it_was(tmp_path: Path) -> None:

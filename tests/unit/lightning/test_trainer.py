@@ -23,7 +23,7 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps"
 
 
 class Net(lightning.LightningModule):
-    def __init__(self, width: int = 8, lr: float = 0.1) -> None:
+    def __init__(self, width: int = 8, lr: float = 0.1, names: Any = ("a",)) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
@@ -76,7 +76,7 @@ def loaders(batch_size: int = 8) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 def net(seed: int = 3) -> Net:
     torch.manual_seed(seed)
-    return Net()
+    return Net(names=None)  # which TOML has no word for
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +283,7 @@ def test_a_logger_is_handed_every_line(caplog: pytest.LogCaptureFixture) -> None
     trainer = Trainer(max_epochs=1, logger=kept, callbacks=[LearningRateMonitor()], **QUIET)
     trainer.fit(model, *loaders())
     assert trainer.logger is kept is model.logger
-    assert kept.arguments == {"width": 8, "lr": 0.1}
+    assert kept.arguments == {"width": 8, "lr": 0.1, "names": None}
     assert [step for step, _ in kept.lines] == [1, 2, 3, 4, 5, 5]
     assert {"train_loss", "loss", "lr", "epoch"} <= kept.lines[0][1].keys()
     assert kept.lines[-1][1].keys() == {"epoch", "val_loss"}
