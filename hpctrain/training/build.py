@@ -41,6 +41,7 @@ from hpctrain.training.modules.callbacks import (
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.own_state import OwnState
 from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.modules.task_callbacks import TaskCallbacks
@@ -186,6 +187,8 @@ def build_parts(
         step.optimizer_state.check = found.check
     if isinstance(schedule, ModuleSchedule):
         step.registered.add("lr_schedulers", schedule.states)
+    if isinstance(task, ModuleTask) and OwnState.is_of(task.module):
+        step.registered.add("checkpoint_of_module", OwnState(task.module, task.trainer))
     notes += _register(callbacks, task, step)
     with ranges_checked(task):
         step.prime(lambda error, fields: explain_misfit(error, fields, config))

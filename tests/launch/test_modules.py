@@ -183,6 +183,29 @@ class Odd(Lit):
         return loss
 
 
+class Keeps(Lit):
+    count = 0
+    told = None
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        return super().training_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint):
+        assert checkpoint["state_dict"] and checkpoint["global_step"] >= 0
+        checkpoint["count"] = {"steps": self.count, "row": torch.arange(3)}
+
+    def on_load_checkpoint(self, checkpoint):
+        self.count = checkpoint["count"]["steps"]
+        assert checkpoint["count"]["row"].tolist() == [0, 1, 2]
+        CALLS.append(self.count)
+
+
+class Drops(Lit):
+    def on_save_checkpoint(self, checkpoint):
+        del checkpoint["state_dict"]["net.0.weight"]
+
+
 class Stops(Lit):
     def on_validation_epoch_end(self):
         super().on_validation_epoch_end()
@@ -315,6 +338,7 @@ def test_hooks_are_called_in_lightnings_order(site: Path) -> None:
         ("Nothing", 70, "returned None"),
         ("Two", 78, "2 optimizers"),
         ("Odd", 70, 'known are "mean"'),
+        ("Drops", 74, "Drops.on_save_checkpoint"),
         ("Leaves", 70, "-1"),
         ("Iterates", 78, "dataloader_iter"),
         ("a_net", 78, "has no training_step of its own"),
@@ -353,6 +377,15 @@ def test_a_model_that_is_no_module_needs_a_task(site: Path) -> None:
     said = here(site, "run.toml", "model.use=plain:Net", code=78)
     assert "task: missing section" in said
     assert "optimizer: missing section" in said
+
+
+def test_a_module_adds_to_its_checkpoint_and_gets_it_back(site: Path) -> None:
+    here(site, "run.toml", "model.use=lit_modules:Keeps", "training.max_epochs=1")
+    import lit_modules
+
+    lit_modules.CALLS.clear()
+    here(site, "run.toml", "model.use=lit_modules:Keeps")
+    assert lit_modules.CALLS == [5]
 
 
 def test_a_module_that_asks_for_the_end_gets_it_and_the_next_job_knows(site: Path) -> None:

@@ -27,14 +27,6 @@ REFUSED = {
         "Gradients are clipped by training.clip_norm and training.clip_value"
     ),
     "configure_sharded_model": "Build the model in configure_model",
-    "on_save_checkpoint": (
-        "What a checkpoint holds here are tensors of the model: keep a state of your own in a "
-        "buffer, or by get_extra_state and set_extra_state of a module"
-    ),
-    "on_load_checkpoint": (
-        "What a checkpoint holds here are tensors of the model: keep a state of your own in a "
-        "buffer, or by get_extra_state and set_extra_state of a module"
-    ),
 }
 """Methods of a module that are not called, and the way out."""
 
