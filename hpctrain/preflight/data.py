@@ -70,6 +70,9 @@ def check_reading(checks: Checks, opened: Data | None, steps: Sequence[StepFacts
     if opened is None:
         checks.skip(["reading"], "the dataset cannot be opened")
         return
+    if isinstance(opened.train, MapDataset):
+        checks.skip(["reading"], "a torch Dataset reads by code of its own")
+        return
     readings = checks.gather(
         "reading",
         READING_FIX,

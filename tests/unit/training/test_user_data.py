@@ -1,0 +1,134 @@
+"""Datasets, DataLoaders and datamodules in place of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import user_data
+from helpers.worlds import world_of_one
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+
+from hpctrain.config import Config
+from hpctrain.config.semantics import semantics_of
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
+from hpctrain.errors import ConfigError, DatasetError
+from hpctrain.training.brought import Brought
+from hpctrain.training.data import Data, open_data
+from hpctrain.training.user_data import _require_equal, own_hook
+
+CONFIG = """
+[run]
+name = "r"
+[model]
+use = "mlp"
+[task]
+use = "classification"
+inputs = ["x"]
+target = "y"
+[optimizer]
+use = "sgd"
+lr = 1.0
+[training]
+max_epochs = 1
+[data]
+workers = 0
+"""
+
+
+def config(data: str) -> Config:
+    found, mistakes = validate(parse(CONFIG + data, "c.toml"))
+    assert found is not None, mistakes
+    return found
+
+
+def opened(data: str, **brought: Any) -> Data:
+    chosen = config(data)
+    world = world_of_one("test")
+    return open_data(chosen, world, semantics_of(chosen), None, Brought(**brought))
+
+
+class Module(LightningDataModule):
+    calls: list[str]
+
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size, self.calls = batch_size, []
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(stage)
+        self.data = TensorDataset(torch.rand(20, 2), torch.arange(20) % 3)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+
+def make() -> Dataset[Any]:
+    return TensorDataset(torch.rand(20, 2), torch.arange(20) % 3)
+
+
+def test_a_datamodule_makes_the_data() -> None:
+    module = Module(6)
+    data = opened('use = "helpers.user_data:Texts"', datamodule=module)
+    assert module.calls == ["prepare_data", "fit"]
+    assert (data.config.data.global_batch_size, data.config.data.drop_last) == (6, True)
+    assert (data.train.samples, data.validation) == (20, None)
+    assert data.train_loader.epoch_size == 18
+    batch = next(iter(data.train_loader.epoch(0, 0)))
+    assert batch.fields["x"].shape == (6, 2)  # of a tuple, in the order that the task names
+    assert batch.fields["y"].dtype == torch.int64
+    assert own_hook(module, "val_dataloader") is None
+    of_datasets = LightningDataModule.from_datasets(make(), make(), batch_size=5)
+    data = opened('use = "helpers.user_data:Texts"', datamodule=of_datasets)
+    assert data.validation is not None
+    assert data.config.data.shuffle
+
+
+def test_what_a_data_loader_says_is_in_the_config_of_the_job() -> None:
+    data = opened('train = "a:b"', train=DataLoader(make(), batch_size=4))
+    assert (data.config.data.global_batch_size, data.config.data.shuffle) == (4, False)
+    assert any("data.shuffle = false" in note for note in data.notes)
+    data = opened('train = "a:b"\nglobal_batch_size = 10', train=DataLoader(make(), batch_size=4))
+    assert data.config.data.global_batch_size == 10
+    assert data.notes[0] == "data.global_batch_size = 10, not the 4 of the DataLoader"
+    sampler = WeightedRandomSampler([0.0] * 19 + [1.0], 40)
+    data = opened('train = "a:b"', train=DataLoader(make(), batch_size=8, sampler=sampler))
+    assert data.train_loader.epoch_size == 40
+    rows = data.train_loader.rows(0, 0, 8)
+    assert set(rows.tolist()) == {19}
+
+
+@pytest.mark.parametrize(
+    ("data", "brought", "expected"),
+    [
+        ('train = "a:b"', {"train": make()}, "data.global_batch_size: missing"),
+        ('train = "no_such:make"', {}, "no module 'no_such'"),
+        ('train = "helpers.user_data:Bad"', {}, "refuses its arguments: missing a required"),
+        ('use = "helpers.user_data:Texts"', {}, "nothing to train with"),
+        ('train = "a:b"\nglobal_batch_size = 3', {"train": user_data.Stream()}, "is a stream"),
+        ('train = "a:b"\nglobal_batch_size = 3', {"train": user_data.Texts()}, None),
+    ],
+)
+def test_what_cannot_be_served(
+    data: str, brought: Any, expected: str | None, tmp_path: Path
+) -> None:
+    if expected is None:
+        with pytest.raises(ConfigError, match=r'gives no "x"; its samples have name, ids, score'):
+            opened(data, **brought).train_loader.example()
+        return
+    with pytest.raises(ConfigError, match=expected):
+        opened(data, **brought)
+
+
+def test_ranks_with_other_datasets_are_told() -> None:
+    facts = [["Subset of 9 samples", "sample 0 aa"], ["Subset of 9 samples", "sample 0 bb"]]
+    with pytest.raises(DatasetError, match=r"m:f is not the same on all ranks: sample 0 bb on"):
+        _require_equal("m:f", facts)
+    _require_equal("m:f", [facts[0], facts[0]])
