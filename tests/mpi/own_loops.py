@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,8 +178,13 @@ class Counter:
         self.turns, self.mean = state["turns"], state["mean"]
 
 
-def train(world: Any, folder: Path, strategy: str, steps: int) -> tuple[list[Tensor], int]:
-    """Train two models for some steps, with dropout, a schedule and a state."""
+def train(
+    world: Any, folder: Path, strategy: str, steps: int, stop_at: int | None = None
+) -> tuple[list[Tensor], int]:
+    """Train two models for some steps, with dropout, a schedule and a state.
+
+    At the step `stop_at` the last rank gets a signal.
+    """
     seed_generators(7)
     first, second = built(0.3), built(0.3)
     slow = torch.optim.SGD(first.parameters(), lr=0.05, momentum=0.9)
@@ -206,6 +213,8 @@ def train(world: Any, folder: Path, strategy: str, steps: int) -> tuple[list[Ten
             schedule.step()
             counter.turns += 1
             run.log(other=loss)
+            if counter.turns == stop_at and world.rank == world.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
             if run.epoch_ended:
                 with run.evaluation():
                     right = (second(x).argmax(1) == y).sum()
@@ -218,8 +227,14 @@ def check_a_run_goes_on_bit_for_bit(world: Any, folder: Path) -> None:
     for strategy in STRATEGIES:
         at_once, turns = train(world, folder / f"{strategy}-whole", strategy, 21)
         assert turns == 21
-        train(world, folder / f"{strategy}-parts", strategy, 13)
-        in_parts, turns = train(world, folder / f"{strategy}-parts", strategy, 21)
+        parts = folder / f"{strategy}-parts"
+        with ended_by(SystemExit, code=75):
+            train(world, parts, strategy, 21, stop_at=5)
+        if world.is_rank_zero:
+            ending = json.loads((parts / "exit.json").read_text(encoding="utf-8"))
+            assert ending["reason"] == "stopped by SIGTERM"
+            assert 5 <= ending["step"] < 21
+        in_parts, turns = train(world, parts, strategy, 21)
         assert turns == 21
         for mine, other in zip(at_once, in_parts, strict=True):
             assert torch.equal(mine, other), strategy
@@ -310,6 +325,16 @@ def refused(kind: type[Exception], text: str) -> Iterator[None]:
         assert any(each in str(error) for each in text.split("|")), error
     else:
         raise AssertionError(f"not refused: {text}")
+
+
+@contextmanager
+def ended_by(kind: type[SystemExit], code: int) -> Iterator[None]:
+    try:
+        yield
+    except kind as ending:
+        assert ending.code == code
+    else:
+        raise AssertionError("the run was not stopped")
 
 
 CHECKS = [

@@ -35,7 +35,6 @@ class Reducer:
         self._parameters = parameters
         self._world_size = world_size
         self._buckets: list[_Bucket] = []
-        self._used: Tensor | None = None
 
     def reduce(self) -> list[Tensor]:
         """Return the mean gradients, and have them in the parameters. Collective: all ranks.
@@ -57,37 +56,50 @@ class Reducer:
     def _reduce(self) -> None:
         if not self._buckets:
             self._buckets = list(_buckets(self._parameters))
-        used = torch.tensor([item.grad is not None for item in self._parameters])
-        counts = used.to(self._parameters[0].device, torch.float32)
-        works = [dist.all_reduce(counts, async_op=True)]
+        used = [item.grad is not None for item in self._parameters]
+        works = []
         for bucket in self._buckets:
-            bucket.fill(self._world_size)
+            bucket.fill(self._world_size, used)
             works.append(dist.all_reduce(bucket.numbers, async_op=True))
         for work in works:
             work.wait()
         for bucket in self._buckets:
             bucket.give()
         # Whoever has all of them knows that each was used somewhere, and need not look.
-        if not used.all():
-            for item, count in zip(self._parameters, counts.tolist(), strict=True):
+        if not all(used):
+            counts = self._buckets[0].counts.tolist()
+            for item, count in zip(self._parameters, counts, strict=True):
                 if not count:
                     item.grad = None
 
 
 class _Bucket:
-    """Gradients of some parameters of one dtype in one piece of memory."""
+    """Gradients of some parameters of one dtype in one piece of memory.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    Attributes:
+        numbers: all of it, to be reduced.
+        counts: of the ranks that have a gradient of each parameter of the optimizer, divided as
+            the gradients are; empty but in one bucket.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], flags: int) -> None:
         self._parameters = parameters
         sizes = [item.numel() for item in parameters]
-        flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        self._views = [
-            _like(piece, item) for piece, item in zip(flat.split(sizes), parameters, strict=True)
-        ]
+        first = parameters[0]
+        flat = torch.zeros(sum(sizes) + flags, dtype=first.dtype, device=first.device)
+        *pieces, counts = flat.split([*sizes, flags])
+        self._views = [_like(piece, item) for piece, item in zip(pieces, parameters, strict=True)]
         self.numbers = torch.view_as_real(flat) if flat.is_complex() else flat
+        self._flags = counts
+        self.counts = counts.real if flat.is_complex() else counts
 
-    def fill(self, divisor: int) -> None:
+    def fill(self, divisor: int, used: Sequence[bool]) -> None:
         """Take in what this rank has, each divided: a sum over ranks is a mean then."""
+        if len(self._flags):
+            if all(used):
+                self._flags.fill_(1)
+            else:
+                self._flags.copy_(torch.tensor(used))
         there, here = [], []
         for item, view in zip(self._parameters, self._views, strict=True):
             if item.grad is None:
@@ -117,7 +129,11 @@ def _like(piece: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[_Bucket]:
-    """Yield the parameters in buckets, the last ones first, as backward passes come to them."""
+    """Yield the parameters in buckets, the last ones first, as backward passes come to them.
+
+    The first bucket has room for a flag of every parameter, which costs no message of its own.
+    """
+    flags = len(parameters)
     for _, same in groupby(reversed(parameters), key=lambda item: (item.dtype, item.device)):
         waiting: list[nn.Parameter] = []
         size = 0
@@ -125,10 +141,11 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[_Bucket]:
             waiting.append(item)
             size += item.numel() * item.element_size()
             if size >= BUCKET_BYTES:
-                yield _Bucket(waiting)
-                waiting, size = [], 0
+                yield _Bucket(waiting, flags)
+                waiting, size, flags = [], 0, 0
         if waiting:
-            yield _Bucket(waiting)
+            yield _Bucket(waiting, flags)
+            flags = 0
 
 
 def _refuse_sparse(parameters: Sequence[nn.Parameter]) -> None:
