@@ -504,6 +504,8 @@ def _reduction(name: str, reduce_fx: Any) -> Reduction:
 def _checked(name: str, value: Any) -> Tensor | float:
     """Return a number, or a detached tensor, ()."""
     if isinstance(value, Tensor):
+        if not value.ndim and value.is_floating_point():  # most are
+            return value.detach()
         if value.numel() != 1 or value.is_complex():
             raise TrainingError(
                 f'self.log("{name}"): a tensor {tuple(value.shape)} of {value.dtype}: one number '
