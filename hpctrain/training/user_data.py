@@ -31,6 +31,7 @@ from hpctrain.topology import on_all_ranks, raise_together
 from hpctrain.training.brought import Brought
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.prepare_data import fetching, name_of, prepare_data
+from hpctrain.utils.text import plural
 
 logger = logging.getLogger("hpctrain")
 
@@ -308,7 +309,7 @@ def _require_equal(source: str, facts: Sequence[Sequence[str]]) -> None:
 def _workers(dataset: MapDataset, fetcher: Fetcher) -> tuple[Workers[PassJob, Any] | None, str]:
     """Return who reads a Dataset beside the training, None if nobody, and a line that says so."""
     who = f"{dataset.source}: {dataset.kind} of {dataset.samples:,} samples"
-    reason = "data.workers = 0"
+    reason = "no workers are asked for (data.workers, or a DataLoader's num_workers)"
     if dataset.workers:
         try:
             parcel = Parcel.of(Travelling(dataset.dataset, dataset.collate, dataset.worker_init))
@@ -324,9 +325,10 @@ def _workers(dataset: MapDataset, fetcher: Fetcher) -> tuple[Workers[PassJob, An
                 seeded=dataset.seeded,
                 used=used,
             )
-            return found, f"{who}, read by {dataset.workers} worker processes a rank"
+            readers = plural(dataset.workers, "worker process", "worker processes")
+            return found, f"{who}, read by {readers} a rank"
     if dataset.seeded:
         return None, f"{who}, read by the rank itself between steps: {reason}"
     threads = max(1, dataset.workers)
     pool: Workers[PassJob, Any] = Workers([FetchThread(fetcher) for _ in range(threads)])
-    return pool, f"{who}, read by {threads} threads of the rank: {reason}"
+    return pool, f"{who}, read by {plural(threads, 'thread')} of the rank: {reason}"

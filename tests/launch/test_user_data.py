@@ -60,7 +60,7 @@ def test_a_dataset_trains_as_the_same_samples_packed(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(config, encoding="utf-8")
     assert shlex.split(start)[3:] == ["python", "-m", "hpctrain", "own.toml"]
     told = train(tmp_path, "own.toml", "logging.every_steps=1", "training.max_steps=9")
-    assert "my_data:make_train: Subset of 1,438 samples, read by 1 worker processes" in told
+    assert "my_data:make_train: Subset of 1,438 samples, read by 1 worker process a rank" in told
     assert "my_data:make_validation: Subset of 359 samples, read by the rank itself" in told
     train(tmp_path, "own.toml", "logging.every_steps=1")
 

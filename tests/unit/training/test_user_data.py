@@ -127,6 +127,25 @@ def test_what_cannot_be_served(
         opened(data, **brought)
 
 
+@pytest.mark.parametrize(
+    ("seeded", "who"),
+    [("true", "read by the rank itself between steps"), ("false", "read by 2 threads of the rank")],
+)
+def test_what_cannot_be_sent_is_read_in_the_process(seeded: str, who: str) -> None:
+    """By the rank itself where samples are seeded, by threads where they are not: it is said."""
+    chosen = CONFIG.replace("workers = 0", "workers = 2").replace('"x"', '"ids"')
+    chosen = chosen.replace('target = "y"', 'target = "score"')
+    text = f'train = "helpers.user_data:Locked"\nglobal_batch_size = 5\nseed_samples = {seeded}'
+    found, mistakes = validate(parse(chosen + text, "c.toml"))
+    assert found is not None, mistakes
+    data = open_data(found, world_of_one("test"), semantics_of(found), None)
+    assert who in data.notes[0]
+    assert "cannot pickle '_thread.lock' object" in data.notes[0]
+    rows = [name for each in data.train_loader.epoch(0, 0) for name in each.fields["name"]]
+    assert sorted(rows) == sorted(f"text {index}" for index in range(23))
+    data.close()
+
+
 def test_ranks_with_other_datasets_are_told() -> None:
     facts = [["Subset of 9 samples", "sample 0 aa"], ["Subset of 9 samples", "sample 0 bb"]]
     with pytest.raises(DatasetError, match=r"m:f is not the same on all ranks: sample 0 bb on"):
