@@ -180,7 +180,8 @@ def calls(model: Any, tmp_path: Path, **options: Any) -> set[str]:
 @pytest.mark.filterwarnings("ignore")
 def test_what_the_page_calls_called_is_called_of_a_module(tmp_path: Path) -> None:
     hooks = rows_of("LightningModule", "called")
-    assert calls(watched(Steps, hooks)(), tmp_path) == hooks
+    # This one needs a run that goes on.
+    assert calls(watched(Steps, hooks)(), tmp_path) == hooks - {"on_load_checkpoint"}
 
 
 @pytest.mark.filterwarnings("ignore")
