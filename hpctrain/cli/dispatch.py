@@ -9,8 +9,6 @@ from pathlib import Path
 
 from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
-from hpctrain.cli.prepare import prepare
-from hpctrain.cli.scripts import run_script
 from hpctrain.cli.tools import bundle, ckpt, data, job, status
 from hpctrain.cli.usage import HELP, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
@@ -18,13 +16,20 @@ from hpctrain.launch.environment import Claim, launchers_in, this_process
 from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
 
+
+def _prepare(arguments: list[str]) -> int:
+    from hpctrain.cli.prepare import prepare  # what no other command needs
+
+    return prepare(arguments)
+
+
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
     "job": job,
     "ckpt": ckpt,
     "bundle": bundle,
-    "prepare": prepare,
+    "prepare": _prepare,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
     "check": check,
@@ -111,6 +116,8 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if first == "data":
         return data(rest, claim)
     if first == "run":
+        from hpctrain.cli.scripts import run_script  # what no other command needs
+
         return run_script(rest, claim)
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.

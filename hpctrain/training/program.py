@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpctrain.batch.stop import SignalFlag
 from hpctrain.config import Config, load
+from hpctrain.config.choices import is_preparing
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError
 from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
@@ -73,7 +74,8 @@ def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[st
     """Train as `python -m hpctrain CONFIG` does, and return the metrics. Collective: all ranks.
 
     Under a launcher on all its ranks, else in one process; it may be called again and again, as for
-    a sweep. A run that is complete is not trained again.
+    a sweep. A run that is complete is not trained again. Under `python -m hpctrain prepare` it
+    fetches the data, and returns nothing.
 
     Args:
         config: a file, or what `load_config` gives.
@@ -89,6 +91,12 @@ def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[st
     path = "" if isinstance(config, Config) else str(config)
     if not path and overrides:
         raise ConfigError("hpctrain.train: overrides are for a file: give load_config them")
+    if is_preparing():
+        from hpctrain.training.fetch import fetch
+
+        found = config if isinstance(config, Config) else load(path, overrides)
+        fetch(found, path or "CONFIG", overrides)
+        return {}
     with started(this_process()) as job:
 
         def loaded() -> Config:

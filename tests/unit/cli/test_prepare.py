@@ -76,12 +76,20 @@ with hpctrain.connect():
 """
 
 
+CALLS = """
+import hpctrain
+
+assert hpctrain.train("run.toml") == {}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(MODULES, encoding="utf-8")
     for name, data in (("run.toml", "Files"), ("online.toml", "Online")):
         (tmp_path / name).write_text(CONFIG.format(data=data), encoding="utf-8")
     (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "calls.py").write_text(CALLS, encoding="utf-8")
     (tmp_path / "loop.py").write_text(LOOP, encoding="utf-8")
     return tmp_path
 
@@ -93,6 +101,7 @@ def folder(tmp_path: Path) -> Path:
         ("train.py", 0, "train.py ended by KeyError after that", {"fetched", "weights"}),
         ("loop.py", 0, "prepared up to hpctrain.connect()", {"fetched"}),
         ("online.toml", 65, "prepare_data of Online failed with gaierror", set()),
+        ("calls.py", 0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
         ("absent.py", 64, "absent.py: no such file", set()),
     ],
 )
