@@ -49,7 +49,7 @@ def telling(is_rank_zero: bool) -> Iterator[None]:
         yield
     except HpctrainError as error:
         if error.everywhere:
-            if is_rank_zero:
+            if is_rank_zero and not error.reported:
                 tell(error)
             error.reported = True
         raise
