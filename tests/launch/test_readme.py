@@ -204,7 +204,9 @@ def test_mistakes_look_like_that(site: Path) -> None:
 def test_every_key_is_in_the_example() -> None:
     """configs/run.toml says that it has every key."""
     text = (ROOT / "configs" / "run.toml").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^(?:# )?\[\[?(\w+)\]?\][^\n]*\n(.*?)(?=^(?:# )?\[|\Z)", text, re.M | re.S))
+    sections = dict(
+        re.findall(r"^(?:# )?\[\[?(\w+)\]?\][^\n]*\n(.*?)(?=^(?:# )?\[|\Z)", text, re.M | re.S)
+    )
     for field in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[field.name]
         section = kind if dataclasses.is_dataclass(kind) else typing.get_args(kind)[0]
