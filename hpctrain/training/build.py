@@ -147,6 +147,8 @@ def build_parts(
         from hpctrain.training.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
+        if isinstance(task, ModuleTask):
+            task.logs.forget_names()
         with raise_together(world.communicator):
             sharded = ShardedModel(model, training, number_format, world, findings)
     with raise_together(world.communicator):

@@ -211,6 +211,11 @@ class Logs:
         self.forget_sums()
         self.samples = 0
 
+    def forget_names(self) -> None:
+        """Forget all that a copy of the module has logged: its metrics are none of the module's."""
+        self.entries.clear()
+        self.metrics.clear()
+
     def forget_sums(self) -> None:
         """Forget what was added up so far."""
         self._epoch = {}
