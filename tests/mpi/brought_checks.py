@@ -44,24 +44,24 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
     number_format = number_format.for_model(model)
     task = Classification(["features"], "label")
     example = samples(1, seed=99 + world.topology.rank)
-    sharded = None
+    spread = None
     if sharded and world.topology.world_size > 1:
         from hpctrain.training.fsdp import ShardedModel
         from hpctrain.training.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
-        sharded = ShardedModel(model, SECTION, number_format, world, findings)
+        spread = ShardedModel(model, SECTION, number_format, world, findings)
     step = TrainStep(
         model,
         task,
-        build_optimizer(torch.optim.AdamW, sharded or model, 0.01, {}),
+        build_optimizer(torch.optim.AdamW, spread or model, 0.01, {}),
         world,
         number_format=number_format,
         clip_norm=0.5,
         micro_batch_size=None,
         largest_share=-(-35 // world.topology.world_size),
         example=example,
-        sharded=sharded,
+        sharded=spread,
         ema_decay=0.5,
     )
     step.prime()

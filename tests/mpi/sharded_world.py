@@ -70,19 +70,19 @@ def build(
     cast_model(model, number_format, None)
     number_format = number_format.for_model(model)
     checkpoint_activations(model, section.activation_checkpointing)
-    sharded = None
+    spread = None
     if sharded and world.topology.world_size > 1:
-        sharded = ShardedModel(model, section, number_format, world)
+        spread = ShardedModel(model, section, number_format, world)
     step = TrainStep(
         model,
         task if task is not None else Classification(["features"], "label"),
-        build_optimizer(optimizer, sharded or model, 0.01, arguments or {}),
+        build_optimizer(optimizer, spread or model, 0.01, arguments or {}),
         world,
         number_format=number_format,
         clip_norm=0.5,
         largest_share=-(-35 // world.topology.world_size),
         example=samples(1, seed=99),
-        sharded=sharded,
+        sharded=spread,
         **{"micro_batch_size": None, **further},
     )
     if prime:
