@@ -124,9 +124,9 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; one of another metric says nothing."""
-        settings = state.get("settings", {})
-        if settings.get("monitor") != self._section.monitor:
+        """Go on from a state; one of another metric says nothing, nor one of an older release."""
+        settings = state.get("settings")
+        if settings is None or settings.get("monitor") != self._section.monitor:
             return
         self._best, self._waited = state["best"], state["waited"]
         if settings == dataclasses.asdict(self._section):

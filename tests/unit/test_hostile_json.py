@@ -17,6 +17,7 @@ import xxhash
 
 from hpctrain.batch.exit_status import Outcome, newest_saved, read_status, to_text, write_outcome
 from hpctrain.checkpoint import inspect
+from hpctrain.checkpoint.export import export
 from hpctrain.checkpoint.format import read_meta, resolved
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.load import load
@@ -240,7 +241,7 @@ def test_names_that_a_checkpoint_does_not_have(checkpoint: Path, tmp_path: Path)
     meta["aliases"] = {"tied": "\x1b[2J"}
     (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
-        inspect.export(checkpoint, tmp_path / "weights.safetensors")
+        export(checkpoint, tmp_path / "weights.safetensors")
 
 
 def test_training_json(checkpoint: Path) -> None:
