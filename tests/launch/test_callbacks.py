@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers import lightning_itself
 from helpers.jobs import here, hpctrain, in_turn
 from helpers.runs import metrics
 from torch.utils.data import DataLoader, Dataset
@@ -245,14 +245,10 @@ def by_lightning(schedule: str) -> dict[str, float]:
         warnings.simplefilter("ignore")
         torch.manual_seed(1234)
         module = callback_modules.Net(schedule)
-        trainer = L.Trainer(
+        trainer = lightning_itself.trainer(
             max_epochs=2,
-            accelerator="cpu",
             devices=1,
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             callbacks=[
                 callback_modules.EMACallback(0.8, "ema-there.json"),

@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers import lightning_itself
 from helpers.jobs import here, hpctrain
 from helpers.runs import metrics
 from torch.utils.data import DataLoader, Dataset
@@ -289,14 +290,10 @@ def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
         warnings.simplefilter("ignore")
         torch.manual_seed(1234)
         module = getattr(lit_modules, name)()
-        trainer = L.Trainer(
+        trainer = lightning_itself.trainer(
             max_epochs=2,
-            accelerator="cpu",
             devices=1,
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             callbacks=[steps],
         )

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
+from helpers import lightning_itself
 from torch import Tensor, nn
 
 from hpctrain.checkpoint.lightning_file import export_lightning
@@ -86,9 +87,7 @@ def test_lightnings_own_trainer_takes_it(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.ckpt"
     export_lightning(run, target)
     module, data = Net(4), torch.utils.data.DataLoader(torch.randn(4, 4))
-    trainer = lightning.Trainer(
-        logger=False, enable_progress_bar=False, accelerator="cpu", enable_model_summary=False
-    )
+    trainer = lightning_itself.trainer()
     found = trainer.predict(module, data, ckpt_path=target)
     assert found is not None
     torch.manual_seed(20)

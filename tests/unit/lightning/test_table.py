@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
+from helpers import lightning_itself
 from lightning.pytorch import callbacks as theirs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -69,13 +70,7 @@ def test_callbacks() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainer() -> None:
-    made = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    made = lightning_itself.trainer(enable_checkpointing=False)
     set_there = {name for name in vars(made) if not name.startswith("_")}
     compare("The Trainer", public(lightning.Trainer) | set_there)
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import pytest
 import torch
+from helpers import lightning_itself
 from helpers.runs import metrics
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -87,9 +88,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def theirs(tmp_path: Path, **options: Any) -> lightning.Trainer:
-    return lightning.Trainer(
-        default_root_dir=tmp_path, enable_model_summary=False, logger=False, **QUIET, **options
-    )
+    return lightning_itself.trainer(default_root_dir=tmp_path, **QUIET, **options)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import lightning_itself
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
@@ -72,14 +73,8 @@ def under_lightning(configuration: Configuration, kind: type[Net] = Net) -> list
     module = kind(configuration)
     data = DataLoader(TensorDataset(torch.ones(SAMPLES, 4)), batch_size=BATCH)
     with quietly():
-        trainer = L.Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
+        trainer = lightning_itself.trainer(
+            max_epochs=EPOCHS, enable_checkpointing=False, num_sanity_val_steps=0
         )
         trainer.fit(module, data, data)
     return module.seen

@@ -1,0 +1,23 @@
+"""Lightning's own Trainer, to compare with: in a process of the tests, which MPI is kept out of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+
+def trainer(**arguments: Any) -> lightning.Trainer:
+    """Return a quiet one on the CPU that does not ask mpi4py where it is.
+
+    It would start MPI in this process, and whatever a later test starts from here would be the
+    child of a rank.
+    """
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(plugins=[LightningEnvironment()], **(quiet | arguments))
