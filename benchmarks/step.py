@@ -10,8 +10,9 @@ process; the table gives the tenth percentile and the median over blocks, micros
 and the medians of differences and ratios within a round.
 
 hpctrain runs its own loop with all that a run has on: clipping, a schedule, metrics.jsonl and .csv
-every ten steps, progress, the agreement to stop, heartbeats. Peers clip, schedule and log as
-often; Lightning's Trainer with its logger, and once more with its bar and checkpoints.
+every ten steps, progress, the agreement to stop, heartbeats. And once more with the same model as
+a module, which logs its loss and brings its optimizer and LR scheduler. Peers clip, schedule and
+log as often; Lightning's Trainer with its logger, and once more with its bar and checkpoints.
 """
 
 from __future__ import annotations
@@ -70,6 +71,21 @@ clip_norm = 1.0
 every_steps = 10
 """
 
+MODULE = """
+[run]
+name = "step"
+[model]
+use = "step_module:Net"
+[data]
+train = "none"
+global_batch_size = %d
+[training]
+max_steps = 1_000_000
+clip_norm = 1.0
+[logging]
+every_steps = 10
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -77,17 +93,20 @@ def main() -> None:
     asked = parser.parse_args()
     with hpctrain.connect() as world, tempfile.TemporaryDirectory() as folder:
         fields = {"x": torch.randn(SAMPLES, 64), "y": torch.randint(10, (SAMPLES,))}
-        job = Job(world, fields, Path(folder))
+        job = Job(world, fields, Path(folder), CONFIG)
+        module = Job(world, fields, Path(folder, "module"), MODULE)
         loops: dict[str, Loop] = {
             "by hand": ByHand(world, fields, clip=False),
             "by hand, clipped": ByHand(world, fields),
             "hpctrain": job,
+            "hpctrain, a module": module,
         }
-        if importlib.util.find_spec("lightning"):
+        if importlib.util.find_spec("ignite"):
             loops |= peers(world, fields, Path(folder))
         torch.set_num_threads(1)  # last: Accelerate sets it, too
         table = measure(loops, asked.rounds)
         job.stop.flush()
+        module.stop.flush()
         if world.topology.is_rank_zero:
             tell(table, world.topology.world_size)
 
@@ -128,10 +147,11 @@ class _Run(Run):
 class Job:
     """The loop of a job, as `python -m hpctrain` runs it."""
 
-    def __init__(self, world: World, fields: dict[str, Tensor], folder: Path) -> None:
+    def __init__(self, world: World, fields: dict[str, Tensor], folder: Path, config: str) -> None:
         self.samples = Samples(fields, world.topology.world_size)
-        text = CONFIG % (SAMPLES * world.topology.world_size)
+        text = config % (SAMPLES * world.topology.world_size)
         self.config, self.parts = build(text, self.samples, world)
+        folder.mkdir(exist_ok=True)
         self.stop = StopAgreement(world.communicator, lambda: 0)
         rank_zero = None
         if world.topology.is_rank_zero:
@@ -144,7 +164,7 @@ class Job:
                 progress=Progress(TOTAL_STEPS, mode="lines", write=lambda _: None),
             )
             self.stop.add(rank_zero.save_clock.bit)
-        data: Any = SimpleNamespace(train_loader=self.samples)
+        data: Any = SimpleNamespace(train_loader=self.samples, stop_at=stop_at(10**9, self.config))
         counters = {
             "data": lambda: self.samples.wait_seconds,
             "communication": self.parts.step.communication_seconds,
