@@ -20,7 +20,7 @@ from hpctrain.utils.text import metric, plural, printable
 
 if TYPE_CHECKING:
     from hpctrain.training.inference.answer import Answer
-    from hpctrain.training.inference.trained import Stage
+    from hpctrain.training.inference.stage import Stage
 
 SPLITS = ("validation", "test", "train")
 

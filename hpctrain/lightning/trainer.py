@@ -317,7 +317,7 @@ class Trainer(Facts):
                 job.topology, job.communicator, config.launch, meeting, job.guard
             ) as world,
         ):
-            from hpctrain.training.modules.inference import module_metrics, module_predictions
+            from hpctrain.training.inference.modules import module_metrics, module_predictions
 
             if stage == "predict":
                 limit = given.limit_predict_batches

@@ -16,7 +16,8 @@ from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING
 from hpctrain.training.build import resolve_components
 from hpctrain.training.inference.splits import Split, open_files, open_objects
-from hpctrain.training.inference.trained import Stage, Trained
+from hpctrain.training.inference.stage import Stage
+from hpctrain.training.inference.trained import Trained
 from hpctrain.training.inference.weights import Chosen, choose_checkpoint
 from hpctrain.training.user_data import brings_data
 

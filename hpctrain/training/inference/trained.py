@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +29,19 @@ from hpctrain.training.build import (
 from hpctrain.training.call import Method
 from hpctrain.training.evaluation import evaluate
 from hpctrain.training.inference.splits import Split
+from hpctrain.training.inference.stage import (
+    STEPS,
+    Stage,
+    begin,
+    bind,
+    for_forward_passes,
+    missing_step,
+    predicted,
+)
 from hpctrain.training.inference.weights import Chosen
 from hpctrain.training.modules.overrides import is_own
-from hpctrain.training.modules.stand_in import tell_device
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
-from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.regression import Regression
@@ -43,8 +49,6 @@ from hpctrain.training.snapshot import restore_extra_states
 from hpctrain.training.task import Fields
 from hpctrain.training.undisturbed import evaluating
 from hpctrain.utils.text import printable
-
-Stage = Literal["validate", "test", "predict"]
 
 
 class Trained:
@@ -70,16 +74,13 @@ class Trained:
         self._stage = stage
         seed_generators(config.run.seed)
         semantics = semantics_of(config, chosen.values or None)
-        # Only forward passes are wanted, on every rank for itself.
-        plain = dataclasses.replace(
-            config.training, strategy="ddp", compile=False, activation_checkpointing=()
-        )
-        config = dataclasses.replace(config, training=plain)
+        config = for_forward_passes(config)
         with raise_together(world.communicator):
             self._model = make_model(config, components)
             self._task = build_task(config, components)
             if isinstance(self._task, ModuleTask):
-                _bind(self._task, self._model, config, world, stage)
+                _require_step(self._model, stage)
+                bind(self._task, self._model, config, world)
         if isinstance(self._task, ModuleTask):
             seconds = config.launch.prepare_timeout_seconds
             prepare_data([self._model], world, seconds=seconds)
@@ -94,8 +95,7 @@ class Trained:
                 self._model, config, world, semantics
             )
             if isinstance(self._task, ModuleTask):
-                tell_device(self._model, world.device)
-                self._task.hooks.trial = False
+                begin(self._task, self._model, world)
         self._predict, self._unit = self._way_to_predict(config)
 
     def _way_to_predict(self, config: Config) -> tuple[Method, Normalization | None]:
@@ -194,25 +194,15 @@ class Trained:
 
     def _module_step(self, model: nn.Module, fields: Any) -> Any:
         task: Any = self._task
-        step: Any = model.predict_step
-        batch = task.batch(fields)
-        return step(batch, self._index) if task.takes_index["predict_step"] else step(batch)
+        return predicted(task, model, task.batch(fields), self._index)
 
 
-def _bind(task: ModuleTask, model: nn.Module, config: Config, world: World, stage: Stage) -> None:
-    """Give a module its trainer, for a stage in which nothing is trained.
-
-    Raises:
-        ConfigError: if it has no step for it.
-    """
-    task.bind(model, config, world, StopAt.of(config.training, 1, 1))
-    step = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[stage]
-    # Lightning's own predict_step calls the module; its others do nothing.
-    has_step = callable(getattr(model, step, None))
-    if not has_step or (stage != "predict" and not is_own(model, step)):
-        raise ConfigError(f"model.use: {type(model).__name__} has no {step} of its own")
-    if stage == "predict" and not (is_own(model, step) or is_own(model, "forward")):
-        raise ConfigError(f"model.use: {type(model).__name__} has neither {step} nor forward")
+def _require_step(model: nn.Module, stage: Stage) -> None:
+    name = type(model).__name__
+    if (step := missing_step(model, stage)) is not None:
+        raise ConfigError(f"model.use: {name} has no {step} of its own")
+    if stage == "predict" and not (is_own(model, STEPS[stage]) or is_own(model, "forward")):
+        raise ConfigError(f"model.use: {name} has neither {STEPS[stage]} nor forward")
 
 
 def as_fields(output: object, samples: int) -> dict[str, npt.NDArray[Any]]:

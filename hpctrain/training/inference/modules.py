@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from hpctrain.config import Config
+from hpctrain.config.limits import limited
 from hpctrain.data.loading.map_style.intake import only_samples
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.nested import map_tensors
@@ -23,13 +23,18 @@ from hpctrain.training.brought import Brought
 from hpctrain.training.build import finish_model, seed_generators
 from hpctrain.training.call import call_directly
 from hpctrain.training.evaluation import evaluate, gather_at_rank_zero
+from hpctrain.training.inference.stage import (
+    Stage,
+    begin,
+    bind,
+    for_forward_passes,
+    missing_step,
+    predicted,
+)
 from hpctrain.training.inference.weights import choose_checkpoint
 from hpctrain.training.modules.callbacks import with_those_of_module
-from hpctrain.training.modules.overrides import is_own
-from hpctrain.training.modules.stand_in import tell_device
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
-from hpctrain.training.position import StopAt
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.undisturbed import evaluating
@@ -40,17 +45,15 @@ from hpctrain.training.user_data import (
     taken_by_name,
 )
 
-Stage = Literal["validate", "test", "predict"]
-
 ANY = ""
 """The best weights of a run where it keeps some, else its last."""
 
 _LOADERS = {
-    "validate": ("validation", "val_dataloader", "validation_step"),
-    "test": ("test", "test_dataloader", "test_step"),
-    "predict": ("predict", "predict_dataloader", "predict_step"),
+    "validate": ("validation", "val_dataloader"),
+    "test": ("test", "test_dataloader"),
+    "predict": ("predict", "predict_dataloader"),
 }
-"""What a stage takes of what was brought: name, hook of a data module, step of the module."""
+"""What a stage takes of what was brought: name, and hook of a data module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,6 @@ def module_predictions(
 
 def _predicted(ready: _Ready, world: World) -> list[Any]:
     task, hooks = ready.task, ready.task.hooks
-    step: Any = ready.model.predict_step
     task.trainer.state.stage = task.logs.stage = "predict"
     found = []
     with torch.no_grad(), evaluating(ready.model.modules()), ready.number_format.arithmetic():
@@ -143,7 +145,7 @@ def _predicted(ready: _Ready, world: World) -> list[Any]:
             world.pulse.tick()
             batch = task.batch(ready.number_format.cast(share.fields, task.inputs))
             hooks.call("on_predict_batch_start", batch, index)
-            output = step(batch, index) if task.takes_index["predict_step"] else step(batch)
+            output = predicted(task, ready.model, batch, index)
             hooks.call("on_predict_batch_end", output, batch, index)
             found.append(map_tensors(_on_host, output))
         hooks.call("on_predict_epoch_end")
@@ -168,19 +170,11 @@ def _ready(
     model = brought.model
     assert model is not None
     seed_generators(config.run.seed)
-    # Only the forward pass is wanted, and of the module as it is.
-    plain = dataclasses.replace(
-        config.training,
-        compile=False,
-        sync_batchnorm=False,
-        strategy="ddp",
-        activation_checkpointing=(),
-    )
-    config = dataclasses.replace(config, training=plain)
+    config = for_forward_passes(config)
     task = ModuleTask()
     with raise_together(world.communicator):
         _require_step(model, stage)
-        task.bind(model, config, world, StopAt.of(plain, 1, 1))
+        bind(task, model, config, world)
         task.hooks.set_callbacks(with_those_of_module(brought.callbacks, model))
     owners = [owner for owner in (brought.datamodule, model) if owner is not None]
     prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds)
@@ -192,8 +186,7 @@ def _ready(
                 load_checked(model, chosen.tensors, chosen.source)
         with raise_together(world.communicator):
             made, number_format, _ = finish_model(model, config, world)
-        tell_device(made, world.device)
-        task.hooks.trial = False
+        begin(task, made, world)
         yield _Ready(model=made, task=task, number_format=number_format, loader=loader)
         task.hooks.call("teardown", stage)
     finally:
@@ -201,12 +194,8 @@ def _ready(
 
 
 def _require_step(model: nn.Module, stage: Stage) -> None:
-    step = _LOADERS[stage][2]
-    # Lightning's own predict_step calls the module; its others do nothing.
-    if stage != "predict" and not is_own(model, step):
+    if (step := missing_step(model, stage)) is not None:
         raise ConfigError(f"{type(model).__name__} has no {step}, which trainer.{stage} would call")
-    if not callable(getattr(model, step, None)):
-        raise ConfigError(f"{type(model).__name__} has no {step}")
 
 
 def _loader(
@@ -218,7 +207,7 @@ def _loader(
     limit: float | None,
 ) -> MapEvaluationLoader:
     """Return what serves each rank whole batches of the user's loader. Collective: all ranks."""
-    name, hook, _ = _LOADERS[stage]
+    name, hook = _LOADERS[stage]
     with raise_together(world.communicator):
         if brought.datamodule is not None:
             check_datamodule(brought.datamodule)
@@ -234,9 +223,7 @@ def _loader(
         intake = taken_by_name(given, name, config)
         size = intake.batch_size or 1
     ready = served(only_samples(intake), config, world)
-    batches = -(-ready.dataset.samples // size)
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else max(1, int(batches * limit))
+    batches = limited(-(-ready.dataset.samples // size), limit)
     rank, ranks = world.topology.rank, world.topology.world_size
     first, stop = (each * batches // ranks for each in (rank, rank + 1))
     samples = min(batches * size, ready.dataset.samples)
