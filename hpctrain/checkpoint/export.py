@@ -47,14 +47,12 @@ class Weights:
         step: at which it was saved.
         which: "training", "average" of those, or "evaluation" where the optimizer has two sets.
         tensors: by name; tied ones under each of their names.
-        metrics: of an evaluation at that step; None: there was none.
     """
 
     source: Path
     step: int
     which: str
     tensors: Mapping[str, RawTensor]
-    metrics: Mapping[str, float] | None
 
     @classmethod
     def read(cls, source: Path, *, average: bool | None = False) -> Weights:
@@ -82,13 +80,7 @@ class Weights:
             tensors |= {name: tensors[first] for name, first in meta["aliases"].items()}
         except KeyError as error:
             raise CheckpointError(f"{source} is damaged: it has no tensor {error}") from error
-        return cls(
-            source=source,
-            step=meta["step"],
-            which=which,
-            tensors=tensors,
-            metrics=meta["metrics"],
-        )
+        return cls(source=source, step=meta["step"], which=which, tensors=tensors)
 
 
 def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
@@ -109,7 +101,7 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
         CheckpointError: if the checkpoint is not whole, has no averages, or the file cannot be
             written.
     """
-    weights = Weights.read(best_checkpoint(path) if best else resolved(path), average=average)
+    weights = Weights.read(choose(path, best=best)[0], average=average)
     facts = {"format": "pt", "step": str(weights.step), "weights": weights.which}
     if (made := recipe(weights.source)) is not None:
         facts[RECIPE] = json.dumps(made)
@@ -183,21 +175,31 @@ def best_ones(run: Path) -> list[Best]:
     return []
 
 
-def best_checkpoint(run: Path) -> Path:
-    """Return the folder of the best checkpoint of a run.
+def choose(path: Path, *, best: bool | None) -> tuple[Path, Best | None]:
+    """Return the folder of a checkpoint, and what it is the best by.
+
+    Args:
+        path: a checkpoint, or a run.
+        best: take the best of the run; False: its newest; None: the best where it keeps one.
 
     Raises:
-        CheckpointError: if it has none.
+        CheckpointError: if there is no such.
     """
-    if not (run / CHECKPOINTS).is_dir():
-        raise CheckpointError(f"{run} is not the folder of a run: only a run has a best checkpoint")
-    best = best_of(run)
-    if best is None:
+    found = None
+    if best is not False and (path / CHECKPOINTS).is_dir():
+        found = best_of(path)
+    elif best:
         raise CheckpointError(
-            f"{run} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
+            f"{path} is not the folder of a run: only a run has a best checkpoint"
+        )
+    if found is not None:
+        return path / CHECKPOINTS / folder_name(found.step), found
+    if best:
+        raise CheckpointError(
+            f"{path} has no best checkpoint: its newest was not saved under checkpoint.keep_best, "
             "or none has an evaluation"
         )
-    return run / CHECKPOINTS / folder_name(best.step)
+    return resolved(path), None
 
 
 def _second_weights(source: Path, meta: Mapping[str, Any], beginning: str) -> dict[str, RawTensor]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hpctrain.checkpoint.export import Weights, best_checkpoint
-from hpctrain.checkpoint.format import CONFIG, read_file, read_meta, resolved
+from hpctrain.checkpoint.export import Weights, choose
+from hpctrain.checkpoint.format import CONFIG, read_file, read_meta
 from hpctrain.checkpoint.load import load_values
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.errors import CheckpointError
@@ -54,7 +54,7 @@ def export_lightning(
     Raises:
         CheckpointError: if the checkpoint is not whole, or the file cannot be written.
     """
-    weights = Weights.read(best_checkpoint(path) if best else resolved(path), average=average)
+    weights = Weights.read(choose(path, best=best)[0], average=average)
     state = tensors_from_raw(weights.tensors)
     place = load_values(weights.source).get("data", {})
     content = {

@@ -128,7 +128,6 @@ class PredictionWriter:
         self._due = list(missing[first:stop])
         runs = [np.arange(*self.plan.rows(number), dtype=np.int64) for number in self._due]
         self.rows: Int64s = np.concatenate([*runs, np.empty(0, np.int64)])
-        self.done = self.plan.num_shards - len(missing)
         self._fields = fields
         self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._filled = 0

@@ -16,11 +16,9 @@ from hpctrain.checkpoint.export import (
     RECIPE,
     RECIPE_VERSION,
     Weights,
-    best_checkpoint,
-    best_of,
+    choose,
     recipe,
 )
-from hpctrain.checkpoint.format import resolved
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.config.registry import resolve
 from hpctrain.config.schema import ComponentSection, Precision
@@ -162,7 +160,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     """
     path = Path(path)
     if path.is_dir():
-        source = best_checkpoint(path) if best_of(path) is not None else resolved(path)
+        source, _ = choose(path, best=None)
         weights = tensors_from_raw(Weights.read(source, average=None).tensors)
         if (said := recipe(source)) is None:
             raise CheckpointError(f"{source}: its config is of a newer hpctrain: update hpctrain")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpctrain.checkpoint.export import Weights, best_checkpoint, best_of, whole_tensors
+from hpctrain.checkpoint.export import Weights, choose, whole_tensors
 from hpctrain.checkpoint.format import TRAINING, newest_first, read_meta, resolved
 from hpctrain.checkpoint.load import load_values
 from hpctrain.checkpoint.tensors import tensors_from_raw
@@ -21,8 +20,6 @@ from hpctrain.topology import raise_together
 from hpctrain.training.ddp import broadcast_tensors
 from hpctrain.training.initialize import read_weights
 from hpctrain.training.snapshot import EXTRA
-
-logger = logging.getLogger("hpctrain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +100,11 @@ def _read(config: Config, wanted: str | None) -> Chosen:
             f"{run} has no checkpoint: train first, or name another run (run.name), a checkpoint "
             "or a file of weights by --checkpoint"
         )
-    elif wanted == "best" or (wanted is None and best_of(run) is not None):
-        source, best = best_checkpoint(run), best_of(run)
-        assert best is not None
-        why = f"the best {best.metric} of {run}"
     else:
-        source, why = resolved(run), f"the last checkpoint of {run}"
+        source, best = choose(run, best=None if wanted is None else wanted == "best")
+        why = (
+            f"the last checkpoint of {run}" if best is None else f"the best {best.metric} of {run}"
+        )
     values, extra = load_values(source), {}
     if values.get("extra_state"):
         training = whole_tensors(source, TRAINING, read_meta(source))

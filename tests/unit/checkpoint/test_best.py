@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.best import Best, Preference
-from hpctrain.checkpoint.export import best_checkpoint, export
+from hpctrain.checkpoint.export import choose, export
 from hpctrain.checkpoint.format import checksum_of_meta
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.safetensors_files import raw_tensors
@@ -97,7 +97,7 @@ def test_several_of_the_best_are_kept(tmp_path: Path) -> None:
         "step-00000005": ["best", "2"],
         "step-00000007": ["latest"],
     }
-    assert best_checkpoint(tmp_path).name == "step-00000002"
+    assert choose(tmp_path, best=True)[0].name == "step-00000002"
     meta = json.loads((tmp_path / "checkpoints/step-00000007/meta.json").read_text())
     assert meta["keep_best"] == {"metric": "accuracy", "mode": "max", "count": "3"}
 
