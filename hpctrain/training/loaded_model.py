@@ -29,6 +29,7 @@ from hpctrain.training.initialize import read_weights
 from hpctrain.training.plain_names import load_checked
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_model
+from hpctrain.training.regression import in_unit
 from hpctrain.utils.json_files import parse_checked
 
 
@@ -124,8 +125,8 @@ class LoadedModel:
             output = self.module(*[fields[name] for name in self.inputs])
         if self._unit is None or not isinstance(output, Tensor):
             return output
-        scale = self._scale("", output.float(), self._unit)
-        return output.float() * scale.std + scale.mean
+        wide = output.float() if output.element_size() < 4 else output
+        return in_unit(wide, self._unit.mean, self._unit.std)
 
     def _prepared(self, name: str, values: Tensor) -> Tensor:
         """Return an input as training gave it to the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hpctrain.training.losses import LossReduction, load_elementwise_loss, load_loss
@@ -109,3 +110,19 @@ class Regression(Supervised):
                     "or move axes by data.transform",
                 )
         return output, target.to(output.dtype)
+
+
+def in_unit(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return predictions of a target that is normalized in the unit of its files.
+
+    Args:
+        values: (samples, *shape), floats of at least 32 bits.
+        mean: one number, or one a channel: the first axis of a sample.
+        std: the same.
+    """
+    ones = [1] * max(0, values.ndim - 2)
+    center, scale = (
+        torch.tensor(numbers, dtype=values.dtype, device=values.device).view(-1, *ones)
+        for numbers in (mean, std)
+    )
+    return values * scale + center

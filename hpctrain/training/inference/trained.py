@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.ranges import ranges_checked
-from hpctrain.training.regression import Regression
+from hpctrain.training.regression import Regression, in_unit
 from hpctrain.training.snapshot import restore_extra_states
 from hpctrain.training.task import Fields
 from hpctrain.training.undisturbed import evaluating
@@ -172,22 +171,15 @@ class Trained:
         with torch.no_grad(), evaluating(self._model.modules()), self._number_format.arithmetic():
             cast = self._number_format.cast(fields, self._task.inputs)
             output = self._predict(self._model, cast)
-        return {
-            name: self._as_measured(values) for name, values in as_fields(output, samples).items()
-        }
-
-    def _as_measured(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return predictions of a target that is normalized in the unit of its files.
-
-        Only those of a regression stand for the target itself.
-        """
-        if self._unit is None or values.dtype.kind != "f":
-            return values
-        mean, std = (np.asarray(each, values.dtype) for each in (self._unit.mean, self._unit.std))
-        if mean.size > 1:  # of channels, the first axis of a sample
-            mean, std = (each.reshape(-1, *[1] * (values.ndim - 2)) for each in (mean, std))
-        measured: npt.NDArray[Any] = values * std + mean
-        return measured
+        found = as_fields(output, samples)
+        if self._unit is None:
+            return found
+        # Only predictions of a regression stand for the target itself.
+        mean, std = self._unit.mean, self._unit.std
+        for name, each in found.items():
+            if each.dtype.kind == "f":
+                found[name] = in_unit(torch.from_numpy(each), mean, std).numpy()
+        return found
 
     def _output(self, model: nn.Module, fields: Fields) -> Any:
         return model(*[fields[name] for name in self._task.inputs])
