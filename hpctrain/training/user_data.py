@@ -156,9 +156,7 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
         datamodule = built_object("data.use", section.use, section.arguments)
     prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
-        if (setup := own_hook(datamodule, "setup")) is not None:
-            with fetching(f"setup of {name_of(datamodule)}"):
-                setup("fit" if name == "train" else stage)
+        set_up(datamodule, "fit" if name == "train" else stage)
         hooks = [_LOADERS[name]]
         if stage == "predict":
             hooks.insert(0, "predict_dataloader")
@@ -200,8 +198,8 @@ NOT_CALLED = {
 """Hooks of a datamodule that are not called, and the way out."""
 
 
-def check_datamodule(datamodule: Any) -> None:
-    """Refuse what a datamodule does by hooks that are not called.
+def set_up(datamodule: Any, stage: str) -> None:
+    """Have a datamodule make its data for a stage; hooks that are not called are refused.
 
     Raises:
         ConfigError: naming the hook and the way out.
@@ -210,14 +208,14 @@ def check_datamodule(datamodule: Any) -> None:
         if own_hook(datamodule, name) is not None and not isinstance(datamodule, nn.Module):
             kind = type(datamodule).__name__
             raise ConfigError(f"datamodule: {kind}.{name} is not called here: {way_out}")
+    if (setup := own_hook(datamodule, "setup")) is not None:
+        with fetching(f"setup of {name_of(datamodule)}"):
+            setup(stage)
 
 
 def _of_datamodule(datamodule: Any) -> dict[str, Any]:
     """Return what a datamodule has to train and to evaluate with."""
-    check_datamodule(datamodule)
-    if (setup := own_hook(datamodule, "setup")) is not None:
-        with fetching(f"setup of {name_of(datamodule)}"):
-            setup("fit")
+    set_up(datamodule, "fit")
     found = {}
     for name in ("train", "validation"):
         hook = _LOADERS[name]

@@ -39,9 +39,9 @@ from hpctrain.training.precision import NumberFormat
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.undisturbed import evaluating
 from hpctrain.training.user_data import (
-    check_datamodule,
     own_hook,
     served,
+    set_up,
     taken_by_name,
 )
 
@@ -210,9 +210,7 @@ def _loader(
     name, hook = _LOADERS[stage]
     with raise_together(world.communicator):
         if brought.datamodule is not None:
-            check_datamodule(brought.datamodule)
-        if brought.datamodule is not None and (set_up := own_hook(brought.datamodule, "setup")):
-            set_up(stage)
+            set_up(brought.datamodule, stage)
         task.set_up(stage)
         given = getattr(brought, name)
         make = own_hook(brought.datamodule or brought.model, hook)
