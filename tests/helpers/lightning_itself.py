@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -21,3 +25,12 @@ def trainer(**arguments: Any) -> lightning.Trainer:
         "enable_model_summary": False,
     }
     return lightning.Trainer(plugins=[LightningEnvironment()], **(quiet | arguments))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what Lightning says of its own from the tests' output and warnings."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import lightning_itself
 from helpers.jobs import here, hpctrain, in_turn
+from helpers.module_site import loaders, module_site
 from helpers.runs import metrics
-from torch.utils.data import DataLoader, Dataset
-
-from hpctrain.data import Writer
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-code.md"
 
@@ -211,38 +205,19 @@ lr = 0.1
 """
 
 
-class Rows(Dataset[Any]):
-    def __init__(self) -> None:
-        draw = np.random.default_rng(0)
-        self.x = draw.standard_normal((ROWS, 6)).astype(np.float32)
-        self.y = draw.integers(3, size=ROWS)
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.x[index], "y": self.y[index]}
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "callback_modules.py").write_text(MODULES, encoding="utf-8")
-    (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
-    rows = Rows()
-    with Writer(tmp_path / "rows") as writer:
-        writer.extend({"x": rows.x, "y": rows.y})
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("callback_modules", None)
+    with module_site(
+        tmp_path, monkeypatch, name="callback_modules", modules=MODULES, config=CONFIG, rows=ROWS
+    ) as made:
+        monkeypatch.chdir(tmp_path)
+        yield made
 
 
 def by_lightning(schedule: str) -> dict[str, float]:
     import callback_modules
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with lightning_itself.quietly():
         torch.manual_seed(1234)
         module = callback_modules.Net(schedule)
         trainer = lightning_itself.trainer(
@@ -255,7 +230,7 @@ def by_lightning(schedule: str) -> dict[str, float]:
                 callback_modules.LogSamples("samples-there.jsonl"),
             ],
         )
-        trainer.fit(module, DataLoader(Rows(), BATCH), DataLoader(Rows(), BATCH))
+        trainer.fit(module, *loaders(ROWS, BATCH))
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from helpers import lightning_itself
 from helpers.jobs import here, hpctrain
+from helpers.module_site import loaders, module_site
 from helpers.runs import metrics
-from torch.utils.data import DataLoader, Dataset
-
-from hpctrain.data import Writer
 
 pytestmark = pytest.mark.ranks(2)
 
@@ -245,19 +239,6 @@ progress = "none"
 """
 
 
-class Rows(Dataset[Any]):
-    def __init__(self) -> None:
-        draw = np.random.default_rng(0)
-        self.x = draw.standard_normal((ROWS, 6)).astype(np.float32)
-        self.y = draw.integers(3, size=ROWS)
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.x[index], "y": self.y[index]}
-
-
 class Steps(L.Callback):
     """Keeps the loss of every step."""
 
@@ -270,14 +251,10 @@ class Steps(L.Callback):
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "lit_modules.py").write_text(MODULES, encoding="utf-8")
-    (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
-    rows = Rows()
-    with Writer(tmp_path / "rows") as writer:
-        writer.extend({"x": rows.x, "y": rows.y})
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    sys.modules.pop("lit_modules", None)
+    with module_site(
+        tmp_path, monkeypatch, name="lit_modules", modules=MODULES, config=CONFIG, rows=ROWS
+    ) as made:
+        yield made
 
 
 def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
@@ -285,9 +262,7 @@ def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
     import lit_modules
 
     steps = Steps()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with lightning_itself.quietly():
         torch.manual_seed(1234)
         module = getattr(lit_modules, name)()
         trainer = lightning_itself.trainer(
@@ -297,7 +272,7 @@ def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
             num_sanity_val_steps=0,
             callbacks=[steps],
         )
-        trainer.fit(module, DataLoader(Rows(), BATCH), DataLoader(Rows(), BATCH))
+        trainer.fit(module, *loaders(ROWS, BATCH))
     return steps.losses, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 

@@ -1,11 +1,8 @@
 """The LR schedulers of a module are stepped where Lightning steps them, and go on as they were."""
 
 import json
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -61,18 +58,10 @@ class Net(L.LightningModule):
         self.log("val_loss", VAL_LOSS[self.current_epoch])
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def under_lightning(configuration: Configuration, kind: type[Net] = Net) -> list[list[float]]:
     module = kind(configuration)
     data = DataLoader(TensorDataset(torch.ones(SAMPLES, 4)), batch_size=BATCH)
-    with quietly():
+    with lightning_itself.quietly():
         trainer = lightning_itself.trainer(
             max_epochs=EPOCHS, enable_checkpointing=False, num_sanity_val_steps=0
         )
