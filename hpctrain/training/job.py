@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
-from hpctrain.batch.stop import (
-    SAVE_DUE,
-    SignalFlag,
-    StopAgreement,
-    describe,
-)
+from hpctrain.batch.stop import SignalFlag, StopAgreement, describe
 from hpctrain.config import Config
 from hpctrain.config.limits import fast_dev_run
 from hpctrain.errors import ExitCode
@@ -32,7 +25,7 @@ from hpctrain.training.build import (
     resolve_components,
     watch_metrics,
 )
-from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
+from hpctrain.training.checkpointing import Resumed, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
 from hpctrain.training.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.coupling import find_coupling
@@ -41,18 +34,16 @@ from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
 from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.position import Interval
 from hpctrain.training.profiling import StepProfiler, profiled
 from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
-from hpctrain.training.record import begin_record, rules_and_changes
+from hpctrain.training.record import begin_record
 from hpctrain.training.rehearsal import MOST_ROWS, rehearse
-from hpctrain.training.session import finish_writing, session
+from hpctrain.training.session import ReadTrouble, find_beginning, finish, session
 from hpctrain.training.summary import (
     complete_text,
     header_text,
     is_script,
-    summary_text,
     transport_notes,
 )
 from hpctrain.training.task import Task, untrained_parameters
@@ -119,12 +110,7 @@ def _train(
         # A script has no file with a line for each key.
         path, overrides = (None, ()) if is_script(command) else (command[0], command[1:])
         components = resolve_components(config, path, overrides, given=brought.sections)
-    resumed = (
-        find_checkpoint(config, world, None)
-        if folder is None
-        else find_checkpoint(config, world, folder.path, folder.resume)
-    )
-    semantics, changes = rules_and_changes(config, resumed)
+    resumed, semantics, changes = find_beginning(config, world, folder)
     changes += brought.notes
     data = open_data(config, world, semantics, resumed, brought)
     config, place = data.config, data.place
@@ -175,7 +161,7 @@ def _train(
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
         profiler=profiler,
     )
-    plan = _plan(config, data)
+    plan = Plan.of(config, data)
     run.begin(place)
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
     with run.saves_finished(), indices, profiled(profiler), run.failures_told():
@@ -188,19 +174,7 @@ def _train(
             hooks=run,
             evaluation_owed=evaluation_owed,
         )
-    run.finish()
-    data.staging.tell_problems(world)
-    finish_writing(
-        world,
-        rank_zero,
-        phases,
-        place,
-        lambda writers: summary_text(config, world, run, writers, data, phases, complete, command),
-    )
-    data.close()
-    if complete:
-        return ExitCode.DONE, run.stopping.reason or "complete"
-    return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+    return finish(config, world, run, data, complete=complete, command=command)
 
 
 def early_stopping_of(config: Config, task: Task, resumed: Resumed | None) -> EarlyStopping:
@@ -210,21 +184,6 @@ def early_stopping_of(config: Config, task: Task, resumed: Resumed | None) -> Ea
     if resumed is not None:
         stopping.load_state_dict(resumed.values.get(STATE, {}))
     return stopping
-
-
-def _plan(config: Config, data: Data) -> Plan:
-    """Return when the loop does what."""
-    training, checkpoint = config.training, config.checkpoint
-    evaluation = Interval(
-        every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
-    )
-    return Plan(
-        stop_at=data.stop_at,
-        log=Interval(every_steps=config.logging.every_steps),
-        evaluate=None if data.validation is None or evaluation.is_never else evaluation,
-        check=Interval(every_steps=training.check_sync_every),
-        save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
-    )
 
 
 def _build(
@@ -314,43 +273,3 @@ def _counters(
         "communication": parts.step.communication_seconds,
         "checkpoint": lambda: rank_zero.store.stall_seconds if rank_zero is not None else 0.0,
     }
-
-
-LEAST_SECONDS = 60.0
-"""Between two saves for this reason: trouble that comes and goes is not to fill the disk."""
-
-
-class FailingReads(Protocol):
-    """What counts them."""
-
-    @property
-    def failed_reads(self) -> int:
-        """How often a read failed so far, whatever came of it."""
-        ...
-
-
-class ReadTrouble:
-    """Asks for a save as soon as a read fails.
-
-    Reading runs ahead of the steps. So between the read that fails and the step that would need it
-    there are batches left, and waits before the retries: time for all ranks to save together.
-    Once the failing rank has nothing left to compute with, it is too late for that.
-    """
-
-    def __init__(self, reads: FailingReads, clock: Callable[[], float] = time.monotonic) -> None:
-        self._reads = reads
-        self._clock = clock
-        self._known = 0
-        self._next = 0.0
-
-    def bit(self) -> int:
-        """Return SAVE_DUE if reads have failed since the last time, else 0."""
-        failed = self._reads.failed_reads
-        if failed == self._known:
-            return 0
-        self._known = failed
-        now = self._clock()
-        if now < self._next:
-            return 0
-        self._next = now + LEAST_SECONDS
-        return SAVE_DUE

@@ -7,24 +7,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from hpctrain.batch.scheduler import Deadline
-from hpctrain.batch.stop import SignalFlag, StopAgreement, Watch, reserve_seconds
+from hpctrain.batch.stop import (
+    SAVE_DUE,
+    SignalFlag,
+    StopAgreement,
+    Watch,
+    describe,
+    reserve_seconds,
+)
 from hpctrain.config import Config
+from hpctrain.config.semantics import Semantics
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World
 from hpctrain.observe import log
 from hpctrain.topology import Communicator, raise_together
-from hpctrain.training.position import Position
-from hpctrain.training.rank_zero import RankZero, RunFolder
-from hpctrain.training.trainer import Phases
+from hpctrain.training.checkpointing import Resumed, find_checkpoint
+from hpctrain.training.data import Data
+from hpctrain.training.rank_zero import RunFolder
+from hpctrain.training.record import rules_and_changes
+from hpctrain.training.summary import summary_text
+from hpctrain.training.trainer import Run
 
 logger = logging.getLogger("hpctrain")
 
@@ -113,30 +126,98 @@ def _stop_agreement(
     return stop
 
 
-def finish_writing(
-    world: World,
-    rank_zero: RankZero | None,
-    phases: Phases,
-    place: Position,
-    summary: Callable[[RankZero], str],
-) -> None:
-    """Have all that a job writes on disk, and tell what came of it. Collective: all ranks.
+def find_beginning(
+    config: Config, world: World, folder: RunFolder | None
+) -> tuple[Resumed | None, Semantics, list[str]]:
+    """Return what a run goes on from, its rules, and what is not as it was. Collective: all ranks.
 
     Args:
+        config: of this job.
+        world: the ranks.
+        folder: of the run, on rank 0; None on the others.
+
+    Raises:
+        HpctrainError: on every rank, if the run cannot go on from there.
+    """
+    resumed = (
+        find_checkpoint(config, world, None)
+        if folder is None
+        else find_checkpoint(config, world, folder.path, folder.resume)
+    )
+    return resumed, *rules_and_changes(config, resumed)
+
+
+def finish(
+    config: Config, world: World, run: Run, data: Data, *, complete: bool, command: Sequence[str]
+) -> tuple[ExitCode, str]:
+    """Have all that a job writes on disk, and report what came of it. Collective: all ranks.
+
+    Args:
+        config: of the job.
         world: the ranks, which wait while rank 0 writes the last checkpoint to its end.
-        rank_zero: what writes, on rank 0.
-        phases: that the wait counts in.
-        place: that the job has come to.
-        summary: makes the last words.
+        run: that has come to its end, or was stopped.
+        data: of it; they are closed.
+        complete: whether it has come to its end.
+        command: that the job was started by.
+
+    Returns:
+        How the job ends, and why.
 
     Raises:
         CheckpointError: on every rank, if the last save failed.
     """
+    run.finish()
+    data.staging.tell_problems(world)
+    rank_zero, phases = run.rank_zero, run.phases
     with world.pulse.long_phase(), raise_together(world.communicator):
         if rank_zero is not None:
             with phases.measure("checkpoint"):
                 rank_zero.store.finish()
-            rank_zero.folder.step = place.step
+            rank_zero.folder.step = run.place.step
             rank_zero.progress.close()
             rank_zero.writer.close()
-            logger.info(summary(rank_zero))
+            logger.info(summary_text(config, world, run, rank_zero, data, complete, command))
+    data.close()
+    if complete:
+        return ExitCode.DONE, run.stopping.reason or "complete"
+    return ExitCode.STOPPED, f"stopped by {describe(run.reasons)}"
+
+
+LEAST_SECONDS = 60.0
+"""Between two saves for this reason: trouble that comes and goes is not to fill the disk."""
+
+
+class FailingReads(Protocol):
+    """What counts them."""
+
+    @property
+    def failed_reads(self) -> int:
+        """How often a read failed so far, whatever came of it."""
+        ...
+
+
+class ReadTrouble:
+    """Asks for a save as soon as a read fails.
+
+    Reading runs ahead of the steps. So between the read that fails and the step that would need it
+    there are batches left, and waits before the retries: time for all ranks to save together.
+    Once the failing rank has nothing left to compute with, it is too late for that.
+    """
+
+    def __init__(self, reads: FailingReads, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reads = reads
+        self._clock = clock
+        self._known = 0
+        self._next = 0.0
+
+    def bit(self) -> int:
+        """Return SAVE_DUE if reads have failed since the last time, else 0."""
+        failed = self._reads.failed_reads
+        if failed == self._known:
+            return 0
+        self._known = failed
+        now = self._clock()
+        if now < self._next:
+            return 0
+        self._next = now + LEAST_SECONDS
+        return SAVE_DUE

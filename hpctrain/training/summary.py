@@ -24,7 +24,7 @@ from hpctrain.training.data import Data, evaluated_samples
 from hpctrain.training.position import Position
 from hpctrain.training.rank_zero import RankZero, RunFolder
 from hpctrain.training.record import changed_since
-from hpctrain.training.trainer import Phases, Run
+from hpctrain.training.trainer import Run
 from hpctrain.utils.text import metric, plural
 
 logger = logging.getLogger("hpctrain")
@@ -82,13 +82,13 @@ def summary_text(
     run: Run,
     rank_zero: RankZero,
     data: Data,
-    phases: Phases,
     complete: bool,
     command: Sequence[str],
 ) -> str:
     """Return the summary of a job whose last save is on disk."""
     best = rank_zero.store.best()
     trained = run.place.samples_seen - run.first_place.samples_seen
+    phases = run.phases
     seconds = phases.totals()
     order = ("data", "compute", "communication", "checkpoint", "evaluation")
     folder = Path(config.run.directory, config.run.name)

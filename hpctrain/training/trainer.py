@@ -101,6 +101,21 @@ class Plan:
     check: Interval
     save: Interval
 
+    @classmethod
+    def of(cls, config: Config, data: Data) -> Plan:
+        """Return the plan of a config."""
+        training, checkpoint = config.training, config.checkpoint
+        evaluation = Interval(
+            every_steps=training.evaluate_every_steps, every_epochs=training.evaluate_every_epochs
+        )
+        return cls(
+            stop_at=data.stop_at,
+            log=Interval(every_steps=config.logging.every_steps),
+            evaluate=None if data.validation is None or evaluation.is_never else evaluation,
+            check=Interval(every_steps=training.check_sync_every),
+            save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+        )
+
 
 def fit(
     place: Position,
@@ -215,6 +230,7 @@ class Run:
         reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
         evaluation_owed: an evaluation at `place` was cut short by a stop.
         rank_zero: what only rank 0 has; None on the others.
+        phases: seconds of this rank.
         skipped_steps: steps of the run, as far as is known, that were not applied.
     """
 
@@ -243,7 +259,7 @@ class Run:
         if self._trainer is not None:
             stop.add(self._trainer.end_due)
         self._task_learns = learns_progress(parts.task)
-        self._phases = phases
+        self.phases = phases
         self._stop = stop
         self.rank_zero = self._rank_zero = rank_zero
         self._logged_samples = place.samples_seen
@@ -335,7 +351,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 **logged,
                 "samples_per_second": rate,
-                "seconds": self._phases.lap(),
+                "seconds": self.phases.lap(),
                 **(more or {}),
             }
         )
@@ -370,7 +386,7 @@ class Run:
         assert loader is not None
         further = {name: each.loader for name, each in self._data.evaluations.items()}
         found: dict[str, Metrics] = {}
-        with self._phases.measure("evaluation"), self._parts.step.evaluation_weights():
+        with self.phases.measure("evaluation"), self._parts.step.evaluation_weights():
             self._callbacks.begin_evaluation()
             for name, each in {VALIDATION: loader, **further}.items():
                 self._tell_task(place, name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from hpctrain.batch.stop import SignalFlag, describe
+from hpctrain.batch.stop import SignalFlag
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
 from hpctrain.config import Config
 from hpctrain.config.schema import (
@@ -32,10 +32,9 @@ from hpctrain.data.permutation import derive_key
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError, TrainingError
 from hpctrain.topology import on_rank_zero, raise_together
 from hpctrain.training.build import Parts, seed_generators
-from hpctrain.training.checkpointing import Resumed, find_checkpoint, restore
+from hpctrain.training.checkpointing import restore
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.evaluation import gather_at_rank_zero
-from hpctrain.training.job import ReadTrouble
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples
 from hpctrain.training.loops.step import (
     RATES,
@@ -50,13 +49,13 @@ from hpctrain.training.loops.step import (
 from hpctrain.training.loops.without_data import WithoutData, config_without_data
 from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
-from hpctrain.training.position import Interval, Position
+from hpctrain.training.position import Position
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.program import Stopped
 from hpctrain.training.rank_zero import prepare_rank_zero
-from hpctrain.training.record import begin_record, rules_and_changes
-from hpctrain.training.session import Session, finish_writing, session
-from hpctrain.training.summary import header_text, summary_text
+from hpctrain.training.record import begin_record
+from hpctrain.training.session import ReadTrouble, Session, find_beginning, finish, session
+from hpctrain.training.summary import header_text
 from hpctrain.training.trainer import Phases, Plan, ends_here
 from hpctrain.training.trainer import Run as JobRun
 from hpctrain.training.undisturbed import evaluating, kept_generators
@@ -83,18 +82,17 @@ class Run:
     def __init__(
         self,
         world: World,
-        config: Config,
         step: LoopStep,
         hooks: _Hooks,
         plan: Plan,
         data: Any,
         loader: Loader | None,
-        phases: Phases,
-        resumed: Resumed | None,
+        *,
+        is_resumed: bool,
     ) -> None:
         self.state = NamedStates(step.registered)
         self.metrics: dict[str, float] = hooks.metrics
-        self.is_resumed = resumed is not None
+        self.is_resumed = is_resumed
         self.stopped = False
         self._world = world
         self._setups = world.setups
@@ -103,7 +101,6 @@ class Run:
         self._plan = plan
         self._data = data
         self._loader = loader
-        self._phases = phases
         self._place: Position = data.place
         self._end = plan.stop_at.end(data.place)
         self._passes = step.grad_accum_steps
@@ -301,7 +298,7 @@ class Run:
         """
         totals = self._totals = Totals(_EVALUATION, MetricObjects(_EVALUATION, self._world.device))
         with (
-            self._phases.measure("evaluation"),
+            self._hooks.phases.measure("evaluation"),
             self._step.evaluation_weights(),
             torch.no_grad(),
             kept_generators(self._world.device),
@@ -555,13 +552,12 @@ def running(
                 step.registered.add(name, ScheduleState(each))
         step.registered.add(RATES, LearningRates(step.steppers))
     assert world.guard is not None
-    stopped = False
     with (
         _signals() as signals,
         session(config, world.communicator, signals=signals, guard=world.guard) as job,
     ):
         begin_record(job.folder, world)
-        run, hooks, data, phases = _begun(world, config, step, loader, job)
+        run, hooks, data = _begun(world, config, step, loader, job)
         try:
             with hooks.saves_finished():
                 yield run
@@ -573,39 +569,19 @@ def running(
                 with suppress(CheckpointError):
                     job.folder.end(ExitCode.BUG, f"{type(error).__name__}: {error}")
             raise
-        hooks.finish()
-        data.staging.tell_problems(world)
         command = [sys.argv[0] or "python", *sys.argv[1:]]
-        finish_writing(
-            world,
-            hooks.rank_zero,
-            phases,
-            hooks.place,
-            lambda writers: summary_text(
-                config, world, hooks, writers, data, phases, complete, command
-            ),
-        )
-        data.close()
-        if complete:
-            job.end(ExitCode.DONE, "complete")
-        else:
-            stopped = True
-            job.end(ExitCode.STOPPED, f"stopped by {describe(hooks.reasons)}")
-    if stopped:
+        ending, reason = finish(config, world, hooks, data, complete=complete, command=command)
+        job.end(ending, reason)
+    if ending == ExitCode.STOPPED:
         raise Stopped(int(ExitCode.STOPPED))
 
 
 def _begun(
     world: World, config: Config, step: LoopStep, loader: Loader | None, job: Session
-) -> tuple[Run, _Hooks, Any, Phases]:
+) -> tuple[Run, _Hooks, Any]:
     """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
     folder = job.folder
-    resumed = (
-        find_checkpoint(config, world, None)
-        if folder is None
-        else find_checkpoint(config, world, folder.path, folder.resume)
-    )
-    semantics, changes = rules_and_changes(config, resumed)
+    resumed, semantics, changes = find_beginning(config, world, folder)
     data: Any = (
         WithoutData(config, resumed) if loader is None else loader.open(config, semantics, resumed)
     )
@@ -650,16 +626,10 @@ def _begun(
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
         stopping=EarlyStopping(config.early_stopping, config.training, "min"),
     )
-    checkpoint = config.checkpoint
-    plan = Plan(
-        stop_at=data.stop_at,
-        log=Interval(every_steps=config.logging.every_steps),
-        evaluate=None,
-        check=Interval(),
-        save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
+    run = Run(
+        world, step, hooks, Plan.of(config, data), data, loader, is_resumed=resumed is not None
     )
-    run = Run(world, config, step, hooks, plan, data, loader, phases, resumed)
-    return run, hooks, data, phases
+    return run, hooks, data
 
 
 def sections(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from hpctrain.batch.stop import SAVE_DUE
-from hpctrain.training.job import LEAST_SECONDS, ReadTrouble
+from hpctrain.training.session import LEAST_SECONDS, ReadTrouble
 
 
 def test_once_a_trouble() -> None:
