@@ -284,7 +284,7 @@ class Run:
             skipped=self._skipped_before,
             explain=self._explain,
             roll_back=self._roll_back,
-            tell=self._tell,
+            tell=self.warn,
         )
 
     def advanced(self, place: Position) -> None:
@@ -337,7 +337,7 @@ class Run:
             return
         self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
         if (spike := self._spikes.look(numbers["loss"])) is not None:
-            self._tell(f"step {place.step:,}: {spike}")
+            self.warn(f"step {place.step:,}: {spike}")
         self._rank_zero.writer.write(
             {
                 "kind": "train",
@@ -407,14 +407,25 @@ class Run:
         self._tell_task(place, "train")
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
-        if self._rank_zero is not None:
-            for name, metrics in found.items():
-                record = {"kind": "evaluation", "split": name, "step": place.step, "epoch": epoch}
-                written = self._written("validate", metrics)
-                self._rank_zero.writer.write({**record, **written, **record})
-            shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
-            self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
+        self.write_evaluation(place, epoch, found)
         return self.metrics
+
+    def write_evaluation(self, place: Position, epoch: int, found: Mapping[str, Metrics]) -> None:
+        """Write an evaluation down that has made `metrics`.
+
+        Args:
+            place: where the run stands.
+            epoch: that led there.
+            found: its metrics, by the names of the data.
+        """
+        if self._rank_zero is None:
+            return
+        for name, metrics in found.items():
+            record = {"kind": "evaluation", "split": name, "step": place.step, "epoch": epoch}
+            written = self._written("validate", metrics)
+            self._rank_zero.writer.write({**record, **written, **record})
+        shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
+        self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
 
     def _evaluated(self, loader: EvaluationBatches) -> Metrics | None:
         """Return the metrics of some data, None if stopped. Collective: all ranks."""
@@ -641,10 +652,11 @@ class Run:
             if self._rank_zero is not None:
                 store = self._rank_zero.store
                 store.finish()
-                loaded = load_newest(store.folder, self._tell, read)
+                loaded = load_newest(store.folder, self.warn, read)
         return loaded
 
-    def _tell(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say on rank 0 what a user should know."""
         if self._rank_zero is not None:
             logger.warning(text)
 

@@ -60,7 +60,7 @@ from hpctrain.training.trainer import Phases, Plan, ends_here
 from hpctrain.training.trainer import Run as JobRun
 from hpctrain.training.undisturbed import evaluating, kept_generators
 from hpctrain.utils.json_files import checked
-from hpctrain.utils.text import listed, metric
+from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")
 
@@ -74,7 +74,6 @@ class Run:
     Attributes:
         state: objects that are saved with the run and put back: `run.state["ema"] = ema`. Each has
             `state_dict` and `load_state_dict`, of tensors, numbers, texts and containers of these.
-        metrics: of the newest evaluation.
         is_resumed: whether the run goes on from a checkpoint.
         stopped: whether all ranks have agreed to stop before the end.
     """
@@ -91,7 +90,6 @@ class Run:
         is_resumed: bool,
     ) -> None:
         self.state = NamedStates(step.registered)
-        self.metrics: dict[str, float] = hooks.metrics
         self.is_resumed = is_resumed
         self.stopped = False
         self._world = world
@@ -101,7 +99,6 @@ class Run:
         self._plan = plan
         self._data = data
         self._loader = loader
-        self._place: Position = data.place
         self._end = plan.stop_at.end(data.place)
         self._passes = step.grad_accum_steps
         if self._passes > 1 and len(step.steppers) > 1:
@@ -121,19 +118,24 @@ class Run:
         self._fresh: dict[str, float] | None = None
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Of the newest evaluation."""
+        return self._hooks.metrics
+
+    @property
     def epoch(self) -> int:
         """The running epoch, from 0."""
-        return self._place.epoch
+        return self._hooks.place.epoch
 
     @property
     def steps_done(self) -> int:
         """Steps since the run began, those of earlier jobs included."""
-        return self._place.step
+        return self._hooks.place.step
 
     @property
     def samples_seen(self) -> int:
         """Samples that all ranks together have trained with since the run began."""
-        return self._place.samples_seen
+        return self._hooks.place.samples_seen
 
     @property
     def epoch_ended(self) -> bool:
@@ -151,14 +153,14 @@ class Run:
             TrainingError: on every rank, if a body has updated nothing, or training diverges.
         """
         self._begin()
-        while self._place.step < self._end.step:
+        while self._hooks.place.step < self._end.step:
             for share in self._shares():
                 self._open(share)
                 yield from self._passes_of(share)
                 if self._close():
                     self.stopped = True
                     return
-                if self._place.step >= self._end.step:
+                if self._hooks.place.step >= self._end.step:
                     break
 
     def step(
@@ -283,8 +285,8 @@ class Run:
             self._logged.setdefault(name, []).append((number, weight))
 
     def _logs_now(self) -> bool:
-        step = self._place.step + 1
-        return step == self._end.step or self._plan.log.due(replace(self._place, step=step))
+        step = self._hooks.place.step + 1
+        return step == self._end.step or self._plan.log.due(replace(self._hooks.place, step=step))
 
     @contextmanager
     def evaluation(self, split: str = "validation") -> Iterator[None]:
@@ -316,8 +318,9 @@ class Run:
                 for name in names
             }
 
-        self.metrics = self._fresh = on_rank_zero(self._world.communicator, combined)
-        self._hooks.evaluated(self._place, self._position(), split, self.metrics)
+        metrics = on_rank_zero(self._world.communicator, combined)
+        self._hooks.metrics = self._fresh = metrics
+        self._hooks.write_evaluation(self._position(), self.epoch, {split: metrics})
 
     def update_metric(self, **sums: tuple[Tensor | float, Tensor | float]) -> None:
         """Add to metrics: each is (sum, weight), and the quotient of both over all data and ranks.
@@ -349,12 +352,12 @@ class Run:
             # From here every rank draws its own numbers.
             seed_generators(derive_key(self._world.seed, 1 + self._world.rank))
         self._generators = None
-        self._hooks.begin(self._place)
+        self._hooks.begin(self._hooks.place)
 
     def _shares(self) -> Iterator[ShareOfBatch]:
         """Yield this rank's shares of the global batches of the running epoch."""
         loader = self._data.train_loader
-        yield from loader.epoch(self._place.epoch, self._place.position)
+        yield from loader.epoch(self._hooks.place.epoch, self._hooks.place.position)
 
     def _open(self, share: ShareOfBatch) -> None:
         self._running = share
@@ -366,7 +369,7 @@ class Run:
     def _passes_of(self, share: ShareOfBatch) -> Iterator[Any]:
         if self._loader is None:
             self._world.pulse.tick()
-            yield self._place.step
+            yield self._hooks.place.step
             return
         for samples in self._loader.passes(share, self._passes):
             with ExitStack() as stack:
@@ -378,8 +381,8 @@ class Run:
     def _position(self) -> Position:
         """Return where the run stands once the running step is done."""
         if self._running is None:
-            return self._place
-        return self._place.after(self._running.global_size, self._plan.stop_at.epoch_samples)
+            return self._hooks.place
+        return self._hooks.place.after(self._running.global_size, self._plan.stop_at.epoch_samples)
 
     def _close(self) -> bool:
         """End a step: log it and save it where it is time. Collective: all ranks.
@@ -399,10 +402,9 @@ class Run:
             )
         share = self._running
         assert share is not None
-        epoch, place = self._place.epoch, self._position()
+        epoch, place = self.epoch, self._position()
         self._running = None
         self._step.taken(epoch, share.start, share.global_size)
-        self._place = place
         self._hooks.advanced(place)
         complete = place.step == self._end.step
         if complete or self._plan.log.due(place):
@@ -438,8 +440,8 @@ class Run:
         """
         if self._running is not None and self._updated:
             self.stopped = self._close() or self.stopped
-            if not self.stopped and self._place.step < self._end.step:
-                self._hooks.save(self._place, None)
+            if not self.stopped and self._hooks.place.step < self._end.step:
+                self._hooks.save(self._hooks.place, None)
         self._setups.current = None
         return not self.stopped
 
@@ -453,21 +455,6 @@ _EVALUATION = _Evaluation()
 
 class _Hooks(JobRun):
     """What a job does between two steps, for a loop of one's own."""
-
-    def evaluated(
-        self, before: Position, place: Position, split: str, metrics: Mapping[str, float]
-    ) -> None:
-        """Write down the metrics of an evaluation."""
-        self.metrics = dict(metrics)
-        if self._rank_zero is not None:
-            record = {"kind": "evaluation", "split": split, "step": place.step}
-            self._rank_zero.writer.write({**record, "epoch": before.epoch, **metrics})
-            shown = "  ".join(f"{name} {metric(value)}" for name, value in metrics.items())
-            self._rank_zero.progress.note(f"step {place.step:,}  epoch {before.epoch}  {shown}")
-
-    def warn(self, text: str) -> None:
-        """Say on rank 0 what a user should know."""
-        self._tell(text)
 
     @property
     def _has_data(self) -> bool:
