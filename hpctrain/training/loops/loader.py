@@ -187,7 +187,7 @@ class Loader:
         Raises:
             ConfigError: if an option of the loader is of a wrong type.
         """
-        source = str(self._source) if self._is_path else _named(self._source)
+        source = str(self._source) if self._is_path else use_of(self._source)
         given: dict[str, Any] = {"train": source, "global_batch_size": self.batch_size}
         if not self.training:
             ranks = self._world.topology.world_size
@@ -269,10 +269,11 @@ class Loader:
                 )
             return
         epoch, self._epoch = self._epoch, self._epoch + 1
+        passes = self.count_passes()
         for batch in data.train_loader.epoch(epoch):
-            yield from self.passes(batch, self.count_passes())
+            yield from self.passes(batch, passes)
 
-    def passes(self, share: ShareOfBatch, passes: int = 1) -> Iterator[Samples]:
+    def passes(self, share: ShareOfBatch, passes: int) -> Iterator[Samples]:
         """Yield the passes of a global batch, equally many on all ranks."""
         data = self._data
         assert data is not None
@@ -333,5 +334,6 @@ def _is_data_loader(source: Any) -> bool:
     return all(hasattr(source, name) for name in ("dataset", "collate_fn", "batch_sampler"))
 
 
-def _named(source: Any) -> str:
-    return f"{type(source).__module__}:{type(source).__qualname__}"
+def use_of(item: object) -> str:
+    """Return by what name a config would use the class of an object."""
+    return f"{type(item).__module__}:{type(item).__qualname__}"

@@ -35,7 +35,7 @@ from hpctrain.training.build import Parts, seed_generators
 from hpctrain.training.checkpointing import restore
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.evaluation import gather_at_rank_zero
-from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples
+from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples, use_of
 from hpctrain.training.loops.step import (
     RATES,
     SCHEDULE,
@@ -728,16 +728,12 @@ def _config(
             seed=DEFAULT_SEED if world.seed is None else world.seed,
             max_seconds=max_seconds,
         ),
-        "model": ComponentSection(use=" and ".join(_use(model) for model in models.values())),
+        "model": ComponentSection(use=" and ".join(use_of(model) for model in models.values())),
         "optimizer": OptimizerSection(
-            use=" and ".join(_use(each.optimizer) for each in step.steppers),
+            use=" and ".join(use_of(each.optimizer) for each in step.steppers),
             lr=lr if math.isfinite(lr) and lr > 0 else 1.0,
         ),
         "checkpoint": checkpoint,
         "logging": logging_section,
     }
     return config_without_data(**common) if loader is None else loader.config(**common)
-
-
-def _use(item: object) -> str:
-    return f"{type(item).__module__}:{type(item).__qualname__}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from hpctrain.checkpoint.optimizer_state import OWN, PARTS, SLOTS, SavedOptimizer
+from hpctrain.checkpoint.optimizer_state import OWN, SavedOptimizer
 from hpctrain.checkpoint.state import Json
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
@@ -21,7 +21,8 @@ from hpctrain.training.loops.registry import Setups
 from hpctrain.training.loops.setup import Named, Stepper
 from hpctrain.training.modules.scheduler_state import load_portable, portable_state
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, bad_among
-from hpctrain.training.registered_state import RegisteredState, Stateful
+from hpctrain.training.registered_state import REGISTERED, RegisteredState, Stateful
+from hpctrain.training.snapshot import parameter_of
 from hpctrain.training.step import named_numbers
 from hpctrain.training.undisturbed import Disturbance
 from hpctrain.utils.text import plural
@@ -44,7 +45,6 @@ class LoopStep:
     """
 
     average = None
-    graphs = False
     grad_accum_steps = 1
 
     def __init__(self, world: World, setups: Setups, models: Mapping[str, nn.Module]) -> None:
@@ -109,10 +109,6 @@ class LoopStep:
         """Return None: what a loop logs ends with its step."""
         return None
 
-    def communication_seconds(self) -> float:
-        """Return 0: what this rank waits for gradients is part of its computing."""
-        return 0.0
-
     def before_update(self, do: Callable[[], None]) -> None:
         """Call something once, before the next time that an optimizer's state changes."""
         waiting = [do]
@@ -167,10 +163,6 @@ class LoopStep:
         numbers[3:] = self._setups.bad_steps.counts()
         self._setups.bad_steps.look_anew()
         return named_numbers(numbers.tolist())
-
-    def recent_batches(self) -> list[tuple[int, int, int]]:
-        """Return epoch, start and size of the newest batches, oldest first."""
-        return [(epoch, start, size) for epoch, start, size, _ in self._recent]
 
     def bad_batches(self, step: int) -> list[BadBatch]:
         """Return those of the newest batches that were not applied, oldest first."""
@@ -266,18 +258,10 @@ class _OptimizerStates:
                 if (
                     key == _numbered(_plain(key), number)
                     if key.startswith(OWN)
-                    else _of(key) in mine
+                    else parameter_of(key) in mine
                 )
             }
             stepper.state.restore(held, SavedOptimizer(tensors, _renamed(own, _plain)))
-
-
-def _of(key: str) -> str:
-    """Return the parameter that a tensor of an optimizer belongs to."""
-    for beginning in (SLOTS, PARTS):
-        if key.startswith(beginning):
-            return key.removeprefix(beginning).rpartition("/")[0]
-    return ""
 
 
 def _numbered(key: str, number: int) -> str:
@@ -322,7 +306,7 @@ class LateState(RegisteredState):
         """Have the objects go on that are there, and keep the rest for those that come later."""
         self._saved, self._tensors = (
             dict(saved),
-            {name: item for name, item in tensors.items() if name.startswith("registered/")},
+            {name: item for name, item in tensors.items() if name.startswith(REGISTERED)},
         )
         self._put_back()
         return []
