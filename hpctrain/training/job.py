@@ -232,8 +232,8 @@ def _build(
             watch_metrics(config, parts.task, parts.schedule, validates=loader is not None)
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
-    if (told := untrained_parameters(parts.task)) is not None:
-        notes.append(told)
+    if (note := untrained_parameters(parts.task)) is not None:
+        notes.append(note)
     notes += transport_notes(world)
     return parts
 

@@ -36,7 +36,7 @@ class Started:
 
 @contextmanager
 def started(claim: Claim, *, stops: bool = True) -> Iterator[Started]:
-    """Connect all ranks for messages; a failure that all share is told once. Collective: all ranks.
+    """Connect all ranks for messages; a failure of all is reported once. Collective: all ranks.
 
     An exception of one rank ends the job; in a world of one process it is the caller's to catch.
 
@@ -52,12 +52,12 @@ def started(claim: Claim, *, stops: bool = True) -> Iterator[Started]:
             alone_in_this_process(),
             SignalFlag() if stops else nullcontext(SignalFlag()) as signals,
             control_plane(claim, keep_mpi=True) as (topology, communicator),
-            # One process tells nothing: its failure may be caught.
+            # One process reports nothing: its failure may be caught.
             telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
-            guard(topology, is_callers=True) as keeper,
+            guard(topology, is_callers=True) as job_guard,
         ):
             yield Started(
-                topology=topology, communicator=communicator, guard=keeper, signals=signals
+                topology=topology, communicator=communicator, guard=job_guard, signals=signals
             )
     except HpctrainError as error:
         end_quietly_if_uncaught(error)

@@ -95,7 +95,7 @@ def session(
             yield Session(communicator=communicator, folder=folder, stop=stop, stack=stack)
         except HpctrainError as error:
             if folder is not None:
-                with suppress(CheckpointError):  # the first failure is the one to tell
+                with suppress(CheckpointError):  # the first failure is the one to report
                     folder.end(error.exit_code, str(error).splitlines()[0])
             raise
 

@@ -552,7 +552,7 @@ def running(
         except HpctrainError:
             raise
         except BaseException as error:
-            if job.folder is not None and world.world_size == 1:  # else the guard tells
+            if job.folder is not None and world.world_size == 1:  # else the guard reports it
                 with suppress(CheckpointError):
                     job.folder.end(ExitCode.BUG, f"{type(error).__name__}: {error}")
             raise
@@ -622,7 +622,7 @@ def _begun(
 def sections(
     *, log_steps: int, progress: str, **checkpoint: Any
 ) -> tuple[CheckpointSection, LoggingSection]:
-    """Return what is saved and told, as a config would say it.
+    """Return what is saved and reported, as a config would say it.
 
     Raises:
         ConfigError: if a number is out of its range, or a word is none.
