@@ -54,16 +54,16 @@ from hpctrain.launch.failure import guard
 from hpctrain.launch.process_group import control_plane, gathering, process_group
 began = time.time()
 section = LaunchSection(device="cpu")
-with control_plane() as (topology, communicator), guard(topology) as keeper:
+with control_plane() as (topology, communicator), guard(topology) as job_guard:
     communicator.barrier()
     discovered = time.time()
-    with gathering(topology, communicator, section, keeper) as meeting:
+    with gathering(topology, communicator, section, job_guard) as meeting:
         communicator.barrier()
         gathered = time.time()
         import torch.distributed
         communicator.barrier()
         imported = time.time()
-        with process_group(topology, communicator, section, meeting, keeper):
+        with process_group(topology, communicator, section, meeting, job_guard):
             communicator.barrier()
             ready = time.time()
             if topology.is_rank_zero:

@@ -111,13 +111,13 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
     with (
         control_plane(claim) as (topology, communicator),
         telling(topology.is_rank_zero),
-        guard(topology) as keeper,
+        guard(topology) as job_guard,
     ):
         config = communicator.broadcast(config)
         if isinstance(config, ConfigError):
             raise config
         assert config is not None
-        yield Job(config=config, topology=topology, communicator=communicator, guard=keeper)
+        yield Job(config=config, topology=topology, communicator=communicator, guard=job_guard)
 
 
 def _parsed(

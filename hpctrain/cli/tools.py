@@ -236,8 +236,8 @@ def _data_on_all_ranks(
     with (
         control_plane(claim) as (topology, communicator),
         telling(topology.is_rank_zero),
-        guard(topology) as keeper,
-        gathering(topology, communicator, LaunchSection(), keeper),
+        guard(topology) as job_guard,
+        gathering(topology, communicator, LaunchSection(), job_guard),
     ):
         shown = progress if topology.is_rank_zero else _silent
         return str(parsed.work(parsed, communicator, shown))

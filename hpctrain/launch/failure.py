@@ -173,25 +173,25 @@ def guard(topology: Topology, *, is_callers: bool = False) -> Iterator[Guard]:
         return
     around = standing()
     is_part = around is not None and around.topology is topology
-    keeper = around.guard if around is not None and is_part else Guard(topology)
+    job_guard = around.guard if around is not None and is_part else Guard(topology)
     previous = threading.excepthook
 
     def thread_failed(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None:
-            keeper.end_job(failed.exc_value, failed.exc_traceback)
+            job_guard.end_job(failed.exc_value, failed.exc_traceback)
 
     threading.excepthook = thread_failed
     try:
-        yield keeper
+        yield job_guard
     except BaseException as error:
         shared = topology.world_size == 1 or getattr(error, "everywhere", False)
         if isinstance(error, HpctrainError | KeyboardInterrupt) and shared:
             raise
-        keeper.end_job(error, error.__traceback__)
+        job_guard.end_job(error, error.__traceback__)
     finally:
         threading.excepthook = previous
         if not is_part:
-            keeper.close()
+            job_guard.close()
 
 
 def exit_code(error: BaseException) -> int:

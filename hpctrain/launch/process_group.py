@@ -123,7 +123,7 @@ def control_plane(
 
 @contextmanager
 def gathering(
-    topology: Topology, communicator: Communicator, section: LaunchSection, keeper: Guard
+    topology: Topology, communicator: Communicator, section: LaunchSection, job_guard: Guard
 ) -> Iterator[Meeting | None]:
     """Agree where to meet, and have watchdogs watch over all ranks. Collective: all ranks.
 
@@ -141,21 +141,21 @@ def gathering(
     if (around := standing()) is not None and around.communicator is communicator:
         # They are watched already. Those that take their time in the program are waited for.
         meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
-        keeper.entering(section)
+        job_guard.entering(section)
         yield meeting
-        keeper.outside()
+        job_guard.outside()
         return
     meeting = meet(topology, communicator, interface=section.interface, ip=section.address)
     with watched(
         topology,
         communicator,
         meeting,
-        keeper.pulse,
+        job_guard.pulse,
         hang_timeout_seconds=section.hang_timeout_seconds,
         first_step_timeout_seconds=section.first_step_timeout_seconds,
     ) as client:
         if client is not None:
-            keeper.watched_by(client)
+            job_guard.watched_by(client)
         # What takes long from here on is for the watchdog to judge.
         communicator.limit(None)
         yield meeting
@@ -167,7 +167,7 @@ def process_group(
     communicator: Communicator,
     section: LaunchSection,
     meeting: Meeting | None,
-    keeper: Guard,
+    job_guard: Guard,
 ) -> Iterator[World]:
     """Choose the device and initialise torch.distributed. Collective: all ranks.
 
@@ -184,7 +184,7 @@ def process_group(
     communicator.limit(section.first_step_timeout_seconds)
     device = choose_device(section, topology, communicator)
     set_threads(communicator, topology)
-    keeper.runs_on(str(device))
+    job_guard.runs_on(str(device))
     backend = choose_backend(section, device)
     # Longer than the watchdog's limits, which can say more about who is late.
     timeout = timedelta(
@@ -219,18 +219,18 @@ def process_group(
         communicator.barrier()
 
     communicator.limit(None)
-    keeper.wait_until_watched()
+    job_guard.wait_until_watched()
     with closing_together(communicator, close):
         yield World(
             topology=topology,
             communicator=communicator,
             device=device,
             backend=backend,
-            pulse=keeper.pulse,
+            pulse=job_guard.pulse,
             nccl_log=nccl_log,
-            guard=keeper,
+            guard=job_guard,
         )
-        keeper.leaving()
+        job_guard.leaving()
 
 
 @contextmanager
@@ -266,11 +266,11 @@ def connect(
         with (
             alone_in_this_process(),
             control_plane(part=communicator) as (topology, messages),
-            guard(topology, is_callers=True) as keeper,
+            guard(topology, is_callers=True) as job_guard,
             # One process tells nothing: its failure may be caught.
             telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
-            gathering(topology, messages, section, keeper) as meeting,
-            process_group(topology, messages, section, meeting, keeper) as world,
+            gathering(topology, messages, section, job_guard) as meeting,
+            process_group(topology, messages, section, meeting, job_guard) as world,
         ):
             try:
                 yield world
@@ -301,20 +301,20 @@ def standing_ranks(claim: Claim) -> Iterator[Standing]:
     """
     with (
         control_plane(claim) as (topology, messages),
-        guard(topology) as keeper,
+        guard(topology) as job_guard,
         telling(topology.is_rank_zero),
-        gathering(topology, messages, LaunchSection(), keeper),
+        gathering(topology, messages, LaunchSection(), job_guard),
     ):
-        keeper.wait_until_watched()
-        keeper.outside()
-        around = Standing(topology=topology, communicator=messages, guard=keeper)
+        job_guard.wait_until_watched()
+        job_guard.outside()
+        around = Standing(topology=topology, communicator=messages, guard=job_guard)
         if topology.world_size == 1:
             yield around
             return
         with stands(around):
             yield around
         # The others may be long in what they do alone.
-        keeper.leaving()
+        job_guard.leaving()
 
 
 _in_use = threading.Lock()

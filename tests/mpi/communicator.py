@@ -72,8 +72,8 @@ def check_each_rank_fails_in_turn(world: World) -> None:
 def without_a_process_group() -> Iterator[World]:
     with (
         control_plane() as (topology, communicator),
-        guard(topology) as keeper,
-        gathering(topology, communicator, LaunchSection(), keeper),
+        guard(topology) as job_guard,
+        gathering(topology, communicator, LaunchSection(), job_guard),
     ):
         yield SimpleNamespace(topology=topology, communicator=communicator, backend=None)
 

@@ -245,8 +245,8 @@ def check_names(site: Site) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with hurried(), control_plane() as (topology, communicator), guard(topology) as keeper:
-        site = Site(folder, topology, communicator, keeper)
+    with hurried(), control_plane() as (topology, communicator), guard(topology) as job_guard:
+        site = Site(folder, topology, communicator, job_guard)
         if topology.is_rank_zero and not (folder / "rows").exists():
             draw = np.random.default_rng(0)
             x = draw.standard_normal((ROWS, FEATURES)).astype(np.float32)

@@ -23,17 +23,17 @@ class NoSignals:
     value = 0
 
 
-def go_on(name: str, topology: Topology, communicator: Communicator, keeper: Guard) -> int:
+def go_on(name: str, topology: Topology, communicator: Communicator, job_guard: Guard) -> int:
     config = load(f"{name}.toml")
     signals: Any = NoSignals()
-    with gathering(topology, communicator, config.launch, keeper) as meeting:
+    with gathering(topology, communicator, config.launch, job_guard) as meeting:
         return train(
             config,
             topology,
             communicator,
             meeting=meeting,
             signals=signals,
-            guard=keeper,
+            guard=job_guard,
             command=[f"{name}.toml"],
         )
 
@@ -41,11 +41,11 @@ def go_on(name: str, topology: Topology, communicator: Communicator, keeper: Gua
 def main() -> None:
     folder, *cases = sys.argv[1:]
     os.chdir(folder)
-    with control_plane() as (topology, communicator), guard(topology) as keeper:
+    with control_plane() as (topology, communicator), guard(topology) as job_guard:
         for case in cases:
             message = None
             try:
-                code = go_on(case, topology, communicator, keeper)
+                code = go_on(case, topology, communicator, job_guard)
             except HpctrainError as error:
                 if not error.everywhere:
                     raise

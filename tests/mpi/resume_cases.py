@@ -240,10 +240,10 @@ class Site:
     """Where the jobs of this process run."""
 
     def __init__(
-        self, folder: Path, topology: Topology, communicator: Communicator, keeper: Guard
+        self, folder: Path, topology: Topology, communicator: Communicator, job_guard: Guard
     ) -> None:
         self.folder, self.topology, self.communicator = folder, topology, communicator
-        self.keeper = keeper
+        self.job_guard = job_guard
         if topology.is_rank_zero and not (folder / "data").exists():
             draw = np.random.default_rng(0)
             x = draw.standard_normal((ROWS, FEATURES + 1)).astype(np.float32)
@@ -269,21 +269,21 @@ class Site:
             value = property(lambda _: signals())
 
         flag: Any = Signals()
-        with gathering(self.topology, self.communicator, config.launch, self.keeper) as meeting:
+        with gathering(self.topology, self.communicator, config.launch, self.job_guard) as meeting:
             return train(
                 config,
                 self.topology,
                 self.communicator,
                 meeting=meeting,
                 signals=flag,
-                guard=self.keeper,
+                guard=self.job_guard,
                 command=["run.toml"],
             )
 
     def stop_at(self, step: int) -> Callable[[], int]:
         """Return signals that ask for a stop once `step` is done."""
-        self.keeper.pulse.step_done(0)
-        return lambda: int(self.keeper.pulse.step >= step)
+        self.job_guard.pulse.step_done(0)
+        return lambda: int(self.job_guard.pulse.step >= step)
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -469,8 +469,8 @@ def hurried() -> Iterator[None]:
 
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
-    with hurried(), control_plane() as (topology, communicator), guard(topology) as keeper:
-        site = Site(folder, topology, communicator, keeper)
+    with hurried(), control_plane() as (topology, communicator), guard(topology) as job_guard:
+        site = Site(folder, topology, communicator, job_guard)
         if what == "elastic":
             elastic(site, int(sys.argv[3]))
         else:
