@@ -37,7 +37,7 @@ from hpctrain.utils.run_folder import step_of
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY, EVALUATE_EVERY = 5, 7
 STEPS_A_MOMENT = 40
-CLOCKED = ("seconds", "samples_per_second", "time")
+CLOCKED = ("seconds", "samples_per_second", "wall_time")
 
 
 def main() -> int:

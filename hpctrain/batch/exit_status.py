@@ -397,7 +397,7 @@ def to_text(folder: Path, status: Status, *, for_script: bool = False) -> str:
 
 def _metrics(record: Mapping[str, Any]) -> str:
     """Return the place and the numbers of a record of metrics.jsonl."""
-    left_out = ("kind", "split", "step", "epoch", "samples_seen", "samples_per_second")
+    left_out = ("kind", "split", "step", "epoch", "wall_time", "samples_seen", "samples_per_second")
     numbers = [
         f"{name} {value if isinstance(value, str) else metric(value)}"
         for name, value in record.items()

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpctrain.observe.records import Record
+from hpctrain.observe.records import WALL_TIME, Record
 
 _logger = logging.getLogger(__name__)
 
-_OF_THE_LINE = ("kind", "step", "split")
+_OF_THE_LINE = ("kind", "step", "split", WALL_TIME)
 
 
 class Handed:

@@ -20,7 +20,15 @@ from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe.handed import Handed
-from hpctrain.observe.records import Record, cut_back, flat, read_records, to_line, to_row
+from hpctrain.observe.records import (
+    WALL_TIME,
+    Record,
+    cut_back,
+    flat,
+    read_records,
+    to_line,
+    to_row,
+)
 from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, replacing
 from hpctrain.utils.permissions import follow_folder
@@ -53,6 +61,7 @@ class MetricsWriter:
             metrics of an older one are put aside under another name.
         again: a kind of record that is about to be written once more at `resume_step` itself.
         clock: seconds, monotonic.
+        now: seconds since 1970, which every record is given as its "wall_time".
 
     Raises:
         CheckpointError: if the files cannot be made.
@@ -65,6 +74,7 @@ class MetricsWriter:
         *,
         again: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         try:
             sinks = _open(run_folder, resume_step, again)
@@ -75,6 +85,7 @@ class MetricsWriter:
                 "run.directory"
             ) from error
         self._clock = clock
+        self._now = now
         self._queues = [_Queue(sink, clock) for sink in sinks]
 
     def hand_to(self, loggers: Sequence[Any], arguments: Mapping[str, Any]) -> None:
@@ -83,6 +94,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Write a record: "kind", "step", and values that JSON knows, nested or not."""
+        record = {**record, WALL_TIME: record.get(WALL_TIME, round(self._now(), 3))}
         for queue in self._queues:
             queue.put(record)
 
@@ -315,10 +327,12 @@ class TensorBoard:
         values = [
             self._summary.Value(tag=f"{group}/{key.replace('.', '/')}", simple_value=value)
             for key, value in flat(record).items()
-            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key not in ("step", WALL_TIME)
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
         ]
         return self._event(
-            wall_time=time.time(), step=record["step"], summary=self._summary(value=values)
+            wall_time=record[WALL_TIME], step=record["step"], summary=self._summary(value=values)
         )
 
     def _write(self, events: Sequence[Any]) -> None:

@@ -19,6 +19,8 @@ Record = Mapping[str, Any]
 NONFINITE = "nonfinite"
 """Key of a line that tells which of its nulls stand for what: {"seconds.data": "inf"}."""
 
+WALL_TIME = "wall_time"
+"""Key of the second since 1970 at which a record was written, as TensorBoard calls it."""
 
 _TAIL_BYTES = 2**18
 """Of metrics.jsonl, in which the newest records are looked for."""

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 STOPPED, LAST = 7, 14
 """Steps, in the second of three epochs and in the third."""
 
-CLOCKED = ("seconds", "samples_per_second")
+CLOCKED = ("seconds", "samples_per_second", "wall_time")
 
 _SHARDS = {"train": "data/shards", "validation": "data/shards"}
 _TABLE = {"use": "regression", "inputs": ["x"], "target": "y"}

@@ -39,7 +39,7 @@ STOPPED = 7
 def records(text: str) -> list[dict[str, Any]]:
     """Return metrics without what depends on the machine."""
     found = [json.loads(line) for line in text.splitlines()]
-    clocked = ("seconds", "samples_per_second")
+    clocked = ("seconds", "samples_per_second", "wall_time")
     return [{key: value for key, value in record.items() if key not in clocked} for record in found]
 
 

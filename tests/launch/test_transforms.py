@@ -84,7 +84,7 @@ def train(
 
 
 def metrics(site: Path, name: str) -> list[dict[str, Any]]:
-    clocked = {"seconds", "samples_per_second", "time"}
+    clocked = {"seconds", "samples_per_second", "wall_time"}
     lines = (site / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
 

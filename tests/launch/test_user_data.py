@@ -45,7 +45,7 @@ def train(site: Path, *overrides: str) -> str:
 def ended(site: Path, name: str) -> tuple[list[dict[str, Any]], bytes]:
     """Return the metrics of a run, and its weights."""
     folder = site / "runs" / name
-    clocked = {"seconds", "samples_per_second", "time"}
+    clocked = {"seconds", "samples_per_second", "wall_time"}
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
     newest = max((folder / "checkpoints").glob("step-*"))

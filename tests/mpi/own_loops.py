@@ -161,6 +161,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     for record in found:
         record.pop("seconds", None)
         record.pop("samples_per_second", None)
+        record.pop("wall_time", None)
     return found
 
 

@@ -40,7 +40,7 @@ from hpctrain.training.trainer import Run
 
 ROWS, BATCH, FEATURES = 70, 16, 6
 EPOCH_STEPS, EPOCHS = 5, 3  # the last batch of an epoch is smaller
-CLOCKED = {"seconds", "samples_per_second", "time"}
+CLOCKED = {"seconds", "samples_per_second", "wall_time"}
 OF_THE_RUN = {"meta.json", "config.toml"}  # its name is in them
 
 SCHEDULERS: dict[str, dict[str, Any]] = {

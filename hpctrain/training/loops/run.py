@@ -64,7 +64,7 @@ from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")
 
-_RECORD = {"kind", "step", "epoch", "samples_seen", "seconds"}
+_RECORD = {"kind", "step", "epoch", "samples_seen", "seconds", "wall_time"}
 """What a line of metrics.jsonl has of its own."""
 
 

@@ -31,7 +31,7 @@ def evaluation(step: int, accuracy: float = 0.5) -> dict[str, Any]:
 
 
 def write(folder: Path, resume_step: int | None, *written: Mapping[str, Any]) -> None:
-    writer = MetricsWriter(folder, resume_step)
+    writer = MetricsWriter(folder, resume_step, now=lambda: 1764396314.12345)
     for record in written:
         writer.write(record)
     writer.close()
@@ -122,11 +122,11 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     write(tmp_path, None, *written)
     assert [line.get("accuracy") for line in read_lines(tmp_path)] == [None, None, 1 / 3, None]
     assert (tmp_path / "metrics.csv").read_text(encoding="utf-8") == (
-        "kind,step,loss,seconds.data,note,converged,split,accuracy\n"
-        "train,1,0.5,0.1,,,,\n"
-        'train,2,nan,0.1,"a, ""b"" c",false,,\n'
-        "evaluation,2,,,,,validation,0.3333333333333333\n"
-        "train,3,,0.1,,,,\n"
+        "kind,step,loss,seconds.data,wall_time,note,converged,split,accuracy\n"
+        "train,1,0.5,0.1,1764396314.123,,,,\n"
+        'train,2,nan,0.1,1764396314.123,"a, ""b"" c",false,,\n'
+        "evaluation,2,,,1764396314.123,,,validation,0.3333333333333333\n"
+        "train,3,,0.1,1764396314.123,,,,\n"
     )
 
 
