@@ -123,12 +123,14 @@ def _put_of_torch(out: bytearray, value: object, depth: int) -> None:
     elif torch is not None and isinstance(value, torch.dtype):
         _put_bytes(out, b"D", str(value).removeprefix("torch.").encode())
     elif torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter):
+        from hpctrain.checkpoint.tensors import tensor_bytes
+
         tensor: Any = value
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
         out += b"t"
-        _put(out, plain.dtype, depth)
+        _put(out, tensor.dtype, depth)
         _put(out, tuple(tensor.shape), depth)
-        _put_bytes(out, b"b", memoryview(plain.view(torch.uint8).numpy()).cast("B"))
+        content: Any = tensor_bytes(tensor.cpu()).numpy()
+        _put_bytes(out, b"b", memoryview(content))
     else:
         raise TypeError(
             f"{type(value).__module__}.{type(value).__qualname__} cannot be part of a message "

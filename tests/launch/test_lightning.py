@@ -1,4 +1,4 @@
-"""The two programs of Lightning that every course has, on 1, 2 and 3 ranks, under ddp and fsdp."""
+"""The two programs that every course of Lightning has, and one of graphs, on 1, 2 and 3 ranks."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def test_language_model(folder: Path, ranks: int) -> None:
         assert len(here["losses"]) == len(there["losses"]) == 2
         assert here["losses"][0] == pytest.approx(there["losses"][0], abs=0.2)
         assert here["test"]["test_loss"] == pytest.approx(there["test"]["test_loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_graphs(folder: Path, ranks: int) -> None:
+    """Samples are objects of a class of somebody's, and a rank's share may be one of them."""
+    alone, found = trained(1, folder), trained(ranks, folder)
+    for strategy in ("ddp", "fsdp"):
+        here, there = found[f"graphs {strategy}"], alone["graphs ddp"]
+        assert here["losses"] == pytest.approx(there["losses"], rel=1e-5)
+        for name in ("val_auroc", "val_acc", "val_f1", "train_acc"):
+            assert here["found"][name] == pytest.approx(there["found"][name], abs=1e-6)
 
 
 def test_the_program_of_the_page(tmp_path: Path) -> None:

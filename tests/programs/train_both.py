@@ -1,4 +1,4 @@
-"""The two programs as scripts train them: `python train_both.py OUTPUT`, under any launcher."""
+"""Three programs as scripts train them: `python train_both.py OUTPUT`, under any launcher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from programs.language_model import WORDS, LanguageModel, loaders
 from programs.lit_mnist import DigitsDataModule, LitMNIST
+from programs.shapes import graphs as graph_program
 
 
 def digits(strategy: str) -> dict[str, Any]:
@@ -60,11 +61,20 @@ def words(strategy: str) -> dict[str, Any]:
     return {"run": trainer.log_dir, "test": tested}
 
 
+def graphs(strategy: str) -> dict[str, Any]:
+    seed_everything(1)
+    model, loaders, _ = graph_program()
+    trainer = Trainer(max_epochs=2, accelerator="cpu", strategy=strategy, log_every_n_steps=1)
+    trainer.fit(model, *loaders)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"run": trainer.log_dir, "found": found}
+
+
 def main() -> None:
     found = {
         f"{program.__name__} {strategy}": program(strategy)
         for strategy in ("ddp", "fsdp")
-        for program in (digits, words)
+        for program in (digits, words, graphs)
     }
     ranks = Trainer(accelerator="cpu").is_global_zero
     if ranks:

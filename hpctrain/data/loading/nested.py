@@ -80,6 +80,18 @@ def moved(data: Any, device: torch.device, move: Callable[[Tensor], Tensor] | No
     return map_tensors(move or (lambda tensor: tensor.to(device)), data, itself)
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of the host one after the other, (bytes,) uint8.
+
+    It is the memory of the tensor where its values lie there in this order.
+    """
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    if flat.numel() == 1:
+        # Of one value torch takes any stride for contiguous, and views only a stride of 1 as bytes.
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
+
+
 def named_tensors(data: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a structure, each with where it is, such as "image" or "1.mask"."""
     if isinstance(data, Tensor):

@@ -284,6 +284,7 @@ def test_values_of_a_dataset_are_shared_by_its_workers() -> None:
     "tensor",
     [
         torch.tensor(3),
+        torch.rand(1, 2)[:, 1],  # one value, whose stride is 2
         torch.rand(3, 4).T,
         torch.rand(2, 3, dtype=torch.complex64).conj(),
         torch.rand(3).to(torch.bfloat16),
@@ -393,6 +394,28 @@ def test_the_fingerprint_knows_other_samples_and_not_what_is_drawn() -> None:
 
     assert facts(Unseeded()) == facts(Unseeded())
     assert facts(clock) != facts(clock[:3])
+
+
+def test_the_fingerprint_of_objects_is_the_same_in_every_process() -> None:
+    """Of graphs and the like: where their tensors lie in memory counts for nothing."""
+
+    class Graph:
+        def __init__(self, x: float, of: Any) -> None:
+            self.x, self.of, self.itself = torch.full((1, 2), x)[:, 1], of, self
+            self.tags = {"a", "b", str(x)}
+
+    class Graphs(list[Any]):
+        pass
+
+    def facts(x: float) -> list[str]:
+        graphs = Graphs()
+        graphs += [Graph(x + each, graphs) for each in range(3)]
+        return looked_at(map_dataset(graphs), Fetcher(graphs, None, seeded=True), 5)
+
+    kept = facts(1.0)
+    assert not any("drawn anew" in fact for fact in kept)
+    assert facts(1.0) == kept
+    assert facts(2.0)[1:] != kept[1:]
 
 
 def test_names_in_an_error_are_those_of_the_structure() -> None:

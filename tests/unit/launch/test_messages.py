@@ -93,6 +93,7 @@ def test_arrays(array: np.ndarray[Any, Any]) -> None:
     "tensor",
     [
         torch.arange(6.0).reshape(2, 3).T,
+        torch.rand(1, 2)[:, 1],
         torch.zeros(0, 3, dtype=torch.int64),
         torch.tensor(2.5, dtype=torch.bfloat16),
         torch.tensor([1 + 2j]).conj(),
@@ -109,7 +110,7 @@ def test_tensors(tensor: torch.Tensor) -> None:
 
 
 def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.detach().resolve_conj().contiguous()
+    plain = tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
     return plain.view(torch.uint8) if plain.dim() else plain
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.loading.map_style.draws import kept_draws
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
+from hpctrain.data.loading.nested import bytes_of
 from hpctrain.data.order import sample_keys
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError, HpctrainError, TrainingError
@@ -23,6 +23,9 @@ _LOOKED_AT = 3
 """Samples that a fingerprint is made of."""
 _MOST_BYTES = 2**20
 """Of one value that the fingerprint looks at."""
+_MOST_OBJECTS = 10_000
+"""Of no known kind that it looks into, in one sample: one may know the whole of its Dataset."""
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,42 +144,81 @@ def fingerprint_of(facts: Sequence[str]) -> str:
 
 
 def _hash(data: Any, *, values: bool = True) -> str:
-    digest = xxhash.xxh3_64()
-    for part in _parts(data, values=values):
-        digest.update(part)
-    return str(digest.hexdigest())
+    return _Look(values).of(data)
 
 
-def _parts(data: Any, *, values: bool) -> Any:
-    """Yield bytes that stand for a structure, and for what is in it."""
-    yield type(data).__name__.encode()
-    if isinstance(data, Tensor):
-        yield f"{tuple(data.shape)} {data.dtype}".encode()
-        if values and data.device.type == "cpu" and not data.is_sparse:
-            data = data.detach().resolve_conj().resolve_neg().contiguous()
-            if data.numel():
-                yield data.reshape(-1).view(torch.uint8)[:_MOST_BYTES].numpy().tobytes()
-    elif isinstance(data, np.ndarray):
-        yield f"{data.shape} {data.dtype}".encode()
-        if values and data.dtype != object:
-            yield np.ascontiguousarray(data).reshape(-1).view(np.uint8)[:_MOST_BYTES].tobytes()
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            yield repr(key).encode()
-            yield from _parts(value, values=values)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from _parts(value, values=values)
-    elif isinstance(data, str | bytes | int | float | complex | bool | None):
-        if values:
-            yield repr(data).encode()
-    elif values:
-        yield _pickled(data)
+class _Look:
+    """A look at a structure, as a hash of it and of what is in it."""
 
+    def __init__(self, values: bool, seen: Mapping[int, Any] | None = None) -> None:
+        """Begin.
 
-def _pickled(data: Any) -> bytes:
-    """Return an object of no known kind as bytes; nothing, where it cannot be."""
-    try:
-        return pickle.dumps(data, protocol=5)[:_MOST_BYTES]
-    except Exception:  # noqa: BLE001 - then its class is all that is known of it
-        return b""
+        Args:
+            values: whether what is in it counts.
+            seen: objects of no known kind that it lies within, by their id.
+        """
+        self._values = values
+        self._seen = dict(seen or {})
+        self._digest = xxhash.xxh3_64()
+
+    def of(self, data: Any) -> str:
+        """Return the hash of data of any kind."""
+        self._add(data, 0)
+        return str(self._digest.hexdigest())
+
+    def _add(self, data: Any, depth: int) -> None:
+        self._digest.update(type(data).__name__.encode())
+        if depth > _DEEPEST:
+            return
+        if isinstance(data, Tensor):
+            self._digest.update(f"{tuple(data.shape)} {data.dtype}".encode())
+            if self._values and data.device.type == "cpu" and data.layout is torch.strided:
+                self._digest.update(bytes_of(data)[:_MOST_BYTES].numpy().tobytes())
+        elif isinstance(data, np.ndarray):
+            self._add_array(data, depth)
+        elif isinstance(data, Mapping):
+            for key, value in data.items():
+                self._digest.update(repr(key).encode())
+                self._add(value, depth + 1)
+        elif isinstance(data, list | tuple):
+            for value in data:
+                self._add(value, depth + 1)
+        elif isinstance(data, str | bytes | int | float | complex | None):
+            if self._values:
+                self._digest.update(repr(data).encode())
+        elif self._values:
+            self._add_object(data, depth)
+
+    def _add_array(self, data: Any, depth: int) -> None:
+        self._digest.update(f"{data.shape} {data.dtype}".encode())
+        if data.dtype.hasobject:
+            self._add(data.tolist(), depth + 1)
+        elif self._values:
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            self._digest.update(data[:_MOST_BYTES].tobytes())
+
+    def _add_object(self, data: Any, depth: int) -> None:
+        """Add an object of a class of somebody's, such as a graph.
+
+        What pickle would put together again counts, and not pickle's own bytes: in these a tensor
+        has its place in memory.
+        """
+        if isinstance(data, set | frozenset):
+            # Strings in a set have another order in every process.
+            for each in sorted(_Look(self._values, self._seen).of(each) for each in data):
+                self._digest.update(each.encode())
+            return
+        if (name := getattr(data, "__qualname__", None)) is not None:  # a class or a function
+            self._digest.update(str(name).encode())
+            return
+        if id(data) in self._seen or len(self._seen) >= _MOST_OBJECTS:
+            return
+        self._seen[id(data)] = data
+        try:
+            made_of: Any = data.__reduce_ex__(2)
+            if not isinstance(made_of, str):
+                made_of = [list(each) if isinstance(each, Iterator) else each for each in made_of]
+        except Exception:  # noqa: BLE001 - then its class is all that is known of it
+            return
+        self._seen[id(made_of)] = made_of  # kept, or another object would have its id
+        self._add(made_of, depth + 1)

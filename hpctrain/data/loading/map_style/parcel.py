@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.loading.buffers import ALIGNMENT_BYTES
+from hpctrain.data.loading.nested import bytes_of
 from hpctrain.data.loading.worker import new_file
 from hpctrain.data.runs import Bytes
 
@@ -108,8 +109,7 @@ def _reduced(tensor: Tensor) -> Any:
     )
     if not is_plain:
         return NotImplemented
-    values = tensor.resolve_conj().resolve_neg().contiguous()
-    array: Any = values.reshape(-1).view(torch.uint8).numpy()
+    array: Any = bytes_of(tensor).numpy()
     return _tensor, (pickle.PickleBuffer(array), tensor.dtype, tuple(tensor.shape))
 
 
