@@ -6,15 +6,14 @@ import gzip
 import math
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, BinaryIO, cast
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.convert.sources.source import reading
+from hpctrain.convert.sources.source import ArrayFacts, kept_attributes, reading
 from hpctrain.data.contents import datasets_with_rows
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.data.storage import open_hdf5_file, read_attribute, require_filters
@@ -26,31 +25,18 @@ _Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 # Source: Yann LeCun's description of the format, http://yann.lecun.com/exdb/mnist.
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_NAME = re.compile(r"idx\d-u?(byte|short|int|float|double)(\.gz)?$")
+KNOWN = f".npy, .npz, IDX (-idx3-ubyte, also .gz), {', '.join(HDF5_SUFFIXES)}"
 _IDX_FIELDS = {"images": "image", "labels": "label"}
 _IMAGE_AXES = 3
 """Axes of a file of images: number, row, column."""
 
 
-class ArrayFacts(NamedTuple):
-    """What is known of an array without reading it.
-
-    Attributes:
-        shape: all axes, the samples' one included.
-        dtype: as stored.
-        attributes: what HDF5 keeps beside the values.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    attributes: Mapping[str, Any]
-
-
-def holds_arrays(path: str) -> bool:
-    """Tell whether a file of this name holds arrays."""
+def holds(path: str) -> bool:
+    """Tell whether this is such a file, by its name."""
     return path.endswith((".npy", ".npz", *HDF5_SUFFIXES)) or is_idx(path)
 
 
-def list_arrays(path: str) -> dict[str, ArrayFacts]:
+def arrays_in(path: str, key: str | None = None) -> dict[str, ArrayFacts]:
     """Return the arrays of a file, by the names that they have in it.
 
     Raises:
@@ -111,11 +97,8 @@ def plain_attributes(dataset: h5py.Dataset) -> dict[str, Any]:
             value = read_attribute(dataset.attrs, name)
         except (OSError, TypeError, ValueError):  # a type that h5py does not know, or too large
             continue
-        if isinstance(value, str | bytes | int | float) or (
-            isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufcSU"
-        ):
-            kept[name] = value
-    return kept
+        kept[name] = value
+    return kept_attributes(kept)
 
 
 def _hdf5_facts(path: str) -> dict[str, ArrayFacts]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.convert.sources.arrays import holds_arrays, list_arrays
+from hpctrain.convert.sources import netcdf3
+from hpctrain.convert.sources.formats import format_of, known
 from hpctrain.convert.sources.images import ImageFolder, images_in
 from hpctrain.convert.sources.indexed import Indexed
 from hpctrain.convert.sources.source import Converted, Source
@@ -24,7 +25,8 @@ from hpctrain.errors import DatasetError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
 _NAMED = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<files>.+)")
-_KEYED = re.compile(r"(?P<pattern>.+\.(?:h5|hdf5|he5|nc|npz)):(?P<key>[^:]+)")
+_ENDS = "h5|hdf5|he5|nc|npz|zarr|zarr.zip|parquet|parq|pq|arrow|feather|ipc|jsonl"
+_KEYED = re.compile(rf"(?P<pattern>.+\.(?:{_ENDS})/?):(?P<key>[^:]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +115,14 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
 
 def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
     """Return the arrays of a file that an item asks for, with their names as fields."""
-    if not holds_arrays(path):
+    kind = format_of(path)
+    if kind is None:
         raise DatasetError(
-            f"{path}: what is this? Known are .npy, .npz, IDX (-idx3-ubyte, also .gz), "
-            f"{', '.join(HDF5_SUFFIXES)}, folders of images, {', '.join(TEXT_SUFFIXES)}, and any "
-            "other file as text with --tokens"
+            f"{path}: what is this? Known are {known()}, folders of images, "
+            f"{', '.join(TEXT_SUFFIXES)}, and any other file as text with --tokens"
         )
-    arrays = list_arrays(path)
-    wanted = list(arrays)
+    arrays = kind.arrays_in(path, item.key)
+    wanted = [name for name, facts in arrays.items() if not facts.is_coordinate] or list(arrays)
     if item.key is not None:
         require_fields([item.key], arrays, path)
         wanted = [item.key]
@@ -135,6 +137,8 @@ def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
 
 def _find(pattern: str) -> list[str]:
     path = Path(pattern)
+    if path.is_dir() and format_of(pattern) is not None:
+        return [pattern]
     if path.is_dir():
         there = (each for each in path.iterdir() if not each.name.startswith("."))
         found = in_order(str(each) for each in there if each.is_file())
@@ -153,7 +157,9 @@ def _is_hdf5(pattern: str) -> bool:
     path = Path(pattern)
     if path.is_dir():
         return any(entry.name.endswith(HDF5_SUFFIXES) for entry in path.iterdir())
-    return pattern.endswith(HDF5_SUFFIXES)
+    # What a pattern finds first stands for all: files of two formats would not fit together.
+    first = next(iter(_find(pattern)), "") if pattern.endswith(".nc") else ""
+    return pattern.endswith(HDF5_SUFFIXES) and not netcdf3.holds(first)
 
 
 def _holds_images(folder: Path) -> bool:

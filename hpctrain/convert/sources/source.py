@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,23 @@ from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.files import require_regular
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+class ArrayFacts(NamedTuple):
+    """What is known of an array without reading it.
+
+    Attributes:
+        shape: all axes, the samples' one included.
+        dtype: of its values.
+        attributes: what HDF5 keeps beside the values.
+        is_coordinate: whether it only says where along an axis the values of others lie; such ones
+            are packed only where they are named.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    attributes: Mapping[str, Any]
+    is_coordinate: bool = False
 
 
 class Source(Protocol):
@@ -60,19 +80,29 @@ class Source(Protocol):
 
 
 def identity_of(paths: Iterable[str | Path]) -> str:
-    """Return a hash of names, sizes and times of change.
+    """Return a hash of names, sizes and times of change; of a folder, those of all files in it.
 
     Raises:
         DatasetError: if one of the files is not there.
     """
     digest = xxhash.xxh3_64()
-    for path in paths:
+    for path in (each for given in paths for each in _files_of(given)):
         try:
             status = require_regular(path)
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}") from error
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return str(digest.hexdigest())
+
+
+def _files_of(path: str | Path) -> Iterator[str | Path]:
+    """Yield a file itself, or the files anywhere in a folder, always in the same order."""
+    if not Path(path).is_dir():
+        yield path
+        return
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 @contextmanager
@@ -91,6 +121,38 @@ def reading(place: str) -> Iterator[None]:
         raise DatasetError(
             f"{place}: this file cannot be read: {what}. Get the file again, or leave it out"
         ) from error
+
+
+def optional(module: str, extra: str, what: str) -> ModuleType:
+    """Return a module that not everybody has installed.
+
+    Args:
+        module: its name.
+        extra: of hpctrain, which brings it.
+        what: it is for, such as "Zarr stores are".
+
+    Raises:
+        DatasetError: naming the extra, if it is not there.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise DatasetError(
+            f"{what} read by {name}, which is not installed: pip install 'hpctrain[{extra}]'"
+        ) from error
+
+
+def kept_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those attributes that HDF5 can keep too: texts, numbers and lists of these."""
+    kept: dict[str, Any] = {}
+    for name, value in found.items():
+        array = np.asarray(value) if isinstance(value, list | tuple) else value
+        if isinstance(array, str | bytes | int | float) or (
+            isinstance(array, np.generic | np.ndarray) and array.dtype.kind in "biufcSU"
+        ):
+            kept[name] = array
+    return kept
 
 
 def native(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, place: str) -> Field:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,8 +12,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.convert.sources.arrays import ArrayFacts, close_array, open_array
-from hpctrain.convert.sources.source import Arrays, identity_of, native, reading
+from hpctrain.convert.sources.formats import Format, format_of
+from hpctrain.convert.sources.source import ArrayFacts, Arrays, identity_of, native, reading
 from hpctrain.data.coding import PLAIN, Coding, coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
@@ -50,6 +51,10 @@ class Part:
     @property
     def row_shape(self) -> tuple[int, ...]:
         return self.facts.shape[: self.axis] + self.facts.shape[self.axis + 1 :]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.facts.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,8 @@ class Table:
     def close(self) -> None:
         """Close all files; reading opens them again."""
         while self._open:
-            close_array(self._open.popitem()[1][1])
+            part, array, _ = self._open.popitem()[1]
+            _format(part).close_array(array)
 
     def _read_column(self, name: str, rows: Int64s, places: Int64s) -> npt.NDArray[Any]:
         """Return rows, ascending, of a column, each at its place."""
@@ -189,9 +195,10 @@ class Table:
         if kept is not None and kept[0] is part:
             return kept[1:]
         if kept is not None:
-            close_array(kept[1])
-        array = open_array(part.path, part.key)
-        if array.shape != part.facts.shape:
+            del self._open[name]
+            _format(kept[0]).close_array(kept[1])
+        array = _format(part).open_array(part.path, part.key)
+        if tuple(array.shape) != part.facts.shape:
             raise DatasetError(f"{part.path}: the file has changed while it was packed")
         sound = SoundChunks()
         self._open[name] = part, array, sound
@@ -217,18 +224,26 @@ def _read_spans(
     name: str, part: Part, array: Any, sound: SoundChunks, rows: Int64s
 ) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
     """Yield ascending rows of one array: which of them, and their values."""
-    if not isinstance(array, h5py.Dataset):
+    if isinstance(array, np.ndarray):
         yield slice(None), np.moveaxis(array, part.axis, 0)[rows]
         return
-    most_rows = max(1, MOST_SPAN_BYTES * array.shape[part.axis] // max(1, array.nbytes))
+    most_rows = max(1, MOST_SPAN_BYTES // max(1, part.row_bytes))
     cuts = np.flatnonzero((np.diff(rows) > WIDEST_GAP_ROWS) | (np.diff(rows // most_rows) > 0))
     for begin, stop in zip([0, *(cuts + 1)], [*(cuts + 1), len(rows)], strict=True):
         first, last = int(rows[begin]), int(rows[stop - 1])
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
         with reading(f'{part.path}: field "{name}", row {first}'):
-            sound.require(array, part.axis, first, last + 1)
+            if isinstance(array, h5py.Dataset):
+                sound.require(array, part.axis, first, last + 1)
             values = array[selection]
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
+
+
+def _format(part: Part) -> Format:
+    found = format_of(part.path)
+    if found is None:
+        raise DatasetError(f"{part.path}: the file has changed while it was packed")
+    return found
 
 
 def _values(stored: npt.NDArray[Any], coding: Coding, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
