@@ -6,10 +6,11 @@
 Precision, strategy, where it stopped (inside an epoch, in an evaluation, between an evaluation and
 its save, in a save) and the number of ranks, all with all, and each of these with every scheduler,
 every model (statistics of its own, buffers that are assigned anew, complex parameters) and every
-optimizer (slots of parameters, values of its groups, lists, a second set of weights). Compared bit
-for bit: every record of the metrics, every parameter, all that the optimizer knows, and every
-random generator of the last checkpoint. The tests take some of all combinations, in which every two
-values meet.
+optimizer (slots of parameters, values of its groups, lists, a second set of weights) and all data
+(files, a torch Dataset that draws from every generator, one drawn by weights). Compared bit for
+bit: every record of the metrics, every parameter, all that the optimizer knows, and every random
+generator of the last checkpoint. The tests take some of all combinations, in which every two values
+meet.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,16 @@ def to_line(record: Record) -> bytes:
     JSON has no NaN and no infinity: each becomes null, so that a column stays one of numbers, and
     is named under "nonfinite", so that nothing is lost.
     """
-    nonfinite: dict[str, str] = {}
-    line = _finite(record, "", nonfinite)
-    if nonfinite:
-        line[NONFINITE] = nonfinite
-    return json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    try:
+        line = _ENCODE(record)
+    except (TypeError, ValueError):  # not finite, or a mapping that is no dict
+        nonfinite: dict[str, str] = {}
+        finite = _finite(record, "", nonfinite)
+        line = _ENCODE({**finite, NONFINITE: nonfinite} if nonfinite else finite)
+    return line.encode() + b"\n"
+
+
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 def from_line(line: bytes) -> dict[str, Any] | None:
@@ -57,7 +62,10 @@ def flat(record: Record) -> dict[str, Any]:
 
     Numbers that were not finite have their names, "nan", "inf" and "-inf", again.
     """
-    flattened = dict(_flatten(record, ""))
+    flattened: dict[str, Any] = {}
+    _flatten(record.items(), "", flattened)
+    if NONFINITE not in record:
+        return flattened
     prefix = f"{NONFINITE}."
     named = {key: value for key, value in flattened.items() if key.startswith(prefix)}
     for key, name in named.items():
@@ -84,15 +92,22 @@ def _finite(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
     return value
 
 
-def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, _join(path, key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _flatten(item, _join(path, i))
-    else:
-        yield path, value
+def _flatten(items: Iterable[tuple[object, Any]], path: str, flattened: dict[str, Any]) -> None:
+    """Add what is nested, by keys that begin with `path`."""
+    for key, item in items:
+        name = f"{path}{key}"
+        if type(item) in _LEAVES:
+            flattened[name] = item
+        elif isinstance(item, Mapping):
+            _flatten(item.items(), f"{name}.", flattened)
+        elif isinstance(item, (list, tuple)):
+            _flatten(enumerate(item), f"{name}.", flattened)
+        else:
+            flattened[name] = item
+
+
+_LEAVES = frozenset({int, float, str, bool, type(None)})
+"""Types of nearly all values: asked in every record, and faster than what they might be."""
 
 
 def _join(path: str, key: object) -> str:

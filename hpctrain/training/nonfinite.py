@@ -146,7 +146,7 @@ class SpikeWatch:
         said = None
         if len(self._losses) >= self.FEWEST:
             median = statistics.median(self._losses)
-            deviation = statistics.median(abs(item - median) for item in self._losses)
+            deviation = statistics.median([abs(item - median) for item in self._losses])
             # 1.4826 makes a standard deviation of it; below a tenth of the loss all is noise.
             width = max(1.4826 * deviation, 0.1 * abs(median))
             if loss > median + self.DEVIATIONS * width:

@@ -75,6 +75,7 @@ class Passes:
         self._count_uses = wrapped.count_uses
         self._format = number_format
         self._arithmetic: AbstractContextManager[object] = number_format.arithmetic()
+        self._run = self._compute if number_format.autocast is None else self._compute_cast
         self._scaler = scaler
         self._held = held
         self._world_size = world_size
@@ -95,21 +96,32 @@ class Passes:
         if first == stop:
             return self._forward_without_samples()
         fields = batch.fields if stop - first == batch.size else batch.part(first, stop)
-        with self._arithmetic:
-            cast = self._format.cast(fields, self._task.inputs)
-            if self._module is not None:
-                self._module.begin_pass(cast, stop - first)
-            if self._alone is not None:
-                loss_sum, weight = self._alone(cast)
-            else:
-                loss_sum, weight = self._wrapped.call(self._loss, cast)
+        loss_sum, weight = self._run(fields, stop - first)
         detached = loss_sum.detach()
         if self._reused:
             detached = detached.clone()
             weight = weight.clone() if isinstance(weight, Tensor) else weight
         self.loss_sum = detached if self.loss_sum is None else self.loss_sum + detached
         self.weight = weight + self.weight
-        return loss_sum, self._seed(loss_sum.dtype, batch.global_size)
+        seed = self._seeds.get((loss_sum.dtype, batch.global_size))
+        if seed is None:
+            seed = self._make_seed(loss_sum.dtype, batch.global_size)
+        return loss_sum, seed * self._scaler.scale if self._scaler.enabled else seed
+
+    def _compute(self, fields: Any, samples: int) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the losses of some samples, and its weight."""
+        cast = self._format.cast(fields, self._task.inputs)
+        if self._module is not None:
+            self._module.begin_pass(cast, samples)
+        result: tuple[Tensor, Tensor | int] = (
+            self._wrapped.call(self._loss, cast) if self._alone is None else self._alone(cast)
+        )
+        return result
+
+    def _compute_cast(self, fields: Any, samples: int) -> tuple[Tensor, Tensor | int]:
+        """Return the same, in the arithmetic of a mixed precision."""
+        with self._arithmetic:
+            return self._compute(fields, samples)
 
     def _forward_without_samples(self) -> tuple[Tensor, Tensor]:
         """Take part in the reduction of the gradients without a sample of one's own.
@@ -133,17 +145,15 @@ class Passes:
             loss_sum, _ = self._wrapped.call(self._loss, self._held)
         return loss_sum, torch.zeros_like(loss_sum)
 
-    def _seed(self, dtype: torch.dtype, global_size: int) -> Tensor:
-        """Return what the gradient of a sum of losses is multiplied with, ().
+    def _make_seed(self, dtype: torch.dtype, global_size: int) -> Tensor:
+        """Return what the gradient of a sum of losses is multiplied with, (), and keep it.
 
         The mean over the global batch divides by its size, and DDP's mean over the ranks is undone.
         """
-        seed = self._seeds.get((dtype, global_size))
-        if seed is None:
-            factor = self._world_size / global_size
-            seed = torch.tensor(factor, dtype=dtype, device=self._device)
-            self._seeds[dtype, global_size] = seed
-        return seed * self._scaler.scale if self._scaler.enabled else seed
+        factor = self._world_size / global_size
+        seed = torch.tensor(factor, dtype=dtype, device=self._device)
+        self._seeds[dtype, global_size] = seed
+        return seed
 
     def reduce_weight(self, global_size: int) -> Tensor:
         """Return what makes a mean over samples one over weights, (). Collective: all ranks."""

@@ -161,6 +161,10 @@ class Interval:
     def is_never(self) -> bool:
         return not (self.every_steps or self.every_epochs)
 
+    def next_step(self, step: int) -> int | None:
+        """Return the first step after `step` at which it is time; None: epochs alone decide."""
+        return step - step % self.every_steps + self.every_steps if self.every_steps else None
+
     def due(self, place: Position) -> bool:
         """Tell whether it is time, at `place`."""
         if self.every_steps and place.step % self.every_steps == 0:

@@ -81,13 +81,11 @@ class NumberFormat:
         """
         if not inputs:
             return self._cast_all(fields)
-        wrong = {
-            name: tensor.to(self.fitting(tensor.dtype))
-            for name in inputs
+        cast = fields
+        for name in inputs:
             # Most are right already, in every pass of every step.
-            if (tensor := fields[name]).dtype != self.parameters
-        }
-        cast = {**fields, **wrong} if wrong else fields
+            if (tensor := fields[name]).dtype != self.parameters:
+                cast = {**cast, name: tensor.to(self.fitting(tensor.dtype))}
         if not self.channels_last:
             return cast
         images = {name: cast[name] for name in inputs if cast[name].ndim == 4}

@@ -66,8 +66,8 @@ class Regression(Supervised):
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed loss and the number of samples."""
         output, target = self._compare(model, fields)
-        mask = mask_of(fields, self.mask, target)
-        if mask is not None:
+        if self.mask is not None:
+            mask = mask_of(fields, self.mask, target)
             losses = self._losses(output, without_missing(target, mask))
             return masked_sum(losses, mask), mask.sum()
         return self._loss(output, target), target.shape[0]
@@ -76,8 +76,8 @@ class Regression(Supervised):
         """Return sums of the loss, and of absolute and squared errors."""
         output, target = self._compare(model, fields)
         output, target = output.double(), target.double()
-        mask = mask_of(fields, self.mask, target)
-        if mask is not None:
+        if self.mask is not None:
+            mask = mask_of(fields, self.mask, target)
             target, count = without_missing(target, mask), mask.double().sum()
             errors = output - target
             return {

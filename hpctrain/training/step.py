@@ -472,10 +472,7 @@ class Update:
             factor = (self._one if factor is None else factor) / self._scaler.scale
         if look is not None:
             gradients, factor = self._looked_at(gradients, factor, look), None
-        norm = self._norm(gradients)
-        if factor is not None:
-            norm = norm * factor
-        self.grad_norm = norm
+        norm = self.grad_norm = self._norm(gradients, factor)
         # Infinity less itself is not a number, and what is not a number does not equal 0.
         bad = torch.ne(norm - norm, self._zero, out=self.bad_steps.next_flag())
         if self._clip_norm is not None:
@@ -484,7 +481,9 @@ class Update:
             factor = clip if factor is None else clip * factor
         if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
-        self._clamp(gradients)
+        if self._clip_value is not None and gradients:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
         if self._before is not None:
             self._before()
             self._before = None
@@ -499,11 +498,6 @@ class Update:
         if self._scaler.enabled:
             self._scaler.update(bad)
 
-    def _clamp(self, gradients: list[Tensor]) -> None:
-        if self._clip_value is not None and gradients:
-            torch._foreach_clamp_min_(gradients, -self._clip_value)
-            torch._foreach_clamp_max_(gradients, self._clip_value)
-
     def _looked_at(
         self, gradients: list[Tensor], factor: Tensor | None, look: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
@@ -513,14 +507,17 @@ class Update:
         gradients = look()
         return [real_view(item) for item in gradients] if self._complex else gradients
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
+    def _norm(self, gradients: list[Tensor], factor: Tensor | None) -> Tensor:
+        """Return the norm of the whole gradient, (), once all is multiplied by `factor`."""
         if self._counted is not None:
             gradients = self._counted(gradients)
         norm = self._zero
         if gradients:  # else no parameter had a part in this step
             norms = torch._foreach_norm(gradients, 2, dtype=self._cast)
             norm = torch.linalg.vector_norm(torch.stack(norms))
-        return norm if self._reduce_norm is None else self._reduce_norm(norm)
+        if self._reduce_norm is not None:
+            norm = self._reduce_norm(norm)
+        return norm if factor is None else norm * factor
 
     def _constant(self, value: float, device: torch.device) -> Tensor:
         """Return a number as a tensor: a Python number is made one in every operation, slowly."""

@@ -179,8 +179,8 @@ class Classification(Supervised):
     def loss(self, model: nn.Module, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed cross entropy and the summed weight."""
         logits, labels = self._compare(model, fields)
-        mask = mask_of(fields, self.mask, labels)
-        if mask is not None:
+        if self.mask is not None:
+            mask = mask_of(fields, self.mask, labels)
             labels = self._unmasked(labels, mask)
             losses = self._cross_entropy(logits, labels, "none")
             return masked_sum(losses, mask), self._weights(labels, mask).sum()
@@ -195,8 +195,8 @@ class Classification(Supervised):
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return sums of cross entropy and of right answers."""
         logits, labels = self._compare(model, fields)
-        mask = mask_of(fields, self.mask, labels)
-        if mask is not None:
+        if self.mask is not None:
+            mask = mask_of(fields, self.mask, labels)
             labels = self._unmasked(labels, mask)
             losses = self._cross_entropy(logits, labels, "none").double()
             counts = (mask * (labels != self._ignored)).double()
@@ -341,14 +341,12 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def mask_of(fields: Mapping[str, Tensor], name: str | None, target: Tensor) -> Tensor | None:
-    """Return the weight of every element of a target, of its shape; None: all weigh 1.
+def mask_of(fields: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
+    """Return the weight of every element of a target, of its shape.
 
     Raises:
         TrainingError: if there is no such field, or it cannot be spread over the target.
     """
-    if name is None:
-        return None
     mask = fields.get(name)
     if mask is None:
         raise TrainingError(

@@ -45,7 +45,13 @@ VALIDATION = "validation"
 
 
 class Hooks(Protocol):
-    """What the loop asks of the job around it. All ranks call each at the same place."""
+    """What the loop asks of the job around it. All ranks call each at the same place.
+
+    Attributes:
+        stopping: what ends the run before its limits, the same on all ranks.
+    """
+
+    stopping: EarlyStopping
 
     def advanced(self, place: Position) -> None:
         """Take note of a step. Called after every one, so it must cost next to nothing."""
@@ -67,10 +73,6 @@ class Hooks(Protocol):
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
         ...
 
-    def ended_early(self, place: Position) -> bool:
-        """Tell whether the run is complete before its limits. The same on all ranks."""
-        ...
-
     def check(self, place: Position) -> None:
         """Compare what should be equal on all ranks. Collective: all ranks."""
         ...
@@ -82,12 +84,11 @@ class Hooks(Protocol):
         """
         ...
 
-    def stop_agreed(self) -> bool:
-        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
-        ...
+    def agreed(self) -> int:
+        """Return what all ranks have agreed on here: reasons to stop, SAVE_DUE, or 0.
 
-    def save_agreed(self) -> bool:
-        """Tell whether the same agreement asks for a save here. The same on all ranks."""
+        Collective: all ranks. Asked after every step.
+        """
         ...
 
 
@@ -116,6 +117,16 @@ class Plan:
             save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
         )
 
+    def next_step(self, step: int, last: int) -> int:
+        """Return the step after `step` at which something is due, whatever epochs ask for.
+
+        Args:
+            step: that the run stands at.
+            last: step of the run.
+        """
+        intervals = (self.log, self.evaluate, self.check, self.save)
+        return min([last, *(each.next_step(step) or last for each in intervals if each)])
+
 
 def fit(
     place: Position,
@@ -143,36 +154,80 @@ def fit(
         and not _caught_up(place, plan, schedule, hooks)
     ):
         return place, False  # the checkpoint that the run came from says all there is
-    while place.step < end.step and not hooks.ended_early(place):
+    stopping, in_groups, epoch_samples = (
+        hooks.stopping,
+        schedule.in_groups,
+        plan.stop_at.epoch_samples,
+    )
+    rate = schedule.until(end)
+    while place.step < end.step and not stopping.ends(place):
         epoch = place.epoch
         hooks.begin_epoch(place)
+        due = plan.next_step(place.step, end.step)
         for batch in loader.epoch(epoch, place.position):
-            lr = schedule(place, end)
-            step(batch, None if schedule.in_groups else lr)
-            place = place.after(batch.global_size, plan.stop_at.epoch_samples)
-            schedule.advance(place)
+            lr = rate(place)
+            step(batch, None if in_groups else lr)
+            place = place.after(batch.global_size, epoch_samples)
+            if in_groups:
+                schedule.advance(place)
             hooks.advanced(place)
-
-            complete = place.step == end.step or hooks.ended_early(place)
-            if complete or plan.log.due(place):
-                hooks.log(place, epoch, lr)
-            if plan.check.due(place):
-                hooks.check(place)
-            metrics, owed = None, False
-            if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
-                metrics = hooks.evaluate(place, epoch)
-                owed = metrics is None
-                complete = complete or hooks.ended_early(place)
-            if not owed:
-                _after_evaluation(place, epoch, schedule, hooks, complete=complete)
-                complete = complete or hooks.ended_early(place)
-            # Without its evaluation a run is not done; a later job begins with it.
-            complete = complete and not owed
-            if ends_here(place, plan, hooks, metrics, complete=complete):
+            metrics, complete, saves = None, False, False
+            # Most steps are followed by the next one, and cost no more than these comparisons.
+            if place.step >= due or place.position == 0 or stopping.reason is not None:
+                due = plan.next_step(place.step, end.step)
+                metrics, complete, saves = _do_due(
+                    place, epoch, lr, end, plan=plan, schedule=schedule, hooks=hooks
+                )
+            elif in_groups:
+                schedule.advance_monitored(place)
+            if ends_here(place, hooks, metrics, complete=complete, saves=saves):
                 return place, False
             if complete:
                 break
     return place, True
+
+
+def _do_due(
+    place: Position,
+    epoch: int,
+    lr: float,
+    end: Position,
+    *,
+    plan: Plan,
+    schedule: Schedule,
+    hooks: Hooks,
+) -> tuple[Metrics | None, bool, bool]:
+    """Log, compare and evaluate where it is time, after a step. Collective: all ranks.
+
+    Args:
+        place: that the step led to.
+        epoch: of the step.
+        lr: its learning rate.
+        end: where the run will be complete.
+        plan: when the loop does what.
+        schedule: of learning rates.
+        hooks: of the job.
+
+    Returns:
+        Metrics of an evaluation here; whether the run is complete; whether a save is due.
+    """
+    stopping = hooks.stopping
+    complete = place.step == end.step or stopping.ends(place)
+    if complete or plan.log.due(place):
+        hooks.log(place, epoch, lr)
+    if plan.check.due(place):
+        hooks.check(place)
+    metrics, owed = None, False
+    if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
+        metrics = hooks.evaluate(place, epoch)
+        owed = metrics is None
+        complete = complete or stopping.ends(place)
+    if not owed:
+        _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+        complete = complete or stopping.ends(place)
+    # Without its evaluation a run is not done; a later job begins with it.
+    complete = complete and not owed
+    return metrics, complete, complete or plan.save.due(place)
 
 
 def _caught_up(place: Position, plan: Plan, schedule: Schedule, hooks: Hooks) -> bool:
@@ -181,9 +236,9 @@ def _caught_up(place: Position, plan: Plan, schedule: Schedule, hooks: Hooks) ->
     metrics = hooks.evaluate(place, epoch)
     if metrics is None:
         return False
-    complete = plan.stop_at.reached(place) or hooks.ended_early(place)
+    complete = plan.stop_at.reached(place) or hooks.stopping.ends(place)
     _after_evaluation(place, epoch, schedule, hooks, complete=complete)
-    complete = complete or hooks.ended_early(place)
+    complete = complete or hooks.stopping.ends(place)
     # The checkpoint was saved without these metrics.
     if plan.save.due(place) or complete:
         hooks.save(place, metrics)
@@ -196,11 +251,12 @@ def _after_evaluation(
     """End an epoch that ends here, and tell the schedule. Collective: all ranks."""
     if complete or place.position == 0:
         hooks.end_epoch(place, epoch)
-    schedule.advance_monitored(place)
+    if schedule.in_groups:
+        schedule.advance_monitored(place)
 
 
 def ends_here(
-    place: Position, plan: Plan, hooks: Hooks, metrics: Metrics | None, *, complete: bool
+    place: Position, hooks: Hooks, metrics: Metrics | None, *, complete: bool, saves: bool
 ) -> bool:
     """Save where it is time, and tell whether all ranks stop here, before the run is complete.
 
@@ -208,15 +264,15 @@ def ends_here(
 
     Args:
         place: that a step led to.
-        plan: when the loop does what.
         hooks: of the job.
         metrics: of an evaluation at this very place.
         complete: whether the run ends here anyway.
+        saves: whether a save is due here, whatever the ranks agree on.
     """
-    stopped = hooks.stop_agreed() and not complete
-    if complete or stopped or hooks.save_agreed() or plan.save.due(place):
+    agreed = hooks.agreed()
+    if agreed or saves:
         hooks.save(place, metrics)
-    return stopped
+    return not complete and bool(agreed & ~SAVE_DUE)
 
 
 class Run:
@@ -255,6 +311,7 @@ class Run:
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
         self._callbacks = parts.callbacks
+        self._step = parts.step
         self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
         if self._trainer is not None:
             stop.add(self._trainer.end_due)
@@ -271,7 +328,7 @@ class Run:
         self._skipped_before = int(parts.step.bad_steps[2].item())
         self._count_skipped(self._skipped_before)
         self.evaluation_owed = False
-        self._save_agreed = False
+        self._save_due = 0
         self._confirmed = False
         self._profiler = profiler
         self._looks = False
@@ -291,12 +348,14 @@ class Run:
         """Take note of a step. Collective after the first one: all ranks."""
         self.place = place
         self._world.pulse.step_done(place.step)
-        self._tell_task(place, "train")
+        if self._task_learns is not None:
+            self._task_learns(place.step, place.epoch, "train")
         if self._module is not None:
             self._module.end_step()
-        self._callbacks.end_step(place, self._data.stop_at, lambda: self._parts.step.last_loss)
-        if self._parts.step.average is not None:
-            self._parts.step.average.update(place.step)
+        if self._callbacks.items:
+            self._callbacks.end_step(place, self._data.stop_at, lambda: self._step.last_loss)
+        if self._step.average is not None:
+            self._step.average.update(place.step)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
         if self._looks:
@@ -386,7 +445,7 @@ class Run:
         assert loader is not None
         further = {name: each.loader for name, each in self._data.evaluations.items()}
         found: dict[str, Metrics] = {}
-        with self.phases.measure("evaluation"), self._parts.step.evaluation_weights():
+        with self.phases.measure("evaluation"), self._step.evaluation_weights():
             self._callbacks.begin_evaluation()
             for name, each in {VALIDATION: loader, **further}.items():
                 self._tell_task(place, name)
@@ -429,7 +488,7 @@ class Run:
 
     def _evaluated(self, loader: EvaluationBatches) -> Metrics | None:
         """Return the metrics of some data, None if stopped. Collective: all ranks."""
-        step = self._parts.step
+        step = self._step
         metrics = evaluate(
             self._parts.model,
             self._parts.task,
@@ -440,7 +499,7 @@ class Run:
             call=step.call,
             idle_row=None if step.sharded is None else step.idle_row,
             reused=step.graphs,
-            stopping=lambda: self._agreed(Boundary.EVALUATION_BATCH),
+            stopping=lambda: bool(self.agreed(Boundary.EVALUATION_BATCH) & ~SAVE_DUE),
         )
         step.settle()
         return metrics
@@ -456,18 +515,14 @@ class Run:
         if any(self._world.communicator.all_gather(bool(self._trainer.should_stop))):
             self.stopping.ask(ASKED)
 
-    def ended_early(self, place: Position) -> bool:
-        """Tell whether the run is complete before its limits. The same on all ranks."""
-        return self.stopping.ends(place)
-
     def check(self, place: Position) -> None:
         """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
-        if self._parts.step.sharded is None:
+        if self._step.sharded is None:
             check_equal_parameters(self._parts.model, self._world, place.step)
 
     def save(self, place: Position, metrics: Metrics | None) -> None:
         """Save a checkpoint in the background. Collective: all ranks."""
-        self._save_agreed = False
+        self._save_due = 0
         self._read(place)  # nothing is saved behind a failure that nobody has looked at
         self._refuse_idle_end(place)
         if self._config.training.fast_dev_run:
@@ -521,7 +576,7 @@ class Run:
         """Return what this rank has to save. Collective: all ranks."""
         return capture(
             self._world,
-            self._parts.step,
+            self._step,
             place,
             data=self._place_in_data(place),
             extra=self._memory(),
@@ -538,25 +593,22 @@ class Run:
             self._data.train.fingerprint,
         )
 
-    def stop_agreed(self) -> bool:
-        """Tell whether all ranks have agreed to stop here. Collective: all ranks."""
-        return self._agreed(Boundary.STEP)
+    def agreed(self, boundary: Boundary = Boundary.STEP) -> int:
+        """Return what all ranks have agreed on here: reasons to stop, SAVE_DUE, or 0.
 
-    def _agreed(self, boundary: Boundary) -> bool:
-        # Once agreed it stays: an evaluation that was cut short ends the step behind it too.
+        Collective: all ranks. A save stays due until it is made; a stop stays agreed: an evaluation
+        that was cut short ends the step behind it too.
+        """
         if not self.reasons:
             agreed = self._stop.boundary(boundary)
             if self._together is not None:
                 self._together.look()
-            self._save_agreed = self._save_agreed or bool(agreed & SAVE_DUE)
-            if agreed & END_DUE:
-                self.stopping.ask(ASKED)
-            self.reasons = agreed & ~(SAVE_DUE | END_DUE)
-        return self.reasons != 0
-
-    def save_agreed(self) -> bool:
-        """Tell whether the same agreement asks for a save here. The same on all ranks."""
-        return self._save_agreed
+            if agreed:
+                self._save_due |= agreed & SAVE_DUE
+                if agreed & END_DUE:
+                    self.stopping.ask(ASKED)
+                self.reasons = agreed & ~(SAVE_DUE | END_DUE)
+        return self.reasons | self._save_due
 
     def finish(self) -> None:
         """Leave no reduction behind that others still wait for. Collective: all ranks."""
@@ -599,7 +651,7 @@ class Run:
 
     def _read(self, place: Position) -> Metrics:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
-        numbers = self._parts.step.read()
+        numbers = self._step.read()
         self._policy.judge(place, numbers)
         self._count_skipped(int(numbers["skipped_steps"]))
         return numbers
@@ -618,7 +670,7 @@ class Run:
         steps = place.step - self.first_place.step
         complete = self.stopping.ends(place)
         complete = complete or place.step >= self._data.stop_at.total_steps(place)
-        scaler = self._parts.step.scaler
+        scaler = self._step.scaler
         # A loss scale that still falls goes on doing so in the next job.
         ends = complete or (self.reasons != 0 and not scaler.enabled)
         if steps and ends and self.skipped_steps - self._skipped_before >= steps:
@@ -629,16 +681,16 @@ class Run:
         """Return epoch, start and size of the newest batches, and of the one that comes next."""
         place, size = self.place, self._config.data.global_batch_size
         size = min(size, self._data.train_loader.epoch_size - place.position)
-        return [*self._parts.step.recent_batches(), (place.epoch, place.position, size)]
+        return [*self._step.recent_batches(), (place.epoch, place.position, size)]
 
     def _explain(self, step: int) -> str:
         """Return what is known of the newest bad steps. Collective: all ranks."""
-        return explain(self._parts.step.bad_batches(step), self._data.train_loader, self._world)
+        return explain(self._step.bad_batches(step), self._data.train_loader, self._world)
 
     def _roll_back(self) -> int:
         """Put the parameters of the newest checkpoint back. Collective: all ranks."""
         with self._world.pulse.long_phase():
-            return roll_back(self._world, self._parts.step, self._load_newest)
+            return roll_back(self._world, self._step, self._load_newest)
 
     def _load_newest(self) -> Loaded | None:
         """Read the newest checkpoint on rank 0. Collective: all ranks."""

@@ -17,6 +17,7 @@ from helpers.launching import BODIES
 sys.path.append(str(BODIES))
 
 from resume_cases import (
+    DATA,
     MODELS,
     OPTIMIZERS,
     PRECISIONS,
@@ -31,12 +32,13 @@ AXES = {
     "scheduler": tuple(SCHEDULERS),
     "model": tuple(MODELS),
     "optimizer": tuple(OPTIMIZERS),
+    "data": DATA,
     "stop": STOPS,
     "ranks": ("1", "2", "3", "4"),
 }
 Case = dict[str, str]
 
-_USUAL = {axis: AXES[axis][0] for axis in ("scheduler", "model", "optimizer")}
+_USUAL = {axis: AXES[axis][0] for axis in ("scheduler", "model", "optimizer", "data")}
 _SEEN = 700
 
 # A model this small only waits for its threads, and more so where other tests run as well.
@@ -49,7 +51,7 @@ def every_case() -> list[Case]:
 
 
 def grid() -> list[Case]:
-    """Return those in which at most one of scheduler, model and optimizer is not the usual one."""
+    """Return those in which at most one of four axes has not its usual value."""
     return [
         case
         for case in every_case()

@@ -1,15 +1,16 @@
 """Run on every rank: jobs that are stopped, fail and go on, one after the other in one process.
 
 Arguments: a folder, and cases as JSON lines of "precision", "scheduler", "stop", "strategy",
-"model" and "optimizer". For each, a run that nobody disturbs and one that is stopped or fails at
-the named point and is started again have to leave the same metrics and the same checkpoint, bit for
-bit: parameters, optimizer, generators of every rank.
+"model", "optimizer" and "data". For each, a run that nobody disturbs and one that is stopped or
+fails at the named point and is started again have to leave the same metrics and the same
+checkpoint, bit for bit: parameters, optimizer, generators of every rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tomli_w
 import torch
 import torchmetrics
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.checkpoint import manager
@@ -69,6 +72,7 @@ OPTIMIZERS = {
     "lists": "resume_cases:ListState",
     "two sets of weights": "resume_cases:TwoWeights",
 }
+DATA = ("files", "a Dataset", "drawn by weights")
 STOPS = ("inside an epoch", "in an evaluation", "before a save", "in a save")
 
 
@@ -236,6 +240,48 @@ class TwoWeights(GroupState):
                 parameter.lerp_(state["slow"], weight)
 
 
+class Augmented(Dataset[dict[str, Any]]):
+    """Rows with noise from every generator that samples may draw from."""
+
+    def __init__(self, *, noise: bool) -> None:
+        self.x, self.y = rows()
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = torch.from_numpy(self.x[index])
+        if self.noise:
+            noise = np.random.standard_normal(FEATURES + 1)  # noqa: NPY002 - as most people do
+            noise *= random.random()
+            x = x + 0.1 * torch.randn(FEATURES + 1) + torch.from_numpy(noise.astype(np.float32))
+        return {"x": x, "y": self.y[index]}
+
+
+def augmented(weighted: bool = False) -> Any:
+    """Return data to train on as other people bring them."""
+    dataset = Augmented(noise=True)
+    if not weighted:
+        return dataset
+    weights = torch.linspace(0.1, 1, ROWS)
+    sampler = WeightedRandomSampler(weights.tolist(), ROWS)
+    return DataLoader(dataset, batch_size=BATCH, sampler=sampler)
+
+
+def plain_rows() -> Augmented:
+    """Return data to evaluate on."""
+    return Augmented(noise=False)
+
+
+def rows() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return x, whose first column says which sample it is, and y."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((ROWS, FEATURES + 1)).astype(np.float32)
+    x[:, 0] = np.arange(ROWS)
+    return x, draw.integers(5, size=ROWS)
+
+
 class Site:
     """Where the jobs of this process run."""
 
@@ -245,10 +291,7 @@ class Site:
         self.folder, self.topology, self.communicator = folder, topology, communicator
         self.job_guard = job_guard
         if topology.is_rank_zero and not (folder / "data").exists():
-            draw = np.random.default_rng(0)
-            x = draw.standard_normal((ROWS, FEATURES + 1)).astype(np.float32)
-            x[:, 0] = np.arange(ROWS)  # which sample it is
-            y = draw.integers(5, size=ROWS)
+            x, y = rows()
             with Writer(folder / "data") as writer:
                 writer.extend({"x": x, "y": y})
         communicator.barrier()
@@ -305,6 +348,7 @@ def config_of(
     scheduler: str = "constant",
     optimizer: str = "slots",
     model: str = "statistics",
+    data: str = "files",
     epochs: int = EPOCHS,
 ) -> dict[str, Any]:
     """Return the tables of a config."""
@@ -338,6 +382,13 @@ def config_of(
             **({} if optimizer == "two sets of weights" else {"ema_decay": 0.9}),
         },
     }
+    if data != "files":
+        tables["data"] |= {
+            "train": "resume_cases:augmented",
+            "train_arguments": {"weighted": data == "drawn by weights"},
+            "validation": "resume_cases:plain_rows",
+            "workers": 0,
+        }
     if model == "a module":  # which has these itself
         del tables["task"], tables["optimizer"], tables["scheduler"]
     return tables

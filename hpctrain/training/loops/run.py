@@ -410,7 +410,8 @@ class Run:
         if complete or self._plan.log.due(place):
             self._hooks.log(place, epoch, float(self._lr), self._reduced())
         fresh, self._fresh = self._fresh, None
-        return ends_here(place, self._plan, self._hooks, fresh, complete=complete)
+        saves = complete or self._plan.save.due(place)
+        return ends_here(place, self._hooks, fresh, complete=complete, saves=saves)
 
     def _reduced(self) -> dict[str, float]:
         """Return what was logged, over all ranks and passes of the step. Collective: all ranks.

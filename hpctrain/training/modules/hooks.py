@@ -55,12 +55,12 @@ class Hooks:
 
     def has(self, name: str) -> bool:
         """Tell whether anybody has a hook of this name."""
-        of_callbacks, of_module = self._found(name)
-        return bool(of_callbacks and not self.trial) or of_module is not None
+        of_callbacks, of_module = self._known.get(name) or self._find(name)
+        return of_module is not None or bool(of_callbacks and not self.trial)
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a hook, and return what the module's own returns."""
-        of_callbacks, of_module = self._found(name)
+        of_callbacks, of_module = self._known.get(name) or self._find(name)
         if not of_callbacks and of_module is None:
             return None
         logs = self._logs
@@ -75,15 +75,15 @@ class Hooks:
 
     def call_callbacks(self, name: str, *args: Any) -> None:
         """Call a hook of the callbacks alone, whatever is tried."""
-        for hook in self._found(name)[0]:
+        of_callbacks, _ = self._known.get(name) or self._find(name)
+        for hook in of_callbacks:
             hook(self._trainer, self._module, *args)
 
-    def _found(self, name: str) -> tuple[list[Callable[..., Any]], Callable[..., Any] | None]:
-        found = self._known.get(name)
-        if found is None:
-            of_module = getattr(self._module, name) if is_own(self._module, name) else None
-            of_callbacks = [getattr(each, name) for each in self.callbacks if has_hook(each, name)]
-            found = self._known[name] = of_callbacks, of_module
+    def _find(self, name: str) -> tuple[list[Callable[..., Any]], Callable[..., Any] | None]:
+        """Look a hook up, once: steps ask for a dozen of them."""
+        of_module = getattr(self._module, name) if is_own(self._module, name) else None
+        of_callbacks = [getattr(each, name) for each in self.callbacks if has_hook(each, name)]
+        found = self._known[name] = of_callbacks, of_module
         return found
 
 

@@ -100,7 +100,15 @@ class ModuleSchedule:
         self._differing: set[int] = set()
 
     def __call__(self, place: Position, end: Position) -> float:
-        """Return the first group's learning rate for the step that begins at `place`.
+        """Return the first group's learning rate for the step that begins at `place`."""
+        return self._rate(place)
+
+    def until(self, end: Position) -> Callable[[Position], float]:
+        """Return the same by place: when the run ends makes no difference."""
+        return self._rate
+
+    def _rate(self, place: Position) -> float:
+        """Return the first group's learning rate, and note those of all.
 
         Raises:
             TrainingError: if other parameters are trained than at the beginning.

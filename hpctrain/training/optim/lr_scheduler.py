@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
 from hpctrain.config.schema import SchedulerSection, Unit
@@ -19,7 +20,7 @@ class Schedule(Protocol):
 
     Attributes:
         in_groups: whether the learning rates are in the optimizer's groups by themselves, and are
-            not to be set before a step.
+            not to be set before a step; else `advance` and `advance_monitored` have nothing to do.
         notes: what the header should say of it.
     """
 
@@ -32,6 +33,10 @@ class Schedule(Protocol):
 
     def __call__(self, place: Position, end: Position) -> float:
         """Return the learning rate of the step that begins at `place`."""
+        ...
+
+    def until(self, end: Position) -> Callable[[Position], float]:
+        """Return the same for all steps of a run that will be complete at `end`."""
         ...
 
     def rates(self) -> Mapping[str, float]:
@@ -139,23 +144,40 @@ class LearningRate:
         Raises:
             TrainingError: if a schedule of the user's gives no number from 0.
         """
-        offset: float = 0
-        if self.warmup:
-            done = self._progress(place, self.warmup_unit)
-            if done < self.warmup:
-                step = self._convert(1, "steps", self.warmup_unit)
-                return self.peak * (done + step) / (self.warmup + step)
-            offset = self._convert(self.warmup, self.warmup_unit, self.unit)
-        done = max(0, self._progress(place, self.unit) - offset)
-        total = max(0, self._progress(end, self.unit) - offset)
-        value = self.factor(done, total, **self.arguments)
-        if not 0 <= value < math.inf:
-            name = getattr(self.factor, "__qualname__", self.factor)
-            raise TrainingError(
-                f"the schedule {name} gave {value!r} after {done} of {total} {self.unit} since the "
-                "warm-up: a factor is a number from 0"
-            )
-        return self.peak * value
+        return self.until(end)(place)
+
+    def until(self, end: Position) -> Callable[[Position], float]:
+        """Return the learning rate by place, for a run that will be complete at `end`.
+
+        What does not change from step to step is reckoned here.
+        """
+        peak, factor, arguments = self.peak, self.factor, self.arguments
+        warmup, warmed, done = (
+            self.warmup,
+            self._progress(self.warmup_unit),
+            self._progress(self.unit),
+        )
+        step = self._convert(1, "steps", self.warmup_unit) if warmup else 0
+        offset = self._convert(warmup, self.warmup_unit, self.unit) if warmup else 0
+        total = max(0, done(end) - offset)
+
+        def rate(place: Position) -> float:
+            if warmup and (risen := warmed(place)) < warmup:
+                return peak * (risen + step) / (warmup + step)
+            now = max(0, done(place) - offset)
+            value = factor(now, total, **arguments)
+            if not 0 <= value < math.inf:
+                raise self._no_factor(value, now, total)
+            return peak * value
+
+        return rate
+
+    def _no_factor(self, value: object, done: float, total: float) -> TrainingError:
+        name = getattr(self.factor, "__qualname__", self.factor)
+        return TrainingError(
+            f"the schedule {name} gave {value!r} after {done} of {total} {self.unit} since the "
+            "warm-up: a factor is a number from 0"
+        )
 
     def rates(self) -> Mapping[str, float]:
         """Return none: groups of the config have a factor of the one learning rate."""
@@ -190,13 +212,14 @@ class LearningRate:
         if isinstance(self.factor, Plateau):
             self.factor.load_state_dict(state)
 
-    def _progress(self, place: Position, unit: Unit) -> float:
-        """Return how far the run has come; whole numbers of steps and samples stay whole."""
+    def _progress(self, unit: Unit) -> Callable[[Position], float]:
+        """Return how far the run has come, by place; whole numbers of steps and samples stay."""
         if unit == "steps":
-            return place.step
+            return attrgetter("step")
         if unit == "samples":
-            return place.samples_seen
-        return place.epoch + place.position / self.stop_at.epoch_samples
+            return attrgetter("samples_seen")
+        epoch_samples = self.stop_at.epoch_samples
+        return lambda place: place.epoch + place.position / epoch_samples
 
     def _convert(self, amount: float, unit: Unit, to: Unit) -> float:
         """Return the same time in another unit, exact at the ends of epochs."""
