@@ -236,12 +236,22 @@ class Order:
             return self.largest_share(global_batch_size * batches, world_size)
         return self.largest_share(global_batch_size, world_size) * batches
 
-    def smallest_share(self, global_batch_size: int, epoch_size: int, world_size: int) -> int:
-        """Return the fewest samples that any rank serves of any batch, the last of an epoch too."""
+    def smallest_share(
+        self, global_batch_size: int, epoch_size: int, world_size: int, begin: int = 0
+    ) -> int:
+        """Return the fewest samples that any rank serves of any batch, the last of an epoch too.
+
+        Args:
+            global_batch_size: samples of all ranks in one batch.
+            epoch_size: samples of all ranks that an epoch serves.
+            world_size: number of ranks.
+            begin: position in the epoch of the first batch: after a change of the batch size in its
+                middle the last one is another than in epochs from 0.
+        """
         size = min(global_batch_size, self.length)
         bounds = [(start, start + size) for start in self._starts]
-        if epoch_size % size:
-            bounds.append((epoch_size - epoch_size % size, epoch_size))
+        if rest := (epoch_size - begin) % size:
+            bounds.append((epoch_size - rest, epoch_size))
         return min(int(self.shares(*each, world_size).min()) for each in bounds)
 
     def positions(self, start: int, stop: int, rank: int, world_size: int) -> Int64s:

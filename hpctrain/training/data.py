@@ -188,6 +188,7 @@ def open_data(
             global_batch_size=section.global_batch_size,
             drop_last=section.drop_last,
             begun=begun,
+            begin=place.position,
             draw=weights,
             limit=train_limit(config.training),
             memory=memory,
@@ -268,6 +269,7 @@ def _open_objects(
             rank=topology.rank,
             world_size=topology.world_size,
             begun=begun,
+            begin=place.position,
             draw=weights,
             limit=train_limit(config.training),
         )

@@ -32,6 +32,7 @@ class Epochs:
         begun: Mapping[int, Order] | None = None,
         draw: Draw | None = None,
         limit: float | None = None,
+        begin: int = 0,
     ) -> None:
         """Check that every rank can take part.
 
@@ -45,6 +46,7 @@ class Epochs:
             begun: epochs that began in another order than `order`, and end in it.
             draw: what draws samples by weight, where the order is one of those.
             limit: end epochs after so many batches, as `served_samples` takes it.
+            begin: position at which epochs of `begun` go on.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -74,7 +76,8 @@ class Epochs:
             each.largest_share(global_batch_size, world_size) for each in self.orders
         )
         self.smallest_share = min(
-            each.smallest_share(global_batch_size, self.size, world_size) for each in self.orders
+            each.smallest_share(global_batch_size, self.size, world_size, first)
+            for each, first in [(order, 0), *((each, begin) for each in self._begun.values())]
         )
         self._planned: tuple[int, Plan] | None = None
 

@@ -69,6 +69,7 @@ class TrainLoader:
         begun: Mapping[int, Order] | None = None,
         draw: Draw | None = None,
         limit: float | None = None,
+        begin: int = 0,
         memory: Mapping[str, Bytes] | None = None,
         preparation: SamplePreparation | None = None,
         decoding: Decoding | None = None,
@@ -89,6 +90,7 @@ class TrainLoader:
             begun: epochs that began in another order than `order`, and end in it.
             draw: what draws samples by weight, where the order is one of those.
             limit: end epochs after so many batches, as `served_samples` takes it.
+            begin: position at which epochs of `begun` go on.
             memory: all samples by field, as `hold_on_node` returns them; None: read the files.
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
@@ -109,6 +111,7 @@ class TrainLoader:
             begun=begun,
             draw=draw,
             limit=limit,
+            begin=begin,
         )
         self._global_batch_size = global_batch_size
         self._rank = rank

@@ -12,6 +12,7 @@ from torch import nn
 
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.config.schema import TrainingSection
+from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.loader import Batch
 from hpctrain.data.order import Order
 from hpctrain.errors import ConfigError
@@ -107,6 +108,32 @@ def test_the_smallest_share_is_that_of_some_batch(samples: int, world_size: int)
     assert smallest <= min(shares)
     if samples % 16:
         assert smallest == min(shares)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("begin", [0, 16, 32, 48, 59])
+def test_the_smallest_share_of_an_epoch_that_goes_on_in_other_batches(
+    begin: int, drop_last: bool
+) -> None:
+    """Its last batch may be smaller than any of an epoch that begins with these batches."""
+    order = Order(samples=64, seed=1, lanes=8, window=2, block_rows=2)
+    epochs = Epochs(
+        order,
+        "data",
+        global_batch_size=12,
+        drop_last=drop_last,
+        rank=0,
+        world_size=4,
+        begun={3: order},
+        begin=begin,
+    )
+    size = epochs.size
+    shares = [
+        int(order.shares(start, min(start + 12, size), 4).min())
+        for first in (0, begin)
+        for start in range(first, size, 12)
+    ]
+    assert epochs.smallest_share == min(shares)
 
 
 @pytest.fixture

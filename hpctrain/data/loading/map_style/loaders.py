@@ -49,6 +49,7 @@ class MapTrainLoader:
         begun: Mapping[int, Order] | None = None,
         draw: Draw | None = None,
         limit: float | None = None,
+        begin: int = 0,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -64,6 +65,7 @@ class MapTrainLoader:
             begun: epochs that began in another order than `order`, and end in it.
             draw: what draws samples by weight, where the order is one of those.
             limit: end epochs after so many batches, as `served_samples` takes it.
+            begin: position at which epochs of `begun` go on.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -79,6 +81,7 @@ class MapTrainLoader:
             begun=begun,
             draw=draw,
             limit=limit,
+            begin=begin,
         )
         self.epoch_size, self.order_of, self.rows = epochs.size, epochs.order_of, epochs.rows
         self.largest_share, self.smallest_share = epochs.largest_share, epochs.smallest_share
