@@ -55,6 +55,13 @@ def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progr
     if (reference := _object(parsed.source)) is not None:
         return _pack_object(reference, parsed, communicator, progress)
 
+    if parsed.end_of_text is not None and parsed.tokenizer is None:
+        raise UsageError(
+            "--end-of-text names a token of --tokenizer: give that too", everywhere=True
+        )
+    if parsed.tokenizer is not None:
+        return _pack_tokens(parsed, communicator, progress)
+
     def source() -> Source:
         return open_source(parsed.source, _reading(parsed))
 
@@ -88,6 +95,50 @@ def _pack_object(
             return ObjectSource.of(reference)
 
         return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
+
+
+def _pack_tokens(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
+    """Pack texts by a tokenizer file. Collective: all ranks."""
+    from hpctrain.convert.sources import tokens
+    from hpctrain.convert.sources.opening import text_files
+    from hpctrain.convert.sources.text import DEFAULT_TOKENS
+
+    length = parsed.tokens or DEFAULT_TOKENS
+    if _reading(parsed) != Reading(tokens=parsed.tokens):
+        raise UsageError(
+            "--tokenizer: texts are packed as tokens, without --axis, --dtype, --size and --grey",
+            everywhere=True,
+        )
+
+    def plan() -> tuple[tokens.Vocabulary, list[tuple[tokens.Piece, str]], str]:
+        vocabulary = tokens.vocabulary_of(parsed.tokenizer, parsed.end_of_text)
+        files = text_files(parsed.source)
+        pieces = [
+            (piece, column or tokens.DEFAULT_COLUMN)
+            for column, paths in files
+            for piece in tokens.pieces_of(paths)
+        ]
+        paths = [path for _, paths in files for path in paths]
+        columns = [column for _, column in pieces]
+        return vocabulary, pieces, tokens.token_identity(paths, columns, vocabulary, length)
+
+    vocabulary, pieces, identity = on_rank_zero(communicator, plan)
+    whole = on_rank_zero(
+        communicator, lambda: packing.whole(parsed.folder, _packing(parsed), identity)
+    )
+    if whole is not None:
+        return whole
+    with tokens.tokenized(
+        " ".join(parsed.source),
+        pieces,
+        vocabulary,
+        length,
+        identity=identity,
+        beside=parsed.folder,
+        communicator=communicator,
+        progress=progress,
+    ) as source:
+        return packing.pack(lambda: source, parsed.folder, _packing(parsed), communicator, progress)
 
 
 def again(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:

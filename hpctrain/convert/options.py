@@ -189,7 +189,15 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=count,
-        help="bytes of text in one sample (1025); any file is text",
+        help="tokens of text in one sample (1025), bytes without --tokenizer; any file is text",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="TOKENIZER.json", help="turn text into tokens by this file"
+    )
+    parser.add_argument(
+        "--end-of-text",
+        metavar="TOKEN",
+        help="that ends each text; left out, as tokenizer_config.json beside the tokenizer says",
     )
 
 

@@ -192,6 +192,27 @@ def prepare(source: Source, folder: Path, packing: Packing) -> Plan:
     return Plan(source=source, outputs=tuple(outputs))
 
 
+def whole(folder: Path, packing: Packing, identity: str) -> str | None:
+    """Return what to say of a source that was packed to a folder, whole, before; None: it was not.
+
+    For sources that cost much to open: `pack` itself finds the same out of one that is open.
+    """
+    folders = [folder / split for split in packing.splits] or [folder]
+    if any(not (each / INDEX_NAME).exists() for each in folders):
+        return None
+    for each in folders:
+        origin = read_origin(each)
+        if not isinstance(origin, dict) or origin.get("identity") != identity:
+            return None
+        told = (packing.seed, packing.shuffle, str(packing.storage), dict(packing.splits))
+        if told != tuple(origin.get(key) for key in ("seed", "shuffle", "storage", "splits")):
+            return None
+        if packing.shard_rows not in (None, origin.get("shard_rows")):
+            return None
+        read_index(each)
+    return f"{folder}: packed already"
+
+
 def _claim(folder: Path, origin: Mapping[str, Any]) -> bool:
     """Make a folder ready to be filled, or return True if it has been."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ _NAMES = {
     "convert.sources.source": "ArrayFacts Converted",
     "convert.sources.table": "Part Table",
     "convert.sources.text": "Text",
+    "convert.sources.tokens": "Piece Tokens Vocabulary",
     "convert.pack": "Written Output Plan",
     "errors": (
         "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
+import zarr
 from helpers.jobs import in_turn
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 pytestmark = pytest.mark.ranks(3)
 
@@ -92,6 +95,51 @@ def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
     assert kept.items() <= shards_of(tmp_path / "out").items()
     assert "packed already" in run(tmp_path, 3, *pack, "out")
     assert "there is a dataset" in run(tmp_path, 0, *pack, "out", "--shuffle", code=65)
+
+
+def test_sources_of_other_tools_survive_a_killed_rank(tmp_path: Path) -> None:
+    """Two ranks, one of them killed; three go on; the bytes are those of one process alone."""
+    zarr.create_array(
+        tmp_path / "x.zarr", data=np.arange(90_000).reshape(900, 100), chunks=(7, 100)
+    )
+    words = pd.DataFrame({"text": [f"{n} {n * n}" for n in range(40_000)], "n": range(40_000)})
+    words.to_parquet(tmp_path / "words.parquet", row_group_size=1000)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    for number, (source, there) in enumerate(
+        [
+            (("x=x.zarr", "--shard-rows", "1"), "out-0/shard-*.h5"),
+            (("words.parquet", "--tokenizer", "tokenizer.json"), ".out-1-tokens/*.npy"),
+        ]
+    ):
+        pack = ("-m", "hpctrain", "data", "pack", *source, "--shuffle")
+        run(tmp_path, 0, *pack, f"alone-{number}")
+        kill_one_rank(tmp_path, there, *pack, f"out-{number}")
+        run(tmp_path, 3, *pack, f"out-{number}")
+        assert files_of(tmp_path / f"out-{number}") == files_of(tmp_path / f"alone-{number}")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def kill_one_rank(folder: Path, there: str, *arguments: str) -> None:
+    """Begin on two ranks, and kill one as soon as some files are there."""
+    with subprocess.Popen(
+        command(2, *arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as job:
+        wait_for(lambda: len(list(folder.glob(there))) >= 4 or job.poll() is not None)
+        assert job.poll() is None
+        ranks = [
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if "hpctrain" in process.cmdline() and "mpirun" not in process.name()
+        ]
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        job.communicate(timeout=JOB_SECONDS)
+        psutil.wait_procs(ranks, timeout=JOB_SECONDS)
+    assert job.returncode != 0
 
 
 def test_mistakes_of_all_ranks_are_told_once(tmp_path: Path) -> None:

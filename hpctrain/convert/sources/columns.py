@@ -258,3 +258,40 @@ def _is_list(kind: Any) -> bool:
 def _rest(shape: Sequence[int], done: int) -> int:
     """Return how many numbers a row has for each of the lists that were gone into."""
     return int(np.prod(shape, dtype=np.int64)) // done
+
+
+def text_pieces(path: str) -> int:
+    """Return in how many groups of rows a file is stored.
+
+    Raises:
+        DatasetError: if it cannot be read.
+    """
+    with reading(path):
+        pieces = _open(path)
+        try:
+            return len(pieces.counts)
+        finally:
+            pieces.close()
+
+
+def texts_in(path: str, piece: int, key: str) -> list[str]:
+    """Return the texts of a column, in one group of rows.
+
+    Raises:
+        DatasetError: if the column is not there, or is none of texts.
+    """
+    with reading(f'{path}: column "{key}"'):
+        pieces = _open(path)
+        try:
+            require_fields([key], pieces.schema.names, path)
+            types = optional("pyarrow", "arrow", _WHAT).types
+            kind = pieces.schema.field(key).type
+            if not (types.is_string(kind) or types.is_large_string(kind)):
+                raise DatasetError(
+                    f'{path}: column "{key}" is {kind}, and no text: name the one that is, '
+                    "FILES:COLUMN"
+                )
+            found: list[str | None] = pieces.read(piece, key).to_pylist()
+        finally:
+            pieces.close()
+    return [text for text in found if text is not None]

@@ -113,6 +113,15 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
     return Table(name, columns, frozenset(reading.dtypes))
 
 
+def text_files(texts: Sequence[str]) -> list[tuple[str | None, list[str]]]:
+    """Return the files of texts, and which column or key holds them, where it is said.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    return [(item.key, _find(item.pattern)) for item in map(Item.parse, texts)]
+
+
 def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
     """Return the arrays of a file that an item asks for, with their names as fields."""
     kind = format_of(path)
