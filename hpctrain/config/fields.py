@@ -42,8 +42,32 @@ def masks(config: Config) -> dict[str, str]:
 
 def stored_fields(config: Config) -> list[str]:
     """Return the fields that are read from files."""
-    made = set(masks(config).values())
-    return [name for name in seen_fields(config) if name not in made]
+    made = made_fields(config)
+    seen = [made.get(name, name) for name in seen_fields(config)]
+    if not seen:
+        return []
+    tables = config.data.fields
+    shifting = [tables[name].shift_by for name in seen if name in tables]
+    return list(dict.fromkeys([*seen, *filter(None, shifting)]))
+
+
+def made_fields(config: Config) -> dict[str, str]:
+    """Return the fields that are made of others: of each, that which it is made of."""
+    made: dict[str, str] = {}
+    for name, table in config.data.fields.items():
+        beside = (table.mask, table.sample, table.position)
+        made |= dict.fromkeys(filter(None, beside), name)
+        if table.batch == "concat":
+            made[f"{name}.offsets"] = name
+    return made
+
+
+def ragged_fields(config: Config) -> frozenset[str]:
+    """Return the fields whose first axis in a batch is not that of the samples."""
+    tables = config.data.fields
+    concat = {name for name, table in tables.items() if table.batch == "concat"}
+    beside = {f"{name}.offsets" for name in concat}
+    return frozenset(concat | beside | {t.sample for t in tables.values() if t.sample})
 
 
 def integer_fields(config: Config) -> frozenset[str]:

@@ -18,6 +18,7 @@ from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
 from hpctrain.config.object_rules import MAY_BE_OBJECTS, check_objects, names_object
+from hpctrain.config.ragged_rules import check_ragged
 from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
 from hpctrain.config.schema import EarlyStoppingSection, ProfileSection, RunSection
 from hpctrain.config.toml import Source
@@ -180,7 +181,7 @@ def check_fields(source: Source) -> list[Mistake]:
     for name, table in _tables(source).items():
         key = ("data", "fields", name)
         mistakes += _check_missing(source, name, table, known)
-        if isinstance(inputs, list) and name not in known:
+        if isinstance(inputs, list) and name not in known and not _is_needed(source, name, known):
             near = did_you_mean(name, known)
             problem = f"neither task.inputs nor task.target has this field{near}"
             mistakes.append(source.mistake(key, problem))
@@ -189,6 +190,17 @@ def check_fields(source: Source) -> list[Mistake]:
             mistakes.append(source.mistake((*key, "every"), problem))
         mistakes += _check_files(source, name, table)
     return mistakes
+
+
+def _is_needed(source: Source, name: str, known: list[str]) -> bool:
+    """Tell whether a field that the task does not have is read for the sake of one that it has."""
+    tables = _tables(source)
+    own = tables.get(name, {})
+    if "batch" not in own:
+        return False
+    beside = {own.get("sample"), own.get("position"), own.get("mask"), f"{name}.offsets"}
+    shifting = any(table.get("shift_by") == name for table in tables.values())
+    return shifting or not beside.isdisjoint(known)
 
 
 def check_samples(source: Source) -> list[Mistake]:
@@ -301,7 +313,7 @@ def check_normalize(source: Source) -> list[Mistake]:
     mistakes = []
     for name, given in normalize.items():
         key = ("data", "normalize", name)
-        if isinstance(inputs, list) and name not in known:
+        if isinstance(inputs, list) and name not in known and not _is_needed(source, name, known):
             problem = (
                 f"neither task.inputs nor task.target has this field{did_you_mean(name, known)}"
             )
@@ -520,6 +532,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_components,
     check_callbacks,
     check_fields,
+    check_ragged,
     check_samples,
     check_transforms,
     check_objects,

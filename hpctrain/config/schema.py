@@ -100,7 +100,32 @@ class FieldTable:
     """Number in place of missing values, once normalised; none: NaN, of integers what is stored."""
 
     mask: Text | None = None
-    """Name of a further field: 1 where this one has a value, 0 where it is missing."""
+    """Name of a further field: 1 where this one has a value, 0 where it is missing, or padded."""
+
+    offsets: Text | None = None
+    """HDF5 dataset that says where in this one the values of each sample begin, such as "ptr"."""
+
+    counts: Text | None = None
+    """HDF5 dataset that says how many of this one's values each sample has."""
+
+    batch: Literal["pad", "concat", "pack"] | None = None
+    """How samples of unequal length make a batch: padded to the longest of a pass; one after the
+    other, with NAME.offsets; or, of tokens, cut into samples of `max_length`."""
+
+    max_length: Count | None = None
+    """Values that are kept of a sample, the first ones; none: all."""
+
+    pad: float | None = None
+    """Number behind the values of a padded sample; none: 0."""
+
+    sample: Text | None = None
+    """Name of a further field: of each value which sample of the pass it is of."""
+
+    position: Text | None = None
+    """Name of a further field: of each packed token its place in its document, from 0."""
+
+    shift_by: Text | None = None
+    """Field whose values these are indices of; in a batch they count those of the whole pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

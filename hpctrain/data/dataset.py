@@ -55,16 +55,19 @@ class Field:
     """One named array per sample.
 
     Attributes:
-        shape: of one sample.
+        shape: of one sample; where samples are of unequal length, of one of its rows.
         dtype: as stored, byte order included.
+        mean_rows: rows of a sample of unequal length, on average; None: all are of one shape.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    mean_rows: int | None = None
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of a sample; on average, where samples are of unequal length."""
+        return math.prod(self.shape) * self.dtype.itemsize * (self.mean_rows or 1)
 
 
 class DatasetFacts(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Literal
@@ -15,7 +16,17 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
 from hpctrain.data.discovery import FileOrder, open_dataset
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.ragged import (
+    Lengths,
+    Raggedness,
+    Source,
+    as_numbers,
+    has_end,
+    joined,
+    of_counts,
+    of_offsets,
+)
+from hpctrain.data.reading.rows import open_rows, read_rows
 from hpctrain.data.selection import (
     MOST_SPANS,
     SampleSelection,
@@ -30,6 +41,9 @@ from hpctrain.data.selection import (
 )
 from hpctrain.data.view import Column, Part, View
 from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed, printable
+
+logger = logging.getLogger(__name__)
 
 Purpose = Literal["train", "validation"]
 
@@ -82,6 +96,9 @@ def open_for_evaluation(
 
 def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     """Return the fields of the training files, and those that the config finds elsewhere."""
+    if any(table.batch for table in section.fields.values()):
+        # Whose values, offsets and edges have other numbers of rows: what is wanted is said.
+        return list(section.fields)
     found = open_dataset(section.train, None, order=semantics.file_order).fields
     return list(dict.fromkeys([*found, *section.fields]))
 
@@ -144,54 +161,148 @@ def _open(
     return View.of(source, parts, columns, selection)
 
 
+Home = tuple[str, int, str, str]
+"""Files, axis of their HDF5 datasets, and the HDF5 dataset of offsets or counts, if one has them.
+
+Fields that agree in all of it are one part of a view.
+"""
+
+
 def _join(
     tables: Mapping[str, FieldTable], files: Purpose, source: str, order: FileOrder
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
-    places = {
-        name: (getattr(table, files) or source, table.axis, (table.path or name).strip("/"))
+    homes: dict[str, Home] = {
+        name: (
+            getattr(table, files) or source,
+            table.axis,
+            (table.offsets or "").strip("/"),
+            (table.counts or "").strip("/"),
+        )
         for name, table in tables.items()
     }
-    homes = list(dict.fromkeys(place[:2] for place in places.values()))
+    paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
+    apart = list(dict.fromkeys(homes.values()))
     parts = []
-    for pattern, axis in homes:
-        paths = dict.fromkeys(path for *home, path in places.values() if home == [pattern, axis])
-        parts.append(Part(open_dataset(pattern, list(paths), axis, order), axis))
+    for home in apart:
+        pattern, axis, *_ = home
+        inside = dict.fromkeys(paths[name] for name, own in homes.items() if own == home)
+        dataset = open_dataset(pattern, list(inside), axis, order)
+        parts.append(Part(dataset, axis, _lengths(home, dataset, order)))
     columns = {
         name: Column(
-            part=homes.index((pattern, axis)),
-            name=path,
-            steps=tables[name].steps,
-            lead=tables[name].lead,
-            every=tables[name].every,
+            part=apart.index(homes[name]),
+            name=paths[name],
+            steps=table.steps,
+            lead=table.lead,
+            every=table.every,
+            ragged=_raggedness(table),
         )
-        for name, (pattern, axis, path) in places.items()
+        for name, table in tables.items()
     }
+    for name, column in columns.items():
+        if column.ragged is not None and parts[column.part].lengths is None:
+            raise DatasetError(
+                f'{source}: data.fields.{name}.batch = "{column.ragged.batch}", and nothing says '
+                "where samples begin: name an HDF5 dataset of the first value of each (offsets), "
+                "or of how many there are (counts)"
+            )
+        _tell_cut(name, column, parts[column.part])
     return parts, columns
 
 
+def _raggedness(table: FieldTable) -> Raggedness | None:
+    if table.batch is None or table.batch == "pack":
+        return None
+    return Raggedness(
+        batch=table.batch,
+        max_length=table.max_length,
+        pad=table.pad or 0.0,
+        mask=table.mask,
+        sample=table.sample,
+        shift_by=table.shift_by,
+    )
+
+
+def _tell_cut(name: str, column: Column, part: Part) -> None:
+    """Say how many samples a maximum of their length cuts."""
+    if column.ragged is None or part.lengths is None:
+        return
+    counts = part.lengths.counts
+    kept = column.ragged.kept(counts)
+    cut, values = int((kept < counts).sum()), int(counts.sum())
+    if cut:
+        logger.warning(
+            'field "%s": %s of %s samples are longer than data.fields.%s.max_length = %d and cut: '
+            "%.2g %% of all values are left out",
+            printable(name),
+            f"{cut:,}",
+            f"{len(counts):,}",
+            printable(name),
+            column.ragged.max_length,
+            100 * (values - int(kept.sum())) / values,
+        )
+
+
+def _lengths(home: Home, dataset: Dataset, order: FileOrder) -> Lengths | None:
+    """Return which rows of a dataset make each sample, by its files; None: one row does.
+
+    Raises:
+        DatasetError: if they say what cannot be.
+    """
+    pattern, _, offsets, counts = home
+    if not offsets and not counts:
+        return None
+    name = offsets or counts
+    about = open_dataset(pattern, [name], order=order)
+    paths = [shard.path for shard in dataset.shards]
+    if (said := [shard.path for shard in about.shards]) != paths:
+        other = next(iter({*said} ^ {*paths}), pattern)
+        raise DatasetError(
+            f'{other}: "{name}" says which values of {listed(list(dataset.fields))} belong to a '
+            "sample, and only one of them is in this file: name files that have both"
+        )
+    stored = read_rows(about, np.arange(about.samples, dtype=np.int64))[name]
+    places = [Source((path, name)) for path in paths]
+    per_file = [
+        as_numbers(numbers, at)
+        for numbers, at in zip(np.split(stored, about.shard_stops[:-1]), places, strict=True)
+    ]
+    values = [shard.samples for shard in dataset.shards]
+    if counts:
+        made = [of_counts(*each) for each in zip(per_file, values, places, strict=True)]
+    else:
+        ended = has_end(per_file, values)
+        made = [
+            of_offsets(numbers, total, ended=ended, at=at)
+            for numbers, total, at in zip(per_file, values, places, strict=True)
+        ]
+    return joined(made, values)
+
+
 def _require_equal_rows(parts: Sequence[Part]) -> None:
-    first = parts[0].dataset
-    for part in parts[1:]:
-        other = part.dataset
+    first = parts[0]
+    for other in parts[1:]:
         if other.samples == first.samples:
             continue
-        pairs = zip(first.shards, other.shards, strict=False)
-        unequal = [(one, two) for one, two in pairs if one.samples != two.samples]
+        one, two = first.dataset, other.dataset
+        rows, others = np.diff(first.stops, prepend=0), np.diff(other.stops, prepend=0)
         where = ""
-        if len(first.shards) == len(other.shards) and unequal:
-            (one, two), *_ = unequal
-            where = f"; {one.path} has {one.samples}, {two.path} has {two.samples}"
+        if len(rows) == len(others):
+            at = int(np.flatnonzero(rows != others)[0])
+            where = (
+                f"; {one.shards[at].path} has {rows[at]}, {two.shards[at].path} has {others[at]}"
+            )
         raise DatasetError(
-            f"fields are joined row by row, but {', '.join(first.fields)} of {first.source} has "
-            f"{first.samples} rows and {', '.join(other.fields)} of {other.source} "
+            f"fields are joined row by row, but {', '.join(one.fields)} of {one.source} has "
+            f"{first.samples} rows and {', '.join(two.fields)} of {two.source} "
             f"{other.samples}{where}: name files that belong together"
         )
 
 
 def _borders(parts: Sequence[Part]) -> Int64s:
     """Return where a file ends in any of the parts, (files,) int64."""
-    return np.unique(np.concatenate([part.dataset.shard_stops for part in parts]))
+    return np.unique(np.concatenate([part.stops for part in parts]))
 
 
 def _spans(
@@ -203,7 +314,7 @@ def _spans(
     semantics: Semantics,
 ) -> Spans:
     """Return the rows that may be in samples, by mask or range and by split."""
-    rows = parts[0].dataset.samples
+    rows = parts[0].samples
     own = samples.train if purpose == "train" else samples.validation
     if samples.validation_fraction is not None:
         own = samples.train  # it chooses what is split
@@ -222,7 +333,10 @@ def _spans(
     if samples.split_by == "files":
         stops = _borders(parts)
     else:
-        row_bytes = sum(part.dataset.bytes_per_sample for part in parts)
+        row_bytes = sum(
+            part.dataset.bytes_per_sample * (part.lengths.mean if part.lengths else 1)
+            for part in parts
+        )
         size = samples.piece_rows or default_piece_rows(rows, row_bytes, reach)
         stops = piece_stops(rows, size)
     if len(stops) < 2:

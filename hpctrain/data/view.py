@@ -19,6 +19,7 @@ import xxhash
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.ragged import Lengths, Raggedness
 from hpctrain.data.selection import SampleSelection
 
 
@@ -29,10 +30,31 @@ class Part:
     Attributes:
         dataset: their rows.
         axis: of the HDF5 datasets, which counts the rows.
+        lengths: which of these rows make a row of the view, where that is not one each.
     """
 
     dataset: Dataset
     axis: int = 0
+    lengths: Lengths | None = None
+
+    @property
+    def samples(self) -> int:
+        """Rows of the view that it has values for."""
+        return self.dataset.samples if self.lengths is None else self.lengths.samples
+
+    @property
+    def stops(self) -> Int64s:
+        """One past the last row of the view in every file, (shards,) int64."""
+        return self.dataset.shard_stops if self.lengths is None else self.lengths.stops
+
+    def places(self, rows: Int64s) -> list[tuple[Shard, int]]:
+        """Return the file that each of these rows of the view is in, and its number there."""
+        if self.lengths is None:
+            return self.dataset.places(rows)
+        stops, shards = self.lengths.stops, self.dataset.shards
+        indices = np.searchsorted(stops, rows, side="right")
+        inside = rows - np.concatenate(([0], stops))[indices]
+        return [(shards[i], row) for i, row in zip(indices, inside.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +68,7 @@ class Column:
         lead: rows from the sample's own row to the first of them.
         every: rows from one of them to the next.
         is_stored: whether numbers stand for themselves, whatever their files say.
+        ragged: how samples of unequal length are put into a batch; None: all are of one shape.
     """
 
     part: int
@@ -54,6 +77,7 @@ class Column:
     lead: int = 0
     every: int = 1
     is_stored: bool = False
+    ragged: Raggedness | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,8 +88,13 @@ class Column:
         """Rows from the sample's own to the last that this field needs, both counted."""
         return self.lead + (self.num_rows - 1) * self.every + 1
 
-    def field(self, stored: Field) -> Field:
-        """Return what a sample of this field is, made of rows such as are stored."""
+    def field(self, part: Part) -> Field:
+        """Return what a sample of this field is, made of rows such as its part has."""
+        stored = part.dataset.fields[self.name]
+        if self.ragged is not None:
+            assert part.lengths is not None
+            mean = int(self.ragged.kept(np.array([part.lengths.mean]))[0])
+            return Field(stored.shape, stored.dtype, mean)
         return stored if self.steps is None else Field((self.steps, *stored.shape), stored.dtype)
 
 
@@ -94,10 +123,7 @@ class View(Dataset):
         """Put a view together."""
         return cls(
             source=source,
-            fields={
-                name: column.field(parts[column.part].dataset.fields[column.name])
-                for name, column in columns.items()
-            },
+            fields={name: column.field(parts[column.part]) for name, column in columns.items()},
             shards=_files(parts),
             parts=tuple(parts),
             columns=dict(columns),
@@ -114,13 +140,44 @@ class View(Dataset):
         raise TypeError("the samples of a view do not follow its shards")
 
     @cached_property
+    def chunk_rows(self) -> int:
+        """Samples that no read should cut; of unequal length, those of a chunk on average."""
+        if not self.ragged:
+            return super().chunk_rows
+        longest = 1
+        for column in self.columns.values():
+            part = self.parts[column.part]
+            rows = max(shard.layouts[column.name].chunk_rows for shard in part.dataset.shards)
+            longest = max(longest, rows if part.lengths is None else rows // part.lengths.mean)
+        return longest
+
+    @cached_property
+    def ragged(self) -> dict[str, Raggedness]:
+        """The fields whose samples are of unequal length, and how they are batched."""
+        named = {name: column.ragged for name, column in self.columns.items()}
+        return {name: ragged for name, ragged in named.items() if ragged is not None}
+
+    def values_of(self, name: str, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """Return which rows of its home a field of unequal length has in each of these samples.
+
+        Returns:
+            The first row of each sample, and how many, (samples,) int64 each.
+        """
+        column = self.columns[name]
+        lengths, ragged = self.parts[column.part].lengths, column.ragged
+        assert lengths is not None
+        assert ragged is not None
+        rows = self.selection.rows(samples) + column.lead
+        return lengths.firsts[rows], ragged.kept(lengths.counts[rows])
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of what the parts are, and which rows are samples."""
         picked = xxhash.xxh3_64()
         for numbers in (self.selection.firsts, self.selection.counts):
             picked.update(numbers.tobytes())
         facts = [
-            [[part.dataset.fingerprint, part.axis] for part in self.parts],
+            [[part.dataset.fingerprint, part.axis, *_lengths_of(part)] for part in self.parts],
             [picked.hexdigest(), self.selection.stride],
         ]
         return str(xxhash.xxh3_64_hexdigest(json.dumps(facts).encode()))
@@ -162,6 +219,8 @@ class View(Dataset):
         """Return which shard of its home each row of a field is in, as `Dataset.shards_of`."""
         column = self.columns[name]
         rows = self.selection.rows(samples) + column.lead
+        if column.ragged is not None:
+            return np.searchsorted(self.parts[column.part].stops, rows, side="right")
         if column.steps is not None:
             rows = rows[:, None] + np.arange(column.steps) * column.every
         return np.searchsorted(self.home(name)[0].shard_stops, rows, side="right")
@@ -169,7 +228,7 @@ class View(Dataset):
     def places(self, samples: Int64s) -> list[tuple[Shard, int]]:
         """Return the shard of the first row of each sample, and that row there."""
         first = next(iter(self.columns.values()))
-        return self.parts[first.part].dataset.places(self.selection.rows(samples) + first.lead)
+        return self.parts[first.part].places(self.selection.rows(samples) + first.lead)
 
     def slow_fields(self) -> dict[str, str]:
         """Return why, for every field that only HDF5 can read in some shard."""
@@ -179,6 +238,10 @@ class View(Dataset):
             for name, column in self.columns.items()
             if column.name in slow[column.part]
         }
+
+
+def _lengths_of(part: Part) -> list[str]:
+    return [] if part.lengths is None else [part.lengths.fingerprint]
 
 
 def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:

@@ -110,7 +110,7 @@ def read_weights(given: str, dataset: Dataset, files: str, order: FileOrder) -> 
     what = f"data.weights: {where}"
     if len(values) == dataset.samples:
         return Weights.of(values, what)
-    rows = dataset.parts[0].dataset.samples if isinstance(dataset, View) else dataset.samples
+    rows = dataset.parts[0].samples if isinstance(dataset, View) else dataset.samples
     if len(values) != rows or not isinstance(dataset, View):
         of_rows = f" (made of {rows} rows)" if rows != dataset.samples else ""
         raise DatasetError(

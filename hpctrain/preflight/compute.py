@@ -26,6 +26,7 @@ from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch
 from hpctrain.data.loading.nested import moved
 from hpctrain.data.node_cache import host_memory
+from hpctrain.data.view import View
 from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
 from hpctrain.preflight.numbers import STEP_FIX, check_numbers
@@ -171,7 +172,9 @@ class StandIn(Protocol):
 
 def _stand_in(opened: Data, world: World) -> StandIn:
     loader = opened.train_loader
-    if isinstance(opened.train, MapDataset):
+    if isinstance(opened.train, MapDataset) or (
+        isinstance(opened.train, View) and opened.train.ragged
+    ):
         return RepeatingLoader(loader)
     return SyntheticLoader(
         fields=opened.transforms.fields,
@@ -184,7 +187,7 @@ def _stand_in(opened: Data, world: World) -> StandIn:
 
 @dataclass(frozen=True, slots=True)
 class RepeatingLoader:
-    """Stands in for the loader of a torch Dataset: one sample again and again."""
+    """Stands in for a loader whose samples have no shape in common: one again and again."""
 
     loader: TrainBatches
 

@@ -277,7 +277,7 @@ class TrainStep:
             module.begin_step(batch.epoch, batch.start, batch.global_size)
         self._wrapped.begin()
         self._passes.loss_sum, self._passes.weight = None, 0
-        *before, last = cut(batch.size, self.grad_accum_steps)
+        *before, last = batch.cuts or cut(batch.size, self.grad_accum_steps)
         if before:
             with self._wrapped.local():
                 for first, stop in before:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hpctrain.config import Config
-from hpctrain.config.fields import Normalization, integer_fields, needed_fields
+from hpctrain.config.fields import Normalization, integer_fields, needed_fields, ragged_fields
 from hpctrain.config.importing import build_transform
 from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Dataset, Field
@@ -181,9 +181,10 @@ class Decodings:
         """
         found = decodings(datasets, integer_fields(config))
         missing = {
-            name: Missing(table.fill, table.mask)
+            # Of samples of unequal length, the mask says where one has ended.
+            name: Missing(table.fill, None if table.batch else table.mask)
             for name, table in config.data.fields.items()
-            if table.fill is not None or table.mask is not None
+            if table.fill is not None or (table.mask is not None and not table.batch)
         }
         for name, each in missing.items():
             kind = datasets[0].fields[name].dtype.kind
@@ -282,7 +283,8 @@ def build_batch_transform(
         name: Scale.of(fields, name, each.mean, each.std, device, dtype)
         for name, each in normalizations.items()
     }
-    return BatchTransform(scales, _transform(config), tuple(needed_fields(config)), missing)
+    needed = tuple(needed_fields(config))
+    return BatchTransform(scales, _transform(config), needed, missing, ragged_fields(config))
 
 
 def _transform(config: Config) -> Transform | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy.typing as npt
 import torch
@@ -67,10 +67,14 @@ class ShareOfBatch(Protocol):
         global_size: samples of the global batch.
         epoch: from 0.
         start: position in the epoch of the first sample of the global batch.
+        cuts: the ranges of samples that are passes, as many on every rank; None: as `cut` has
+            them.
     """
 
     @property
     def fields(self) -> Any: ...
+    @property
+    def cuts(self) -> Sequence[tuple[int, int]] | None: ...
     @property
     def size(self) -> int: ...
     @property
@@ -105,6 +109,7 @@ class Batch:
     global_size: int
     epoch: int
     start: int
+    cuts: ClassVar[None] = None
 
     def part(self, first: int, stop: int) -> dict[str, Tensor]:
         """Return the rows first to stop - 1: those of one pass."""

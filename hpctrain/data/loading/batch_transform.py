@@ -5,7 +5,7 @@ The wire carries the dtype of the dataset, such as uint8; floats are made of it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,12 +128,14 @@ class BatchTransform:
         transform: what else is done to every batch.
         needed: fields that have to be there in the end.
         missing: what is made of NaN, by field, before the transform.
+        any_length: fields whose first axis is not that of the samples.
     """
 
     scales: Mapping[str, Scale] = field(default_factory=dict)
     transform: Transform | None = None
     needed: Sequence[str] = ()
     missing: Mapping[str, Missing] = field(default_factory=dict)
+    any_length: Container[str] = ()
 
     @property
     def needs_keys(self) -> bool:
@@ -154,15 +156,30 @@ class BatchTransform:
         """
         if not self.scales and not self.missing and self.transform is None:
             return fields
+        return self.transformed(self.scaled(fields), keys, training=training)
+
+    def scaled(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the fields normalised, and what is made of their missing values."""
         finished = {
             name: self.scales[name].apply(tensor) if name in self.scales else tensor
             for name, tensor in fields.items()
         }
         for name, missing in self.missing.items():
-            finished |= missing.apply(name, finished[name])
+            if name in finished:
+                finished |= missing.apply(name, finished[name])
+        return finished
+
+    def transformed(
+        self, fields: dict[str, Tensor], keys: Tensor | None, *, training: bool
+    ) -> dict[str, Tensor]:
+        """Return what the user's transform makes of fields; as they are, where there is none.
+
+        Raises:
+            TrainingError: if the transform does not return what is needed.
+        """
         if self.transform is None or keys is None or not len(keys):
-            return finished  # nobody reads a share without samples
-        returned: Any = self.transform(fields=finished, keys=keys, training=training)
+            return fields  # nobody reads a share without samples
+        returned: Any = self.transform(fields=fields, keys=keys, training=training)
         self._check(returned, len(keys))
         return dict(returned)
 
@@ -179,7 +196,7 @@ class BatchTransform:
                     f'data.transform returned no tensor "{name}", which the task needs; it returned'
                     f" {', '.join(map(str, returned)) or 'nothing'}"
                 )
-            if value.shape[:1] != (samples,):
+            if name not in self.any_length and value.shape[:1] != (samples,):
                 raise TrainingError(
                     f'data.transform made {tuple(value.shape)} of "{name}"; there are {samples} '
                     "samples, and its first axis has to stay theirs"

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.batch import Batch
+from hpctrain.data.loading.batch import Batch, Rows, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import (
     ALIGNMENT_BYTES,
@@ -31,13 +31,24 @@ from hpctrain.data.loading.buffers import (
 from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.loading.sources import Group, HostGroup, Refusing, Source, require_all
+from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values
+from hpctrain.data.loading.sources import (
+    Group,
+    HostGroup,
+    Refusing,
+    RowSource,
+    Source,
+    require_all,
+)
+from hpctrain.data.loading.values import HostValues, ValuePool, ValueSource
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.retry import READ_RETRIES
 from hpctrain.data.reading.rows import open_rows, read_rows
 from hpctrain.data.reading.threads import Helpers
+from hpctrain.data.reading.views import ViewReader
 from hpctrain.data.runs import Bytes
+from hpctrain.data.view import View
 from hpctrain.utils.text import printable
 
 MOST_COPIES = 2
@@ -76,6 +87,7 @@ class _Arrived:
     Attributes:
         group: what its samples are.
         fields: by name, (samples, *shape).
+        ragged: the fields of unequal length, by name.
         codes: by field, which coding each row has, see `Decoder.codes`.
         keys: of the samples, if anybody wants them.
         require: to be called before the tensors are used.
@@ -83,6 +95,7 @@ class _Arrived:
 
     group: Group
     fields: Mapping[str, torch.Tensor]
+    ragged: Mapping[str, Values]
     codes: Mapping[str, torch.Tensor]
     keys: torch.Tensor | None
     require: Callable[[], None] = _nothing
@@ -135,10 +148,17 @@ class Delivery:
         self._alignment = ALIGNMENT_BYTES if device.type == "cpu" else DEVICE_ALIGNMENT_BYTES
         groups = memory.groups_ready + (memory.groups_ahead if preparation is None else 0)
         aside = device.type in COPIES_ASIDE
+        allocate = _pinned if aside else new_bytes
         self._copies = DeviceCopies(Streams(device)) if aside else None
-        self._pool = BufferPool(
-            self._fields, rows, groups, _pinned if aside else new_bytes, in_powers_of_two=aside
-        )
+        self._how = dataset.ragged if isinstance(dataset, View) else {}
+        rectangular = {n: field for n, field in self._fields.items() if n not in self._how}
+        self._rectangular = rectangular
+        self._pool = BufferPool(rectangular, rows, groups, allocate, in_powers_of_two=aside)
+        self.values: ValueSource | None = None
+        if self._how:
+            assert isinstance(dataset, View)
+            assert isinstance(self.access, ViewReader)
+            self.values = ValueSource(dataset, self.access, ValuePool(allocate))
         self._running: Prefetch[HostGroup] | None = None
         self._waited = 0.0
         for name, reason in dataset.slow_fields().items():
@@ -160,7 +180,7 @@ class Delivery:
 
     def run(
         self, source: Source, groups: Iterator[Group], epoch: int, total: int | None = None
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Batch | RaggedBatch]:
         """Yield the batches of the groups; of a global size of `total`, or each of its own."""
         self.stop()
         if self._decoding.refused:
@@ -174,13 +194,17 @@ class Delivery:
                     cuts = np.searchsorted(arrived.group.positions, bounds).tolist()
                     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
                         look_ahead()
-                        yield Batch(
-                            fields=self._finish(arrived, slice(cuts[i], cuts[i + 1])),
-                            size=cuts[i + 1] - cuts[i],
-                            global_size=stop - start if total is None else total,
-                            epoch=epoch,
-                            start=start,
-                        )
+                        own = slice(cuts[i], cuts[i + 1])
+                        about: dict[str, Any] = {
+                            "size": own.stop - own.start,
+                            "global_size": stop - start if total is None else total,
+                            "epoch": epoch,
+                            "start": start,
+                        }
+                        if self._how:
+                            yield RaggedBatch(rows=self._ragged(arrived, own), **about)
+                        else:
+                            yield Batch(fields=self._finish(arrived, own), **about)
             finally:
                 if self._running is running:
                     self._waited += running.wait_seconds
@@ -225,8 +249,29 @@ class Delivery:
         preparation = self._preparation
         return self._delivered(self._read(at) if preparation is None else preparation.one(row), at)
 
-    def some(self, rows: Int64s) -> dict[str, torch.Tensor]:
+    def some(self, rows: Int64s) -> Samples:
         """Return some rows of the dataset, in ascending order, read by the calling thread."""
+        if self._how:
+            return self.some_ragged(rows)
+        return Rows(self._some(rows))
+
+    def some_ragged(self, rows: Int64s) -> RaggedRows:
+        """Return some rows of a dataset whose samples are of unequal length."""
+        dataset = self.access.dataset
+        assert isinstance(dataset, View)
+        with closing(open_rows(dataset)) as access:
+            assert isinstance(access, ViewReader)
+            source = RowSource(
+                access, lambda rows: rows, ValueSource(dataset, access, ValuePool(new_bytes))
+            )
+            checked = Refusing(source, self._decoding.refused)
+            group = Group([0, len(rows)], rows, rows, rows.astype(np.uint64))
+            pool = BufferPool(self._rectangular, len(rows), 1, new_bytes)
+            (host,) = checked.read([group], pool)
+        tensors = {n: self._tensor(n, data, len(rows)) for n, data in host.fields.items()}
+        return self._ragged(self._moved(group, tensors, host.ragged), slice(0, len(rows)))
+
+    def _some(self, rows: Int64s) -> dict[str, torch.Tensor]:
         if self._preparation is not None:  # which transforms them one by one
             each = [self.one(int(row)) for row in rows]
             return {name: torch.cat([fields[name] for fields in each]) for name in each[0]}
@@ -269,29 +314,76 @@ class Delivery:
         own_keys = None if arrived.keys is None else arrived.keys[own]
         return self._batch_transform.apply(fields, own_keys, training=self._training)
 
+    def _ragged(self, arrived: _Arrived, own: slice) -> RaggedRows:
+        """Return some of the samples of a group, of which the task gets a pass at a time."""
+        arrived.require()
+        codes = {name: each[own] for name, each in arrived.codes.items()}
+        fields = {name: self._aligned(tensor[own]) for name, tensor in arrived.fields.items()}
+        parts = {name: each.part(own.start, own.stop) for name, each in arrived.ragged.items()}
+        for name, each in parts.items():
+            kept = each.values if self._how[name].batch == "pad" else self._aligned(each.values)
+            fields[name] = kept
+            if name in codes:
+                codes[name] = codes[name][each.owners]
+        fields = self._batch_transform.scaled(self._decoding.on_device.apply(fields, codes))
+        return RaggedRows(
+            fields={name: fields[name] for name in fields if name not in parts},
+            ragged={n: each._replace(values=fields[n]) for n, each in parts.items()},
+            how=self._how,
+            finish=functools.partial(self._batch_transform.transformed, training=self._training),
+            keys=None if arrived.keys is None else arrived.keys[own],
+            size=own.stop - own.start,
+        )
+
+    def _host_values(self, name: str, host: HostValues) -> torch.Tensor:
+        """Return the values of a field of unequal length, on the host."""
+        shape, dtype = self._fields[name].shape, self._dtypes[name]
+        return torch.from_numpy(host.values).view(dtype).view(-1, *shape)
+
     def _on_device(self, host: HostGroup) -> _Arrived:
         """Return a group on the device, or on its way to it."""
         size = len(host.group.positions)
         tensors = {name: self._tensor(name, data, size) for name, data in host.fields.items()}
         if self._copies is None:
-            return self._moved(host.group, tensors)
+            return self._moved(host.group, tensors, host.ragged)
         codes, keys = self._beside(host.group)
         with self._copies.of(host) as copying:
             return _Arrived(
                 group=host.group,
                 # Of no samples there is no pinned memory, and nothing to copy.
                 fields={name: copying.copy(each, pinned=True) for name, each in tensors.items()},
+                ragged={
+                    name: Values(
+                        copying.copy(self._host_values(name, each), pinned=True),
+                        copying.copy(torch.from_numpy(each.offsets), pinned=False),
+                        each.offsets,
+                    )
+                    for name, each in host.ragged.items()
+                },
                 codes={name: copying.copy(each, pinned=False) for name, each in codes.items()},
                 keys=None if keys is None else copying.copy(keys, pinned=False),
                 require=copying.require,
             )
 
-    def _moved(self, group: Group, tensors: Mapping[str, torch.Tensor]) -> _Arrived:
+    def _moved(
+        self,
+        group: Group,
+        tensors: Mapping[str, torch.Tensor],
+        ragged: Mapping[str, HostValues] | None = None,
+    ) -> _Arrived:
         """Return a group on the device; the host waits for it."""
         codes, keys = self._beside(group)
         return _Arrived(
             group=group,
             fields={name: each.to(self._device) for name, each in tensors.items()},
+            ragged={
+                name: Values(
+                    self._host_values(name, each).to(self._device),
+                    torch.from_numpy(each.offsets).to(self._device),
+                    each.offsets,
+                )
+                for name, each in (ragged or {}).items()
+            },
             codes={name: each.to(self._device) for name, each in codes.items()},
             keys=None if keys is None else keys.to(self._device),
         )

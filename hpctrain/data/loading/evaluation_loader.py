@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.batch import Batch, Rows
+from hpctrain.data.loading.batch import Batch, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
@@ -18,6 +18,7 @@ from hpctrain.data.loading.delivery import (
     sample_bytes,
 )
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import Group, RowSource, group_bounds
 from hpctrain.data.order import sample_keys
 from hpctrain.data.permutation import Int64s
@@ -114,17 +115,17 @@ class EvaluationLoader:
         largest_share = -(-self._samples // self._world_size)
         return -(-largest_share // self._batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | RaggedBatch]:
         self._delivery.stop()
-        source = RowSource(self._delivery.access, self._rows_at)
+        source = RowSource(self._delivery.access, self._rows_at, self._delivery.values)
         return self._delivery.run(source, self._groups(), 0, self._samples)
 
-    def examples(self, most: int) -> Rows:
+    def examples(self, most: int) -> Samples:
         """Return some real rows, as batches hold them: at most `most`, as many on every rank.
 
         Spread over this rank's share, since neighbours are often alike.
         """
-        return Rows(self._delivery.some(self.example_rows(most)))
+        return self._delivery.some(self.example_rows(most))
 
     def example_rows(self, most: int) -> Int64s:
         """Return which rows of the dataset `examples` gives, (at most `most`,) int64, ascending."""

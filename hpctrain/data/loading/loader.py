@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
-from hpctrain.data.loading.batch import Batch, Rows, repeated
+from hpctrain.data.loading.batch import Batch, Samples, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
@@ -23,6 +23,7 @@ from hpctrain.data.loading.delivery import (
 )
 from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import (
     BlockSource,
     Group,
@@ -140,7 +141,6 @@ class TrainLoader:
         )
         decoding, batch_transform = decoding or Decoding(), batch_transform or BatchTransform()
         self._needs_keys = preparation is not None or batch_transform.needs_keys
-        self._needs_rows = self._needs_keys or decoding.needs_samples
         self._decoding = decoding
         self._delivery = Delivery(
             self._dataset,
@@ -151,6 +151,10 @@ class TrainLoader:
             decoding=decoding,
             batch_transform=batch_transform,
             training=True,
+        )
+        # How much memory values of unequal length take is known once it is known whose they are.
+        self._needs_rows = (
+            self._needs_keys or decoding.needs_samples or self._delivery.values is not None
         )
         self.buffer_bytes = spent.total + self._delivery.surplus_bytes
 
@@ -164,7 +168,7 @@ class TrainLoader:
         """How often a read failed so far, whatever came of it."""
         return self._delivery.access.failed_reads
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch | RaggedBatch]:
         """Yield this rank's share of every global batch of an epoch.
 
         Args:
@@ -186,14 +190,13 @@ class TrainLoader:
         not a number stays so.
         """
         row = self._rank * self._dataset.samples // self._world_size
-        fields = self._delivery.one(row)
-        sample = {
-            name: torch.nan_to_num(each, 0.0, 0.0, 0.0) if each.is_floating_point() else each
-            for name, each in fields.items()
-        }
+        if self._delivery.values is not None:
+            found = self._delivery.some_ragged(np.array([row], np.int64)).repeated(count)
+            return {name: _finite(each) for name, each in found.items()}
+        sample = {name: _finite(each) for name, each in self._delivery.one(row).items()}
         return sample if count == 1 else repeated(sample, count)
 
-    def examples(self, most: int) -> Rows:
+    def examples(self, most: int) -> Samples:
         """Return some real samples, as batches hold them: at most `most`, as many on every rank.
 
         Spread over the dataset, since neighbours are often alike.
@@ -201,7 +204,7 @@ class TrainLoader:
         samples = self._dataset.samples
         count = min(most, samples)
         rows = (np.arange(count, dtype=np.int64) * samples + self._rank) // count % samples
-        return Rows(self._delivery.some(np.unique(rows)))
+        return self._delivery.some(np.unique(rows))
 
     def runs(self, rows: Int64s) -> list[tuple[str, int, int]]:
         """Return runs of rows of the dataset as (name of the shard, first row in it, last).
@@ -253,8 +256,8 @@ class TrainLoader:
             rows_at = self._rows_at(order, epoch, start)
             return MemorySource(self._memory, rows_at, delivery.helpers)
         if order.block_rows == 1 or not self._windows_fit:
-            return RowSource(delivery.access, self._rows_at(order, epoch, start))
-        return BlockSource(delivery.access, self._windows(order, epoch, start))
+            return RowSource(delivery.access, self._rows_at(order, epoch, start), delivery.values)
+        return BlockSource(delivery.access, self._windows(order, epoch, start), delivery.values)
 
     def _rows_at(self, order: Order, epoch: int, start: int) -> Callable[[Int64s], Int64s]:
         """Return what finds the rows at this rank's positions, asked in their order."""
@@ -266,3 +269,8 @@ class TrainLoader:
         plan = self._epochs.plan(epoch)
         assert isinstance(plan, Epoch)
         return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Return numbers with 0 where there is none."""
+    return torch.nan_to_num(values, 0.0, 0.0, 0.0) if values.is_floating_point() else values

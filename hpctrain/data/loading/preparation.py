@@ -134,7 +134,7 @@ class SamplePreparation:
         free = deque(self._slots)
         running: deque[tuple[Group, Slot, list[Future[None]]]] = deque()
         try:
-            for group, fields in source.read(groups, self._inputs):
+            for group, fields, _ in source.read(groups, self._inputs):
                 if not free:
                     yield self._finish(*running[0], pool)
                     free.append(running.popleft()[1])

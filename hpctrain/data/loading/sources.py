@@ -13,11 +13,12 @@ import numpy as np
 
 from hpctrain.data.decoding import FieldDecoding, Numbers
 from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.values import HostValues, ValueSource
 from hpctrain.data.permutation import Int64s, UInt64s
 from hpctrain.data.read_ahead import Arrivals, LaneWindows
 from hpctrain.data.reading.scatter import Destinations, RowReader
 from hpctrain.data.reading.threads import LEAST_SHARED_BYTES, Helpers, parts
-from hpctrain.data.runs import Bytes
+from hpctrain.data.runs import Bytes, within
 from hpctrain.errors import DatasetError
 
 
@@ -50,10 +51,12 @@ class HostGroup(NamedTuple):
     Attributes:
         group: what they are.
         fields: by name, (samples, row_bytes) uint8.
+        ragged: the fields of unequal length, by name.
     """
 
     group: Group
     fields: Mapping[str, Bytes]
+    ragged: Mapping[str, HostValues] = {}
 
 
 class Source(Protocol):
@@ -89,14 +92,27 @@ def _rows_of(group: Group, rows_at: Callable[[Int64s], Int64s]) -> Int64s:
 class RowSource:
     """Reads every row on its own, straight to its place in the batch."""
 
-    def __init__(self, access: RowReader, rows_at: Callable[[Int64s], Int64s]) -> None:
-        """Read the rows of the dataset that `rows_at` finds for the positions of each group."""
+    def __init__(
+        self,
+        access: RowReader,
+        rows_at: Callable[[Int64s], Int64s],
+        values: ValueSource | None = None,
+    ) -> None:
+        """Read the rows of the dataset that `rows_at` finds for the positions of each group.
+
+        Args:
+            access: reads them.
+            rows_at: returns rows by position.
+            values: reads the fields of unequal length; None: there are none.
+        """
         self._access = access
         self._rows_at = rows_at
+        self._values = values
 
     def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
         for group in groups:
             fields = pool.take(len(group.positions))
+            ragged = {}
             if len(group.positions):
                 rows = _rows_of(group, self._rows_at)
                 # Neighbours are read in one go: evaluation reads a whole batch so.
@@ -104,7 +120,9 @@ class RowSource:
                 counts = np.diff(starts, append=len(rows))
                 for name, out in fields.items():
                     self._access.read_runs(name, rows[starts], counts, out, starts)
-            yield HostGroup(group, fields)
+                if self._values is not None:
+                    ragged = self._values.read(rows)
+            yield HostGroup(group, fields, ragged)
 
 
 class MemorySource:
@@ -134,10 +152,20 @@ class BlockSource:
     all lanes hold.
     """
 
-    def __init__(self, access: RowReader, windows: LaneWindows) -> None:
-        """Read what the windows hold, from their first position on."""
+    def __init__(
+        self, access: RowReader, windows: LaneWindows, values: ValueSource | None = None
+    ) -> None:
+        """Read what the windows hold, from their first position on.
+
+        Args:
+            access: reads rows.
+            windows: that are read whole.
+            values: reads the fields of unequal length, of groups whose rows are known; None: there
+                are none.
+        """
         self._access = access
         self._windows = windows
+        self._values = values
 
     def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
         begun: deque[HostGroup] = deque()
@@ -145,7 +173,12 @@ class BlockSource:
         left = iter(groups)
 
         def begin(group: Group) -> int:
-            begun.append(HostGroup(group, pool.take(len(group.positions))))
+            fields = pool.take(len(group.positions))
+            ragged = {}
+            if self._values is not None:
+                assert group.rows is not None
+                ragged = self._values.room(group.rows)
+            begun.append(HostGroup(group, fields, ragged))
             return len(group.positions)
 
         for group in left:
@@ -166,6 +199,11 @@ class BlockSource:
         for name in filled[0].fields:
             into = Destinations([each.fields[name] for each in filled], starts)
             self._access.scatter_runs(name, arrivals.rows, arrivals.counts, into, arrivals.places)
+        if self._values is not None:
+            rows = np.repeat(arrivals.rows, arrivals.counts) + within(arrivals.counts)
+            wanted = arrivals.places >= 0
+            rooms = [each.ragged for each in filled]
+            self._values.scatter(rows[wanted], arrivals.places[wanted], rooms, starts)
 
 
 class Refusing:
@@ -187,8 +225,14 @@ class Refusing:
             assert samples is not None
             for each in self._decodings:
                 stored = each.dataset.fields[each.name]
-                numbers = host.fields[each.name].view(stored.dtype.newbyteorder("="))
-                require_all(each, numbers.reshape(len(samples), *stored.shape), samples)
+                owners, content = samples, host.fields.get(each.name)
+                if content is None and not len(samples):
+                    continue
+                if content is None:
+                    content, offsets = host.ragged[each.name]
+                    owners = np.repeat(samples, np.diff(offsets))
+                numbers = content.view(stored.dtype.newbyteorder("="))
+                require_all(each, numbers.reshape(len(owners), *stored.shape), owners)
             yield host
             # Its memory is for the next group that is read.
             del host

@@ -85,6 +85,21 @@ class ViewReader:
             column.name, firsts + column.lead, pieces * steps, *into.in_parts(steps, places)
         )
 
+    def read_values(
+        self, name: str, firsts: Int64s, counts: Int64s, out: Bytes, places: Int64s
+    ) -> None:
+        """Read values of samples of unequal length, as `ShardReader.read_runs` does rows.
+
+        Args:
+            name: of the field.
+            firsts: (runs,) int64, the first row of each run of values.
+            counts: (runs,) int64, rows, at least one.
+            out: (places, bytes of a value) uint8, C-contiguous.
+            places: (runs,) int64, where in `out` each run goes.
+        """
+        column = self._view.columns[name]
+        self._parts[column.part].read_runs(column.name, firsts, counts, out, places)
+
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
         for part in self._parts:

@@ -278,7 +278,7 @@ class Loader:
         data = self._data
         assert data is not None
         ends = share.start + share.global_size >= data.stop_at.epoch_samples
-        ranges = cut(share.size, passes)
+        ranges = share.cuts or cut(share.size, passes)
         for number, (first, stop) in enumerate(ranges):
             self._world.pulse.tick()
             is_idle = first == stop
@@ -287,7 +287,7 @@ class Loader:
                 size=stop - first,
                 global_size=share.global_size,
                 epoch=share.epoch,
-                is_last_pass=number == passes - 1,
+                is_last_pass=number == len(ranges) - 1,
                 is_last_batch=ends,
             )
             self._setups.current = samples

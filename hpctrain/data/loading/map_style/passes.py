@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class CollatedBatch:
     global_size: int
     epoch: int
     start: int
+    cuts: ClassVar[None] = None
 
     @property
     def fields(self) -> Any:

@@ -1,0 +1,76 @@
+"""Rules of `[data.fields]` whose samples are of unequal length, of the text alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpctrain.config.messages import Mistake
+from hpctrain.config.toml import Source
+
+_ONLY_OF = {"max_length": None, "pad": "pad", "mask": "pad", "sample": None, "shift_by": "concat"}
+"""Keys of such fields, and the one way of batching that they belong to."""
+_OF_EQUAL = ("steps", "lead", "every")
+
+
+def check_ragged(source: Source) -> list[Mistake]:
+    """Check what is said of samples of unequal length."""
+    tables = source.get("data", "fields")
+    if not isinstance(tables, dict):
+        return []
+    described = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    mistakes = []
+    for name, table in described.items():
+        for key, problem in _problems(table, described).items():
+            mistakes.append(source.mistake(("data", "fields", name, key), problem))
+    if any("batch" in table for table in described.values()):
+        mistakes += _combined(source)
+    return mistakes
+
+
+def _problems(table: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return what is wrong with a table, by key."""
+    batch = table.get("batch")
+    problems: dict[str, str] = {}
+    if batch is None:
+        for key in ("offsets", "counts"):
+            if key in table:
+                problems[key] = (
+                    "samples are of unequal length, so say how they make a batch: "
+                    'batch = "pad" or "concat"'
+                )
+        for key in ("max_length", "pad", "sample", "shift_by"):
+            if key in table:
+                problems[key] = 'is for samples of unequal length: batch = "pad" or "concat"'
+        return problems
+    if "offsets" in table and "counts" in table:
+        problems["counts"] = "offsets say already where samples begin: leave one of them out"
+    for key, only in _ONLY_OF.items():
+        if key in table and only not in (None, batch):
+            problems[key] = f'is for batch = "{only}", and this field has "{batch}"'
+    for key in _OF_EQUAL:
+        if key in table:
+            problems[key] = "makes windows of rows; a sample of unequal length has rows of its own"
+    shift_by = table.get("shift_by")
+    if isinstance(shift_by, str) and tables.get(shift_by, {}).get("batch") != "concat":
+        problems["shift_by"] = (
+            'expected a field with batch = "concat", whose values these are indices of'
+        )
+    return problems
+
+
+def _combined(source: Source) -> list[Mistake]:
+    """Refuse what samples of unequal length do not go with."""
+    mistakes = []
+    if source.get("data", "sample_transform") is not None:
+        problem = (
+            "makes samples of one shape, and some fields have samples of unequal length: do it to "
+            "batches, with data.transform"
+        )
+        mistakes.append(source.mistake(("data", "sample_transform"), problem))
+    if source.get("data", "cache") == "memory":
+        problem = (
+            "holds samples of one size, and some fields have samples of unequal length: leave it "
+            "out; files that are read often are in the page cache"
+        )
+        mistakes.append(source.mistake(("data", "cache"), problem))
+    return mistakes

@@ -1,0 +1,236 @@
+"""Samples of unequal length: what batches hold, against what h5py reads of the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from helpers.loaders import evaluation_loader, train_loader
+
+from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.loading.ragged import RaggedRows
+from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.order import Order, plan_epoch
+from hpctrain.errors import DatasetError
+
+GRAPHS = (40, 1, 23)
+"""In each file."""
+
+
+@pytest.fixture(scope="module", params=["contiguous", "gzip"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Molecules as a graph library would store them: atoms, edges and their offsets, a file each.
+
+    Some have no edge, none of the atoms of one file is above 255, and offsets are of any type.
+    """
+    path = tmp_path_factory.mktemp(str(request.param))
+    draw = np.random.default_rng(5)
+    stored: dict[str, Any] = {}
+    if request.param == "gzip":
+        stored = {"chunks": True, "compression": "gzip"}
+    for number, graphs in enumerate(GRAPHS):
+        atoms = draw.integers(1, 30, graphs)
+        edges = draw.integers(0, 4, graphs) * atoms
+        edges[0] = 5
+        with h5py.File(path / f"{number}.h5", "w") as file:
+            file.create_dataset("z", data=draw.integers(0, 90, atoms.sum(), np.uint16), **stored)
+            file.create_dataset("pos", data=draw.random((atoms.sum(), 3), np.float32), **stored)
+            file["ptr"] = np.concatenate(([0], np.cumsum(atoms))).astype(">i4")
+            ends = draw.integers(0, np.repeat(atoms, edges)[:, None], (edges.sum(), 2), np.int64)
+            file.create_dataset("edge", data=ends.astype(np.int32), **stored)
+            file["num_edges"] = edges.astype(np.uint16)
+            file["y"] = draw.random(graphs, np.float32)
+    return path
+
+
+FIELDS: dict[str, Any] = {
+    "z": {"offsets": "ptr", "batch": "pad", "mask": "present", "pad": 7.0},
+    "pos": {"offsets": "ptr", "batch": "concat", "sample": "batch"},
+    "edge": {"counts": "num_edges", "batch": "concat", "shift_by": "pos"},
+    "y": {},
+}
+
+
+def section(folder: Path, fields: dict[str, Any], **samples: Any) -> DataSection:
+    return DataSection(
+        train=str(folder / "*.h5"),
+        global_batch_size=4,
+        fields={name: FieldTable(**table) for name, table in fields.items()},
+        samples=SamplesTable(**samples),
+    )
+
+
+def opened(folder: Path, fields: dict[str, Any] = FIELDS, **samples: Any) -> Dataset:
+    return open_datasets(section(folder, fields, **samples), list(fields))[0]
+
+
+def graphs_of(folder: Path) -> list[dict[str, np.ndarray]]:
+    """Return every graph, cut out one by one."""
+    graphs = []
+    for path in sorted(folder.iterdir()):
+        with h5py.File(path) as file:
+            edge_ptr = np.concatenate(([0], np.cumsum(file["num_edges"][()].astype(int))))
+            for i, (start, stop) in enumerate(zip(file["ptr"][:-1], file["ptr"][1:], strict=True)):
+                graphs.append(
+                    {
+                        "z": file["z"][start:stop],
+                        "pos": file["pos"][start:stop],
+                        "edge": file["edge"][edge_ptr[i] : edge_ptr[i + 1]],
+                        "y": file["y"][i],
+                    }
+                )
+    return graphs
+
+
+def collated(graphs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Put graphs together one by one, as PyTorch Geometric does."""
+    longest = max(1, *(len(graph["z"]) for graph in graphs))
+    z = np.full((len(graphs), longest), 7, np.uint16)
+    present = np.zeros((len(graphs), longest), np.float32)
+    edges, atoms = [], 0
+    for row, graph in enumerate(graphs):
+        z[row, : len(graph["z"])] = graph["z"]
+        present[row, : len(graph["z"])] = 1
+        edges.append(graph["edge"].astype(np.int64) + atoms)
+        atoms += len(graph["z"])
+    return {
+        "z": z,
+        "present": present,
+        "pos": np.concatenate([graph["pos"] for graph in graphs]),
+        "pos.offsets": np.cumsum([0, *(len(graph["pos"]) for graph in graphs)]),
+        "batch": np.repeat(np.arange(len(graphs)), [len(graph["pos"]) for graph in graphs]),
+        "edge": np.concatenate(edges),
+        "edge.offsets": np.cumsum([0, *(len(graph["edge"]) for graph in graphs)]),
+        "y": np.array([graph["y"] for graph in graphs]),
+    }
+
+
+def require_equal(fields: dict[str, torch.Tensor], expected: dict[str, np.ndarray]) -> None:
+    assert fields.keys() == expected.keys()
+    for name, values in expected.items():
+        assert fields[name].dtype == torch.from_numpy(values[:0]).dtype, name
+        np.testing.assert_array_equal(fields[name].numpy(), values, err_msg=name)
+
+
+ORDERS = {
+    "rows": {"lanes": 8, "window": 4, "block_rows": 1},
+    "windows": {"lanes": 4, "window": 2, "block_rows": 3},
+    "sequential": {"lanes": 8, "window": 4, "block_rows": 1, "sampling": "sequential"},
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_graphs_in_the_one_order(folder: Path, kind: str, world_size: int) -> None:
+    """Every pass is what a collate of single graphs makes, from any position on."""
+    dataset, graphs = opened(folder), graphs_of(folder)
+    order = Order(samples=len(graphs), seed=3, **ORDERS[kind])
+    plan = plan_epoch(order, 1)
+    for start in (0, 16):
+        seen: list[int] = []
+        for rank in range(world_size):
+            loader = train_loader(
+                dataset,
+                order,
+                fields=list(FIELDS),
+                global_batch_size=8,
+                rank=rank,
+                world_size=world_size,
+            )
+            for batch in loader.epoch(1, start):
+                rows = loader.rows(1, batch.start, batch.start + batch.global_size)
+                own = [graphs[row] for row in rows.tolist()]
+                assert batch.size == len(own)
+                seen += rows.tolist()
+                if own:
+                    require_equal(batch.fields, collated(own))
+                    half = -(-len(own) // 2)
+                    require_equal(batch.part(0, half), collated(own[:half]))
+            loader.close()
+        positions = np.arange(start, len(graphs))
+        assert sorted(seen) == sorted(plan.rows(positions).tolist())
+    assert len(seen) == len(graphs) - 16
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_evaluation_gives_every_graph_once(folder: Path, world_size: int) -> None:
+    dataset, graphs = opened(folder), graphs_of(folder)
+    row = 0
+    for rank in range(world_size):
+        loader = evaluation_loader(
+            dataset, fields=list(FIELDS), rank=rank, world_size=world_size, batch_size=5
+        )
+        for batch in loader:
+            require_equal(batch.fields, collated(graphs[row : row + batch.size]))
+            row += batch.size
+        examples = loader.examples(3)
+        assert isinstance(examples, RaggedRows)
+        own = [graphs[each] for each in loader.example_rows(3).tolist()]
+        require_equal(examples.part(0, 3), collated(own))
+        require_equal(examples.part(1, 2), collated(own[1:2]))
+        loader.close()
+    assert row == len(graphs)
+
+
+DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
+    "back": ({"ptr": [0, 4, 3, 9]}, '"ptr", row 2: offsets go back, from 4 to 3'),
+    "past": ({"ptr": [0, 4, 11, 10]}, '"ptr", row 2: the offset 11 is past the end'),
+    "huge": ({"ptr": [0, 4, 2**60, 10]}, "is past the end: there are 10 rows"),
+    "largest": ({"ptr": np.array([0, 4, 2**64 - 1], np.uint64)}, "is no number of rows"),
+    "negative": ({"ptr": [0, -4, 10]}, '"ptr", row 1: -4 is no number of rows'),
+    "late": ({"ptr": [2, 4, 10]}, "the offset of the first sample is 2, and not 0"),
+    "floats": ({"ptr": [0.0, 4.0, 10.0]}, '"ptr" is float64'),
+    "few": ({"n": [4, 4]}, "the counts make 8 rows, but there are 10"),
+    "many": ({"n": [4, 2**60]}, "a sample of 1152921504606846976 rows, but there are 10"),
+    "sum": ({"n": np.array([9, 2], np.uint8)}, "the counts make 11 rows, but there are 10"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_lengths_that_cannot_be_are_told(tmp_path: Path, case: str) -> None:
+    arrays, problem = DAMAGED[case]
+    (name,) = arrays
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["v"] = np.arange(10)
+        file[name] = arrays[name]
+    key = "offsets" if name == "ptr" else "counts"
+    with pytest.raises(DatasetError) as error:
+        opened(tmp_path, {"v": {key: name, "batch": "concat"}})
+    assert problem in str(error.value)
+    assert str(tmp_path / "x.h5") in str(error.value)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_offsets_with_and_without_an_end(tmp_path: Path, ended: bool) -> None:
+    """The last sample of the first file is empty, which would look like an end."""
+    for number, offsets in enumerate([[0, 3, 10], [0, 4, 4]]):
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            file["v"] = np.arange(10)
+            file["ptr"] = [*offsets, 10] if ended else offsets
+    dataset = opened(tmp_path, {"v": {"offsets": "ptr", "batch": "pad", "max_length": 4}})
+    assert dataset.samples == 6
+    loader = evaluation_loader(dataset, fields=["v"], batch_size=6)
+    (batch,) = loader
+    loader.close()
+    expected = [[0, 1, 2, 0], [3, 4, 5, 6], [0] * 4, [0, 1, 2, 3], [0] * 4, [4, 5, 6, 7]]
+    assert batch.fields["v"].tolist() == expected
+
+
+def test_a_split_never_cuts_a_sample(folder: Path) -> None:
+    parts = open_datasets(section(folder, FIELDS, validation_fraction=0.3), list(FIELDS))
+    graphs = graphs_of(folder)
+    labels: list[float] = []
+    for dataset in parts:
+        assert dataset is not None
+        loader = evaluation_loader(dataset, fields=list(FIELDS), batch_size=7)
+        for batch in loader:
+            of_label = [next(g for g in graphs if g["y"] == y) for y in batch.fields["y"].numpy()]
+            require_equal(batch.fields, collated(of_label))
+            labels += batch.fields["y"].tolist()
+        loader.close()
+    assert sorted(labels) == sorted(float(graph["y"]) for graph in graphs)
