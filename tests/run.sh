@@ -14,6 +14,7 @@ export PATH=$PWD/$VENV/bin:$PATH
 packages=()
 command -v shellcheck >/dev/null || packages+=(shellcheck)
 command -v ip >/dev/null || packages+=(iproute2)
+command -v chromedriver >/dev/null || packages+=(chromium chromium-driver fonts-dejavu-core)
 command -v slurmd >/dev/null || packages+=(slurm-wlm munge libpmix-dev)
 if [[ ${#packages[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   echo "Installing ${packages[*]}."

@@ -23,6 +23,18 @@ def _prepare(arguments: list[str]) -> int:
     return prepare(arguments)
 
 
+def _watch(arguments: list[str]) -> int:
+    from hpctrain.cli.watching import watch
+
+    return watch(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from hpctrain.cli.watching import report
+
+    return report(arguments)
+
+
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
@@ -30,6 +42,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ckpt": ckpt,
     "bundle": bundle,
     "prepare": _prepare,
+    "watch": _watch,
+    "report": _report,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
     "check": check,

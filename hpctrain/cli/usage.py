@@ -25,6 +25,8 @@ USAGES = {
     "data": "data TOOL ...",
     "ckpt": "ckpt ls|verify|diff|export RUN [...]",
     "bundle": "bundle RUN [FILE ...] [--output FILE]",
+    "watch": "watch RUN [RUN ...] --serve [--port N | --unix-socket PATH]",
+    "report": "report RUN [RUN ...] [--output FILE.html] [--png FOLDER]",
 }
 """What each command takes; "" is a run of a config."""
 
@@ -82,6 +84,13 @@ commands:
   ckpt export RUN FILE [--average] [--best]
                     the weights as one safetensors file: of the newest checkpoint, or the best;
                     FILE.ckpt: as Lightning's load_from_checkpoint reads them
+  watch RUN [RUN ...] --serve
+                    a live page of the runs for your browser: curves, jobs, time, config, log. On
+                    loopback, for you alone; it prints how to reach it from your own machine.
+                    --port N  --unix-socket PATH
+  report RUN [RUN ...]
+                    the same page as one file, report.html or that of --output, with the data in it;
+                    --png FOLDER: its curves as images, by matplotlib
   bundle RUN [FILE ...]
                     pack what tells how the run went for a support desk, below 5 MB, and list it:
                     config, job records, ends, stacks, the last of the log; no data, no weights,

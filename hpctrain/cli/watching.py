@@ -1,0 +1,62 @@
+"""Looking at runs: a live page, and a report. For one process, from any login node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain.cli.usage import Parser, count
+from hpctrain.errors import ExitCode
+from hpctrain.utils.streams import write_out
+from hpctrain.utils.text import plural, printable, size
+
+if TYPE_CHECKING:
+    from hpctrain.watch.run_files import RunFiles
+
+
+def watch(arguments: list[str]) -> int:
+    """Show runs while they train."""
+    parser = Parser("watch")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--serve", action="store_true", required=True)
+    listening = parser.add_mutually_exclusive_group()
+    listening.add_argument("--port", type=count)
+    listening.add_argument("--unix-socket", type=Path)
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.watch.server import serve
+
+    runs = _opened(parsed.runs)
+
+    def say(line: str) -> None:
+        write_out(f"{printable(line)}\n")
+
+    serve(runs, say, port=parsed.port, unix_socket=parsed.unix_socket)
+    return ExitCode.DONE
+
+
+def report(arguments: list[str]) -> int:
+    """Write the page of runs to a file."""
+    parser = Parser("report")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--png", type=Path)
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.watch.report import NAME, write_images, write_report
+
+    runs = _opened(parsed.runs)
+    target = parsed.output or Path(NAME)
+    lines = [f"{target}: {size(write_report(runs, target))}"]
+    if parsed.png is not None:
+        images = write_images(runs, parsed.png)
+        lines.append(f"{parsed.png}: {plural(len(images), 'image')}")
+    write_out("".join(f"{printable(line)}\n" for line in lines))
+    return ExitCode.DONE
+
+
+def _opened(folders: list[Path]) -> list[RunFiles]:
+    from hpctrain.checkpoint.lease import holder_lives
+    from hpctrain.watch.run_files import RunFiles
+
+    return [RunFiles(folder, holder_lives) for folder in folders]

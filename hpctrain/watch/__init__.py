@@ -1,0 +1,1 @@
+"""Looking at runs from the files in their folders: a live page, a report. No torch, no MPI."""

@@ -1,0 +1,438 @@
+"use strict";
+// The page of one or more runs: asks for what is new, or reads what a report holds, and shows it.
+
+const POLL_MS = 5000;
+const MOST_LINES = 2000; // of the log, on the page at once
+const $ = (id) => document.getElementById(id);
+const view = {axis: "step", log: false, smooth: 0, hidden: new Set()};
+const plots = new Map();
+
+// ---- runs: the same shape from a server and from a report
+
+class Run {
+  constructor(name, index) {
+    this.name = name;
+    this.index = index;
+    this.facts = {};
+    this.curves = new Curves();
+    this.machines = new Map(); // host -> rows
+    this.log = [];
+    this.version = 0;
+  }
+}
+
+// What stands in the page itself.
+function reportedRuns(data) {
+  return data.runs.map((given, index) => {
+    const run = new Run(given.name, index);
+    run.facts = given.facts;
+    run.curves = Curves.of(given.curves);
+    run.log = given.log;
+    for (const [host, rows] of Object.entries(given.machines)) run.machines.set(host, rows);
+    run.version = 1;
+    return run;
+  });
+}
+
+// A file of a run on the server, read on from where it was.
+class Followed {
+  constructor(run, name, take, forget) {
+    Object.assign(this, {run, name, take, forget, offset: 0, identity: null, lines: new Lines()});
+  }
+
+  async read(file) {
+    if (this.identity !== null && (file.identity !== this.identity || file.size < this.offset)) {
+      // It was cut back, by a job that went on from an older checkpoint.
+      this.offset = 0;
+      this.lines = new Lines();
+      this.forget();
+    }
+    this.identity = file.identity;
+    let changed = false;
+    while (this.offset < file.size) {
+      const answer = await ask(`file?run=${this.run.index}&name=${encodeURIComponent(this.name)}&from=${this.offset}`);
+      const piece = new Uint8Array(await answer.arrayBuffer());
+      if (!piece.length) break;
+      this.offset += piece.length;
+      this.take(this.lines.feed(piece));
+      changed = true;
+    }
+    return changed;
+  }
+}
+
+async function ask(path) {
+  const answer = await fetch(path, {cache: "no-store", credentials: "same-origin"});
+  if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
+  return answer;
+}
+
+class Served {
+  constructor() { this.runs = []; this.followed = []; }
+
+  follower(run, name) {
+    const mine = this.followed[run.index], known = mine.get(name);
+    if (known) return known;
+    let made;
+    if (name === "metrics.jsonl") {
+      made = new Followed(run, name,
+        (lines) => { for (const line of lines) { const record = parsed(line); if (record) run.curves.add(record); } },
+        () => { run.curves = new Curves(); });
+    } else if (name === "log.txt") {
+      made = new Followed(run, name, (lines) => run.log.push(...lines), () => { run.log.length = 0; });
+    } else {
+      const host = name.replace(/^machine\//, "").replace(/\.jsonl$/, "");
+      const rows = [];
+      run.machines.set(host, rows);
+      made = new Followed(run, name,
+        (lines) => { for (const line of lines) { try { rows.push(JSON.parse(line)); } catch { /* torn */ } } },
+        () => { rows.length = 0; });
+    }
+    mine.set(name, made);
+    return made;
+  }
+
+  async poll() {
+    const told = await (await ask("runs")).json();
+    told.runs.forEach((given, i) => {
+      if (!this.runs[i]) { this.runs[i] = new Run(given.name, i); this.followed[i] = new Map(); }
+    });
+    for (const run of this.runs) {
+      const given = told.runs[run.index];
+      let changed = JSON.stringify(given.facts) !== JSON.stringify(run.facts);
+      run.facts = given.facts;
+      for (const file of given.files) changed = (await this.follower(run, file.name).read(file)) || changed;
+      if (changed) run.version += 1;
+    }
+    return this.runs;
+  }
+}
+
+// ---- views
+
+const shown = (runs) => runs.filter((run) => !view.hidden.has(run.index));
+const GOOD = {complete: "good", running: "busy", failed: "bad", "not reached": "bad", "no progress": "bad", "too many tries": "bad"};
+
+function showRuns(runs) {
+  if (runs.length < 2) return $("runs").replaceChildren();
+  $("runs").replaceChildren(...runs.map((run) => {
+    const box = element("input", {type: "checkbox", checked: !view.hidden.has(run.index)});
+    box.addEventListener("change", () => {
+      if (box.checked) view.hidden.delete(run.index); else view.hidden.add(run.index);
+      show(runs);
+    });
+    return element("label", {}, box, swatch(colour(run.index)), printable(run.name));
+  }));
+}
+
+function swatch(background) {
+  const made = element("span", {className: "swatch"});
+  made.style.background = background;
+  return made;
+}
+
+function fact(label, ...value) { return element("div", {className: "fact"}, element("span", {}, label), element("b", {}, ...value)); }
+
+function lastValue(run, split, key) {
+  const series = run.curves.series.get(split + "\u0000" + key);
+  return series ? lastOf(series.value) : null;
+}
+
+function progressOf(run) {
+  const {axis} = run.curves, {max_steps: steps, max_epochs: epochs} = run.facts;
+  const step = axis.step[axis.step.length - 1] ?? run.facts.step ?? 0;
+  if (run.facts.state === "complete") return 1;
+  if (steps) return Math.min(1, step / steps);
+  const epoch = run.curves.along("epoch", [step]);
+  return epochs && epoch ? Math.min(1, epoch[0] / epochs) : null;
+}
+
+function showStates(runs) {
+  $("states").replaceChildren(...runs.map((run) => {
+    const {facts} = run, steps = run.curves.axis.step, done = progressOf(run);
+    const parts = [
+      element("h3", {}, runs.length > 1 ? swatch(colour(run.index)) : "", " ", printable(run.name)),
+      fact("state", element("span", {className: "badge " + (GOOD[facts.state] ?? "wait")}, printable(facts.state ?? "–"))),
+      fact("step", short(steps[steps.length - 1] ?? facts.step ?? 0) + (facts.max_steps ? ` of ${short(facts.max_steps)}` : "")),
+      fact("saved", facts.checkpoint ? `step ${short(facts.step)}` : "nothing yet"),
+    ];
+    if (facts.best) parts.push(fact("best", printable(`${facts.best.metric} ${short(facts.best.value)} at step ${short(facts.best.step)}`)));
+    for (const [label, split, key] of [["loss", "train", "loss"], ["speed", "train", "samples_per_second"]]) {
+      const value = lastValue(run, split, key);
+      if (value !== null) parts.push(fact(label, short(value) + (key === "loss" ? "" : " samples/s")));
+    }
+    const newest = facts.jobs?.[facts.jobs.length - 1];
+    if (newest) parts.push(fact("ranks", `${newest.ranks ?? "–"} on ${newest.nodes ?? "–"} node${newest.nodes === 1 ? "" : "s"}`));
+    parts.push(fact("jobs", String(facts.jobs?.length ?? 0)));
+    if (facts.node_hours !== undefined && facts.node_hours !== null) parts.push(fact("node-hours", short(facts.node_hours)));
+    if (facts.energy) parts.push(fact("energy", printable(facts.energy)));
+    if (facts.explanation && facts.explanation !== facts.state) parts.push(fact("that is", printable(facts.explanation)));
+    if (facts.reason && ![facts.state, "running"].includes(facts.reason)) parts.push(fact("reason", printable(facts.reason)));
+    if (done !== null) parts.push(element("progress", {max: 1, value: done, ariaLabel: `${Math.round(100 * done)} % done`}));
+    return element("article", {className: "card state"}, ...parts);
+  }));
+}
+
+const FIRST = ["loss", "accuracy", "perplexity", "lr", "grad_norm", "samples_per_second"];
+const isPhase = (key) => key.startsWith("seconds.");
+
+// One plot for a number, with a line for each run and split: their steps joined.
+function showCharts(runs) {
+  const groups = new Map();
+  for (const run of runs) {
+    for (const series of run.curves.series.values()) {
+      if (isPhase(series.key) || (series.key === "skipped_steps" && !series.value.some((value) => value > 0))) continue;
+      if (!groups.has(series.key)) groups.set(series.key, []);
+      groups.get(series.key).push({run, series});
+    }
+  }
+  const order = (key) => { const i = FIRST.indexOf(key); return i < 0 ? FIRST.length : i; };
+  const keys = [...groups.keys()].sort((a, b) => order(a) - order(b) || a.localeCompare(b));
+  const present = new Set();
+  for (const key of keys) {
+    const lines = [], tables = [];
+    const splits = [...new Set(groups.get(key).map(({series}) => series.split))].sort();
+    for (const {run, series} of groups.get(key)) {
+      const xs = run.curves.along(view.axis, series.step);
+      if (xs === null) continue;
+      tables.push(ascending(xs, smoothed(series.value, view.smooth)));
+      const several = shown(runs).length > 1, of = splits.indexOf(series.split);
+      lines.push({
+        label: several ? `${run.name} ${series.split}` : series.split,
+        colour: colour(several ? run.index : of), dash: DASHES[of % DASHES.length],
+        points: series.step.length < 40,
+      });
+    }
+    if (!tables.length) continue;
+    present.add("metric " + key);
+    const log = view.log && tables.every((table) => table[1].every((value) => value === null || value > 0));
+    plotOf("metric " + key, $("charts"), key).show(uPlot.join(tables), lines, {x: view.axis, log, marks: marksOf(runs)});
+  }
+  drop("metric ", present);
+}
+
+function plotOf(name, parent, title, options) {
+  if (!plots.has(name)) plots.set(name, new Plot(parent, title, options));
+  return plots.get(name);
+}
+
+function drop(prefix, present) {
+  for (const [name, plot] of plots) {
+    if (name.startsWith(prefix) && !present.has(name)) { plot.plot?.destroy(); plot.card.remove(); plots.delete(name); }
+  }
+}
+
+// uPlot wants xs that ascend: another unit may stand still, where no sample was counted.
+function ascending(xs, ys) {
+  const kept = [[], []];
+  xs.forEach((x, i) => {
+    const last = kept[0].length - 1;
+    if (last >= 0 && x <= kept[0][last]) kept[1][last] = ys[i];
+    else { kept[0].push(x); kept[1].push(ys[i]); }
+  });
+  return kept;
+}
+
+function marksOf(runs) {
+  const marks = [];
+  for (const run of runs) {
+    const add = (steps, kind) => {
+      const xs = run.curves.along(view.axis, steps);
+      if (xs) xs.forEach((x) => marks.push({x, kind}));
+    };
+    add((run.facts.jobs ?? []).slice(1).map((job) => job.first_step).filter((step) => step !== null && step !== undefined), "job");
+    add((run.facts.checkpoints ?? []).map((each) => each.step), "checkpoint");
+  }
+  return marks;
+}
+
+const PHASE_STRETCHES = 120;
+const PHASES = ["compute", "communication", "data", "evaluation", "checkpoint"];
+
+// Phases of the steps, stacked: parts of the time that each line of metrics tells of.
+function showPhases(runs) {
+  const present = new Set();
+  for (const run of runs) {
+    const all = [...run.curves.series.values()].filter((series) => isPhase(series.key) && series.split === "train");
+    if (!all.length) continue;
+    const rank = (key) => { const i = PHASES.indexOf(key); return i < 0 ? PHASES.length : i; };
+    all.sort((a, b) => rank(a.key.slice(8)) - rank(b.key.slice(8)));
+    const [steps, sums] = summed(all, PHASE_STRETCHES);
+    const xs = run.curves.along(view.axis, steps);
+    if (xs === null) continue;
+    const totals = steps.map((_, i) => sums.reduce((total, each) => total + each[i], 0)), below = steps.map(() => 0);
+    const stacked = sums.map((each) => each.map((value, i) => totals[i] ? 100 * (below[i] += value) / totals[i] : null));
+    const lines = all.map((series, k) => ({label: series.key.slice(8), colour: colour(k), dash: [], band: k ? k - 1 : undefined,
+      fill: k ? undefined : faded(colour(0), 0.18)}));
+    const tables = stacked.map((ys) => ascending(xs, ys));
+    const name = "phases " + run.index;
+    present.add(name);
+    const title = runs.length > 1 ? `${run.name}: phases of the steps` : "phases of the steps";
+    plotOf(name, $("phases"), title, {unit: " %"}).show([tables[0][0], ...tables.map((each) => each[1])], lines, {x: view.axis, range: [0, 100]});
+  }
+  drop("phases ", present);
+}
+
+const endOf = (job) => job.reason === "complete" ? "good" : job.reason === "running" ? "busy" : /stop/.test(job.reason ?? "") ? "wait" : "bad";
+
+// Jobs in time, one line a run: what lies between them was spent waiting.
+function showJobsBar(runs) {
+  const all = runs.flatMap((run) => (run.facts.jobs ?? []).filter((job) => job.start));
+  if (!all.length) return $("jobs-bar").replaceChildren();
+  const ends = all.map((job) => job.end ?? job.seen ?? job.start);
+  const begin = Math.min(...all.map((job) => job.start)), end = Math.max(...ends, begin + 1);
+  const rowHeight = 30, height = runs.length * rowHeight + 20, place = (time) => (time - begin) / (end - begin) * 1000;
+  const drawing = svg("svg", {viewBox: `0 0 1000 ${height}`, preserveAspectRatio: "none", height, role: "img",
+    "aria-label": `Jobs: ${all.length}, over ${duration(end - begin)}`});
+  runs.forEach((run, row) => {
+    const y = row * rowHeight + 4;
+    drawing.append(svg("rect", {x: 0, y: y + 9, width: 1000, height: 2, fill: "var(--line)"}));
+    for (const job of run.facts.jobs ?? []) {
+      if (!job.start) continue;
+      const x = place(job.start), width = Math.max(1.5, place(job.end ?? job.seen ?? job.start) - x);
+      const said = `job ${job.number}: ${job.reason ?? "no end is known"}, ${duration((job.end ?? job.seen ?? job.start) - job.start)}`;
+      drawing.append(svg("rect", {x, y, width, height: 20, rx: 2, fill: `var(--${{good: "good", busy: "accent", wait: "wait", bad: "bad"}[endOf(job)]})`, "fill-opacity": 0.8},
+        svg("title", {}, printable(said))));
+    }
+    for (const {time} of run.facts.checkpoints ?? []) {
+      if (time >= begin && time <= end) drawing.append(svg("rect", {x: place(time), y: y + 20, width: 1.5, height: 5, fill: "var(--text)"}, svg("title", {}, "checkpoint")));
+    }
+  });
+  $("jobs-bar").replaceChildren(element("figure", {className: "card"},
+    element("figcaption", {}, "Jobs"),
+    drawing,
+    element("p", {className: "hint"}, `${new Date(begin * 1000).toLocaleString()} to ${new Date(end * 1000).toLocaleString()}: ${duration(end - begin)}; ticks below are checkpoints, the gaps are waiting`)));
+}
+
+// Of all seconds since the first job, what they went into.
+function showGoodput(runs) {
+  $("goodput").replaceChildren(...runs.filter((run) => run.facts.goodput).map((run) => {
+    const parts = Object.entries(run.facts.goodput.seconds).filter(([, seconds]) => seconds > 0);
+    const total = parts.reduce((sum, [, seconds]) => sum + seconds, 0) || 1;
+    const bar = element("div", {className: "bar", role: "img", ariaLabel: parts.map(([name, s]) => `${name} ${(100 * s / total).toFixed(1)} %`).join(", ")});
+    const keys = element("ul", {className: "keys"});
+    parts.forEach(([name, seconds], i) => {
+      const piece = element("span", {title: `${name}: ${duration(seconds)}`});
+      piece.style.background = colour(i);
+      piece.style.width = `${100 * seconds / total}%`;
+      if (i >= LIGHT.length) piece.style.opacity = 0.55;
+      bar.append(piece);
+      keys.append(element("li", {}, swatch(colour(i)), printable(name.replaceAll("_", " ")), element("b", {}, `${(100 * seconds / total).toFixed(1)} %`), duration(seconds)));
+    });
+    const title = runs.length > 1 ? `${run.name}: goodput` : "Goodput";
+    return element("figure", {className: "card wide"},
+      element("figcaption", {}, printable(`${title}: ${(100 * (run.facts.goodput.seconds.trained ?? 0) / total).toFixed(1)} % of ${duration(total)} trained`)), bar, keys);
+  }));
+}
+
+function cells(row, tag = "td") { return element("tr", {}, ...row.map((cell) => element(tag, {}, typeof cell === "string" ? printable(cell) : cell))); }
+
+function table(head, rows) { return element("div", {className: "scroll"}, element("table", {}, element("thead", {}, cells(head, "th")), element("tbody", {}, ...rows.map((row) => cells(row))))); }
+
+function showJobs(runs) {
+  const rows = runs.flatMap((run) => (run.facts.jobs ?? []).map((job) => [
+    ...(runs.length > 1 ? [run.name] : []), String(job.number), job.job ?? "–",
+    job.start ? new Date(job.start * 1000).toLocaleString() : "–",
+    job.start ? duration((job.end ?? job.seen ?? job.start) - job.start) : "–",
+    `${job.ranks ?? "–"} / ${job.nodes ?? "–"}`, `${job.first_step ?? "–"} to ${job.step ?? "–"}`,
+    element("span", {className: endOf(job)}, printable(job.reason ?? "no end is known")),
+    element("details", {}, element("summary", {}, "command"), element("pre", {}, printable(job.command ?? "")), ...(job.changes?.length ? [element("pre", {className: "changed"}, printable(job.changes.join("\n")))] : [])),
+  ]));
+  $("jobs").replaceChildren(element("div", {className: "card"}, table([...(runs.length > 1 ? ["run"] : []), "job", "id", "began", "took", "ranks / nodes", "steps", "end", ""], rows)));
+}
+
+// The config; of two runs what differs is marked.
+function showConfig(runs) {
+  const texts = runs.map((run) => (run.facts.config ?? "").split("\n"));
+  const everywhere = (line) => texts.every((text) => text.includes(line));
+  $("config").replaceChildren(...runs.map((run, i) => {
+    const pre = element("pre");
+    for (const line of texts[i]) {
+      const differs = runs.length > 1 && line.trim() && !everywhere(line);
+      pre.append(differs ? element("span", {className: "changed"}, printable(line)) : printable(line), "\n");
+    }
+    const differing = texts[i].filter((line) => line.trim() && !everywhere(line)).length;
+    const summary = runs.length > 1 ? `${run.name}: ${differing} lines differ` : "config.toml, with every default";
+    return element("details", {className: "card"}, element("summary", {}, printable(summary)), pre);
+  }));
+}
+
+function showLog(runs) {
+  const wanted = $("find").value.toLowerCase(), box = $("lines");
+  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 30;
+  const lines = runs.flatMap((run) => run.log.map((line) => runs.length > 1 ? `${run.name}  ${line}` : line));
+  const found = wanted ? lines.filter((line) => line.toLowerCase().includes(wanted)) : lines;
+  $("found").textContent = wanted ? `${found.length} of ${lines.length} lines` : `${lines.length} lines`;
+  box.replaceChildren(...found.slice(-MOST_LINES).flatMap((line) => {
+    const text = printable(line), place = wanted ? text.toLowerCase().indexOf(wanted) : -1;
+    if (place < 0) return [text + "\n"];
+    return [text.slice(0, place), element("mark", {}, text.slice(place, place + wanted.length)), text.slice(place + wanted.length) + "\n"];
+  }));
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+function show(runs) {
+  const some = shown(runs);
+  showRuns(runs);
+  showStates(some);
+  showCharts(some);
+  showJobsBar(some);
+  showGoodput(some);
+  showPhases(some);
+  showMachines(some);
+  showJobs(some);
+  showConfig(some);
+  showLog(some);
+  document.title = `${some.map((run) => printable(run.name)).join(", ")} · hpctrain`;
+}
+
+// ---- machines: bands over the nodes, and a map of the ranks
+
+function showMachines(runs) {
+  $("machines-section").hidden = !runs.some((run) => run.machines.size);
+}
+
+// ---- start
+
+function listen(runs) {
+  const again = () => show(runs());
+  $("axis").addEventListener("change", () => { view.axis = $("axis").value; again(); });
+  $("log").addEventListener("change", () => { view.log = $("log").checked; again(); });
+  $("smooth").addEventListener("input", () => { view.smooth = Number($("smooth").value); again(); });
+  $("whole").addEventListener("click", () => { for (const plot of plots.values()) plot.whole(); });
+  $("find").addEventListener("input", () => showLog(shown(runs())));
+  $("theme").addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; again(); });
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const follow = () => { document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; again(); };
+  dark.addEventListener("change", follow);
+  follow();
+}
+
+async function serve() {
+  const served = new Served();
+  listen(() => served.runs);
+  let last = "";
+  for (;;) {
+    try {
+      const runs = await served.poll();
+      const now = runs.map((run) => run.version).join();
+      if (now !== last) show(runs);
+      last = now;
+      $("gone").hidden = true;
+      $("footer").textContent = `Asked every ${POLL_MS / 1000} s; last at ${new Date().toLocaleTimeString()}.`;
+    } catch (error) {
+      $("gone").hidden = false;
+      $("gone").textContent = "The server of this page does not answer: start `python -m hpctrain watch RUN --serve` again. What is shown is the last that it told.";
+    }
+    await new Promise((done) => setTimeout(done, document.hidden ? 6 * POLL_MS : POLL_MS));
+  }
+}
+
+{
+  const data = $("data");
+  if (data) {
+    const given = JSON.parse(data.textContent), runs = reportedRuns(given);
+    $("footer").textContent = `Written by hpctrain ${given.version} at ${new Date(given.time * 1000).toLocaleString()}.`;
+    listen(() => runs);
+  } else serve();
+}

@@ -1,0 +1,237 @@
+"""What a page shows of a run: the files that grow, read on from an offset, and facts of all others.
+
+A run folder may be a colleague's, in use, or damaged: nothing but regular files is opened, no link
+is followed below the folder, and what cannot be read is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hpctrain.batch.exit_status import read_status
+from hpctrain.checkpoint.export import best_of
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.observe.job_record import FOLDER as JOBS
+from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.utils.files import open_regular
+from hpctrain.utils.json_files import parse_json
+from hpctrain.utils.run_folder import CHECKPOINTS, step_of
+
+LOG, MACHINE = "log.txt", "machine"
+PIECE_BYTES = 2**20
+"""Of a file, in one answer."""
+
+_GROWING = re.compile(rf"{re.escape(JSONL_FILE)}|{re.escape(LOG)}|{MACHINE}/[\w.-]{{1,255}}\.jsonl")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MOST_MACHINES = 256
+_MOST_JOBS = 1000
+_RECORD_BYTES = 4 * 2**20
+_CONFIG_BYTES = 2**20
+_NUMBERED = re.compile(r"(\d{1,9})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingFile:
+    """A file that jobs append to.
+
+    Attributes:
+        name: below the run folder.
+        size: bytes.
+        identity: another one once the file was replaced, as a resume does that cuts metrics back.
+    """
+
+    name: str
+    size: int
+    identity: str
+
+
+class RunFiles:
+    """The folder of one run, looked at again and again; what has not changed is not read again."""
+
+    def __init__(self, folder: Path, lives: Callable[[Path], bool | None]) -> None:
+        """Open a run.
+
+        Args:
+            folder: of the run.
+            lives: tells whether the process that holds a run's folder lives; None: not from here.
+
+        Raises:
+            ConfigError: if there is no such folder.
+        """
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder")
+        self.path = folder
+        self.name = folder.resolve().name or str(folder)
+        self._lives = lives
+        self._read: dict[str, tuple[tuple[int, int, int], Any]] = {}
+        self._steps: tuple[int, ...] = ()
+        self._found_best: dict[str, Any] | None = None
+
+    def growing(self) -> list[GrowingFile]:
+        """Return the files that grow, those that are there."""
+        names = [JSONL_FILE, LOG]
+        with suppress(OSError):
+            machines = sorted(f"{MACHINE}/{each.name}" for each in (self.path / MACHINE).iterdir())
+            names += filter(_GROWING.fullmatch, machines)
+        found = []
+        for name in names[: 2 + _MOST_MACHINES]:
+            with suppress(OSError), self._opened(name) as descriptor:
+                facts = os.fstat(descriptor)
+                found.append(GrowingFile(name, facts.st_size, str(facts.st_ino)))
+        return found
+
+    def piece(self, name: str, start: int, most: int = PIECE_BYTES) -> bytes:
+        """Return what stands in a growing file from an offset on.
+
+        Raises:
+            FileNotFoundError: if it is none of those files, or not there.
+            OSError: if it cannot be read.
+        """
+        if not _GROWING.fullmatch(name):
+            raise FileNotFoundError(f"{name!r:.100} is not a file of a run that grows")
+        with self._opened(name) as descriptor:
+            return os.pread(descriptor, most, start)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that is known of the run beside its growing files, as JSON.
+
+        Keys: state, explanation, reason, code, step, tries, since, checkpoint, and with them
+        "max_steps" and "max_epochs" of its config, "config" (text), "best", "checkpoints" (step,
+        time), "jobs" (number, start, end, first_step, step, reason, code, ranks, nodes, job,
+        launcher, command; times in seconds since 1970).
+        """
+        checkpoints = self._checkpoints()
+        config = self._content("config.toml", _CONFIG_BYTES, bytes.decode) or ""
+        return {
+            **self._status(),
+            **_lengths(config),
+            "config": config,
+            "best": self._best(tuple(each["step"] for each in checkpoints)),
+            "checkpoints": checkpoints,
+            "jobs": self._jobs(),
+        }
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """Open a file below the folder, no link on the way."""
+        *parents, last = name.split("/")
+        folder = os.open(self.path, _FOLDER)
+        try:
+            for parent in parents:
+                inner = os.open(parent, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            descriptor = open_regular(last, follow_links=False, folder=folder)
+        finally:
+            os.close(folder)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _content(self, name: str, most: int, parse: Callable[[bytes], Any]) -> Any:
+        """Return what a small file says, read again once it changed; None if it cannot be read."""
+        try:
+            with self._opened(name) as descriptor:
+                facts = os.fstat(descriptor)
+                stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+                if (known := self._read.get(name)) is not None and known[0] == stamp:
+                    return known[1]
+                value = parse(os.read(descriptor, most)) if facts.st_size <= most else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        self._read[name] = stamp, value
+        return value
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            status = read_status(self.path, {}, lives=self._lives(self.path))
+        except HpctrainError as error:
+            return {"state": "unknown", "explanation": str(error), "step": 0}
+        kept = ("state", "explanation", "reason", "code", "step", "tries", "since", "checkpoint")
+        return {name: getattr(status, name) for name in kept}
+
+    def _best(self, steps: tuple[int, ...]) -> dict[str, Any] | None:
+        """Return the best checkpoint; looked for only where there are others than before."""
+        if steps != self._steps:
+            self._steps, self._found_best = steps, None
+            with suppress(HpctrainError, OSError):
+                best = best_of(self.path)
+                self._found_best = None if best is None else asdict(best)
+        return self._found_best
+
+    def _checkpoints(self) -> list[dict[str, Any]]:
+        found = []
+        with suppress(OSError), os.scandir(self.path / CHECKPOINTS) as entries:
+            for entry in entries:
+                if (step := step_of(entry.name)) is not None:
+                    with suppress(OSError):
+                        saved = Path(entry.path, "meta.json").stat().st_mtime
+                        found.append({"step": step, "time": saved})
+        return sorted(found, key=lambda each: each["step"])
+
+    def _jobs(self) -> list[dict[str, Any]]:
+        try:
+            names = [path.name for path in (self.path / JOBS).iterdir()]
+        except OSError:
+            return []
+        numbers = sorted(int(match[1]) for match in map(_NUMBERED.fullmatch, names) if match)
+        found = (
+            self._content(f"{JOBS}/{number}.json", _RECORD_BYTES, _job)
+            for number in numbers[-_MOST_JOBS:]
+        )
+        jobs = [job for job in found if job is not None]
+        with suppress(OSError):
+            # A killed job has not said when it ended: its last line of metrics is the last sign.
+            if jobs and jobs[-1]["end"] is None:
+                jobs[-1] = {**jobs[-1], "seen": (self.path / LOG).stat().st_mtime}
+        return jobs
+
+
+def _job(content: bytes) -> dict[str, Any]:
+    """Return what a page shows of a job's record."""
+    record = parse_json(content)
+    steps = record.get("steps") or {}
+    command = record.get("command") or []
+    return {
+        "number": int(record["number"]),
+        "start": _seconds(record.get("start")),
+        "end": _seconds(record.get("end")),
+        "first_step": steps.get("first"),
+        "step": steps.get("last"),
+        "reason": record.get("reason"),
+        "code": record.get("exit_code"),
+        "ranks": record.get("world_size"),
+        "nodes": len(record.get("nodes") or []) or None,
+        "job": record.get("job"),
+        "launcher": record.get("launcher"),
+        "command": " ".join(map(str, command)),
+        "changes": [str(line) for line in record.get("changes") or []],
+    }
+
+
+def _seconds(moment: object) -> float | None:
+    """Return a time of a record in seconds since 1970."""
+    if not isinstance(moment, str):
+        return None
+    with suppress(ValueError):
+        return datetime.fromisoformat(moment).timestamp()
+    return None
+
+
+def _lengths(config: str) -> dict[str, int | None]:
+    """Return how long a run is to be, by the text of its config."""
+    from hpctrain.config.toml import parse
+
+    try:
+        training = parse(config, "config.toml").table.get("training", {})
+    except (HpctrainError, AttributeError):
+        training = {}
+    return {key: training.get(key) or None for key in ("max_steps", "max_epochs")}
