@@ -73,7 +73,8 @@ class FieldTable:
     """Where the values of one field are, and how many rows of them make a sample."""
 
     path: Text | None = None
-    """HDF5 dataset in every file, such as "/group/temperature"; none: named as the field is."""
+    """HDF5 dataset in every file, such as "/group/temperature", or one in each of many groups of
+    it, "data/demo_*/actions"; none: named as the field is."""
 
     axis: Annotated[int, Ge(0)] = 0
     """Axis of that HDF5 dataset that counts its rows, from 0."""

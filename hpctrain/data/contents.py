@@ -188,8 +188,14 @@ def _size_of(path: str) -> int:
         return 0
 
 
-def look_into(path: str, fields: Sequence[str] | None) -> Contents:
+def look_into(
+    path: str, fields: Sequence[str] | Callable[[h5py.File], Sequence[str]] | None
+) -> Contents:
     """Return what HDF5 says of one file, of these of its datasets or of all.
+
+    Args:
+        path: of the file.
+        fields: paths inside of it, or what finds them in the open file; None: all.
 
     Raises:
         DatasetError: if it cannot be read, or a field is not there.
@@ -198,7 +204,9 @@ def look_into(path: str, fields: Sequence[str] | None) -> Contents:
         with open_hdf5_file(path) as file:
             arrays = {
                 name: _array_of_field(name, dataset, path)
-                for name, dataset in _wanted(file, fields).items()
+                for name, dataset in _wanted(
+                    file, fields(file) if callable(fields) else fields
+                ).items()
             }
             found = Path(path).stat()
     except HDF5_FAILURES as error:

@@ -140,6 +140,8 @@ class Shard:
         sources: other files that values come from: of virtual datasets, and external storage.
         codings: of the fields whose numbers do not all stand for themselves; None: nobody has
             looked, `hpctrain.data.contents.with_codings` does.
+        group: of the file, which alone this is, such as "data/demo_3"; its fields are called by
+            patterns, such as "data/demo_*/actions". Empty: it is the whole file.
     """
 
     path: str
@@ -149,10 +151,19 @@ class Shard:
     layouts: Mapping[str, Layout]
     sources: tuple[str, ...] = ()
     codings: Mapping[str, Coding] | None = None
+    group: str = ""
 
     @property
     def name(self) -> str:
-        return self.path.rpartition("/")[2]
+        file = self.path.rpartition("/")[2]
+        return f"{file}:{self.group}" if self.group else file
+
+    def inside(self, name: str) -> str:
+        """Return the path of a field in the file."""
+        if not self.group:
+            return name
+        below = name.split("/")[self.group.count("/") + 1 :]
+        return "/".join([self.group, *below])
 
     def select(self, names: Sequence[str]) -> Shard:
         """Return the same shard with these fields only."""

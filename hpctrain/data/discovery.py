@@ -18,6 +18,7 @@ from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.contents import Contents, coding_in, look_into
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_countable, require_fields
+from hpctrain.data.groups import in_groups, is_pattern, look_into_groups
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
@@ -60,6 +61,8 @@ def open_dataset(
     """
     path = Path(pattern)
     require_finished(path)
+    if fields is not None and any(map(is_pattern, fields)):
+        return _of_groups(pattern, fields, axis, order)
     if is_catalogue(path):
         files = sorted(read_catalogue(path), key=lambda file: order_key(order)(file.path))
         whole = [_with_unlisted(file, fields) for file in files]
@@ -68,6 +71,21 @@ def open_dataset(
         dataset = _reordered(read_index(path), order)
         return with_codings(_select(dataset, list(fields or dataset.fields)))
     return join_files(pattern, find_files(pattern, order), fields, axis)
+
+
+def _of_groups(pattern: str, fields: Sequence[str], axis: int, order: FileOrder) -> Dataset:
+    """Find out what the groups of files hold, each of which is a shard.
+
+    Raises:
+        DatasetError: as `open_dataset` does.
+    """
+    key = order_key(order)
+    if is_catalogue(Path(pattern)):
+        files = sorted(read_catalogue(Path(pattern)), key=lambda file: key(file.path))
+    else:
+        files = [look_into_groups(path, fields) for path in find_files(pattern, order)]
+    shards = [shard for file in files for shard in in_groups(file, fields, axis, key)]
+    return with_codings(fitted(pattern, shards))
 
 
 def _with_unlisted(file: Contents, fields: Sequence[str] | None) -> Contents:
@@ -105,7 +123,7 @@ def _looked_at(shard: Shard, names: list[str]) -> Shard:
         return shard
     try:
         with open_hdf5_file(shard.path) as file:
-            codings = {name: coding_in(file[name]) for name in names}
+            codings = {name: coding_in(file[shard.inside(name)]) for name in names}
     except HDF5_FAILURES as error:
         raise DatasetError(f"{shard.path}: HDF5 cannot read this file: {error}") from error
     return dataclasses.replace(shard, codings=without_plain(codings))
@@ -244,10 +262,20 @@ def verify_share(datasets: Sequence[Dataset], rank: int, world_size: int) -> Non
         _verify(listed[path][0][0])
         for shard, part in listed[path]:
             fields = part.dataset.fields
-            found = inspect_file(path, list(fields), part.axis)
+            found = _as_shard(shard, list(fields), part.axis)
             problems = unlike_listed(shard, fields, *found)
             if problems:
                 raise DatasetError(f"{problems[0]}. {_REMAKE}")
+
+
+def _as_shard(listed: Shard, fields: Sequence[str], axis: int) -> tuple[Shard, Mapping[str, Field]]:
+    """Return what HDF5 says of a shard, which may be a group of its file."""
+    if not listed.group:
+        return inspect_file(listed.path, fields, axis)
+    names = {name: listed.inside(name) for name in fields}
+    found = look_into(listed.path, list(names.values()))
+    arrays = {name: found.arrays[inside] for name, inside in names.items()}
+    return dataclasses.replace(found, arrays=arrays).shard(fields, axis)
 
 
 _REMAKE = "Make the index anew with `python -m hpctrain data index`, or bring the file back"

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
 from hpctrain.data.discovery import FileOrder, open_dataset
+from hpctrain.data.groups import stem
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import (
     Lengths,
@@ -161,34 +162,49 @@ def _open(
     return View.of(source, parts, columns, selection)
 
 
-Home = tuple[str, int, str, str]
-"""Files, axis of their HDF5 datasets, and the HDF5 dataset of offsets or counts, if one has them.
+class Home(NamedTuple):
+    """Where the values of fields are; those that agree in all of it are one part of a view.
 
-Fields that agree in all of it are one part of a view.
-"""
+    Attributes:
+        files: as `open_dataset` takes them.
+        axis: of their HDF5 datasets, which counts the rows.
+        offsets: the HDF5 dataset that says where samples begin; empty: none does.
+        counts: the one that says how many rows they have; empty: none does.
+        groups: the pattern of groups that they are in; empty: they are in none.
+        group_is_sample: whether all rows of such a group are one sample.
+    """
+
+    files: str
+    axis: int
+    offsets: str
+    counts: str
+    groups: str
+    group_is_sample: bool
+
+    @classmethod
+    def of(cls, table: FieldTable, path: str, files: str) -> Home:
+        """Return that of a field."""
+        offsets, counts = (table.offsets or "").strip("/"), (table.counts or "").strip("/")
+        groups = stem(path)
+        is_sample = bool(groups and table.batch and not offsets and not counts)
+        return cls(files, table.axis, offsets, counts, groups, is_sample)
 
 
 def _join(
     tables: Mapping[str, FieldTable], files: Purpose, source: str, order: FileOrder
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
-    homes: dict[str, Home] = {
-        name: (
-            getattr(table, files) or source,
-            table.axis,
-            (table.offsets or "").strip("/"),
-            (table.counts or "").strip("/"),
-        )
+    paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
+    homes = {
+        name: Home.of(table, paths[name], getattr(table, files) or source)
         for name, table in tables.items()
     }
-    paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
     apart = list(dict.fromkeys(homes.values()))
     parts = []
     for home in apart:
-        pattern, axis, *_ = home
         inside = dict.fromkeys(paths[name] for name, own in homes.items() if own == home)
-        dataset = open_dataset(pattern, list(inside), axis, order)
-        parts.append(Part(dataset, axis, _lengths(home, dataset, order)))
+        dataset = open_dataset(home.files, list(inside), home.axis, order)
+        parts.append(Part(dataset, home.axis, _lengths(home, dataset, order)))
     columns = {
         name: Column(
             part=apart.index(homes[name]),
@@ -205,7 +221,7 @@ def _join(
             raise DatasetError(
                 f'{source}: data.fields.{name}.batch = "{column.ragged.batch}", and nothing says '
                 "where samples begin: name an HDF5 dataset of the first value of each (offsets), "
-                "or of how many there are (counts)"
+                "or of how many there are (counts), or a pattern of groups that are samples (path)"
             )
         _tell_cut(name, column, parts[column.part])
     return parts, columns
@@ -250,26 +266,28 @@ def _lengths(home: Home, dataset: Dataset, order: FileOrder) -> Lengths | None:
     Raises:
         DatasetError: if they say what cannot be.
     """
-    pattern, _, offsets, counts = home
-    if not offsets and not counts:
+    values = [shard.samples for shard in dataset.shards]
+    if home.group_is_sample:
+        whole = [(np.zeros(1, np.int64), np.array([rows], np.int64)) for rows in values]
+        return joined(whole, values)
+    if not home.offsets and not home.counts:
         return None
-    name = offsets or counts
-    about = open_dataset(pattern, [name], order=order)
-    paths = [shard.path for shard in dataset.shards]
-    if (said := [shard.path for shard in about.shards]) != paths:
-        other = next(iter({*said} ^ {*paths}), pattern)
+    name = home.offsets or home.counts
+    about = open_dataset(home.files, [name], order=order)
+    paths = [shard.name for shard in dataset.shards]
+    if (said := [shard.name for shard in about.shards]) != paths:
+        other = next(iter({*said} ^ {*paths}), home.files)
         raise DatasetError(
             f'{other}: "{name}" says which values of {listed(list(dataset.fields))} belong to a '
             "sample, and only one of them is in this file: name files that have both"
         )
     stored = read_rows(about, np.arange(about.samples, dtype=np.int64))[name]
-    places = [Source((path, name)) for path in paths]
+    places = [Source((shard.path, shard.inside(name))) for shard in about.shards]
     per_file = [
         as_numbers(numbers, at)
         for numbers, at in zip(np.split(stored, about.shard_stops[:-1]), places, strict=True)
     ]
-    values = [shard.samples for shard in dataset.shards]
-    if counts:
+    if home.counts:
         made = [of_counts(*each) for each in zip(per_file, values, places, strict=True)]
     else:
         ended = has_end(per_file, values)

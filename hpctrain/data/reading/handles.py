@@ -37,19 +37,31 @@ class Handles(Generic[H]):
         close: Callable[[H], Any],
         locate: Locate,
         most: int,
+        key: Callable[[Shard, str], str] = lambda shard, path: path,
     ) -> None:
+        """Begin without any.
+
+        Args:
+            open_: opens a shard that is to be read at a path.
+            close: closes what it gave.
+            locate: which file is read for a shard.
+            most: that are open at once.
+            key: shards with the same share a handle; by default those of one file.
+        """
         self.opened = 0
         self.most = most
         self._open = open_
         self._close = close
         self._locate = locate
+        self._key = key
         self._kept: OrderedDict[str, H] = OrderedDict()
         # Descriptors are mere numbers: nothing else closes them when their reader is dropped.
         weakref.finalize(self, _close_all, self._kept, close)
 
     def get(self, shard: Shard) -> H:
         path = self._locate(shard.path)
-        handle = self._kept.get(path)
+        key = self._key(shard, path)
+        handle = self._kept.get(key)
         if handle is None:
             if len(self._kept) >= self.most:
                 self._close(self._kept.popitem(last=False)[1])
@@ -59,10 +71,10 @@ class Handles(Generic[H]):
                 if path == shard.path:
                     raise
                 handle = self._open(shard, shard.path)  # somebody has removed the copy
-            self._kept[path] = handle
+            self._kept[key] = handle
             self.opened += 1
         else:
-            self._kept.move_to_end(path)
+            self._kept.move_to_end(key)
         return handle
 
     def close(self) -> None:
@@ -94,7 +106,7 @@ class OpenShard:
         with open_hdf5(shard, path) as file:
             for name in names:
                 try:
-                    dataset = file[name]
+                    dataset = file[shard.inside(name)]
                     if dataset.file.filename != file.filename:
                         raise UndecodableError("in another file, by a link")
                     self.chunked[name] = ChunkedField(dataset)
@@ -106,6 +118,16 @@ class OpenShard:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def has_chunks(shard: Shard) -> bool:
+    """Tell whether a shard has chunks that are read without HDF5, and are listed when it opens."""
+    return any(each.offset is None and each.is_direct for each in shard.layouts.values())
+
+
+def key_of_shard(shard: Shard, path: str) -> str:
+    """Return what shards share that one open file serves: of groups without chunks, the path."""
+    return f"{path}\0{shard.group}" if shard.group and has_chunks(shard) else path
 
 
 def open_shard(fields: Mapping[str, Field], shard: Shard, path: str) -> OpenShard:

@@ -162,7 +162,7 @@ class OtherAxisReader:
         return True
 
     def _read_by_hdf5(self, shard: Shard, name: str, first: int, values: npt.NDArray[Any]) -> None:
-        dataset = self._files.get(shard)[name]
+        dataset = self._files.get(shard)[shard.inside(name)]
         last = first + values.shape[self._axis]
         self._sound.require(dataset, self._axis, first, last)
         rows = (*(slice(None),) * self._axis, slice(first, last))

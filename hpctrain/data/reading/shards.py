@@ -33,6 +33,7 @@ from hpctrain.data.reading.handles import (
     Handles,
     Locate,
     OpenShard,
+    key_of_shard,
     open_hdf5,
     open_shard,
     where_it_is,
@@ -86,6 +87,7 @@ class ShardReader:
             OpenShard.close,
             locate,
             most_open_files(),
+            key_of_shard,
         )
         self._files: Handles[h5py.File] = Handles(
             open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
@@ -273,7 +275,7 @@ class ShardReader:
             what = getattr(error, "strerror", None) or error
             path = self._locate(shard.path)
             raise DatasetError(
-                f'{path}: field "{name}", row {first}: {what}{_hint(error)}'
+                f'{path}: field "{shard.inside(name)}", row {first}: {what}{_hint(error)}'
             ) from error
 
     def _read_part(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
@@ -301,7 +303,7 @@ class ShardReader:
     def _read_by_hdf5(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         """Fill `out` through h5py, which converts to the native byte order as it reads."""
         rows = out.view(field.dtype.newbyteorder("=")).reshape(len(out), *field.shape)
-        dataset = self._files.get(shard)[name]
+        dataset = self._files.get(shard)[shard.inside(name)]
         self._sound.require(dataset, 0, first, first + len(out))
         dataset.read_direct(rows, source_sel=np.s_[first : first + len(out)])
 

@@ -234,3 +234,107 @@ def test_a_split_never_cuts_a_sample(folder: Path) -> None:
             labels += batch.fields["y"].tolist()
         loader.close()
     assert sorted(labels) == sorted(float(graph["y"]) for graph in graphs)
+
+
+EPISODES = [9, 4, 12, 1, 7, 11]
+
+
+@pytest.fixture(scope="module", params=["contiguous", "gzip"])
+def episodes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations as robomimic writes them: a group each, observations in a group below."""
+    path = tmp_path_factory.mktemp(f"episodes-{request.param}") / "demo.h5"
+    draw = np.random.default_rng(2)
+    stored = {"compression": "gzip"} if request.param == "gzip" else {}
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["total"] = sum(EPISODES)
+        for number, steps in reversed(list(enumerate(EPISODES, 6))):
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["num_samples"] = steps
+            demo.create_dataset("actions", data=draw.random((steps, 7)))
+            demo.create_dataset("dones", data=np.arange(steps) == steps - 1)
+            images = draw.integers(0, 256, (steps, 8, 8, 3), np.uint8)
+            demo.create_dataset("obs/agentview_image", data=images, **stored)
+        file["mask/train"] = np.array([f"demo_{i}".encode() for i in range(6)])
+    return path
+
+
+EPISODE_FIELDS: dict[str, Any] = {
+    "image": {"path": "data/demo_*/obs/agentview_image", "steps": 2},
+    "actions": {"path": "/data/demo_*/actions", "steps": 3, "lead": 1},
+}
+
+
+def test_windows_stay_inside_an_episode(episodes: Path) -> None:
+    """Rows over groups, 9 before 10; the windows are those of each episode by itself."""
+    dataset = open_datasets(
+        DataSection(
+            train=str(episodes),
+            fields={name: FieldTable(**table) for name, table in EPISODE_FIELDS.items()},
+        ),
+        list(EPISODE_FIELDS),
+    )[0]
+    images, actions = [], []
+    with h5py.File(episodes) as file:
+        for number, steps in enumerate(EPISODES, 6):
+            demo = file[f"data/demo_{number}"]
+            images += [demo["obs/agentview_image"][t : t + 2] for t in range(steps - 3)]
+            actions += [demo["actions"][t + 1 : t + 4] for t in range(steps - 3)]
+    assert dataset.samples == len(images)
+    order = Order(samples=len(images), seed=3, lanes=4, window=2, block_rows=3)
+    served = []
+    for rank in range(3):
+        loader = train_loader(
+            dataset,
+            order,
+            fields=list(EPISODE_FIELDS),
+            global_batch_size=7,
+            rank=rank,
+            world_size=3,
+        )
+        for batch in loader.epoch(0, 7):
+            rows = loader.rows(0, batch.start, batch.start + batch.global_size).tolist()
+            served += rows
+            if rows:
+                np.testing.assert_array_equal(batch.fields["image"], [images[r] for r in rows])
+                np.testing.assert_array_equal(batch.fields["actions"], [actions[r] for r in rows])
+        assert loader.runs(np.array([0, 1]))[0][0].startswith("demo.h5:data/demo_6")
+        loader.close()
+    assert len(set(served)) == len(served) == len(images) - 7
+
+
+def test_a_group_may_be_a_sample(episodes: Path) -> None:
+    fields = {
+        "actions": {"path": "data/demo_*/actions", "batch": "pad", "mask": "there"},
+        "dones": {"path": "data/demo_*/dones", "batch": "concat"},
+    }
+    dataset = open_datasets(
+        DataSection(
+            train=str(episodes),
+            fields={name: FieldTable(**table) for name, table in fields.items()},
+        ),
+        list(fields),
+    )[0]
+    assert dataset.samples == len(EPISODES)
+    loader = evaluation_loader(dataset, fields=list(fields), batch_size=4)
+    first, second = loader
+    loader.close()
+    with h5py.File(episodes) as file:
+        demo = file["data/demo_9"]
+        np.testing.assert_array_equal(first.fields["actions"][3, :1], demo["actions"])
+        assert first.fields["there"].sum(1).tolist() == EPISODES[:4]
+        assert second.fields["dones.offsets"].tolist() == [0, 7, 18]
+        assert second.fields["dones"].nonzero().flatten().tolist() == [6, 17]
+
+
+def test_a_group_that_lacks_an_array_is_named(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a_1/x"], file["a_1/y"], file["a_2/x"] = [1.0], [1.0], [1.0]
+    tables = {"x": FieldTable(path="a_*/x"), "y": FieldTable(path="a_*/y")}
+    with pytest.raises(DatasetError, match='"a_2" has a_\\*/x, but nothing for a_\\*/y'):
+        open_datasets(DataSection(train=str(tmp_path / "x.h5"), fields=tables), ["x", "y"])
+    with pytest.raises(DatasetError, match="nothing in this file fits b_\\*/x"):
+        open_datasets(
+            DataSection(train=str(tmp_path / "x.h5"), fields={"x": FieldTable(path="b_*/x")}),
+            ["x"],
+        )

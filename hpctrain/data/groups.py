@@ -1,0 +1,110 @@
+"""Groups of a file that hold the same: an episode each, or a sample, such as `data/demo_*/actions`.
+
+To everything that reads and orders, each of them is a shard: rows over groups, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import h5py
+
+from hpctrain.data.contents import Contents, look_into
+from hpctrain.data.dataset import Field, Shard
+from hpctrain.data.walking import MOST_OBJECTS, require_files_behind
+from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed
+
+_WILD = frozenset("*?[")
+
+
+def is_pattern(name: str) -> bool:
+    """Tell whether a name stands for many."""
+    return not _WILD.isdisjoint(name)
+
+
+def stem(pattern: str) -> str:
+    """Return the part of a pattern that names groups, empty if it is none: up to the last star."""
+    parts = pattern.split("/")
+    wild = [number for number, part in enumerate(parts) if is_pattern(part)]
+    return "/".join(parts[: wild[-1] + 1]) if wild else ""
+
+
+def look_into_groups(path: str, patterns: Sequence[str]) -> Contents:
+    """Return what HDF5 says of all arrays of a file whose names fit.
+
+    Raises:
+        DatasetError: if it cannot be read, or none fits.
+    """
+
+    def named(file: h5py.File) -> list[str]:
+        names = [name for each in patterns for name in _fitting(file, each)]
+        if len(names) > MOST_OBJECTS:
+            raise DatasetError(
+                f"{path}: {len(names):,} arrays fit {listed(list(patterns))}, and at most "
+                f"{MOST_OBJECTS:,} are taken: cut the file, or write its rows one after the other "
+                "with `python -m hpctrain data pack`"
+            )
+        return names
+
+    return look_into(path, named)
+
+
+def _fitting(group: h5py.Group, pattern: str) -> Iterator[str]:
+    """Yield the names of the datasets below a group that fit a pattern."""
+    head, _, rest = pattern.partition("/")
+    keys: Iterable[str] = [head]
+    if is_pattern(head):
+        keys = [key for key in group if isinstance(key, str) and fnmatch.fnmatchcase(key, head)]
+    for key in keys:
+        require_files_behind(group, key)
+        found = group.get(key)
+        if isinstance(found, h5py.Group) and rest:
+            yield from (f"{key}/{name}" for name in _fitting(found, rest))
+        elif isinstance(found, h5py.Dataset) and not rest:
+            yield key
+
+
+def in_groups(
+    file: Contents, patterns: Sequence[str], axis: int, key: Callable[[str], Any]
+) -> list[tuple[Shard, dict[str, Field]]]:
+    """Return each group of a file as a shard of fields that are called by their patterns.
+
+    Args:
+        file: with the arrays of all groups.
+        patterns: all of one stem.
+        axis: of the arrays, which counts the rows.
+        key: sorts names of groups.
+
+    Raises:
+        DatasetError: if there is no group, or one lacks an array that others have.
+    """
+    depth = stem(patterns[0]).count("/") + 1
+    groups: dict[str, dict[str, Any]] = {}
+    for name, array in file.arrays.items():
+        parts = name.split("/")
+        for pattern in patterns:
+            if len(parts) == pattern.count("/") + 1 and _fits(parts, pattern):
+                groups.setdefault("/".join(parts[:depth]), {})[pattern] = array
+    if not groups:
+        raise DatasetError(f"{file.path}: nothing in this file fits {listed(list(patterns))}")
+    made = []
+    for group in sorted(groups, key=key):
+        arrays = groups[group]
+        if missing := [pattern for pattern in patterns if pattern not in arrays]:
+            raise DatasetError(
+                f'{file.path}: "{group}" has {listed(list(arrays))}, but nothing for '
+                f"{listed(missing)}: name arrays that all groups have"
+            )
+        own = dataclasses.replace(file, arrays=arrays)
+        shard, fields = own.shard(patterns, axis)
+        made.append((dataclasses.replace(shard, group=group), fields))
+    return made
+
+
+def _fits(parts: Sequence[str], pattern: str) -> bool:
+    pairs = zip(parts, pattern.split("/"), strict=True)
+    return all(fnmatch.fnmatchcase(part, each) for part, each in pairs)
