@@ -225,6 +225,7 @@ class Status:
         skipped_steps: steps of the run that were not applied.
         checkpoint: name of the newest one.
         metrics: newest records of metrics.jsonl, by "train" or the name of the data evaluated.
+        goodput: seconds since the run's first job, by what came of them; None: unknown.
     """
 
     state: str
@@ -240,6 +241,7 @@ class Status:
     job: str | None
     since: str
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    goodput: Mapping[str, float] | None = None
 
 
 def read_status(
@@ -249,6 +251,7 @@ def read_status(
     *,
     lives: bool | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    goodput: Mapping[str, float] | None = None,
 ) -> Status:
     """Return what is known of a run.
 
@@ -258,6 +261,7 @@ def read_status(
         max_tries: jobs after which the run is given up; None: no bound.
         lives: whether the process that holds the folder lives; None: that cannot be told from here.
         metrics: see `Status`.
+        goodput: see `Status`.
 
     Raises:
         ConfigError: if the folder is not there or holds no run.
@@ -293,6 +297,7 @@ def read_status(
         job=outcome.job,
         since=outcome.time,
         metrics=metrics or {},
+        goodput=goodput,
     )
 
 
@@ -376,8 +381,17 @@ def ending(status: Status) -> str:
     return how + why_held.get(state, "")
 
 
-def to_text(folder: Path, status: Status, *, for_script: bool = False) -> str:
-    """Return a status for people; the last row of one for a script is for the end of its log."""
+def to_text(
+    folder: Path, status: Status, *, for_script: bool = False, goodput: str | None = None
+) -> str:
+    """Return a status for people; the last row of one for a script is for the end of its log.
+
+    Args:
+        folder: of the run.
+        status: of it.
+        for_script: whether a job script asks.
+        goodput: its goodput in a line, None where it is unknown.
+    """
     # What a job says of itself while it runs, or once it is complete, is in the state already.
     known = status.reason in (State.RUNNING.value, State.COMPLETE.value)
     rows = [
@@ -388,6 +402,7 @@ def to_text(folder: Path, status: Status, *, for_script: bool = False) -> str:
         ("tries", str(status.tries)),
         ("checkpoint", status.checkpoint or "none"),
         *((name, _metrics(record)) for name, record in status.metrics.items()),
+        *([("goodput", goodput)] if goodput else []),
         ("since", status.since),
         *([("ending", ending(status))] if for_script else []),
     ]

@@ -39,18 +39,28 @@ def status(arguments: list[str]) -> int:
 
     from hpctrain.batch.exit_status import read_status, to_json, to_text
     from hpctrain.observe.records import newest_records
+    from hpctrain.observe.run_files import goodput_of
 
     # A person may ask from any job, a script asks about its own.
     environ = os.environ if parsed.exit_code else {}
+    lives = _lives(parsed.run, _ENDING_SECONDS if parsed.exit_code else 0.0)
+    spent = goodput_of(parsed.run, runs=lives)
     found = read_status(
         parsed.run,
         environ,
         parsed.max_tries,
-        lives=_lives(parsed.run, _ENDING_SECONDS if parsed.exit_code else 0.0),
+        lives=lives,
         metrics=newest_records(parsed.run / "metrics.jsonl"),
+        goodput=None if spent is None else spent.to_json(),
     )
     try:
-        text = printable_lines(to_text(parsed.run, found, for_script=parsed.exit_code))
+        told = to_text(
+            parsed.run,
+            found,
+            for_script=parsed.exit_code,
+            goodput=None if spent is None else spent.line(),
+        )
+        text = printable_lines(told)
         write_out(to_json(found) if parsed.json else text)
     except OutputError:
         if not parsed.exit_code:  # a script branches on the code, and its log may be full

@@ -562,6 +562,9 @@ class LoggingSection:
     progress_every_seconds: Seconds = 30.0
     """Time between two plain lines of progress."""
 
+    machine: bool = True
+    """Write what the nodes and their devices do to machine/ in the run folder."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSection:

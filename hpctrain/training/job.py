@@ -31,6 +31,7 @@ from hpctrain.training.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.coupling import find_coupling
 from hpctrain.training.data import Data, open_data
 from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
+from hpctrain.training.figures import figures_recorded
 from hpctrain.training.initialize import start_warm
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.modules.task import ModuleTask
@@ -93,6 +94,7 @@ def train(
         if config.training.detect_anomaly:
             job.stack.enter_context(torch.autograd.set_detect_anomaly(True))
         begin_record(job.folder, world)
+        job.stack.enter_context(figures_recorded(config, world))
         ending, reason = _train(config, world, job.stop, job.folder, command, brought)
         job.end(ending, reason)
     return ending

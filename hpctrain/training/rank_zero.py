@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from hpctrain.batch.exit_status import (
     Outcome,
     conclude,
@@ -27,6 +29,7 @@ from hpctrain.config import Config, to_toml
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.phase_log import PhaseLog
 from hpctrain.observe.progress import Progress
 from hpctrain.training.build import Parts, directions
 from hpctrain.training.data import Data
@@ -163,6 +166,7 @@ class RunFolder:
             in this job or the ones before.
         skipped_steps: steps of the run that were not applied, as far as is known.
         record: of this job, for those who ask later what a checkpoint was made by.
+        phase_log: what this job does with its time.
     """
 
     def __init__(self, path: Path, *, group_writable: bool = False) -> None:
@@ -179,6 +183,7 @@ class RunFolder:
         self.save_seconds = 0.0
         self.skipped_steps = 0
         self.record = JobRecord(path)
+        self.phase_log = PhaseLog(path)
         self._first_step = 0
         self._last: Outcome | None = None
         self._token: str | None = None
@@ -212,6 +217,11 @@ class RunFolder:
             # Where the pointer is damaged the folders themselves tell what to go on from.
             with suppress(CheckpointError):
                 self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
+        before = None
+        if last is not None and last.code is not None:
+            before = {"code": last.code, "reason": last.reason, "time": last.time}
+        began = psutil.Process().create_time()
+        self.phase_log.begin(self.tries, self.step, began, before)
         forget_endings(self.path)
         # Until the job says otherwise: a killed one says nothing more.
         self.end(None, "running")
@@ -223,6 +233,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.phase_log.close()
         open_tree_to_group(self.path)
         self._lease.__exit__(kind, error, trace)
 
@@ -297,6 +308,7 @@ class RunFolder:
             ),
         )
         if code is not None:
+            self.phase_log.end(self.step, code, reason)
             self.record.end(
                 reason=reason,
                 exit_code=code,

@@ -174,6 +174,7 @@ def finish(
             with phases.measure("checkpoint"):
                 rank_zero.store.finish()
             rank_zero.folder.step = run.place.step
+            rank_zero.folder.phase_log.note_now(run.place.step, phases.totals())
             rank_zero.progress.close()
             rank_zero.writer.close()
             logger.info(summary_text(config, world, run, rank_zero, data, complete, command))

@@ -23,6 +23,7 @@ from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
 from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
 from hpctrain.training.evaluation import evaluate
+from hpctrain.training.figures import note_figures
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
@@ -327,6 +328,11 @@ class Run:
         self.reasons = 0
         self._skipped_before = int(parts.step.bad_steps[2].item())
         self._count_skipped(self._skipped_before)
+        if rank_zero is not None:
+            topology = world.topology
+            rank_zero.folder.phase_log.begin_training(
+                place.step, nodes=topology.num_nodes, ranks=topology.world_size
+            )
         self.evaluation_owed = False
         self._save_due = 0
         self._confirmed = False
@@ -380,6 +386,8 @@ class Run:
             more: further numbers of it, by name.
         """
         numbers = self._read(place)
+        if self._config.logging.machine:
+            note_figures(self._world, self.phases, place.step, place.step - self.first_place.step)
         if self._world.device.type != "cpu":
             # The device has nothing to do at this moment: the next step may look, too.
             self._looks = True
@@ -414,6 +422,7 @@ class Run:
                 **(more or {}),
             }
         )
+        self._rank_zero.folder.phase_log.note(place.step, self.phases.totals)
 
     def begin_epoch(self, place: Position) -> None:
         """Take note of an epoch that begins, or goes on in this job."""
@@ -483,6 +492,7 @@ class Run:
             record = {"kind": "evaluation", "split": name, "step": place.step, "epoch": epoch}
             written = self._written("validate", metrics)
             self._rank_zero.writer.write({**record, **written, **record})
+        self._rank_zero.folder.phase_log.note(place.step, self.phases.totals)
         shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
         self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
 

@@ -13,7 +13,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ from hpctrain.utils.files import put_file
 
 _FIELDS = 3
 _PROGRESS, _LONG_PHASE, _STEP = range(_FIELDS)
-ROW_BYTES = 8 * _FIELDS
+NUM_NOTES = 10
+"""Numbers that a rank notes for others of its node, whose meaning is theirs alone."""
+_ROW = _FIELDS + NUM_NOTES
+ROW_BYTES = 8 * _ROW
 
 _ANSWER_SECONDS = 1.5
 _WATCHED_SECONDS = 20.0
@@ -55,6 +59,7 @@ class Pulse:
         # Its own until there is a watchdog.
         self._row = memoryview(bytearray(ROW_BYTES)).cast("q")
         self._row[_LONG_PHASE] = 1
+        self._rows = self._row
 
     def tick(self) -> None:
         """Say that this rank makes progress."""
@@ -83,9 +88,19 @@ class Pulse:
 
     def share(self, memory: mmap.mmap, index: int) -> None:
         """Go on in row `index` of memory that the watchdog sees."""
-        row = memoryview(memory).cast("q")[_FIELDS * index : _FIELDS * (index + 1)]
+        rows = memoryview(memory).cast("q")
+        row = rows[_ROW * index : _ROW * (index + 1)]
         row[:] = self._row
-        self._row = row
+        self._row, self._rows = row, rows
+
+    def note(self, numbers: Sequence[int]) -> None:
+        """Note NUM_NOTES numbers for whoever of this node reads them, by one copy."""
+        self._row[_FIELDS:] = array("q", numbers)
+
+    def notes(self) -> list[list[int]]:
+        """Return what each rank of this node has noted last; of a rank alone, its own."""
+        numbers = self._rows.tolist()
+        return [numbers[first + _FIELDS : first + _ROW] for first in range(0, len(numbers), _ROW)]
 
     @property
     def step(self) -> int:
@@ -95,7 +110,7 @@ class Pulse:
 def read_row(memory: mmap.mmap, index: int) -> Reading:
     """Return what the rank of row `index` has written."""
     with memoryview(memory) as view, view.cast("q") as rows:
-        progress, long_phase, step = rows[_FIELDS * index : _FIELDS * (index + 1)].tolist()
+        progress, long_phase, step = rows[_ROW * index : _ROW * index + _FIELDS].tolist()
     return Reading(progress, bool(long_phase), step)
 
 

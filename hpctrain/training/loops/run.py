@@ -35,6 +35,7 @@ from hpctrain.training.build import Parts, seed_generators
 from hpctrain.training.checkpointing import restore
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.evaluation import gather_at_rank_zero
+from hpctrain.training.figures import figures_recorded
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples, use_of
 from hpctrain.training.loops.step import (
     RATES,
@@ -545,6 +546,7 @@ def running(
         session(config, world.communicator, signals=signals, guard=world.guard) as job,
     ):
         begin_record(job.folder, world)
+        job.stack.enter_context(figures_recorded(config, world))
         run, hooks, data = _begun(world, config, step, loader, job)
         try:
             with hooks.saves_finished():

@@ -125,6 +125,7 @@ AS_BEFORE = {
     "checkpoint.keep_best_count": "one best checkpoint is kept, as before",
     "data.evaluations": "there are no further ones, as before",
     "training.detect_anomaly": "nothing looks at gradients, as before",
+    "logging.machine": "what is trained does not know of it",
     **dict.fromkeys(
         (
             f"profile.{key}"

@@ -1,0 +1,178 @@
+"""machine/<host>.jsonl: what each node of a run was doing, a line every minute or less often.
+
+A line has kind "machine", "step" and "wall_time" as the lines of metrics.jsonl, "seconds" that it
+is about, and what was known of these; means, where it is not said otherwise:
+
+    cpu      "cores"; "busy", a share of them; "job", as many cores as the job had; "throttled", a
+             share of the time
+    memory   MB: "total" and "used" of the node, "job" and its "limit"
+    disk     MB/s: "read", "write"
+    network  MB/s by interface: [received, sent]
+    devices  a list each, an item a device: "name", "busy", "memory" and "memory_total" in MB,
+             "watts", "celsius" (highest), "megahertz", "throttled" (why), "errors"
+    ranks    a list each, an item a rank: "rank", "device", "step" in seconds, and of these "data"
+             and "others", waiting for each; "memory" and "peak" of torch in MB. Of more than
+             MOST_RANKS a node those between the fastest and the slowest at equal distances;
+             "count" says of how many
+
+A line of kind "straggler" names a rank that is slower than the others, see
+`hpctrain.observe.stragglers`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hpctrain.observe.records import WALL_TIME, from_line, to_line
+from hpctrain.utils.files import AppendedFile, open_file
+from hpctrain.utils.permissions import follow_folder
+
+FOLDER = "machine"
+
+WEEK_BYTES = 50_000_000
+"""What all hosts of a run write in a week, at most."""
+
+MOST_HOSTS = 256
+"""That write; of more, every second one does, or every third."""
+
+MOST_RANKS = 16
+"""Of a node that have numbers of their own in a line."""
+
+_WEEK_SECONDS = 7 * 86_400.0
+
+_BURST, _STEADY = 0.1, 0.7
+"""Shares of a week's bytes: at once, and evenly. The rest is for jobs on ever other hosts."""
+
+_MOMENT = re.compile(rb'"wall_time": (\d+(?:\.\d+)?)')
+
+
+def is_recorded(node_rank: int, num_nodes: int) -> bool:
+    """Tell whether a node writes its figures: the first one does, and MOST_HOSTS at most."""
+    return node_rank % -(-num_nodes // MOST_HOSTS) == 0
+
+
+def file_of(run: Path, host: str) -> Path:
+    """Return the file of a host."""
+    return run / FOLDER / (re.sub(r"[^\w.-]", "-", host, flags=re.ASCII)[:200] + ".jsonl")
+
+
+class Allowance:
+    """How many bytes a host may write: some at once, further ones as time goes by.
+
+    So no week has more than its part, however long it was silent before.
+    """
+
+    def __init__(
+        self, num_hosts: int, silent_seconds: float | None, clock: Callable[[], float]
+    ) -> None:
+        """Begin.
+
+        Args:
+            num_hosts: that write.
+            silent_seconds: since the last line of an earlier job; None: there was none.
+            clock: seconds, monotonic.
+        """
+        self._rate = _STEADY * WEEK_BYTES / num_hosts / _WEEK_SECONDS
+        self._most = _BURST * WEEK_BYTES / num_hosts
+        self._clock = clock
+        self._moment = clock()
+        # What an earlier job has left is not known; it was not less than nothing.
+        left = self._most if silent_seconds is None else max(0.0, silent_seconds) * self._rate
+        self._left = min(self._most, left)
+
+    def take(self, num_bytes: int) -> bool:
+        """Tell whether so many bytes may be written now, and count them if they may."""
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._moment) * self._rate)
+        self._moment = now
+        if num_bytes > self._left:
+            return False
+        self._left -= num_bytes
+        return True
+
+
+class MachineLog:
+    """Appends lines to the file of this host, as far as its allowance goes.
+
+    Raises:
+        OSError: if the file cannot be opened, as where the run folder is not on this node.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        host: str,
+        num_nodes: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._now = now
+        path = file_of(run, host)
+        with suppress(FileExistsError):
+            path.parent.mkdir()
+            follow_folder(path.parent)
+        # Jobs before may have been on other hosts.
+        others = sum(other.suffix == ".jsonl" for other in path.parent.iterdir())
+        hosts = max(others, min(num_nodes, MOST_HOSTS))
+        silent = None
+        with suppress(FileNotFoundError):
+            silent = now() - path.stat().st_mtime
+        self._allowance = Allowance(hosts, silent, clock)
+        self._file = AppendedFile(path)
+
+    def append(self, line: Mapping[str, Any]) -> bool:
+        """Append a line, and tell whether there was an allowance for it.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        content = to_line({**line, WALL_TIME: round(self._now(), 3)})
+        if not self._allowance.take(len(content)):
+            return False
+        self._file.append(content)
+        return True
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            OSError: if it may not have got to the disk.
+        """
+        self._file.close()
+
+
+def read_hosts(run: Path, most_bytes: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of every host that can be read, by host; none where there are no figures.
+
+    Args:
+        run: its folder.
+        most_bytes: of the end of each file; None: all of it.
+    """
+    found = {}
+    for path in _files(run):
+        with suppress(OSError), open_file(path) as file:
+            if most_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
+            lines = map(from_line, file)
+            found[path.name.removesuffix(".jsonl")] = [line for line in lines if line is not None]
+    return found
+
+
+def signs_of_life(run: Path) -> list[float]:
+    """Return the moments at which any host has written a line, without looking into the lines."""
+    found: list[float] = []
+    for path in _files(run):
+        with suppress(OSError), open_file(path) as file:
+            found += map(float, _MOMENT.findall(file.read()))
+    return found
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("*.jsonl"))
