@@ -7,7 +7,7 @@ from typing import Any
 from hpctrain.config.messages import Mistake
 from hpctrain.config.toml import Source
 
-_ONLY_OF = {"max_length": None, "pad": "pad", "mask": "pad", "sample": None, "shift_by": "concat"}
+_ONLY_OF = {"pad": "pad", "mask": "pad", "shift_by": "concat", "position": "pack"}
 """Keys of such fields, and the one way of batching that they belong to."""
 _OF_EQUAL = ("steps", "lead", "every")
 
@@ -22,7 +22,7 @@ def check_ragged(source: Source) -> list[Mistake]:
     for name, table in described.items():
         for key, problem in _problems(table, described).items():
             mistakes.append(source.mistake(("data", "fields", name, key), problem))
-    if any("batch" in table for table in described.values()):
+    if any(table.get("batch") in ("pad", "concat") for table in described.values()):
         mistakes += _combined(source)
     return mistakes
 
@@ -38,18 +38,20 @@ def _problems(table: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[
                     "samples are of unequal length, so say how they make a batch: "
                     'batch = "pad" or "concat"'
                 )
-        for key in ("max_length", "pad", "sample", "shift_by"):
+        for key in ("max_length", "pad", "sample", "shift_by", "position"):
             if key in table:
                 problems[key] = 'is for samples of unequal length: batch = "pad" or "concat"'
         return problems
     if "offsets" in table and "counts" in table:
         problems["counts"] = "offsets say already where samples begin: leave one of them out"
     for key, only in _ONLY_OF.items():
-        if key in table and only not in (None, batch):
+        if key in table and only != batch:
             problems[key] = f'is for batch = "{only}", and this field has "{batch}"'
     for key in _OF_EQUAL:
         if key in table:
             problems[key] = "makes windows of rows; a sample of unequal length has rows of its own"
+    if batch == "pack" and "max_length" not in table:
+        problems["batch"] = "cuts documents into samples of one length: say it by max_length"
     shift_by = table.get("shift_by")
     if isinstance(shift_by, str) and tables.get(shift_by, {}).get("batch") != "concat":
         problems["shift_by"] = (

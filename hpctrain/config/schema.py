@@ -120,7 +120,8 @@ class FieldTable:
     """Number behind the values of a padded sample; none: 0."""
 
     sample: Text | None = None
-    """Name of a further field: of each value which sample of the pass it is of."""
+    """Name of a further field: of each value which sample of the pass it is of, or of packed
+    tokens, which document of the sample."""
 
     position: Text | None = None
     """Name of a further field: of each packed token its place in its document, from 0."""

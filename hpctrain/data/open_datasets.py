@@ -19,6 +19,7 @@ from hpctrain.data.groups import stem
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import (
     Lengths,
+    Packing,
     Raggedness,
     Source,
     as_numbers,
@@ -143,7 +144,10 @@ def _open(
     reach = max(column.reach for column in columns.values())
     spans = _spans(section.samples, purpose, source, parts, reach, semantics)
     stride = section.samples.stride
-    if max(reach, stride) > 1 and not section.samples.across_files:
+    packed = _packed_length(columns, source)
+    if packed is not None:  # one stream of all files, cut into samples that follow each other
+        stride = packed if stride == 1 else stride
+    elif max(reach, stride) > 1 and not section.samples.across_files:
         spans = cut(spans, _borders(parts))
     if len(spans.starts) > MOST_SPANS:
         raise DatasetError(
@@ -171,7 +175,8 @@ class Home(NamedTuple):
         offsets: the HDF5 dataset that says where samples begin; empty: none does.
         counts: the one that says how many rows they have; empty: none does.
         groups: the pattern of groups that they are in; empty: they are in none.
-        group_is_sample: whether all rows of such a group are one sample.
+        group_is_sample: whether all rows of such a group are one sample, or document.
+        packs: whether samples are cut from documents.
     """
 
     files: str
@@ -180,6 +185,7 @@ class Home(NamedTuple):
     counts: str
     groups: str
     group_is_sample: bool
+    packs: bool
 
     @classmethod
     def of(cls, table: FieldTable, path: str, files: str) -> Home:
@@ -187,7 +193,8 @@ class Home(NamedTuple):
         offsets, counts = (table.offsets or "").strip("/"), (table.counts or "").strip("/")
         groups = stem(path)
         is_sample = bool(groups and table.batch and not offsets and not counts)
-        return cls(files, table.axis, offsets, counts, groups, is_sample)
+        packs = table.batch == "pack"
+        return cls(files, table.axis, offsets, counts, groups, is_sample, packs)
 
 
 def _join(
@@ -204,26 +211,33 @@ def _join(
     for home in apart:
         inside = dict.fromkeys(paths[name] for name, own in homes.items() if own == home)
         dataset = open_dataset(home.files, list(inside), home.axis, order)
-        parts.append(Part(dataset, home.axis, _lengths(home, dataset, order)))
+        lengths = _lengths(home, dataset, order)
+        if home.packs and lengths is not None:
+            documents = lengths.firsts[lengths.counts > 0]
+            parts.append(Part(dataset, home.axis, documents=documents))
+        else:
+            parts.append(Part(dataset, home.axis, lengths))
     columns = {
         name: Column(
             part=apart.index(homes[name]),
             name=paths[name],
-            steps=table.steps,
+            steps=table.max_length if table.batch == "pack" else table.steps,
             lead=table.lead,
             every=table.every,
             ragged=_raggedness(table),
+            packing=_packing(table),
         )
         for name, table in tables.items()
     }
     for name, column in columns.items():
-        if column.ragged is not None and parts[column.part].lengths is None:
+        part = parts[column.part]
+        if tables[name].batch is not None and part.lengths is None and part.documents is None:
             raise DatasetError(
-                f'{source}: data.fields.{name}.batch = "{column.ragged.batch}", and nothing says '
+                f'{source}: data.fields.{name}.batch = "{tables[name].batch}", and nothing says '
                 "where samples begin: name an HDF5 dataset of the first value of each (offsets), "
                 "or of how many there are (counts), or a pattern of groups that are samples (path)"
             )
-        _tell_cut(name, column, parts[column.part])
+        _tell_cut(name, column, part)
     return parts, columns
 
 
@@ -238,6 +252,32 @@ def _raggedness(table: FieldTable) -> Raggedness | None:
         sample=table.sample,
         shift_by=table.shift_by,
     )
+
+
+def _packing(table: FieldTable) -> Packing | None:
+    if table.batch != "pack":
+        return None
+    return Packing(sample=table.sample, position=table.position)
+
+
+def _packed_length(columns: Mapping[str, Column], source: str) -> int | None:
+    """Return the rows of a sample that is cut from documents, None where none are.
+
+    Raises:
+        DatasetError: if fields are cut in different ways.
+    """
+    if not any(column.packing for column in columns.values()):
+        return None
+    other = [name for name, column in columns.items() if column.packing is None]
+    lengths = {column.steps for column in columns.values()}
+    if other or len(lengths) > 1:
+        what = f"data.fields.{other[0]} is not" if other else "their max_length differs"
+        raise DatasetError(
+            f'{source}: with batch = "pack" a sample is cut from the documents of all fields in '
+            f'one way, and {what}: give all of them batch = "pack" and one max_length'
+        )
+    (length,) = lengths
+    return length
 
 
 def _tell_cut(name: str, column: Column, part: Part) -> None:

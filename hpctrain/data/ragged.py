@@ -79,6 +79,20 @@ class Raggedness:
         return counts if self.max_length is None else np.minimum(counts, self.max_length)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """What is told of documents whose values follow each other and are cut into samples.
+
+    Attributes:
+        sample: name of a field: of each value the document of the sample, from 0; None: none.
+        position: name of a field: of each value its place in what the sample has of its document,
+            from 0; None: none.
+    """
+
+    sample: str | None = None
+    position: str | None = None
+
+
 class Source(tuple[str, str]):
     """Where counts or offsets are, for messages: (file, HDF5 dataset)."""
 

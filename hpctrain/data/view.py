@@ -19,7 +19,8 @@ import xxhash
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.ragged import Lengths, Raggedness
+from hpctrain.data.ragged import Lengths, Packing, Raggedness
+from hpctrain.data.runs import within
 from hpctrain.data.selection import SampleSelection
 
 
@@ -31,11 +32,13 @@ class Part:
         dataset: their rows.
         axis: of the HDF5 datasets, which counts the rows.
         lengths: which of these rows make a row of the view, where that is not one each.
+        documents: (documents,) int64, the first row of each, where samples are cut from them.
     """
 
     dataset: Dataset
     axis: int = 0
     lengths: Lengths | None = None
+    documents: Int64s | None = None
 
     @property
     def samples(self) -> int:
@@ -69,6 +72,7 @@ class Column:
         every: rows from one of them to the next.
         is_stored: whether numbers stand for themselves, whatever their files say.
         ragged: how samples of unequal length are put into a batch; None: all are of one shape.
+        packing: what is told of the documents that samples are cut from; None: of none.
     """
 
     part: int
@@ -78,6 +82,7 @@ class Column:
     every: int = 1
     is_stored: bool = False
     ragged: Raggedness | None = None
+    packing: Packing | None = None
 
     @property
     def num_rows(self) -> int:
@@ -170,6 +175,27 @@ class View(Dataset):
         rows = self.selection.rows(samples) + column.lead
         return lengths.firsts[rows], ragged.kept(lengths.counts[rows])
 
+    @property
+    def packs(self) -> bool:
+        """Whether samples are cut from documents."""
+        return any(column.packing is not None for column in self.columns.values())
+
+    def documents_in(self, name: str, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """Return where documents begin in samples of a field that are cut from some.
+
+        Returns:
+            (begins,) int64 each: which of the samples, ascending, and after how many of its rows,
+            0 left out.
+        """
+        column = self.columns[name]
+        documents = self.parts[column.part].documents
+        assert documents is not None
+        rows = self.selection.rows(samples) + column.lead
+        first, stop = np.searchsorted(documents, [rows + 1, rows + column.num_rows])
+        counts = stop - first
+        begins = documents[np.repeat(first, counts) + within(counts)]
+        return np.repeat(np.arange(len(rows)), counts), begins - np.repeat(rows, counts)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what the parts are, and which rows are samples."""
@@ -241,7 +267,10 @@ class View(Dataset):
 
 
 def _lengths_of(part: Part) -> list[str]:
-    return [] if part.lengths is None else [part.lengths.fingerprint]
+    found = [] if part.lengths is None else [part.lengths.fingerprint]
+    if part.documents is not None:
+        found.append(xxhash.xxh3_64_hexdigest(part.documents.tobytes()))
+    return found
 
 
 def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:

@@ -25,7 +25,7 @@ _NAMES = {
     "data.dataset": "Field Layout Shard Dataset",
     "data.decoding": "FieldDecoding",
     "data.view": "Part Column View",
-    "data.ragged": "Lengths Raggedness",
+    "data.ragged": "Lengths Packing Raggedness",
     "data.selection": "Spans SampleSelection",
     "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",

@@ -31,7 +31,7 @@ from hpctrain.data.loading.buffers import (
 from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
-from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values
+from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values, documents_of
 from hpctrain.data.loading.sources import (
     Group,
     HostGroup,
@@ -154,6 +154,7 @@ class Delivery:
         rectangular = {n: field for n, field in self._fields.items() if n not in self._how}
         self._rectangular = rectangular
         self._pool = BufferPool(rectangular, rows, groups, allocate, in_powers_of_two=aside)
+        self.packed = dataset if isinstance(dataset, View) and dataset.packs else None
         self.values: ValueSource | None = None
         if self._how:
             assert isinstance(dataset, View)
@@ -167,6 +168,11 @@ class Delivery:
                 printable(name),
                 reason,
             )
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it has to be known which samples a group holds."""
+        return self._decoding.needs_samples or self.values is not None or self.packed is not None
 
     @property
     def surplus_bytes(self) -> int:
@@ -311,6 +317,10 @@ class Delivery:
         fields = {name: self._aligned(tensor[own]) for name, tensor in arrived.fields.items()}
         own_codes = {name: each[own] for name, each in arrived.codes.items()}
         fields = self._decoding.on_device.apply(fields, own_codes)
+        if self.packed is not None and arrived.group.rows is not None:
+            samples = arrived.group.rows[own]
+            for name in self.packed.columns:
+                fields |= documents_of(self.packed, name, samples, self._device)
         own_keys = None if arrived.keys is None else arrived.keys[own]
         return self._batch_transform.apply(fields, own_keys, training=self._training)
 

@@ -152,10 +152,7 @@ class TrainLoader:
             batch_transform=batch_transform,
             training=True,
         )
-        # How much memory values of unequal length take is known once it is known whose they are.
-        self._needs_rows = (
-            self._needs_keys or decoding.needs_samples or self._delivery.values is not None
-        )
+        self._needs_rows = self._needs_keys or self._delivery.needs_rows
         self.buffer_bytes = spent.total + self._delivery.surplus_bytes
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import Raggedness
+from hpctrain.data.view import View
 
 Finish = Callable[[dict[str, Tensor], Tensor | None], dict[str, Tensor]]
 """What is done to the fields of a pass, which have these keys."""
@@ -140,6 +141,27 @@ def padded(own: Values, pad: float) -> tuple[Tensor, Tensor]:
         return whole.masked_scatter_(where, values), present
     whole.view(bits).masked_scatter_(where, values.view(bits))
     return whole, present
+
+
+def documents_of(view: View, name: str, samples: Int64s, device: torch.device) -> dict[str, Tensor]:
+    """Return what is told of the documents that samples of a field are cut from.
+
+    Returns:
+        By name, (samples, length) int64 on the device.
+    """
+    packing, length = view.columns[name].packing, view.columns[name].num_rows
+    assert packing is not None
+    owners, after = view.documents_in(name, samples)
+    begins = torch.from_numpy(owners * length + after).to(device)
+    is_begin = torch.zeros(len(samples) * length, dtype=torch.int64, device=device)
+    is_begin = is_begin.index_fill_(0, begins, 1).view(len(samples), length)
+    made = {}
+    if packing.sample is not None:
+        made[packing.sample] = is_begin.cumsum(1)
+    if packing.position is not None:
+        places = torch.arange(length, device=device)
+        made[packing.position] = places - (places * is_begin).cummax(1).values
+    return made
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

@@ -338,3 +338,57 @@ def test_a_group_that_lacks_an_array_is_named(tmp_path: Path) -> None:
             DataSection(train=str(tmp_path / "x.h5"), fields={"x": FieldTable(path="b_*/x")}),
             ["x"],
         )
+
+
+DOCUMENTS = ([5, 0, 9, 3], [1, 30, 2])
+"""Tokens of the documents of each file."""
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_documents_are_cut_in_file_order(tmp_path: Path, world_size: int) -> None:
+    """One stream over the files; of each token its document and its place in that, from 0."""
+    tokens = np.random.default_rng(1).integers(0, 999, 50).astype(np.uint16)
+    first = sum(DOCUMENTS[0])
+    for number, (counts, part) in enumerate(
+        zip(DOCUMENTS, (tokens[:first], tokens[first:]), strict=True)
+    ):
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            file["tokens"], file["n"] = part, np.array(counts, np.uint8)
+    dataset = opened(
+        tmp_path,
+        {
+            "tokens": {
+                "counts": "n",
+                "batch": "pack",
+                "max_length": 8,
+                "sample": "document",
+                "position": "position",
+            }
+        },
+    )
+    assert dataset.samples == 6
+    owners = np.repeat(np.arange(7), [*DOCUMENTS[0], *DOCUMENTS[1]])
+    order = Order(samples=6, seed=3, lanes=3, window=2, block_rows=1)
+    served = []
+    for rank in range(world_size):
+        loader = train_loader(
+            dataset,
+            order,
+            fields=["tokens"],
+            global_batch_size=3,
+            rank=rank,
+            world_size=world_size,
+        )
+        for batch in loader.epoch(0):
+            rows = loader.rows(0, batch.start, batch.start + batch.global_size).tolist()
+            served += rows
+            for i, row in enumerate(rows):
+                own = owners[row * 8 : row * 8 + 8]
+                assert batch.fields["tokens"][i].tolist() == tokens[row * 8 : row * 8 + 8].tolist()
+                numbers = np.unique(own, return_inverse=True)[1]
+                assert batch.fields["document"][i].tolist() == numbers.tolist()
+                places = np.arange(8) - np.searchsorted(own, own)
+                assert batch.fields["position"][i].tolist() == places.tolist()
+        assert loader.example(2)["position"].shape == (2, 8)
+        loader.close()
+    assert sorted(served) == list(range(6))
