@@ -36,6 +36,8 @@ from hpctrain.utils.run_folder import CHECKPOINTS, folder_name
 RECIPE = "hpctrain"
 """Name among the metadata of an export, under which stands how the model is made."""
 RECIPE_VERSION = 1
+TASK = "hpctrain_task."
+"""Begins the names of a task's own parameters, which are trained with the model and none of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,10 @@ class Weights:
             raise CheckpointError(f"{source} is damaged: it has no tensor {error}") from error
         return cls(source=source, step=meta["step"], which=which, tensors=tensors)
 
+    def of_model(self) -> Mapping[str, RawTensor]:
+        """Return the tensors without those of the task."""
+        return {name: item for name, item in self.tensors.items() if not name.startswith(TASK)}
+
 
 def export(path: Path, target: Path, *, average: bool = False, best: bool = False) -> str:
     """Write the weights of a checkpoint as one safetensors file, and say which they are.
@@ -102,17 +108,18 @@ def export(path: Path, target: Path, *, average: bool = False, best: bool = Fals
             written.
     """
     weights = Weights.read(choose(path, best=best)[0], average=average)
+    tensors = weights.of_model()
     facts = {"format": "pt", "step": str(weights.step), "weights": weights.which}
     if (made := recipe(weights.source)) is not None:
         facts[RECIPE] = json.dumps(made)
     try:
         with replacement(target) as temporary:
-            write_raw(temporary, weights.tensors, facts)
+            write_raw(temporary, tensors, facts)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
-    size = sum(len(item.data) for item in weights.tensors.values())
+    size = sum(len(item.data) for item in tensors.values())
     return (
-        f"{target}: {len(weights.tensors)} tensors, {size / 1e6:,.1f} MB, {weights.which} weights "
+        f"{target}: {len(tensors)} tensors, {size / 1e6:,.1f} MB, {weights.which} weights "
         f"of step {weights.step:,}"
     )
 

@@ -55,7 +55,7 @@ def export_lightning(
         CheckpointError: if the checkpoint is not whole, or the file cannot be written.
     """
     weights = Weights.read(choose(path, best=best)[0], average=average)
-    state = tensors_from_raw(weights.tensors)
+    state = tensors_from_raw(weights.of_model())
     place = load_values(weights.source).get("data", {})
     content = {
         "epoch": place.get("epoch", 0),

@@ -55,7 +55,7 @@ from hpctrain.training.prepare_data import fetching, prepare_data
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.snapshot import refuse_unmade
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Task
+from hpctrain.training.task import Task, adopt_task
 from hpctrain.utils.text import did_you_mean, listed
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -233,6 +233,7 @@ def _bind(
     Raises:
         ConfigError: if the module is none, or one of the callbacks.
     """
+    adopt_task(model, task, world.device)
     given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
     if not isinstance(task, ModuleTask):
         trainer = TrainerStandIn(config, world, stop_at, model) if given else None

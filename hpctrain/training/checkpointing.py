@@ -272,21 +272,36 @@ def restore(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
 
 
 def _restore_logged(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
-    """Put back what a module has logged in the epoch under way, and say where that is not done."""
-    logged = resumed.values.get("logged", [])
-    if len(logged) != world.topology.world_size:
-        in_epoch = resumed.place.position and any(each is not None for each in logged)
-        return [_LOGGED_ANEW] if in_epoch else []
-    rank = world.topology.rank
-    if logged[rank] is not None:
-        step.restore_logged(logged[rank], _below(resumed.training, f"{GENERATORS}{rank}/"))
+    """Put back what was logged in the epoch under way.
+
+    Where there are not as many ranks as before, rank 0 goes on with what all had together: what is
+    of the whole epoch is asked of all ranks at its end.
+
+    Returns:
+        What the header should say, where that cannot be done.
+    """
+    rank, logged = world.topology.rank, resumed.values.get("logged", [])
+    parts = [
+        (saved, _below(resumed.training, f"{GENERATORS}{of_rank}/"))
+        for of_rank, saved in enumerate(logged)
+    ]
+    if len(logged) == world.topology.world_size:
+        mine = parts[rank : rank + 1]
+    else:
+        mine = parts if rank == 0 else []
+    mine = [each for each in mine if each[0] is not None]
+    if not mine:
+        return []
+    try:
+        step.restore_logged(mine)
+    except TrainingError as error:
+        if not resumed.place.position:
+            return []
+        return [f"there are not as many ranks as before: {error}. {_LOGGED_ANEW}"]
     return []
 
 
-_LOGGED_ANEW = (
-    "there are not as many ranks as before: what is logged for the epoch under way, by "
-    "self.log(..., on_epoch=True), counts from here on only"
-)
+_LOGGED_ANEW = "It counts from here on only, in the epoch under way"
 
 
 def restore_parameters(step: TrainStep, resumed: Resumed) -> None:

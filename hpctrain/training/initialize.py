@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hpctrain.checkpoint.export import TASK
 from hpctrain.checkpoint.format import EVALUATION
 from hpctrain.checkpoint.load import Loaded, fitting_names, load
 from hpctrain.checkpoint.tensors import joined_pairs
@@ -126,8 +127,11 @@ def choose(
     Raises:
         ConfigError: if `strict` and something has no counterpart, or nothing at all has one.
     """
-    here = {name: item for name, item in model_tensors(model).items() if not is_extra(name)}
     renamed = {_renamed(name, names): item for name, item in weights.items()}
+    here = {name: item for name, item in model_tensors(model).items() if not is_extra(name)}
+    if not all(any(name.startswith(TASK) for name in names) for names in (here, renamed)):
+        # An export has nothing of the task, which then begins as it was made.
+        here, renamed = _without_task(here), _without_task(renamed)
     if len(renamed) < len(weights):
         raise ConfigError("checkpoint.initialize_names: two tensors get the same name by it")
     called = fitting_names(here, renamed)
@@ -155,6 +159,10 @@ def choose(
             f"({told}). Set checkpoint.initialize_names{hint}{relax}"
         )
     return fitting, f"{len(fitting)} of {len(here)} tensors" + (f" ({told})" if told else "")
+
+
+def _without_task(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: item for name, item in tensors.items() if not name.startswith(TASK)}
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

@@ -47,7 +47,7 @@ from hpctrain.training.summary import (
     is_script,
     transport_notes,
 )
-from hpctrain.training.task import Task, untrained_parameters
+from hpctrain.training.task import Task
 from hpctrain.training.trainer import Phases, Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
@@ -234,8 +234,6 @@ def _build(
             watch_metrics(config, parts.task, parts.schedule, validates=loader is not None)
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
-    if (note := untrained_parameters(parts.task)) is not None:
-        notes.append(note)
     notes += transport_notes(world)
     return parts
 

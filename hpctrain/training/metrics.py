@@ -385,15 +385,28 @@ class MetricObjects:
         Raises:
             TrainingError: if a state has no exact sum over parts.
         """
-        for path, item in self._holders.items():
-            states = [part[path] for part in parts if path in part]
-            # One without a batch has nothing to say, and might be taken for a batch of zeros.
-            states = [state for state in states if state[COUNT]] or states[:1]
-            for name in item._defaults:
-                merged = _merged([state[name] for state in states], item, name)
-                setattr(item, name, _to(merged, item.device))
-            item._update_count = sum(state[COUNT] for state in states)
-            item._computed = None
+        for path in self._holders:
+            self._merge(path, [part[path] for part in parts if path in part])
+
+    def _merge(self, path: str, states: Sequence[State]) -> None:
+        item = self._holders[path]
+        # One without a batch has nothing to say, and might be taken for a batch of zeros.
+        states = [state for state in states if state[COUNT]] or states[:1]
+        for name in item._defaults:
+            merged = _merged([state[name] for state in states], item, name)
+            setattr(item, name, _to(merged, item.device))
+        item._update_count = sum(state[COUNT] for state in states)
+        item._computed = None
+
+    def merge_begun(self, parts: Sequence[Mapping[str, State]]) -> None:
+        """Give objects the state of all parts together; those in none of them stay as they are.
+
+        Raises:
+            TrainingError: if a state has no exact sum over parts.
+        """
+        for path in dict.fromkeys(path for part in parts for path in part):
+            if path in self._holders:
+                self._merge(path, [part[path] for part in parts if path in part])
 
     def compute(self, path: str) -> object:
         """Return what the object at `path` computes of its state."""

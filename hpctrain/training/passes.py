@@ -16,6 +16,7 @@ from hpctrain.training.ddp import DDPModel
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.task import Task
+from hpctrain.training.task_log import TaskLog
 from hpctrain.training.undisturbed import (
     copied_buffers,
     evaluating,
@@ -49,6 +50,7 @@ class Passes:
         device: torch.device,
         *,
         reused: bool = False,
+        task_log: TaskLog | None = None,
     ) -> None:
         """Begin without a pass.
 
@@ -63,12 +65,14 @@ class Passes:
             device: of this rank.
             reused: whether what the model returns lies where its next outputs will, as under CUDA
                 graphs: then what is kept of it is copied.
+            task_log: of a task that logs.
         """
         self.loss_sum: Tensor | None = None
         self.weight: Tensor | int = 0
         self.moves = False
         self._task = task
         self._module = task if isinstance(task, ModuleTask) else None
+        self._task_logs = None if task_log is None else task_log.logs
         self._loss = differentiable(task.loss, wrapped.unused, spread=wrapped.spread)
         self._wrapped = wrapped
         self._alone = None if wrapped.distributed else partial(self._loss, wrapped.model)
@@ -95,6 +99,8 @@ class Passes:
             self._count_uses(first < stop)
         if first == stop:
             return self._forward_without_samples()
+        if self._task_logs is not None:
+            self._task_logs.weight = stop - first
         fields = batch.fields if stop - first == batch.size else batch.part(first, stop)
         loss_sum, weight = self._run(fields, stop - first)
         detached = loss_sum.detach()
@@ -132,6 +138,8 @@ class Passes:
         """
         if self._module is not None:
             self._module.begin_pass(self._held, 0)
+        elif self._task_logs is not None:
+            self._task_logs.weight = 0
         if not self._wrapped.spread and not self.moves:
             loss_sum, _ = self._wrapped.call(reach_all, {})
             return loss_sum, torch.zeros_like(loss_sum)

@@ -29,6 +29,7 @@ from hpctrain.training.passes import OwnGradients, Passes
 from hpctrain.training.precision import LossScale, NumberFormat, real_view
 from hpctrain.training.registered_state import RegisteredState
 from hpctrain.training.task import Task, check_task
+from hpctrain.training.task_log import TaskLog
 from hpctrain.training.undisturbed import Disturbance
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -54,6 +55,7 @@ class TrainStep:
         evaluation: the optimizer's own weights for evaluations; None where it has one set only.
         sharded: the parameters where they are spread over the ranks, else None.
         disturbance: what the dry run has seen the model do to itself.
+        task_log: what a hand-written task logs; None: it does not.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
         graphs: whether the model runs as CUDA graphs.
@@ -113,6 +115,7 @@ class TrainStep:
         """
         check_task(task)
         self._module = task if isinstance(task, ModuleTask) else None
+        self.task_log = None if self._module else TaskLog.of(task, world)
         self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
         if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
             _refuse_synchronised_statistics(model)
@@ -151,6 +154,7 @@ class TrainStep:
             self._world_size,
             world.device,
             reused=graphs,
+            task_log=self.task_log,
         )
         self.graphs = graphs
         self._own_gradients: OwnGradients | None = None
@@ -206,17 +210,19 @@ class TrainStep:
         return None if loss_sum is None else loss_sum / weight
 
     def capture_logged(self, tensors: dict[str, Tensor]) -> Json:
-        """Return what a module has logged in the epoch under way, on this rank; None: no module.
+        """Return what was logged in the epoch under way, on this rank; None: nobody logs.
 
         Args:
             tensors: takes the tensors of it.
         """
-        return None if self._module is None else self._module.capture(tensors)
+        logging = self._module or self.task_log
+        return None if logging is None else logging.capture(tensors)
 
-    def restore_logged(self, saved: Json, tensors: Mapping[str, Tensor]) -> None:
-        """Have a module go on with what `capture_logged` gave."""
-        if self._module is not None:
-            self._module.restore(saved, tensors)
+    def restore_logged(self, parts: Sequence[tuple[Json, Mapping[str, Tensor]]]) -> None:
+        """Have it go on with what `capture_logged` gave on some ranks, all of it together."""
+        logging = self._module or self.task_log
+        if logging is not None:
+            logging.restore(parts)
 
     def evaluation_weights(self) -> AbstractContextManager[object]:
         """Return the context in which the model has the weights that evaluations are of."""
@@ -275,6 +281,8 @@ class TrainStep:
         module = self._module
         if module is not None:
             module.begin_step(batch.epoch, batch.start, batch.global_size)
+        elif self.task_log is not None:
+            self.task_log.begin_step()
         self._wrapped.begin()
         self._passes.loss_sum, self._passes.weight = None, 0
         *before, last = batch.cuts or cut(batch.size, self.grad_accum_steps)
@@ -290,6 +298,8 @@ class TrainStep:
                     if self._own_gradients is not None:
                         self._own_gradients.keep()
         loss, seed = self._passes.forward(batch, *last)
+        if self.task_log is not None:
+            self.task_log.end_step()
         counts_samples = self._task.counts_samples
         self._pulse.tick()  # what follows waits for the other ranks
         factor = None if counts_samples else self._passes.reduce_weight(batch.global_size)
@@ -332,7 +342,8 @@ class TrainStep:
 
         None where the ranks had to agree on what is logged first.
         """
-        logs = None if self._module is None else self._module.logs
+        logging = self._module or self.task_log
+        logs = None if logging is None else logging.logs
         further = 0 if logs is None else logs.width
         numbers = torch.zeros(_NUMBERS + further, dtype=torch.float64, device=self._device)
         if self._passes.loss_sum is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpctrain.checkpoint.export import TASK
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.ranges import check_range
 from hpctrain.utils.text import listed
@@ -40,7 +41,9 @@ class Task(Protocol):
 
     One that wants to know where the run stands has a method `set_progress(step, epoch, stage)`,
     called before the first step and after each with the steps that are done and "train", and before
-    an evaluation with its name, such as "validation".
+    an evaluation with its name, such as "validation". One that logs numbers of its own has a method
+    `set_log(log)`, called once, see `hpctrain.training.task_log.TaskLog.log`. Parameters of a task
+    that is a module are trained and saved with the model's.
     """
 
     inputs: Sequence[str]
@@ -294,17 +297,32 @@ def learns_progress(task: object) -> Callable[[int, int, str], None] | None:
     return method if callable(method) else None
 
 
-def untrained_parameters(task: object) -> str | None:
-    """Return a line for the header where a task has parameters, which nothing trains."""
+def adopt_task(model: nn.Module, task: object, device: torch.device) -> None:
+    """Have a model hold a task that has parameters, so that they are trained and saved with it.
+
+    A task whose parameters are frozen, such as a network that judges outputs, is only moved.
+
+    Args:
+        model: that the task trains; the task becomes a child of it, `hpctrain_task`.
+        task: any.
+        device: where it is to be.
+
+    Raises:
+        ConfigError: if the model would take the task for one of its layers.
+    """
     if not isinstance(task, nn.Module):
-        return None
+        return
     names = [name for name, item in task.named_parameters() if item.requires_grad]
     if not names:
-        return None
-    return (
-        f"{type(task).__name__} has the parameters {listed(names, 4)}, which are part of no model: "
-        "they are neither trained nor saved. Make them the model's, or set requires_grad = False"
-    )
+        task.to(device)
+        return
+    if isinstance(model, nn.Sequential):
+        raise ConfigError(
+            f"task.use: {type(task).__name__} has the parameters {listed(names, 4)}, which are "
+            f"trained as part of the model, but {type(model).__name__} calls all that it holds as "
+            "layers: have a module of your own hold it, and call it in its forward"
+        )
+    model.add_module(TASK.removesuffix("."), task)
 
 
 def check_task(task: Any) -> None:

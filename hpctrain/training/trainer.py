@@ -311,6 +311,7 @@ class Run:
         self._data = data
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
+        self._task_log = parts.step.task_log
         self._callbacks = parts.callbacks
         self._step = parts.step
         self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
@@ -400,6 +401,8 @@ class Run:
             self._module.tell_metrics()
             if written := self._written("train", self._module.logs.step_values):
                 logged = {"logged": written}
+        elif self._task_log is not None and self._task_log.logs.step_values:
+            logged = {"logged": dict(self._task_log.logs.step_values)}
         if self._rank_zero is None:
             return
         self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
@@ -431,9 +434,10 @@ class Run:
             self._module.begin_epoch(place.epoch)
 
     def end_epoch(self, place: Position, epoch: int) -> None:
-        """Write down what a module has logged for the epoch. Collective: all ranks."""
+        """Write down what was logged for the epoch. Collective: all ranks."""
         self._callbacks.end_epoch()
-        logged = None if self._module is None else self._module.end_epoch()
+        logging = self._module or self._task_log
+        logged = None if logging is None else logging.end_epoch()
         self._ask_all()
         if logged is None:
             return

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import in_turn
+from helpers.launching import ROOT
 from helpers.limits import JOB_SECONDS
 from helpers.resuming import ONE_THREAD
+from helpers.runs import metrics
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.ranks(2)
 
@@ -292,33 +295,33 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
 
 
 TASK = """
-import torch
-from torch import nn
-
-from hpctrain import Classification
+from uncertain import Uncertain
 
 
-class Task(nn.Module, Classification):
-    def __init__(self, **arguments):
-        nn.Module.__init__(self)
-        Classification.__init__(self, **arguments)
-        self.weight = nn.Parameter(torch.ones(()))
-        self.told = []
-
+class Task(Uncertain):
     def set_progress(self, step, epoch, stage):
-        self.told.append((step, epoch, stage))
         with open("told.txt", "a", encoding="utf-8") as file:
             print(step, epoch, stage, file=file)
 """
 
 
 def test_a_task_learns_where_the_run_stands(site: Path) -> None:
-    """Step, epoch and stage, also where a run goes on; parameters that nobody trains are told."""
+    """Step, epoch and stage, also where a run goes on; the page's has parameters and logs."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    program = page.split("```python\n# uncertain.py\n")[1].split("```")[0]
+    (site / "uncertain.py").write_text(program, encoding="utf-8")
     (site / "their_task.py").write_text(TASK, encoding="utf-8")
     line = ["run.toml", "task.use=their_task:Task", "run.name=told", "data.global_batch_size=719"]
+    line.append("logging.every_steps=1")
     jobs = [[*line, "training.max_epochs=1"], [*line, "training.max_epochs=2"]]
-    first, _ = in_turn(site, 1, *jobs)
-    assert "Task has the parameters weight, which are part of no model" in first.output
+    jobs.append(["ckpt", "export", "runs/told", "told.safetensors"])
+    for ended in in_turn(site, 1, *jobs):
+        assert ended.code == 0, ended.output
+    weights = [record["logged"]["weight"] for record in metrics(site / "runs" / "told", "train")]
+    assert len(set(weights)) == len(weights) == 4
+    assert [record["entropy"] for record in metrics(site / "runs" / "told", "epoch")]
+    # What is given away is the model alone.
+    assert "log_variance" not in " ".join(load_file(site / "told.safetensors"))
     told = (site / "told.txt").read_text(encoding="utf-8").splitlines()
     assert told == [
         *("0 0 train", "1 0 train", "2 1 train", "2 1 validation", "2 1 train"),

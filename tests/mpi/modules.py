@@ -5,6 +5,7 @@ The last batch of an epoch has one sample, so that ranks come to be without one.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,6 +137,58 @@ class WeightedByHand(ByHand):
         return (losses * kept).sum() / weight.clamp(min=1) * weight, weight
 
 
+class Uncertain(nn.Module):
+    """A task that learns how much its two losses weigh, and logs them."""
+
+    metrics: Mapping[str, str] = {"loss": "min"}
+    counts_samples = True
+
+    def __init__(self, inputs: Any, target: Any) -> None:
+        super().__init__()
+        self.inputs, self.target = inputs, target
+        self.log_variance = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def set_log(self, log: Any) -> None:
+        self.log = log
+
+    def weighed(self, model: nn.Module, fields: Any, held: Any) -> tuple[Tensor, int]:
+        y = fields["y"].long()
+        logits = model(fields["x"]) * held.scale
+        entropy = F.cross_entropy(logits, y, reduction="sum")
+        self.log("entropy", entropy / len(y), on_epoch=True)
+        self.log("seen", float(len(y)), reduce_fx="sum", on_step=False, on_epoch=True)
+        self.log("first", y.min(), reduce_fx="min")
+        parts = torch.stack([entropy, logits.square().sum()])
+        variance = held.log_variance
+        return (parts / variance.exp() + len(y) * variance).sum(), len(y)
+
+    def loss(self, model: nn.Module, fields: Any) -> tuple[Tensor, int]:
+        return self.weighed(model, fields, self)
+
+    def evaluate(self, model: nn.Module, fields: Any) -> dict[str, Any]:
+        loss, samples = self.loss(model, fields)
+        return {"loss": (loss.double(), samples)}
+
+
+class Holding(Net):
+    """The model that holds what the task above holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+class OfModel(Uncertain):
+    def __init__(self, inputs: Any, target: Any) -> None:
+        super().__init__(inputs, target)
+        del self.log_variance, self.scale
+
+    def loss(self, model: nn.Module, fields: Any) -> tuple[Tensor, int]:
+        return self.weighed(model, fields, model)
+
+
 class Half(Lit):
     """Logs something on one rank only."""
 
@@ -232,6 +285,34 @@ def check_logged(site: Site, strategy: str) -> None:
         assert abs(right - round(right)) < 1e-4
 
 
+def check_task(site: Site, strategy: str) -> None:
+    """See that a task's own parameters are trained and gone on with, and what it logs is whole."""
+    ours, ours_end = run(site, f"own-{strategy}", "Net", strategy, "Uncertain")
+    theirs, theirs_end = run(site, f"held-{strategy}", "Holding", strategy, "OfModel")
+    parts = config_of(site, f"parts-{strategy}", "Net", strategy, "Uncertain")
+    for epochs in (1, 2):
+        training = dataclasses.replace(parts.training, max_epochs=epochs)
+        assert site.train(dataclasses.replace(parts, training=training)) == ExitCode.DONE
+    if ours is None:
+        return
+    again = site.metrics(f"parts-{strategy}")
+    for one, other, third in zip(steps(ours), steps(theirs), steps(again), strict=True):
+        assert one["loss"] == third["loss"], (strategy, one, third)
+        assert abs(one["loss"] - other["loss"]) < 1e-5, (strategy, one, other)
+        for name, value in one["logged"].items():
+            assert abs(value - other["logged"][name]) < 1e-5, (strategy, name, one, other)
+        assert one["logged"].keys() == {"entropy_step", "first"}
+    assert [record["seen"] for record in of_kind(ours, "epoch")] == [ROWS, ROWS]
+    for one, other in zip(of_kind(ours, "epoch"), of_kind(again, "epoch"), strict=True):
+        assert one["entropy"] == other["entropy"]
+    evaluations = [of_kind(each, "evaluation")[-1]["loss"] for each in (ours, theirs)]
+    assert abs(evaluations[0] - evaluations[1]) < 1e-5
+    own = {name: item for part in ours_end for name, item in part.items()}
+    assert abs(float(own["hpctrain_task.scale"]) - 1.0) > 1e-3
+    held = {name: item for part in theirs_end for name, item in part.items()}
+    assert np.abs(own["hpctrain_task.scale"] - held["scale"]) < 1e-5
+
+
 def check_names(site: Site) -> None:
     """See that a name that one rank alone logs is told, on all ranks."""
     try:
@@ -257,7 +338,8 @@ def main() -> None:
         for strategy in resume_cases.STRATEGIES:
             check_same(site, strategy)
             check_logged(site, strategy)
-            passed += 2
+            check_task(site, strategy)
+            passed += 3
         if topology.world_size > 1:
             check_names(site)
             passed += 1

@@ -45,7 +45,7 @@ from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.regression import Regression, in_unit
 from hpctrain.training.snapshot import restore_extra_states
-from hpctrain.training.task import Fields
+from hpctrain.training.task import Fields, adopt_task
 from hpctrain.training.undisturbed import evaluating
 from hpctrain.utils.text import printable
 
@@ -80,6 +80,7 @@ class Trained:
             if isinstance(self._task, ModuleTask):
                 _require_step(self._model, stage)
                 bind(self._task, self._model, config, world)
+            adopt_task(self._model, self._task, world.device)
         if isinstance(self._task, ModuleTask):
             seconds = config.launch.prepare_timeout_seconds
             prepare_data([self._model], world, seconds=seconds)

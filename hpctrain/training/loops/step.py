@@ -105,6 +105,8 @@ class LoopStep:
         assert self._setups.bad_steps is not None
         return self._setups.bad_steps.counts()
 
+    task_log = None  # a loop has no task
+
     def capture_logged(self, tensors: dict[str, Tensor]) -> Json:
         """Return None: what a loop logs ends with its step."""
         return None

@@ -7,8 +7,9 @@ added up in float64 on every rank, and summed exactly over all ranks at the epoc
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -416,16 +417,20 @@ class Logs:
             for name, total in self._epoch.items()
         } | {"samples": torch.tensor([float(self.samples)], dtype=torch.float64)}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from such sums."""
+    def load_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from such sums of some ranks, all of them together."""
         self.begin_epoch()
-        for key, numbers in state.items():
+        for key in dict.fromkeys(key for state in states for key in state):
+            found = [state[key].tolist() for state in states if key in state]
             if key == "samples":
-                self.samples = int(numbers[0].item())
+                self.samples = int(sum(numbers[0] for numbers in found))
                 continue
             reduction, _, name = key.partition("/")
             total = self._epoch[name] = Total(reduction)  # type: ignore[arg-type]
-            total.on_host, total.weight = numbers.tolist()
+            total.on_host = functools.reduce(
+                functools.partial(_joined, total.reduction), (value for value, _ in found)
+            )
+            total.weight = math.fsum(weight for _, weight in found)
 
     # The first call of a name.
 

@@ -317,11 +317,18 @@ class ModuleTask:
         state = {"logs": self.logs.state(), "metrics": begun}
         return encode(state, "logged", tensors, lambda _: {})
 
-    def restore(self, saved: Json, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from that."""
-        state = decode(saved, tensors, lambda tensor, _: tensor.clone())
-        self.logs.load_state(state["logs"])
-        self.objects.load(state["metrics"])
+    def restore(self, parts: Sequence[tuple[Json, Mapping[str, Tensor]]]) -> None:
+        """Go on from what some ranks have captured: from all of it together.
+
+        Raises:
+            TrainingError: if a torchmetrics object has no exact sum over them.
+        """
+        states = [decode(saved, tensors, lambda item, _: item.clone()) for saved, tensors in parts]
+        self.logs.load_states([state["logs"] for state in states])
+        begun = [state["metrics"] for state in states]
+        self.objects.load(begun[0] if len(begun) == 1 else {})
+        if len(begun) > 1:
+            self.objects.merge_begun(begun)
 
     # What an evaluation calls.
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from helpers.worlds import world_of_one
 from sklearn import metrics as reference
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import evaluate
-from hpctrain.training.metrics import Gather
+from hpctrain.training.metrics import Gather, MetricObjects
+from hpctrain.training.modules.log import Logs
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.regression import Regression
 from hpctrain.training.rehearsal import rehearse
@@ -450,3 +452,35 @@ def test_the_example_of_the_docs(world: World, model: nn.Module, fields: dict[st
     assert found["top_2"] == pytest.approx(expected)
     whole = measured(task, model, fields, world, batch=COUNT)
     assert found == pytest.approx(whole, rel=1e-12)
+
+
+def test_what_was_logged_for_an_epoch_goes_on_on_another_number_of_ranks(world: World) -> None:
+    """Of two ranks on one: sums, the smallest, and the state of metrics, as if it had been one."""
+    parts, numbers = [], [[1.0, 2.0], [4.0, 0.5, 3.0]]
+    for mine in numbers:
+        holder = Holder()
+        logs, objects = Logs(world.communicator, CPU), MetricObjects(holder, CPU)
+        logs.fx, logs.records = "training_step", True
+        for number in mine:
+            logs.weight = number
+            logs.log("mean", torch.tensor(number), on_epoch=True)
+            logs.log("least", number, on_step=False, on_epoch=True, reduce_fx="min")
+            holder.metric.update(torch.tensor([number, 1.0]), torch.tensor([1, 0]))
+        parts.append((logs.state(), objects.states()))
+    holder = Holder()
+    logs, objects = Logs(world.communicator, CPU), MetricObjects(holder, CPU)
+    logs.load_states([of_rank for of_rank, _ in parts])
+    objects.merge_begun([of_rank for _, of_rank in parts])
+    together = [number for mine in numbers for number in mine]
+    mean = sum(number**2 for number in together) / sum(together)
+    assert logs.end_epoch() == pytest.approx({"mean": mean, "least": 0.5}, rel=1e-12)
+    assert len(holder.metric.preds) == 5
+    once = torchmetrics.AUROC("binary")
+    for number in together:
+        once.update(torch.tensor([number, 1.0]), torch.tensor([1, 0]))
+    assert holder.metric.compute() == once.compute()
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.metric = torchmetrics.AUROC("binary")
