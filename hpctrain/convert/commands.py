@@ -13,7 +13,8 @@ from hpctrain.config.importing import is_reference
 from hpctrain.convert import pack as packing
 from hpctrain.convert.pack import Packing
 from hpctrain.convert.parallel import Progress
-from hpctrain.convert.sources.opening import Reading, open_source
+from hpctrain.convert.sources.opening import Reading, copied, open_source, to_copy
+from hpctrain.convert.sources.remote import Fetched, fetched
 from hpctrain.convert.sources.source import Source
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.storage import Storage
@@ -59,11 +60,34 @@ def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progr
         raise UsageError(
             "--end-of-text names a token of --tokenizer: give that too", everywhere=True
         )
+    listing = on_rank_zero(communicator, lambda: to_copy(parsed.source))
+    if listing is None:
+        return _pack_files(parsed, communicator, progress)
+    identity = f"{listing.identity} {_reading(parsed)} {parsed.tokenizer} {parsed.end_of_text}"
+    there = on_rank_zero(
+        communicator, lambda: packing.whole(parsed.folder, _packing(parsed), identity)
+    )
+    if there is not None:
+        return there
+    with fetched(listing, parsed.folder, communicator, progress) as patterns:
+        here = argparse.Namespace(**{**vars(parsed), "source": copied(parsed.source, patterns)})
+        return _pack_files(
+            here, communicator, progress, lambda source: Fetched(source, listing.name, identity)
+        )
+
+
+def _pack_files(
+    parsed: argparse.Namespace,
+    communicator: Communicator,
+    progress: Progress,
+    called: Callable[[Source], Source] = lambda source: source,
+) -> str:
+    """Pack files that are here, as a source that `called` may name. Collective: all ranks."""
     if parsed.tokenizer is not None:
-        return _pack_tokens(parsed, communicator, progress)
+        return _pack_tokens(parsed, communicator, progress, called)
 
     def source() -> Source:
-        return open_source(parsed.source, _reading(parsed))
+        return called(open_source(parsed.source, _reading(parsed)))
 
     return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
 
@@ -97,7 +121,12 @@ def _pack_object(
         return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
 
 
-def _pack_tokens(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:
+def _pack_tokens(
+    parsed: argparse.Namespace,
+    communicator: Communicator,
+    progress: Progress,
+    called: Callable[[Source], Source],
+) -> str:
     """Pack texts by a tokenizer file. Collective: all ranks."""
     from hpctrain.convert.sources import tokens
     from hpctrain.convert.sources.opening import text_files
@@ -138,7 +167,9 @@ def _pack_tokens(parsed: argparse.Namespace, communicator: Communicator, progres
         communicator=communicator,
         progress=progress,
     ) as source:
-        return packing.pack(lambda: source, parsed.folder, _packing(parsed), communicator, progress)
+        return packing.pack(
+            lambda: called(source), parsed.folder, _packing(parsed), communicator, progress
+        )
 
 
 def again(parsed: argparse.Namespace, communicator: Communicator, progress: Progress) -> str:

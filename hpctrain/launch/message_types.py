@@ -30,6 +30,7 @@ _NAMES = {
     "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",
     "convert.sources.objects": "ObjectSource SpooledStream",
+    "convert.sources.remote": "Copy Fetched Listing",
     "convert.sources.source": "ArrayFacts Converted",
     "convert.sources.table": "Part Table",
     "convert.sources.text": "Text",

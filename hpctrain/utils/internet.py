@@ -72,7 +72,7 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    if getattr(error, "code", None) is not None and type(error).__name__ == "HTTPError":
+    if type(error).__name__ == "HTTPError" and getattr(error, "code", None) is not None:
         return False  # a server has answered
     if isinstance(error, socket.gaierror | ConnectionRefusedError):
         return True

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.convert.sources import netcdf3
+from hpctrain.convert.sources import netcdf3, zarr_stores
 from hpctrain.convert.sources.formats import format_of, known
 from hpctrain.convert.sources.images import ImageFolder, images_in
 from hpctrain.convert.sources.indexed import Indexed
-from hpctrain.convert.sources.source import Converted, Source
+from hpctrain.convert.sources.remote import Listing, listed, public
+from hpctrain.convert.sources.source import Converted, Source, is_url
 from hpctrain.convert.sources.table import Part, Table, make_part
 from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import require_fields
@@ -63,7 +64,7 @@ class Item:
     @classmethod
     def parse(cls, text: str) -> Item:
         """Take a text apart; a file that has just this name is meant by it."""
-        if Path(text).exists():
+        if not is_url(text) and Path(text).exists():
             return cls(None, text, None)
         named = _NAMED.fullmatch(text)
         if named is None:
@@ -73,9 +74,39 @@ class Item:
             return cls(named["name"], named["files"], None)
         return cls(named["name"], keyed["pattern"], keyed["key"])
 
+    def at(self, pattern: str) -> str:
+        """Return how to call the same of other files."""
+        name, key = f"{self.name}=" if self.name else "", f":{self.key}" if self.key else ""
+        return f"{name}{pattern}{key}"
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its files are not here, and are copied before they are read."""
+        return is_url(self.pattern) and not zarr_stores.holds(self.pattern)
+
     @property
     def is_plain(self) -> bool:
         return self.name is None and self.key is None
+
+
+def to_copy(texts: Sequence[str]) -> Listing | None:
+    """Find out which files of a source are not here; None: all are.
+
+    Raises:
+        DatasetError: if a server has none, or cannot be asked.
+    """
+    urls = [item.pattern for item in map(Item.parse, texts) if item.is_copied]
+    return listed(" ".join(map(public, texts)), urls) if urls else None
+
+
+def copied(texts: Sequence[str], patterns: Mapping[str, str]) -> list[str]:
+    """Return how to call a source whose files have been copied.
+
+    Args:
+        texts: what it was called before.
+        patterns: of the copies, by URL.
+    """
+    return [item.at(patterns.get(item.pattern, item.pattern)) for item in map(Item.parse, texts)]
 
 
 def open_source(texts: Sequence[str], reading: Reading) -> Source:
@@ -146,6 +177,8 @@ def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
 
 def _find(pattern: str) -> list[str]:
     path = Path(pattern)
+    if is_url(pattern):
+        return [pattern]
     if path.is_dir() and format_of(pattern) is not None:
         return [pattern]
     if path.is_dir():

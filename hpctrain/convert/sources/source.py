@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.files import require_regular
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -86,13 +88,32 @@ def identity_of(paths: Iterable[str | Path]) -> str:
         DatasetError: if one of the files is not there.
     """
     digest = xxhash.xxh3_64()
-    for path in (each for given in paths for each in _files_of(given)):
+    given = list(paths)
+    for url in filter(is_url, given):
+        digest.update(_metadata_of(str(url)))
+    here = [each for each in given if not is_url(each)]
+    for path in (file for each in here for file in _files_of(each)):
         try:
             status = require_regular(path)
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}") from error
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return str(digest.hexdigest())
+
+
+def _metadata_of(url: str) -> bytes:
+    """Return what a Zarr store tells of all its arrays: how many chunks it has, nobody tells."""
+    fsspec = optional("fsspec", "remote", f"{url.partition('://')[0]}:// is")
+    with reading(url):
+        system, place = fsspec.core.url_to_fs(url.rstrip("/"))
+        names = (".zmetadata", "zarr.json", ".zgroup", ".zarray", ".zattrs")
+        found = [f"{place}/{name}" for name in names if system.exists(f"{place}/{name}")]
+        return b"".join([url.encode(), *(system.cat_file(each) for each in found)])
+
+
+def is_url(path: str | Path) -> bool:
+    """Tell whether this is behind a network, or in another file system of fsspec's."""
+    return _URL.match(str(path)) is not None
 
 
 def _files_of(path: str | Path) -> Iterator[str | Path]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.convert.sources.source import ArrayFacts, kept_attributes, optional, reading
+from hpctrain.convert.sources.source import ArrayFacts, is_url, kept_attributes, optional, reading
 from hpctrain.errors import DatasetError
 
 KNOWN = ".zarr, .zarr.zip"
@@ -24,7 +24,12 @@ _DIMENSIONS = "_ARRAY_DIMENSIONS"
 
 
 def holds(path: str) -> bool:
-    """Tell whether this is a store: a folder with its metadata, or a zip file of that name."""
+    """Tell whether this is a store: a folder with its metadata, or a zip file of that name.
+
+    One behind a URL has to be called so, and is read where it is.
+    """
+    if is_url(path):
+        return path.rstrip("/").endswith(".zarr")
     return path.endswith(".zarr.zip") or any(Path(path, mark).is_file() for mark in _MARKS)
 
 
@@ -55,6 +60,8 @@ def close_array(array: Any) -> None:
 def _open(path: str) -> Any:
     zarr = optional("zarr", "zarr", "Zarr stores are")
     store: Any = path
+    if is_url(path):
+        optional("fsspec", "remote", f"{path.partition('://')[0]}:// is")
     if path.endswith(".zip"):
         store = zarr.storage.ZipStore(path, mode="r")
     return zarr.open(store, mode="r")

@@ -14,15 +14,13 @@ import pyarrow as pa
 import pytest
 import xarray as xr
 import zarr
+from helpers.packing import packed_values
 from pyarrow import feather, parquet
 
 from hpctrain.convert.pack import Packing, pack
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.sources.source import Source
 from hpctrain.convert.sources.table import Table
-from hpctrain.data.decoding import decoded_rows, decodings
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError
 from hpctrain.launch.process_group import SingleCommunicator
 
@@ -38,13 +36,6 @@ def all_rows(source: Source) -> Values:
         source.close()
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: values[np.argsort(order)] for name, values in joined.items()}
-
-
-def trained_on(folder: Path) -> Values:
-    """Return all values of a dataset, as training gets them."""
-    dataset = open_dataset(str(folder))
-    rows = np.arange(dataset.samples)
-    return decoded_rows(read_rows(dataset, rows), rows, decodings([dataset])[0])
 
 
 def weather() -> xr.Dataset:
@@ -111,7 +102,7 @@ def test_variables_are_what_xarray_reads(
 
     pack(lambda: stored, tmp_path / "out", Packing(shard_rows=7), SingleCommunicator())
     stored.close()
-    packed = trained_on(tmp_path / "out")
+    packed = packed_values(tmp_path / "out")
     for name, decoded in all_rows(Table(path, stored.columns, frozenset({"t"}))).items():
         expected = itself[name].to_numpy().astype("f4")
         np.testing.assert_array_equal(decoded, expected)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.packing import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hpctrain.convert import commands
-from hpctrain.convert.options import declare
-from hpctrain.convert.parallel import silent
 from hpctrain.convert.sources import tokens
 from hpctrain.convert.sources.columns import text_pieces
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError, UsageError
-from hpctrain.launch.process_group import SingleCommunicator
 
 WORDS = [
     "the",
@@ -38,12 +34,6 @@ WORDS = [
     "東京",
     "🙂",
 ]
-
-
-def run(*arguments: str) -> str:
-    parser = argparse.ArgumentParser()
-    declare(parser)
-    return commands.pack(parser.parse_args(["pack", *arguments]), SingleCommunicator(), silent)
 
 
 def texts() -> list[str]:
