@@ -1,69 +1,33 @@
-"""A run of a loop of one's own: `world.run`."""
+"""A run of a loop of one's own: `for batch in run.steps()`."""
 
 from __future__ import annotations
 
-import logging
-import math
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from hpctrain.batch.stop import SignalFlag
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
-from hpctrain.config import Config
-from hpctrain.config.schema import (
-    CheckpointSection,
-    ComponentSection,
-    LoggingSection,
-    OptimizerSection,
-    RunSection,
-)
 from hpctrain.data.loading.batch import ShareOfBatch
 from hpctrain.data.permutation import derive_key
-from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError, TrainingError
-from hpctrain.topology import on_rank_zero, raise_together
-from hpctrain.training.build import Parts, seed_generators
-from hpctrain.training.checkpointing import restore
-from hpctrain.training.early_stopping import EarlyStopping
+from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.topology import on_rank_zero
+from hpctrain.training.build import seed_generators
 from hpctrain.training.evaluation import gather_at_rank_zero
-from hpctrain.training.figures import figures_recorded
-from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, Samples, use_of
-from hpctrain.training.loops.step import (
-    RATES,
-    SCHEDULE,
-    Counted,
-    LearningRates,
-    LoopStep,
-    NamedStates,
-    ScheduleState,
-    summed,
-)
-from hpctrain.training.loops.without_data import WithoutData, config_without_data
+from hpctrain.training.loops.loader import Loader, Samples
+from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
 from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
 from hpctrain.training.position import Position
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.program import Stopped
-from hpctrain.training.rank_zero import prepare_rank_zero
-from hpctrain.training.record import begin_record
-from hpctrain.training.session import ReadTrouble, Session, find_beginning, finish, session
-from hpctrain.training.summary import header_text
-from hpctrain.training.trainer import Phases, Plan, ends_here
+from hpctrain.training.trainer import Plan, ends_here
 from hpctrain.training.trainer import Run as JobRun
 from hpctrain.training.undisturbed import evaluating, kept_generators
-from hpctrain.utils.json_files import checked
 from hpctrain.utils.text import listed
-
-logger = logging.getLogger("hpctrain")
 
 _RECORD = {"kind", "step", "epoch", "samples_seen", "seconds", "wall_time"}
 """What a line of metrics.jsonl has of its own."""
@@ -83,7 +47,7 @@ class Run:
         self,
         world: World,
         step: LoopStep,
-        hooks: _Hooks,
+        hooks: JobRun,
         plan: Plan,
         data: Any,
         loader: Loader | None,
@@ -453,290 +417,3 @@ class _Evaluation:
 
 
 _EVALUATION = _Evaluation()
-
-
-class _Hooks(JobRun):
-    """What a job does between two steps, for a loop of one's own."""
-
-    @property
-    def _has_data(self) -> bool:
-        data: object = self._data
-        return not isinstance(data, WithoutData)
-
-    def _place_in_data(self, place: Position) -> dict[str, Any]:
-        return super()._place_in_data(place) if self._has_data else {}
-
-    def _explain(self, step: int) -> str:
-        return super()._explain(step) if self._has_data else "see the losses in metrics.jsonl"
-
-
-class _Task:
-    """Stands for a job's task: what an evaluation of the loop gives is known to the loop only."""
-
-    def __init__(self, keep_best: str | None, mode: str | None) -> None:
-        self.metrics = {} if keep_best is None else {keep_best: mode or "min"}
-
-
-class _Schedule:
-    """Stands for a job's schedule: the loop has its own."""
-
-    in_groups = True
-    notes: Sequence[str] = ()
-
-    def __init__(self, step: LoopStep) -> None:
-        self._step = step
-
-    def __call__(self, place: Position, end: Position) -> float:
-        """Return the learning rate of the first group."""
-        return float(self._step.optimizer.param_groups[0]["lr"])
-
-    def rates(self) -> dict[str, float]:
-        """Return no further ones."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the loop's own schedules are saved by name."""
-        return {}
-
-
-@contextmanager
-def running(
-    world: World,
-    folder: str | Path,
-    models: Any,
-    optimizers: Any,
-    loader: Loader | None,
-    *,
-    schedule: Any,
-    epochs: int | None,
-    steps: int | None,
-    checkpoint: CheckpointSection,
-    logging_section: LoggingSection,
-    max_seconds: float | None,
-) -> Iterator[Run]:
-    """Hold a run folder in the body, as a job does. Collective: all ranks.
-
-    See `World.run`.
-    """
-    with raise_together(world.communicator):
-        named = _named_models(models)
-        step = LoopStep(world, world.setups, named)
-        _check_optimizers(world, step, optimizers)
-        config = _config(
-            world,
-            Path(folder),
-            named,
-            step,
-            loader,
-            epochs=epochs,
-            steps=steps,
-            checkpoint=checkpoint,
-            logging_section=logging_section,
-            max_seconds=max_seconds,
-        )
-        schedules = schedule if isinstance(schedule, list | tuple) else [schedule]
-        for number, each in enumerate(schedules):
-            if each is not None:
-                name = SCHEDULE if len(schedules) == 1 else f"{SCHEDULE} {number}"
-                step.registered.add(name, ScheduleState(each))
-        step.registered.add(RATES, LearningRates(step.steppers))
-    assert world.guard is not None
-    with (
-        _signals() as signals,
-        session(config, world.communicator, signals=signals, guard=world.guard) as job,
-    ):
-        begin_record(job.folder, world)
-        job.stack.enter_context(figures_recorded(config, world))
-        run, hooks, data = _begun(world, config, step, loader, job)
-        try:
-            with hooks.saves_finished():
-                yield run
-                complete = run.end()
-        except HpctrainError:
-            raise
-        except BaseException as error:
-            if job.folder is not None and world.world_size == 1:  # else the guard reports it
-                with suppress(CheckpointError):
-                    job.folder.end(ExitCode.BUG, f"{type(error).__name__}: {error}")
-            raise
-        command = [sys.argv[0] or "python", *sys.argv[1:]]
-        ending, reason = finish(config, world, hooks, data, complete=complete, command=command)
-        job.end(ending, reason)
-    if ending == ExitCode.STOPPED:
-        raise Stopped(int(ExitCode.STOPPED))
-
-
-def _begun(
-    world: World, config: Config, step: LoopStep, loader: Loader | None, job: Session
-) -> tuple[Run, _Hooks, Any]:
-    """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
-    folder = job.folder
-    resumed, semantics, changes = find_beginning(config, world, folder)
-    data: Any = (
-        WithoutData(config, resumed) if loader is None else loader.open(config, semantics, resumed)
-    )
-    if loader is not None:
-        step.grad_accum_steps = loader.count_passes()
-    place = data.place
-    if folder is not None:
-        folder.begin(place.step)
-    with raise_together(world.communicator):
-        if resumed is not None:
-            changes += restore(world, step, resumed)  # type: ignore[arg-type]
-            resumed = resumed.without_tensors()
-    keep_best, mode = config.checkpoint.keep_best, config.checkpoint.keep_best_mode
-    parts = Parts(
-        model=step.model,
-        task=_Task(keep_best, mode),  # type: ignore[arg-type]
-        number_format=NumberFormat.of(config.training.precision, world.device),
-        schedule=_Schedule(step),  # type: ignore[arg-type]
-        step=step,  # type: ignore[arg-type]
-    )
-    with raise_together(world.communicator):
-        rank_zero = None
-        if folder is not None:
-            rank_zero = prepare_rank_zero(config, parts, data, folder, place, False)
-            job.stop.add(rank_zero.save_clock.bit)
-            if loader is not None:
-                logger.info(
-                    header_text(config, world, parts, data, resumed, place, folder, changes)
-                )
-        job.stop.add(ReadTrouble(data.train_loader).bit)
-        stall = (lambda: rank_zero.store.stall_seconds) if rank_zero is not None else (lambda: 0.0)
-        phases = Phases({"data": lambda: data.train_loader.wait_seconds, "checkpoint": stall})
-    hooks = _Hooks(
-        config,
-        world,
-        data,
-        parts,
-        phases=phases,
-        stop=job.stop,
-        rank_zero=rank_zero,
-        place=place,
-        metrics={} if resumed is None else dict(resumed.values["metrics"]),
-        stopping=EarlyStopping(config.early_stopping, config.training, "min"),
-    )
-    run = Run(
-        world, step, hooks, Plan.of(config, data), data, loader, is_resumed=resumed is not None
-    )
-    return run, hooks, data
-
-
-def sections(
-    *, log_steps: int, progress: str, **checkpoint: Any
-) -> tuple[CheckpointSection, LoggingSection]:
-    """Return what is saved and reported, as a config would say it.
-
-    Raises:
-        ConfigError: if a number is out of its range, or a word is none.
-    """
-    try:
-        return (
-            checked(checkpoint, CheckpointSection),
-            checked({"every_steps": log_steps, "progress": progress}, LoggingSection),
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"world.run: {error}", everywhere=True) from error
-
-
-@contextmanager
-def _signals() -> Iterator[SignalFlag]:
-    """Catch signals in the body, where that is possible: in the main thread."""
-    flag = SignalFlag()
-    if threading.current_thread() is not threading.main_thread():
-        logger.warning("signals do not stop this run: it is not in the main thread")
-        yield flag
-        return
-    with flag:
-        yield flag
-
-
-def _named_models(models: Any) -> dict[str, nn.Module]:
-    """Return the models of a run by the names that their parameters have in a checkpoint."""
-    if isinstance(models, nn.Module):
-        return {"": models}
-    if isinstance(models, Mapping):
-        named = dict(models)
-    elif isinstance(models, list | tuple):
-        kinds = [type(model).__name__ for model in models]
-        names = kinds if len(set(kinds)) == len(kinds) else [f"{k}{i}" for i, k in enumerate(kinds)]
-        named = dict(zip(names, models, strict=True))
-    else:
-        named = {}
-    if not named or not all(isinstance(model, nn.Module) for model in named.values()):
-        raise ConfigError(
-            "world.run takes a model, a list of them, or a dict by name, as world.setup has "
-            "returned them"
-        )
-    if wrong := [name for name in named if not name.isidentifier()]:
-        raise ConfigError(f"world.run: {wrong[0]!r} is no name for a model: letters, digits and _")
-    return named
-
-
-def _check_optimizers(world: World, step: LoopStep, optimizers: Any) -> None:
-    given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
-    for optimizer in given:
-        world.setups.stepper_of(optimizer)
-    missing = [each for each in step.steppers if not any(each.optimizer is one for one in given)]
-    if missing:
-        kind = type(missing[0].optimizer).__name__
-        raise ConfigError(f"world.run: {kind} updates a model of the run: give it as well")
-
-
-def _config(
-    world: World,
-    folder: Path,
-    models: Mapping[str, nn.Module],
-    step: LoopStep,
-    loader: Loader | None,
-    *,
-    epochs: int | None,
-    steps: int | None,
-    checkpoint: CheckpointSection,
-    logging_section: LoggingSection,
-    max_seconds: float | None,
-) -> Config:
-    """Return the config that a job like this run would have; it is saved with the run.
-
-    Raises:
-        ConfigError: if the run has no end, or no folder.
-    """
-    if loader is not None and not loader.training:
-        raise ConfigError("world.run: the loader is for evaluation: give one to train with")
-    if loader is None and steps is None:
-        raise ConfigError("world.run without a loader has no epochs: give steps=")
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ConfigError(f"world.run: {name}={value!r}: expected a whole number from 1")
-    if epochs is None and steps is None:
-        raise ConfigError("world.run: how long? Give epochs= or steps=")
-    if loader is None and epochs is not None:
-        raise ConfigError("world.run without a loader has no epochs: give steps= alone")
-    if not folder.name:
-        raise ConfigError(f"world.run: {str(folder)!r} is no folder of a run")
-    section = next(
-        setup.section
-        for setup in world.setups.all
-        if any(model is one for model in setup.models for one in models.values())
-    )
-    groups = step.optimizer.param_groups
-    lr = float(groups[0]["lr"])
-    common: dict[str, Any] = {
-        "training": replace(section, max_epochs=epochs, max_steps=steps),
-        "run": RunSection(
-            name=folder.name,
-            directory=str(folder.parent),
-            seed=DEFAULT_SEED if world.seed is None else world.seed,
-            max_seconds=max_seconds,
-        ),
-        "model": ComponentSection(use=" and ".join(use_of(model) for model in models.values())),
-        "optimizer": OptimizerSection(
-            use=" and ".join(use_of(each.optimizer) for each in step.steppers),
-            lr=lr if math.isfinite(lr) and lr > 0 else 1.0,
-        ),
-        "checkpoint": checkpoint,
-        "logging": logging_section,
-    }
-    return config_without_data(**common) if loader is None else loader.config(**common)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpctrain.config import Config
-from hpctrain.config.schema import DataSection, TaskSection
 from hpctrain.config.semantics import NEWEST
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.data.loading.batch import Batch
@@ -61,12 +60,3 @@ class _Steps:
         while True:
             yield Batch(fields={}, size=1, global_size=1, epoch=epoch, start=position)
             position += 1
-
-
-def config_without_data(**sections: Any) -> Config:
-    """Return the config of a run without data."""
-    return Config(
-        data=DataSection(train="none", global_batch_size=1),
-        task=TaskSection(use="loop", inputs=("none",)),
-        **sections,
-    )

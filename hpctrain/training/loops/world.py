@@ -195,7 +195,8 @@ class World(process_group.World):
             ConfigError: on every rank, if an argument makes no sense.
             CheckpointError: on every rank, if the folder is in use, or cannot be written to.
         """
-        from hpctrain.training.loops.run import running, sections
+        from hpctrain.training.loops.config import sections
+        from hpctrain.training.loops.running import running
 
         checkpoint, logging = sections(
             every_epochs=save_epochs,

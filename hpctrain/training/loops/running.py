@@ -1,0 +1,227 @@
+"""The run of a loop from its beginning to its end: `world.run` holds its folder, as a job does."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hpctrain.batch.stop import SignalFlag
+from hpctrain.config import Config
+from hpctrain.config.schema import CheckpointSection, LoggingSection
+from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
+from hpctrain.topology import raise_together
+from hpctrain.training.build import Parts
+from hpctrain.training.checkpointing import restore
+from hpctrain.training.early_stopping import EarlyStopping
+from hpctrain.training.figures import figures_recorded
+from hpctrain.training.loops.config import config_of, named_models
+from hpctrain.training.loops.loader import Loader
+from hpctrain.training.loops.run import Run
+from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
+from hpctrain.training.loops.without_data import WithoutData
+from hpctrain.training.loops.world import World
+from hpctrain.training.position import Position
+from hpctrain.training.precision import NumberFormat
+from hpctrain.training.program import Stopped
+from hpctrain.training.rank_zero import prepare_rank_zero
+from hpctrain.training.record import begin_record
+from hpctrain.training.session import ReadTrouble, Session, find_beginning, finish, session
+from hpctrain.training.summary import header_text
+from hpctrain.training.trainer import Phases, Plan
+from hpctrain.training.trainer import Run as JobRun
+
+logger = logging.getLogger("hpctrain")
+
+
+class _Hooks(JobRun):
+    """What a job does between two steps, for a loop of one's own."""
+
+    @property
+    def _has_data(self) -> bool:
+        data: object = self._data
+        return not isinstance(data, WithoutData)
+
+    def _place_in_data(self, place: Position) -> dict[str, Any]:
+        return super()._place_in_data(place) if self._has_data else {}
+
+    def _explain(self, step: int) -> str:
+        return super()._explain(step) if self._has_data else "see the losses in metrics.jsonl"
+
+
+class _Task:
+    """Stands for a job's task: what an evaluation of the loop gives is known to the loop only."""
+
+    def __init__(self, keep_best: str | None, mode: str | None) -> None:
+        self.metrics = {} if keep_best is None else {keep_best: mode or "min"}
+
+
+class _Schedule:
+    """Stands for a job's schedule: the loop has its own."""
+
+    in_groups = True
+    notes: Sequence[str] = ()
+
+    def __init__(self, step: LoopStep) -> None:
+        self._step = step
+
+    def __call__(self, place: Position, end: Position) -> float:
+        """Return the learning rate of the first group."""
+        return float(self._step.optimizer.param_groups[0]["lr"])
+
+    def rates(self) -> dict[str, float]:
+        """Return no further ones."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the loop's own schedules are saved by name."""
+        return {}
+
+
+@contextmanager
+def running(
+    world: World,
+    folder: str | Path,
+    models: Any,
+    optimizers: Any,
+    loader: Loader | None,
+    *,
+    schedule: Any,
+    epochs: int | None,
+    steps: int | None,
+    checkpoint: CheckpointSection,
+    logging_section: LoggingSection,
+    max_seconds: float | None,
+) -> Iterator[Run]:
+    """Hold a run folder in the body, as a job does. Collective: all ranks.
+
+    See `World.run`.
+    """
+    with raise_together(world.communicator):
+        named = named_models(models)
+        step = LoopStep(world, world.setups, named)
+        _check_optimizers(world, step, optimizers)
+        config = config_of(
+            world,
+            Path(folder),
+            named,
+            step,
+            loader,
+            epochs=epochs,
+            steps=steps,
+            checkpoint=checkpoint,
+            logging_section=logging_section,
+            max_seconds=max_seconds,
+        )
+        schedules = schedule if isinstance(schedule, list | tuple) else [schedule]
+        for number, each in enumerate(schedules):
+            if each is not None:
+                name = SCHEDULE if len(schedules) == 1 else f"{SCHEDULE} {number}"
+                step.registered.add(name, ScheduleState(each))
+        step.registered.add(RATES, LearningRates(step.steppers))
+    assert world.guard is not None
+    with (
+        _signals() as signals,
+        session(config, world.communicator, signals=signals, guard=world.guard) as job,
+    ):
+        begin_record(job.folder, world)
+        job.stack.enter_context(figures_recorded(config, world))
+        run, hooks, data = _begun(world, config, step, loader, job)
+        try:
+            with hooks.saves_finished():
+                yield run
+                complete = run.end()
+        except HpctrainError:
+            raise
+        except BaseException as error:
+            if job.folder is not None and world.world_size == 1:  # else the guard reports it
+                with suppress(CheckpointError):
+                    job.folder.end(ExitCode.BUG, f"{type(error).__name__}: {error}")
+            raise
+        command = [sys.argv[0] or "python", *sys.argv[1:]]
+        ending, reason = finish(config, world, hooks, data, complete=complete, command=command)
+        job.end(ending, reason)
+    if ending == ExitCode.STOPPED:
+        raise Stopped(int(ExitCode.STOPPED))
+
+
+def _begun(
+    world: World, config: Config, step: LoopStep, loader: Loader | None, job: Session
+) -> tuple[Run, _Hooks, Any]:
+    """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
+    folder = job.folder
+    resumed, semantics, changes = find_beginning(config, world, folder)
+    data: Any = (
+        WithoutData(config, resumed) if loader is None else loader.open(config, semantics, resumed)
+    )
+    if loader is not None:
+        step.grad_accum_steps = loader.count_passes()
+    place = data.place
+    if folder is not None:
+        folder.begin(place.step)
+    with raise_together(world.communicator):
+        if resumed is not None:
+            changes += restore(world, step, resumed)  # type: ignore[arg-type]
+            resumed = resumed.without_tensors()
+    keep_best, mode = config.checkpoint.keep_best, config.checkpoint.keep_best_mode
+    parts = Parts(
+        model=step.model,
+        task=_Task(keep_best, mode),  # type: ignore[arg-type]
+        number_format=NumberFormat.of(config.training.precision, world.device),
+        schedule=_Schedule(step),  # type: ignore[arg-type]
+        step=step,  # type: ignore[arg-type]
+    )
+    with raise_together(world.communicator):
+        rank_zero = None
+        if folder is not None:
+            rank_zero = prepare_rank_zero(config, parts, data, folder, place, False)
+            job.stop.add(rank_zero.save_clock.bit)
+            if loader is not None:
+                logger.info(
+                    header_text(config, world, parts, data, resumed, place, folder, changes)
+                )
+        job.stop.add(ReadTrouble(data.train_loader).bit)
+        stall = (lambda: rank_zero.store.stall_seconds) if rank_zero is not None else (lambda: 0.0)
+        phases = Phases({"data": lambda: data.train_loader.wait_seconds, "checkpoint": stall})
+    hooks = _Hooks(
+        config,
+        world,
+        data,
+        parts,
+        phases=phases,
+        stop=job.stop,
+        rank_zero=rank_zero,
+        place=place,
+        metrics={} if resumed is None else dict(resumed.values["metrics"]),
+        stopping=EarlyStopping(config.early_stopping, config.training, "min"),
+    )
+    run = Run(
+        world, step, hooks, Plan.of(config, data), data, loader, is_resumed=resumed is not None
+    )
+    return run, hooks, data
+
+
+@contextmanager
+def _signals() -> Iterator[SignalFlag]:
+    """Catch signals in the body, where that is possible: in the main thread."""
+    flag = SignalFlag()
+    if threading.current_thread() is not threading.main_thread():
+        logger.warning("signals do not stop this run: it is not in the main thread")
+        yield flag
+        return
+    with flag:
+        yield flag
+
+
+def _check_optimizers(world: World, step: LoopStep, optimizers: Any) -> None:
+    given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
+    for optimizer in given:
+        world.setups.stepper_of(optimizer)
+    missing = [each for each in step.steppers if not any(each.optimizer is one for one in given)]
+    if missing:
+        kind = type(missing[0].optimizer).__name__
+        raise ConfigError(f"world.run: {kind} updates a model of the run: give it as well")
