@@ -47,6 +47,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-lsf-${LSB_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and the hosts of $LSB_MCPU_HOSTS.
 read -ra hosts <<<"${LSB_MCPU_HOSTS:-}"

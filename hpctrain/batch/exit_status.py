@@ -31,7 +31,7 @@ from hpctrain.utils.files import create_file, replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.permissions import explained
 from hpctrain.utils.run_folder import STOP_FILE_NAME, read_latest, step_of
-from hpctrain.utils.text import metric, printable
+from hpctrain.utils.text import metric, plural, printable
 
 NAME = "exit.json"
 DO_NOT_SUBMIT = 1
@@ -66,6 +66,10 @@ class Outcome:
         save_seconds: seconds that a save takes here, 0 if unknown.
         token: name of the chain of jobs that the last one belongs to, None outside of any.
         skipped_steps: steps of the run up to the last job's end that were not applied.
+        max_tries: jobs that the script of the last of them allows for, 0: any number.
+        node_hours: what the last of them may take; 0: nobody counts.
+        asked_node_hours: what all of them together may have taken, each at its limit.
+        max_node_hours: bound of that; 0: none.
     """
 
     code: int | None
@@ -77,7 +81,17 @@ class Outcome:
     save_seconds: float = 0.0
     token: str | None = None
     skipped_steps: int = 0
+    max_tries: int = 0
+    node_hours: float = 0.0
+    asked_node_hours: float = 0.0
+    max_node_hours: float = 0.0
     time: str = ""
+
+    @property
+    def is_beyond_budget(self) -> bool:
+        """Whether one more job like the last could take the run beyond its node-hours."""
+        # Sums of decimals: 0.1 three times is within 0.3.
+        return 0 < self.max_node_hours < (self.asked_node_hours + self.node_hours) * (1 - 1e-9)
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
@@ -209,6 +223,7 @@ class State(enum.Enum):
     HELD = "held"
     NO_PROGRESS = "no progress"
     TOO_MANY_TRIES = "too many tries"
+    BUDGET = "budget"
     NOT_REACHED = "not reached"
     FAILED = "failed"
 
@@ -224,6 +239,8 @@ class Status:
         gained: steps that the last job has added to what was saved.
         skipped_steps: steps of the run that were not applied.
         checkpoint: name of the newest one.
+        node_hours: used by the jobs whose beginning and end are known.
+        jobs_without_end: number of the others, which run, or were killed.
         metrics: newest records of metrics.jsonl, by "train" or the name of the data evaluated.
         goodput: seconds since the run's first job, by what came of them; None: unknown.
     """
@@ -240,6 +257,8 @@ class Status:
     checkpoint: str | None
     job: str | None
     since: str
+    node_hours: float | None = None
+    jobs_without_end: int = 0
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     goodput: Mapping[str, float] | None = None
 
@@ -252,16 +271,18 @@ def read_status(
     lives: bool | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     goodput: Mapping[str, float] | None = None,
+    used: tuple[float, int] | None = None,
 ) -> Status:
     """Return what is known of a run.
 
     Args:
         folder: the run's folder.
         environ: the caller's environment; a job script asks about its own job.
-        max_tries: jobs after which the run is given up; None: no bound.
+        max_tries: jobs after which the run is given up; None: as the last job's script has it.
         lives: whether the process that holds the folder lives; None: that cannot be told from here.
         metrics: see `Status`.
         goodput: see `Status`.
+        used: node-hours, and the number of jobs without an end.
 
     Raises:
         ConfigError: if the folder is not there or holds no run.
@@ -280,9 +301,10 @@ def read_status(
         gained=step - outcome.first_step,
         held=(folder / STOP_FILE_NAME).exists(),
         job=job_identity(environ),
-        max_tries=max_tries,
+        max_tries=max_tries or outcome.max_tries or None,
         lives=lives,
     )
+    node_hours, jobs_without_end = (None, 0) if used is None else used
     return Status(
         state=state.value,
         exit_code=exit_code,
@@ -296,6 +318,8 @@ def read_status(
         checkpoint=checkpoint,
         job=outcome.job,
         since=outcome.time,
+        node_hours=node_hours,
+        jobs_without_end=jobs_without_end,
         metrics=metrics or {},
         goodput=goodput,
     )
@@ -340,10 +364,20 @@ def judge(
             State.TOO_MANY_TRIES,
             f"given up after {outcome.tries} jobs",
         ),
+        (outcome.is_beyond_budget, State.BUDGET, _budget(outcome)),
     ):
         if obstacle:
             return state, DO_NOT_SUBMIT, f"{how}; {words}"
     return State.RESUBMIT, ExitCode.STOPPED, f"{how}: submit again"
+
+
+def _budget(outcome: Outcome) -> str:
+    """Return why another job is not within the node-hours of a run."""
+    jobs, hours = plural(outcome.tries, "job"), f"{outcome.asked_node_hours:.6g}"
+    return (
+        f"{jobs} of up to {hours} node-hours, and another of {outcome.node_hours:.6g} could exceed "
+        f"the budget of {outcome.max_node_hours:.6g} (job --max-node-hours)"
+    )
 
 
 _FAILURES: Mapping[int, str] = {
@@ -377,6 +411,7 @@ def ending(status: Status) -> str:
         State.HELD: f"; held by the file {STOP_FILE_NAME}: remove it to go on",
         State.NO_PROGRESS: "; no step was gained, so it is not submitted again",
         State.TOO_MANY_TRIES: f"; given up after {status.tries} jobs",
+        State.BUDGET: "; " + status.explanation.partition("; ")[2],
     }
     return how + why_held.get(state, "")
 
@@ -400,6 +435,7 @@ def to_text(
         ("step", f"{status.step}, {status.gained} of them gained by the last job"),
         *([("not applied", f"{status.skipped_steps} steps")] if status.skipped_steps else []),
         ("tries", str(status.tries)),
+        *_node_hours(status),
         ("checkpoint", status.checkpoint or "none"),
         *((name, _metrics(record)) for name, record in status.metrics.items()),
         *([("goodput", goodput)] if goodput else []),
@@ -408,6 +444,14 @@ def to_text(
     ]
     lines = (f"  {printable(label):<11} {printable(value)}\n" for label, value in rows)
     return f"run {folder}\n" + "".join(lines)
+
+
+def _node_hours(status: Status) -> list[tuple[str, str]]:
+    if status.node_hours is None:
+        return []
+    missing = status.jobs_without_end
+    more = f", and {plural(missing, 'job')} whose end is not known" if missing else ""
+    return [("node-hours", f"{status.node_hours:.3f}{more}")]
 
 
 def _metrics(record: Mapping[str, Any]) -> str:

@@ -1,30 +1,92 @@
-"""What the big sites want in a job script: a table, one row a site, each line with its reason.
+"""Sites: what a machine wants in a job script, one TOML file each, from several places.
 
-Limits are those of the queue that is named here, as the source of the site gave them in 2025;
-another `--queue` has its own. The site's scheduler has the last word on all of them.
+Those that come with hpctrain say where each fact is from, and when that was looked at. A file is
+code: its lines become part of job scripts. So one that somebody else than you and root can change
+is not read. The site's scheduler has the last word on all limits.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
 
-from hpctrain.errors import UsageError
+from annotated_types import Ge, Gt, MinLen
+
+from hpctrain.batch.quoting import plain_value, require_line
+from hpctrain.config.messages import dotted
+from hpctrain.config.schema import Scheduler
+from hpctrain.config.toml import Source as Toml
+from hpctrain.config.toml import parse, read
+from hpctrain.errors import ConfigError, UsageError
+from hpctrain.utils.text import did_you_mean, listed, plural, table
+
+SYSTEM = Path("/etc/hpctrain/sites.d")
+
+_DATE = re.compile(r"20\d\d(-\d\d(-\d\d)?)?")
+_EXPORT = re.compile(r"[A-Za-z_]\w*(=|; \w+=).*")
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(\w*)\}")
+_PLACEHOLDERS = {"nodes", "ranks", "ranks_per_node", "cpus"}
+_FACTS = ("queues", "directives", "modules", "image_modules", "exports", "launcher")
+_FORBID = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Because:
     """A line of a script, and why it is there."""
 
-    line: str
-    reason: str
+    __pydantic_config__ = _FORBID
+    line: Annotated[str, MinLen(1)]
+    reason: Annotated[str, MinLen(1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """Jobs of at most so many nodes may take at most so many hours."""
+    """Jobs of at most so many nodes may take at most so many hours; no nodes: any number."""
 
-    nodes: int
-    hours: float
+    __pydantic_config__ = _FORBID
+    hours: Annotated[float, Gt(0)]
+    nodes: Annotated[int, Ge(1)] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """A partition, queue or quality of service.
+
+    Attributes:
+        limits: hours by number of nodes, ascending; the first that holds a job counts; empty: not
+            known.
+        fewest_nodes: smallest number of nodes that a job may have.
+    """
+
+    __pydantic_config__ = _FORBID
+    name: Annotated[str, MinLen(1)]
+    limits: tuple[Limit, ...] = ()
+    fewest_nodes: Annotated[int, Ge(1)] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where facts are from.
+
+    Attributes:
+        source: address of a page, or words.
+        date: when it was looked at: a year, a month or a day.
+        facts: "nodes", or keys of the site.
+    """
+
+    __pydantic_config__ = _FORBID
+    source: Annotated[str, MinLen(1)]
+    date: str
+    facts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +94,9 @@ class Site:
     """One machine.
 
     Attributes:
-        source: documents that its lines and limits were taken from.
-        queue: partition, queue or quality of service that its limits are of.
+        hosts: patterns of the names of its login nodes.
+        retired: that it is switched off, in words.
+        queues: the first is the one that a job goes to.
         queue_option: option that names it to the scheduler.
         gpus_per_node: number that the scheduler is asked for; None: in the site's own `directives`.
         directives: lines for the scheduler, without their prefix; {nodes} is the number of nodes.
@@ -41,360 +104,270 @@ class Site:
         image_modules: the same for ranks in an image.
         exports: variables, without the word export.
         launcher: options of the launcher that bind ranks; {cpus} is the CPUs of a rank.
-        limits: hours by number of nodes, ascending; the first that holds a job counts; empty: not
-            known.
-        fewest_nodes: smallest number of nodes that a job of its queue may have.
         container_gpus: option of Apptainer that brings the GPUs into a container; empty: none.
+        shifter_modules: of Shifter, which bring GPUs and network into one.
     """
 
-    name: str
-    title: str
-    source: str
-    scheduler: str
-    queue: str | None
+    __pydantic_config__ = _FORBID
+    name: Annotated[str, MinLen(1)]
+    title: Annotated[str, MinLen(1)]
+    scheduler: Scheduler
+    hosts: tuple[str, ...] = ()
+    retired: str = ""
+    ranks_per_node: Annotated[int, Ge(1)]
+    cpus_per_rank: Annotated[int, Ge(1)]
+    gpus_per_node: Annotated[int, Ge(0)] | None = None
+    queues: tuple[Queue, ...] = ()
     queue_option: str = ""
-    ranks_per_node: int
-    cpus_per_rank: int
-    gpus_per_node: int | None
     directives: tuple[Because, ...] = ()
     modules: tuple[Because, ...] = ()
     image_modules: tuple[Because, ...] = ()
     exports: tuple[Because, ...] = ()
     launcher: Because | None = None
     notes: tuple[str, ...] = ()
-    limits: tuple[Limit, ...] = ()
-    fewest_nodes: int = 1
-    container_gpus: str = "--nv"
+    container_gpus: Literal["--nv", "--rocm", ""] = "--nv"
+    shifter_modules: str = ""
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def queue(self) -> str | None:
+        """Queue of a job that names none."""
+        return self.queues[0].name if self.queues else None
+
+    @property
+    def cited(self) -> str:
+        """All sources in a line."""
+        return "; ".join(f"{item.source} ({item.date})" for item in self.sources)
+
+    def find_queue(self, name: str | None) -> Queue | None:
+        """Return what is known of a queue; None names the usual one."""
+        wanted = name or self.queue
+        return next((queue for queue in self.queues if queue.name == wanted), None)
 
 
-_MIOPEN = (
-    Because(
-        line="MIOPEN_USER_DB_PATH; MIOPEN_USER_DB_PATH=/tmp/miopen-$SLURM_JOB_ID-"
-        "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
-        reason="MIOpen keeps a database of kernels, which needs file locks: not on Lustre. "
-        "Nobody can have prepared a folder of this name.",
-    ),
-    Because(
-        line="MIOPEN_CUSTOM_CACHE_DIR=$MIOPEN_USER_DB_PATH",
-        reason="The same for its compiled kernels: node-local, and gone with the job.",
-    ),
-)
-
-_WAY = "hpctrain check names the way that is taken, and warns of plain sockets."
-
-SITES = (
-    Site(
-        name="perlmutter",
-        title="Perlmutter at NERSC, GPU nodes (4 A100 each)",
-        source="docs.nersc.gov: systems/perlmutter/running-jobs, jobs/policy",
-        scheduler="slurm",
-        queue="regular",
-        queue_option="--qos",
-        ranks_per_node=4,
-        cpus_per_rank=32,
-        gpus_per_node=4,
-        directives=(Because(line="--constraint=gpu", reason="The GPU nodes, not the CPU ones."),),
-        exports=(
-            Because(
-                line="FI_MR_CACHE_MONITOR=userfaultfd",
-                reason="With Libfabric's default monitor of registered memory NCCL can hang.",
-            ),
-            Because(
-                line="HDF5_USE_FILE_LOCKING=FALSE",
-                reason="HDF5 refuses to open files where the file system does not lock.",
-            ),
-        ),
-        limits=(Limit(nodes=1792, hours=48),),
-        notes=(
-            # Source: job scripts of NERSC's users, 2024 to 2026; no page of NERSC itself was found.
-            "NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, which is in NERSC's modules",
-            "pytorch/... and nccl/...: load nccl/VERSION-cu12 or -cu13, by the CUDA of your torch,",
-            "before you submit. Under Shifter: --module=gpu,nccl-plugin.",
-            _WAY,
-        ),
-    ),
-    Site(
-        name="frontier",
-        container_gpus="--rocm",
-        title="Frontier at OLCF (8 GCDs of MI250X a node)",
-        source="docs.olcf.ornl.gov: systems/frontier_user_guide",
-        scheduler="slurm",
-        queue="batch",
-        queue_option="--partition",
-        ranks_per_node=8,
-        cpus_per_rank=7,
-        gpus_per_node=None,
-        directives=(
-            Because(
-                line="--network=disable_rdzv_get",
-                reason="The plug-in for RCCL below sends large messages by a protocol of its own, "
-                "alt_read.",
-            ),
-        ),
-        # Source: docs.olcf.ornl.gov, software/analytics/pytorch_frontier, as of 2026 (cpe/26.03).
-        modules=(
-            Because(
-                line="[[ ${LOADEDMODULES:-} == *rocm/* ]] || module load rocm",
-                reason="RCCL reaches Slingshot by a plug-in alone, else it takes plain sockets. "
-                "Its module wants ROCm's before it: yours, if you have loaded one.",
-            ),
-            Because(
-                line="module load rccl-net-plugin",
-                reason="The plug-in, and what libfabric has to be told for it.",
-            ),
-        ),
-        exports=(
-            Because(
-                line="NCCL_SOCKET_IFNAME=hsn0",
-                reason="RCCL is to meet over Slingshot, not over the management network.",
-            ),
-            *_MIOPEN,
-        ),
-        launcher=Because(
-            line="--gpus-per-task=1 --gpu-bind=closest",
-            reason="Each rank gets the GCD beside its cores, as its only one. Seven cores a rank: "
-            "the eighth of every die is the system's.",
-        ),
-        limits=(Limit(nodes=91, hours=2), Limit(nodes=183, hours=6), Limit(nodes=9472, hours=12)),
-        notes=(
-            "For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.",
-            "An image has to bring RCCL's plug-in for Slingshot itself: aws-ofi-nccl, or, before",
-            "ROCm 7, aws-ofi-rccl.",
-            _WAY,
-        ),
-    ),
-    Site(
-        name="summit",
-        title="Summit at OLCF (6 V100 a node)",
-        source="docs.olcf.ornl.gov: systems/summit_user_guide",
-        scheduler="lsf",
-        queue="batch",
-        queue_option="-q",
-        ranks_per_node=6,
-        cpus_per_rank=7,
-        gpus_per_node=None,
-        directives=(
-            Because(line="-nnodes {nodes}", reason="Summit counts nodes, not slots."),
-            Because(
-                line='-alloc_flags "gpumps smt1"',
-                reason="One thread a core; MPS lets ranks of other resource sets share a GPU.",
-            ),
-        ),
-        launcher=Because(
-            line="jsrun -n {ranks} -r {ranks_per_node} -a 1 -g 1 -c {cpus} -brs",
-            reason="A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.",
-        ),
-        notes=(
-            "Summit was switched off at the end of 2024: this is for machines like it.",
-            "The script itself runs on a launch node, jsrun's ranks on the compute nodes.",
-        ),
-        limits=(
-            Limit(nodes=45, hours=2),
-            Limit(nodes=91, hours=6),
-            Limit(nodes=921, hours=12),
-            Limit(nodes=4608, hours=24),
-        ),
-    ),
-    Site(
-        name="polaris",
-        title="Polaris at ALCF (4 A100 a node)",
-        source="docs.alcf.anl.gov: polaris/running-jobs",
-        scheduler="pbs",
-        queue="prod",
-        queue_option="-q",
-        ranks_per_node=4,
-        cpus_per_rank=8,
-        gpus_per_node=None,
-        directives=(
-            Because(line="-l select={nodes}:system=polaris", reason="Whole nodes of Polaris."),
-            Because(line="-l place=scatter", reason="Each chunk on a node of its own."),
-            Because(
-                line="-l filesystems=home:eagle",
-                reason="The job waits while one of these is down, instead of failing on it.",
-            ),
-        ),
-        # Source: docs.alcf.anl.gov, polaris/applications-and-libraries/libraries/nccl, of 2024-10.
-        # NCCL_NET is left out: with a plug-in of another name NCCL would not start.
-        exports=(
-            Because(
-                line="LD_LIBRARY_PATH=/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib:"
-                "/soft/libraries/hwloc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}",
-                reason="NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, else it takes "
-                "plain sockets. The site's module conda sets this and what follows itself.",
-            ),
-            Because(
-                line="NCCL_NET_GDR_LEVEL=PHB",
-                reason="GPUs send to the network by themselves, not by way of host memory.",
-            ),
-            Because(line="NCCL_CROSS_NIC=1", reason="Rings may change the card between nodes."),
-            Because(
-                line="FI_MR_CACHE_MONITOR=userfaultfd",
-                reason="With Libfabric's default monitor of registered memory NCCL can hang.",
-            ),
-            Because(
-                line="FI_CXI_DISABLE_HOST_REGISTER=1",
-                reason="Registering host memory with CUDA can deadlock beside NCCL.",
-            ),
-            Because(
-                line="FI_CXI_DEFAULT_CQ_SIZE=131072",
-                reason="The default queue of completions is too short for many ranks.",
-            ),
-        ),
-        launcher=Because(
-            line="--depth {cpus} --cpu-bind depth",
-            reason="Each rank is bound to its own cores, in the order of the ranks.",
-        ),
-        notes=(
-            "Fewer than 10 nodes: --queue debug-scaling (1 h) or preemptable (72 h, no warning).",
-            _WAY,
-        ),
-        limits=(Limit(nodes=24, hours=3), Limit(nodes=99, hours=6), Limit(nodes=496, hours=24)),
-        fewest_nodes=10,
-    ),
-    Site(
-        name="aurora",
-        container_gpus="",
-        title="Aurora at ALCF (2 x 52 cores, 12 GPU tiles a node)",
-        source="docs.alcf.anl.gov: aurora/running-jobs-aurora, data-science/frameworks/oneCCL",
-        scheduler="pbs",
-        queue="prod",
-        queue_option="-q",
-        ranks_per_node=12,
-        cpus_per_rank=8,
-        gpus_per_node=None,
-        directives=(
-            Because(line="-l select={nodes}", reason="Whole nodes."),
-            Because(line="-l place=scatter", reason="Each chunk on a node of its own."),
-            Because(
-                line="-l filesystems=home:flare",
-                reason="The job waits while one of these is down, instead of failing on it.",
-            ),
-        ),
-        exports=(
-            Because(
-                line="TMPDIR=/tmp",
-                reason="The site's own is so long that paths of sockets in it exceed 107 bytes.",
-            ),
-            Because(
-                line="CCL_PROCESS_LAUNCHER=pmix",
-                reason="oneCCL, the carrier of the backend xccl, finds its ranks by PALS's PMIx.",
-            ),
-            Because(line="CCL_ATL_TRANSPORT=mpi", reason="oneCCL talks between nodes by MPI."),
-        ),
-        launcher=Because(
-            line="--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:"
-            "53-60:61-68:69-76:77-84:85-92:93-100",
-            reason="A rank a GPU tile, on its socket; cores 0 and 52 are the system's.",
-        ),
-        notes=("The ranks compute on torch's device xpu, over its backend xccl, if it has them.",),
-        limits=(
-            Limit(nodes=512, hours=6),
-            Limit(nodes=1024, hours=12),
-            Limit(nodes=1919, hours=18),
-            Limit(nodes=10624, hours=24),
-        ),
-    ),
-    Site(
-        name="lumi",
-        container_gpus="--rocm",
-        title="LUMI-G at CSC (8 GCDs of MI250X a node)",
-        source="docs.lumi-supercomputer.eu: runjobs/scheduled-jobs; the LUMI AI guide",
-        scheduler="slurm",
-        queue="standard-g",
-        queue_option="--partition",
-        ranks_per_node=8,
-        cpus_per_rank=7,
-        gpus_per_node=8,
-        image_modules=(
-            Because(
-                line="module use /appl/local/laifs/modules",
-                reason="The site's own place for modules of images.",
-            ),
-            Because(
-                line="module load lumi-aif-singularity-bindings",
-                reason="What an image has to see of the node, its network above all.",
-            ),
-        ),
-        exports=(
-            Because(
-                line="NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3",
-                reason="RCCL is to meet over Slingshot, by any of its four interfaces.",
-            ),
-            Because(
-                line="NCCL_NET_GDR_LEVEL=3",
-                reason="GPUs send to the network by themselves, not by way of host memory.",
-            ),
-            Because(
-                line="FI_MR_CACHE_MONITOR=userfaultfd",
-                reason="With Libfabric's default monitor of registered memory RCCL can hang.",
-            ),
-            *_MIOPEN,
-        ),
-        launcher=Because(
-            line='"--cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,'
-            'fe00000000,fe0000000000"',
-            reason="GCD i is beside these cores of rank i; the first of a die is the system's.",
-        ),
-        limits=(Limit(nodes=1024, hours=48),),
-        notes=(
-            # Source: LUMI AI Guide, 05-multi-gpu-and-node, as of 2026; LUMI's EasyBuild recipes.
-            "RCCL reaches Slingshot by its plug-in alone: aws-ofi-nccl, or, before ROCm 7,",
-            "aws-ofi-rccl. The site's images have it (--environment IMAGE):",
-            "/appl/local/laifs/containers/lumi-multitorch-*.sif. Without an image, build the",
-            "module aws-ofi-rccl by EasyBuild, and load it before you submit.",
-            _WAY,
-        ),
-    ),
-    Site(
-        name="juwels",
-        title="JUWELS Booster at JSC (4 A100 a node)",
-        source="scripts of its users; the limits are not verified",
-        scheduler="slurm",
-        queue="booster",
-        queue_option="--partition",
-        ranks_per_node=4,
-        cpus_per_rank=12,
-        gpus_per_node=4,
-        notes=(
-            "Host names with an i appended are those of the InfiniBand network.",
-            "Nothing is to be set: hpctrain takes the first address that all nodes reach.",
-        ),
-        limits=(Limit(nodes=936, hours=24),),
-    ),
-    Site(
-        name="della",
-        title="Della at Princeton (2 A100 a node)",
-        source="researchcomputing.princeton.edu: systems/della",
-        scheduler="slurm",
-        queue=None,
-        ranks_per_node=2,
-        cpus_per_rank=8,
-        gpus_per_node=None,
-        directives=(
-            Because(
-                line="--gres=gpu:2",
-                reason="Both GPUs of a node, visible to both ranks: bound one to a task they could "
-                "not copy to each other.",
-            ),
-        ),
-        notes=("The limits are those of the quality of service that --time leads to: see qos.",),
-    ),
-)
+def user_folder() -> Path:
+    """Return where a user keeps site files."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home, "hpctrain", "sites.d")
 
 
-def find_site(name: str) -> Site:
+def load_sites(site_file: str | Path | None = None) -> dict[str, Site]:
+    """Return all sites by name; of two of a name the nearer to the user counts.
+
+    Args:
+        site_file: of one more, which counts before all others.
+
+    Raises:
+        ConfigError: if a file is none of a site, with every problem.
+    """
+    found = {site.name: site for site in built_in_sites()}
+    for folder in (SYSTEM, user_folder()):
+        for path in sorted(folder.glob("*.toml")):
+            site = load_site(path)
+            found[site.name] = site
+    if site_file is not None:
+        site = load_site(Path(site_file))
+        found[site.name] = site
+    return found
+
+
+def built_in_sites() -> Iterator[Site]:
+    """Yield the sites that come with hpctrain, by name."""
+    folder = resources.files("hpctrain.batch") / "site_files"
+    for item in sorted(folder.iterdir(), key=lambda item: item.name):
+        if item.name.endswith(".toml"):
+            yield _site(parse(item.read_text(encoding="utf-8"), item.name))
+
+
+def load_site(path: Path) -> Site:
+    """Return the site of a file.
+
+    Raises:
+        ConfigError: if the file is none of a site, or somebody else may have written it.
+    """
+    _require_own(path)
+    return _site(read(str(path)))
+
+
+def find_site(name: str, site_file: str | Path | None = None) -> Site:
     """Return a site by its name.
 
     Raises:
         UsageError: if there is none.
+        ConfigError: if a site file is wrong.
     """
-    for site in SITES:
-        if site.name == name:
-            return site
-    known = ", ".join(site.name for site in SITES)
-    raise UsageError(f"--site {name}: not known; known are {known}. Leave it out for a generic one")
+    sites = load_sites(site_file)
+    if name in sites:
+        return sites[name]
+    raise UsageError(
+        f"--site {name}: not known{did_you_mean(name, sites)}; known are {', '.join(sites)}. Leave "
+        "it out for a generic one, or write a file of your own: docs/sites.md"
+    )
 
 
-def longest_hours(site: Site, nodes: int) -> float | None:
+def site_of_host(sites: Iterable[Site], names: Sequence[str] | None = None) -> Site | None:
+    """Return the site that a login node of one of these names belongs to, None: not known.
+
+    Args:
+        sites: to choose from.
+        names: of the host; None: of this one.
+    """
+    if names is None:
+        names = (socket.gethostname(), socket.getfqdn())
+    return next(
+        (
+            site
+            for site in sites
+            if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in site.hosts)
+        ),
+        None,
+    )
+
+
+def longest_hours(queue: Queue, nodes: int) -> float | None:
     """Return how long a job of so many nodes may take, None if it may not run at all."""
-    return next((limit.hours for limit in site.limits if nodes <= limit.nodes), None)
+    return next(
+        (limit.hours for limit in queue.limits if limit.nodes is None or nodes <= limit.nodes), None
+    )
+
+
+def site_table(sites: Iterable[Site]) -> str:
+    """Return a list of sites for people, a line for each queue."""
+    rows = [("site", "scheduler", "queue", "GPUs a node", "limits", "machine")]
+    for site in sites:
+        machine = f"{site.title}; {site.retired}" if site.retired else site.title
+        for number, queue in enumerate(site.queues or (Queue(name="-"),)):
+            gpus = "its own lines" if site.gpus_per_node is None else str(site.gpus_per_node)
+            head = (site.name, site.scheduler) if number == 0 else ("", "")
+            tail = (gpus, _limits(queue), machine if number == 0 else "")
+            rows.append((*head, queue.name, *tail))
+    return "".join(f"{line.rstrip()}\n" for line in table(rows))
+
+
+def _limits(queue: Queue) -> str:
+    fewest = f"from {queue.fewest_nodes} nodes on; " if queue.fewest_nodes > 1 else ""
+    parts = [
+        f"{limit.hours:g} h" + ("" if limit.nodes is None else f" to {plural(limit.nodes, 'node')}")
+        for limit in queue.limits
+    ]
+    return fewest + (", ".join(parts) or "not known")
+
+
+def missing_sources(site: Site) -> list[str]:
+    """Return which facts of a site have no source, a line for each, and which dates are none."""
+    cited = {fact for source in site.sources for fact in source.facts}
+    needed = ["nodes", *(fact for fact in _FACTS if getattr(site, fact))]
+    problems = [f"{fact}: no [[sources]] names it" for fact in needed if fact not in cited]
+    known = {"nodes", "notes", "hosts", *_FACTS}
+    for source in site.sources:
+        if not _DATE.fullmatch(source.date):
+            problems.append(f'sources: date "{source.date}" is not one such as "2026-05"')
+        problems += [
+            f"sources: {fact} is no fact of a site{did_you_mean(fact, known)}"
+            for fact in source.facts
+            if fact not in known
+        ]
+    return problems
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a file that somebody else than this user and root can change.
+
+    Raises:
+        ConfigError: naming why.
+    """
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    why = ""
+    if facts.st_uid not in (0, os.geteuid()):
+        why = f"belongs to user {facts.st_uid}"
+    elif stat.S_IMODE(facts.st_mode) & 0o002:
+        why = "can be written by everybody"
+    if why:
+        raise ConfigError(
+            f"{path}: a site file is code that your jobs run, and this one {why}: copy it, look "
+            "into it, and keep it to yourself (chmod o-w)"
+        )
+
+
+def _site(toml: Toml) -> Site:
+    """Return a parsed site, every line of it fit for a script.
+
+    Raises:
+        ConfigError: with every problem, each with its line.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    problems: list[str] = []
+    site: Site | None = None
+    try:
+        site = TypeAdapter(Site).validate_json(json.dumps(toml.table, default=str), strict=True)
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_context=False, include_input=False):
+            key = tuple(str(part) for part in item["loc"])
+            problems.append(f"{_place(toml, key)}{dotted(key)}: {item['msg']}")
+    else:
+        problems = [f"{_place(toml, key)}{problem}" for key, problem in _unfit(site)]
+    if site is None or problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        count = plural(len(problems), "problem")
+        raise ConfigError(f"{toml.path}: {count} of a site file (docs/sites.md):{lines}")
+    return site
+
+
+def _place(toml: Toml, key: tuple[str, ...]) -> str:
+    for end in range(len(key), 0, -1):
+        if (line := toml.lines.get(key[:end])) is not None:
+            return f"line {line}: "
+    return ""
+
+
+def _unfit(site: Site) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield key and words of all that may not stand in a script, or makes no sense."""
+    for key in ("name", "queue_option", "shifter_modules"):
+        value = getattr(site, key)
+        if value and (problem := _refused(plain_value, value.lstrip("-"), key)):
+            yield (key,), problem
+    for text in (site.title, site.retired, *site.notes, *(site.cited,)):
+        if text and (problem := _refused(require_line, text, "the text")):
+            yield (), problem
+    for queue in site.queues:
+        if problem := _refused(plain_value, queue.name, "queue"):
+            yield ("queues",), problem
+        if not _ascends(queue.limits):
+            yield ("queues",), f"limits of {queue.name} are to ascend in nodes"
+    lines = [(key, item) for key in _FACTS[1:5] for item in getattr(site, key)]
+    if site.launcher is not None:
+        lines.append(("launcher", site.launcher))
+    for key, item in lines:
+        yield from (((key,), problem) for problem in _unfit_line(key, item))
+
+
+def _unfit_line(key: str, item: Because) -> Iterator[str]:
+    """Yield in words why a line may not stand in a script."""
+    for text in (item.line, item.reason):
+        if problem := _refused(require_line, text, key):
+            yield problem
+    unknown = set(_PLACEHOLDER.findall(item.line)) - _PLACEHOLDERS
+    if key in ("directives", "launcher") and unknown:
+        yield f"{{{unknown.pop()}}} is not one of {listed(sorted(_PLACEHOLDERS))}: {item.line}"
+    if key == "directives" and (not item.line.startswith("-") or "#" in item.line):
+        yield f"a directive begins with - and holds no #: {item.line}"
+    if key == "exports" and not _EXPORT.fullmatch(item.line):
+        yield f"expected NAME=VALUE, without the word export: {item.line}"
+
+
+def _ascends(limits: Sequence[Limit]) -> bool:
+    nodes = [float("inf") if limit.nodes is None else limit.nodes for limit in limits]
+    return nodes == sorted(set(nodes))
+
+
+def _refused(check: Callable[[str, str], object], text: str, what: str) -> str | None:
+    """Return why a check refuses a text, None if it does not."""
+    try:
+        check(text, what)
+    except UsageError as error:
+        return str(error)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any, NoReturn
 
 from hpctrain.errors import ExitCode, UsageError
@@ -21,7 +22,7 @@ USAGES = {
     "test": "test CONFIG [SECTION.KEY=VALUE ...] [OPTIONS]",
     "predict": "predict CONFIG [SECTION.KEY=VALUE ...] --output FOLDER|FILE.nc [OPTIONS]",
     "status": "status RUN [--json | --exit-code] [--max-tries N]",
-    "job": "job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS",
+    "job": "job CONFIG [SECTION.KEY=VALUE ...] --nodes N --time H:MM:SS OPTIONS | --sites",
     "data": "data TOOL ...",
     "ckpt": "ckpt ls|verify|diff|export RUN [...]",
     "bundle": "bundle RUN [FILE ...] [--output FILE]",
@@ -65,11 +66,15 @@ commands:
                     75 submit again, 1 neither (the file STOP is there, no step was gained
                     in the last job, or it was the N-th), else that of the failure
   job CONFIG        print a job script, and refuse what cannot run
-                    --scheduler slurm|lsf|pbs, or --site perlmutter|frontier|summit|polaris|
-                    aurora|lumi|juwels|della
-                    --nodes N  --time H:MM:SS  --account NAME  --queue NAME
+                    --scheduler slurm|lsf|pbs, --site NAME or --site-file FILE; --sites lists
+                    those that are known, --lint-site FILE says what a file lacks
+                    --nodes N  --time H:MM:SS  --account NAME  --queue NAME  --qos NAME
                     --ranks-per-node N  --cpus-per-rank N  --gpus-per-node N (0: none)
-                    --environment FILE (.sif or .tar.gz)  --chain N: jobs one after another
+                    --memory 64G  --constraint WHAT  --mail ADDRESS  --directive=OPTION
+                    --module NAME  --setup LINE  --env NAME=VALUE; these four again and again
+                    --environment FILE (.sif or .tar.gz), --conda NAME, --venv FOLDER, or
+                    --container apptainer|pyxis|podman-hpc|shifter --image X --bind A:B
+                    --chain N: jobs one after another  --max-jobs N  --max-node-hours H
                     --output FILE  --submit: submit it, and print the ids of the jobs
                     --snapshot: run from a copy of the code as it is now
   data pack SOURCE... FOLDER
@@ -179,6 +184,14 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
+
+
+def hours(text: str) -> float:
+    """Return a number of hours above 0; a type for arguments."""
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return found
 
 
 def say(claim: Claim, text: str) -> int:

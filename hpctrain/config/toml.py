@@ -339,10 +339,14 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 
 def to_toml(config: Config) -> str:
-    """Return the resolved config, every default written out; `load` of it gives an equal one."""
+    """Return the resolved config, every default written out; `load` of it gives an equal one.
+
+    But for what a job asks of its batch system: that is no part of the run.
+    """
     import tomli_w
 
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del sections["job"]
     # A list of tables that are none has no header to write.
     return tomli_w.dumps({name: _value(item) for name, item in sections.items() if item != ()})
 

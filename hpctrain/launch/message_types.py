@@ -18,7 +18,7 @@ _NAMES = {
     "config.schema": (
         "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "
         "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
-        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection Config"
+        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection JobSection Config"
     ),
     "config.semantics": "Semantics",
     "data.coding": "Coding",

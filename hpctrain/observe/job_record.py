@@ -25,6 +25,7 @@ from typing import Any
 from hpctrain.observe.code import Modules, modules_now, repository_at, root_of, user_modules
 from hpctrain.observe.redacting import is_secret
 from hpctrain.utils.files import replace_file
+from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.permissions import explained, follow_folder
 
 logger = logging.getLogger("hpctrain")
@@ -35,6 +36,8 @@ VERSION = 1
 """Of the format of a record."""
 
 _MOST_REPOSITORIES = 4
+_MOST_BYTES = 8 * SMALL
+"""Of a record, most of which are differences of code from its commit."""
 
 _PATIENCE_SECONDS = 2.0
 """How long a job waits for its record at most, where a header or the end could do without it."""
@@ -219,6 +222,29 @@ def timestamp(seconds: float | None = None) -> str:
     """Return a time, such as 2026-11-28T15:04:05+01:00; None: now."""
     moment = datetime.now() if seconds is None else datetime.fromtimestamp(seconds)
     return moment.astimezone().isoformat(timespec="seconds")
+
+
+def node_hours(run_folder: Path) -> tuple[float, int] | None:
+    """Return the node-hours that the jobs of a run have used, and how many have no end.
+
+    Those run, or were killed. None: no job has left a record.
+    """
+    used, without_end, found = 0.0, 0, False
+    for path in (run_folder / FOLDER).glob("*.json"):
+        if not path.stem.isdecimal():
+            continue
+        try:
+            record = parse_json(read_whole(path, _MOST_BYTES))
+            number = len(record["nodes"])
+            if record["end"] is None:
+                without_end += 1
+            else:
+                begin, end = (datetime.fromisoformat(record[key]) for key in ("start", "end"))
+                used += number * max(0.0, (end - begin).total_seconds()) / 3600
+        except (OSError, ValueError, TypeError, KeyError):  # damaged, or not ours to read
+            without_end += 1
+        found = True
+    return (used, without_end) if found else None
 
 
 def _started(*works: Callable[[], None]) -> threading.Thread | None:

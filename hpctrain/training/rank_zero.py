@@ -35,7 +35,7 @@ from hpctrain.training.build import Parts, directions
 from hpctrain.training.data import Data
 from hpctrain.training.position import Position
 from hpctrain.training.snapshot import expected_bytes
-from hpctrain.utils.batch_job import job_identity, lineage
+from hpctrain.utils.batch_job import budget, job_identity, lineage
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.permissions import (
     explained,
@@ -186,6 +186,8 @@ class RunFolder:
         self.phase_log = PhaseLog(path)
         self._first_step = 0
         self._last: Outcome | None = None
+        self._budget = budget(os.environ)
+        self._asked_node_hours = self._budget.node_hours
         self._token: str | None = None
         self._lease = Lease(
             path,
@@ -212,6 +214,7 @@ class RunFolder:
             self._token = last.token
             self.tries, self.save_seconds = last.tries + 1, last.save_seconds
             self.skipped_steps = last.skipped_steps
+            self._asked_node_hours += last.asked_node_hours
             # A killed job has saved more than it could say; that is not this one's gain.
             self.step = self._first_step = last.step
             # Where the pointer is damaged the folders themselves tell what to go on from.
@@ -305,6 +308,10 @@ class RunFolder:
                 save_seconds=self.save_seconds,
                 token=self._token,
                 skipped_steps=self.skipped_steps,
+                max_tries=self._budget.max_jobs,
+                node_hours=self._budget.node_hours,
+                asked_node_hours=self._asked_node_hours,
+                max_node_hours=self._budget.max_node_hours,
             ),
         )
         if code is not None:

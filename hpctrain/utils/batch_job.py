@@ -6,7 +6,9 @@ Read here for all: for the time left, the lease on a run folder, and what exit.j
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 
 _VARIABLES = (
     # Scheduler, the job's id, how often it was started again, and the cluster of the id.
@@ -72,3 +74,29 @@ def lineage(environ: Mapping[str, str]) -> tuple[str | None, int]:
     attempt = environ.get("HPCTRAIN_ATTEMPT", "")
     number = int(attempt) if attempt.isdecimal() else 1
     return environ.get("HPCTRAIN_TOKEN") or None, max(1, number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a job script says of its bounds; 0: nothing.
+
+    Attributes:
+        max_jobs: of the run.
+        node_hours: that this job may take.
+        max_node_hours: of all jobs of the run together.
+    """
+
+    max_jobs: int = 0
+    node_hours: float = 0.0
+    max_node_hours: float = 0.0
+
+
+def budget(environ: Mapping[str, str]) -> Budget:
+    """Return the bounds that the script of this job has set; none for what makes no sense."""
+    jobs = environ.get("HPCTRAIN_MAX_JOBS", "")
+    hours = {}
+    for key in ("node_hours", "max_node_hours"):
+        with suppress(ValueError):
+            number = float(environ.get(f"HPCTRAIN_{key.upper()}", "0"))
+            hours[key] = number if 0 <= number < inf else 0.0
+    return Budget(max_jobs=int(jobs) if jobs.isdecimal() and len(jobs) < 10 else 0, **hours)

@@ -12,7 +12,8 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from docs.alcf.anl.gov: aurora/running-jobs-aurora, data-science/frameworks/oneCCL. Not tried on hardware.
+# Written from https://docs.alcf.anl.gov/aurora/running-jobs-aurora/ (2025);
+# https://docs.alcf.anl.gov/aurora/data-science/frameworks/oneCCL/ (2025). Not tried on hardware.
 # The ranks compute on torch's device xpu, over its backend xccl, if it has them.
 
 #PBS -N digits
@@ -65,6 +66,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-pbs-${PBS_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and the nodes of $PBS_NODEFILE.
 

@@ -12,7 +12,8 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from docs.olcf.ornl.gov: systems/frontier_user_guide. Not tried on hardware.
+# Written from https://docs.olcf.ornl.gov/systems/frontier_user_guide.html (2025);
+# https://docs.olcf.ornl.gov/software/analytics/pytorch_frontier.html (2026). Not tried on hardware.
 # For data.stage: with --constraint=nvme every node has a disk at /mnt/bb/$USER.
 # An image has to bring RCCL's plug-in for Slingshot itself: aws-ofi-nccl, or, before
 # ROCm 7, aws-ofi-rccl.
@@ -76,6 +77,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and Slurm's number of nodes.
 nodes=${SLURM_JOB_NUM_NODES:-1}

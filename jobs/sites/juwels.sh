@@ -12,7 +12,7 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from scripts of its users; the limits are not verified. Not tried on hardware.
+# Written from job scripts of its users; the limits are not verified (2025). Not tried on hardware.
 # Host names with an i appended are those of the InfiniBand network.
 # Nothing is to be set: hpctrain takes the first address that all nodes reach.
 
@@ -57,6 +57,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and Slurm's number of nodes.
 nodes=${SLURM_JOB_NUM_NODES:-1}

@@ -12,7 +12,9 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from docs.nersc.gov: systems/perlmutter/running-jobs, jobs/policy. Not tried on hardware.
+# Written from https://docs.nersc.gov/systems/perlmutter/running-jobs/ (2025);
+# https://docs.nersc.gov/jobs/policy/ (2025); job scripts of NERSC's users, 2024 to 2026 (2026). Not
+# tried on hardware.
 # NCCL reaches Slingshot by its plug-in aws-ofi-nccl alone, which is in NERSC's modules
 # pytorch/... and nccl/...: load nccl/VERSION-cu12 or -cu13, by the CUDA of your torch,
 # before you submit. Under Shifter: --module=gpu,nccl-plugin.
@@ -65,6 +67,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-slurm-${SLURM_JOB_ID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and Slurm's number of nodes.
 nodes=${SLURM_JOB_NUM_NODES:-1}

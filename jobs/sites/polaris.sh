@@ -12,7 +12,9 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from docs.alcf.anl.gov: polaris/running-jobs. Not tried on hardware.
+# Written from https://docs.alcf.anl.gov/polaris/running-jobs/ (2025);
+# https://docs.alcf.anl.gov/polaris/applications-and-libraries/libraries/nccl/ (2024-10). Not tried
+# on hardware.
 # Fewer than 10 nodes: --queue debug-scaling (1 h) or preemptable (72 h, no warning).
 # hpctrain check names the way that is taken, and warns of plain sockets.
 
@@ -73,6 +75,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-pbs-${PBS_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and the nodes of $PBS_NODEFILE.
 

@@ -12,7 +12,8 @@
 # Stopped by its time limit, the run is saved and the job submitted again, until it is complete. A
 # job that is cancelled saves too, where the site leaves it the time, and does not come back.
 # `touch runs/digits/STOP` saves and ends the run; remove the file to go on.
-# Written from docs.olcf.ornl.gov: systems/summit_user_guide. Not tried on hardware.
+# Written from https://docs.olcf.ornl.gov/systems/summit_user_guide.html (2025). Not tried on
+# hardware.
 # Summit was switched off at the end of 2024: this is for machines like it.
 # The script itself runs on a launch node, jsrun's ranks on the compute nodes.
 
@@ -52,6 +53,7 @@ if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then
 fi
 export HPCTRAIN_TOKEN=${HPCTRAIN_TOKEN:-lsf-${LSB_JOBID:-$$}}
 export HPCTRAIN_ATTEMPT=$((${HPCTRAIN_ATTEMPT:-1}))
+export HPCTRAIN_MAX_JOBS=50
 # The log's last line says how it ended, what the code means, and what it has used: by the clock of
 # this script, and the hosts of $LSB_MCPU_HOSTS but the first, which launches.
 read -ra hosts <<<"${LSB_MCPU_HOSTS:-}"

@@ -89,7 +89,9 @@ def environment(slurm: Any, **more: str) -> dict[str, str]:
 
 
 def submit(slurm: Any, site: Path, *options: str, **variables: str) -> list[str]:
-    command = [sys.executable, "-m", "hpctrain", "job", "run.toml", *COMMON, "--scheduler", "slurm"]
+    command = [sys.executable, "-m", "hpctrain", "job", "run.toml", *COMMON]
+    if "--site-file" not in options:
+        command += ["--scheduler", "slurm"]
     result = slurm.run(
         *(*command, *SHAPE, "--gpus-per-node", "0", "--time", "9:00:00", "--submit", *options),
         cwd=site,
@@ -215,6 +217,44 @@ def test_a_job_killed_by_the_limit_loses_little(
     wait_for(site, lambda: outcome(site)["first_step"] in near, "step near the last")
     wait_for(site, lambda: outcome(site)["code"] == 0, "end of the run")
     assert records(site) == undisturbed
+
+
+OURS = """
+name = "ours"
+title = "The cluster of the tests"
+scheduler = "slurm"
+ranks_per_node = 1
+cpus_per_rank = 1
+gpus_per_node = 0
+queue_option = "--partition"
+queues = [{ name = "debug", limits = [{ hours = 10 }] }]
+"""
+
+
+def test_a_site_of_ones_own_a_module_and_a_budget(slurm_lab: Any, site: Path) -> None:
+    """Python comes from a module alone; of three jobs that it takes, the budget is for two."""
+    (site / "ours.toml").write_text(OURS, encoding="utf-8")
+    python = Path(sys.executable).parent
+    (site / "modules.sh").write_text(
+        f"module() {{ [[ $* == 'load torch/2.8' ]] && PATH={python}:$PATH; }}\n", encoding="utf-8"
+    )
+    elsewhere = [part for part in os.environ["PATH"].split(":") if Path(part) != python]
+    options = ["--site-file", "ours.toml", "--setup", "source ./modules.sh"]
+    options += ["--module", "torch/2.8", "--max-node-hours", "40", "--time", "8:00:00"]
+    (job,) = submit(slurm_lab, site, *options, PATH=":".join(elsewhere))
+    for number in (1, 2):
+        wait_for_steps(site, number)
+        slurm_lab.run("scancel", "--batch", "--signal=USR1", job)
+        wait_for(site, lambda: outcome(site)["code"] == 75, "stop")
+    wait_for(site, lambda: "means that another job would be of no use" in logs(site), "the end")
+    status = [sys.executable, "-m", "hpctrain", "status", "runs/digits"]
+    found = slurm_lab.run(*status, "--json", cwd=site, env=environment(slurm_lab)).stdout
+    told = json.loads(found)
+    assert told["state"] == "budget"
+    assert "2 jobs of up to 32 node-hours, and another of 16" in told["explanation"]
+    assert 0 < told["node_hours"] < 32
+    assert told["jobs_without_end"] == 0
+    assert slurm_lab.run("squeue", "-h", "-j", job).stdout.strip() == ""
 
 
 def pack_environment(site: Path) -> str:

