@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.config.importing import is_reference, problem_of
-from hpctrain.config.messages import Mistake
+from hpctrain.config.messages import KeyPath, Mistake
 from hpctrain.config.schema import DataSection
 from hpctrain.config.toml import Source
 
-MAY_BE_OBJECTS = (("data", "train"), ("data", "validation"), ("data", "test"))
-"""Keys that name files, or the import path of what makes a Dataset."""
-
 _OF_FILES = (
     *("file_order", "decode", "verify", "fields", "samples", "stage", "stage_directory"),
-    *("normalize", "sample_transform", "transform", "cache", "evaluations"),
+    *("normalize", "sample_transform", "transform", "cache"),
 )
 """Keys that say how files are read; what becomes of a sample, a torch Dataset does by itself."""
+
+
+def may_be_object(key: KeyPath) -> bool:
+    """Tell whether a key names files, or the import path of what makes a Dataset."""
+    kept = (("data", "train"), ("data", "validation"), ("data", "test"))
+    return key in kept or key[:2] == ("data", "evaluations")
 
 
 def names_object(value: object) -> bool:
@@ -42,6 +45,7 @@ def check_objects(source: Source) -> list[Mistake]:
             if data.get(name):
                 problem = "data.use makes the datasets: leave one of the two out"
                 mistakes.append(source.mistake(("data", name), problem))
+    mistakes += _check_evaluations(source, data, are_objects=is_object or bool(use))
     if not is_object and not use:
         if data.get("workers") == 0:
             problem = "0 is for torch Datasets; expected a whole number from 1"
@@ -60,6 +64,21 @@ def check_objects(source: Source) -> list[Mistake]:
         problem = "data.train is an import path, and so has data.validation to be"
         mistakes.append(source.mistake(("data", "validation"), problem))
     return mistakes
+
+
+def _check_evaluations(source: Source, data: dict[str, Any], *, are_objects: bool) -> list[Mistake]:
+    """Check that further data to evaluate with are of the kind that is trained with."""
+    further = data.get("evaluations")
+    what = "an import path" if are_objects else "of files"
+    return [
+        source.mistake(
+            ("data", "evaluations", name),
+            f"data.train is {what if not data.get('use') else 'made by data.use'}, and so these "
+            f"have to be {'an import path of a torch Dataset' if are_objects else what}",
+        )
+        for name, value in (further.items() if isinstance(further, dict) else ())
+        if isinstance(value, str) and names_object(value) != are_objects
+    ]
 
 
 def _check_arguments(source: Source, data: dict[str, Any]) -> list[Mistake]:

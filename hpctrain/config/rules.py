@@ -17,7 +17,7 @@ from hpctrain.config.capabilities import records_graphs, unsupported
 from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
-from hpctrain.config.object_rules import MAY_BE_OBJECTS, check_objects, names_object
+from hpctrain.config.object_rules import check_objects, may_be_object, names_object
 from hpctrain.config.ragged_rules import check_ragged
 from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
 from hpctrain.config.schema import EarlyStoppingSection, ProfileSection, RunSection
@@ -99,7 +99,7 @@ def check_paths(source: Source) -> list[Mistake]:
             hint = did_you_mean(value, _RESUME, quote='"')
         elif key == ("data", "weights"):
             problem, hint = _absent_weights(value), ""
-        elif key in MAY_BE_OBJECTS and names_object(value):
+        elif may_be_object(key) and names_object(value):
             problem, hint = problem_of(value), ""
         else:
             problem = _absence(value, may_be_pattern=True)

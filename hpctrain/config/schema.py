@@ -189,7 +189,10 @@ class DataSection:
     """The same, for `python -m hpctrain test`; training does not look at it."""
 
     evaluations: dict[str, Text] = field(default_factory=dict)
-    """Further data to evaluate with, by name: their metrics are called NAME/loss, and so on."""
+    """Further data to evaluate with, by name: their metrics are called NAME/loss, and so on.
+
+    Import paths, where `train` is one.
+    """
 
     file_order: Literal["natural", "name"] | None = None
     """Order of files that are found: 2 before 10, or by name; none: "natural" in a new run."""

@@ -6,8 +6,8 @@ or of objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ class Brought:
         model: to train; never copied: it is the caller's own that is trained.
         train: a torch Dataset or DataLoader to train with.
         validation: the same, for evaluation while training.
+        evaluations: the same, further ones by name.
         test: the same, for `test`.
         predict: the same, for `predict`.
         datamodule: makes those four.
@@ -33,6 +34,7 @@ class Brought:
     model: nn.Module | None = None
     train: Any = None
     validation: Any = None
+    evaluations: Mapping[str, Any] = field(default_factory=dict)
     test: Any = None
     predict: Any = None
     datamodule: Any = None

@@ -41,7 +41,7 @@ from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.position import Position, StopAt
 from hpctrain.training.staging import Staging
 from hpctrain.training.transforms import Transforms
-from hpctrain.training.user_data import brings_data, served, take_data
+from hpctrain.training.user_data import Served, brings_data, served, take_data
 from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")
@@ -51,8 +51,8 @@ logger = logging.getLogger("hpctrain")
 class Evaluated:
     """One of the further datasets that a run evaluates with."""
 
-    dataset: Dataset
-    loader: EvaluationLoader
+    dataset: Dataset | MapDataset
+    loader: EvaluationBatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +253,7 @@ def _open_objects(
     section, intake = config.data, brought.train
     train = served(intake, config, world)
     validation = served(brought.validation, config, world) if brought.validation else None
+    further = {name: served(each, config, world) for name, each in brought.evaluations.items()}
     with raise_together(world.communicator):
         weights = _weights_of_objects(config, train.dataset, intake)
         # The same order as of the same samples in memory: of each its own.
@@ -273,17 +274,23 @@ def _open_objects(
             draw=weights,
             limit=train_limit(config.training),
         )
-        validation_loader = None
-        if validation is not None:
-            validation_loader = MapEvaluationLoader(
-                validation.dataset,
-                validation.reader,
+
+        def evaluation_loader(of: Served) -> MapEvaluationLoader:
+            return MapEvaluationLoader(
+                of.dataset,
+                of.reader,
                 batch_size=section.micro_batch_size or train_loader.largest_share,
                 rank=topology.rank,
                 world_size=topology.world_size,
                 seed=config.run.seed,
-                samples=evaluated_samples(config, validation.dataset.samples),
+                samples=evaluated_samples(config, of.dataset.samples),
             )
+
+        validation_loader = None if validation is None else evaluation_loader(validation)
+        evaluations = {
+            name: Evaluated(dataset=each.dataset, loader=evaluation_loader(each))
+            for name, each in further.items()
+        }
     return Data(
         config=config,
         semantics=semantics,
@@ -296,7 +303,11 @@ def _open_objects(
         place=place,
         stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=Staging(),
-        notes=[*notes, *train.notes, *(validation.notes if validation else ())],
+        notes=[
+            *(*notes, *train.notes, *(validation.notes if validation else ())),
+            *(note for each in further.values() for note in each.notes),
+        ],
+        evaluations=evaluations,
     )
 
 

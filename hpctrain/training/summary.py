@@ -277,7 +277,8 @@ def _served(config: Config, data: Data) -> list[str]:
     elif rest and config.data.drop_last:
         notes.append(f"data.drop_last leaves out the last {plural(rest, 'sample')} of an epoch")
     for name, each in data.evaluations.items():
-        notes.append(f"{name}: {plural(each.loader.samples, 'sample')} to evaluate with as well")
+        used = evaluated_samples(config, each.dataset.samples)
+        notes.append(f"{name}: {plural(used, 'sample')} to evaluate with as well")
     if data.validation is not None:
         used = evaluated_samples(config, data.validation.samples)
         if used < data.validation.samples:

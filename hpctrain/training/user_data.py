@@ -60,7 +60,12 @@ def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, B
         HpctrainError: on every rank, if they cannot be made, or not be served in the one order.
     """
     made = _made(config, world, brought)
+    further = config.data.evaluations
     with raise_together(world.communicator):
+        made |= {
+            name: built_object(f"data.evaluations.{name}", reference, {})
+            for name, reference in further.items()
+        }
         taken = {name: taken_by_name(each, name, config) for name, each in made.items()}
         if "train" not in taken:
             raise ConfigError("the datamodule has no train_dataloader: nothing to train with")
@@ -68,7 +73,12 @@ def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, B
     validation = taken.get("validation")
     if validation is not None:
         validation = only_samples(validation)
-    brought = dataclasses.replace(brought, train=taken["train"], validation=validation)
+    brought = dataclasses.replace(
+        brought,
+        train=taken["train"],
+        validation=validation,
+        evaluations={name: only_samples(taken[name]) for name in further},
+    )
     return config, brought, notes
 
 
@@ -135,7 +145,7 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
     Args:
         config: names a Dataset, or a datamodule.
         world: the ranks.
-        name: "train", "validation" or "test".
+        name: "train", "validation", "test", or a name of `data.evaluations`.
         stage: that a datamodule is set up for.
 
     Returns:
@@ -145,8 +155,8 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
 
     seed_generators(config.run.seed)
     section = config.data
-    if section.use is None:
-        reference = getattr(section, name)
+    if section.use is None or name in section.evaluations:
+        reference: Any = section.evaluations.get(name) or getattr(section, name, None)
         with raise_together(world.communicator):
             if not names_object(reference):
                 return None
@@ -157,6 +167,8 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
     prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
         set_up(datamodule, "fit" if name == "train" else stage)
+        if name not in _LOADERS:
+            return None
         hooks = [_LOADERS[name]]
         if stage == "predict":
             hooks.insert(0, "predict_dataloader")
@@ -242,7 +254,7 @@ def taken_by_name(given: Any, name: str, config: Config) -> Intake:
         return given
     if isinstance(given, list | tuple) and len(given) == 1:
         (given,) = given
-    named: Any = getattr(config.data, name, None)
+    named: Any = config.data.evaluations.get(name) or getattr(config.data, name, None)
     source: str = named if names_object(named) else config.data.use or f"the {name} data"
     return taken_in(given, source, workers=config.data.workers, seeded=config.data.seed_samples)
 

@@ -62,7 +62,8 @@ def test_a_dataset_trains_as_the_same_samples_packed(tmp_path: Path) -> None:
     told = train(tmp_path, "own.toml", "logging.every_steps=1", "training.max_steps=9")
     assert "my_data:make_train: Subset of 1,438 samples, read by 1 worker process a rank" in told
     assert "my_data:make_validation: Subset of 359 samples, read by the rank itself" in told
-    train(tmp_path, "own.toml", "logging.every_steps=1")
+    further = 'data.evaluations.again="my_data:make_validation"'
+    train(tmp_path, "own.toml", "logging.every_steps=1", further)
 
     for line in packs.splitlines():
         run(tmp_path, sys.executable, *shlex.split(line)[1:])
@@ -70,9 +71,12 @@ def test_a_dataset_trains_as_the_same_samples_packed(tmp_path: Path) -> None:
         tmp_path,
         *("own.toml", "logging.every_steps=1", "run.name=packed", 'data.cache="memory"'),
         *('data.train="data/own/train"', 'data.validation="data/own/validation"'),
+        'data.evaluations.again="data/own/validation"',
     )
     metrics, weights = ended(tmp_path, "own")
     expected, packed = ended(tmp_path, "packed")
-    assert [each for each in metrics if each["kind"] == "train"] == expected[:-1]
-    assert metrics[-1] == expected[-1]
+    assert [each for each in metrics if each["kind"] == "train"] == expected[:-2]
+    assert metrics[-2:] == expected[-2:]
+    assert [each["split"] for each in metrics[-2:]] == ["validation", "again"]
+    assert metrics[-1]["loss"] == metrics[-2]["loss"]
     assert weights == packed

@@ -122,7 +122,7 @@ def open_objects(config: Config, world: World, name: str, stage: str) -> OfObjec
     Args:
         config: names it, or a datamodule.
         world: the ranks.
-        name: "train", "validation" or "test".
+        name: "train", "validation", "test", or a name of `data.evaluations`.
         stage: that a datamodule is set up for: "validate", "test" or "predict".
 
     Raises:
