@@ -35,6 +35,7 @@ import hpctrain
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.phase_log import PhaseLog
 from hpctrain.observe.progress import Progress
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position
@@ -155,10 +156,10 @@ class Job:
         self.stop = StopAgreement(world.communicator, lambda: 0)
         rank_zero = None
         if world.topology.is_rank_zero:
-            nothing: Any = SimpleNamespace()
+            held: Any = SimpleNamespace(phase_log=PhaseLog(folder))
             rank_zero = RankZero(
-                folder=nothing,
-                store=nothing,
+                folder=held,
+                store=held,
                 save_clock=SaveClock(0.0, lambda: False),
                 writer=MetricsWriter(folder, None),
                 progress=Progress(TOTAL_STEPS, mode="lines", write=lambda _: None),
