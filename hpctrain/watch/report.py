@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import OutputError
+from hpctrain.observe.machine_log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import from_line
 from hpctrain.utils.files import replace_file
@@ -19,6 +20,9 @@ from hpctrain.watch.run_files import LOG, PIECE_BYTES, RunFiles
 from hpctrain.watch.thinning import MOST_POINTS, curves
 
 NAME = "report.html"
+
+MACHINE_BYTES = 400_000
+"""Of lines of machine figures in a report; of more every second stays, or every third."""
 
 _LOG_BYTES = 200_000
 """Of a log, its end."""
@@ -56,7 +60,7 @@ def gathered(runs: Sequence[RunFiles]) -> dict[str, Any]:
                 "facts": run.facts(),
                 "curves": curves(_records(run), MOST_POINTS // len(runs)),
                 "log": _end_of_log(run),
-                "machines": {},
+                "machines": _machines(run, MACHINE_BYTES // len(runs)),
             }
             for run in runs
         ],
@@ -104,12 +108,26 @@ def write_images(runs: Sequence[RunFiles], folder: Path) -> list[Path]:
     return written
 
 
-def _records(run: RunFiles) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a run's metrics; none where there are none."""
+def _machines(run: RunFiles, most_bytes: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of machine figures by host, evenly thinned; those of slow ranks all stay."""
+    files = [each for each in run.growing() if each.name.startswith(f"{MACHINE}/")]
+    every = -(-sum(each.size for each in files) // most_bytes) or 1
+    return {
+        Path(each.name).stem: [
+            record
+            for i, record in enumerate(_records(run, each.name))
+            if i % every == 0 or record["kind"] != "machine"
+        ]
+        for each in files
+    }
+
+
+def _records(run: RunFiles, name: str = JSONL_FILE) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of a file of a run; none where there are none."""
     rest, start = b"", 0
     while True:
         try:
-            piece = run.piece(JSONL_FILE, start)
+            piece = run.piece(name, start)
         except OSError:
             return
         if not piece:

@@ -18,13 +18,17 @@ from typing import Any
 from hpctrain.batch.exit_status import read_status
 from hpctrain.checkpoint.export import best_of
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.observe.goodput import PARTS
 from hpctrain.observe.job_record import FOLDER as JOBS
+from hpctrain.observe.machine_log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.observe.phase_log import FILE as PHASES
+from hpctrain.observe.run_files import goodput_of
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import parse_json
 from hpctrain.utils.run_folder import CHECKPOINTS, step_of
 
-LOG, MACHINE = "log.txt", "machine"
+LOG = "log.txt"
 PIECE_BYTES = 2**20
 """Of a file, in one answer."""
 
@@ -73,6 +77,8 @@ class RunFiles:
         self._read: dict[str, tuple[tuple[int, int, int], Any]] = {}
         self._steps: tuple[int, ...] = ()
         self._found_best: dict[str, Any] | None = None
+        self._phases_size = -1
+        self._found_spent: dict[str, Any] = {}
 
     def growing(self) -> list[GrowingFile]:
         """Return the files that grow, those that are there."""
@@ -105,7 +111,8 @@ class RunFiles:
         Keys: state, explanation, reason, code, step, tries, since, checkpoint, and with them
         "max_steps" and "max_epochs" of its config, "config" (text), "best", "checkpoints" (step,
         time), "jobs" (number, start, end, first_step, step, reason, code, ranks, nodes, job,
-        launcher, command; times in seconds since 1970).
+        launcher, command; times in seconds since 1970), "goodput" (seconds of each part) and
+        "node_hours".
         """
         checkpoints = self._checkpoints()
         config = self._content("config.toml", _CONFIG_BYTES, bytes.decode) or ""
@@ -116,6 +123,7 @@ class RunFiles:
             "best": self._best(tuple(each["step"] for each in checkpoints)),
             "checkpoints": checkpoints,
             "jobs": self._jobs(),
+            **self._spent(),
         }
 
     @contextmanager
@@ -166,6 +174,24 @@ class RunFiles:
                 best = best_of(self.path)
                 self._found_best = None if best is None else asdict(best)
         return self._found_best
+
+    def _spent(self) -> dict[str, Any]:
+        """Return what came of the seconds of the run; added up only where there are new lines."""
+        try:
+            with self._opened(PHASES) as descriptor:
+                size = os.fstat(descriptor).st_size
+        except OSError:
+            return {}
+        if size != self._phases_size:
+            self._phases_size, self._found_spent = size, {}
+            found = goodput_of(self.path, runs=self._lives(self.path))
+            if found is not None:
+                parts = found.to_json()
+                self._found_spent = {
+                    "goodput": {"seconds": {key: parts[key] for key in (*PARTS, "unattributed")}},
+                    "node_hours": found.node_seconds / 3600,
+                }
+        return self._found_spent
 
     def _checkpoints(self) -> list[dict[str, Any]]:
         found = []

@@ -7,8 +7,8 @@ from typing import Any
 
 from hpctrain.observe.records import NONFINITE, WALL_TIME, flat
 
-MOST_POINTS = 60_000
-"""Of all curves of a report together: some 1.2 MB of it."""
+MOST_POINTS = 50_000
+"""Of all curves of a report together: some 1 MB of it."""
 
 PHASES = "seconds."
 """Beginning of the keys that say how long a phase took since the line before."""

@@ -58,6 +58,39 @@ def made_run(folder: Path, steps: int = 200, *, reason: str = "running") -> Path
     return folder
 
 
+def append_machines(run: Path, hosts: int, minutes: int, ranks_per_node: int = 4) -> None:
+    """Append lines of machine figures of many hosts; the last rank is slow, and named."""
+    (run / "machine").mkdir(exist_ok=True)
+    last = hosts * ranks_per_node - 1
+    for host in range(hosts):
+        ranks = [host * ranks_per_node + i for i in range(ranks_per_node)]
+        lines: list[dict[str, Any]] = [
+            {
+                "kind": "machine",
+                "step": 10 * (minute + 1),
+                "seconds": 60.0,
+                "cpu": {"cores": 64, "busy": host / hosts, "job": 12.0},
+                "memory": {"total": 512_000, "used": 100_000 + host},
+                "network": {"hsn0": [100.0, 50.0]},
+                "devices": {"busy": [0.9] * ranks_per_node, "watts": [400.0] * ranks_per_node},
+                "ranks": {
+                    "count": len(ranks),
+                    "rank": ranks,
+                    "step": [0.5] * len(ranks),
+                    "others": [0.0 if rank == last else 0.3 for rank in ranks],
+                },
+                "wall_time": BEGIN + 60 * minute,
+            }
+            for minute in range(minutes)
+        ]
+        if last in ranks:
+            slow = {"rank": last, "host": f"nid\x1b{host:03}", "device": 3, "why": "<i>hot</i>"}
+            numbers = {"seconds": 0.5, "usual_seconds": 0.2, "since": BEGIN, "wall_time": BEGIN}
+            lines.append({"kind": "straggler", "step": 0, **slow, **numbers})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / "machine" / f"nid{host:03}.jsonl").write_text(text, encoding="utf-8")
+
+
 def moment(seconds: float) -> str:
     """A time of a job's record."""
     return datetime.fromtimestamp(BEGIN + seconds, timezone.utc).isoformat(timespec="seconds")

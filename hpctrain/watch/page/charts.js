@@ -34,7 +34,7 @@ class Plot {
     this.unit = unit;
     this.height = height;
     this.frame = element("div", {className: "plot", tabIndex: 0, role: "img"});
-    this.card = element("figure", {className: "card"}, element("figcaption", {}, printable(title)), this.frame);
+    this.card = element("figure", {className: "card"}, element("figcaption", {}, printable(title), unit ? element("span", {className: "unit"}, ` in${unit}`) : ""), this.frame);
     parent.append(this.card);
     this.frame.addEventListener("keydown", (event) => this._key(event));
     this.plot = null;
@@ -72,7 +72,7 @@ class Plot {
       scales: {x: {time: x === "time"}, y: {distr: log ? 3 : 1, range: log ? undefined : range ?? paddedRange}},
       axes: [
         {...axis, size: 32, values: x === "time" ? undefined : (_, ticks) => ticks.map(short)},
-        {...axis, size: 56, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(tick) + (this.unit ?? ""))},
+        {...axis, size: 56, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(tick))},
       ],
       bands: lines.flatMap((line, i) => line.band === undefined ? [] : [{series: [i + 1, line.band + 1], fill: faded(line.colour, 0.18)}]),
       series: [

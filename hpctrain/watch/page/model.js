@@ -123,6 +123,78 @@ function summed(all, stretches) {
   return [order.map((stretch) => Math.min(last, (stretch + 1) * width)), all.map((_, k) => order.map((stretch) => found.get(stretch)[k]))];
 }
 
+// One number of many hosts in stretches of an axis: its mean, lowest and highest of each.
+function spread(hosts, pick, along, stretches) {
+  const points = [];
+  for (const rows of hosts) {
+    for (const row of rows) {
+      const value = pick(row), x = along(row);
+      if (Number.isFinite(value) && Number.isFinite(x)) points.push([x, value]);
+    }
+  }
+  if (!points.length) return null;
+  const first = points.reduce((low, [x]) => Math.min(low, x), Infinity), last = points.reduce((high, [x]) => Math.max(high, x), -Infinity);
+  const width = (last - first) / stretches || 1, found = new Map();
+  for (const [x, value] of points) {
+    const stretch = Math.floor((x - first) / width), known = found.get(stretch);
+    if (known) {
+      known.sum += value; known.count += 1;
+      known.low = Math.min(known.low, value); known.high = Math.max(known.high, value);
+    } else found.set(stretch, {sum: value, count: 1, low: value, high: value});
+  }
+  const order = [...found.keys()].sort((a, b) => a - b), each = order.map((stretch) => found.get(stretch));
+  return [order.map((stretch) => first + stretch * width), each.map((e) => e.sum / e.count), each.map((e) => e.low), each.map((e) => e.high)];
+}
+
+const total = (values) => values.reduce((sum, value) => sum + value, 0);
+const known = (values) => (values ?? []).filter((value) => Number.isFinite(value));
+const mean = (values) => values.length ? total(values) / values.length : NaN;
+
+// What the lines of machine/HOST.jsonl say of a node: title, unit, and the number.
+const FIGURES = [
+  ["device busy", " %", (row) => 100 * mean(known(row.devices?.busy))],
+  ["device memory", " GB", (row) => row.devices?.memory ? total(known(row.devices.memory)) / 1e3 : NaN],
+  ["device power", " W", (row) => row.devices?.watts ? total(known(row.devices.watts)) : NaN],
+  ["device temperature", " °C", (row) => row.devices?.celsius ? Math.max(...known(row.devices.celsius)) : NaN],
+  ["CPU busy", " %", (row) => 100 * row.cpu?.busy],
+  ["memory of the node", " GB", (row) => row.memory?.used / 1e3],
+  ["memory of the job", " GB", (row) => row.memory?.job / 1e3],
+  ["network", " MB/s", (row) => row.network ? total(Object.values(row.network).flat().filter(Number.isFinite)) : NaN],
+  ["disk", " MB/s", (row) => row.disk ? total(known(Object.values(row.disk))) : NaN],
+  ["own time of a step", " s", (row) => mean(ownSeconds(row).map(([, value]) => value))],
+];
+
+// Of each rank of a line, the seconds of a step that are its own: [rank, seconds].
+function ownSeconds(row) {
+  const {rank, step, others} = row.ranks ?? {};
+  if (!Array.isArray(rank) || !Array.isArray(step)) return [];
+  return rank.map((each, i) => [each, step[i] - (others?.[i] ?? 0)]).filter(([, value]) => Number.isFinite(value));
+}
+
+// Ranks over time as rows of a map: labels, moments, values.
+function rankMap(machines, columns) {
+  const rows = [...machines].flatMap(([host, lines]) => lines.map((line) => ({host, line}))).filter(({line}) => line.wall_time && line.ranks);
+  if (!rows.length) return null;
+  const times = rows.map(({line}) => line.wall_time);
+  const first = times.reduce((a, b) => Math.min(a, b)), last = times.reduce((a, b) => Math.max(a, b));
+  const count = Math.max(1, Math.min(columns, Math.round((last - first) / 60) + 1)), width = (last - first) / count || 1;
+  const found = new Map();
+  for (const {host, line} of rows) {
+    const column = Math.min(count - 1, Math.floor((line.wall_time - first) / width));
+    for (const [rank, value] of ownSeconds(line)) {
+      if (!found.has(rank)) found.set(rank, {host, values: new Array(count).fill(null)});
+      const {values} = found.get(rank);
+      values[column] = Math.max(values[column] ?? 0, value);
+    }
+  }
+  const ranks = [...found.keys()].sort((a, b) => a - b);
+  return {
+    labels: ranks.map((rank) => `rank ${rank} on ${found.get(rank).host}`),
+    columns: Array.from({length: count}, (_, i) => new Date((first + (i + 0.5) * width) * 1000).toLocaleString()),
+    rows: ranks.map((rank) => found.get(rank).values),
+  };
+}
+
 // Lines of a file that grows, fed piece by piece; the last one may come in two.
 class Lines {
   constructor() { this.rest = ""; this.decoder = new TextDecoder(); }

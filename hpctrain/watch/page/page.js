@@ -388,8 +388,55 @@ function show(runs) {
 
 // ---- machines: bands over the nodes, and a map of the ranks
 
+const MACHINE_STRETCHES = 300, MAP_COLUMNS = 240;
+
 function showMachines(runs) {
-  $("machines-section").hidden = !runs.some((run) => run.machines.size);
+  const present = new Set();
+  const some = runs.filter((run) => run.machines.size);
+  $("machines-section").hidden = !some.length;
+  for (const [title, unit, pick] of FIGURES) {
+    const lines = [], tables = [];
+    some.forEach((run) => {
+      const table = spread([...run.machines.values()].map((rows) => rows.filter((row) => row.kind === "machine")), pick, alongOf(run), MACHINE_STRETCHES);
+      if (table === null) return;
+      const own = colour(runs.length > 1 ? run.index : 0), label = runs.length > 1 ? run.name : "mean", at = lines.length;
+      const points = table[0].length < 40;
+      if (run.machines.size > 1) {
+        tables.push(table);
+        lines.push({label, colour: own, points}, {label: "lowest", colour: own, hidden: true, dash: [2, 2]}, {label: "highest", colour: own, hidden: true, band: at + 1, dash: [2, 2]});
+      } else {
+        tables.push(table.slice(0, 2));
+        lines.push({label: runs.length > 1 ? label : "node", colour: own, points});
+      }
+    });
+    if (!tables.length) continue;
+    present.add("machine " + title);
+    const nodes = some.length === 1 && some[0].machines.size > 1 ? `, ${some[0].machines.size} nodes` : "";
+    plotOf("machine " + title, $("machines"), title + nodes, {unit, height: 180})
+      .show(uPlot.join(tables), lines, {x: view.axis, range: unit === " %" ? [0, 100] : null});
+  }
+  drop("machine ", present);
+  showRanks(some);
+}
+
+// Where a line of machine figures lies along the chosen axis.
+function alongOf(run) {
+  if (view.axis === "time") return (row) => row.wall_time;
+  return (row) => run.curves.along(view.axis, [row.step])?.[0];
+}
+
+function showRanks(runs) {
+  const maps = runs.map((run) => [run, rankMap(run.machines, MAP_COLUMNS)]).filter(([, map]) => map !== null && map.rows.length > 1);
+  const boxes = maps.map(([run, map]) => {
+    const box = element("div"), title = "seconds of a step that are each rank's own, without waiting for others";
+    heatMap(box, runs.length > 1 ? `${run.name}: ${title}` : title, map.labels, map.columns, map.rows, (value) => short(value) + " s");
+    return box;
+  });
+  const slow = runs.flatMap((run) => [...run.machines.values()].flat().filter((row) => row.kind === "straggler"));
+  const told = slow.map((row) => element("p", {className: "bad"}, printable(
+    `rank ${row.rank} on ${row.host}${row.device >= 0 ? `, device ${row.device}` : ""}: ${short(row.seconds)} s of a step, ` +
+    `the others ${short(row.usual_seconds)} s, since ${new Date(row.since * 1000).toLocaleString()}${row.why ? `: ${row.why}` : ""}`)));
+  $("ranks").replaceChildren(...boxes, ...told);
 }
 
 // ---- start

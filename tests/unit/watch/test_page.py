@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from helpers.browser import LIMIT_SECONDS, browser, needs_browser
-from helpers.made_runs import append, made_run, record
+from helpers.made_runs import append, append_machines, made_run, record
 
 from hpctrain.watch import page
 from hpctrain.watch.report import write_report
@@ -103,6 +103,8 @@ def test_the_served_page_grows(window: Any, tmp_path: Path) -> None:
         wait_for(window, "return document.body.innerText.includes('novel_metric')")
         wait_for(window, "return document.getElementById('lines').innerText.includes('of later')")
         assert 77.125 in window.execute_script("return plots.get('metric loss').plot.data[1]")
+        append_machines(run, 1, 3)
+        wait_for(window, "return document.querySelectorAll('canvas.heat').length === 1")
         # Metrics that a resume has cut back do not stay.
         lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         (run / "new").write_bytes(b"".join(lines[:5]) + json.dumps(record(60)).encode() + b"\n")
@@ -154,6 +156,29 @@ def test_a_report_of_many_points_from_a_file(window: Any, tmp_path: Path) -> Non
     )
     wait_for(window, f"return plots.get('metric loss').plot.scales.x.max < {before}")
     assert asked(window) == set()
+    assert complaints(window) == []
+
+
+def test_machines_of_64_nodes(window: Any, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    append_machines(run, 64, 120)
+    target = tmp_path / "report.html"
+    assert write_report([opened(run)], target) < 2_000_000
+    forget_log(window)
+    window.get(target.as_uri())
+    wait_for(window, "return !document.getElementById('machines-section').hidden")
+    told = window.find_element("id", "machines").text
+    for title in ("device busy", "device power", "CPU busy", "network", "own time of a step"):
+        assert title in told
+    _, means, lows, highs = window.execute_script("return plots.get('machine CPU busy').plot.data")
+    assert (lows[0], highs[0]) == (0, pytest.approx(100 * 63 / 64))
+    assert means[0] == pytest.approx(100 * 31.5 / 64)
+    heat = window.find_element("css selector", "canvas.heat")
+    assert heat.get_attribute("height") == "256"
+    assert "from 0.2 to 0.5" in heat.get_attribute("aria-label")
+    slow = window.find_element("css selector", "#ranks .bad").text
+    assert slow.startswith(r"rank 255 on nid\x1b063, device 3: 0.5 s of a step, the others 0.2 s")
+    assert slow.endswith("<i>hot</i>")
     assert complaints(window) == []
 
 
