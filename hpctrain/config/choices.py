@@ -133,6 +133,13 @@ def choices(env: Mapping[str, str] | None = None) -> Choices:
     )
 
 
+def as_options(env: Mapping[str, str] | None = None) -> list[str]:
+    """Return the options of `python -m hpctrain run` that the environment stands for."""
+    env = os.environ if env is None else env
+    named = {"--accelerator": ACCELERATOR, "--precision": PRECISION, "--strategy": STRATEGY}
+    return [part for option, name in named.items() if env.get(name) for part in (option, env[name])]
+
+
 def is_preparing(env: Mapping[str, str] | None = None) -> bool:
     """Tell whether this process is to fetch data, and to train nothing."""
     return (os.environ if env is None else env).get(PREPARING) == "1"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpctrain.config import Config
-from hpctrain.config.choices import choices, is_preparing
+from hpctrain.config.choices import as_options, choices, is_preparing
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError
 from hpctrain.launch.environment import this_process
 from hpctrain.launch.failure import end_quietly_if_uncaught
@@ -159,7 +159,7 @@ class Trainer(Facts):
                 meeting=meeting,
                 signals=job.signals,
                 guard=job.guard,
-                command=["run", *sys.argv],
+                command=["run", *as_options(), *sys.argv],
                 brought=brought,
             )
         if isinstance(handed.brought.datamodule, ModuleData):

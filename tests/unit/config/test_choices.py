@@ -10,7 +10,14 @@ from lightning.fabric.plugins.precision import precision as of_fabric
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from hpctrain.config.choices import Choices, choices, device_of, precision_of, training_of
+from hpctrain.config.choices import (
+    Choices,
+    as_options,
+    choices,
+    device_of,
+    precision_of,
+    training_of,
+)
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
 
@@ -89,3 +96,10 @@ def test_accelerators(accelerator: str, device: str) -> None:
 def test_accelerators_that_are_not_there(accelerator: str) -> None:
     with pytest.raises(ConfigError, match="cpu"):
         device_of(accelerator)
+
+
+def test_what_was_chosen_is_an_option_again() -> None:
+    """So that a command that a run shows does the same again."""
+    env = {"HPCTRAIN_PRECISION": "bf16", "HPCTRAIN_STRATEGY": "fsdp", "HPCTRAIN_ACCELERATOR": ""}
+    assert as_options(env) == ["--precision", "bf16", "--strategy", "fsdp"]
+    assert as_options({}) == []
