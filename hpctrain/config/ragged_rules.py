@@ -10,6 +10,7 @@ from hpctrain.config.toml import Source
 _ONLY_OF = {"pad": "pad", "mask": "pad", "shift_by": "concat", "position": "pack"}
 """Keys of such fields, and the one way of batching that they belong to."""
 _OF_EQUAL = ("steps", "lead", "every")
+_OF_IMAGES = frozenset({"image", "crop", "grey"})
 
 
 def check_ragged(source: Source) -> list[Mistake]:
@@ -20,9 +21,17 @@ def check_ragged(source: Source) -> list[Mistake]:
     described = {name: table for name, table in tables.items() if isinstance(table, dict)}
     mistakes = []
     for name, table in described.items():
-        for key, problem in _problems(table, described).items():
+        of_images = not _OF_IMAGES.isdisjoint(table)
+        problems = _problems_of_images(table) if of_images else _problems(table, described)
+        if "image" in table and isinstance(source.get("data", "normalize", name), str):
+            problem = (
+                "the files hold encoded images, whose statistics nobody has: give mean and std"
+            )
+            mistakes.append(source.mistake(("data", "normalize", name), problem))
+        for key, problem in problems.items():
             mistakes.append(source.mistake(("data", "fields", name, key), problem))
-    if any(table.get("batch") in ("pad", "concat") for table in described.values()):
+    ragged = [table.get("batch") in ("pad", "concat") for table in described.values()]
+    if any(ragged) or any("image" in table for table in described.values()):
         mistakes += _combined(source)
     return mistakes
 
@@ -60,19 +69,37 @@ def _problems(table: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[
     return problems
 
 
+def _problems_of_images(table: dict[str, Any]) -> dict[str, str]:
+    """Return what is wrong with a table of encoded images, by key."""
+    if "image" not in table:
+        problem = "is for encoded images: say what pixels they become, image = [224, 224]"
+        return dict.fromkeys(_OF_IMAGES & table.keys(), problem)
+    problems = {
+        key: "is not for encoded images, whose samples are of one shape once they are decoded"
+        for key in ("batch", "steps", "lead", "every", "fill", "mask", *_ONLY_OF)
+        if key in table
+    }
+    if ("offsets" in table) == ("counts" in table):
+        problems["image"] = (
+            "images are bytes one after the other: name the HDF5 dataset that says where each "
+            "begins (offsets), or how many it has (counts)"
+        )
+    return problems
+
+
 def _combined(source: Source) -> list[Mistake]:
     """Refuse what samples of unequal length do not go with."""
     mistakes = []
     if source.get("data", "sample_transform") is not None:
         problem = (
-            "makes samples of one shape, and some fields have samples of unequal length: do it to "
-            "batches, with data.transform"
+            "makes samples of one shape, and some fields have samples of unequal length, or "
+            "encoded images: do it to batches, with data.transform"
         )
         mistakes.append(source.mistake(("data", "sample_transform"), problem))
     if source.get("data", "cache") == "memory":
         problem = (
-            "holds samples of one size, and some fields have samples of unequal length: leave it "
-            "out; files that are read often are in the page cache"
+            "holds samples of one size, and some fields have samples of unequal length, or "
+            "encoded images: leave it out; files that are read often are in the page cache"
         )
         mistakes.append(source.mistake(("data", "cache"), problem))
     return mistakes

@@ -129,6 +129,15 @@ class FieldTable:
     shift_by: Text | None = None
     """Field whose values these are indices of; in a batch they count those of the whole pass."""
 
+    image: tuple[Count, Count] | None = None
+    """Rows and columns of pixels that encoded images (JPEG, PNG) become; none: they are none."""
+
+    crop: Literal["center", "random", "none"] = "center"
+    """What is kept of an image: the middle; in training a part drawn for each sample; or all."""
+
+    grey: bool = False
+    """Images in one channel in place of three."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplesTable:

@@ -242,6 +242,8 @@ def _join(
 
 
 def _raggedness(table: FieldTable) -> Raggedness | None:
+    if table.image is not None:
+        return Raggedness(batch="concat")
     if table.batch is None or table.batch == "pack":
         return None
     return Raggedness(

@@ -19,12 +19,12 @@ from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import verify_share
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.loading.decoder import Decoding
+from hpctrain.data.loading.delivery import Preparation
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
-from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.open_datasets import open_datasets, open_named
 from hpctrain.data.order import Order, Sampling, served_samples
@@ -198,7 +198,7 @@ def open_data(
         )
 
         def evaluation_loader(
-            dataset: Dataset, preparation: SamplePreparation | None, decoding: Decoding
+            dataset: Dataset, preparation: Preparation | None, decoding: Decoding
         ) -> EvaluationLoader:
             return EvaluationLoader(
                 dataset,

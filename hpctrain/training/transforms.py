@@ -17,8 +17,12 @@ from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decodings
 from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale, Transform
 from hpctrain.data.loading.decoder import Decoder, Decoding
+from hpctrain.data.loading.delivery import Preparation
+from hpctrain.data.loading.images import Decoded, ImagePreparation
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
+from hpctrain.data.reading.threads import reading_threads
+from hpctrain.data.view import View
 from hpctrain.errors import ConfigError
 from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
@@ -40,13 +44,13 @@ class Transforms:
         further: as `validation` and `validation_decoding`, of further data to evaluate with.
     """
 
-    train: SamplePreparation | None
-    validation: SamplePreparation | None
+    train: Preparation | None
+    validation: Preparation | None
     decoding: Decoding
     validation_decoding: Decoding
     batch_transform: BatchTransform
     fields: Mapping[str, Field]
-    further: Sequence[tuple[SamplePreparation | None, Decoding]]
+    further: Sequence[tuple[Preparation | None, Decoding]]
     _worker_pool: WorkerPool | None
 
     @classmethod
@@ -79,10 +83,18 @@ class Transforms:
         datasets = [each.select(fields) for each in given]
         decodings = Decodings.of(config, datasets)
 
-        def preparation(index: int) -> SamplePreparation | None:
-            if worker_pool is None or index >= len(datasets):
+        images = images_of(config, fields)
+
+        def preparation(index: int) -> Preparation | None:
+            if index >= len(datasets):
                 return None
             dataset = datasets[index]
+            if images:
+                assert isinstance(dataset, View)
+                threads = config.data.threads or reading_threads(world.topology.local_world_size)
+                return ImagePreparation(dataset, images, threads, training=index == 0)
+            if worker_pool is None:
+                return None
             return SamplePreparation(
                 f'{_KEY} = "{config.data.sample_transform}"',
                 worker_pool,
@@ -93,15 +105,15 @@ class Transforms:
                 decodings=decodings.datasets[index],
             )
 
-        def decoding(index: int, prepares: SamplePreparation | None) -> Decoding:
+        def decoding(index: int, prepares: Preparation | None) -> Decoding:
             if index >= len(datasets):
                 return Decoding()
-            prepared = None if prepares is None else prepares.fields
+            prepared = prepares.fields if isinstance(prepares, SamplePreparation) else None
             return decodings.decoding(config, index, world.device, prepared)
 
         prepares, validates = preparation(0), preparation(1)
         delivered = datasets[0].fields if prepares is None else prepares.fields
-        decoded = decodings.fields(delivered, prepared=prepares is not None)
+        decoded = decodings.fields(delivered, prepared=isinstance(prepares, SamplePreparation))
         return cls(
             train=prepares,
             validation=validates,
@@ -137,6 +149,15 @@ class Transforms:
         """End all processes; no loader may be at work."""
         if self._worker_pool is not None:
             self._worker_pool.close()
+
+
+def images_of(config: Config, fields: Sequence[str]) -> dict[str, Decoded]:
+    """Return what encoded images become, by field."""
+    return {
+        name: Decoded(rows=table.image[0], columns=table.image[1], crop=table.crop, grey=table.grey)
+        for name, table in config.data.fields.items()
+        if table.image is not None and name in fields
+    }
 
 
 def _worker_pool(config: Config) -> WorkerPool | None:

@@ -29,6 +29,7 @@ from hpctrain.data.loading.buffers import (
     new_bytes,
 )
 from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
+from hpctrain.data.loading.images import ImagePreparation
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values, documents_of
@@ -55,6 +56,10 @@ MOST_COPIES = 2
 """Groups on their way to the device at once."""
 
 logger = logging.getLogger(__name__)
+
+
+Preparation = SamplePreparation | ImagePreparation
+"""What is done to every sample on the host."""
 
 
 def _nothing() -> None:
@@ -111,7 +116,7 @@ class Delivery:
         memory: MemoryPlan,
         options: LoaderOptions,
         *,
-        preparation: SamplePreparation | None,
+        preparation: Preparation | None,
         decoding: Decoding,
         batch_transform: BatchTransform,
         training: bool,
@@ -150,13 +155,15 @@ class Delivery:
         aside = device.type in COPIES_ASIDE
         allocate = _pinned if aside else new_bytes
         self._copies = DeviceCopies(Streams(device)) if aside else None
-        self._how = dataset.ragged if isinstance(dataset, View) else {}
+        stored = dataset.ragged if isinstance(dataset, View) else {}
+        decoded = preparation.images if isinstance(preparation, ImagePreparation) else {}
+        self._how = {name: how for name, how in stored.items() if name not in decoded}
         rectangular = {n: field for n, field in self._fields.items() if n not in self._how}
         self._rectangular = rectangular
         self._pool = BufferPool(rectangular, rows, groups, allocate, in_powers_of_two=aside)
         self.packed = dataset if isinstance(dataset, View) and dataset.packs else None
         self.values: ValueSource | None = None
-        if self._how:
+        if stored:
             assert isinstance(dataset, View)
             assert isinstance(self.access, ViewReader)
             self.values = ValueSource(dataset, self.access, ValuePool(allocate))
@@ -173,6 +180,11 @@ class Delivery:
     def needs_rows(self) -> bool:
         """Whether it has to be known which samples a group holds."""
         return self._decoding.needs_samples or self.values is not None or self.packed is not None
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether batches have fields of unequal length."""
+        return bool(self._how)
 
     @property
     def surplus_bytes(self) -> int:
@@ -428,7 +440,7 @@ def groups_in_use(device: torch.device) -> int:
     return GROUPS_IN_USE_BY_COPIES if device.type in COPIES_ASIDE else GROUPS_IN_USE
 
 
-def sample_bytes(dataset: Dataset, preparation: SamplePreparation | None) -> tuple[int, int]:
+def sample_bytes(dataset: Dataset, preparation: Preparation | None) -> tuple[int, int]:
     """Return the bytes of a sample as it goes to the device, and those besides before that."""
     if preparation is None:
         return dataset.bytes_per_sample, 0

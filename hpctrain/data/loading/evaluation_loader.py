@@ -14,10 +14,10 @@ from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
     Delivery,
     LoaderOptions,
+    Preparation,
     groups_in_use,
     sample_bytes,
 )
-from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import Group, RowSource, group_bounds
 from hpctrain.data.order import sample_keys
@@ -40,7 +40,7 @@ class EvaluationLoader:
         rank: int,
         world_size: int,
         batch_size: int,
-        preparation: SamplePreparation | None = None,
+        preparation: Preparation | None = None,
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
         seed: int = 0,

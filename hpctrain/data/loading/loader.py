@@ -18,11 +18,11 @@ from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
     Delivery,
     LoaderOptions,
+    Preparation,
     groups_in_use,
     sample_bytes,
 )
 from hpctrain.data.loading.epochs import Epochs
-from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import (
     BlockSource,
@@ -72,7 +72,7 @@ class TrainLoader:
         limit: float | None = None,
         begin: int = 0,
         memory: Mapping[str, Bytes] | None = None,
-        preparation: SamplePreparation | None = None,
+        preparation: Preparation | None = None,
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
     ) -> None:
@@ -187,7 +187,7 @@ class TrainLoader:
         not a number stays so.
         """
         row = self._rank * self._dataset.samples // self._world_size
-        if self._delivery.values is not None:
+        if self._delivery.is_ragged:
             found = self._delivery.some_ragged(np.array([row], np.int64)).repeated(count)
             return {name: _finite(each) for name, each in found.items()}
         sample = {name: _finite(each) for name, each in self._delivery.one(row).items()}
