@@ -578,6 +578,9 @@ class LoggingSection:
     machine: bool = True
     """Write what the nodes and their devices do to machine/ in the run folder."""
 
+    report: bool = True
+    """Write report.html in the run folder once the run is complete."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSection:

@@ -26,7 +26,7 @@ from hpctrain.batch.stop import SAVE_DUE
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config import Config, to_toml
-from hpctrain.errors import CheckpointError, ConfigError, ExitCode
+from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.phase_log import PhaseLog
@@ -169,14 +169,16 @@ class RunFolder:
         phase_log: what this job does with its time.
     """
 
-    def __init__(self, path: Path, *, group_writable: bool = False) -> None:
+    def __init__(self, path: Path, *, group_writable: bool = False, report: bool = False) -> None:
         """Prepare; nothing is done before the folder is entered.
 
         Args:
             path: of the folder.
             group_writable: open it to its group, and all that is in it.
+            report: write report.html once the run is complete.
         """
         self.path = path
+        self._has_report = report
         self._group_writable = group_writable
         self.tries = 1
         self.step = 0
@@ -321,6 +323,19 @@ class RunFolder:
                 exit_code=code,
                 steps={"first": self._first_step, "last": self.step},
             )
+        if code == ExitCode.DONE and self._has_report:
+            _write_report(self.path)
+
+
+def _write_report(run: Path) -> None:
+    """Write the page of a run beside its metrics; a run is complete without it."""
+    from hpctrain.watch.report import NAME, write_report  # what only a complete run needs
+    from hpctrain.watch.run_files import RunFiles
+
+    try:
+        write_report([RunFiles(run, lambda _: False)], run / NAME)
+    except (HpctrainError, OSError, ValueError) as error:
+        logger.warning("no %s is written: %s", NAME, error)
 
 
 _SLOW_DISK_BYTES_PER_SECOND = 200e6

@@ -86,7 +86,11 @@ def session(
         with guard.pulse.long_phase(), raise_together(communicator):
             if communicator.rank == 0:
                 folder = stack.enter_context(
-                    RunFolder(path, group_writable=config.run.group_writable)
+                    RunFolder(
+                        path,
+                        group_writable=config.run.group_writable,
+                        report=config.logging.report,
+                    )
                 )
         guard.report_to(path)
         stack.enter_context(log.start(path if folder else None, is_reporter=folder is not None))

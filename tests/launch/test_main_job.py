@@ -38,6 +38,9 @@ def test_the_documented_run(site: Path) -> None:
 
     names = {path.name for path in run.iterdir()}
     assert {"config.toml", "log.txt", "metrics.jsonl", "metrics.csv", "exit.json"} <= names
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert '"state":"complete"' in page
+    assert '"key":"accuracy"' in page
     assert (run / "latest").read_text(encoding="utf-8").strip() == "step-00000276"
     assert outcome(run)["code"] == 0
     assert len(list((run / "checkpoints").iterdir())) in (3, 4)  # the last three and the best

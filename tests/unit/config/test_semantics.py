@@ -126,6 +126,7 @@ AS_BEFORE = {
     "data.evaluations": "there are no further ones, as before",
     "training.detect_anomaly": "nothing looks at gradients, as before",
     "logging.machine": "what is trained does not know of it",
+    "logging.report": "it is written once the run is complete",
     **dict.fromkeys(
         (
             f"profile.{key}"
