@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.config.capabilities import records_graphs, unsupported
-from hpctrain.config.fields import problems_of
+from hpctrain.config.fields import STATISTICS, problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
 from hpctrain.config.object_rules import check_objects, may_be_object, names_object
@@ -342,17 +342,101 @@ def check_batch_sizes(source: Source) -> list[Mistake]:
     return [source.mistake(("data", "micro_batch_size"), problem)]
 
 
+def check_sources(source: Source) -> list[Mistake]:
+    """Check that sources to mix have names, files, weights that go together, and last."""
+    given = source.get("data", "sources")
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        return []
+    if not given:
+        return []
+    tables: list[dict[str, Any]] = given
+    mistakes = [*_beside_sources(source), *_check_weights(source, tables)]
+
+    def mistake(key: str, value: Any, problem: str) -> None:
+        place = Mistake(key=("data", "sources", key), problem=problem, value=value)
+        mistakes.append(source.place(place))
+
+    names = [table.get("name") for table in tables]
+    for name in names:
+        if isinstance(name, str) and not _FOLDER_NAME.fullmatch(name):
+            mistake("name", name, "expected a plain name: letters, digits and . _ + = -")
+        elif names.count(name) > 1:
+            mistake("name", name, "another source has this name: messages would mean either")
+            break
+    for table in tables:
+        train, rows = table.get("train"), table.get("samples")
+        if isinstance(train, str) and train:
+            if is_reference(train):
+                problem = (
+                    "sources are HDF5 files: pack the Dataset with `python -m hpctrain data pack`"
+                )
+                mistake("train", train, problem)
+            elif (absent := _absence(train, may_be_pattern=True)) is not None:
+                mistake("train", train, absent + _data_hint(train))
+        if isinstance(rows, list) and _is_no_range(rows):
+            mistake("samples", rows, "expected the first row and one past the last: [0, 8000]")
+    return mistakes
+
+
+def _beside_sources(source: Source) -> list[Mistake]:
+    """Return the keys that say otherwise what sources say."""
+    problems = {
+        "train": "data.sources name the files to train with: leave one of the two out",
+        "use": "data.sources are files, and data.use makes datasets: leave one of the two out",
+        "weights": "draws single samples by weight, and data.sources mix whole sources: leave one "
+        "of the two out",
+    }
+    mistakes = [
+        source.mistake(("data", key), problem)
+        for key, problem in problems.items()
+        if source.get("data", key) not in (None, "")
+    ]
+    for name, table in _tables(source).items():
+        if "train" in table:
+            problem = "has files of its own, which cannot be joined with those of every source"
+            mistakes.append(source.mistake(("data", "fields", name, "train"), problem))
+    normalize = source.get("data", "normalize")
+    for name, value in (normalize if isinstance(normalize, dict) else {}).items():
+        if value in STATISTICS:
+            problem = "no statistics are of a mixture: give numbers, { mean = ..., std = ... }"
+            mistakes.append(source.mistake(("data", "normalize", name), problem))
+    return mistakes
+
+
+def _check_weights(source: Source, tables: list[dict[str, Any]]) -> list[Mistake]:
+    """Check that all sources have weights, or none, and that one of them goes on for ever."""
+    key = ("data", "sources")
+    weights = [table.get("weight") for table in tables]
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(weights):
+        problem = "some have a weight and some have none: give all of them one, or none"
+        return [source.mistake(key, problem)]
+    lasting = [
+        weight is None or (isinstance(weight, int | float) and weight > 0)
+        for weight, table in zip(weights, tables, strict=True)
+        if table.get("when_exhausted", "repeat") == "repeat"
+    ]
+    if not any(lasting):
+        problem = (
+            'none has a weight above 0 and when_exhausted = "repeat": training would run out of '
+            "samples; max_epochs, max_steps or max_samples end it"
+        )
+        return [source.mistake(key, problem)]
+    return []
+
+
 def check_sampling(source: Source) -> list[Mistake]:
     """Check that the order of the samples is said in one way."""
     mistakes = []
-    weights = source.get("data", "weights")
     overfit = source.get("training", "overfit_batches")
+    mixed, weights = source.get("data", "sources"), source.get("data", "weights")
     if weights is not None and source.get("data", "shuffle") is False:
         problem = "data.weights draws the samples in an order of its own: leave one of them out"
         mistakes.append(source.mistake(("data", "shuffle"), problem))
-    if weights is None and source.get("data", "epoch_samples") is not None:
+    if weights is None and not mixed and source.get("data", "epoch_samples") is not None:
         problem = (
-            "is the length of an epoch that is drawn by data.weights, which is not set; "
+            "is the length of an epoch that is drawn by data.weights, or mixed of data.sources, "
+            "and neither is set; "
             "training.limit_train_batches ends any epoch earlier"
         )
         mistakes.append(source.mistake(("data", "epoch_samples"), problem))
@@ -536,6 +620,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_samples,
     check_transforms,
     check_objects,
+    check_sources,
     check_normalize,
     check_limits,
     check_batch_sizes,

@@ -172,6 +172,26 @@ class SamplesTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceTable:
+    """One of several datasets to train with at once, `[[data.sources]]`."""
+
+    name: Text
+    """What messages and metrics call it; its order depends on it, and so does going on with it."""
+
+    train: Text
+    """As `data.train`, of this source: a folder of shards, a pattern of HDF5 files, or a list."""
+
+    weight: Annotated[float, Ge(0)] | None = None
+    """Its part of every batch, in proportion to the others'; none, of all: by their samples."""
+
+    when_exhausted: Literal["repeat", "drop"] = "repeat"
+    """Once all of it was served: begin its next epoch, or leave the others its part."""
+
+    samples: Text | tuple[int, int] | None = None
+    """As `data.samples.train`, of this source; none: as that says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection:
     """Where the samples are and how they are cut into batches."""
 
@@ -187,6 +207,9 @@ class DataSection:
 
     train_arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of what is at that import path."""
+
+    sources: tuple[SourceTable, ...] = ()
+    """In place of `train`: several datasets, mixed by weight in every batch."""
 
     validation: Text | None = None
     """The same, for evaluation; none: no evaluation."""
@@ -231,7 +254,7 @@ class DataSection:
     """Draw samples by weight, with replacement: an HDF5 dataset, "files.h5:name", or a .npy."""
 
     epoch_samples: Count | None = None
-    """Samples of an epoch that are drawn by weight; none: as many as there are."""
+    """Samples of an epoch that are drawn by weight, or mixed; none: as many as there are."""
 
     drop_last: bool = False
     """Drop the last, smaller batch of an epoch."""

@@ -218,7 +218,7 @@ def _missing_data(source: Source) -> list[Mistake]:
     data = source.get("data")
     if not isinstance(data, dict) or data.get("use") is not None:
         return []
-    needed = ["train"]
+    needed = ["train"] if not data.get("sources") else []
     if not (isinstance(train := data.get("train"), str) and is_reference(train)):
         needed.append("global_batch_size")
     return [

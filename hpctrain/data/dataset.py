@@ -174,6 +174,25 @@ class Shard:
         return dataclasses.replace(self, layouts=layouts, codings=codings)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFacts:
+    """What mixing, and a run that goes on, have to know of one of several sources.
+
+    Attributes:
+        name: in the config.
+        samples: of the source.
+        fingerprint: of its data.
+        bytes_per_sample: of all fields.
+        chunk_rows: rows that no read should cut.
+    """
+
+    name: str
+    samples: int
+    fingerprint: str
+    bytes_per_sample: int
+    chunk_rows: int
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Shards that hold the same fields; their rows, one shard after the other, are the samples.
@@ -184,11 +203,13 @@ class Dataset:
         source: what the user called it: a folder or a pattern.
         fields: by name; the name is the path of the HDF5 dataset in every shard.
         shards: none of them empty.
+        sources: those that it joins, whose rows follow each other; none: it is one.
     """
 
     source: str
     fields: Mapping[str, Field]
     shards: tuple[Shard, ...]
+    sources: tuple[SourceFacts, ...] = dataclasses.field(default=(), kw_only=True)
 
     @cached_property
     def samples(self) -> int:

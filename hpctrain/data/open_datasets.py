@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
@@ -41,7 +41,7 @@ from hpctrain.data.selection import (
     spans_where,
     split_pieces,
 )
-from hpctrain.data.view import Column, Part, View
+from hpctrain.data.view import Column, Part, View, join_sources
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed, printable
 
@@ -78,10 +78,27 @@ def open_datasets(
 def open_for_training(
     section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
 ) -> Dataset:
-    """Return the samples to train with, see `open_datasets`."""
+    """Return the samples to train with, see `open_datasets`; of several sources all, joined."""
     fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
-    return _open(section, fields, "train", semantics).as_stored(stored)
+    if not section.sources:
+        return _open(section, fields, "train", semantics).as_stored(stored)
+    return join_sources(
+        {
+            each.name: _open(_of_source(section, each), fields, "train", semantics).as_stored(
+                stored
+            )
+            for each in section.sources
+        }
+    )
+
+
+def _of_source(section: DataSection, source: SourceTable) -> DataSection:
+    """Return what the config says of one of several sources."""
+    samples = section.samples
+    if source.samples is not None:
+        samples = dataclasses.replace(samples, train=source.samples)
+    return dataclasses.replace(section, train=source.train, samples=samples, sources=())
 
 
 def open_for_evaluation(
@@ -93,6 +110,15 @@ def open_for_evaluation(
         return None
     fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
+    if section.validation is None and section.sources:  # a part of each of them
+        return join_sources(
+            {
+                each.name: _open(
+                    _of_source(section, each), fields, "validation", semantics
+                ).as_stored(stored)
+                for each in section.sources
+            }
+        )
     return _open(section, fields, "validation", semantics).as_stored(stored)
 
 
@@ -101,7 +127,8 @@ def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     if any(table.batch for table in section.fields.values()):
         # Whose values, offsets and edges have other numbers of rows: what is wanted is said.
         return list(section.fields)
-    found = open_dataset(section.train, None, order=semantics.file_order).fields
+    train = section.sources[0].train if section.sources else section.train
+    found = open_dataset(train, None, order=semantics.file_order).fields
     return list(dict.fromkeys([*found, *section.fields]))
 
 

@@ -15,15 +15,24 @@ position on its own. They have no lanes: ranks share every batch in runs of posi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from hpctrain.config.limits import limited
-from hpctrain.data.dataset import DatasetFacts
+from hpctrain.data.dataset import DatasetFacts, SourceFacts
+from hpctrain.data.mixture import (
+    MixedSource,
+    Mixture,
+    Pattern,
+    Standing,
+    Terms,
+    round_rows_of,
+)
 from hpctrain.data.permutation import (
     Int64s,
     UInt64s,
@@ -115,8 +124,10 @@ class Order:
         window: blocks of a lane that are shuffled together.
         block_rows: consecutive rows that stay together up to there, and are read in one go.
         sampling: other orders than a shuffled one make no use of the three above.
-        draws: samples of an epoch that is drawn by weight; None: as many as the dataset has.
+        draws: samples of an epoch that is drawn by weight, or mixed; None: as many as the dataset
+            has.
         weights: their fingerprint.
+        mixture: of which the dataset is made, and where its sources stand; None: it is one.
     """
 
     samples: int
@@ -127,6 +138,7 @@ class Order:
     sampling: Sampling = "shuffled"
     draws: int | None = None
     weights: str | None = None
+    mixture: Mixture | None = None
 
     @classmethod
     def for_dataset(
@@ -166,6 +178,80 @@ class Order:
             weights=weights,
         )
 
+    @classmethod
+    def for_mixture(
+        cls,
+        facts: Sequence[SourceFacts],
+        terms: Terms,
+        *,
+        seed: int,
+        global_batch_size: int,
+        length: int,
+        lanes: int | None = None,
+        window: int = 4,
+        is_resident: bool = False,
+        sampling: Sampling = "shuffled",
+        begun: Mapping[str, int] | None = None,
+    ) -> Order:
+        """Choose what was not chosen, from the sources and the global batch size alone.
+
+        Args:
+            facts: of the sources, by name ascending.
+            terms: of the mixture.
+            seed: of the run.
+            global_batch_size: samples of all ranks in one batch.
+            length: samples of an epoch.
+            lanes: of the order; None: the default.
+            window: blocks that are shuffled together.
+            is_resident: whether the data are in memory.
+            sampling: "shuffled", or "sequential": each source in the order of its rows.
+            begun: block rows of sources that a run has begun with; it keeps them.
+        """
+        lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        blocks = {
+            each.name: 1
+            if is_resident or sampling != "shuffled"
+            else default_block_rows(
+                each.samples, each.bytes_per_sample, lanes, window, each.chunk_rows
+            )
+            for each in facts
+        } | dict(begun or {})
+        sources = tuple(
+            MixedSource(
+                name=each.name,
+                samples=each.samples,
+                fingerprint=each.fingerprint,
+                block_rows=blocks[each.name],
+            )
+            for each in facts
+        )
+        block_rows = max(blocks.values())
+        mixture = Mixture(
+            sources=sources,
+            terms=terms,
+            start=Standing(consumed=(0,) * len(sources)),
+            round_rows=round_rows_of(block_rows, lanes, window),
+        )
+        return cls(
+            samples=sum(each.samples for each in facts),
+            seed=seed,
+            lanes=lanes,
+            window=window,
+            block_rows=block_rows,
+            sampling=sampling,
+            draws=length,
+            mixture=mixture,
+        )
+
+    def after(self, begun: Order, ended: Pattern) -> Order:
+        """Return this order of a mixture for the epoch after one that has ended.
+
+        The sources go on in their own epochs, and so by the seed that those were begun with.
+        """
+        assert self.mixture is not None
+        mixture = ended.mixture.from_standing(ended.following(), self.mixture.round_rows)
+        return dataclasses.replace(self, seed=begun.seed, mixture=mixture)
+
     @property
     def has_lanes(self) -> bool:
         """Whether ranks share lanes; else they share every batch in runs of positions."""
@@ -189,6 +275,8 @@ class Order:
         """Return how many batches after one the windows reach into that it needs, at most."""
         if self.block_rows == 1:
             return 0
+        if self.mixture is not None:
+            return -(-self.lanes * self.mixture.round_rows // global_batch_size)
         return -(-self.lanes * self.longest_window_rows // global_batch_size)
 
     def lane_samples(self, lanes: Int64s) -> Int64s:
@@ -274,7 +362,7 @@ class Order:
     def sample_keys(self, epoch: int, positions: Int64s, rows: Int64s) -> UInt64s:
         """Return the keys that random transforms of an epoch's samples draw from.
 
-        A row that is drawn twice in an epoch gets another key each time.
+        A row that comes twice in an epoch gets another key each time.
 
         Args:
             epoch: from 0.
@@ -284,7 +372,8 @@ class Order:
         Returns:
             (count,) uint64.
         """
-        return sample_keys(self.seed, epoch, positions if self.sampling == "weighted" else rows)
+        may_repeat = self.sampling == "weighted" or self.mixture is not None
+        return sample_keys(self.seed, epoch, positions if may_repeat else rows)
 
     def positions_of_group(self, bounds: Sequence[int], rank: int, world_size: int) -> Int64s:
         """Return the positions that a rank serves of batches that follow each other, in order.
@@ -479,7 +568,10 @@ class Epoch:
 
         One row a block is shuffled already, and is served in this order.
         """
-        places = self.order.lane_starts(lanes) + lane_rows
+        return self.rows_in_blocks(self.order.lane_starts(lanes) + lane_rows)
+
+    def rows_in_blocks(self, places: Int64s) -> Int64s:
+        """Return which rows of the dataset the permuted blocks hold, one after the other."""
         blocks = self._block_at(places)
         return self._blocks[blocks] * self.order.block_rows + places - self._block_start(blocks)
 

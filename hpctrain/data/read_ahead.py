@@ -6,10 +6,11 @@ Pure arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from hpctrain.data.mixed_epoch import MixedEpoch
 from hpctrain.data.order import Epoch, Runs, Windows, lanes_of_rank
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.runs import within
@@ -31,6 +32,14 @@ class Arrivals(NamedTuple):
     rows: Int64s
     counts: Int64s
     places: Int64s
+
+
+class Ahead(Protocol):
+    """What a rank reads before its turn, by the rows of the dataset."""
+
+    def until(self, position: int) -> Iterator[Arrivals]:
+        """Take what the positions below this one need, and no call before took."""
+        ...
 
 
 class LaneWindows:
@@ -82,10 +91,49 @@ class LaneWindows:
         return (position - self._lanes + self._num_lanes - 1) // self._num_lanes
 
 
+class MixedRounds:
+    """Gives what a rank serves of the rounds of a mixture, in the order in which it is needed.
+
+    A round is read where its first position is needed: of each source, runs of neighbours.
+    """
+
+    def __init__(
+        self, epoch: MixedEpoch, rank: int, world_size: int, start: int, stop: int
+    ) -> None:
+        """Serve the rank's part of the positions start to stop - 1 of an epoch."""
+        self._epoch = epoch
+        self._rank, self._world_size = rank, world_size
+        self._next, self._stop = start, stop
+        self._served = 0
+
+    def until(self, position: int) -> Iterator[Arrivals]:
+        """Take the rounds that the positions below this one need, and no call before took.
+
+        Yields:
+            What one of them holds for this rank, by the rows of the dataset.
+        """
+        order, pattern = self._epoch.order, self._epoch.pattern
+        while self._next < min(position, self._stop):
+            begun = (self._next - pattern.mixture.start.position) % pattern.round_samples
+            stop = min(self._next - begun + pattern.round_samples, self._stop)
+            positions = order.positions(self._next, stop, self._rank, self._world_size)
+            self._next = stop
+            if len(positions):
+                yield self._arrivals(self._epoch.rows(positions))
+
+    def _arrivals(self, rows: Int64s) -> Arrivals:
+        in_file_order = np.argsort(rows, kind="stable")
+        rows = rows[in_file_order]
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        places = self._served + in_file_order
+        self._served += len(rows)
+        return Arrivals(rows[starts], np.diff(starts, append=len(rows)), places)
+
+
 class RowStream:
     """Returns which rows of the dataset a rank serves, in the order of its samples."""
 
-    def __init__(self, windows: LaneWindows) -> None:
+    def __init__(self, windows: Ahead) -> None:
         self._windows = windows
         self._served = 0
         self._ahead = np.empty(0, np.int64)

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import xxhash
 
 from hpctrain.data.coding import PLAIN, Coding
-from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
+from hpctrain.data.dataset import Dataset, Field, Shard, SourceFacts, require_fields
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import Lengths, Packing, Raggedness
 from hpctrain.data.runs import within
-from hpctrain.data.selection import SampleSelection
+from hpctrain.data.selection import SampleSelection, Spans
+from hpctrain.errors import DatasetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +272,86 @@ def _lengths_of(part: Part) -> list[str]:
     if part.documents is not None:
         found.append(xxhash.xxh3_64_hexdigest(part.documents.tobytes()))
     return found
+
+
+def join_sources(named: Mapping[str, Dataset]) -> Dataset:
+    """Return several sources as one dataset, whose rows are those of one after the other.
+
+    Args:
+        named: the sources, by their names.
+
+    Raises:
+        DatasetError: naming two whose fields differ.
+    """
+    ordered = dict(sorted(named.items()))
+    _require_like_fields(ordered)
+    facts = tuple(
+        SourceFacts(
+            name=name,
+            samples=each.samples,
+            fingerprint=each.fingerprint,
+            bytes_per_sample=each.bytes_per_sample,
+            chunk_rows=each.chunk_rows,
+        )
+        for name, each in ordered.items()
+    )
+    first, *_ = datasets = list(ordered.values())
+    source = " + ".join(ordered)
+    if not any(isinstance(each, View) for each in datasets):
+        shards = tuple(shard for each in datasets for shard in each.shards)
+        return Dataset(source=source, fields=first.fields, shards=shards, sources=facts)
+    views = [each if isinstance(each, View) else _as_view(each) for each in datasets]
+    parts = [
+        dataclasses.replace(
+            part,
+            dataset=dataclasses.replace(
+                part.dataset,
+                shards=tuple(shard for each in views for shard in each.parts[index].dataset.shards),
+            ),
+        )
+        for index, part in enumerate(views[0].parts)
+    ]
+    rows = [view.parts[0].dataset.samples for view in views]
+    before = np.cumsum(rows) - rows
+    selections = [view.selection for view in views]
+    selection = SampleSelection(
+        np.concatenate([each.firsts + skip for each, skip in zip(selections, before, strict=True)]),
+        np.concatenate([each.counts for each in selections]),
+        selections[0].stride,
+    )
+    view = View.of(source, parts, views[0].columns, selection)
+    return dataclasses.replace(view, sources=facts)
+
+
+def _as_view(dataset: Dataset) -> View:
+    """Return a dataset whose samples are its rows as one that may have others."""
+    columns = {name: Column(part=0, name=name) for name in dataset.fields}
+    selection = SampleSelection.of(Spans.of(0, dataset.samples), 1, 1)
+    return View.of(dataset.source, [Part(dataset)], columns, selection)
+
+
+def _require_like_fields(named: Mapping[str, Dataset]) -> None:
+    """Check that sources can be mixed in a batch: their fields have the same shapes and dtypes."""
+    for name, dataset in named.items():
+        parts = dataset.parts if isinstance(dataset, View) else ()
+        if any(part.lengths is not None or part.documents is not None for part in parts):
+            raise DatasetError(
+                f'data.sources: "{name}" ({dataset.source}) has fields of unequal length, which '
+                "are not mixed: pack the sources to samples of one length, or name all of their "
+                "files in data.train"
+            )
+    (first, like), *others = named.items()
+    for name, dataset in others:
+        for field, there in like.fields.items():
+            here = dataset.fields[field]
+            if here != there:
+                raise DatasetError(
+                    f'data.sources: field "{field}" is {there.dtype} of shape {there.shape} in '
+                    f'"{first}" ({like.source}), and {here.dtype} of shape {here.shape} in '
+                    f'"{name}" ({dataset.source}): a batch holds samples of all sources, so their '
+                    "fields have to be alike; `python -m hpctrain data pack --dtype` writes "
+                    "another dtype"
+                )
 
 
 def _files(parts: Sequence[Part]) -> tuple[Shard, ...]:

@@ -16,13 +16,13 @@ _NAMES = {
     "checkpoint.state": "UnsavableError",
     "config.fields": "Normalization",
     "config.schema": (
-        "RunSection ComponentSection TaskSection FieldTable SamplesTable DataSection "
+        "RunSection ComponentSection TaskSection FieldTable SamplesTable SourceTable DataSection "
         "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
         "LaunchSection LoggingSection EarlyStoppingSection ProfileSection JobSection Config"
     ),
     "config.semantics": "Semantics",
     "data.coding": "Coding",
-    "data.dataset": "Field Layout Shard Dataset",
+    "data.dataset": "Field Layout Shard SourceFacts Dataset",
     "data.decoding": "FieldDecoding",
     "data.view": "Part Column View",
     "data.ragged": "Lengths Packing Raggedness",

@@ -25,11 +25,12 @@ from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
+from hpctrain.data.mixture import Terms
 from hpctrain.data.node_cache import hold_on_node
 from hpctrain.data.open_datasets import open_datasets, open_named
 from hpctrain.data.order import Order, Sampling, served_samples
 from hpctrain.data.reading.threads import reading_threads
-from hpctrain.data.state import from_state
+from hpctrain.data.state import block_rows_of, from_state
 from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.data.view import View
 from hpctrain.data.weights import Weights, read_weights, weights_of_file
@@ -186,11 +187,11 @@ def open_data(
             order,
             options,
             global_batch_size=section.global_batch_size,
-            drop_last=section.drop_last,
+            drop_last=section.drop_last and not section.sources,
             begun=begun,
             begin=place.position,
             draw=weights,
-            limit=train_limit(config.training),
+            limit=None if section.sources else train_limit(config.training),
             memory=memory,
             preparation=transforms.train,
             decoding=transforms.decoding,
@@ -371,6 +372,18 @@ def evaluated_samples(config: Config, samples: int) -> int:
     )
 
 
+def terms_of(config: Config, train: Dataset) -> Terms:
+    """Return by what sources are mixed; without weights, so that each is served once an epoch."""
+    tables = {each.name: each for each in config.data.sources}
+    return Terms(
+        weights=tuple(
+            float(each.samples if (given := tables[each.name].weight) is None else given)
+            for each in train.sources
+        ),
+        repeats=tuple(tables[each.name].when_exhausted == "repeat" for each in train.sources),
+    )
+
+
 def _sampling(config: Config, weights: Weights | None) -> Sampling:
     if weights is not None:
         return "weighted"
@@ -391,24 +404,48 @@ def _order_and_place(
     if lanes is None and resumed is not None:
         # The default stays what it was when the run began, whatever the batch size is now.
         lanes = resumed.values["data"]["lanes"]
-    order = Order.for_dataset(
-        train,
-        seed=config.run.seed,
-        global_batch_size=section.global_batch_size,
-        lanes=lanes,
-        window=section.window,
-        is_resident=is_resident,
-        sampling=_sampling(config, weights),
-        draws=section.epoch_samples,
-        weights=None if weights is None else weights.fingerprint,
-    )
+    sampling = _sampling(config, weights)
+    if section.sources:
+        assert isinstance(train, Dataset)
+        length = section.epoch_samples or train.samples
+        # Of a mixture that is all: an epoch of it is as long as is said, not as the data are.
+        length = served_samples(
+            length, section.global_batch_size, section.drop_last, train_limit(config.training)
+        )
+        saved = {} if resumed is None else block_rows_of(resumed.values["data"], train.sources)
+        order = Order.for_mixture(
+            train.sources,
+            terms_of(config, train),
+            seed=config.run.seed,
+            global_batch_size=section.global_batch_size,
+            length=length,
+            lanes=lanes,
+            window=section.window,
+            is_resident=is_resident,
+            sampling=sampling,
+            begun=saved,
+        )
+    else:
+        order = Order.for_dataset(
+            train,
+            seed=config.run.seed,
+            global_batch_size=section.global_batch_size,
+            lanes=lanes,
+            window=section.window,
+            is_resident=is_resident,
+            sampling=sampling,
+            draws=section.epoch_samples,
+            weights=None if weights is None else weights.fingerprint,
+        )
     if resumed is None:
         return order, Position(), {}
     running, epoch, position = from_state(
         resumed.values["data"],
         train,
         order,
-        served_samples(
+        order.length
+        if section.sources
+        else served_samples(
             order.length,
             section.global_batch_size,
             section.drop_last,

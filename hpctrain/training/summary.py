@@ -14,6 +14,7 @@ from hpctrain.config.limits import is_shuffled, train_limit
 from hpctrain.config.schema import FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described, unused_attributes
+from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import JSONL_FILE
@@ -267,6 +268,7 @@ def _served(config: Config, data: Data) -> list[str]:
     loader, batch = data.train_loader, config.data.global_batch_size
     length = loader.order_of(data.place.epoch + 1).length
     notes = []
+    notes += _mixed(config, data)
     if config.data.weights is not None:
         notes.append(f"an epoch is {plural(length, 'sample')}, drawn by data.weights")
     elif not is_shuffled(config.data, config.training):
@@ -286,6 +288,33 @@ def _served(config: Config, data: Data) -> list[str]:
             notes.append(
                 f"an evaluation is of {which} ({plural(-(-used // batch), 'batch', 'batches')})"
             )
+    return notes
+
+
+def _mixed(config: Config, data: Data) -> list[str]:
+    """Return by what the sources of a mixture are mixed, and from where on."""
+    order = data.train_loader.order_of(data.place.epoch)
+    if (mixture := order.mixture) is None:
+        return []
+    terms = mixture.newest
+    total = sum(terms.weights)
+    served = source_epochs(order, data.place.epoch, data.place.position)
+    notes = [f"an epoch is {plural(order.length, 'sample')}, mixed of {len(served)} sources"]
+    for index, source in enumerate(mixture.sources):
+        part = terms.weights[index] / total
+        per_epoch = part * order.length / source.samples
+        then = "" if terms.repeats[index] else ", and is dropped once it was served"
+        so_far = f"; {served[source.name]:.3g} so far" if data.place.step else ""
+        notes.append(
+            f"source {source.name}: {plural(source.samples, 'sample')}, {part:.4g} of every batch, "
+            f"{per_epoch:.3g} of its epochs in one of the run{then}{so_far}"
+        )
+    if mixture.later is not None:
+        first = mixture.start.position + mixture.round_rows * order.lanes
+        then = f"sample {first:,} of epoch {data.place.epoch}"
+        if first >= order.length:
+            then = f"the start of epoch {data.place.epoch + 1}"
+        notes.append(f"data.sources were changed: they are mixed as they are now from {then} on")
     return notes
 
 

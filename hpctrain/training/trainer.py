@@ -14,6 +14,7 @@ from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config, to_toml
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
+from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.data.state import to_state
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
@@ -420,6 +421,7 @@ class Run:
                 "grad_norm": numbers["grad_norm"],
                 "skipped_steps": self.skipped_steps,
                 **logged,
+                **_source_epochs(self._data, place),
                 "samples_per_second": rate,
                 "seconds": self.phases.lap(),
                 **(more or {}),
@@ -770,3 +772,10 @@ class Phases:
         """Return the seconds of every phase since the last call."""
         before, self._lap = self._lap, self.totals()
         return {name: value - before.get(name, 0.0) for name, value in self._lap.items()}
+
+
+def _source_epochs(data: Data, place: Position) -> dict[str, Any]:
+    """Return how far the sources of a mixture are, for the log; nothing of other data."""
+    order = data.train_loader.order_of(place.epoch)
+    found = source_epochs(order, place.epoch, place.position)
+    return {"source_epochs": found} if found else {}

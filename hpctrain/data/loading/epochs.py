@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hpctrain.data.mixed_epoch import MixedEpoch
 from hpctrain.data.order import Draw, Order, Plan, plan_epoch, served_samples
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import ConfigError, DatasetError
@@ -82,8 +83,16 @@ class Epochs:
         self._planned: tuple[int, Plan] | None = None
 
     def order_of(self, epoch: int) -> Order:
-        """Return the order of an epoch."""
-        return self._begun.get(epoch, self._order)
+        """Return the order of an epoch; of a mixture, none before the one that the job began in."""
+        if self._order.mixture is None:
+            return self._begun.get(epoch, self._order)
+        if not self._begun:
+            self._begun[0] = self._order
+        known = max((each for each in self._begun if each <= epoch), default=min(self._begun))
+        for each in range(known, epoch):
+            order = self._begun[each]
+            self._begun[each + 1] = self._order.after(order, MixedEpoch(order, each).pattern)
+        return self._begun[max(epoch, known)]
 
     def positions(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return those of the positions start to stop - 1 that this rank serves."""
@@ -91,11 +100,16 @@ class Epochs:
 
     def rows(self, epoch: int, start: int, stop: int) -> Int64s:
         """Return which rows of the dataset this rank serves of positions start to stop - 1."""
-        plan = plan_epoch(self.order_of(epoch), epoch, self._draw)
-        return plan.rows(self.positions(epoch, start, stop))
+        return self._drawn_up(epoch).rows(self.positions(epoch, start, stop))
 
     def plan(self, epoch: int) -> Plan:
         """Return the order of an epoch drawn up: the one that was asked for last costs nothing."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, plan_epoch(self.order_of(epoch), epoch, self._draw)
+            self._planned = epoch, self._drawn_up(epoch)
         return self._planned[1]
+
+    def _drawn_up(self, epoch: int) -> Plan:
+        order = self.order_of(epoch)
+        if order.mixture is not None:
+            return MixedEpoch(order, epoch)
+        return plan_epoch(order, epoch, self._draw)

@@ -32,9 +32,10 @@ from hpctrain.data.loading.sources import (
     Source,
     group_bounds,
 )
+from hpctrain.data.mixed_epoch import MixedEpoch
 from hpctrain.data.order import Draw, Epoch, Order
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.read_ahead import LaneWindows, RowStream
+from hpctrain.data.read_ahead import Ahead, LaneWindows, MixedRounds, RowStream
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.runs import Bytes
 
@@ -262,8 +263,10 @@ class TrainLoader:
             return self._epochs.plan(epoch).rows
         return RowStream(self._windows(order, epoch, start)).next
 
-    def _windows(self, order: Order, epoch: int, start: int) -> LaneWindows:
+    def _windows(self, order: Order, epoch: int, start: int) -> Ahead:
         plan = self._epochs.plan(epoch)
+        if isinstance(plan, MixedEpoch):
+            return MixedRounds(plan, self._rank, self._world_size, start, self.epoch_size)
         assert isinstance(plan, Epoch)
         return LaneWindows(plan, self._rank, self._world_size, start, self.epoch_size)
 

@@ -15,7 +15,7 @@ from hpctrain.data.decoding import FieldDecoding, Numbers
 from hpctrain.data.loading.buffers import BufferPool
 from hpctrain.data.loading.values import HostValues, ValueSource
 from hpctrain.data.permutation import Int64s, UInt64s
-from hpctrain.data.read_ahead import Arrivals, LaneWindows
+from hpctrain.data.read_ahead import Ahead, Arrivals
 from hpctrain.data.reading.scatter import Destinations, RowReader
 from hpctrain.data.reading.threads import LEAST_SHARED_BYTES, Helpers, parts
 from hpctrain.data.runs import Bytes, within
@@ -153,7 +153,7 @@ class BlockSource:
     """
 
     def __init__(
-        self, access: RowReader, windows: LaneWindows, values: ValueSource | None = None
+        self, access: RowReader, windows: Ahead, values: ValueSource | None = None
     ) -> None:
         """Read what the windows hold, from their first position on.
 

@@ -160,13 +160,73 @@ def test_nothing_to_tell(overrides: list[str]) -> None:
             "data.epoch_samples=9",
             (
                 "data.epoch_samples = 9: is the length of an epoch that is drawn by data.weights, "
-                "which is not set; training.limit_train_batches ends any epoch earlier"
+                "or mixed of data.sources, and neither is set; training.limit_train_batches ends "
+                "any epoch earlier"
             ),
         ),
     ],
 )
 def test_one_mistake(override: str, expected: str | None) -> None:
     assert told(VALID, override) == ([] if expected is None else [expected])
+
+
+SOURCES = '[{name = "a", train = "shards", weight = 1}, {name = "b", train = "shards", weight = 3}]'
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (None, None),
+        (('"b"', '"a"'), 'data.sources.name = "a": another source has this name'),
+        (('"b"', '"b/c"'), 'data.sources.name = "b/c": expected a plain name'),
+        ((", weight = 1", ""), "data.sources = [{...}, {...}]: some have a weight and some have"),
+        (("3}", '0, when_exhausted = "drop"}'), None),
+        (("1}", '1, when_exhausted = "drop"}'), None),
+        (
+            ('"shards", weight = 1', '"none", weight = 1'),
+            'data.sources.train = "none": no such file',
+        ),
+        (('"shards", weight = 1', '"m:D", weight = 1'), "sources are HDF5 files: pack the Dataset"),
+        (("weight = 1", "weight = 1, samples = [9, 3]"), "data.sources.samples = [9, 3]: expected"),
+    ],
+)
+def test_sources_to_mix(change: tuple[str, str] | None, expected: str | None) -> None:
+    sources = SOURCES if change is None else SOURCES.replace(*change, 1)
+    found = told(VALID, f"data.sources={sources}", 'data.train=""')
+    if expected is None:
+        assert found == []
+    else:
+        assert len(found) == 1, found
+        assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.epoch_samples=9", None),
+        ("data.train=shards", 'data.train = "shards": data.sources name the files to train with'),
+        ("data.weights=w", 'data.weights = "w": draws single samples by weight, and data.sources'),
+        (
+            "data.normalize.image=stats",
+            'data.normalize.image = "stats": no statistics are of a mix',
+        ),
+    ],
+)
+def test_what_goes_with_sources(override: str, expected: str | None) -> None:
+    found = told(VALID, f"data.sources={SOURCES}", 'data.train=""', override)
+    if expected is None:
+        assert found == []
+    else:
+        assert len(found) == 1, found
+        assert expected in found[0]
+
+
+def test_sources_of_which_none_lasts() -> None:
+    sources = SOURCES.replace("}", ', when_exhausted = "drop"}')
+    assert (
+        "training would run out of samples"
+        in told(VALID, f"data.sources={sources}", 'data.train=""')[0]
+    )
 
 
 def test_one_order_of_the_samples() -> None:

@@ -48,7 +48,7 @@ def test_where_to_go_on(
     ("changes", "message"),
     [
         ({"fingerprint": "0" * 16}, r"another dataset than data \(fingerprint 0{16}, now "),
-        ({"version": 3}, r"newer hpctrain \(version 3; .*update hpctrain"),
+        ({"version": 4}, r"newer hpctrain \(version 4; .*update hpctrain"),
         ({"sampling": "sorted"}, r"damaged: sampling = 'sorted'"),
         ({"version": None}, r"damaged: version = None"),
         ({"version": 0}, r"damaged: version = 0"),
