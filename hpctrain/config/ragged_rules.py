@@ -10,6 +10,7 @@ from hpctrain.config.toml import Source
 _ONLY_OF = {"pad": "pad", "mask": "pad", "shift_by": "concat", "position": "pack"}
 """Keys of such fields, and the one way of batching that they belong to."""
 _OF_EQUAL = ("steps", "lead", "every")
+_DEFAULTS = {"lead": 0, "every": 1, "crop": "center", "grey": False}
 _OF_IMAGES = frozenset({"image", "crop", "grey"})
 
 
@@ -18,7 +19,12 @@ def check_ragged(source: Source) -> list[Mistake]:
     tables = source.get("data", "fields")
     if not isinstance(tables, dict):
         return []
-    described = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    # A config that was saved has every default.
+    described = {
+        name: {key: value for key, value in table.items() if _DEFAULTS.get(key) != value}
+        for name, table in tables.items()
+        if isinstance(table, dict)
+    }
     mistakes = []
     for name, table in described.items():
         of_images = not _OF_IMAGES.isdisjoint(table)

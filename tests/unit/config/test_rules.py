@@ -486,6 +486,9 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
     saved = file.with_name("saved.toml")
     saved.write_text(to_toml(config))
     assert load(str(saved)) == config
+    images = ['data.fields.state={offsets="ptr", image=[8, 9]}']
+    saved.write_text(to_toml(load(str(file), images)))
+    assert load(str(saved)).data.fields["state"].image == (8, 9)
     overridden = load(str(file), ["data.fields.next.lead=24", "data.samples.stride=6"])
     assert overridden.data.fields["next"].lead == 24
     assert overridden.data.samples.stride == 6
