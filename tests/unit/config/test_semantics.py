@@ -148,6 +148,7 @@ AS_BEFORE = {
         "no run that has begun has torch Datasets",
     ),
     "data.shuffle": "rows are shuffled, as before",
+    "data.sources": "data.train is the one dataset, as before",
     "launch.prepare_timeout_seconds": "nothing of a run that has begun calls prepare_data",
 }
 """Keys that came after 0.1.0, and why their default changes no run that has begun."""
