@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,31 @@ def test_what_this_job_has_left_is_removed_when_it_starts_again(
     assert shell.run("slurm", TMPDIR=str(place))[0] == 75
     assert {path.name for path in place.iterdir()} == {*kept, "hpctrain-7-" + "b" * 32}
     assert (place / "other" / "bin").is_dir()
+
+
+def test_what_killed_jobs_have_left_is_removed_by_age_and_owner(
+    shell: Shell, tmp_path: Path
+) -> None:
+    """After scancel nobody is left on other nodes; the next job there of this user clears up."""
+    place, weeks = tmp_path / "place", 15 * 24 * 3600
+    names = {name: f"hpctrain-{name}-" + "c" * 32 for name in ("1", "2", "3")}
+    kept = {names["2"], "hpctrain-4-" + "c" * 31, "hpctrain-0", "a-hpctrain-5-" + "c" * 32}
+    for name in (names["1"], *kept):
+        (place / name / "bin").mkdir(parents=True)
+        os.utime(place / name, (0, 0) if name != names["2"] else None)
+    os.utime(place / names["1"], (time.time() - weeks,) * 2)
+    (place / names["3"]).symlink_to(place / "hpctrain-0")
+    os.utime(place / names["3"], (0, 0), follow_symlinks=False)
+    kept.add(names["3"])
+    if os.geteuid() == 0:
+        others = place / ("hpctrain-6-" + "c" * 32)
+        others.mkdir()
+        os.chown(others, STRANGER, STRANGER)
+        os.utime(others, (0, 0))
+        kept.add(others.name)
+    assert shell.run("slurm", TMPDIR=str(place))[0] == 75
+    assert {path.name for path in place.iterdir()} == kept
+    assert (place / "hpctrain-0" / "bin").is_dir()
 
 
 def lay_open(place: Path) -> None:
