@@ -179,7 +179,7 @@ def _find(pattern: str) -> list[str]:
     path = Path(pattern)
     if is_url(pattern):
         return [pattern]
-    if path.is_dir() and format_of(pattern) is not None:
+    if path.is_dir() and zarr_stores.holds(pattern):
         return [pattern]
     if path.is_dir():
         there = (each for each in path.iterdir() if not each.name.startswith("."))
