@@ -6,7 +6,7 @@ To everything that reads and orders, each of them is a shard: rows over groups, 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,12 +18,10 @@ from hpctrain.data.walking import MOST_OBJECTS, require_files_behind
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 
-_WILD = frozenset("*?[")
-
 
 def is_pattern(name: str) -> bool:
-    """Tell whether a name stands for many."""
-    return not _WILD.isdisjoint(name)
+    """Tell whether a name stands for many: brackets and question marks are part of some names."""
+    return "*" in name
 
 
 def stem(pattern: str) -> str:
@@ -58,7 +56,7 @@ def _fitting(group: h5py.Group, pattern: str) -> Iterator[str]:
     head, _, rest = pattern.partition("/")
     keys: Iterable[str] = [head]
     if is_pattern(head):
-        keys = [key for key in group if isinstance(key, str) and fnmatch.fnmatchcase(key, head)]
+        keys = [key for key in group if isinstance(key, str) and _fits_part(key, head)]
     for key in keys:
         require_files_behind(group, key)
         found = group.get(key)
@@ -106,5 +104,8 @@ def in_groups(
 
 
 def _fits(parts: Sequence[str], pattern: str) -> bool:
-    pairs = zip(parts, pattern.split("/"), strict=True)
-    return all(fnmatch.fnmatchcase(part, each) for part, each in pairs)
+    return all(map(_fits_part, parts, pattern.split("/")))
+
+
+def _fits_part(name: str, pattern: str) -> bool:
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
