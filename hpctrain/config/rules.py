@@ -189,6 +189,7 @@ def check_fields(source: Source) -> list[Mistake]:
             problem = "is the distance of the rows of a sample, of which `steps` makes several"
             mistakes.append(source.mistake((*key, "every"), problem))
         mistakes += _check_files(source, name, table)
+        mistakes += _check_form(source, name, table)
     return mistakes
 
 
@@ -243,6 +244,46 @@ def _check_files(source: Source, name: str, table: dict[str, Any]) -> list[Mista
         problem = "there is no data.validation whose rows these would be joined with"
         return [source.mistake(key, problem)]
     return []
+
+
+_NUMBER_FORMAT = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|bool")
+_BYTES = re.compile(r"bytes|S[1-9]\d{0,6}")
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?")
+
+
+def _check_form(source: Source, name: str, table: dict[str, Any]) -> list[Mistake]:
+    """Check what is said of a field that is not delivered as it is stored."""
+    mistakes = []
+    key = ("data", "fields", name)
+    dtype, classes = table.get("dtype"), table.get("classes")
+    if isinstance(dtype, str) and not (_NUMBER_FORMAT.fullmatch(dtype) or _BYTES.fullmatch(dtype)):
+        problem = 'expected a number format such as "float32", "bytes", or "S20" for 20 bytes'
+        mistakes.append(source.mistake((*key, "dtype"), problem))
+    elif classes is not None and isinstance(dtype, str) and dtype not in ("int32", "int64"):
+        problem = "classes are delivered as int64, or int32"
+        mistakes.append(source.mistake((*key, "dtype"), problem))
+    if isinstance(classes, list) and len({str(each) for each in classes}) < len(classes):
+        mistakes.append(source.mistake((*key, "classes"), "has one of them twice"))
+    select = table.get("select")
+    for part, wanted in select.items() if isinstance(select, dict) else ():
+        if not _can_select(part, wanted):
+            problem = (
+                "expected values of a coordinate, level = [500, 850], or of an axis of a sample, 0 "
+                'the first, indices or a slice: 0 = [1, 3] or 0 = "2:5"'
+            )
+            mistakes.append(source.mistake((*key, "select", part), problem))
+    return mistakes
+
+
+def _can_select(part: str, wanted: object) -> bool:
+    kinds: tuple[type, ...] = (int,) if part.isdecimal() else (int, float, str)
+    if isinstance(wanted, str):
+        return part.isdecimal() and _SLICE.fullmatch(wanted) is not None
+    return (
+        isinstance(wanted, list)
+        and bool(wanted)
+        and all(isinstance(each, kinds) and not isinstance(each, bool) for each in wanted)
+    )
 
 
 def _check_missing(

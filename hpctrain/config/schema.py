@@ -85,6 +85,22 @@ class FieldTable:
     validation: Text | None = None
     """The same, for evaluation; none: those of `data.validation`."""
 
+    dtype: Text | None = None
+    """Number format to deliver, such as "float32"; "bytes", or "S20": 20 bytes of each text."""
+
+    squeeze: bool = False
+    """Leave axes of length 1 of a sample out."""
+
+    select: dict[str, Any] = field(default_factory=dict)
+    """What is taken of a sample's axes: {level = [500, 850]} by values of a coordinate, {0 = "2:5"}
+    or {0 = [1, 3]} by axis and indices."""
+
+    nearest: bool = False
+    """Select what is nearest to a value of a coordinate, not only what is equal."""
+
+    classes: Literal["sorted"] | tuple[Text, ...] | None = None
+    """Texts or names of an enumeration that become 0, 1, 2 and so on; "sorted": those there are."""
+
     steps: Count | None = None
     """Rows that one sample holds, along a first axis of their own; none: one, without that axis."""
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.decoding import FieldDecoding
-from hpctrain.data.reading.shards import ShardReader
+from hpctrain.data.reading.rows import open_rows
 
 BLOCK_BYTES = 4 * 2**20
 LARGEST_BLOCK_BYTES = 256 * 2**20
@@ -35,7 +35,7 @@ def blocks_of(dataset: Dataset, name: str) -> Iterator[tuple[int, npt.NDArray[An
     field = dataset.fields[name]
     rows = _rows_of_block(field.row_bytes, max(s.layouts[name].chunk_rows for s in dataset.shards))
     buffer = np.empty((min(rows, dataset.samples), field.row_bytes), np.uint8)
-    with closing(ShardReader(dataset)) as access:
+    with closing(open_rows(dataset, retries=0)) as access:
         for start in range(0, dataset.samples, rows):
             part = buffer[: min(rows, dataset.samples - start)]
             access.read_runs(name, np.array([start]), np.array([len(part)]), part, np.array([0]))

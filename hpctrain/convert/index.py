@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NoReturn
@@ -43,6 +43,7 @@ def make_index(
     folder = _folder_of(pattern, paths)
     # Without the index: it may be older than its files, and then this is the way to a new one.
     dataset = join_files(str(folder), paths, fields)
+    _require_as_stored(name for name, field in dataset.fields.items() if field.form is not None)
     problems = file_problems(dataset, folder)
     if problems:
         raise DatasetError(next(iter(problems.values())))
@@ -87,6 +88,8 @@ def make_catalogue(
         raise UsageError(f"{out}: name it *{CATALOGUE_SUFFIX}, other than {INDEX_NAME}")
     paths = find_files(pattern)
     files = [look_into(path, fields) for path in paths]
+    for file in files:
+        _require_as_stored(name for name, each in file.arrays.items() if each.form is not None)
     if checksums:
         files = [
             dataclasses.replace(file, checksum=checksum)
@@ -97,6 +100,19 @@ def make_catalogue(
     except OSError as error:
         raise cannot_write(out.parent, error) from error
     return files
+
+
+def _require_as_stored(formed: Iterable[str]) -> None:
+    """Check that no field to list is made of others: a list tells where values lie in the files.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name in formed:
+        raise UsageError(
+            f"--fields {name}: this is a member of a compound type, and a list has whole HDF5 "
+            f'datasets: leave it out. A config names it by path = "{name}", and the files are asked'
+        )
 
 
 def _checksums(paths: Sequence[str], jobs: int, progress: Progress) -> list[str]:

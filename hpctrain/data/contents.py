@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from hpctrain.data.dataset import (
     require_row,
     require_supported,
 )
+from hpctrain.data.form_opening import find_stored, form_in
+from hpctrain.data.forms import Form, Wish
 from hpctrain.data.storage import (
     HDF5_FAILURES,
     filters_of,
@@ -65,6 +67,7 @@ class Array:
         reason: why only HDF5 can read it, if there is no offset.
         sources: other files that its values come from.
         coding: how its numbers stand for values; None: nobody has looked.
+        form: what its rows become; None: nothing else.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +77,7 @@ class Array:
     reason: str
     sources: tuple[str, ...] = ()
     coding: Coding | None = None
+    form: Form | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -87,6 +91,8 @@ class Array:
 
     def field(self, axis: int) -> Field:
         """Return what a sample is where this axis counts the samples."""
+        if self.form is not None:
+            return Field(*self.form.delivered(), form=self.form)
         return Field(self.shape[:axis] + self.shape[axis + 1 :], self.dtype)
 
     def layout(self, axis: int) -> Layout:
@@ -189,29 +195,55 @@ def _size_of(path: str) -> int:
 
 
 def look_into(
-    path: str, fields: Sequence[str] | Callable[[h5py.File], Sequence[str]] | None
+    path: str,
+    fields: Sequence[str] | Callable[[h5py.File], Sequence[str]] | None,
+    wishes: Mapping[str, Wish] | None = None,
+    axis: int = 0,
 ) -> Contents:
     """Return what HDF5 says of one file, of these of its datasets or of all.
 
     Args:
         path: of the file.
-        fields: paths inside of it, or what finds them in the open file; None: all.
+        fields: paths of datasets, or of members of compound ones, or names of `wishes`; or what
+            finds them in the open file; None: all.
+        wishes: what is delivered of these, by name.
+        axis: that counts the rows of what is wished for.
 
     Raises:
         DatasetError: if it cannot be read, or a field is not there.
     """
     try:
         with open_hdf5_file(path) as file:
+            named = fields(file) if callable(fields) else fields
+            formed = _formed(file, named or (), wishes or {}, axis, path)
+            others = None if named is None else [name for name in named if name not in formed]
             arrays = {
                 name: _array_of_field(name, dataset, path)
-                for name, dataset in _wanted(
-                    file, fields(file) if callable(fields) else fields
-                ).items()
+                for name, dataset in (_wanted(file, others) if others != [] else {}).items()
             }
+            arrays |= formed
             found = Path(path).stat()
     except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
     return Contents(path, found.st_size, found.st_mtime_ns, None, arrays)
+
+
+def _formed(
+    file: h5py.File, fields: Sequence[str], wishes: Mapping[str, Wish], axis: int, path: str
+) -> dict[str, Array]:
+    """Return the arrays that are not delivered as they are stored, by name."""
+    found = {}
+    for name in fields:
+        wish = wishes.get(name, Wish(path=name))
+        dataset, members = find_stored(file, wish.path)
+        if dataset is None or (wish.is_plain and not members):
+            continue
+        try:
+            form = form_in(file, dataset, members, wish, axis)
+        except ValueError as error:
+            raise DatasetError(f'{path}: field "{name}" is {type_of(dataset)}: {error}') from None
+        found[name] = replace(array_of(dataset, path), form=form)
+    return found
 
 
 def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:

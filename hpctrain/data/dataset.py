@@ -21,6 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from hpctrain.data.coding import PLAIN, Coding
+from hpctrain.data.forms import Form
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed, nearest, size
 
@@ -58,11 +59,13 @@ class Field:
         shape: of one sample; where samples are of unequal length, of one of its rows.
         dtype: as stored, byte order included.
         mean_rows: rows of a sample of unequal length, on average; None: all are of one shape.
+        form: how rows as they are stored become these; None: they are these.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     mean_rows: int | None = None
+    form: Form | None = None
 
     @property
     def row_bytes(self) -> int:

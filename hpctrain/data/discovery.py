@@ -18,6 +18,7 @@ from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.contents import Contents, coding_in, look_into
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_countable, require_fields
+from hpctrain.data.forms import Wish
 from hpctrain.data.groups import in_groups, is_pattern, look_into_groups
 from hpctrain.data.index import (
     HDF5_SUFFIXES,
@@ -45,6 +46,7 @@ def open_dataset(
     fields: Sequence[str] | None = None,
     axis: int = 0,
     order: FileOrder = "natural",
+    wishes: Mapping[str, Wish] | None = None,
 ) -> Dataset:
     """Find out what a dataset holds. Reads no sample.
 
@@ -54,6 +56,7 @@ def open_dataset(
         fields: paths of the HDF5 datasets that are wanted; None: all that there are.
         axis: of these HDF5 datasets, which counts the samples.
         order: in which the files follow each other, whatever an index or a catalogue says.
+        wishes: of `fields`, those that are not delivered as they are stored: the files are asked.
 
     Raises:
         DatasetError: if there are no files, a field is not in them or cannot become a tensor, or
@@ -63,6 +66,8 @@ def open_dataset(
     require_finished(path)
     if fields is not None and any(map(is_pattern, fields)):
         return _of_groups(pattern, fields, axis, order)
+    if wishes:
+        return join_files(pattern, files_of(pattern, order), fields, axis, wishes)
     if is_catalogue(path):
         files = sorted(read_catalogue(path), key=lambda file: order_key(order)(file.path))
         whole = [_with_unlisted(file, fields) for file in files]
@@ -86,6 +91,13 @@ def _of_groups(pattern: str, fields: Sequence[str], axis: int, order: FileOrder)
         files = [look_into_groups(path, fields) for path in find_files(pattern, order)]
     shards = [shard for file in files for shard in in_groups(file, fields, axis, key)]
     return with_codings(fitted(pattern, shards))
+
+
+def files_of(pattern: str, order: FileOrder) -> list[str]:
+    """Return the files of a folder, a pattern or a catalogue, in their order."""
+    if is_catalogue(Path(pattern)):
+        return in_order((file.path for file in read_catalogue(Path(pattern))), order)
+    return find_files(pattern, order)
 
 
 def _with_unlisted(file: Contents, fields: Sequence[str] | None) -> Contents:
@@ -182,14 +194,17 @@ def require_finished(folder: Path) -> None:
 
 
 def inspect_file(
-    path: str, fields: Sequence[str] | None, axis: int = 0
+    path: str,
+    fields: Sequence[str] | None,
+    axis: int = 0,
+    wishes: Mapping[str, Wish] | None = None,
 ) -> tuple[Shard, dict[str, Field]]:
     """Return what one HDF5 file holds of these fields; None: all of its datasets.
 
     Raises:
         DatasetError: if it cannot be read, or a field is not there or cannot become a tensor.
     """
-    return look_into(path, fields).shard(fields, axis)
+    return look_into(path, fields, wishes, axis).shard(fields, axis)
 
 
 def find_files(pattern: str, order: FileOrder = "natural") -> list[str]:
@@ -216,14 +231,18 @@ def find_files(pattern: str, order: FileOrder = "natural") -> list[str]:
 
 
 def join_files(
-    source: str, paths: Sequence[str], fields: Sequence[str] | None, axis: int = 0
+    source: str,
+    paths: Sequence[str],
+    fields: Sequence[str] | None,
+    axis: int = 0,
+    wishes: Mapping[str, Wish] | None = None,
 ) -> Dataset:
     """Put files after each other, without a look at any index.
 
     Raises:
         DatasetError: if one cannot be read, or they do not hold the same.
     """
-    return fitted(source, [inspect_file(path, fields, axis) for path in paths])
+    return fitted(source, [inspect_file(path, fields, axis, wishes) for path in paths])
 
 
 def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> Dataset:
@@ -261,7 +280,10 @@ def verify_share(datasets: Sequence[Dataset], rank: int, world_size: int) -> Non
     for path in sorted(listed)[rank::world_size]:
         _verify(listed[path][0][0])
         for shard, part in listed[path]:
-            fields = part.dataset.fields
+            # Of what is made of stored rows, the checksum of the file says all.
+            fields = {k: v for k, v in part.dataset.fields.items() if v.form is None}
+            if not fields:
+                continue
             found = _as_shard(shard, list(fields), part.axis)
             problems = unlike_listed(shard, fields, *found)
             if problems:
@@ -313,7 +335,10 @@ def _coding(shard: Shard, name: str) -> Coding:
 
 def describe(about: Field | None) -> str:
     """Return what a field is, in words."""
-    return "not there" if about is None else f"{about.dtype} of shape {about.shape}"
+    if about is None:
+        return "not there"
+    made = "" if about.form is None else f", made of {about.form.stored} {about.form.shape}"
+    return f"{about.dtype} of shape {about.shape}{made}"
 
 
 def _where(layout: Layout) -> str:

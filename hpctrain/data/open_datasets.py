@@ -14,8 +14,10 @@ from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, Source
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
-from hpctrain.data.discovery import FileOrder, open_dataset
-from hpctrain.data.groups import stem
+from hpctrain.data.discovery import FileOrder, files_of, open_dataset
+from hpctrain.data.form_opening import all_texts
+from hpctrain.data.forms import Wish
+from hpctrain.data.groups import is_pattern, stem
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import (
     Lengths,
@@ -166,7 +168,7 @@ def _open(
         _says_where(section.fields[name]) for name in section.fields.keys() & tables.keys()
     ):
         return open_dataset(source, fields, order=semantics.file_order)
-    parts, columns = _join(tables, files, source, semantics.file_order)
+    parts, columns = _join(tables, files, source, semantics.file_order, section.train)
     _require_equal_rows(parts)
     reach = max(column.reach for column in columns.values())
     spans = _spans(section.samples, purpose, source, parts, reach, semantics)
@@ -225,7 +227,11 @@ class Home(NamedTuple):
 
 
 def _join(
-    tables: Mapping[str, FieldTable], files: Purpose, source: str, order: FileOrder
+    tables: Mapping[str, FieldTable],
+    files: Purpose,
+    source: str,
+    order: FileOrder,
+    source_of_classes: str,
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
     paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
@@ -233,11 +239,23 @@ def _join(
         name: Home.of(table, paths[name], getattr(table, files) or source)
         for name, table in tables.items()
     }
+    wished = {
+        name: _wish(name, table, paths[name], source_of_classes, order)
+        for name, table in tables.items()
+    }
+    # One HDF5 dataset may become several fields.
+    keys = {
+        name: path if wished[name] is None else f"{path} as {name}" for name, path in paths.items()
+    }
     apart = list(dict.fromkeys(homes.values()))
     parts = []
     for home in apart:
-        inside = dict.fromkeys(paths[name] for name, own in homes.items() if own == home)
-        dataset = open_dataset(home.files, list(inside), home.axis, order)
+        own = [name for name in tables if homes[name] == home]
+        inside = list(dict.fromkeys(keys[name] for name in own))
+        wishes = {keys[name]: wish for name in own if (wish := wished[name]) is not None}
+        dataset = open_dataset(home.files, inside, home.axis, order, wishes)
+        for name in own:
+            _require_unpacked(name, tables[name], dataset, keys[name])
         lengths = _lengths(home, dataset, order)
         if home.packs and lengths is not None:
             documents = lengths.firsts[lengths.counts > 0]
@@ -247,7 +265,7 @@ def _join(
     columns = {
         name: Column(
             part=apart.index(homes[name]),
-            name=paths[name],
+            name=keys[name],
             steps=table.max_length if table.batch == "pack" else table.steps,
             lead=table.lead,
             every=table.every,
@@ -266,6 +284,49 @@ def _join(
             )
         _tell_cut(name, column, part)
     return parts, columns
+
+
+def _wish(name: str, table: FieldTable, path: str, source: str, order: FileOrder) -> Wish | None:
+    """Return what is delivered of a field other than it is stored; None: nothing else."""
+    said = (table.dtype, table.squeeze, table.select, table.classes)
+    if is_pattern(path) and said != (None, False, {}, None):
+        raise DatasetError(
+            f'{source}: data.fields.{name}.path = "{path}" names groups, whose arrays are '
+            "delivered as they are stored: leave dtype, squeeze, select and classes out, or write "
+            "the rows one after the other with `python -m hpctrain data pack`"
+        )
+    classes = table.classes
+    if classes == "sorted":
+        # An evaluation has the classes of the training.
+        classes = all_texts(files_of(table.train or source, order), path)
+    wish = Wish(
+        path=path,
+        dtype=table.dtype,
+        squeeze=table.squeeze,
+        select=tuple((key, _frozen(wanted)) for key, wanted in table.select.items()),
+        nearest=table.nearest,
+        classes=classes,
+    )
+    return None if wish.is_plain else wish
+
+
+def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) -> None:
+    """Check that a number format is asked for of numbers that stand for themselves.
+
+    Raises:
+        DatasetError: if they are decoded, to a format that their attributes tell.
+    """
+    is_packed = not all(each.is_plain for each in dataset.codings(key))
+    if table.dtype is not None and table.decode != "none" and is_packed:
+        raise DatasetError(
+            f'{dataset.source}: data.fields.{name}.dtype = "{table.dtype}", and the attributes of '
+            f'"{key}" tell how its numbers are decoded (scale_factor, _FillValue, ...), to floats: '
+            f'leave the dtype out, or take what is stored: data.fields.{name}.decode = "none"'
+        )
+
+
+def _frozen(wanted: object) -> object:
+    return tuple(wanted) if isinstance(wanted, list) else wanted
 
 
 def _raggedness(table: FieldTable) -> Raggedness | None:

@@ -24,6 +24,7 @@ _NAMES = {
     "data.coding": "Coding",
     "data.dataset": "Field Layout Shard SourceFacts Dataset",
     "data.decoding": "FieldDecoding",
+    "data.forms": "Form",
     "data.view": "Part Column View",
     "data.ragged": "Lengths Packing Raggedness",
     "data.selection": "Spans SampleSelection",

@@ -96,6 +96,7 @@ class Data:
         return {
             SEMANTICS: self.semantics.to_json(),
             DECODING: decoding_to_record(self.train) if isinstance(self.train, Dataset) else {},
+            FORMS: forms_to_record(self.train) if isinstance(self.train, Dataset) else {},
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
         }
 
@@ -331,6 +332,7 @@ def _open_datasets(
             begun = {}
             if resumed is not None:
                 refuse_other_decoding(config, train, resumed.values)
+                refuse_other_forms(config, train, resumed.values)
                 begun = normalizations_begun_with(config, resumed.values)
             opened = train, validation, further, find_normalizations(config, train, begun)
     opened = world.communicator.broadcast(opened)
@@ -465,6 +467,53 @@ DECODING = "decoding"
 def decoding_to_record(train: Dataset) -> dict[str, str]:
     """Return what a checkpoint says of how fields are decoded; those that are not are left out."""
     return {name: record for name in train.fields if (record := decoding_record(train, name))}
+
+
+FORMS = "forms"
+"""Name of the record among the values of a checkpoint."""
+
+
+def forms_to_record(train: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint says of fields that are not delivered as they are stored."""
+    found = {}
+    for name in train.fields:
+        home, inside = train.home(name)
+        form = home.fields[inside].form
+        if form is not None:
+            found[name] = form.to_json()
+    return found
+
+
+def refuse_other_forms(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:
+    """See to it that a run goes on with the selections and classes that it began with.
+
+    Args:
+        config: of this job.
+        train: to train with.
+        saved: values of the checkpoint to go on from.
+
+    Raises:
+        ConfigError: if one is another, naming its key.
+    """
+    if config.checkpoint.allow_data_change:
+        return
+    then, now = saved.get(FORMS, {}), forms_to_record(train)
+    for name in train.fields:
+        before, after = then.get(name, {}), now.get(name, {})
+        other = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        if other:
+            keys = {"members": "path", "picks": "select"}
+            key = f"data.fields.{name}.{keys.get(other[0], other[0])}"
+            raise ConfigError(
+                f"{key}: the run began with {_said(before.get(other[0]))}, and now it is "
+                f"{_said(after.get(other[0]))}: the model would be given other values. Bring that "
+                "back (classes may be given as a list), start a new run (run.name), or set "
+                "checkpoint.allow_data_change = true"
+            )
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else f"{value!r:.200}"
 
 
 def refuse_other_decoding(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:

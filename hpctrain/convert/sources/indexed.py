@@ -16,7 +16,8 @@ from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.reading.shards import ShardReader
+from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.scatter import RowReader
 from hpctrain.data.storage import open_hdf5_file
 
 
@@ -112,8 +113,8 @@ class Indexed:
         return decoded_rows(arrays, rows, self.decoded)
 
     @cached_property
-    def _access(self) -> ShardReader:
-        return ShardReader(self.dataset)
+    def _access(self) -> RowReader:
+        return open_rows(self.dataset, retries=0)
 
 
 def read_attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.reading.formed import FormedReader
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.other_axis import OtherAxisReader
 from hpctrain.data.reading.retry import READ_RETRIES, Retrying
+from hpctrain.data.reading.scatter import RowReader
 from hpctrain.data.reading.shards import ShardReader
 from hpctrain.data.reading.threads import Helpers
 from hpctrain.data.reading.views import ViewReader
@@ -35,10 +37,17 @@ def open_rows(
         helpers: as ShardReader takes it.
     """
 
+    def open_stored(dataset: Dataset, axis: int) -> RowReader:
+        if axis:
+            return OtherAxisReader(Part(dataset, axis), locate)
+        return ShardReader(dataset, locate, helpers)
+
     def open_part(part: Part) -> Retrying:
-        if part.axis:
-            return Retrying(OtherAxisReader(part, locate), retries)
-        return Retrying(ShardReader(part.dataset, locate, helpers), retries)
+        dataset, axis = part.dataset, part.axis
+        if all(field.form is None for field in dataset.fields.values()):
+            return Retrying(open_stored(dataset, axis), retries)
+        reader = FormedReader(dataset, axis, lambda stored: open_stored(stored, axis), locate)
+        return Retrying(reader, retries)
 
     return ViewReader(dataset, open_part) if isinstance(dataset, View) else open_part(Part(dataset))
 

@@ -1,0 +1,198 @@
+"""From what the user says of a field as it is stored to its Form: asked of an open HDF5 file.
+
+Members of compound types by their path, selections by the values of a coordinate, the names of
+enumerations, and all texts that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpctrain.data.forms import Form, Pick, Wish, form_of
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.walking import require_files_behind
+from hpctrain.errors import DatasetError
+from hpctrain.utils.text import listed
+
+MOST_CLASSES = 2**16
+"""That are found by looking at all texts; more are no classes."""
+_TEXTS_AT_ONCE = 2**16
+
+
+def find_stored(file: h5py.File, path: str) -> tuple[h5py.Dataset | None, list[str]]:
+    """Return the HDF5 dataset at a path, and the members of its type that the path goes on with.
+
+    Returns:
+        None for the dataset if there is none.
+    """
+    names = path.strip("/").split("/")
+    for count in range(len(names), 0, -1):
+        place = "/".join(names[:count])
+        try:
+            require_files_behind(file, place)
+            found = file.get(place)
+        except HDF5_FAILURES:
+            continue
+        if isinstance(found, h5py.Dataset):
+            members = names[count:]
+            return (found, members) if not members or _has_members(found) else (None, [])
+    return None, []
+
+
+def _has_members(dataset: h5py.Dataset) -> bool:
+    return isinstance(dataset.id.get_type(), h5py.h5t.TypeCompoundID)
+
+
+def form_in(
+    file: h5py.File, dataset: h5py.Dataset, members: Sequence[str], wish: Wish, axis: int
+) -> Form:
+    """Return what becomes of the rows of an HDF5 dataset.
+
+    Raises:
+        ValueError: saying what cannot be.
+    """
+    if not dataset.shape or axis >= len(dataset.shape):
+        raise ValueError(f"it has the shape {dataset.shape}, and no axis {axis}")
+    shape = dataset.shape[:axis] + dataset.shape[axis + 1 :]
+    try:
+        dtype = dataset.dtype
+    except TypeError:
+        raise ValueError("h5py does not know such a type") from None
+    inner, behind = _member(dtype, members)
+    picks = [_pick(file, dataset, axis, key, wanted, wish, behind) for key, wanted in wish.select]
+    if h5py.check_ref_dtype(inner) is not None:
+        raise ValueError(
+            "it holds references, to places in this file: follow them where the file is made, "
+            "and store the values"
+        )
+    if (of := h5py.check_vlen_dtype(inner)) is not None and of not in (str, bytes):
+        raise ValueError("its samples are of unequal length: that is said by batch, not by these")
+    return form_of(wish, members, shape, dtype, picks, h5py.check_enum_dtype(inner))
+
+
+def _member(dtype: Any, members: Sequence[str]) -> tuple[Any, tuple[int, ...]]:
+    """Return the type of a member as far as there is one, and the axes that it has of its own."""
+    behind: tuple[int, ...] = ()
+    for member in members:
+        if dtype.names is None or member not in dtype.names:
+            break
+        dtype = dtype[member]
+        if dtype.subdtype is not None:
+            dtype, shape = dtype.subdtype
+            behind += shape
+    return dtype, behind
+
+
+def _pick(
+    file: h5py.File,
+    dataset: h5py.Dataset,
+    axis: int,
+    key: str,
+    wanted: Any,
+    wish: Wish,
+    behind: tuple[int, ...],
+) -> tuple[int, Pick]:
+    """Return an axis of a sample, and the indices that are taken of it.
+
+    Args:
+        file: that is open.
+        dataset: in it.
+        axis: that counts its rows.
+        key: number of an axis of a sample, or name of a coordinate.
+        wanted: indices, a slice, or values.
+        wish: of the field.
+        behind: axes that a member has behind those of the dataset.
+    """
+    if key.isdecimal():
+        number = int(key)
+        shape = (*dataset.shape[:axis], *dataset.shape[axis + 1 :], *behind)
+        return number, _indices(wanted, shape[number] if number < len(shape) else None)
+    scale, number = _coordinate(file, dataset, key)
+    if number == axis:
+        raise ValueError(f'"{key}" counts its samples: say which by [data.samples]')
+    values = np.asarray(scale[()])
+    found = [_index_of(value, values, key, nearest=wish.nearest) for value in wanted]
+    return number - (number > axis), tuple(found)
+
+
+def _indices(wanted: Any, size: int | None) -> tuple[int, ...]:
+    if isinstance(wanted, str):
+        if size is None:
+            return (0,)  # the missing axis is told by who knows the shape
+        bounds = [int(part) if part else None for part in wanted.split(":")]
+        return tuple(range(size)[slice(*bounds)])
+    return tuple(wanted)
+
+
+def _coordinate(file: h5py.File, dataset: h5py.Dataset, name: str) -> tuple[h5py.Dataset, int]:
+    """Return the coordinate of a name, and which axis of a dataset it is of."""
+    for number, dim in enumerate(dataset.dims):
+        for scale in dim.values():
+            if scale.name.strip("/") == name.strip("/") or scale.name.rpartition("/")[2] == name:
+                return scale, number
+    for group in (dataset.parent, file):
+        found = group.get(name)
+        if isinstance(found, h5py.Dataset) and found.ndim == 1:
+            axes = [each for each in range(dataset.ndim) if dataset.shape[each] == len(found)]
+            if len(axes) == 1:
+                return found, axes[0]
+            raise ValueError(
+                f'"{name}" has {len(found)} values, and of its axes {dataset.shape} '
+                f"{'none has' if not axes else 'several have'} as many: select by the number of "
+                "the axis of a sample, such as select = {0 = [1, 3]}"
+            )
+    raise ValueError(f'there is no coordinate "{name}" to select by')
+
+
+def _index_of(value: Any, values: Any, key: str, *, nearest: bool) -> int:
+    if values.dtype.kind in "SO":
+        values = np.array([v.decode() if isinstance(v, bytes) else str(v) for v in values])
+    elif isinstance(value, str):
+        raise ValueError(f'"{key}" holds numbers, and {value!r} is none')
+    elif nearest:
+        return int(np.abs(values.astype(np.float64) - value).argmin())
+    # A coordinate of 32 bits holds 0.1 as the nearest number that it has.
+    (equal,) = np.nonzero(values == np.asarray(value).astype(values.dtype))
+    if len(equal) != 1:
+        there = listed([str(each) for each in values.tolist()], 12)
+        more = "; the nearest is taken with nearest = true" if not len(equal) else ""
+        raise ValueError(f'"{key}" has {len(equal)} values {value}: {there}{more}')
+    return int(equal[0])
+
+
+def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
+    """Return the different texts of a field in all of these files, sorted. Reads all of them.
+
+    Raises:
+        DatasetError: if it holds no texts, or too many to be classes.
+    """
+    found: set[bytes] = set()
+    for path in paths:
+        try:
+            with open_hdf5_file(path) as file:
+                dataset, members = find_stored(file, place)
+                if dataset is None:
+                    raise DatasetError(f'{path}: there is no field "{place}"')
+                if (names := h5py.check_enum_dtype(dataset.dtype)) is not None and not members:
+                    found |= {name.encode() for name in names}
+                    continue
+                for start in range(0, dataset.shape[0], _TEXTS_AT_ONCE):
+                    rows = dataset.fields(members[0]) if members else dataset
+                    values = rows[start : start + _TEXTS_AT_ONCE]
+                    for member in members[1:]:
+                        values = values[member]
+                    if values.dtype.kind not in "SO":
+                        raise DatasetError(f'{path}: field "{place}" holds no texts')
+                    found |= {bytes(each) for each in values.ravel().tolist()}
+                    if len(found) > MOST_CLASSES:
+                        raise DatasetError(
+                            f'{path}: field "{place}" has more than {MOST_CLASSES:,} different '
+                            "texts, which are no classes: deliver them as bytes"
+                        )
+        except HDF5_FAILURES as error:
+            raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
+    return tuple(each.decode(errors="surrogateescape") for each in sorted(found))

@@ -1,0 +1,408 @@
+"""What becomes of a stored row before anybody sees it: members, selections, classes, bytes. No I/O.
+
+Readers apply it, so that training, evaluation, caches and tools all meet the field as delivered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.utils.text import listed
+
+Rows = npt.NDArray[Any]
+Pick = tuple[int, ...] | None
+"""Indices that are taken of an axis; None: all."""
+BYTES = "bytes"
+_TEXT = re.compile(r"S([1-9]\d{0,6})")
+COMPLEX_PAIRS = (("r", "i"), ("real", "imag"))
+"""Members of compound types that stand for complex numbers: h5py's, and MATLAB's."""
+
+
+class UnfitRowError(Exception):
+    """A value that cannot be what is asked for.
+
+    Attributes:
+        row: of those that were given.
+    """
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(problem)
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the user says of a field as it is stored.
+
+    Attributes:
+        path: of the HDF5 dataset, perhaps with members of its compound type behind it.
+        dtype: number format to deliver, "bytes", or "S20" for 20 bytes of each text.
+        squeeze: leave axes of length 1 out.
+        select: by axis of a sample, or the name of its coordinate: indices, a slice, or values.
+        nearest: take what is nearest to a value of a coordinate, not only what is equal.
+        classes: what texts or names of an enumeration stand for 0, 1, 2 and so on.
+    """
+
+    path: str
+    dtype: str | None = None
+    squeeze: bool = False
+    select: tuple[tuple[str, Any], ...] = ()
+    nearest: bool = False
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are delivered as they are stored, but for members."""
+        return self == Wish(path=self.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a stored row of a field becomes the one that is delivered.
+
+    Attributes:
+        path: of the HDF5 dataset.
+        shape: of a row as it is stored.
+        stored: dtype of its values, without what only h5py knows of it.
+        members: of compound types, from the outermost on.
+        picks: for each axis of the row, members' own ones behind; () is all of all.
+        squeeze: leave axes of length 1 out.
+        dtype: as in Wish.
+        classes: as in Wish.
+        codes: of an enumeration, the number of each class.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    stored: np.dtype[Any]
+    members: tuple[str, ...] = ()
+    picks: tuple[Pick, ...] = ()
+    squeeze: bool = False
+    dtype: str | None = None
+    classes: tuple[str, ...] | None = None
+    codes: tuple[int, ...] | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether readers of bytes may read the stored rows: no pointers, one byte order."""
+        is_uniform = self.stored in (self.stored.newbyteorder("<"), self.stored.newbyteorder(">"))
+        return not self.stored.hasobject and self.stored.kind != "S" and is_uniform
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row in memory."""
+        return max(1, math.prod(self.shape) * self.stored.itemsize)
+
+    def delivered(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Return shape and dtype of a delivered row.
+
+        Raises:
+            ValueError: saying what the values cannot become.
+        """
+        dtype, shape = self._inner()
+        if self.picks:
+            counts = [
+                size if pick is None else len(pick)
+                for size, pick in zip(shape, self.picks, strict=True)
+            ]
+            shape = tuple(counts)
+        if self.squeeze:
+            shape = tuple(size for size in shape if size != 1)
+        if self.classes is not None:
+            return shape, np.dtype(np.int64 if self.dtype is None else self.dtype)
+        if (width := _width(self.dtype, dtype)) is not None:
+            return (*shape, width), np.dtype(np.uint8)
+        return shape, _number_format(self.dtype, dtype)
+
+    def make(self, rows: Rows) -> Rows:
+        """Return delivered rows, of the shape and dtype that `delivered` tells.
+
+        Args:
+            rows: (rows, *shape), of `stored`; of objects with the first member taken.
+
+        Raises:
+            UnfitRowError: naming a row that cannot become what is asked for.
+        """
+        shape, dtype = self.delivered()
+        members = self.members[1:] if self.stored.hasobject else self.members
+        values = rows
+        for member in members:
+            values = values[member]
+        if self.picks:
+            values = _picked(values, self.picks)
+        if self.classes is not None:
+            made = self._classes_of(values)
+        elif dtype == np.uint8 and _width(self.dtype, self._inner()[0]) is not None:
+            made = _as_bytes(values, shape[-1])
+        elif values.dtype.names is not None:
+            made = _as_complex(values).astype(dtype, copy=False)
+        else:
+            made = _cast(values, dtype)
+        return made.reshape(len(rows), *shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides values, for the record of a run."""
+        usual = {each.name: each.default for each in dataclasses.fields(self)}
+        kept = ("members", "picks", "dtype", "classes")
+        said = {key: getattr(self, key) for key in kept}
+        return {key: _listed(value) for key, value in said.items() if value != usual[key]}
+
+    def _inner(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Return dtype and shape of a row once the members are taken."""
+        dtype, shape = self.stored, self.shape
+        for member in self.members:
+            if dtype.names is None or member not in dtype.names:
+                raise ValueError(f'it has no member "{member}"{_members(dtype)}')
+            dtype = dtype[member]
+            if dtype.subdtype is not None:
+                dtype, inner = dtype.subdtype
+                shape = (*shape, *inner)
+        return dtype, shape
+
+    def _classes_of(self, values: Rows) -> Rows:
+        assert self.classes is not None
+        known = np.array([each.encode() for each in self.classes])
+        if self.codes is not None:
+            given, known = values, np.array(self.codes)
+        else:
+            given = _texts(values)
+        order = np.argsort(known, kind="stable")
+        at = np.minimum(np.searchsorted(known, given, sorter=order), len(known) - 1)
+        found = order[at]
+        _require(known[found] == given, given, "is none of the classes")
+        return found.astype(self.delivered()[1])
+
+
+def form_of(
+    wish: Wish,
+    members: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    select: Sequence[tuple[int, Pick]] = (),
+    names: Mapping[str, int] | None = None,
+) -> Form:
+    """Return how rows of an HDF5 dataset become those that are wished for.
+
+    Args:
+        wish: what the user says.
+        members: at the end of its path, of compound types.
+        shape: of a stored row.
+        dtype: of its values.
+        select: the indices that are taken, by axis of a sample.
+        names: of the numbers of an enumeration.
+
+    Raises:
+        ValueError: saying what cannot be.
+    """
+    path = wish.path.strip("/")
+    for _ in members:
+        path = path.rpartition("/")[0]
+    form = Form(
+        path=path,
+        shape=shape,
+        stored=without_metadata(dtype),
+        members=tuple(members),
+        squeeze=wish.squeeze,
+        dtype=wish.dtype,
+        classes=wish.classes,
+    )
+    kind, inner = form._inner()
+    if kind.hasobject and members and shape:
+        raise ValueError("it is text in a compound type, of several values a row")
+    picks = _picks(select, inner)
+    codes = None
+    if wish.classes is not None:
+        codes = _codes(wish.classes, kind, names)
+    form = dataclasses.replace(form, picks=picks, codes=codes)
+    form.delivered()
+    return form
+
+
+def without_metadata(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a dtype without what h5py notes beside it, which no message between ranks may have."""
+    if dtype.names is not None:
+        fields: Mapping[str, Any] = dtype.fields or {}
+        made: np.dtype[Any] = np.dtype(
+            {
+                "names": list(dtype.names),
+                "formats": [without_metadata(fields[name][0]) for name in dtype.names],
+                "offsets": [fields[name][1] for name in dtype.names],
+                "itemsize": dtype.itemsize,
+            }
+        )
+        return made
+    if dtype.subdtype is not None:
+        inner, shape = dtype.subdtype
+        whole: np.dtype[Any] = np.dtype((without_metadata(inner), shape))
+        return whole
+    bare: np.dtype[Any] = np.dtype(dtype.str)
+    return bare
+
+
+def _picks(select: Sequence[tuple[int, Pick]], shape: tuple[int, ...]) -> tuple[Pick, ...]:
+    picks: list[Pick] = [None] * len(shape)
+    for axis, indices in select:
+        if axis >= len(shape):
+            raise ValueError(f"a sample has the shape {shape}, and no axis {axis} to select of")
+        size = shape[axis]
+        if not indices:
+            raise ValueError(f"select takes nothing of its axis {axis}, which has {size}")
+        wrong = [index for index in indices if not -size <= index < size]
+        if wrong:
+            raise ValueError(f"axis {axis} of a sample has {size}, and no index {wrong[0]}")
+        picks[axis] = tuple(index % size for index in indices)
+    return tuple(picks) if select else ()
+
+
+def _codes(
+    classes: Sequence[str], kind: np.dtype[Any], names: Mapping[str, int] | None
+) -> tuple[int, ...] | None:
+    if names is not None:
+        unknown = [each for each in classes if each not in names]
+        if unknown:
+            raise ValueError(f'"{unknown[0]}" is no name of its numbers: {listed(list(names))}')
+        return tuple(names[each] for each in classes)
+    if kind.kind not in "SO":
+        raise ValueError(f"classes are of texts or of an enumeration, and it is {kind}")
+    return None
+
+
+def _width(wanted: str | None, dtype: np.dtype[Any]) -> int | None:
+    """Return how many bytes are delivered of each value; None: they are numbers."""
+    if wanted is None:
+        return None
+    if wanted == BYTES:
+        if dtype.hasobject:
+            raise ValueError('its texts are of any length: say how much of each, dtype = "S20"')
+        return dtype.itemsize
+    found = _TEXT.fullmatch(wanted)
+    if found is None:
+        return None
+    if dtype.kind not in "SO":
+        raise ValueError(f'it is {dtype} and not text: dtype = "bytes" takes its bytes')
+    return int(found[1])
+
+
+def _number_format(wanted: str | None, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that numbers are delivered in.
+
+    Raises:
+        ValueError: if they are none, or would lose a part.
+    """
+    if dtype.names is not None:
+        pair = _pair(dtype)
+        if pair is None:
+            raise ValueError(f"it is of a compound type: name a member{_members(dtype)}")
+        if wanted is None:
+            return pair
+        if np.dtype(wanted).kind != "c":
+            raise ValueError(f'it is complex: dtype = "{pair}", or a member{_members(dtype)}')
+        return np.dtype(wanted)
+    if dtype.kind in "SO":
+        raise ValueError('it is text: say classes = "sorted" or a list, or dtype = "S20"')
+    if dtype.kind == "V":
+        raise ValueError('it is opaque: dtype = "bytes" takes its bytes')
+    if wanted is None:
+        return dtype
+    made = np.dtype(wanted)
+    if dtype.kind == "c" and made.kind != "c":
+        raise ValueError(f"it is complex, and {wanted} has no imaginary part")
+    return made
+
+
+def _pair(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Return the complex dtype that two members stand for."""
+    if dtype.names not in COMPLEX_PAIRS or not dtype.names:
+        return None
+    one, two = (dtype[name].newbyteorder("=") for name in dtype.names)
+    if one != two or one.name not in ("float32", "float64"):
+        return None
+    return np.dtype(np.complex64 if one.itemsize == 4 else np.complex128)
+
+
+def is_complex_pair(dtype: np.dtype[Any]) -> bool:
+    """Tell whether a compound type stands for complex numbers."""
+    return _pair(dtype) is not None
+
+
+def _as_complex(values: Rows) -> Rows:
+    real, imaginary = values.dtype.names or ()
+    pair = _pair(values.dtype)
+    assert pair is not None
+    made = np.empty(values.shape, pair)
+    made.real, made.imag = values[real], values[imaginary]
+    return made
+
+
+def _picked(values: Rows, picks: Sequence[Pick]) -> Rows:
+    """Return what is selected; neighbours and steps without a copy."""
+    for axis, pick in enumerate(picks, 1):
+        if pick is not None:
+            values = values[(slice(None),) * axis + (_index(pick),)]
+    return values
+
+
+def _index(pick: tuple[int, ...]) -> slice | list[int]:
+    if len(pick) == 1:
+        return slice(pick[0], pick[0] + 1)
+    step = pick[1] - pick[0]
+    if step > 0 and list(pick) == list(range(pick[0], pick[-1] + 1, step)):
+        return slice(pick[0], pick[-1] + 1, step)
+    return list(pick)
+
+
+def _texts(values: Rows) -> Rows:
+    """Return texts as bytes of one width, without what pads them."""
+    if values.dtype.kind == "S":
+        return values
+    flat = [each.encode() if isinstance(each, str) else bytes(each) for each in values.ravel()]
+    return np.array(flat, dtype=f"S{max(1, *map(len, flat), 1)}").reshape(values.shape)
+
+
+def _as_bytes(values: Rows, width: int) -> Rows:
+    """Return (*values, width) uint8, texts filled up with zeros."""
+    if values.dtype.kind in "SO":
+        texts = _texts(values)
+        longest = np.char.str_len(texts)
+        _require(longest <= width, texts, f"has more than {width} bytes")
+        values = texts.astype(f"S{width}")
+    whole = np.ascontiguousarray(values)
+    return whole.view(np.uint8).reshape(*values.shape, width)
+
+
+def _cast(values: Rows, dtype: np.dtype[Any]) -> Rows:
+    """Return numbers in another format; floats are rounded, and nothing else is."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = values.astype(dtype)
+        if made.dtype.kind in "iub":
+            _require(made == values, values, f"is not a number of {dtype}")
+        elif made.dtype.kind == "f" and not np.can_cast(values.dtype, dtype):
+            grown = np.isinf(made) & ~np.isinf(values)
+            _require(~grown, values, f"is too large for {dtype}")
+    return made
+
+
+def _require(is_right: npt.NDArray[np.bool_], values: Rows, problem: str) -> None:
+    if is_right.all():
+        return
+    at = tuple(np.argwhere(~is_right)[0])
+    raise UnfitRowError(int(at[0]), f"{values[at]!r:.80} {problem}")
+
+
+def _members(dtype: np.dtype[Any]) -> str:
+    names = list(dtype.names or ())
+    return f"; it has {listed(names, 20)}" if names else ", and no members"
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value

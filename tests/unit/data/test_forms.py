@@ -1,0 +1,272 @@
+"""Fields as they are stored: files that other tools wrote, and values as those tools give them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.convert.index import make_catalogue, make_index
+from hpctrain.convert.stats import measure
+from hpctrain.convert.verify import verify
+from hpctrain.data.dataset import Dataset
+from hpctrain.data.discovery import open_dataset
+from hpctrain.data.open_datasets import open_for_evaluation, open_for_training
+from hpctrain.data.reading.rows import read_rows
+from hpctrain.errors import ConfigError, DatasetError, UsageError
+from hpctrain.training.data import FORMS, forms_to_record, refuse_other_forms
+
+ROWS = 24
+
+
+def _opened(file: Path, table: FieldTable, **more: Any) -> Dataset:
+    section = DataSection(train=str(file), global_batch_size=1, fields={"x": table}, **more)
+    return open_for_training(section, ["x"])
+
+
+def _delivered(file: Path, **table: Any) -> Any:
+    """Return all samples of a field, in an order that is not that of the file, put back."""
+    dataset = pickle.loads(pickle.dumps(_opened(file, FieldTable(**table))))
+    rows = np.random.default_rng(0).permutation(dataset.samples)
+    values = read_rows(dataset, rows)["x"]
+    assert values.shape == (dataset.samples, *dataset.fields["x"].shape)
+    assert values.dtype == dataset.fields["x"].dtype.newbyteorder("=")
+    return values[np.argsort(rows)]
+
+
+def _write(path: Path, values: Any, **storage: Any) -> Path:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("v", data=values, **storage)
+    return path
+
+
+_JETS = np.dtype([("pt", ">f4"), ("flag", "u1"), ("xyz", ">f8", (3,)), ("in", [("a", ">i2")])])
+STORAGES: list[dict[str, Any]] = [{}, {"chunks": (5,)}, {"chunks": (5,), "compression": "gzip"}]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=["contiguous", "chunks", "gzip"])
+def test_members_of_compound_types_are_fields(tmp_path: Path, storage: dict[str, Any]) -> None:
+    jets = np.zeros(ROWS, _JETS)
+    jets["pt"], jets["xyz"] = np.arange(ROWS) / 3, np.arange(3 * ROWS).reshape(ROWS, 3)
+    jets["in"]["a"] = -np.arange(ROWS)
+    path = _write(tmp_path / "a.h5", jets, **storage)
+    np.testing.assert_array_equal(_delivered(path, path="v/pt"), jets["pt"])
+    np.testing.assert_array_equal(_delivered(path, path="v/xyz"), jets["xyz"])
+    np.testing.assert_array_equal(_delivered(path, path="/v/in/a"), jets["in"]["a"])
+    some = _delivered(path, path="v/xyz", select={"0": "1:"})
+    np.testing.assert_array_equal(some, jets["xyz"][:, 1:])
+    # Tools name them in the same way, without a config.
+    named = open_dataset(str(path), ["v/pt", "v/in/a"])
+    np.testing.assert_array_equal(read_rows(named, np.arange(ROWS))["v/in/a"], jets["in"]["a"])
+    with pytest.raises(DatasetError, match=r'"v as x" is compound.*name a member; it has pt, flag'):
+        _delivered(path, path="v", squeeze=True)
+    with pytest.raises(DatasetError, match='no member "eta"; it has pt'):
+        _delivered(path, path="v/eta")
+
+
+def test_tools_take_members_and_lists_refuse_them(tmp_path: Path) -> None:
+    jets = np.zeros(ROWS, _JETS)
+    jets["pt"] = np.arange(ROWS)
+    path = str(_write(tmp_path / "a.h5", jets))
+    assert not verify(path, ["v/pt"]).problems
+    assert measure(open_dataset(path, ["v/pt"]))["fields"]["v/pt"]["mean"] == (ROWS - 1) / 2
+    for refused in (
+        lambda: make_index(path, ["v/pt"]),
+        lambda: make_catalogue(path, tmp_path / "list.json", ["v/pt"]),
+    ):
+        with pytest.raises(UsageError, match="member of a compound type"):
+            refused()
+
+
+def test_a_run_is_not_gone_on_with_under_other_classes(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.h5", [b"a", b"b"])
+
+    def opened(*classes: str) -> Dataset:
+        return _opened(path, FieldTable(path="v", classes=classes))
+
+    saved = {FORMS: forms_to_record(opened("a", "b"))}
+    config = SimpleNamespace(checkpoint=SimpleNamespace(allow_data_change=False))
+    refuse_other_forms(config, opened("a", "b"), saved)  # type: ignore[arg-type]
+    for now, then in ((opened("b", "a"), saved), (opened("a", "b"), {})):
+        with pytest.raises(ConfigError, match=r"data\.fields\.x\.classes: the run began with"):
+            refuse_other_forms(config, now, then)  # type: ignore[arg-type]
+
+
+def test_windows_of_members_are_those_of_their_rows(tmp_path: Path) -> None:
+    jets = np.zeros(ROWS, _JETS)
+    jets["pt"] = np.arange(ROWS)
+    path = _write(tmp_path / "a.h5", jets)
+    windows = _delivered(path, path="v/pt", steps=4)
+    np.testing.assert_array_equal(windows, np.arange(ROWS - 3)[:, None] + np.arange(4))
+
+
+def test_pytables_and_pandas_tables(tmp_path: Path) -> None:
+    pandas, tables = pytest.importorskip("pandas"), pytest.importorskip("tables")
+    frame = pandas.DataFrame(
+        {"e": np.arange(ROWS) / 7, "n": np.arange(ROWS), "kind": ["mu", "electron"] * (ROWS // 2)}
+    )
+    path = tmp_path / "pandas.h5"
+    frame.to_hdf(path, key="t", format="table", data_columns=["kind"])
+    values = _delivered(path, path="t/table/values_block_0")
+    np.testing.assert_array_equal(values[:, 0], frame["e"])
+    classes = _delivered(path, path="t/table/kind", classes="sorted")
+    np.testing.assert_array_equal(classes, pandas.Categorical(frame["kind"]).codes)
+
+    class Row(tables.IsDescription):  # type: ignore[misc, name-defined]
+        a = tables.Float32Col(shape=(2,))
+        good = tables.BoolCol()
+
+    path = tmp_path / "tables.h5"
+    with tables.open_file(path, "w") as file:
+        table = file.create_table("/", "t", Row)
+        for i in range(ROWS):
+            table.row["a"], table.row["good"] = (i, -i), i % 3 == 0
+            table.row.append()
+        table.flush()
+        wanted = table.read()
+    np.testing.assert_array_equal(_delivered(path, path="t/a"), wanted["a"])
+    np.testing.assert_array_equal(_delivered(path, path="t/good", dtype="bool"), wanted["good"])
+
+
+def test_complex_numbers_of_matlab(tmp_path: Path) -> None:
+    stored = np.zeros((ROWS, 3), [("real", "<f8"), ("imag", "<f8")])
+    stored["real"] = np.arange(3 * ROWS).reshape(ROWS, 3)
+    stored["imag"] = -0.5
+    path = _write(tmp_path / "a.mat", stored)
+    wanted = stored["real"] + 1j * stored["imag"]
+    np.testing.assert_array_equal(_delivered(path, path="v", dtype="complex128"), wanted)
+    np.testing.assert_array_equal(_delivered(path, path="v", dtype="complex64"), wanted)
+    np.testing.assert_array_equal(_delivered(path, path="v/imag"), stored["imag"])
+    with pytest.raises(DatasetError, match=r'it is complex: dtype = "complex128", or a member'):
+        _delivered(path, path="v", dtype="float32")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("chunks", [None, True])
+def test_selections_by_index(tmp_path: Path, axis: int, chunks: bool | None) -> None:
+    values = np.arange(ROWS * 6 * 5 * 1).reshape(ROWS, 6, 5, 1)
+    path = _write(tmp_path / "a.h5", np.moveaxis(values, 0, axis), chunks=chunks)
+
+    def delivered(**table: Any) -> Any:
+        return _delivered(path, path="v", axis=axis, **table)
+
+    np.testing.assert_array_equal(delivered(select={"0": [4, 1]}), values[:, [4, 1]])
+    np.testing.assert_array_equal(delivered(select={"0": "1:-1:2"}), values[:, 1:-1:2])
+    np.testing.assert_array_equal(delivered(select={"1": [-1]}, squeeze=True), values[:, :, 4, 0])
+    both = delivered(select={"1": "2:4", "0": [0, 5]}, dtype="float32")
+    np.testing.assert_array_equal(both, values[:, [0, 5], 2:4])
+    for select, problem in (
+        ({"0": [6]}, "axis 0 of a sample has 6, and no index 6"),
+        ({"3": [0]}, "no axis 3 to select of"),
+        ({"3": "1:"}, "no axis 3 to select of"),
+        ({"0": "6:9"}, "takes nothing of its axis 0"),
+    ):
+        with pytest.raises(DatasetError, match=problem):
+            delivered(select=select)
+
+
+def test_selections_by_value_are_those_of_xarray(tmp_path: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("netCDF4")
+    levels = np.array([1000.0, 850.0, 500.0, 250.1], np.float32)
+    field = xarray.DataArray(
+        np.arange(ROWS * 4 * 2.0).reshape(ROWS, 4, 2),
+        dims=("time", "level", "lat"),
+        coords={"time": np.arange(ROWS), "level": levels, "lat": [0.0, 1.0]},
+        name="z",
+    )
+    path = tmp_path / "era.nc"
+    packing = {"z": {"dtype": "i2", "scale_factor": 0.5, "_FillValue": -1}}
+    field.to_netcdf(path, engine="netcdf4", encoding=packing)
+    stored = np.round(field / 0.5).astype("i2")
+
+    def delivered(**table: Any) -> Any:
+        return _delivered(path, path="z", **table)
+
+    wanted = stored.sel(level=[500, 850])
+    np.testing.assert_array_equal(delivered(select={"level": [500, 850]}), wanted)
+    np.testing.assert_array_equal(
+        delivered(select={"level": [250.1]}, squeeze=True), stored[:, 3].to_numpy()
+    )
+    near = stored.sel(level=[480, 990], method="nearest")
+    np.testing.assert_array_equal(delivered(select={"level": [480, 990]}, nearest=True), near)
+    with pytest.raises(DatasetError, match=r'"level" has 0 values 480: .*nearest = true'):
+        delivered(select={"level": [480]})
+    with pytest.raises(DatasetError, match='no coordinate "hight"'):
+        delivered(select={"hight": [480]})
+    # What its numbers stand for is still known.
+    dataset = _opened(path, FieldTable(path="z", select={"level": [500]}))
+    assert dataset.codings("x")[0].scale == 0.5
+    with pytest.raises(DatasetError, match=r"data\.fields\.x\.dtype.*leave the dtype out"):
+        _opened(path, FieldTable(path="z", dtype="float64"))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "utf-8", "variable"])
+def test_texts_as_classes_and_as_bytes(tmp_path: Path, kind: str) -> None:
+    words = [["cat", "añu", "dog", "cat", "owl"][i % 5] for i in range(ROWS)]
+    raw = np.array([word.encode() for word in words])
+    types = {
+        "fixed": raw.dtype,
+        "utf-8": h5py.string_dtype("utf-8", 8),
+        "variable": h5py.string_dtype(),
+    }
+    path = _write(tmp_path / "a.h5", raw.astype(types[kind]), dtype=types[kind])
+    wanted = np.unique(raw, return_inverse=True)[1]
+    np.testing.assert_array_equal(_delivered(path, path="v", classes="sorted"), wanted)
+    names = ("owl", "dog", "cat", "añu")
+    listed = _delivered(path, path="v", classes=names)
+    assert [names[each] for each in listed] == words
+    as_bytes = _delivered(path, path="v", dtype="S6")
+    assert [bytes(each).rstrip(b"\0") for each in as_bytes] == raw.tolist()
+    with pytest.raises(DatasetError, match=r"row \d+: .*is none of the classes"):
+        _delivered(path, path="v", classes=("cat", "dog", "owl"))
+    with pytest.raises(DatasetError, match=r"row \d+: .*has more than 3 bytes"):
+        _delivered(path, path="v", dtype="S3")
+    with pytest.raises(DatasetError, match=r'it is text: say classes = "sorted"'):
+        _delivered(path, path="v", squeeze=True)
+
+
+def test_an_evaluation_has_the_classes_of_the_training(tmp_path: Path) -> None:
+    train = _write(tmp_path / "train.h5", [b"a", b"b", b"c"])
+    validation = _write(tmp_path / "validation.h5", [b"c", b"b"])
+    section = DataSection(
+        train=str(train),
+        validation=str(validation),
+        global_batch_size=1,
+        fields={"x": FieldTable(path="v", classes="sorted")},
+    )
+    dataset = open_for_evaluation(section, ["x"])
+    assert dataset is not None
+    np.testing.assert_array_equal(read_rows(dataset, np.arange(2))["x"], [2, 1])
+
+
+def test_enumerations_opaque_values_and_numbers_in_other_formats(tmp_path: Path) -> None:
+    kinds = h5py.enum_dtype({"dog": 7, "cat": 3}, basetype="i1")
+    path = _write(tmp_path / "e.h5", np.array([7, 3, 3], "i1"), dtype=kinds)
+    np.testing.assert_array_equal(_delivered(path, path="v"), [7, 3, 3])
+    np.testing.assert_array_equal(_delivered(path, path="v", classes=("cat", "dog")), [1, 0, 0])
+    np.testing.assert_array_equal(_delivered(path, path="v", classes="sorted"), [1, 0, 0])
+    opaque = np.array([b"abc", b"\0de"], "V3")
+    path = _write(tmp_path / "o.h5", opaque)
+    np.testing.assert_array_equal(
+        _delivered(path, path="v", dtype="bytes"), [[97, 98, 99], [0, 100, 101]]
+    )
+    path = _write(tmp_path / "n.h5", np.array([1, 2, 300]))
+    assert _delivered(path, path="v", dtype="float16").dtype == np.float16
+    with pytest.raises(DatasetError, match=r"row 2: .*300.* is not a number of uint8"):
+        _delivered(path, path="v", dtype="uint8")
+
+
+def test_references_are_refused_with_an_explanation(tmp_path: Path) -> None:
+    path = tmp_path / "r.h5"
+    with h5py.File(path, "w") as file:
+        file["a"] = np.arange(3)
+        file.create_dataset("v", data=[file["a"].ref] * 3, dtype=h5py.ref_dtype)
+    with pytest.raises(DatasetError, match="references, to places in this file"):
+        _delivered(path, path="v", dtype="bytes")
