@@ -12,6 +12,7 @@ from typing import Any
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of, stored_fields
 from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
+from hpctrain.config.schema import FieldTable
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
 from hpctrain.data.dataset import Dataset, DatasetFacts
@@ -96,7 +97,7 @@ class Data:
         return {
             SEMANTICS: self.semantics.to_json(),
             DECODING: decoding_to_record(self.train) if isinstance(self.train, Dataset) else {},
-            FORMS: forms_to_record(self.train) if isinstance(self.train, Dataset) else {},
+            FORMS: (forms_to_record(config, self.train) if isinstance(self.train, Dataset) else {}),
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
         }
 
@@ -473,19 +474,31 @@ FORMS = "forms"
 """Name of the record among the values of a checkpoint."""
 
 
-def forms_to_record(train: Dataset) -> dict[str, Any]:
+_DECIDES = (
+    *("offsets", "counts", "batch", "max_length", "pad", "shift_by", "image", "crop", "grey"),
+)
+"""Keys of a field's table that say what samples become of what is stored."""
+
+
+def forms_to_record(config: Config, train: Dataset) -> dict[str, Any]:
     """Return what a checkpoint says of fields that are not delivered as they are stored."""
-    found = {}
+    usual = FieldTable()
+    found: dict[str, dict[str, Any]] = {}
+    for name, table in config.data.fields.items():
+        said = {key: getattr(table, key) for key in _DECIDES}
+        record = {key: value for key, value in said.items() if value != getattr(usual, key)}
+        if record:
+            found[name] = {**record, "image": list(table.image)} if table.image else record
     for name in train.fields:
         home, inside = train.home(name)
         form = home.fields[inside].form
         if form is not None:
-            found[name] = form.to_json()
+            found[name] = {**found.get(name, {}), **form.to_json()}
     return found
 
 
 def refuse_other_forms(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:
-    """See to it that a run goes on with the selections and classes that it began with.
+    """See to it that a run goes on with the selections, classes and images that it began with.
 
     Args:
         config: of this job.
@@ -497,7 +510,7 @@ def refuse_other_forms(config: Config, train: Dataset, saved: Mapping[str, Any])
     """
     if config.checkpoint.allow_data_change:
         return
-    then, now = saved.get(FORMS, {}), forms_to_record(train)
+    then, now = saved.get(FORMS, {}), forms_to_record(config, train)
     for name in train.fields:
         before, after = then.get(name, {}), now.get(name, {})
         other = [key for key in {**before, **after} if before.get(key) != after.get(key)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,12 +91,40 @@ def test_a_run_is_not_gone_on_with_under_other_classes(tmp_path: Path) -> None:
     def opened(*classes: str) -> Dataset:
         return _opened(path, FieldTable(path="v", classes=classes))
 
-    saved = {FORMS: forms_to_record(opened("a", "b"))}
-    config = SimpleNamespace(checkpoint=SimpleNamespace(allow_data_change=False))
-    refuse_other_forms(config, opened("a", "b"), saved)  # type: ignore[arg-type]
+    config = _config()
+    saved = {FORMS: forms_to_record(config, opened("a", "b"))}
+    refuse_other_forms(config, opened("a", "b"), saved)
     for now, then in ((opened("b", "a"), saved), (opened("a", "b"), {})):
         with pytest.raises(ConfigError, match=r"data\.fields\.x\.classes: the run began with"):
-            refuse_other_forms(config, now, then)  # type: ignore[arg-type]
+            refuse_other_forms(config, now, then)
+
+
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [
+        ("image", {"image": (8, 8)}, {"image": (8, 16)}),
+        ("crop", {"image": (8, 8), "crop": "random"}, {"image": (8, 8)}),
+        ("grey", {"image": (8, 8)}, {"image": (8, 8), "grey": True}),
+        ("max_length", {"offsets": "ptr", "batch": "pad"}, {"offsets": "ptr", "max_length": 9}),
+        ("counts", {"counts": "n"}, {}),
+    ],
+)
+def test_a_run_is_not_gone_on_with_under_other_samples(
+    tmp_path: Path, key: str, then: dict[str, Any], now: dict[str, Any]
+) -> None:
+    train = _opened(_write(tmp_path / "a.h5", [b"a", b"b"]), FieldTable(path="v", dtype="S1"))
+    began, goes_on = _config(x=FieldTable(**then)), _config(x=FieldTable(**now))
+    # As a checkpoint has it.
+    saved = json.loads(json.dumps({FORMS: forms_to_record(began, train)}))
+    refuse_other_forms(began, train, saved)
+    with pytest.raises(ConfigError, match=rf"data\.fields\.x\.({key}|batch)"):
+        refuse_other_forms(goes_on, train, saved)
+
+
+def _config(**fields: FieldTable) -> Any:
+    return SimpleNamespace(
+        checkpoint=SimpleNamespace(allow_data_change=False), data=SimpleNamespace(fields=fields)
+    )
 
 
 def test_windows_of_members_are_those_of_their_rows(tmp_path: Path) -> None:
