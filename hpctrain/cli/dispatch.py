@@ -35,6 +35,18 @@ def _report(arguments: list[str]) -> int:
     return report(arguments)
 
 
+def _runs(arguments: list[str]) -> int:
+    from hpctrain.cli.watching import runs
+
+    return runs(arguments)
+
+
+def _compare(arguments: list[str]) -> int:
+    from hpctrain.cli.watching import compare
+
+    return compare(arguments)
+
+
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
@@ -44,6 +56,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": _prepare,
     "watch": _watch,
     "report": _report,
+    "runs": _runs,
+    "compare": _compare,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
     "check": check,

@@ -28,6 +28,8 @@ USAGES = {
     "bundle": "bundle RUN [FILE ...] [--output FILE]",
     "watch": "watch RUN [RUN ...] --serve [--port N | --unix-socket PATH]",
     "report": "report RUN [RUN ...] [--output FILE.html] [--png FOLDER]",
+    "runs": "runs [FOLDER] [--json]",
+    "compare": "compare RUN RUN",
 }
 """What each command takes; "" is a run of a config."""
 
@@ -96,6 +98,9 @@ commands:
   report RUN [RUN ...]
                     the same page as one file, report.html or that of --output, with the data in it;
                     --png FOLDER: its curves as images, by matplotlib
+  runs [FOLDER]     the runs of a folder, runs/ where none is named: state, step, newest and best
+                    metric, age, job, host, size. --json: for programs
+  compare RUN RUN   two runs side by side: config, records of their jobs, seconds, curves
   bundle RUN [FILE ...]
                     pack what tells how the run went for a support desk, below 5 MB, and list it:
                     config, job records, ends, stacks, the last of the log; no data, no weights,

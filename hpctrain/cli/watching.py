@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.cli.usage import Parser, count
 from hpctrain.errors import ExitCode
 from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import plural, printable, size
+from hpctrain.utils.text import plural, printable, printable_lines, size
 
 if TYPE_CHECKING:
     from hpctrain.watch.run_files import RunFiles
@@ -52,6 +54,41 @@ def report(arguments: list[str]) -> int:
         images = write_images(runs, parsed.png)
         lines.append(f"{parsed.png}: {plural(len(images), 'image')}")
     write_out("".join(f"{printable(line)}\n" for line in lines))
+    return ExitCode.DONE
+
+
+def runs(arguments: list[str]) -> int:
+    """List the runs of a folder."""
+    parser = Parser("runs")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("--json", action="store_true")
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.checkpoint.lease import holder_lives
+    from hpctrain.watch.runs import find_runs, run_row, table_of
+
+    rows = [
+        run_row(run, holder_lives, str(run.relative_to(parsed.folder)))
+        for run in find_runs(parsed.folder)
+    ]
+    if parsed.json:
+        write_out(f"{json.dumps([asdict(row) for row in rows], indent=1)}\n")
+    else:
+        write_out(f"{printable_lines(table_of(rows))}\n")
+    return ExitCode.DONE
+
+
+def compare(arguments: list[str]) -> int:
+    """Show two runs side by side."""
+    parser = Parser("compare")
+    parser.add_argument("one", type=Path, metavar="RUN")
+    parser.add_argument("other", type=Path, metavar="RUN")
+    parsed = parser.parse_args(arguments)
+
+    from hpctrain.checkpoint.lease import holder_lives
+    from hpctrain.watch.runs import compared
+
+    write_out(f"{printable_lines(compared(parsed.one, parsed.other, holder_lives))}\n")
     return ExitCode.DONE
 
 

@@ -133,11 +133,16 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
                 yield record
 
 
-def newest_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest records of training and of each evaluation, flat; none without a file."""
+def newest_records(path: Path, tail_bytes: int = _TAIL_BYTES) -> dict[str, dict[str, Any]]:
+    """Return the newest records of training and of each evaluation, flat; none without a file.
+
+    Args:
+        path: of a metrics.jsonl.
+        tail_bytes: of its end, in which they are looked for.
+    """
     try:
         with open_file(path) as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            file.seek(max(0, path.stat().st_size - tail_bytes))
             lines = file.readlines()
     except OSError:
         return {}

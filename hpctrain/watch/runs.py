@@ -1,0 +1,342 @@
+"""The runs of a folder as a table, and two runs side by side. Reads only, without torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.batch.exit_status import NAME, State, read_status
+from hpctrain.checkpoint.export import best_of
+from hpctrain.checkpoint.inspect import config_changes
+from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.observe.job_record import FOLDER as JOBS
+from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.observe.records import WALL_TIME, flat, newest_records, read_records
+from hpctrain.observe.run_files import goodput_of, read_object, runs_now
+from hpctrain.utils import text
+from hpctrain.utils.json_files import SMALL, read_whole
+
+Lives = Callable[[Path], bool | None]
+"""Whether the process that holds a run's folder lives; None: that cannot be told from here."""
+
+_HEAD = ("run", "state", "step", "last", "best", "age", "job", "host", "size")
+
+_TAIL_BYTES = 2**13
+"""Of metrics.jsonl: the newest numbers stand there, and a thousand runs are looked at."""
+
+_CURVE_ROWS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """A run in a line.
+
+    Attributes:
+        state: what it needs now, see `hpctrain.batch.exit_status`.
+        last: newest metric: of the evaluation, or the loss of training.
+        best: value of the best checkpoint that is kept.
+        changed: seconds since 1970 of the newest sign of it.
+        host: of its last job, the first of several.
+        size: bytes of its folder.
+    """
+
+    run: str
+    state: str
+    step: int
+    last: Mapping[str, float]
+    best: Mapping[str, float]
+    changed: float
+    job: str | None
+    host: str | None
+    nodes: int
+    size: int
+
+    def cells(self, now: float) -> tuple[str, ...]:
+        """Return what a table shows of it."""
+        more = f" +{self.nodes - 1:,}" if self.nodes > 1 else ""
+        return (
+            self.run,
+            self.state,
+            f"{self.step:,}",
+            _named(self.last),
+            _named(self.best),
+            _age(now - self.changed),
+            self.job or "-",
+            f"{self.host}{more}" if self.host else "-",
+            text.size(self.size),
+        )
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the folders of runs in a folder, also those one level further down.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    try:
+        return _runs_in(folder, 2)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}: name the folder of your runs") from error
+
+
+def _runs_in(folder: Path, levels: int) -> list[Path]:
+    found: list[Path] = []
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    for path in map(Path, inner):
+        if (path / NAME).exists():
+            found.append(path)
+        elif levels > 1:
+            with suppress(OSError):  # somebody's own
+                found += _runs_in(path, levels - 1)
+    return found
+
+
+def run_row(run: Path, lives: Lives, name: str | None = None) -> RunRow:
+    """Return a run in a line; what is damaged says so.
+
+    Args:
+        run: its folder.
+        lives: tells whether its process lives.
+        name: that it is shown by; None: that of its folder.
+    """
+    step, job, state = 0, None, ""
+    try:
+        status = read_status(run, {}, lives=runs_now(run, lives(run)))
+        step, job, state = status.step, status.job, status.state
+        if status.state == State.RUNNING.value:
+            step = max(step, _newest_step(run))
+    except HpctrainError as error:
+        state = f"damaged: {error}".splitlines()[0][:60]
+    best: dict[str, float] = {}
+    with suppress(HpctrainError, OSError):
+        if (found := best_of(run)) is not None:
+            best = {found.metric: found.value}
+    host, nodes = _place(run)
+    size, changed = _size(run)
+    return RunRow(
+        run=name or run.name,
+        state=state,
+        step=step,
+        last=_last(run),
+        best=best,
+        changed=changed,
+        job=job,
+        host=host,
+        nodes=nodes,
+        size=size,
+    )
+
+
+def table_of(rows: Sequence[RunRow], now: float | None = None) -> str:
+    """Return runs as a table, the newest first."""
+    now = time.time() if now is None else now
+    ordered = sorted(rows, key=lambda row: -row.changed)
+    return "\n".join(text.table([_HEAD, *(row.cells(now) for row in ordered)]))
+
+
+def compared(one: Path, other: Path, lives: Lives) -> str:
+    """Return two runs side by side: where they stand, what differs, and their curves.
+
+    Raises:
+        ConfigError: if one of them is no run.
+    """
+    for run in (one, other):
+        if not (run / NAME).exists():
+            raise ConfigError(f"{run} holds no run: there is no {NAME} in it")
+    names = _names(one, other)
+    rows = [run_row(run, lives, name) for run, name in zip((one, other), names, strict=True)]
+    now = time.time()
+    parts = [
+        [_HEAD, *(row.cells(now) for row in rows)],
+        [("config", *names), *_config_rows(one, other)],
+        [("last job", *names), *_job_rows(one, other)],
+        [("goodput", *names), *_goodput_rows(one, other)],
+        *_curves(one, other, names),
+    ]
+    return "\n\n".join("\n".join(text.table(part)) for part in parts if len(part) > 1)
+
+
+def _config_rows(one: Path, other: Path) -> list[tuple[str, ...]]:
+    contents = []
+    for run in (one, other):
+        try:
+            contents.append(read_whole(run / "config.toml", SMALL).decode("utf-8"))
+        except (OSError, ValueError):
+            return []
+    try:
+        changes = config_changes(*contents)
+    except (HpctrainError, ValueError):
+        return []
+    return [(key, _shown(then), _shown(now)) for key, (then, now) in changes.items()]
+
+
+def _job_rows(one: Path, other: Path) -> list[tuple[str, ...]]:
+    """Return in what the records of the last jobs of two runs differ."""
+    records = [_job_facts(_last_job(run)) for run in (one, other)]
+    keys = dict.fromkeys([*records[0], *records[1]])
+    return [
+        (key, *(record.get(key, "-") for record in records))
+        for key in keys
+        if records[0].get(key) != records[1].get(key)
+    ]
+
+
+def _job_facts(record: Mapping[str, Any]) -> dict[str, str]:
+    found = {
+        key: _shown(record[key])
+        for key in ("start", "end", "reason", "launcher", "world_size", "job", "image", "driver")
+        if record.get(key) is not None
+    }
+    found["nodes"] = text.listed([str(node.get("host")) for node in _nodes(record)])
+    git = record.get("git")
+    if isinstance(git, Mapping):
+        found["commit"] = f"{git.get('commit')}{', changed since' if git.get('dirty') else ''}"
+    for group in ("versions", "packages", "variables"):
+        items = record.get(group)
+        if isinstance(items, Mapping):
+            found |= {f"{group}.{name}": _shown(value) for name, value in items.items()}
+    return found
+
+
+def _goodput_rows(one: Path, other: Path) -> list[tuple[str, ...]]:
+    found = [goodput_of(run) for run in (one, other)]
+    known = [each.to_json() for each in found if each is not None]
+    if len(known) < 2:
+        return []
+    return [
+        (name, *(_amount(name, each[name]) for each in known))
+        for name in known[0]
+        if any(each[name] for each in known)
+    ]
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value:g}" if name == "jobs" else text.duration(value)
+
+
+def _curves(one: Path, other: Path, names: Sequence[str]) -> list[list[tuple[str, ...]]]:
+    """Return a table for each number that both runs have, at steps of both."""
+    curves = [_numbers(run) for run in (one, other)]
+    tables = []
+    for name in curves[0].keys() & curves[1].keys():
+        first, second = curves[0][name], curves[1][name]
+        last = max(*first, *second)
+        steps = sorted({round(last * (i + 1) / _CURVE_ROWS) for i in range(_CURVE_ROWS)})
+        rows = [(f"{step:,}", _at(first, step), _at(second, step)) for step in steps]
+        tables.append([(f"{name} at step", *names), *rows])
+    return sorted(tables, key=lambda rows: rows[0])
+
+
+def _numbers(run: Path) -> dict[str, dict[int, float]]:
+    """Return the losses and metrics of a run by name and step."""
+    found: dict[str, dict[int, float]] = {}
+    with suppress(OSError):
+        for record in read_records(run / JSONL_FILE):
+            for name, value in _metrics_of(record).items():
+                group = record.get("split", record["kind"])
+                found.setdefault(f"{group} {name}", {})[record["step"]] = value
+    return found
+
+
+def _at(curve: Mapping[int, float], step: int) -> str:
+    """Return the newest value up to a step; "-": there was none yet, or the curve has ended."""
+    known = [each for each in curve if each <= step]
+    ended = step > max(curve) + (max(curve) / _CURVE_ROWS)
+    return "-" if not known or ended else text.metric(curve[max(known)])
+
+
+_OF_THE_PLACE = ("step", "epoch", "samples_seen", "samples_per_second", "skipped_steps", WALL_TIME)
+
+
+def _metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in flat(record).items()
+        if name not in _OF_THE_PLACE
+        and not name.startswith("seconds.")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    }
+
+
+def _last(run: Path) -> dict[str, float]:
+    """Return the newest metric of the evaluation, or the newest loss of training."""
+    records = newest_records(run / JSONL_FILE, _TAIL_BYTES)
+    names = [name for name in records if name not in ("train", "epoch")] or list(records)
+    for name in names:
+        if metrics := _metrics_of(records[name]):
+            key = "loss" if "loss" in metrics else next(iter(metrics))
+            return {key: metrics[key]}
+    return {}
+
+
+def _newest_step(run: Path) -> int:
+    records = newest_records(run / JSONL_FILE, _TAIL_BYTES).values()
+    return max((record["step"] for record in records), default=0)
+
+
+def _last_job(run: Path) -> dict[str, Any]:
+    try:
+        numbers = [int(path.stem) for path in (run / JOBS).iterdir() if path.stem.isdecimal()]
+    except OSError:
+        return {}
+    return read_object(run / JOBS / f"{max(numbers, default=0)}.json")
+
+
+def _nodes(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    nodes = record.get("nodes")
+    return [node for node in nodes if isinstance(node, dict)] if isinstance(nodes, list) else []
+
+
+def _place(run: Path) -> tuple[str | None, int]:
+    nodes = _nodes(_last_job(run))
+    return (str(nodes[0].get("host")), len(nodes)) if nodes else (None, 0)
+
+
+def _size(run: Path) -> tuple[int, float]:
+    """Return the bytes of a folder, and when something in it has changed for the last time."""
+    size, changed, folders = 0, 0.0, [str(run)]
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                        continue
+                    facts = entry.stat(follow_symlinks=False)
+                    size, changed = size + facts.st_size, max(changed, facts.st_mtime)
+    return size, changed
+
+
+def _names(one: Path, other: Path) -> tuple[str, str]:
+    """Return what two runs are called: the names of their folders, unless these are the same."""
+    first, second = one.resolve().name, other.resolve().name
+    return (first, second) if first != second else (str(one), str(other))
+
+
+def _named(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {text.metric(value)}" for name, value in metrics.items()) or "-"
+
+
+def _age(seconds: float) -> str:
+    """Return an age in its largest unit."""
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _shown(value: object) -> str:
+    found = "-" if value is None else str(value)
+    return found if len(found) <= _LONGEST else found[: _LONGEST - 3] + "..."
+
+
+_LONGEST = 60
