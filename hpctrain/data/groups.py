@@ -20,14 +20,17 @@ from hpctrain.utils.text import listed
 
 
 def is_pattern(name: str) -> bool:
-    """Tell whether a name stands for many: brackets and question marks are part of some names."""
-    return "*" in name
+    """Tell whether a path stands for many, by a star in the name of a group on its way.
+
+    An array may have any name, also one with a star in it.
+    """
+    return "*" in name.strip("/").rpartition("/")[0]
 
 
 def stem(pattern: str) -> str:
     """Return the part of a pattern that names groups, empty if it is none: up to the last star."""
     parts = pattern.split("/")
-    wild = [number for number, part in enumerate(parts) if is_pattern(part)]
+    wild = [number for number, part in enumerate(parts[:-1]) if "*" in part]
     return "/".join(parts[: wild[-1] + 1]) if wild else ""
 
 
@@ -55,7 +58,7 @@ def _fitting(group: h5py.Group, pattern: str) -> Iterator[str]:
     """Yield the names of the datasets below a group that fit a pattern."""
     head, _, rest = pattern.partition("/")
     keys: Iterable[str] = [head]
-    if is_pattern(head):
+    if rest and "*" in head:
         keys = [key for key in group if isinstance(key, str) and _fits_part(key, head)]
     for key in keys:
         require_files_behind(group, key)
@@ -104,7 +107,8 @@ def in_groups(
 
 
 def _fits(parts: Sequence[str], pattern: str) -> bool:
-    return all(map(_fits_part, parts, pattern.split("/")))
+    *groups, last = pattern.split("/")
+    return parts[-1] == last and all(map(_fits_part, parts, groups))
 
 
 def _fits_part(name: str, pattern: str) -> bool:

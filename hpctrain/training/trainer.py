@@ -421,7 +421,7 @@ class Run:
                 "grad_norm": numbers["grad_norm"],
                 "skipped_steps": self.skipped_steps,
                 **logged,
-                **_source_epochs(self._data, place),
+                **(_source_epochs(self._data, place) if self._config.data.sources else {}),
                 "samples_per_second": rate,
                 "seconds": self.phases.lap(),
                 **(more or {}),
@@ -775,7 +775,6 @@ class Phases:
 
 
 def _source_epochs(data: Data, place: Position) -> dict[str, Any]:
-    """Return how far the sources of a mixture are, for the log; nothing of other data."""
+    """Return how far the sources of a mixture are, for the log."""
     order = data.train_loader.order_of(place.epoch)
-    found = source_epochs(order, place.epoch, place.position)
-    return {"source_epochs": found} if found else {}
+    return {"source_epochs": source_epochs(order, place.epoch, place.position)}
