@@ -328,11 +328,6 @@ def _pair(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return np.dtype(np.complex64 if one.itemsize == 4 else np.complex128)
 
 
-def is_complex_pair(dtype: np.dtype[Any]) -> bool:
-    """Tell whether a compound type stands for complex numbers."""
-    return _pair(dtype) is not None
-
-
 def _as_complex(values: Rows) -> Rows:
     real, imaginary = values.dtype.names or ()
     pair = _pair(values.dtype)

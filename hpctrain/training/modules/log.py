@@ -19,7 +19,6 @@ from torch import Tensor
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator
 from hpctrain.training.metrics import Gather
-from hpctrain.utils.text import listed
 
 Reduction = Literal["mean", "sum", "min", "max"]
 
@@ -570,8 +569,3 @@ def names_of(logs: Logs, stage: str) -> list[str]:
         if of == stage and (entry.on_epoch or stage != "train")
         for each in entry.epoch_names(name)
     ]
-
-
-def unknown_monitor(metric: str, known: list[str]) -> str:
-    """Return what to say of a monitor that nothing logs."""
-    return f'nothing logs "{metric}" (logged: {listed(known) if known else "nothing"})'

@@ -241,10 +241,3 @@ function duration(seconds) {
   if (hours) return `${hours} h ${minutes} min`;
   return minutes ? `${minutes} min ${whole % 60} s` : `${seconds < 10 ? Number(seconds.toPrecision(2)) : whole} s`;
 }
-
-function bytes(count) {
-  for (const [unit, name] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
-    if (count >= unit) return `${Number((count / unit).toPrecision(3))} ${name}`;
-  }
-  return `${count} B`;
-}
