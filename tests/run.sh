@@ -7,6 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh
 
+# Hundreds of ranks start here, and each would compile torch and hpctrain anew (2 of its 5 s of CPU).
+unset PYTHONDONTWRITEBYTECODE
+
 ensure_environment mpich,digits,tensorboard,test
 export PATH=$PWD/$VENV/bin:$PATH
 
