@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
 
 STEPS, LOG_EVERY, TOTAL_STEPS = 50, 10, 10**6
+LIGHTNING = "Lightning, CSV logger"
 Loop = Callable[[], None]
 """Runs a block of steps."""
 
@@ -45,7 +47,7 @@ class ByHand:
 
 
 def peers(world: World, fields: dict[str, Tensor], folder: Path) -> dict[str, Loop]:
-    """Return the loops of others, in a world that is made already."""
+    """Return the loops of others that are installed, in a world that is made already."""
     logging.disable(logging.WARNING)
     topology = world.topology
     os.environ |= {
@@ -56,13 +58,16 @@ def peers(world: World, fields: dict[str, Tensor], folder: Path) -> dict[str, Lo
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    return {
-        "Ignite": ignite(world, fields, folder),
-        "Fabric": fabric(world, fields, folder),
-        "Accelerate": accelerate(fields, folder),
-        "Lightning, CSV logger": Lightning(world, fields, folder, full=False),
-        "Lightning, as it comes": Lightning(world, fields, folder, full=True),
-    }
+    found: dict[str, Loop] = {}
+    if find_spec("ignite"):
+        found["Ignite"] = ignite(world, fields, folder)
+    if find_spec("accelerate"):
+        found["Accelerate"] = accelerate(fields, folder)
+    if find_spec("lightning"):
+        found["Fabric"] = fabric(world, fields, folder)
+        found[LIGHTNING] = Lightning(world, fields, folder, full=False)
+        found["Lightning, as it comes"] = Lightning(world, fields, folder, full=True)
+    return found
 
 
 def rise(step: int) -> float:
