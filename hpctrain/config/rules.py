@@ -204,6 +204,30 @@ def _is_needed(source: Source, name: str, known: list[str]) -> bool:
     return shifting or not beside.isdisjoint(known)
 
 
+_OF_COORDINATES = (
+    'expected the first and the last value of a coordinate, { time = ["1979", "2015-12-31"] }, or '
+    'several such ranges, [["1979", "1989"], ["1995", ""]]; "" is no limit'
+)
+
+
+def _is_of_coordinates(rows: dict[str, Any]) -> bool:
+    """Tell whether ranges of coordinates are some."""
+    return bool(rows) and all(
+        _is_coordinate_range(each)
+        or (isinstance(each, list) and bool(each) and all(map(_is_coordinate_range, each)))
+        for each in rows.values()
+    )
+
+
+def _is_coordinate_range(given: object) -> bool:
+    return (
+        isinstance(given, list)
+        and len(given) == 2
+        and all(isinstance(e, int | float | str) and not isinstance(e, bool) for e in given)
+        and given != ["", ""]
+    )
+
+
 def check_samples(source: Source) -> list[Mistake]:
     """Check that the rows to evaluate with are said in one way only, and ranges are some."""
     mistakes = []
@@ -212,6 +236,8 @@ def check_samples(source: Source) -> list[Mistake]:
         if isinstance(rows, list) and _is_no_range(rows):
             problem = "expected the first row and one past the last, such as [0, 8000]"
             mistakes.append(source.mistake(("data", "samples", part), problem))
+        if isinstance(rows, dict) and not _is_of_coordinates(rows):
+            mistakes.append(source.mistake(("data", "samples", part), _OF_COORDINATES))
     fraction = ("data", "samples", "validation_fraction")
     if source.get(*fraction) is None:
         problem = "there is no validation_fraction beside it, so nothing is split"
@@ -416,6 +442,8 @@ def check_sources(source: Source) -> list[Mistake]:
                 mistake("train", train, absent + _data_hint(train))
         if isinstance(rows, list) and _is_no_range(rows):
             mistake("samples", rows, "expected the first row and one past the last: [0, 8000]")
+        if isinstance(rows, dict) and not _is_of_coordinates(rows):
+            mistake("samples", rows, _OF_COORDINATES)
     return mistakes
 
 

@@ -159,13 +159,14 @@ class FieldTable:
 class SamplesTable:
     """Which rows of the files are samples."""
 
-    train: Text | tuple[int, int] | None = None
-    """A boolean HDF5 dataset that says so, or the first row and one past the last; none: all."""
+    train: Text | tuple[int, int] | dict[str, Any] | None = None
+    """A boolean HDF5 dataset that says so; the first row and one past the last; or the first and
+    the last value of a coordinate, {time = ["1979", "2015-12-31"]}, both included; none: all."""
 
-    validation: Text | tuple[int, int] | None = None
+    validation: Text | tuple[int, int] | dict[str, Any] | None = None
     """The same, for evaluation, of the files of `data.train` where no others are given."""
 
-    test: Text | tuple[int, int] | None = None
+    test: Text | tuple[int, int] | dict[str, Any] | None = None
     """The same, for `python -m hpctrain test`."""
 
     validation_fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None
@@ -203,7 +204,7 @@ class SourceTable:
     when_exhausted: Literal["repeat", "drop"] = "repeat"
     """Once all of it was served: begin its next epoch, or leave the others its part."""
 
-    samples: Text | tuple[int, int] | None = None
+    samples: Text | tuple[int, int] | dict[str, Any] | None = None
     """As `data.samples.train`, of this source; none: as that says."""
 
 

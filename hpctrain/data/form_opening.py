@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpctrain.data.coordinates import find_coordinate
 from hpctrain.data.forms import Form, Pick, Wish, form_of
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.walking import require_files_behind
@@ -111,7 +112,7 @@ def _pick(
         number = int(key)
         shape = (*dataset.shape[:axis], *dataset.shape[axis + 1 :], *behind)
         return number, _indices(wanted, shape[number] if number < len(shape) else None)
-    scale, number = _coordinate(file, dataset, key)
+    scale, number = find_coordinate(file, dataset, key)
     if number == axis:
         raise ValueError(f'"{key}" counts its samples: say which by [data.samples]')
     values = np.asarray(scale[()])
@@ -126,26 +127,6 @@ def _indices(wanted: Any, size: int | None) -> tuple[int, ...]:
         bounds = [int(part) if part else None for part in wanted.split(":")]
         return tuple(range(size)[slice(*bounds)])
     return tuple(wanted)
-
-
-def _coordinate(file: h5py.File, dataset: h5py.Dataset, name: str) -> tuple[h5py.Dataset, int]:
-    """Return the coordinate of a name, and which axis of a dataset it is of."""
-    for number, dim in enumerate(dataset.dims):
-        for scale in dim.values():
-            if scale.name.strip("/") == name.strip("/") or scale.name.rpartition("/")[2] == name:
-                return scale, number
-    for group in (dataset.parent, file):
-        found = group.get(name)
-        if isinstance(found, h5py.Dataset) and found.ndim == 1:
-            axes = [each for each in range(dataset.ndim) if dataset.shape[each] == len(found)]
-            if len(axes) == 1:
-                return found, axes[0]
-            raise ValueError(
-                f'"{name}" has {len(found)} values, and of its axes {dataset.shape} '
-                f"{'none has' if not axes else 'several have'} as many: select by the number of "
-                "the axis of a sample, such as select = {0 = [1, 3]}"
-            )
-    raise ValueError(f'there is no coordinate "{name}" to select by')
 
 
 def _index_of(value: Any, values: Any, key: str, *, nearest: bool) -> int:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.decoding import decodings
 from hpctrain.data.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.form_opening import all_texts
 from hpctrain.data.forms import Wish
 from hpctrain.data.groups import is_pattern, stem
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.ragged import (
     Lengths,
     Packing,
@@ -30,29 +27,14 @@ from hpctrain.data.ragged import (
     of_counts,
     of_offsets,
 )
-from hpctrain.data.reading.rows import open_rows, read_rows
-from hpctrain.data.selection import (
-    MOST_SPANS,
-    SampleSelection,
-    Spans,
-    common,
-    cut,
-    default_piece_rows,
-    merged,
-    piece_stops,
-    spans_where,
-    split_pieces,
-)
+from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.sample_rows import Purpose, borders_of, choose_rows
+from hpctrain.data.selection import MOST_SPANS, SampleSelection, cut
 from hpctrain.data.view import Column, Part, View, join_sources
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed, printable
 
 logger = logging.getLogger(__name__)
-
-Purpose = Literal["train", "validation"]
-
-MASK_ROWS = 2**22
-"""Rows of a mask that are read at once."""
 
 
 def open_datasets(
@@ -171,19 +153,21 @@ def _open(
     parts, columns = _join(tables, files, source, semantics.file_order, section.train)
     _require_equal_rows(parts)
     reach = max(column.reach for column in columns.values())
-    spans = _spans(section.samples, purpose, source, parts, reach, semantics)
+    chosen = choose_rows(section, purpose, source, parts, reach, semantics)
+    spans = chosen.spans
     stride = section.samples.stride
     packed = _packed_length(columns, source)
     if packed is not None:  # one stream of all files, cut into samples that follow each other
         stride = packed if stride == 1 else stride
     elif max(reach, stride) > 1 and not section.samples.across_files:
-        spans = cut(spans, _borders(parts))
+        spans = cut(spans, borders_of(parts))
     if len(spans.starts) > MOST_SPANS:
         raise DatasetError(
             f"{source}: the rows of data.samples.{purpose} are in {len(spans.starts):,} pieces, "
             f"and at most {MOST_SPANS:,} are kept in memory: pack the rows that are wanted to "
             "files of their own with `python -m hpctrain data pack`"
         )
+    chosen.check_windows(spans, reach)
     selection = SampleSelection.of(spans, reach, stride)
     if not selection.samples:
         longest = int((spans.stops - spans.starts).max()) if len(spans.starts) else 0
@@ -192,7 +176,8 @@ def _open(
             f"(steps, lead and every of [data.fields]), and the longest run of rows that are "
             f"wanted, in one file, has {longest}"
         )
-    return View.of(source, parts, columns, selection)
+    view = View.of(source, parts, columns, selection)
+    return dataclasses.replace(view, notes=chosen.notes)
 
 
 class Home(NamedTuple):
@@ -446,86 +431,3 @@ def _require_equal_rows(parts: Sequence[Part]) -> None:
             f"{first.samples} rows and {', '.join(two.fields)} of {two.source} "
             f"{other.samples}{where}: name files that belong together"
         )
-
-
-def _borders(parts: Sequence[Part]) -> Int64s:
-    """Return where a file ends in any of the parts, (files,) int64."""
-    return np.unique(np.concatenate([part.stops for part in parts]))
-
-
-def _spans(
-    samples: SamplesTable,
-    purpose: Purpose,
-    source: str,
-    parts: Sequence[Part],
-    reach: int,
-    semantics: Semantics,
-) -> Spans:
-    """Return the rows that may be in samples, by mask or range and by split."""
-    rows = parts[0].samples
-    own = samples.train if purpose == "train" else samples.validation
-    if samples.validation_fraction is not None:
-        own = samples.train  # it chooses what is split
-    if isinstance(own, str):
-        spans = _masked(own, source, rows, semantics)
-    elif own is not None:
-        spans = Spans.of(*own)
-        if own[1] > rows:
-            raise DatasetError(
-                f"{source}: data.samples.{purpose} = {list(own)}, but there are {rows} rows"
-            )
-    else:
-        spans = Spans.of(0, rows)
-    if samples.validation_fraction is None:
-        return spans
-    if samples.split_by == "files":
-        stops = _borders(parts)
-    else:
-        row_bytes = sum(
-            part.dataset.bytes_per_sample * (part.lengths.mean if part.lengths else 1)
-            for part in parts
-        )
-        size = samples.piece_rows or default_piece_rows(rows, row_bytes, reach)
-        stops = piece_stops(rows, size)
-    if len(stops) < 2:
-        raise DatasetError(
-            f"{source}: data.samples.validation_fraction = {samples.validation_fraction} splits "
-            f"this by {samples.split_by} (data.samples.split_by), and {rows} rows in "
-            f"{len(parts[0].dataset.shards)} files make one piece only: set "
-            "data.samples.piece_rows lower, or name other files for data.validation"
-        )
-    first, second = split_pieces(stops, samples.validation_fraction, samples.split_seed)
-    return common(spans, first if purpose == "train" else second)
-
-
-def _masked(path: str, source: str, rows: int, semantics: Semantics) -> Spans:
-    """Return the rows where a boolean HDF5 dataset is true."""
-    name = path.strip("/")
-    dataset = open_dataset(source, [name], order=semantics.file_order)
-    if semantics.decode == "none":
-        dataset = dataset.as_stored([name])
-    field = dataset.fields[name]
-    if field.shape or field.dtype.kind not in "bui":
-        raise DatasetError(
-            f'{source}: "{path}" is not a mask: it is {field.dtype} with rows of shape '
-            f"{field.shape}, and has to be one true or false a row"
-        )
-    if dataset.samples != rows:
-        raise DatasetError(
-            f'{source}: the mask "{path}" has {dataset.samples} rows, the fields have {rows}'
-        )
-    decoding = decodings([dataset], [name])[0].get(name)
-    found = []
-    with closing(open_rows(dataset)) as reader:
-        for start in range(0, rows, MASK_ROWS):
-            out = np.empty((min(MASK_ROWS, rows - start), field.row_bytes), np.uint8)
-            reader.read_runs(
-                name, np.array([start]), np.array([len(out)]), out, np.zeros(1, np.int64)
-            )
-            numbers = out.view(field.dtype.newbyteorder("="))[:, 0]
-            flags = numbers != 0
-            if decoding is not None:  # what is missing is not true
-                codes = decoding.codes(np.arange(start, start + len(out)))
-                flags &= ~decoding.missing(numbers, codes)
-            found.append(spans_where(flags, start))
-    return merged(found)

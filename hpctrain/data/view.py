@@ -112,11 +112,13 @@ class View(Dataset):
         parts: where the rows are.
         columns: by field.
         selection: the rows that are samples.
+        notes: what the header of a run should say of them.
     """
 
     parts: tuple[Part, ...]
     columns: Mapping[str, Column]
     selection: SampleSelection
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -320,7 +322,12 @@ def join_sources(named: Mapping[str, Dataset]) -> Dataset:
         selections[0].stride,
     )
     view = View.of(source, parts, views[0].columns, selection)
-    return dataclasses.replace(view, sources=facts)
+    notes = tuple(f"{name}: {note}" for name, each in ordered.items() for note in _notes(each))
+    return dataclasses.replace(view, sources=facts, notes=notes)
+
+
+def _notes(dataset: Dataset) -> tuple[str, ...]:
+    return dataset.notes if isinstance(dataset, View) else ()
 
 
 def _as_view(dataset: Dataset) -> View:

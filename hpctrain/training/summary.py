@@ -15,6 +15,7 @@ from hpctrain.config.schema import FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.data.mixed_epoch import source_epochs
+from hpctrain.data.view import View
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import JSONL_FILE
@@ -225,6 +226,8 @@ def _notes(
         is_nan = each.marks and not each.keeps_numbers and is_left
         hint = f"; missing ones are NaN, without data.fields.{name}.fill" if is_nan else ""
         notes.append(f"decoded: {name}, {described(each)}{hint}")
+    for dataset in (data.train, data.validation):
+        notes += dataset.notes if isinstance(dataset, View) else ()
     if isinstance(data.train, Dataset):
         notes += [f"not used: {each}" for each in unused_attributes(data.train)]
     notes += data.notes
