@@ -1,14 +1,17 @@
 """Races for a run folder: takers that are killed anywhere, and never two of them inside.
 
     python benchmarks/lease.py 500 [--folder DIRECTORY] [--no-links] [--namespaces one|each]
+    python benchmarks/lease.py 500 --folder MOUNT --second-mount OTHER
 
 Each race begins with a stale lease, a torn one, or none. Takers go for it at the same time; each
 may be killed by SIGKILL before or after any of its calls to the file system, or while it is inside.
 What tells whether two are inside is a lock of the kernel, which knows nothing of leases. Prints the
 counts, and ends with 1 where two were inside, or nobody could take over from the dead in the end.
 
---no-links has links fail as on FAT. --namespaces one has all takers in one new PID namespace, whose
-/proc is that of the one above; each: every taker in one of its own. Both need root.
+--second-mount is where the same directory is mounted once more, as by NFS on another host: every
+second taker goes there. --no-links has links fail as on FAT. --namespaces one has all takers in one
+new PID namespace, whose /proc is that of the one above; each: every taker in one of its own. Both
+need root.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +81,25 @@ def break_file_system(chance: random.Random, *, mean_calls: int, links: bool) ->
         setattr(os, name, counted(getattr(os, name)))
 
 
-def take(folder: Path, start: float, chance: random.Random, *, links: bool, dies: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a race is run.
+
+    Attributes:
+        run: the run folder.
+        again: the same folder by another mount, or by the same.
+        guard: file of this machine, whose lock tells whether two are inside.
+    """
+
+    run: Path
+    again: Path
+    guard: Path
+
+
+def take(place: Place, start: float, chance: random.Random, *, links: bool, dies: bool) -> int:
     """Go for a folder at a time, and be inside for a while; return how that went."""
-    lease = Lease(folder / "run", {})
-    guard = (folder / "inside").open("a")
+    lease = Lease(place.run, {})
+    guard = place.guard.open("a")
     break_file_system(chance, mean_calls=60 if dies else 10**9, links=links)
     time.sleep(max(0.0, start + chance.random() * 0.004 - time.time()))
     try:
@@ -133,7 +151,7 @@ def ended(child: int) -> int:
     return KILLED if code == _KILLED_INIT else code
 
 
-def leave_lease(folder: Path, chance: random.Random, *, links: bool) -> None:
+def leave_lease(run: Path, chance: random.Random, *, links: bool) -> None:
     """Leave what a race begins with: a dead job's lease, one that is also old, or nothing."""
     kind = chance.choice(("dead", "dead", "old", "none"))
     if kind == "none":
@@ -142,40 +160,42 @@ def leave_lease(folder: Path, chance: random.Random, *, links: bool) -> None:
     def enter() -> int:
         if not links:
             break_file_system(chance, mean_calls=10**9, links=False)
-        Lease(folder / "run", {}).__enter__()
+        Lease(run, {}).__enter__()
         die()
         return 0
 
     ended(in_child(enter))
     if kind == "old":
         long_ago = time.time() - 100
-        os.utime(folder / "run" / NAME, (long_ago, long_ago))
+        os.utime(run / NAME, (long_ago, long_ago))
 
 
-def race(folder: Path, seed: int, *, takers: int, links: bool, each: bool) -> Counter[int]:
+def race(place: Place, seed: int, *, takers: int, links: bool, each: bool) -> Counter[int]:
     """Run one race; return how often each end of a taker was seen."""
-    (folder / "run").mkdir(parents=True)
+    place.run.mkdir(parents=True)
     chance = random.Random(seed)
-    leave_lease(folder, chance, links=links)
+    leave_lease(place.run, chance, links=links)
     start = time.time() + 0.05 + 0.03 * each
     children = []
     for number in range(takers):
         own = random.Random(seed * 1000 + number)
 
-        def work(own: random.Random = own) -> int:
-            return take(folder, start, own, links=links, dies=own.random() < 0.7)
+        mounted = replace(place, run=place.again) if number % 2 else place
+
+        def work(own: random.Random = own, mounted: Place = mounted) -> int:
+            return take(mounted, start, own, links=links, dies=own.random() < 0.7)
 
         children.append(in_child(work, own_namespace=each))
     return Counter(map(ended, children))
 
 
-def is_free(folder: Path, *, links: bool, each: bool) -> bool:
+def is_free(place: Place, *, links: bool, each: bool) -> bool:
     """Tell whether somebody can take over what the dead of a race have left."""
     if each:  # none sees that the others are dead: a heartbeat long ago has to tell
-        for path in (folder / "run").iterdir():
+        for path in place.run.iterdir():
             os.utime(path, (time.time() - 100, time.time() - 100))
     last = random.Random(0)
-    return ended(in_child(lambda: take(folder, 0.0, last, links=links, dies=False))) == WON
+    return ended(in_child(lambda: take(place, 0.0, last, links=links, dies=False))) == WON
 
 
 def main() -> int:
@@ -183,6 +203,7 @@ def main() -> int:
     parser.add_argument("races", type=int)
     parser.add_argument("--takers", type=int, default=4)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--second-mount", type=Path)
     parser.add_argument("--no-links", action="store_true")
     parser.add_argument("--namespaces", choices=("one", "each"))
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -197,11 +218,18 @@ def main() -> int:
     links, each = not parsed.no_links, parsed.namespaces == "each"
     counts: Counter[int] = Counter()
     stuck = []
-    with tempfile.TemporaryDirectory(dir=parsed.folder) as place:
+    with (
+        tempfile.TemporaryDirectory(dir=parsed.folder) as here,
+        tempfile.TemporaryDirectory() as of_this_machine,
+    ):
+        there = parsed.second_mount / Path(here).name if parsed.second_mount else Path(here)
         for number in range(parsed.races):
-            folder, seed = Path(place, str(number)), parsed.seed + number
-            counts += race(folder, seed, takers=parsed.takers, links=links, each=each)
-            if not is_free(folder, links=links, each=each):
+            seed = parsed.seed + number
+            place = Place(
+                Path(here, str(number)), there / str(number), Path(of_this_machine, str(number))
+            )
+            counts += race(place, seed, takers=parsed.takers, links=links, each=each)
+            if not is_free(place, links=links, each=each):
                 stuck.append(seed)
     others = sum(counts.values()) - sum(counts[end] for end in (WON, REFUSED, TWO_INSIDE, KILLED))
     print(

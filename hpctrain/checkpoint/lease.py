@@ -29,6 +29,7 @@ from hpctrain.checkpoint.lease_rules import (
     STALE_SECONDS,
     Holder,
     Verdict,
+    began_together,
     judge,
     lives_here,
     this_holder,
@@ -253,9 +254,16 @@ class Lease:
         who = (
             f" ({found.path} is damaged: {found.damage})" if found.damage else f" ({found.holder})"
         )
+        loop = began_together(found.holder, self._owner) and not found.damage
         return CheckpointError(
             f"another job trains in {self._folder}{who}, last heartbeat {age:.0f} s ago. Wait for "
             "it, end it, or choose another run.name"
+            + (
+                ". Were the two meant for one run? Its processes are started by one launcher, such "
+                "as mpirun -np 2, and not one by one"
+                if loop
+                else ""
+            )
         )
 
     def _renew(self) -> None:

@@ -22,6 +22,10 @@ STALE_SECONDS = 3 * RENEW_SECONDS
 AHEAD_SECONDS = 5.0
 """A heartbeat further in the future than this is by a clock that goes otherwise."""
 
+_FOR_PEOPLE = "%Y-%m-%d %H:%M:%S"
+_TOGETHER_SECONDS = 60.0
+"""Longer than processes that one loop starts take to come to a lease, from a slow disk too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
@@ -121,8 +125,23 @@ def this_holder(environ: Mapping[str, str]) -> Holder:
         namespace=proc.pid_namespace(),
         clock=proc.time_namespace(),
         nonce=secrets.token_hex(8),
-        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        since=time.strftime(_FOR_PEOPLE),
     )
+
+
+def began_together(holder: Holder, own: Holder) -> bool:
+    """Tell whether two were meant as processes of one run, and started one by one.
+
+    So it is in one job, and outside of any, as by a loop over ssh, where they began together by the
+    clocks of people.
+    """
+    if holder.job is not None or own.job is not None:
+        return holder.job == own.job and holder.restart == own.restart
+    try:
+        then, now = (time.mktime(time.strptime(it.since, _FOR_PEOPLE)) for it in (holder, own))
+    except (ValueError, OverflowError):
+        return False
+    return abs(now - then) < _TOGETHER_SECONDS
 
 
 def lives_here(holder: Holder) -> bool | None:

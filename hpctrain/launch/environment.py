@@ -30,12 +30,14 @@ WHOLE_NUMBER = re.compile(r"\s*[0-9]{1,9}\s*")
 # What an interactive shell on a compute node is started by, as a step of one task.
 _STEPS = ("srun", "flux", "jsrun", "pals")
 # Rank and number of nodes, where each of them is given the same command. Sources: Lightning's
-# LightningEnvironment; the documentation of SkyPilot, dstack and HTCondor's parallel universe.
+# LightningEnvironment; the documentation of SkyPilot, dstack, HTCondor's parallel universe and AWS
+# Batch's multi-node jobs.
 _NODES = (
     ("NODE_RANK", "NNODES", "somebody"),
     ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SkyPilot"),
     ("DSTACK_NODE_RANK", "DSTACK_NODES_NUM", "dstack"),
     ("_CONDOR_PROCNO", "_CONDOR_NPROCS", "HTCondor"),
+    ("AWS_BATCH_JOB_NODE_INDEX", "AWS_BATCH_JOB_NUM_NODES", "AWS Batch"),
 )
 _STALE = "Are variables of another job still set in this shell?"
 

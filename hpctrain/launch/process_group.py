@@ -113,6 +113,8 @@ def control_plane(
 
         with mpi_world(claim, keep=keep_mpi) as over_mpi:
             topology = discover(claim, over_mpi, mpi=over_mpi.library, program=over_mpi.program)
+            if topology.world_size == 1:
+                look_around_alone(claim.launcher)
             yield _placed(topology), over_mpi
     else:
         from hpctrain.launch.store import store_world

@@ -30,6 +30,8 @@ RANK = "hpctrain-rank"
 LOGIN_THREADS = 2
 
 _SHOWN = 8
+_LOOKED_UP = 64
+_DATAGRAMS = socket.SOCK_DGRAM
 
 _SHELL = re.compile(r"-?(?:ba|da|a|k|mk|z|fi|c|tc)?sh")
 _TERMINAL = ("/dev/pts/", "/dev/tty")
@@ -41,6 +43,17 @@ _CLIENTS = {
 }
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "FLUX_JOB_ID", "COBALT_JOBID")
 _GROUP_OF_A_JOB = re.compile(r"job_\d|jobid/|pbs_jobs|/lsf/|/flux-")
+# Where pam_slurm_adopt puts who comes by ssh to a node of a job. Source: Slurm's pam_slurm_adopt.
+_ADOPTED = re.compile(r"/job_(\d+)/step_extern\b")
+
+# How a launcher is asked for several processes; the others as mpirun is.
+_ASKED = {
+    "alps": "aprun -n",
+    "pals": "mpiexec -n",
+    "jsrun": "jsrun -n",
+    "flux": "flux run -n",
+    "torchrun": "torchrun --nproc-per-node",
+}
 
 # The shell of salloc, where the site starts it on a node, is a step of its own that gives way.
 # Source: SLURM_INTERACTIVE_STEP of Slurm's slurm.h.
@@ -48,15 +61,18 @@ _INTERACTIVE_STEP = "4294967290"
 _STEP_VARIABLES = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
 
 
-def look_around_alone() -> None:
-    """Say what one process without a launcher leaves unused.
+def look_around_alone(launcher: Launcher | None = None) -> None:
+    """Say what one process leaves unused: without a launcher, or the only one of its launcher.
 
     Raises:
         LaunchError: if others like it would train alone beside it.
     """
-    step = next((row for row in launchers_in(os.environ) if row.name == "srun"), None)
-    is_shells = shell_above(step) is not None
-    found = alone_in(os.environ, socket.gethostname(), read_text, is_shells=is_shells)
+    if launcher is None:
+        step = next((row for row in launchers_in(os.environ) if row.name == "srun"), None)
+        is_shells = shell_above(step) is not None
+        found = alone_in(os.environ, socket.gethostname(), read_text, is_shells=is_shells)
+    else:
+        found = only_one_of(launcher, os.environ, read_text)
     if found is None:
         return
     if found.is_refused:
@@ -212,6 +228,11 @@ class Allocation:
     tasks: int | None
     command: str
 
+    @property
+    def size(self) -> str:
+        """Nodes, or where that is one, tasks."""
+        return f"{self.num_nodes} nodes" if self.num_nodes > 1 else f"{self.tasks} tasks"
+
 
 @dataclass(frozen=True, slots=True)
 class Alone:
@@ -240,20 +261,53 @@ def alone_in(
     found = _allocation(env, read)
     if step is not None:
         return _in_a_step(env, step, found, is_shells=is_shells)
-    if found is None or (found.num_nodes < 2 and (found.tasks or 1) < 2):
-        return None
-    size = f"{found.num_nodes} nodes" if found.num_nodes > 1 else f"{found.tasks} tasks"
-    if found.num_nodes > 1 and _is_elsewhere(env, host, found.hosts):
+    if found is None:
+        return _adopted(read)
+    is_many = found.num_nodes > 1 or (found.tasks or 1) > 1
+    # On its other nodes a job's list of hosts may not be there to read.
+    if _is_elsewhere(env, host, found.hosts) and (is_many or not found.hosts):
+        of = f" of {found.size}" if is_many else ""
         return Alone(
             f"this process on {host} was started by none of the launchers that hpctrain knows, in "
-            f"{found.job} of {size}, and not where its script runs: as by ssh, pbsdsh or blaunch, "
+            f"{found.job}{of}, and not where its script runs: as by ssh, pbsdsh or blaunch, "
             "which tell nobody of the others. Every process of them would train alone. Start all "
             f"of them from the script: {found.command} python -m hpctrain ...",
             is_refused=True,
         )
+    if not is_many:
+        return None
     return Alone(
-        f"this is one process, and {found.job} has {size}. To use them: {found.command} python -m "
-        "hpctrain ...",
+        f"this is one process, and {found.job} has {found.size}. To use them: {found.command} "
+        "python -m hpctrain ...",
+        is_refused=False,
+    )
+
+
+def only_one_of(launcher: Launcher, env: Environment, read: Callable[[str], str]) -> Alone | None:
+    """Return what is to be said of the only process of a launcher; None outside of larger jobs.
+
+    A loop over `aprun -n 1` or `mpirun -np 1` starts many such: each is a run of its own.
+    """
+    found = _allocation(env, read)
+    if found is None or (found.num_nodes < 2 and (found.tasks or 1) < 2):
+        return None
+    asked = f"{_ASKED.get(launcher.name, 'mpirun -np')} {found.tasks or 'N'}"
+    return Alone(
+        f"{launcher.label} has started one process, and {found.job} has {found.size}. To use them "
+        f"in one run: {asked} python -m hpctrain ...; several of one process each are so many runs",
+        is_refused=False,
+    )
+
+
+def _adopted(read: Callable[[str], str]) -> Alone | None:
+    """Say of a process that has come by ssh to a node of a job what it is not."""
+    adopted = _ADOPTED.search(read(str(PROC / "self" / "cgroup")))
+    if adopted is None:
+        return None
+    return Alone(
+        f"this is one process, which has come by ssh into job {adopted[1]} of Slurm; ssh tells "
+        "nobody of others. For several in one run: "
+        f"srun --jobid={adopted[1]} --overlap -n N python -m hpctrain ...",
         is_refused=False,
     )
 
@@ -313,9 +367,10 @@ def _allocation(env: Environment, read: Callable[[str], str]) -> Allocation | No
         return Allocation(
             job=f"job {job} of PBS",
             hosts=hosts,
-            num_nodes=max(1, len(hosts)),
+            # Torque tells the number; neither shows every node the list.
+            num_nodes=len(hosts) or _count(env, "PBS_NUM_NODES") or 1,
             tasks=len(lines) or None,
-            command=f"mpiexec -n {max(1, len(lines))}",
+            command=f"mpiexec -n {len(lines) or 'N'}",
         )
     if job := env.get("LSB_JOBID"):
         words = env.get("LSB_MCPU_HOSTS", "").split()
@@ -344,13 +399,31 @@ def _allocation(env: Environment, read: Callable[[str], str]) -> Allocation | No
 
 def _is_elsewhere(env: Environment, host: str, hosts: Sequence[str]) -> bool:
     """Return whether this process runs where the script of its job does not."""
-    # Every task that PBS starts has a number; that of the script is 1.
-    if (_count(env, "PBS_TASKNUM") or 1) > 1:
+    # Every task that PBS starts has a number, that of the script is 1, and so has every node, from
+    # 0 on; blaunch counts what it starts from 1 on. Source: OpenPBS, start_exec.c; PRRTE, ess/lsf.
+    if (_count(env, "PBS_TASKNUM") or 1) > 1 or (_count(env, "PBS_NODENUM") or 0) > 0:
+        return True
+    if (_count(env, "LSF_PM_TASKID") or 1) > 1:
         return True
     here = _short(host)
     if _short(env.get("SLURMD_NODENAME", "")) == here:
         return False  # by Slurm itself
-    return here in [_short(name) for name in hosts[1:]] and here != _short(hosts[0])
+    names = [_short(name) for name in hosts]
+    if here in names:
+        return here != names[0]
+    # The list may hold names of another network.
+    own = [name for name in hosts[:_LOOKED_UP] if _is_of_this_host(name)]
+    return bool(own) and own[0] != hosts[0]
+
+
+def _is_of_this_host(name: str) -> bool:
+    """Return whether an address of a name is this host's own: then a socket can be bound to it."""
+    with suppress(OSError, UnicodeError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(name, 0, type=_DATAGRAMS):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return True
+    return False
 
 
 def expand(text: str) -> tuple[str, ...]:

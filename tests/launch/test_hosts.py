@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
+from helpers.open_mpi_4 import LIBRARY, open_mpi_4
 from helpers.waiting import wait_for
 
 from hpctrain.convert.digits import pack_digits
@@ -116,10 +117,12 @@ def open_mpi_on_both(hosts: Path, places: str, *options: str) -> list[str]:
     return [*launch, "--host", places, "-np", str(ranks)]
 
 
-def start_on_a(hosts: Path, *command: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """Start a command on host A."""
+def start_on_a(
+    hosts: Path, *command: str, cwd: Path = ROOT, around: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start a command on host A, below what is to be around all that it starts."""
     return subprocess.Popen(
-        [str(hosts / "enter.sh"), "A", " ".join(command)],
+        [*around, str(hosts / "enter.sh"), "A", " ".join(command)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -313,20 +316,36 @@ def pythons_on(host: str) -> list[psutil.Process]:
     return [process for process in found if process.name().startswith("python")]
 
 
-def test_a_daemon_on_the_other_host_that_is_killed(hosts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mpi", "name"), [("openmpi", "prted"), ("mpich", "hydra_pmi_proxy"), ("openmpi4", "orted")]
+)
+def test_a_daemon_on_the_other_host_that_is_killed(
+    hosts: Path, tmp_path: Path, mpi: str, name: str
+) -> None:
     """Its rank would train on there, out of reach; all end, and the run folder says why."""
     pack_digits(tmp_path / "data" / "digits")
     name_hosts(hosts, "right")
     run = tmp_path / "runs" / "digits"
-    launch = open_mpi_on_both(hosts, "A:1,B:1", "--mca", "btl_tcp_if_include", "eth0")
-    train = (str(OPEN_MPI / "python"), "-m", "hpctrain", str(ROOT / "configs" / "run.toml"))
+    around: list[str] = []
+    over_tcp = ("--mca", "btl_tcp_if_include", "eth0")
+    if mpi == "openmpi":
+        launch = open_mpi_on_both(hosts, "A:1,B:1", *over_tcp)
+        launch.append(str(OPEN_MPI / "python"))
+    elif mpi == "mpich":
+        launch = [*mpich_on_both(hosts, 1), sys.executable]
+    else:
+        around = open_mpi_4("env", *(f"{name}={value}" for name, value in LIBRARY.items()))
+        agent = (*over_tcp, "--mca", "oob_tcp_if_include", "eth0", "--mca", "plm_rsh_agent")
+        launch = ["mpirun.openmpi", "--allow-run-as-root", *agent, str(hosts / "enter.sh")]
+        launch += ["-x", "MPI4PY_LIBMPI", "-x", "PYTHONPATH", "--host", "A:1,B:1", sys.executable]
+    train = ("-m", "hpctrain", str(ROOT / "configs" / "run.toml"))
     overrides = ("training.max_epochs=10000", "logging.every_steps=1")
-    with start_on_a(hosts, *launch, *train, *overrides, cwd=tmp_path) as job:
+    with start_on_a(hosts, *launch, *train, *overrides, cwd=tmp_path, around=around) as job:
         try:
             wait_for(lambda: job.poll() is not None or (run / "metrics.jsonl").exists())
             started = [*pythons_on("A"), *pythons_on("B")]
             assert len(started) == 4
-            (daemon,) = (up for each in started[2:] if (up := each.parent()).name() == "prted")
+            (daemon,) = (up for each in started[2:] if (up := each.parent()).name() == name)
             daemon.kill()
             output, _ = job.communicate(timeout=JOB_SECONDS)
             assert not psutil.wait_procs(started, timeout=JOB_SECONDS)[1]
@@ -334,8 +353,46 @@ def test_a_daemon_on_the_other_host_that_is_killed(hosts: Path, tmp_path: Path) 
             job.kill()
     ended = json.loads((run / "exit.json").read_bytes())
     assert ended["code"] == 69, output
-    assert re.match(r"prted \(process \d+ on B\), which had started rank 1, was", ended["reason"])
+    said = rf"{name} \(process \d+ on B\), which had started rank 1, was"
+    assert re.match(said, ended["reason"]), ended
     assert f"hpctrain: {ended['reason']}" in (run / "log.txt").read_text(encoding="utf-8")
+
+
+def test_two_that_a_loop_has_started_on_two_hosts(hosts: Path, tmp_path: Path) -> None:
+    """As by ssh, which tells neither of the other: one trains, one says what was meant."""
+    pack_digits(tmp_path / "data" / "digits")
+    name_hosts(hosts, "right")
+    run = tmp_path / "runs" / "digits"
+    of_ssh = "env -i SSH_CONNECTION='10.77.0.9 40022 10.77.0.1 22' SSH_CLIENT='10.77.0.9 40022 22'"
+    told = " ".join(
+        f"{name}='{os.environ.get(name, '')}'" for name in ("PATH", "PYTHONPATH", "HOME")
+    )
+    config = f"{ROOT / 'configs' / 'run.toml'} training.max_epochs=10000 logging.every_steps=1"
+    command = f"{of_ssh} {told} {sys.executable} -m hpctrain {config}"
+    both = [
+        subprocess.Popen(
+            [*("setsid", str(hosts / "enter.sh"), host), command],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in HOSTS
+    ]
+    try:
+        wait_for(lambda: any(each.poll() is not None for each in both))
+        lost, won = sorted(both, key=lambda each: each.poll() is None)
+        refused, _ = lost.communicate(timeout=JOB_SECONDS)
+        assert lost.returncode == 74, refused
+        assert "another job trains in runs/digits" in refused
+        assert "Were the two meant for one run? Its processes are started by one" in refused
+        wait_for(lambda: won.poll() is not None or (run / "metrics.jsonl").exists())
+        won.terminate()
+        output, _ = won.communicate(timeout=JOB_SECONDS)
+    finally:
+        for each in both:
+            each.kill()
+    assert won.returncode == 75, output
 
 
 # The first world loses a rank; each host's agent counts its own restarts.

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from hpctrain.checkpoint.lease_rules import Holder, Verdict, judge, lives_here, this_holder
+from hpctrain.checkpoint.lease_rules import (
+    Holder,
+    Verdict,
+    began_together,
+    judge,
+    lives_here,
+    this_holder,
+)
 from hpctrain.utils import proc
 
 HOLDS, STALE, WATCH = Verdict.HOLDS, Verdict.STALE, Verdict.WATCH
@@ -118,3 +125,24 @@ def test_in_a_namespace_without_its_own_proc_other_processes_are_not_looked_at()
     os.close(writing)
     with os.fdopen(reading) as result:
         assert result.read() == "(1, None, None, False)"
+
+
+@pytest.mark.parametrize(
+    ("holder", "own", "expected"),
+    [
+        # in one job: a loop over aprun, ssh or srun -n1 in its script, however slow
+        ({"job": "7", "since": "2026-01-01 10:00:00"}, {"job": "7"}, True),
+        ({"job": "7", "restart": 1}, {"job": "7"}, False),
+        ({"job": "7"}, {"job": "8"}, False),
+        ({"job": "7"}, {}, False),
+        # outside of any: by a loop over ssh
+        ({"since": "2026-01-01 10:00:30"}, {}, True),
+        ({"since": "2026-01-01 09:58:59"}, {}, False),
+        ({"since": "yesterday"}, {}, False),
+    ],
+)
+def test_two_that_a_loop_has_started(
+    holder: dict[str, Any], own: dict[str, Any], expected: bool
+) -> None:
+    mine = Holder(nonce="b", since="2026-01-01 10:00:00", **own)
+    assert began_together(Holder(nonce="a", **holder), mine) == expected

@@ -10,13 +10,23 @@ from helpers.environments import recorded
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.arrivals import IN_MPI_INIT, Seen, tell_missing
-from hpctrain.launch.environment import detect
-from hpctrain.launch.surroundings import alone_in, expand, is_login_node, other_hosts
+from hpctrain.launch.environment import detect, launchers_in
+from hpctrain.launch.surroundings import (
+    alone_in,
+    expand,
+    is_login_node,
+    only_one_of,
+    other_hosts,
+)
 
 PBS = {"PBS_JOBID": "41.pbs", "PBS_NODEFILE": "nodes", "PBS_TASKNUM": "1"}
 LSF = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "h1 4 h2 4", "LSB_DJOB_NUMPROC": "8"}
 GRID_ENGINE = {"JOB_ID": "3", "PE_HOSTFILE": "hosts", "NSLOTS": "8"}
-FILES = {"nodes": "x1.a.b\nx1.a.b\nx2.a.b\nx2.a.b\n", "hosts": "h1.s 4 q UNDEFINED\nh2.s 4 q -\n"}
+TORN_PBS = PBS | {"PBS_NODEFILE": "none"}
+FILES = {"one": "x1\nx1\n"} | {
+    "nodes": "x1.a.b\nx1.a.b\nx2.a.b\nx2.a.b\n",
+    "hosts": "h1.s 4 q UNDEFINED\nh2.s 4 q -\n",
+}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +49,14 @@ FILES = {"nodes": "x1.a.b\nx1.a.b\nx2.a.b\nx2.a.b\n", "hosts": "h1.s 4 q UNDEFIN
         (PBS | {"PBS_TASKNUM": "3"}, "x1", "Start all of them from the script: mpiexec -n 4", True),
         (PBS, "x2", "job 41.pbs of PBS of 2 nodes", True),
         (LSF, "h2", "job 7 of LSF of 2 nodes", True),
+        (LSF | {"LSF_PM_TASKID": "2"}, "h1", "as by ssh, pbsdsh or blaunch", True),
+        # the first of them, and those on nodes to which PBS has brought no list of hosts
+        (LSF | {"LSF_PM_TASKID": "1"}, "h1", "job 7 of LSF has 2 nodes", False),
+        (TORN_PBS | {"PBS_NODENUM": "1"}, "x2", "in job 41.pbs of PBS, and not where", True),
+        (TORN_PBS | {"PBS_TASKNUM": "2"}, "x1", "script: mpiexec -n N python", True),
+        (TORN_PBS | {"PBS_NUM_NODES": "3"}, "x1", "PBS has 3 nodes. To use them: mpiexec", False),
+        # on one node with several: each of pbsdsh's
+        (PBS | {"PBS_NODEFILE": "one", "PBS_TASKNUM": "2"}, "x1", "of 2 tasks, and not", True),
         (GRID_ENGINE, "h2.s", "job 3 of Grid Engine of 2 nodes", True),
         # by Slurm itself, which may run the script on any node
         (recorded("sbatch") | {"SLURMD_NODENAME": "n2"}, "n2", "this is one process", False),
@@ -60,6 +78,50 @@ def test_one_process_of_a_job(
         assert found is not None
         assert words in found.text
         assert found.is_refused == is_refused
+
+
+@pytest.mark.parametrize(
+    ("hosts", "is_refused"), [("127.0.0.1 4 192.0.2.1 4", False), ("192.0.2.1 4 127.0.0.1 4", True)]
+)
+def test_hosts_by_names_of_another_network(hosts: str, is_refused: bool) -> None:
+    """Which of them this one is their addresses tell."""
+    found = alone_in(LSF | {"LSB_MCPU_HOSTS": hosts}, "n1", str, is_shells=False)
+    assert found is not None
+    assert found.is_refused == is_refused
+
+
+@pytest.mark.parametrize(
+    ("recorded_as", "job", "words"),
+    [
+        ("aprun", PBS, "job 41.pbs of PBS has 2 nodes. To use them in one run: aprun -n 4 python"),
+        ("pals", PBS, "To use them in one run: mpiexec -n 4 python"),
+        ("jsrun", LSF, "jsrun has started one process, and job 7 of LSF has 2 nodes"),
+        ("openmpi", GRID_ENGINE, "To use them in one run: mpirun -np N python"),
+        ("openmpi", {}, None),
+        ("mpich", LSF | {"LSB_MCPU_HOSTS": "h1 8"}, None),
+    ],
+)
+def test_the_only_process_of_a_launcher(
+    recorded_as: str, job: dict[str, str], words: str | None
+) -> None:
+    """As in a loop over `aprun -n 1`, each of which is a run of its own."""
+    (launcher, *_) = launchers_in(recorded(recorded_as))
+    found = only_one_of(launcher, job, lambda path: FILES.get(path, ""))
+    if words is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert words in found.text
+        assert not found.is_refused
+
+
+def test_ssh_into_a_job_that_adopts_it() -> None:
+    group = "0::/system.slice/slurmstepd.scope/job_42/step_extern/user/task_special\n"
+    found = alone_in({}, "n1", lambda path: group if "cgroup" in path else "", is_shells=False)
+    assert found is not None
+    assert not found.is_refused
+    assert "by ssh into job 42 of Slurm" in found.text
+    assert "srun --jobid=42 --overlap -n N" in found.text
 
 
 def test_a_shell_that_is_a_task() -> None:
@@ -96,6 +158,7 @@ def test_lists_of_nodes(text: str, names: tuple[str, ...]) -> None:
         ({"NODE_RANK": "0", "MASTER_ADDR": "a", "NNODES": "2"}, "--node-rank $NODE_RANK"),
         ({"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "2"}, "SkyPilot has started this"),
         ({"DSTACK_NODE_RANK": "1", "DSTACK_NODES_NUM": "2"}, "dstack"),
+        ({"AWS_BATCH_JOB_NODE_INDEX": "0", "AWS_BATCH_JOB_NUM_NODES": "2"}, "AWS Batch has"),
         ({"_CONDOR_PROCNO": "1", "_CONDOR_NPROCS": "4"}, "HTCondor"),
         ({"NODE_RANK": "0", "MASTER_ADDR": "a", "NNODES": "1"}, None),
         ({"NODE_RANK": "0"}, None),
