@@ -62,7 +62,6 @@ def build(text: str, samples: Samples, world: World) -> tuple[Config, Parts]:
         resolve_components(config),
         samples,
         stop_at(10**9, config),
-        validates=False,
     )
     return config, parts
 

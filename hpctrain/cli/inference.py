@@ -153,7 +153,7 @@ def _answered(
             with world.pulse.long_phase(), raise_together(world.communicator):
                 if world.topology.is_rank_zero:
                     assert folder is not None
-                    netcdf.gather(folder, file, job.config, found.dataset)
+                    netcdf.gather(folder, file, job.config, found.datasets[0])
         return found
 
 

@@ -56,7 +56,7 @@ def hand(
     train, datamodule = apart(train, datamodule)
     if datamodule is not None and validation is not None:
         raise ConfigError("data loaders and a datamodule were given: leave out one of them")
-    loaders = {"train": single("train", train), "validation": single("validation", validation)}
+    loaders = {"train": served("train", train), "validation": served("validation", validation)}
     if datamodule is None and ModuleData.is_needed(model, loaders):
         datamodule, loaders = ModuleData(model, loaders), dict.fromkeys(loaders)
     if datamodule is None and loaders["train"] is None:
@@ -96,9 +96,9 @@ def hand_to_evaluate(
     require_module(model)
     loader, datamodule = apart(loader, datamodule)
     name = "validation" if stage == "validate" else stage
-    served = single(name, loader)
-    brought = Brought(model=model, datamodule=datamodule, callbacks=callbacks, **{name: served})
-    source = next(each for each in (served, datamodule, model) if each is not None)
+    given = served(name, loader)
+    brought = Brought(model=model, datamodule=datamodule, callbacks=callbacks, **{name: given})
+    source = next(each for each in (given, datamodule, model) if each is not None)
     keys = {"model.use": reference(model), "data.train": reference(source)}
     return Handed(brought=brought, keys=keys, batches=None)
 
@@ -109,6 +109,9 @@ class ModuleData:
     What the module prepares and sets up comes before its loaders, as there; the job, which would
     call that later once more, finds it done.
     """
+
+    of_module = True
+    """That it is none of the user's."""
 
     def __init__(self, module: Any, loaders: Mapping[str, Any]) -> None:
         """Take the loaders that are given, and the module's own in place of others."""
@@ -193,17 +196,15 @@ def require_module(model: Any) -> None:
     )
 
 
-def single(name: str, loader: Any) -> Any:
-    """Return the one loader of a kind, None if there is none."""
-    if isinstance(loader, list | tuple):
-        if len(loader) > 1:
-            raise ConfigError(
-                f"{len(loader)} {name} data loaders: one is served; torch.utils.data.ConcatDataset "
-                "joins datasets, and fit, validate and test may be called once each"
-            )
-        loader = loader[0] if loader else None
-    has_rows = hasattr(loader, "dataset") or hasattr(loader, "__getitem__")
-    if loader is None or (has_rows and not isinstance(loader, Mapping)):
+def served(name: str, loader: Any) -> Any:
+    """Return the loader of a kind, or several of them as they were given; None: there is none."""
+    if isinstance(loader, Mapping | list | tuple) and not loader:
+        return None
+    if loader is None or hasattr(loader, "dataset") or hasattr(loader, "__getitem__"):
+        return loader
+    if hasattr(
+        loader, "flattened"
+    ):  # Lightning's CombinedLoader; the job says what it serves of it
         return loader
     raise ConfigError(
         f"{name} data: {type(loader).__name__} is no DataLoader over a dataset with a length; what "

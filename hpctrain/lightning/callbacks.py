@@ -49,7 +49,7 @@ def sorted_callbacks(given: Any) -> Sorted:
     callbacks = [] if given is None else given if isinstance(given, list | tuple) else [given]
     for callback in callbacks:
         name = name_of(callback)
-        if name is None or name == "LambdaCallback":
+        if name is None or name in _CALLED:
             found.called.append(callback)
         elif name in _MAPPED:
             _take(found, name, callback)
@@ -198,12 +198,13 @@ _DONE_ANYWAY = {
 _OTHER_WEIGHTS = (
     "a moving average is a key: overrides=['training.ema_decay=0.999'], evaluated and saved"
 )
+_CALLED = ("LambdaCallback", "BasePredictionWriter")
+"""Lightning's own that do nothing but call the user's code."""
 _REFUSED = {
     "BackboneFinetuning": "a run has one set of trained parameters: freeze in two runs, the second "
     "with ckpt_path of the first's weights",
     "BaseFinetuning": "a run has one set of trained parameters: freeze in two runs, the second "
     "with ckpt_path of the first's weights",
-    "BasePredictionWriter": "predict returns all batches on rank 0, for the script to write",
     "BatchSizeFinder": "`python -m hpctrain check` tells whether a batch size fits into memory",
     "Checkpoint": "checkpoints are the run's own: ModelCheckpoint says which are kept",
     "EMAWeightAveraging": _OTHER_WEIGHTS,
@@ -216,4 +217,4 @@ _REFUSED = {
 
 def known() -> Sequence[str]:
     """Return the names of Lightning's callbacks of which something is said here."""
-    return sorted({*_MAPPED, *_DONE_ANYWAY, *_REFUSED, "LambdaCallback"})
+    return sorted({*_MAPPED, *_DONE_ANYWAY, *_REFUSED, *_CALLED})

@@ -222,7 +222,7 @@ class Trainer(Facts):
             weights_only: nothing else is ever read from a file.
 
         Returns:
-            One dictionary in a list.
+            One dictionary for each loader.
 
         Raises:
             HpctrainError: on every rank.
@@ -258,7 +258,8 @@ class Trainer(Facts):
 
         Returns:
             On rank 0 a list in the dataset's order, of the loader's batches at any number of
-            ranks; None on other ranks, or with `return_predictions=False`.
+            ranks, of several loaders one for each; None on other ranks, or with
+            `return_predictions=False`.
         """
         del weights_only
         found: list[Any] | None
@@ -343,12 +344,13 @@ class Trainer(Facts):
         )
 
     def _shown(
-        self, name: str, metrics: dict[str, float], *, verbose: bool
+        self, name: str, found: list[dict[str, float]], *, verbose: bool
     ) -> list[dict[str, float]]:
-        if verbose and metrics:
+        for metrics in found if verbose else ():
             shown = "  ".join(f"{key} {metric(value)}" for key, value in metrics.items())
-            self.print(f"{name}  {shown}")
-        return [metrics]
+            if shown:
+                self.print(f"{name}  {shown}")
+        return found
 
     def save_checkpoint(
         self,

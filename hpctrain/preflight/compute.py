@@ -343,11 +343,11 @@ def take_steps(
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
-    validates = opened.validation is not None
     parts = build_parts(
         *(config, world, components, loader, opened.stop_at),
         semantics=opened.semantics,
-        validates=validates,
+        validation_batches=opened.validation_batches,
+        brought=opened.brought,
     )
     step = parts.step
     batch = loader.share(world.topology.world_size, step.grad_accum_steps)

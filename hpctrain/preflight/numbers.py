@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.data.loading.batch import ShareOfBatch
+from hpctrain.data.loading.batch import Samples, ShareOfBatch
 from hpctrain.data.loading.nested import named_tensors
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
@@ -91,7 +91,8 @@ def try_real_data(
         opened.train_loader,
         opened.stop_at,
         semantics=opened.semantics,
-        validates=validates,
+        validation_batches=opened.validation_batches,
+        brought=opened.brought,
     )
     try:
         look_at_ranges(parts.task, looks=True)
@@ -135,29 +136,38 @@ def _trouble_of_step(share: ShareOfBatch, opened: Data, loss: float) -> str:
 
 def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: World) -> str:
     """Rehearse an evaluation, and return which row led to a metric that is not finite."""
-    loader = opened.validation_loader
-    assert loader is not None
-    rows = loader.examples(MOST_ROWS)
+    first, *others = [each.loader.examples(MOST_ROWS) for each in opened.validations]
     rehearse(
         parts.model,
         parts.task,
-        rows,
+        first,
         world,
         parts.number_format,
         call=parts.step.call,
+        further=others,
         eager=parts.step.graphs,
         explain=lambda error, given: explain_misfit(error, given, config),
     )
+    found = [
+        _trouble_of_rows(parts, rows, opened, number, world)
+        for number, rows in enumerate((first, *others))
+    ]
+    return next(filter(None, found), "")
+
+
+def _trouble_of_rows(parts: Parts, rows: Samples, opened: Data, number: int, world: World) -> str:
+    """Evaluate rows of one of the loaders singly, and return which metric was not finite."""
+    validation = opened.validations[number]
     each = [rows.part(index, index + 1) for index in range(rows.size)]
     # All of them on every rank: the others may wait for this one's part of the parameters.
-    with _evaluation_of_module(parts.task):
+    with _evaluation_of_module(parts.task, number, len(opened.validations)):
         problems = [_not_finite(_evaluated(parts, one, world)) for one in each]
     parts.step.settle()
-    for row, one, found in zip(loader.example_rows(MOST_ROWS), each, problems, strict=True):
+    read = validation.loader.example_rows(MOST_ROWS)
+    for row, one, found in zip(read, each, problems, strict=True):
         if not found:
             continue
-        assert opened.validation is not None
-        [(shard, inside)] = opened.validation.places(np.array([row]))
+        [(shard, inside)] = validation.dataset.places(np.array([row]))
         held = dict(named_tensors(one))
         bad = [name for name, each in held.items() if _rows_that_are_not_finite(each).any()]
         whose = f'"{bad[0]}"' if bad else f"{', '.join(held)}, whose values are finite,"
@@ -166,13 +176,14 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
 
 
 @contextmanager
-def _evaluation_of_module(task: Task) -> Iterator[None]:
-    """Have a module evaluate single samples in the body, with its hooks."""
+def _evaluation_of_module(task: Task, number: int, loaders: int) -> Iterator[None]:
+    """Have a module evaluate single samples of a loader in the body, with its hooks."""
     if not isinstance(task, ModuleTask):
         yield
         return
     with torch.no_grad():
-        task.begin_evaluation()
+        task.begin_evaluation(loaders=loaders)
+        task.begin_loader(number)
         task.samples = 1
         try:
             yield

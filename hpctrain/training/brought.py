@@ -20,15 +20,16 @@ class Brought:
     Attributes:
         model: to train; never copied: it is the caller's own that is trained.
         train: a torch Dataset or DataLoader to train with.
-        validation: the same, for evaluation while training.
+        validation: the same, for evaluation while training; several in a collection.
         evaluations: the same, further ones by name.
-        test: the same, for `test`.
-        predict: the same, for `predict`.
+        test: the same, for `test`; several in a collection.
+        predict: the same, for `predict`; several in a collection.
         datamodule: makes those four.
         callbacks: objects with the hook names of a Lightning Callback.
         accumulated: batches of a DataLoader that make a step.
         loggers: objects that are handed every line of metrics, on rank 0.
         notes: lines for the header.
+        given: loaders as the user has made them, by what they are for; known once they are asked.
     """
 
     model: nn.Module | None = None
@@ -42,6 +43,7 @@ class Brought:
     accumulated: int = 1
     loggers: Sequence[Any] = ()
     notes: Sequence[str] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sections(self) -> frozenset[str]:

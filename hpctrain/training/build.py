@@ -38,10 +38,11 @@ from hpctrain.training.modules.callbacks import (
     register,
     with_those_of_module,
 )
+from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
-from hpctrain.training.modules.own_state import OwnState
+from hpctrain.training.modules.own_state import OWN_STATE, OwnState
 from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.modules.task_callbacks import TaskCallbacks
@@ -103,7 +104,7 @@ def build_parts(
     stop_at: StopAt,
     *,
     semantics: Semantics = NEWEST,
-    validates: bool,
+    validation_batches: Sequence[int] = (),
     brought: Brought = NOTHING,
 ) -> Parts:
     """Build model, task, optimizer and step, the same on all ranks, and prime them.
@@ -117,7 +118,7 @@ def build_parts(
         shapes: of the training data: their loader.
         stop_at: length of the run.
         semantics: the rules of the run.
-        validates: whether there are data to evaluate with.
+        validation_batches: of each loader to evaluate with, of the rank that has the most.
         brought: objects in place of what the config names.
 
     Raises:
@@ -131,7 +132,7 @@ def build_parts(
         _check_capabilities(config, world)
         model = make_model(config, components, brought)
         task = build_task(config, components)
-        callbacks = _bind(task, model, config, world, stop_at, brought)
+        callbacks = _bind(task, model, config, world, stop_at, brought, validation_batches)
     if isinstance(task, ModuleTask):
         prepare_data([task], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
@@ -162,7 +163,7 @@ def build_parts(
             task.begin(optimizer, uses)
         else:
             callbacks.set_optimizer(optimizer)
-            watch_metrics(config, task, schedule, validates=validates)
+            watch_metrics(config, task, schedule, validates=bool(validation_batches))
     check_equal_shapes(model, world)
     step = TrainStep(
         model,
@@ -190,7 +191,7 @@ def build_parts(
     if isinstance(schedule, ModuleSchedule):
         step.registered.add("lr_schedulers", schedule.states)
     if isinstance(task, ModuleTask) and OwnState.is_of(task.module):
-        step.registered.add("checkpoint_of_module", OwnState(task.module, task.trainer))
+        step.registered.add(OWN_STATE, OwnState(task.module, task.trainer))
     notes += _register(callbacks, task, step)
     with ranges_checked(task):
         step.prime(lambda error, fields: explain_misfit(error, fields, config))
@@ -224,6 +225,7 @@ def _bind(
     world: World,
     stop_at: StopAt,
     brought: Brought,
+    validation_batches: Sequence[int],
 ) -> TaskCallbacks:
     """Give a task its module, and both their callbacks.
 
@@ -241,7 +243,10 @@ def _bind(
     _refuse_half(config, model, task)
     task.bind(model, config, world, stop_at)
     task.hooks.set_callbacks(with_those_of_module(given, model))
-    task.trainer.loggers = list(brought.loggers)
+    task.know(brought)
+    task.trainer.num_val_batches = list(validation_batches)
+    if brought.validation:
+        check_loaders(model, "validation_step", len(brought.validation))
     return TaskCallbacks()
 
 

@@ -51,7 +51,7 @@ logger = logging.getLogger("hpctrain")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """One of the further datasets that a run evaluates with."""
+    """One of the datasets that a run evaluates with."""
 
     dataset: Dataset | MapDataset
     loader: EvaluationBatches
@@ -67,7 +67,9 @@ class Data:
         normalizations: the numbers in use, by field.
         transforms: what becomes of samples between the files and the task.
         place: where the run goes on.
+        validations: to evaluate with, one of them but for a module that has several loaders.
         evaluations: further data to evaluate with, by name.
+        brought: objects that the user has brought, and those that the config names.
         notes: what the header should say of the data.
     """
 
@@ -75,22 +77,35 @@ class Data:
     semantics: Semantics
     normalizations: Mapping[str, Normalization]
     train: Dataset | MapDataset
-    validation: Dataset | MapDataset | None
     train_loader: TrainBatches
-    validation_loader: EvaluationBatches | None
     transforms: Transforms
     place: Position
     stop_at: StopAt
     staging: Staging
     notes: Sequence[str] = ()
+    validations: Sequence[Evaluated] = ()
     evaluations: Mapping[str, Evaluated] = field(default_factory=dict)
+    brought: Brought = NOTHING
 
     @property
     def evaluated(self) -> list[Dataset | MapDataset]:
         """What the run evaluates with."""
-        further = [each.dataset for each in self.evaluations.values()]
-        own = [] if self.validation is None else [self.validation]
-        return [*own, *further]
+        return [each.dataset for each in (*self.validations, *self.evaluations.values())]
+
+    @property
+    def validation_batches(self) -> list[int]:
+        """Batches of each loader to evaluate with, of the rank that has the most."""
+        return [each.loader.most_batches for each in self.validations]
+
+    @property
+    def validation(self) -> Dataset | MapDataset | None:
+        """The first of what the run evaluates with; None: there is nothing."""
+        return self.validations[0].dataset if self.validations else None
+
+    @property
+    def validation_loader(self) -> EvaluationBatches | None:
+        """Its loader."""
+        return self.validations[0].loader if self.validations else None
 
     def record(self, config: Config) -> dict[str, Any]:
         """Return what a checkpoint says of how the data become numbers: rules and statistics."""
@@ -109,9 +124,7 @@ class Data:
     def close(self) -> None:
         """End the threads and close all files."""
         self.train_loader.close()
-        if self.validation_loader is not None:
-            self.validation_loader.close()
-        for each in self.evaluations.values():
+        for each in (*self.validations, *self.evaluations.values()):
             each.loader.close()
         self.transforms.close()
         self.staging.close()
@@ -214,11 +227,12 @@ def open_data(
                 **in_common,
             )
 
-        validation_loader = None
+        validations = []
         if validation is not None:
-            validation_loader = evaluation_loader(
+            loader = evaluation_loader(
                 validation, transforms.validation, transforms.validation_decoding
             )
+            validations.append(Evaluated(dataset=validation, loader=loader))
         evaluations = {
             name: Evaluated(dataset=dataset, loader=evaluation_loader(dataset, *made))
             for (name, dataset), made in zip(further.items(), transforms.further, strict=True)
@@ -228,14 +242,14 @@ def open_data(
         semantics=semantics,
         normalizations=normalizations,
         train=train,
-        validation=validation,
         train_loader=train_loader,
-        validation_loader=validation_loader,
+        validations=validations,
         transforms=transforms,
         place=place,
         stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=staging,
         evaluations=evaluations,
+        brought=brought,
     )
 
 
@@ -255,7 +269,7 @@ def _open_objects(
     config, brought, notes = take_data(config, world, brought)
     section, intake = config.data, brought.train
     train = served(intake, config, world)
-    validation = served(brought.validation, config, world) if brought.validation else None
+    validations = [served(each, config, world) for each in brought.validation]
     further = {name: served(each, config, world) for name, each in brought.evaluations.items()}
     with raise_together(world.communicator):
         weights = _weights_of_objects(config, train.dataset, intake)
@@ -278,8 +292,8 @@ def _open_objects(
             limit=train_limit(config.training),
         )
 
-        def evaluation_loader(of: Served) -> MapEvaluationLoader:
-            return MapEvaluationLoader(
+        def evaluated(of: Served) -> Evaluated:
+            loader = MapEvaluationLoader(
                 of.dataset,
                 of.reader,
                 batch_size=section.micro_batch_size or train_loader.largest_share,
@@ -288,29 +302,25 @@ def _open_objects(
                 seed=config.run.seed,
                 samples=evaluated_samples(config, of.dataset.samples),
             )
+            return Evaluated(dataset=of.dataset, loader=loader)
 
-        validation_loader = None if validation is None else evaluation_loader(validation)
-        evaluations = {
-            name: Evaluated(dataset=each.dataset, loader=evaluation_loader(each))
-            for name, each in further.items()
-        }
     return Data(
         config=config,
         semantics=semantics,
         normalizations={},
         train=train.dataset,
-        validation=None if validation is None else validation.dataset,
         train_loader=train_loader,
-        validation_loader=validation_loader,
+        validations=[evaluated(each) for each in validations],
         transforms=Transforms.none(),
         place=place,
         stop_at=StopAt.of(config.training, train_loader.epoch_size, section.global_batch_size),
         staging=Staging(),
         notes=[
-            *(*notes, *train.notes, *(validation.notes if validation else ())),
-            *(note for each in further.values() for note in each.notes),
+            *(*notes, *train.notes),
+            *(note for each in (*validations, *further.values()) for note in each.notes),
         ],
-        evaluations=evaluations,
+        evaluations={name: evaluated(each) for name, each in further.items()},
+        brought=brought,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from hpctrain.data.loading.batch import ShareOfBatch
+from hpctrain.data.loading.batch import EvaluationBatches, ShareOfBatch
 from hpctrain.launch.messages import decode, encode
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
@@ -23,21 +24,42 @@ from hpctrain.training.task import Task
 from hpctrain.training.undisturbed import evaluating, kept_generators, kept_tensors
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One of the datasets that an evaluation goes through, each to its end before the next.
+
+    Attributes:
+        batches: of this rank, none included; over all ranks every sample exactly once.
+        rounds: the largest number of batches of any rank.
+        idle_row: where the parameters are spread over the ranks, and a pass needs all of them:
+            makes one row to run, and to forget, while others still have batches.
+    """
+
+    batches: Iterable[ShareOfBatch]
+    rounds: int = 0
+    idle_row: Callable[[], Any] | None = None
+
+    @classmethod
+    def of(cls, loader: EvaluationBatches, *, accompanies: bool = False) -> Turn:
+        """Return the turn of a loader, and whether ranks without a batch accompany the others."""
+        # Of its own samples: another dataset's may be something else.
+        idle_row = (lambda: loader.examples(1).part(0, 1)) if accompanies else None
+        return cls(batches=loader, rounds=loader.most_batches, idle_row=idle_row)
+
+
 def evaluate(
     model: nn.Module,
     task: Task,
-    batches: Iterable[ShareOfBatch],
+    turns: Sequence[Turn],
     world: World,
     number_format: NumberFormat,
     *,
-    rounds: int = 0,
     call: Call | None = None,
-    idle_row: Any = None,
     reused: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     stage: Literal["validate", "test"] = "validate",
 ) -> dict[str, float] | None:
-    """Return the metrics of a task over a dataset, None if stopped. Collective: all ranks.
+    """Return the metrics of a task over its data, None if stopped. Collective: all ranks.
 
     Runs the bare module: DDP's forward would broadcast buffers, and ranks have different numbers
     of batches. Parameters, buffers, generators and train flags are left as they were;
@@ -47,26 +69,24 @@ def evaluate(
         model: the bare module, its parameters the same on all ranks. Where ranks have buffers of
             their own, such as batch statistics, those of rank 0 count: a checkpoint holds them.
         task: computes the metrics.
-        batches: of this rank, none included; over all ranks every sample exactly once.
+        turns: the data; several of a module only, which tells its metrics apart by their number.
         world: the ranks.
         number_format: of parameters and arithmetic.
-        rounds: the largest number of batches of any rank.
         call: runs a method of the task on the model; None: directly. Under FSDP, where parameters
             have to be gathered around it, collective: all ranks.
-        idle_row: where the parameters are spread over the ranks, and a pass needs all of them: one
-            row to run, and to forget, while others still have batches.
         reused: whether the model's outputs lie where its next ones will, as under CUDA graphs.
-        stopping: asked after every batch, `rounds` times on every rank, so that it may
-            communicate; True on all ranks in the same round.
+        stopping: asked after every batch, as often on every rank, so that it may communicate; True
+            on all ranks in the same round.
         stage: which of a module's steps and hooks are called.
 
     Raises:
         TrainingError: if the task breaks its contract, or gives other metrics than it declares.
     """
-    call = call or call_directly(model)
     module = task if isinstance(task, ModuleTask) else None
-    objects = MetricObjects(task, world.device)
-    totals = Totals(task, objects, reused=reused)
+    evaluation = _Evaluation(
+        model, task, world, number_format, call or call_directly(model), stopping, reused=reused
+    )
+    objects = evaluation.objects
     try:
         with (
             torch.no_grad(),
@@ -79,29 +99,23 @@ def evaluate(
         ):
             objects.reset()
             if module is not None:
-                module.begin_evaluation(stage)
-            for batch in batches:
-                world.pulse.tick()
-                fields = number_format.cast(batch.fields, task.inputs)
+                module.begin_evaluation(stage, loaders=len(turns))
+            found, part = [], Part()
+            for number, turn in enumerate(turns):
                 if module is not None:
-                    module.samples = batch.size
-                with number_format.arithmetic():
-                    totals.add(call(task.evaluate, fields))
-                rounds -= 1
-                if stopping():
-                    _cut_short(module)
+                    module.begin_loader(number)
+                ran = evaluation.run(turn)
+                if ran is None:
+                    if module is not None:
+                        module.cut_short()
                     return None
-            # The others may have another batch, and come to another boundary.
-            for _ in range(rounds):
-                if idle_row is not None:
-                    with objects.untouched(), number_format.arithmetic():
-                        call(task.evaluate if module is None else module.accompany, idle_row)
-                if stopping():
-                    _cut_short(module)
-                    return None
-            part = totals.part()
-            metrics = _combined(part, task, objects, world)
-            return metrics if module is None else module.end_evaluation(metrics, part, objects)
+                part = ran
+                found.append(_combined(part, task, objects, world))
+                if len(turns) > 1:
+                    objects.load(part.states)  # of this rank alone, for the next
+            if module is None:
+                return found[0]
+            return module.end_evaluation(found, part, objects)
     finally:
         if module is None:
             objects.reset()
@@ -109,10 +123,63 @@ def evaluate(
             module.leave_evaluation()
 
 
-def _cut_short(module: ModuleTask | None) -> None:
-    """End an evaluation that a stop cuts short."""
-    if module is not None:
-        module.cut_short()
+class _Evaluation:
+    """Runs what an evaluation calls for each batch.
+
+    Attributes:
+        objects: the torchmetrics objects of the task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        world: World,
+        number_format: NumberFormat,
+        call: Call,
+        stopping: Callable[[], bool],
+        *,
+        reused: bool,
+    ) -> None:
+        self.objects = MetricObjects(task, world.device)
+        self._task = task
+        self._module = task if isinstance(task, ModuleTask) else None
+        self._world = world
+        self._format = number_format
+        self._call = call
+        self._stopping = stopping
+        self._reused = reused
+
+    def run(self, turn: Turn) -> Part | None:
+        """Return what the batches of this rank add up to, None if stopped."""
+        totals = Totals(self._task, self.objects, reused=self._reused)
+        rounds = turn.rounds
+        for batch in turn.batches:
+            self._world.pulse.tick()
+            fields = self._format.cast(batch.fields, self._task.inputs)
+            if self._module is not None:
+                self._module.samples = batch.size
+            with self._format.arithmetic():
+                totals.add(self._call(self._task.evaluate, fields))
+            rounds -= 1
+            if self._stopping():
+                return None
+        # The others may have another batch, and come to another boundary.
+        row = None
+        for _ in range(rounds):
+            if turn.idle_row is not None:
+                if row is None:
+                    row = self._format.cast(turn.idle_row(), self._task.inputs)
+                self._accompany(row)
+            if self._stopping():
+                return None
+        return totals.part()
+
+    def _accompany(self, row: Any) -> None:
+        """Run a pass for the sake of other ranks, which leaves no trace."""
+        task, module = self._task, self._module
+        with self.objects.untouched(), self._format.arithmetic():
+            self._call(task.evaluate if module is None else module.accompany, row)
 
 
 def _combined(part: Part, task: Task, objects: MetricObjects, world: World) -> dict[str, float]:

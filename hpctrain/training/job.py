@@ -207,13 +207,13 @@ def _build(
         data.train_loader,
         data.stop_at,
         semantics=data.semantics,
-        validates=data.validation is not None,
-        brought=brought,
+        validation_batches=data.validation_batches,
+        brought=data.brought,
     )
-    loader, section = data.validation_loader, config.training
-    if loader is not None and (section.evaluate_every_epochs or section.evaluate_every_steps):
+    section, validates = config.training, bool(data.validations)
+    if validates and (section.evaluate_every_epochs or section.evaluate_every_steps):
         with raise_together(world.communicator):
-            rows = loader.examples(MOST_ROWS)
+            rows, *further = [each.loader.examples(MOST_ROWS) for each in data.validations]
         step = parts.step
         with ranges_checked(parts.task):
             rehearse(
@@ -223,6 +223,7 @@ def _build(
                 world,
                 parts.number_format,
                 call=step.call,
+                further=further,
                 eager=step.graphs,
                 explain=lambda error, fields: explain_misfit(error, fields, config),
             )
@@ -231,7 +232,7 @@ def _build(
         # Its metrics are those that it has logged by now.
         with raise_together(world.communicator):
             check_monitored(config, parts.task)
-            watch_metrics(config, parts.task, parts.schedule, validates=loader is not None)
+            watch_metrics(config, parts.task, parts.schedule, validates=validates)
     with ranges_checked(parts.task):
         notes += _couplings(world, parts, data)
     notes += transport_notes(world)

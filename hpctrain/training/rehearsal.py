@@ -52,6 +52,7 @@ def rehearse(
     number_format: NumberFormat,
     *,
     call: Call | None = None,
+    further: Sequence[Samples] = (),
     eager: bool = False,
     explain: Explain = lambda error, fields: None,
 ) -> None:
@@ -64,6 +65,7 @@ def rehearse(
         world: the ranks.
         number_format: of parameters and arithmetic.
         call: as `evaluate` takes it.
+        further: those of a module's other loaders.
         eager: run a compiled model as it is written: outputs are kept and compared, and those of a
             CUDA graph lie where its next ones will.
         explain: as `prime` takes it.
@@ -73,7 +75,8 @@ def rehearse(
             depends on how the data are cut into batches. What model or task raise themselves comes
             out as it is.
     """
-    rehearsal = _Rehearsal(model, task, rows, world, number_format, call or call_directly(model))
+    call = call or call_directly(model)
+    rehearsal = _Rehearsal(model, task, rows, world, number_format, call)
     together = world.communicator
     with (
         torch.compiler.set_stance("force_eager") if eager else nullcontext(),
@@ -85,9 +88,16 @@ def rehearse(
         rehearsal.objects.local(),
     ):
         if isinstance(task, ModuleTask):
-            with raise_together(together), explained(explain, rehearsal.fields):
-                task.rehearse(rows.size)
-                rehearsal.run()
+            with raise_together(together):
+                task.rehearse(1 + len(further))
+                for number, each in enumerate((rows, *further)):
+                    if number:
+                        rehearsal = _Rehearsal(model, task, each, world, number_format, call)
+                    task.begin_loader(number)
+                    task.samples = each.size
+                    with explained(explain, rehearsal.fields):
+                        # What the loaders before have added up to is there in the hooks at the end.
+                        rehearsal.run(begins=not number)
             try:
                 # Outside: hooks may talk to the other ranks.
                 task.end_rehearsal()
@@ -148,14 +158,17 @@ class _Rehearsal:
         """Whether a row had the same outputs of the model in every batch."""
         return self._replay.exact
 
-    def run(self) -> None:
+    def run(self, *, begins: bool = True) -> None:
         """Evaluate the rows at once, and record what the model gives for them.
+
+        Args:
+            begins: whether torchmetrics objects forget what they have seen.
 
         Raises:
             TrainingError: if the task breaks its contract.
         """
         with self._replay.recording():
-            self._whole = self._part(0, self.count)
+            self._whole = self._part(0, self.count, begins=begins)
         self._compute()
 
     def cut(self) -> None:
@@ -263,12 +276,21 @@ class _Rehearsal:
         with self._replay.scattered(start, stop, seed):
             return self._part(start, stop, call=call_directly(self._model))
 
-    def _part(self, start: int, stop: int, seed: int = 0, call: Call | None = None) -> Part:
+    def _part(
+        self,
+        start: int,
+        stop: int,
+        seed: int = 0,
+        call: Call | None = None,
+        *,
+        begins: bool = True,
+    ) -> Part:
         """Evaluate some of the rows with generators that begin at `seed`."""
         call, fields = call or self._call, self.fields
         if stop - start < self.count:
             fields = self._format.cast(self._rows.part(start, stop), self._task.inputs)
-        self.objects.reset()
+        if begins:
+            self.objects.reset()
         totals = Totals(self._task, self.objects)
         with self._format.arithmetic(), kept_generators(self._device):
             seed_generators(seed)

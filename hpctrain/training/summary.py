@@ -59,7 +59,7 @@ def header_text(
             devices=_devices(world),
             train_samples=data.train.samples,
             train_shards=len(data.train.shards),
-            validation_samples=None if data.validation is None else data.validation.samples,
+            validation_samples=sum(each.dataset.samples for each in data.validations) or None,
             global_batch_size=config.data.global_batch_size,
             micro_batch_size=config.data.micro_batch_size or data.train_loader.largest_share,
             grad_accum_steps=parts.step.grad_accum_steps,
@@ -284,10 +284,10 @@ def _served(config: Config, data: Data) -> list[str]:
     for name, each in data.evaluations.items():
         used = evaluated_samples(config, each.dataset.samples)
         notes.append(f"{name}: {plural(used, 'sample')} to evaluate with as well")
-    if data.validation is not None:
-        used = evaluated_samples(config, data.validation.samples)
-        if used < data.validation.samples:
-            which = f"the first {used:,} of {plural(data.validation.samples, 'sample')}"
+    for each in data.validations:
+        used = evaluated_samples(config, each.dataset.samples)
+        if used < each.dataset.samples:
+            which = f"the first {used:,} of {plural(each.dataset.samples, 'sample')}"
             notes.append(
                 f"an evaluation is of {which} ({plural(-(-used // batch), 'batch', 'batches')})"
             )

@@ -23,7 +23,7 @@ from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
 from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
 from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.figures import note_figures
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
@@ -114,7 +114,7 @@ class Plan:
         return cls(
             stop_at=data.stop_at,
             log=Interval(every_steps=config.logging.every_steps),
-            evaluate=None if data.validation is None or evaluation.is_never else evaluation,
+            evaluate=None if not data.validations or evaluation.is_never else evaluation,
             check=Interval(every_steps=training.check_sync_every),
             save=Interval(every_steps=checkpoint.every_steps, every_epochs=checkpoint.every_epochs),
         )
@@ -456,15 +456,15 @@ class Run:
 
     def evaluate(self, place: Position, epoch: int) -> Metrics | None:
         """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
-        loader = self._data.validation_loader
-        assert loader is not None
-        further = {name: each.loader for name, each in self._data.evaluations.items()}
+        data = self._data
+        split = {VALIDATION: data.validations}
+        split |= {name: [each] for name, each in data.evaluations.items()}
         found: dict[str, Metrics] = {}
         with self.phases.measure("evaluation"), self._step.evaluation_weights():
             self._callbacks.begin_evaluation()
-            for name, each in {VALIDATION: loader, **further}.items():
+            for name, sets in split.items():
                 self._tell_task(place, name)
-                metrics = self._evaluated(each)
+                metrics = self._evaluated([each.loader for each in sets])
                 if metrics is None:
                     self.evaluation_owed = True
                     self._tell_task(place, "train")
@@ -502,18 +502,16 @@ class Run:
         shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
         self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
 
-    def _evaluated(self, loader: EvaluationBatches) -> Metrics | None:
+    def _evaluated(self, loaders: list[EvaluationBatches]) -> Metrics | None:
         """Return the metrics of some data, None if stopped. Collective: all ranks."""
         step = self._step
         metrics = evaluate(
             self._parts.model,
             self._parts.task,
-            loader,
+            [Turn.of(each, accompanies=step.sharded is not None) for each in loaders],
             self._world,
             self._parts.number_format,
-            rounds=loader.most_batches,
             call=step.call,
-            idle_row=None if step.sharded is None else step.idle_row,
             reused=step.graphs,
             stopping=lambda: bool(self.agreed(Boundary.EVALUATION_BATCH) & ~SAVE_DUE),
         )
@@ -549,8 +547,7 @@ class Run:
     def begin(self, place: Position) -> None:
         """See that the ranks are equal and the run can be saved. Collective: all ranks."""
         if self._module is not None:
-            loader = self._data.validation_loader
-            self._module.begin_training(place, 0 if loader is None else loader.most_batches)
+            self._module.begin_training(place)
         self._callbacks.begin_training(place)
         self._tell_task(place, "train")
         self.check(place)

@@ -18,7 +18,7 @@ from hpctrain.config.importing import imported
 from hpctrain.config.object_rules import names_object
 from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, looked_at
 from hpctrain.data.loading.map_style.fetch import Fetcher
-from hpctrain.data.loading.map_style.intake import Intake, only_samples, taken_in
+from hpctrain.data.loading.map_style.intake import Intake, in_turn, only_samples, taken_in
 from hpctrain.data.loading.map_style.parcel import Parcel
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.loading.map_style.service import Travelling
@@ -59,25 +59,26 @@ def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, B
     Raises:
         HpctrainError: on every rank, if they cannot be made, or not be served in the one order.
     """
-    made = _made(config, world, brought)
+    datamodule, made = _made(config, world, brought)
     further = config.data.evaluations
     with raise_together(world.communicator):
         made |= {
             name: built_object(f"data.evaluations.{name}", reference, {})
             for name, reference in further.items()
         }
+        given = dict(made)
+        validation = all_taken(made.pop("validation", None), "validation", config)
         taken = {name: taken_by_name(each, name, config) for name, each in made.items()}
         if "train" not in taken:
             raise ConfigError("the datamodule has no train_dataloader: nothing to train with")
         config, notes = _settled(config, taken["train"], brought.accumulated)
-    validation = taken.get("validation")
-    if validation is not None:
-        validation = only_samples(validation)
     brought = dataclasses.replace(
         brought,
         train=taken["train"],
         validation=validation,
         evaluations={name: only_samples(taken[name]) for name in further},
+        datamodule=datamodule,
+        given=given,
     )
     return config, brought, notes
 
@@ -114,8 +115,8 @@ def served(intake: Intake, config: Config, world: World) -> Served:
     return Served(dataset=dataset, reader=reader, notes=[note])
 
 
-def _made(config: Config, world: World, brought: Brought) -> dict[str, Any]:
-    """Return what the user gives to train and to evaluate with. Collective: all ranks."""
+def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str, Any]]:
+    """Return the datamodule, and what to train and evaluate with. Collective: all ranks."""
     from hpctrain.training.build import seed_generators
 
     # Splits that are drawn at random are then the same on all ranks.
@@ -126,7 +127,7 @@ def _made(config: Config, world: World, brought: Brought) -> dict[str, Any]:
             datamodule = built_object("data.use", section.use, section.arguments)
     if datamodule is not None:
         prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
-        return _of_datamodule(datamodule)
+        return datamodule, _of_datamodule(datamodule)
     found = {"train": brought.train, "validation": brought.validation}
     named: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
         "train": (section.train, section.train_arguments),
@@ -136,7 +137,7 @@ def _made(config: Config, world: World, brought: Brought) -> dict[str, Any]:
         for name, (reference, arguments) in named.items():
             if found[name] is None and brought.train is None and names_object(reference):
                 found[name] = built_object(f"data.{name}", reference, arguments)
-    return {name: each for name, each in found.items() if each is not None}
+    return None, {name: each for name, each in found.items() if each is not None}
 
 
 def made_for(config: Config, world: World, name: str, stage: str) -> Any:
@@ -252,11 +253,34 @@ def taken_by_name(given: Any, name: str, config: Config) -> Intake:
     """
     if isinstance(given, Intake):
         return given
-    if isinstance(given, list | tuple) and len(given) == 1:
-        (given,) = given
-    named: Any = config.data.evaluations.get(name) or getattr(config.data, name, None)
-    source: str = named if names_object(named) else config.data.use or f"the {name} data"
+    source = _called(name, config)
     return taken_in(given, source, workers=config.data.workers, seeded=config.data.seed_samples)
+
+
+def all_taken(given: Any, name: str, config: Config) -> list[Intake]:
+    """Return what to evaluate with of what the user gives: one after the other, every sample once.
+
+    Raises:
+        HpctrainError: if one of them cannot be served.
+    """
+    source = _called(name, config)
+    loaders = [] if given is None else in_turn(given, source)
+    section, found = config.data, []
+    for number, each in enumerate(loaders):
+        called = source if len(loaders) == 1 else f"{source}, loader {number}"
+        intake = (
+            each
+            if isinstance(each, Intake)
+            else taken_in(each, called, workers=section.workers, seeded=section.seed_samples)
+        )
+        found.append(only_samples(intake))
+    return found
+
+
+def _called(name: str, config: Config) -> str:
+    """Return what messages call the data of a split."""
+    named: Any = config.data.evaluations.get(name) or getattr(config.data, name, None)
+    return named if names_object(named) else config.data.use or f"the {name} data"
 
 
 def _settled(config: Config, train: Intake, accumulated: int = 1) -> tuple[Config, list[str]]:

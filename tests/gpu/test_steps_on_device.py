@@ -19,7 +19,7 @@ from hpctrain.config.schema import Precision
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_model
@@ -235,7 +235,7 @@ def test_an_evaluation_is_that_of_all_samples(world: World) -> None:
     found = evaluate(
         model,
         Classification(["x"], "y"),
-        data,
+        [Turn(batches=data)],
         world,
         NumberFormat.of("64-true", world.device),
         call=step.call,

@@ -80,6 +80,20 @@ def test_graphs(folder: Path, ranks: int) -> None:
             assert here["found"][name] == pytest.approx(there["found"][name], abs=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_several_loaders(folder: Path, ranks: int) -> None:
+    """Ranks may have no batch of one of them while others do, also where parameters are spread."""
+    alone, found = trained(1, folder)["domains ddp"], trained(ranks, folder)
+    for strategy in ("ddp", "fsdp"):
+        here = found[f"domains {strategy}"]
+        assert here["found"].keys() == alone["found"].keys()
+        assert {"loss/dataloader_idx_1", "rebuilt/dataloader_idx_2"} < here["found"].keys()
+        assert here["found"] == pytest.approx(alone["found"], rel=1e-5)
+        assert here["tested"] == [pytest.approx(each, rel=1e-5) for each in alone["tested"]]
+        assert here["predicted"] == alone["predicted"]
+        assert [len(batches) for batches in here["predicted"]] == [4, 1, 4]
+
+
 def test_the_program_of_the_page(tmp_path: Path) -> None:
     """As it stands, without a launcher: it begins again as the two ranks that it asks for."""
     page = (ROOT / "docs" / "from-lightning.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import cast_model
@@ -135,12 +135,16 @@ def check_evaluation_leaves_no_trace(world: World, step: TrainStep) -> None:
         metrics = evaluate(
             step.model,
             Classification(["features"], "label"),
-            [batch_of(alone(), mine)] if len(mine["label"]) else [],
+            [
+                Turn(
+                    batches=[batch_of(alone(), mine)] if len(mine["label"]) else [],
+                    rounds=1,
+                    idle_row=None if step.sharded is None else lambda: step.idle_row,
+                )
+            ],
             world,
             NumberFormat.of("32-true", world.device).for_model(step.model),
-            rounds=1,
             call=step.call,
-            idle_row=None if step.sharded is None else step.idle_row,
         )
         step.settle()
     assert metrics is not None

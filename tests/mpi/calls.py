@@ -16,7 +16,7 @@ import hpctrain
 from hpctrain.data.loading.batch import Batch, Rows, count_passes, cut
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.fsdp import ShardedModel
 from hpctrain.training.fsdp_units import Findings, try_out
 from hpctrain.training.optim.optimizer import build_optimizer
@@ -125,12 +125,16 @@ def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
     metrics = evaluate(
         step.model,
         task,
-        [item for item in [share(world, models.fields_of(9, 77))] if item.size],
+        [
+            Turn(
+                batches=[item for item in [share(world, models.fields_of(9, 77))] if item.size],
+                rounds=1,
+                idle_row=(lambda: step.idle_row) if step.sharded else None,
+            )
+        ],
         world,
         number_format,
-        rounds=1,
         call=step.call,
-        idle_row=step.idle_row if step.sharded else None,
     )
     step.settle()
     assert metrics is not None

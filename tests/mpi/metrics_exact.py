@@ -17,7 +17,7 @@ from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training import evaluation
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.rehearsal import rehearse
 
@@ -56,16 +56,22 @@ def check_metrics_that_are_no_quotient(world: World) -> None:
                     ours = evaluate(
                         step.model,
                         task,
-                        shares(world, fields),
+                        [
+                            Turn(
+                                batches=shares(world, fields),
+                                rounds=math.ceil(math.ceil(count / size) / BATCH),
+                                idle_row=(lambda row=step.idle_row: row) if sharded else None,
+                            )
+                        ],
                         world,
                         number_format,
-                        rounds=math.ceil(math.ceil(count / size) / BATCH),
                         call=step.call,
-                        idle_row=step.idle_row if sharded else None,
                     )
                     step.settle()
                     whole = shares(alone(), fields, count)
-                    theirs = evaluate(reference, other, whole, alone(), number_format)
+                    theirs = evaluate(
+                        reference, other, [Turn(batches=whole)], alone(), number_format
+                    )
                     assert ours is not None
                     assert theirs is not None
                     assert list(ours) == list(theirs) == list(task.metrics)
@@ -125,7 +131,7 @@ def check_a_mistake_at_the_end_is_told_by_all(world: World) -> None:
         evaluate(
             Tower().double(),
             Undeclared(),
-            shares(world, samples(20)),
+            [Turn(batches=shares(world, samples(20)))],
             world,
             NumberFormat.of("64-true", world.device),
         )

@@ -21,7 +21,7 @@ import hpctrain
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
@@ -208,12 +208,16 @@ def check_evaluation(world: World) -> None:
             metrics = evaluate(
                 step.model,
                 task,
-                batches(whole, rank, size, batch_size),
+                [
+                    Turn(
+                        batches=batches(whole, rank, size, batch_size),
+                        rounds=-(-largest // batch_size),
+                        idle_row=lambda row=step.idle_row: row,
+                    )
+                ],
                 world,
                 number_format,
-                rounds=-(-largest // batch_size),
                 call=step.call,
-                idle_row=step.idle_row,
             )
             step.settle()
         after = full(world, step)
@@ -222,7 +226,11 @@ def check_evaluation(world: World) -> None:
         with averaged(step):
             reference.load_state_dict(world.communicator.broadcast(full(world, step)))
         expected = evaluate(
-            reference, task, batches(whole, 0, 1, count), alone(), number_format, rounds=1
+            reference,
+            task,
+            [Turn(batches=batches(whole, 0, 1, count), rounds=1)],
+            alone(),
+            number_format,
         )
         assert metrics is not None
         assert expected is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.ddp import check_equal_parameters, check_equal_shapes
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
@@ -194,14 +194,16 @@ def check_evaluation(world: World) -> None:
             random.seed(rank)
             np.random.seed(rank)  # noqa: NPY002
             before = _state(model)
-            metrics = evaluate(model, task, shares(world, fields, 4), world, number_format)
+            metrics = evaluate(
+                model, task, [Turn(batches=shares(world, fields, 4))], world, number_format
+            )
             assert _state(model) == before
 
             reference = Noisy().double()
             tensors = world.communicator.broadcast(model.state_dict())
             reference.load_state_dict(tensors)
             whole = shares(alone(), fields, count)
-            expected = evaluate(reference, task, whole, alone(), number_format)
+            expected = evaluate(reference, task, [Turn(batches=whole)], alone(), number_format)
             assert metrics.keys() == expected.keys() == task.metrics.keys()
             assert metrics["accuracy"] == expected["accuracy"]
             assert abs(metrics["loss"] - expected["loss"]) <= 1e-12 * expected["loss"]

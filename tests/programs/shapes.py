@@ -558,3 +558,93 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     each.__name__: each
     for each in (graphs, autoencoder, segmentation, fine_tuned, diffusion, contrastive)
 }
+
+
+# Several domains to validate with, each by a loader of its own, as in work on generalisation.
+
+
+class Domains(pl.LightningModule):
+    """Classifies what has labels, and rebuilds what has none by a head that only that needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
+        self.head, self.decoder = nn.Linear(16, 2), nn.Linear(16, 4)
+        self.accuracies = nn.ModuleList(torchmetrics.Accuracy("binary") for _ in range(2))
+        self.auroc = torchmetrics.AUROC("binary")
+        self.outputs: list[list[Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        hidden = self.trunk(batch[0])
+        rebuilt = F.mse_loss(self.decoder(hidden), batch[0])
+        return F.cross_entropy(self.head(hidden), batch[1]) + 0.1 * rebuilt
+
+    def on_validation_epoch_start(self) -> None:
+        self.outputs = [[], [], []]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        hidden = self.trunk(batch["x"] if dataloader_idx == 2 else batch[0])
+        if dataloader_idx == 2:
+            self.outputs[2].append(self.decoder(hidden))
+            self.log("rebuilt", F.mse_loss(self.decoder(hidden), batch["x"]))
+            return
+        output, labels = self.head(hidden), batch[1]
+        self.outputs[dataloader_idx].append(output)
+        self.accuracies[dataloader_idx].update(output.argmax(1), labels)
+        self.auroc.update(output.softmax(1)[:, 1], labels)
+        self.log("loss", F.cross_entropy(output, labels), prog_bar=True)
+        name = ("seen", "unseen")[dataloader_idx]
+        self.log(f"{name}_acc", self.accuracies[dataloader_idx], add_dataloader_idx=False)
+        self.log("auroc", self.auroc)
+
+    def on_validation_epoch_end(self) -> None:
+        accuracies = [each.compute() for each in self.accuracies]
+        self.log("mean_acc", torch.stack(accuracies).mean())
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        x = batch["x"] if dataloader_idx == 2 else batch[0]
+        return torch.cat([x[:, :1], torch.full_like(x[:, :1], 10 * dataloader_idx + batch_idx)], 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+class Unlabelled(Dataset[dict[str, Tensor]]):
+    def __init__(self, count: int) -> None:
+        self.x = torch.randn(count, 4, generator=drawn(5))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index]}
+
+
+class DomainsDataModule(pl.LightningDataModule):
+    @staticmethod
+    def labelled(count: int, seed: int, shift: float = 0.0) -> TensorDataset:
+        x = torch.randn(count, 4, generator=drawn(seed)) + shift
+        return TensorDataset(x, (x.sum(1) > 0).long())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.labelled(48, 2), batch_size=12, shuffle=True)
+
+    def val_dataloader(self) -> dict[str, DataLoader[Any]]:
+        return {
+            "seen": DataLoader(self.labelled(13, 3), batch_size=4),
+            # Fewer samples than there are ranks.
+            "unseen": DataLoader(self.labelled(2, 4, 0.5), batch_size=4),
+            "unlabelled": DataLoader(Unlabelled(7), batch_size=2),
+        }
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return list(self.val_dataloader().values())
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        return list(self.val_dataloader().values())

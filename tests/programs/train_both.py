@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from programs.language_model import WORDS, LanguageModel, loaders
 from programs.lit_mnist import DigitsDataModule, LitMNIST
+from programs.shapes import Domains, DomainsDataModule
 from programs.shapes import graphs as graph_program
 
 
@@ -70,11 +71,23 @@ def graphs(strategy: str) -> dict[str, Any]:
     return {"run": trainer.log_dir, "found": found}
 
 
+def domains(strategy: str) -> dict[str, Any]:
+    """Three loaders of other lengths and structures, through other parts of the model."""
+    seed_everything(1)
+    model, data = Domains(), DomainsDataModule()
+    trainer = Trainer(max_epochs=2, accelerator="cpu", strategy=strategy, log_every_n_steps=1)
+    trainer.fit(model, data)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    tested, predicted = trainer.test(model, data), trainer.predict(model, data)
+    listed = [] if predicted is None else [[x.tolist() for x in each] for each in predicted]
+    return {"run": trainer.log_dir, "found": found, "tested": tested, "predicted": listed}
+
+
 def main() -> None:
     found = {
         f"{program.__name__} {strategy}": program(strategy)
         for strategy in ("ddp", "fsdp")
-        for program in (digits, words, graphs)
+        for program in (digits, words, graphs, domains)
     }
     ranks = Trainer(accelerator="cpu").is_global_zero
     if ranks:

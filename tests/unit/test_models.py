@@ -17,7 +17,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.resnet import ResNet, resnet18, resnet20, resnet50
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.language_modeling import LanguageModeling
 from hpctrain.training.precision import NumberFormat
 
@@ -138,7 +138,7 @@ def test_a_text_is_learnt() -> None:
     for _ in range(120):
         step(batch, 0.01)
     number_format = NumberFormat.of("32-true", torch.device("cpu"))
-    metrics = evaluate(model, task, [batch], WORLD, number_format)
+    metrics = evaluate(model, task, [Turn(batches=[batch])], WORLD, number_format)
     assert metrics["bits_per_token"] < 1.0
     assert metrics["accuracy"] > 0.8
 

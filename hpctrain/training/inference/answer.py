@@ -28,19 +28,19 @@ class Answer:
 
     Attributes:
         chosen: the checkpoint.
-        dataset: the samples of the split.
+        datasets: the samples of the split, several where a datamodule has several loaders.
         metrics: empty where predictions were asked for.
         missing: shards of predictions that a stop has left for a later job.
     """
 
     chosen: Chosen
-    dataset: Dataset | MapDataset
+    datasets: Sequence[Dataset | MapDataset]
     metrics: Mapping[str, float]
     missing: int = 0
 
     @property
     def samples(self) -> int:
-        return self.dataset.samples
+        return sum(each.samples for each in self.datasets)
 
 
 def answer(
@@ -72,28 +72,30 @@ def answer(
     with raise_together(world.communicator):
         components = resolve_components(config, command[0], command[1:])
     chosen = choose_checkpoint(config, world, checkpoint)
-    served: Split
+    served: Sequence[Split]
     if brings_data(config, NOTHING):
         served = open_objects(config, world, split, stage)
     else:
         # Predictions need no targets: the files may have none.
         fields = stored_fields(config) if output is None else _stored_inputs(config)
-        served = open_files(config, world, split, chosen, fields)
+        served = [open_files(config, world, split, chosen, fields)]
+    datasets = [each.dataset for each in served]
     try:
         trained = Trained(config, world, components, chosen, served, stage)
         if output is None:
-            return Answer(chosen=chosen, dataset=served.dataset, metrics=trained.evaluate())
+            return Answer(chosen=chosen, datasets=datasets, metrics=trained.evaluate())
         origin = Origin(
             checkpoint=chosen.source,
             step=chosen.step,
             weights=chosen.weights,
-            dataset=served.dataset.source,
-            fingerprint=served.dataset.fingerprint,
+            dataset=datasets[0].source,
+            fingerprint=datasets[0].fingerprint,
         )
         writer = trained.predict(output, origin, stopping)
-        return Answer(chosen=chosen, dataset=served.dataset, metrics={}, missing=writer.finish())
+        return Answer(chosen=chosen, datasets=datasets, metrics={}, missing=writer.finish())
     finally:
-        served.close()
+        for each in served:
+            each.close()
 
 
 def _stored_inputs(config: Config) -> list[str]:

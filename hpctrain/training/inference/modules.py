@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import nn
 
 from hpctrain.config import Config
 from hpctrain.config.limits import limited
-from hpctrain.data.loading.map_style.intake import only_samples
+from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
@@ -22,27 +22,31 @@ from hpctrain.topology import raise_together
 from hpctrain.training.brought import Brought
 from hpctrain.training.build import finish_model, seed_generators
 from hpctrain.training.call import call_directly
-from hpctrain.training.evaluation import evaluate, gather_at_rank_zero
+from hpctrain.training.evaluation import Turn, evaluate, gather_at_rank_zero
 from hpctrain.training.inference.stage import (
+    STEPS,
     Stage,
     begin,
     bind,
     for_forward_passes,
     missing_step,
+    on_host,
     predicted,
+    predicting,
 )
 from hpctrain.training.inference.weights import choose_checkpoint
 from hpctrain.training.modules.callbacks import with_those_of_module
+from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.undisturbed import evaluating
 from hpctrain.training.user_data import (
+    all_taken,
     own_hook,
     served,
     set_up,
-    taken_by_name,
 )
 
 ANY = ""
@@ -63,7 +67,7 @@ class _Ready:
     model: nn.Module
     task: ModuleTask
     number_format: NumberFormat
-    loader: MapEvaluationLoader
+    loaders: Sequence[MapEvaluationLoader]
 
 
 def module_metrics(
@@ -74,8 +78,8 @@ def module_metrics(
     *,
     weights: str | None = None,
     limit: float | None = None,
-) -> dict[str, float]:
-    """Return what a module logs over a dataset, every sample once. Collective: all ranks.
+) -> list[dict[str, float]]:
+    """Return what a module logs over each loader, every sample once. Collective: all ranks.
 
     Args:
         config: of the job; of its run where the weights of one are wanted.
@@ -89,19 +93,16 @@ def module_metrics(
         HpctrainError: on every rank.
     """
     with _ready(config, world, brought, stage, weights, limit) as ready:
-        loader = ready.loader
-        metrics = evaluate(
+        evaluate(
             ready.model,
             ready.task,
-            loader,
+            [Turn.of(each) for each in ready.loaders],
             world,
             ready.number_format,
-            rounds=loader.most_batches,
             call=call_directly(ready.model),
             stage=stage,
         )
-    assert metrics is not None  # nobody stops it
-    return metrics
+        return [dict(each) for each in ready.task.of_loaders]
 
 
 def module_predictions(
@@ -114,7 +115,8 @@ def module_predictions(
 ) -> list[Any] | None:
     """Return what `predict_step` gives for every batch, in the dataset's order, on rank 0.
 
-    The batches are those of the loader, at any number of ranks; None on the other ranks.
+    The batches are those of the loader, at any number of ranks; None on the other ranks. Of
+    several loaders it is a list for each.
 
     Collective: all ranks.
 
@@ -131,30 +133,36 @@ def module_predictions(
     with _ready(config, world, brought, "predict", weights, limit) as ready:
         mine = _predicted(ready, world)
     everyone = gather_at_rank_zero(mine, world)
-    return None if everyone is None else [batch for part in everyone for batch in part]
+    if everyone is None:
+        return None
+    found = [
+        [batch for part in of_ranks for batch in part] for of_ranks in zip(*everyone, strict=True)
+    ]
+    return found[0] if len(found) == 1 else found
 
 
-def _predicted(ready: _Ready, world: World) -> list[Any]:
-    task, hooks = ready.task, ready.task.hooks
-    task.trainer.state.stage = task.logs.stage = "predict"
-    found = []
-    with torch.no_grad(), evaluating(ready.model.modules()), ready.number_format.arithmetic():
-        hooks.call("on_predict_start")
-        hooks.call("on_predict_epoch_start")
-        for index, share in enumerate(ready.loader):
-            world.pulse.tick()
-            batch = task.batch(ready.number_format.cast(share.fields, task.inputs))
-            hooks.call("on_predict_batch_start", batch, index)
-            output = predicted(task, ready.model, batch, index)
-            hooks.call("on_predict_batch_end", output, batch, index)
-            found.append(map_tensors(_on_host, output))
-        hooks.call("on_predict_epoch_end")
-        hooks.call("on_predict_end")
+def _predicted(ready: _Ready, world: World) -> list[list[Any]]:
+    """Return what this rank predicts, a list for each loader."""
+    task = ready.task
+    found: list[list[Any]] = [[] for _ in ready.loaders]
+    with (
+        torch.no_grad(),
+        evaluating(ready.model.modules()),
+        ready.number_format.arithmetic(),
+        predicting(task, loaders=len(ready.loaders)),
+    ):
+        for number, loader in enumerate(ready.loaders):
+            task.begin_loader(number)
+            # The number of a batch is that in its loader, whichever rank predicts it.
+            first = loader.first_batch
+            for index, share in enumerate(loader, first):
+                world.pulse.tick()
+                fields = ready.number_format.cast(share.fields, task.inputs)
+                rows = loader.rows_of(index - first).tolist()
+                output = predicted(task, ready.model, fields, index, rows)
+                found[number].append(map_tensors(on_host, output))
+                task.trainer.predict_loop.keep(number, found[number][-1])
     return found
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu()
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def _ready(
         task.hooks.set_callbacks(with_those_of_module(brought.callbacks, model))
     owners = [owner for owner in (brought.datamodule, model) if owner is not None]
     prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds)
-    loader = _loader(config, world, brought, stage, task, limit)
+    loaders = _loaders(config, world, brought, stage, task, limit)
     try:
         if weights is not None:
             chosen = choose_checkpoint(config, world, None if weights == ANY else weights)
@@ -187,10 +195,11 @@ def _ready(
         with raise_together(world.communicator):
             made, number_format, _ = finish_model(model, config, world)
         begin(task, made, world)
-        yield _Ready(model=made, task=task, number_format=number_format, loader=loader)
+        yield _Ready(model=made, task=task, number_format=number_format, loaders=loaders)
         task.hooks.call("teardown", stage)
     finally:
-        loader.close()
+        for loader in loaders:
+            loader.close()
 
 
 def _require_step(model: nn.Module, stage: Stage) -> None:
@@ -198,17 +207,18 @@ def _require_step(model: nn.Module, stage: Stage) -> None:
         raise ConfigError(f"{type(model).__name__} has no {step}, which trainer.{stage} would call")
 
 
-def _loader(
+def _loaders(
     config: Config,
     world: World,
     brought: Brought,
     stage: Stage,
     task: ModuleTask,
     limit: float | None,
-) -> MapEvaluationLoader:
-    """Return what serves each rank whole batches of the user's loader. Collective: all ranks."""
+) -> list[MapEvaluationLoader]:
+    """Return what serves each rank whole batches of the user's loaders. Collective: all ranks."""
     name, hook = _LOADERS[stage]
     with raise_together(world.communicator):
+        task.know(brought)
         if brought.datamodule is not None:
             set_up(brought.datamodule, stage)
         task.set_up(stage)
@@ -218,9 +228,18 @@ def _loader(
             given = make()
         if given is None:
             raise ConfigError(f"trainer.{stage}: no loader was given, and there is no {hook}")
-        intake = taken_by_name(given, name, config)
-        size = intake.batch_size or 1
-    ready = served(only_samples(intake), config, world)
+        intakes = all_taken(given, name, config)
+        task.trainer.know_loaders({name: given})
+        check_loaders(task.module, STEPS[stage], len(intakes))
+    return [_loader(each, config, world, limit) for each in intakes]
+
+
+def _loader(
+    intake: Intake, config: Config, world: World, limit: float | None
+) -> MapEvaluationLoader:
+    """Return what serves each rank whole batches of a loader. Collective: all ranks."""
+    size = intake.batch_size or 1
+    ready = served(intake, config, world)
     batches = limited(-(-ready.dataset.samples // size), limit)
     rank, ranks = world.topology.rank, world.topology.world_size
     first, stop = (each * batches // ranks for each in (rank, rank + 1))

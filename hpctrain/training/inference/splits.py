@@ -15,7 +15,7 @@ from hpctrain.data.loading.batch import EvaluationBatches
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions
 from hpctrain.data.loading.map_style.dataset import MapDataset
-from hpctrain.data.loading.map_style.intake import only_samples
+from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.open_datasets import open_for_evaluation, open_for_training, open_named
@@ -27,7 +27,7 @@ from hpctrain.topology import raise_together
 from hpctrain.training.data import find_normalizations, normalizations_begun_with
 from hpctrain.training.inference.weights import Chosen
 from hpctrain.training.transforms import Transforms
-from hpctrain.training.user_data import made_for, served, taken_by_name
+from hpctrain.training.user_data import all_taken, made_for, served
 from hpctrain.utils.text import did_you_mean
 
 
@@ -116,8 +116,10 @@ class OfObjects:
         """Do nothing: a loader ends its own workers."""
 
 
-def open_objects(config: Config, world: World, name: str, stage: str) -> OfObjects:
-    """Make the torch Dataset of a split on every rank. Collective: all ranks.
+def open_objects(config: Config, world: World, name: str, stage: str) -> list[OfObjects]:
+    """Make the torch Datasets of a split on every rank. Collective: all ranks.
+
+    There are several where a datamodule returns several loaders.
 
     Args:
         config: names it, or a datamodule.
@@ -132,8 +134,13 @@ def open_objects(config: Config, world: World, name: str, stage: str) -> OfObjec
     with raise_together(world.communicator):
         if given is None:
             raise ConfigError(f"--split {name}: neither [data] nor its datamodule has such data")
-        intake = only_samples(taken := taken_by_name(given, name, config))
-        size = config.data.global_batch_size or taken.batch_size or 1
+        intakes = all_taken(given, name, config)
+    return [_of_objects(each, config, world) for each in intakes]
+
+
+def _of_objects(intake: Intake, config: Config, world: World) -> OfObjects:
+    """Look at a Dataset on every rank. Collective: all ranks."""
+    size = config.data.global_batch_size or intake.batch_size or 1
     ready = served(intake, config, world)
     share = -(-size // world.topology.world_size)
     return OfObjects(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
@@ -55,7 +57,47 @@ def begin(task: ModuleTask, model: nn.Module, world: World) -> None:
     task.hooks.trial = False
 
 
-def predicted(task: ModuleTask, model: nn.Module, batch: Any, index: int) -> Any:
-    """Return what `predict_step` gives for a batch."""
-    step: Any = model.predict_step
-    return step(batch, index) if task.takes_index["predict_step"] else step(batch)
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor of its own, without a graph."""
+    return tensor.detach().cpu()
+
+
+@contextmanager
+def predicting(task: ModuleTask, *, loaders: int = 1) -> Iterator[None]:
+    """Have a module predict in the body, with the hooks at the beginning and at the end."""
+    hooks = task.hooks
+    task.begin_predictions(loaders)
+    for name in ("model_eval", "start", "epoch_start"):
+        hooks.call(f"on_predict_{name}")
+    yield
+    task.logs.loader = None
+    for name in ("epoch_end", "end"):
+        hooks.call(f"on_predict_{name}")
+
+
+def predicted(
+    task: ModuleTask, model: nn.Module, fields: Any, index: int, rows: Sequence[int]
+) -> Any:
+    """Return what `predict_step` gives for a batch, between its hooks.
+
+    Args:
+        task: of the module.
+        model: the module.
+        fields: of the batch, cast.
+        index: of the batch.
+        rows: of the dataset, that the batch is made of.
+    """
+    hooks, loader = task.hooks, task.loader_arguments
+    batch = task.batch(fields)
+    task.trainer.predict_loop.begin_batch(rows, task.logs.loader or 0)
+    hooks.call("on_predict_batch_start", batch, index, *loader)
+    output = predict_step(task, model, batch, index)
+    hooks.call("on_predict_batch_end", output, batch, index, *loader)
+    return output
+
+
+def predict_step(task: ModuleTask, model: nn.Module, batch: Any, index: int) -> Any:
+    """Return what `predict_step` gives for a batch, without hooks."""
+    predict: Any = model.predict_step
+    numbers = (index,) if task.takes_index["predict_step"] else ()
+    return predict(batch, *numbers, *task.loader_arguments)

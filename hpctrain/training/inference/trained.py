@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization
+from hpctrain.config.registry import resolve_callbacks
 from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Field
+from hpctrain.data.loading.batch import EvaluationBatches
+from hpctrain.data.loading.nested import map_tensors
 from hpctrain.data.predictions import Origin, PredictionWriter
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
@@ -26,7 +31,7 @@ from hpctrain.training.build import (
     seed_generators,
 )
 from hpctrain.training.call import Method
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.inference.splits import Split
 from hpctrain.training.inference.stage import (
     STEPS,
@@ -35,19 +40,28 @@ from hpctrain.training.inference.stage import (
     bind,
     for_forward_passes,
     missing_step,
+    on_host,
+    predict_step,
     predicted,
+    predicting,
 )
 from hpctrain.training.inference.weights import Chosen
+from hpctrain.training.modules.callbacks import build_callbacks, register, with_those_of_module
+from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.overrides import is_own
+from hpctrain.training.modules.own_state import OWN_STATE, OwnState
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.ranges import ranges_checked
+from hpctrain.training.registered_state import RegisteredState
 from hpctrain.training.regression import Regression, in_unit
 from hpctrain.training.snapshot import restore_extra_states
 from hpctrain.training.task import Fields, adopt_task
-from hpctrain.training.undisturbed import evaluating
+from hpctrain.training.undisturbed import evaluating, kept_model
 from hpctrain.utils.text import printable
+
+logger = logging.getLogger("hpctrain")
 
 
 class Trained:
@@ -59,7 +73,7 @@ class Trained:
         world: World,
         components: Components,
         chosen: Chosen,
-        split: Split,
+        splits: Sequence[Split],
         stage: Stage,
     ) -> None:
         """Build the model and load its weights. Collective: all ranks.
@@ -69,7 +83,7 @@ class Trained:
                 not those of the model.
         """
         self._world = world
-        self._split = split
+        self._splits = splits
         self._stage = stage
         seed_generators(config.run.seed)
         semantics = semantics_of(config, chosen.values or None)
@@ -78,8 +92,9 @@ class Trained:
             self._model = make_model(config, components)
             self._task = build_task(config, components)
             if isinstance(self._task, ModuleTask):
-                _require_step(self._model, stage)
+                _require_step(self._model, stage, len(splits))
                 bind(self._task, self._model, config, world)
+                _set_callbacks(self._task, self._model, config)
             adopt_task(self._model, self._task, world.device)
         if isinstance(self._task, ModuleTask):
             seconds = config.launch.prepare_timeout_seconds
@@ -87,7 +102,7 @@ class Trained:
         with raise_together(world.communicator):
             if isinstance(self._task, ModuleTask):
                 self._task.set_up(stage)
-                self._task.inputs = self._task.inputs or tuple(split.fields)
+                self._task.inputs = self._task.inputs or tuple(splits[0].fields)
             load_checked(self._model, chosen.tensors, chosen.source)
             states = chosen.values.get("extra_state", {})
             restore_extra_states(self._model, states, chosen.extra, torch.device("cpu"))
@@ -95,6 +110,7 @@ class Trained:
                 self._model, config, world, semantics
             )
             if isinstance(self._task, ModuleTask):
+                _restore_registered(self._task, self._model, chosen, world)
                 begin(self._task, self._model, world)
         self._predict, self._unit = self._way_to_predict(config)
 
@@ -107,27 +123,32 @@ class Trained:
         if own is not None:  # what it returns stands for what it says
             return own, None
         is_target = isinstance(task, Regression)
-        unit = self._split.normalizations.get(config.task.target or "") if is_target else None
+        unit = self._splits[0].normalizations.get(config.task.target or "") if is_target else None
         return self._output, unit
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the split, the same on all ranks. Collective: all ranks."""
-        loader = self._split.loader(self._world)
+        loaders = [each.loader(self._world) for each in self._splits]
         try:
             with ranges_checked(self._task):
                 metrics = evaluate(
                     self._model,
                     self._task,
-                    loader,
+                    [Turn.of(each) for each in loaders],
                     self._world,
                     self._number_format,
-                    rounds=loader.most_batches,
                     stage="test" if self._stage == "test" else "validate",
                 )
         finally:
-            loader.close()
+            for loader in loaders:
+                loader.close()
         assert metrics is not None  # nobody stops it
+        self._tear_down()
         return metrics
+
+    def _tear_down(self) -> None:
+        if isinstance(self._task, ModuleTask):
+            self._task.hooks.call("teardown", self._stage)
 
     def predict(
         self, folder: Path, origin: Origin, stopping: Callable[[], bool]
@@ -146,32 +167,58 @@ class Trained:
             HpctrainError: on every rank or ending the job, if the model gives nothing that can be
                 stored, or the folder cannot be written.
         """
+        (split,) = self._splits
         with raise_together(self._world.communicator):
-            loader = self._split.loader(self._world)
-            try:
-                example = self._predicted(loader.examples(1).part(0, 1), 1, 0)
-            finally:
-                loader.close()
+            example = self._tried(split.loader(self._world))
         fields = {name: Field(each.shape[1:], each.dtype) for name, each in example.items()}
-        communicator, samples = self._world.communicator, self._split.dataset.samples
+        communicator, samples = self._world.communicator, split.dataset.samples
         writer = PredictionWriter(folder, origin, fields, samples, communicator)
-        loader = self._split.loader(self._world, writer.rows)
+        task = self._task if isinstance(self._task, ModuleTask) else None
+        if task is not None:
+            self._warn_of_resumed(task, writer)
+        loader, at = split.loader(self._world, writer.rows), 0
         try:
-            for index, batch in enumerate(loader):
-                self._world.pulse.tick()
-                writer.add(self._predicted(batch.fields, batch.size, index))
-                if stopping():
-                    break
+            with nullcontext() if task is None else predicting(task):
+                for self._index, batch in enumerate(loader):
+                    self._world.pulse.tick()
+                    self._rows = writer.rows[at : at + batch.size].tolist()
+                    at += batch.size
+                    writer.add(self._predicted(self._predict, batch.fields, batch.size))
+                    if stopping():
+                        break
         finally:
             loader.close()
+        self._tear_down()
         return writer
 
-    def _predicted(self, fields: Any, samples: int, index: int) -> dict[str, npt.NDArray[Any]]:
+    def _warn_of_resumed(self, task: ModuleTask, writer: PredictionWriter) -> None:
+        """Tell that hooks see a part of the samples. Collective: all ranks."""
+        left = sum(self._world.communicator.all_gather(len(writer.rows)))
+        names = [f"on_predict_{when}" for when in ("batch_end", "epoch_end", "end")]
+        if left < writer.plan.samples and any(map(task.hooks.has, names)):
+            logger.warning(
+                "predictions for %d of %d samples were there already: on_predict_... hooks of the "
+                "module and of callbacks see the other %d. To have them see all, remove the folder",
+                writer.plan.samples - left,
+                writer.plan.samples,
+                left,
+            )
+
+    def _tried(self, loader: EvaluationBatches) -> dict[str, npt.NDArray[Any]]:
+        """Return what the model predicts for a sample, and leave no trace of it."""
+        try:
+            fields = loader.examples(1).part(0, 1)
+        finally:
+            loader.close()
+        with kept_model(self._model, task=self._task):
+            predict = self._trial_step if isinstance(self._task, ModuleTask) else self._predict
+            return self._predicted(predict, fields, 1)
+
+    def _predicted(self, predict: Method, fields: Any, samples: int) -> dict[str, npt.NDArray[Any]]:
         """Return the predictions of a batch, by field, on the host."""
-        self._index = index
         with torch.no_grad(), evaluating(self._model.modules()), self._number_format.arithmetic():
             cast = self._number_format.cast(fields, self._task.inputs)
-            output = self._predict(self._model, cast)
+            output = predict(self._model, cast)
         found = as_fields(output, samples)
         if self._unit is None:
             return found
@@ -187,11 +234,40 @@ class Trained:
 
     def _module_step(self, model: nn.Module, fields: Any) -> Any:
         task: Any = self._task
-        return predicted(task, model, task.batch(fields), self._index)
+        output = predicted(task, model, fields, self._index, self._rows)
+        if task.trainer.predict_loop.keeps:
+            task.trainer.predict_loop.keep(0, map_tensors(on_host, output))
+        return output
+
+    def _trial_step(self, model: nn.Module, fields: Any) -> Any:
+        task: Any = self._task
+        return predict_step(task, model, task.batch(fields), 0)
 
 
-def _require_step(model: nn.Module, stage: Stage) -> None:
+def _set_callbacks(task: ModuleTask, model: nn.Module, config: Config) -> None:
+    """Have the callbacks of the config, and of the module, called, too."""
+    given = build_callbacks(config, resolve_callbacks(config), ())
+    task.hooks.set_callbacks(with_those_of_module(given, model))
+
+
+def _restore_registered(task: ModuleTask, model: nn.Module, chosen: Chosen, world: World) -> None:
+    """Have callbacks, and the module, know what they knew when the run was saved."""
+    states = RegisteredState(world.device)
+    register(task.hooks.callbacks, states, task.trainer, model)
+    if OwnState.is_of(model):
+        states.add(OWN_STATE, OwnState(model, task.trainer))
+    saved = chosen.values.get("registered", {})
+    states.restore({name: saved[name] for name in states.names & saved.keys()}, chosen.extra)
+
+
+def _require_step(model: nn.Module, stage: Stage, loaders: int) -> None:
     name = type(model).__name__
+    check_loaders(model, STEPS[stage], loaders)
+    if stage == "predict" and loaders > 1:
+        raise ConfigError(
+            f"predict: there are {loaders} loaders, and predictions are a dataset in the order of "
+            "one: name each of them by data.evaluations.NAME, and predict with --split NAME"
+        )
     if (step := missing_step(model, stage)) is not None:
         raise ConfigError(f"model.use: {name} has no {step} of its own")
     if stage == "predict" and not (is_own(model, STEPS[stage]) or is_own(model, "forward")):

@@ -19,6 +19,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.ddp import broadcast_tensors
 from hpctrain.training.initialize import read_weights
+from hpctrain.training.registered_state import REGISTERED
 from hpctrain.training.snapshot import EXTRA
 
 
@@ -32,7 +33,7 @@ class Chosen:
         weights: which of them: training, average or evaluation.
         tensors: by name, on the host.
         values: what is no tensor of it; empty for a file.
-        extra: tensors of the extra state of modules, on the host.
+        extra: tensors of the extra state of modules, and of callbacks, on the host.
         why: how it was chosen, such as "best accuracy of runs/digits".
     """
 
@@ -106,9 +107,10 @@ def _read(config: Config, wanted: str | None) -> Chosen:
             f"the last checkpoint of {run}" if best is None else f"the best {best.metric} of {run}"
         )
     values, extra = load_values(source), {}
-    if values.get("extra_state"):
+    if values.get("extra_state") or values.get("registered"):
         training = whole_tensors(source, TRAINING, read_meta(source))
-        extra = tensors_from_raw({n: raw for n, raw in training.items() if n.startswith(EXTRA)})
+        kept = (EXTRA, REGISTERED)
+        extra = tensors_from_raw({n: raw for n, raw in training.items() if n.startswith(kept)})
     weights = Weights.read(source, average=None if config.training.ema_decay else False)
     return Chosen(
         source=str(source),

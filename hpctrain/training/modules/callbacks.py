@@ -44,8 +44,6 @@ KEYS = {
     "same parameters all the time",
     "BaseFinetuning": "two runs, the second with checkpoint.initialize_from: a run trains the same "
     "parameters all the time",
-    "BasePredictionWriter": "trainer.predict, which returns all batches on rank 0, or "
-    "`python -m hpctrain predict`",
     "BatchSizeFinder": "`python -m hpctrain check`, which tells whether a batch fits into memory",
     "Checkpoint": "[checkpoint]",
     "DeviceStatsMonitor": "nothing: the summary has device memory, metrics.jsonl the seconds",
@@ -72,7 +70,7 @@ KEYS = {
 """What does the work of Lightning's own callbacks here, by their names."""
 
 _LIGHTNING = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")
-_FREE = ("Callback", "LambdaCallback")
+_FREE = ("Callback", "LambdaCallback", "BasePredictionWriter")
 
 
 def build_callbacks(

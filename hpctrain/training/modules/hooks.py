@@ -111,3 +111,34 @@ def refuse_unknown_ways(module: nn.Module) -> None:
             "dataloader_iter: batches come one by one here, in the one order of the data. Take "
             "(batch, batch_idx)"
         )
+
+
+def check_loaders(module: nn.Module, step: str, loaders: int) -> None:
+    """See that a step takes the number of its loader where there are several, as Lightning does.
+
+    Args:
+        module: whose step.
+        step: such as "validation_step".
+        loaders: that it gets batches of.
+
+    Raises:
+        ConfigError: naming the method, its place and the way out.
+    """
+    hooks = [f"on_{step.removesuffix('_step')}_batch_{when}" for when in ("start", "end")]
+    for name in (step, *(hook for hook in hooks if is_own(module, hook))):
+        if not is_own(module, name):
+            continue
+        takes = inspect.signature(getattr(module, name)).parameters
+        number = takes.get("dataloader_idx")
+        varies = any(item.kind is inspect.Parameter.VAR_POSITIONAL for item in takes.values())
+        where = f"{type(module).__name__}.{name} ({place_of(module, name)})"
+        if loaders > 1 and number is None and not varies:
+            raise ConfigError(
+                f"model.use: there are {loaders} loaders for {step}, and {where} has no argument "
+                "dataloader_idx to tell them apart: add dataloader_idx=0"
+            )
+        if loaders == 1 and number is not None and number.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"model.use: there is one loader for {step}, and {where} asks for its number: "
+                "leave the argument out, or write dataloader_idx=0"
+            )

@@ -65,11 +65,27 @@ class Entry:
     is_metric: bool
 
     def step_name(self, name: str) -> str:
-        return f"{name}_step" if self.on_epoch else name
+        return forked(name, "_step") if self.on_epoch else name
 
     def epoch_names(self, name: str) -> list[str]:
         """Return its names at an epoch's end; a monitor may leave out the ending."""
-        return [name, f"{name}_epoch"] if self.on_step else [name]
+        return [name, forked(name, "_epoch")] if self.on_step else [name]
+
+
+_OF_LOADER = "/dataloader_idx_"
+"""Ends the names of what is logged for one of several loaders, with its number."""
+
+
+def forked(name: str, ending: str) -> str:
+    """Return a name with an ending, before that which tells the loader, as Lightning has it."""
+    base, mark, number = name.partition(_OF_LOADER)
+    return f"{base}{ending}{mark}{number}"
+
+
+def _unforked(name: str, ending: str) -> str | None:
+    """Return the name that was forked by an ending; None: this one has no such ending."""
+    base, mark, number = name.partition(_OF_LOADER)
+    return f"{base.removesuffix(ending)}{mark}{number}" if base.endswith(ending) else None
 
 
 class Total:
@@ -112,6 +128,7 @@ class Logs:
     Attributes:
         fx: the method of the module that runs; None: none that may log.
         stage: "train", "validate", "test"; what is logged belongs to it.
+        loader: number of the loader whose batch is under way; None: there is one only.
         weight: samples that a value stands for.
         records: False in a dry run: names are taken down, and values are not.
         entries: how each name of each stage is logged.
@@ -127,6 +144,8 @@ class Logs:
         self._device = device
         self.fx: str | None = None
         self.stage = "train"
+        self.loader: int | None = None
+        self._loaders: dict[tuple[str, str], int] = {}
         self.weight: float = 0
         self.records = False
         self.entries: dict[tuple[str, str], Entry] = {}
@@ -166,7 +185,9 @@ class Logs:
 
         Always over all ranks: `sync_dist` has nothing to do here.
         """
-        del enable_graph, sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute
+        del enable_graph, sync_dist, sync_dist_group, metric_attribute
+        if self.loader is not None:
+            name = self._of_loader(name, is_told=add_dataloader_idx)
         entry = self.entries.get((self.stage, name))
         if entry is None:
             entry = self._entry(
@@ -189,6 +210,24 @@ class Logs:
             if total is None:
                 total = self._epoch[name] = Total(entry.reduction)
             total.add(value, weight)
+
+    def _of_loader(self, name: str, *, is_told: bool) -> str:
+        """Return the name of what is logged for one of several loaders.
+
+        Raises:
+            TrainingError: if two loaders share one.
+        """
+        if is_told:
+            return f"{name}{_OF_LOADER}{self.loader}"
+        assert self.loader is not None
+        first = self._loaders.setdefault((self.stage, name), self.loader)
+        if first != self.loader:
+            raise TrainingError(
+                f'self.log("{name}", add_dataloader_idx=False) was called for loaders {first} and '
+                f"{self.loader}: a name is of one loader. Have the name tell which it is, or leave "
+                "the argument out"
+            )
+        return name
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **keywords: Any) -> None:
         """Log several at once, or all of a collection of torchmetrics."""
@@ -391,10 +430,9 @@ class Logs:
     def written(self, stage: str, name: str) -> bool:
         """Tell whether a value goes into the metrics."""
         for ending in ("", "_step", "_epoch"):
-            if name.endswith(ending):
-                entry = self.entries.get((stage, name.removesuffix(ending)))
-                if entry is not None:
-                    return entry.written
+            entry = self.entries.get((stage, _unforked(name, ending) or ""))
+            if entry is not None:
+                return entry.written
         return True
 
     def shown(self) -> dict[str, float]:
@@ -403,7 +441,7 @@ class Logs:
             each
             for (_, name), entry in self.entries.items()
             if entry.shown
-            for each in (name, f"{name}_step", f"{name}_epoch")
+            for each in (name, forked(name, "_step"), forked(name, "_epoch"))
         ]
         return {name: self.last[name] for name in names if name in self.last}
 
@@ -449,6 +487,11 @@ class Logs:
                 f'self.log("{name}"): nothing can be logged '
                 + ("outside of the module's hooks" if self.fx is None else f"in {self.fx}")
                 + ": log in a step, or in a hook of an epoch"
+            )
+        if _OF_LOADER in name and self.loader is None:
+            raise TrainingError(
+                f'self.log("{name}"): the ending "{_OF_LOADER}N" tells one of several loaders, and '
+                "comes by itself: leave it out, or pass add_dataloader_idx=False in their steps"
             )
         is_metric = all(callable(getattr(value, each, None)) for each in ("update", "compute"))
         if not is_metric:

@@ -15,6 +15,10 @@ from hpctrain.training.modules.stand_in import TrainerStandIn
 SAVES, LOADS = "on_save_checkpoint", "on_load_checkpoint"
 
 
+OWN_STATE = "checkpoint_of_module"
+"""Its name among what is saved with a run."""
+
+
 class OwnState:
     """Saved with a run: whatever a module adds to its checkpoint, tensors and what JSON has."""
 

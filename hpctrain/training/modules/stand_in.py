@@ -73,6 +73,51 @@ class Strategy:
         return total / self.world_size if is_mean else total
 
 
+class PredictLoop:
+    """What callbacks that write predictions ask of Lightning's loop, of this rank.
+
+    Attributes:
+        keeps: whether outputs are kept.
+        return_predictions: whether outputs are kept for the end.
+        predictions: outputs of all batches so far, where a callback wants them at the end; of
+            several loaders a list for each.
+        current_batch_indices: samples of the dataset that the batch is made of.
+        epoch_batch_indices: the same of all batches so far, a list for each loader.
+    """
+
+    def __init__(self) -> None:
+        self.return_predictions = False
+        self.current_batch_indices: list[int] = []
+        self.epoch_batch_indices: list[list[list[int]]] = []
+        self._kept: list[list[Any]] = []
+        self.keeps = False
+
+    @property
+    def predictions(self) -> list[Any]:
+        return self._kept[0] if len(self._kept) == 1 else self._kept
+
+    @property
+    def num_dataloaders(self) -> int:
+        return len(self._kept)
+
+    def begin(self, loaders: int, callbacks: Sequence[Any]) -> None:
+        """Begin with the first batch; what is predicted is kept where a callback wants it."""
+        self.keeps = any(hasattr(each, "write_on_epoch_end") for each in callbacks)
+        self._kept = [[] for _ in range(loaders)]
+        self.epoch_batch_indices = [[] for _ in range(loaders)]
+
+    def begin_batch(self, rows: Sequence[int], loader: int) -> None:
+        """Take note of the samples of the batch that comes next."""
+        self.current_batch_indices = list(rows)
+        if self.keeps:
+            self.epoch_batch_indices[loader].append(self.current_batch_indices)
+
+    def keep(self, loader: int, output: Any) -> None:
+        """Take the output of a batch, on the host."""
+        if self.keeps:
+            self._kept[loader].append(output)
+
+
 class TrainerStandIn:
     """Facts of the run for a module: what is not here cannot be asked, and says so.
 
@@ -99,8 +144,7 @@ class TrainerStandIn:
         self.min_epochs, self.min_steps = training.min_epochs, training.min_steps
         self.num_training_batches = stop_at.epoch_steps
         self.num_val_batches: Sequence[int] = ()
-        self.val_dataloaders: Any = None
-        self.train_dataloader: Any = None
+        self.know_loaders({})
         self.accumulate_grad_batches = 1
         self.gradient_clip_val = training.clip_norm or training.clip_value
         self.gradient_clip_algorithm = "norm" if training.clip_norm else None
@@ -110,6 +154,7 @@ class TrainerStandIn:
         folder = str(Path(config.run.directory, config.run.name))
         self.default_root_dir = self.log_dir = folder
         self.strategy = Strategy(world)
+        self.predict_loop = PredictLoop()
         self.state = State()
         self.callbacks: list[Any] = []
         self.checkpoint_callback = self.early_stopping_callback = None
@@ -125,6 +170,14 @@ class TrainerStandIn:
         self.callback_metrics: Mapping[str, Tensor] = {}
         self.logged_metrics: Mapping[str, Tensor] = {}
         self.progress_bar_metrics: Mapping[str, float] = {}
+
+    def know_loaders(self, given: Mapping[str, Any]) -> None:
+        """Take the loaders as the user has made them, which modules ask for their datasets."""
+        made = {name: getattr(each, "iterables", each) for name, each in given.items()}
+        self.train_dataloader = made.get("train")
+        self.val_dataloaders = made.get("validation")
+        self.test_dataloaders = made.get("test")
+        self.predict_dataloaders = made.get("predict")
 
     def end_due(self) -> int:
         """Return END_DUE if the run is to end, for the agreement of all ranks."""

@@ -18,6 +18,7 @@ from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.attributes import Attributes
+from hpctrain.training.brought import Brought
 from hpctrain.training.metrics import COUNT, MetricObjects, Part
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs, names_of
@@ -51,6 +52,7 @@ class ModuleTask:
         counts_samples: whether a loss is a mean over samples.
         samples: of the pass that comes next; whoever calls knows it.
         takes_index: whether a step takes the number of its batch, by name.
+        of_loaders: what the newest evaluation gave, for each of its loaders.
     """
 
     discovers_metrics = True
@@ -94,6 +96,8 @@ class ModuleTask:
         self._output: Any = None
         self._ready: tuple[Any, Any] = (None, None)
         self._begun = False
+        self._loaders = 1
+        self.of_loaders: Sequence[Mapping[str, float]] = ()
 
     def bind(self, module: nn.Module, config: Config, world: World, stop_at: StopAt) -> None:
         """Take the module, and give it its trainer and its hooks.
@@ -119,6 +123,14 @@ class ModuleTask:
             for name in ("training_step", "validation_step", "test_step", "predict_step")
             if callable(getattr(module, name, None))
         }
+
+    def know(self, brought: Brought) -> None:
+        """Have the module know by its trainer what was brought."""
+        self.trainer.loggers = list(brought.loggers)
+        # A module that makes its loaders itself is no datamodule.
+        is_own = getattr(brought.datamodule, "of_module", False)
+        self.trainer.datamodule = None if is_own else brought.datamodule
+        self.trainer.know_loaders(brought.given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleTask:
         """Return a task of a copy of the module, for trials: it has the same trainer and logs."""
@@ -333,12 +345,17 @@ class ModuleTask:
     # What an evaluation calls.
 
     def begin_evaluation(
-        self, stage: Literal["validate", "test"] = "validate", *, rehearses: bool = False
+        self,
+        stage: Literal["validate", "test"] = "validate",
+        *,
+        loaders: int = 1,
+        rehearses: bool = False,
     ) -> None:
         """Begin an evaluation, with its hooks.
 
         Args:
             stage: what it is for.
+            loaders: that it goes through; with several what is logged is told apart by theirs.
             rehearses: names are taken down, and nothing is logged.
         """
         logs, hooks = self.logs, self.hooks
@@ -348,24 +365,32 @@ class ModuleTask:
         logs.records, logs.samples_trained, logs.samples = not rehearses, logs.samples, 0
         logs.weight = 0
         self.batch_idx = 0
+        self._loaders = loaders
         name = _HOOK_NAMES[stage]
         for hook in (f"{name}_model_zero_grad", f"{name}_model_eval"):
             hooks.call(f"on_{hook}")
         hooks.call(f"on_{name}_start")
         hooks.call(f"on_{name}_epoch_start")
 
+    def begin_loader(self, number: int) -> None:
+        """Go on with the batches of the next loader."""
+        self.batch_idx = 0
+        self.logs.loader = number if self._loaders > 1 else None
+
     def end_evaluation(
-        self, metrics: Mapping[str, float], part: Part, objects: MetricObjects
+        self, metrics: Sequence[Mapping[str, float]], part: Part, objects: MetricObjects
     ) -> dict[str, float]:
         """End an evaluation, with its hooks, and return all that it gave. Collective: all ranks.
 
         Args:
-            metrics: of all ranks.
+            metrics: of all ranks, for each loader.
             part: of this rank.
             objects: the torchmetrics objects.
         """
         name = _HOOK_NAMES[self.logs.stage]
-        found = self.note(metrics)
+        self.logs.loader = None
+        of_loaders = [self.note(each) for each in metrics]
+        ended: dict[str, float] = {}
         if self.hooks.has(f"on_{name}_epoch_end"):
             if objects:
                 # What the hook computes is of all samples, on every rank.
@@ -373,10 +398,11 @@ class ModuleTask:
             self.logs.weight = self.logs.samples
             self.hooks.call(f"on_{name}_epoch_end")
             logged, self.logs.objects = self.logs.objects, {}
-            found |= self.note(self._computed(logged) | self.logs.end_hook())
+            ended = self.note(self._computed(logged) | self.logs.end_hook())
         self.hooks.call(f"on_{name}_end")
         self.hooks.call(f"on_{name}_model_train")
-        return found
+        self.of_loaders = [each | ended for each in of_loaders]
+        return {name: value for each in self.of_loaders for name, value in each.items()}
 
     def cut_short(self) -> None:
         """End an evaluation that a stop cuts short: what its beginning did is undone."""
@@ -385,6 +411,7 @@ class ModuleTask:
     def leave_evaluation(self) -> None:
         """Go back to what was before, also where an evaluation was cut short."""
         self.logs.stage, self.trainer.state.stage, self.batch_idx = self._before
+        self.logs.loader = None
         self.logs.records, self.logs.samples = self.trainer.training, self.logs.samples_trained
 
     def _computed(self, objects: Mapping[str, Any]) -> dict[str, float]:
@@ -396,25 +423,30 @@ class ModuleTask:
             lambda: {name: float(objects[name].compute()) for name in sorted(objects)},
         )
 
-    def rehearse(self, samples: int) -> None:
-        """Begin a rehearsal of an evaluation with so many samples."""
-        self.begin_evaluation(rehearses=True)
-        self.samples = samples
+    def rehearse(self, loaders: int) -> None:
+        """Begin a rehearsal of an evaluation with so many loaders."""
+        self.begin_evaluation(loaders=loaders, rehearses=True)
 
     def end_rehearsal(self) -> None:
         """End it, with the hooks at the end of an evaluation, and declare the names."""
+        self.logs.loader = None
         self.logs.weight = self.samples
         for hook in ("epoch_end", "end", "model_train"):
             self.hooks.call(f"on_validation_{hook}")
         for name in names_of(self.logs, "validate"):
             self._known.setdefault(name, direction_of(name) or "min")
 
+    def begin_predictions(self, loaders: int) -> None:
+        """Begin to predict for the samples of so many loaders."""
+        self.trainer.state.stage = self.logs.stage = "predict"
+        self.trainer.predict_loop.begin(loaders, self.hooks.callbacks)
+        self._loaders = loaders
+
     # What the job does around the steps.
 
-    def begin_training(self, place: Position, num_val_batches: int) -> None:
+    def begin_training(self, place: Position) -> None:
         """Begin the training proper, at a place."""
         self.trainer.global_step, self.trainer.current_epoch = place.step, place.epoch
-        self.trainer.num_val_batches = [num_val_batches]
         self.trainer.state.stage = "train"
         self.logs.stage, self.logs.records = "train", True
         self.hooks.trial = False
@@ -464,9 +496,10 @@ class ModuleTask:
         stage = _HOOK_NAMES[self.logs.stage]
         batch, index = self.batch(fields), self.batch_idx
         self.logs.weight = samples = self.samples
-        self.hooks.call(f"on_{stage}_batch_start", batch, index)
+        loader = self.loader_arguments
+        self.hooks.call(f"on_{stage}_batch_start", batch, index, *loader)
         output = self._evaluation_step(model, f"{stage}_step", batch, index)
-        self.hooks.call(f"on_{stage}_batch_end", output, batch, index)
+        self.hooks.call(f"on_{stage}_batch_end", output, batch, index, *loader)
         self.batch_idx += 1
         self.logs.samples += samples
         return self.logs.take_batch()
@@ -488,22 +521,29 @@ class ModuleTask:
         self.logs.fx = name
         step: Callable[..., Any] = getattr(model, name)
         try:
-            return step(batch, index) if self.takes_index[name] else step(batch)
+            if self.takes_index[name]:
+                return step(batch, index, *self.loader_arguments)
+            return step(batch, *self.loader_arguments)
         finally:
             self.logs.fx = None
+
+    @property
+    def loader_arguments(self) -> tuple[int, ...]:
+        """What steps and hooks get of a loader's number: it, where there are several."""
+        return () if self.logs.loader is None else (self.logs.loader,)
 
     def batch(self, fields: Any) -> Any:
         """Return a batch as the module's steps take it."""
         batch: Any = fields
         if self._batch == "tuple":
             batch = tuple(fields[name] for name in self.inputs or fields)
-        hooks = self.hooks
+        hooks, loader = self.hooks, self.logs.loader or 0
         if hooks.has("on_before_batch_transfer"):
-            batch = hooks.call("on_before_batch_transfer", batch, 0)
+            batch = hooks.call("on_before_batch_transfer", batch, loader)
         if hooks.has("transfer_batch_to_device"):
-            batch = hooks.call("transfer_batch_to_device", batch, self._world.device, 0)
+            batch = hooks.call("transfer_batch_to_device", batch, self._world.device, loader)
         if hooks.has("on_after_batch_transfer"):
-            batch = hooks.call("on_after_batch_transfer", batch, 0)
+            batch = hooks.call("on_after_batch_transfer", batch, loader)
         return batch
 
     # What the job asks.

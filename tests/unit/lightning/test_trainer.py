@@ -232,8 +232,8 @@ def test_fast_dev_run(value: bool | int) -> None:
     [
         (lambda t: t.fit(nn.Linear(1, 1), *loaders()), "Linear is not a module with a training"),
         (lambda t: t.fit(net()), "no data to train with"),
-        (lambda t: t.fit(net(), list(loaders())), "2 train data loaders"),
-        (lambda t: t.fit(net(), {"a": loaders()[0]}), "dict is no DataLoader"),
+        (lambda t: t.fit(net(), list(loaders())), "2 loaders in a list"),
+        (lambda t: t.fit(net(), {"a": loaders()[0]}), "one loader in a dict"),
         (lambda t: t.fit(net(), loaders()[0], datamodule=object()), "leave out one of them"),
         (lambda t: t.fit(net(), *loaders(), ckpt_path="best"), '"last", or from a checkpoint'),
         (lambda t: t.fit(net(), *loaders(), ckpt_path="last"), "no fit has left a checkpoint"),

@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 from torchmetrics import SpearmanCorrCoef
 
 from hpctrain.data.loading.loader import Batch
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.step import TrainStep
@@ -164,7 +164,7 @@ def metrics(*, recorded: bool, reused: bool, dtype: torch.dtype) -> dict[str, fl
     return evaluate(
         model,
         OwnLoss(),  # type: ignore[arg-type]
-        batches(3),
+        [Turn(batches=batches(3))],
         WORLD,
         number_format,
         reused=reused,
@@ -200,7 +200,7 @@ def test_lists_of_torchmetrics_are_their_own() -> None:
         evaluate(
             Net(recorded=recorded),
             Ranked(),  # type: ignore[arg-type]
-            batches(3),
+            [Turn(batches=batches(3))],
             WORLD,
             NumberFormat.of("32-true", CPU),
             reused=reused,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather, MetricObjects
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.precision import NumberFormat
@@ -81,7 +81,7 @@ def measured(
         )
         for start in range(0, COUNT, batch)
     ]
-    metrics = evaluate(model, task, batches, world, NumberFormat.of("32-true", CPU))
+    metrics = evaluate(model, task, [Turn(batches=batches)], world, NumberFormat.of("32-true", CPU))
     assert metrics is not None
     return metrics
 

@@ -19,7 +19,7 @@ from helpers.steps import CPU, WORLD, batch, fields, make_step
 from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
-from hpctrain.training.evaluation import evaluate
+from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.task import Classification
 from hpctrain.training.undisturbed import kept_model
@@ -160,7 +160,13 @@ def test_a_dry_run_leaves_no_trace() -> None:
 def test_an_evaluation_leaves_no_trace_but_in_plain_attributes() -> None:
     model = Restless()
     before = picture(model, plain=False)
-    evaluate(model, Classification(["x"], "y"), [batch()], WORLD, NumberFormat.of("32-true", CPU))
+    evaluate(
+        model,
+        Classification(["x"], "y"),
+        [Turn(batches=[batch()])],
+        WORLD,
+        NumberFormat.of("32-true", CPU),
+    )
     after = picture(model, plain=False)
     # What is kept for later passes goes with attributes, which stay.
     assert after[3:] == [["cache"], [*before[4], "cache"]]
@@ -189,7 +195,7 @@ def test_a_cache_that_grew_in_an_evaluation_fits_the_attribute_that_knows_of_it(
     model = Cached()
     task = Classification(["x"], "y")
     for _ in range(2):
-        evaluate(model, task, [batch()], WORLD, NumberFormat.of("32-true", CPU))
+        evaluate(model, task, [Turn(batches=[batch()])], WORLD, NumberFormat.of("32-true", CPU))
     assert len(model.table) == model.length == 8
 
 

@@ -8,12 +8,14 @@ with the command that packs it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -25,6 +27,7 @@ from torch.utils.data import (
 
 from hpctrain.data.loading.map_style.dataset import MapDataset, length_of
 from hpctrain.errors import ConfigError
+from hpctrain.utils.text import plural
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,44 @@ class Intake:
         return self.batch_size is not None
 
 
+def in_turn(given: Any, source: str) -> list[Any]:
+    """Return the loaders that an evaluation goes through, as Lightning flattens them.
+
+    Args:
+        given: a loader, a Dataset, a CombinedLoader, or a collection of them, nested or not.
+        source: what to call it.
+
+    Raises:
+        ConfigError: if they would be gone through at the same time.
+    """
+    mode = getattr(given, "_mode", None)
+    if mode is not None and hasattr(given, "flattened"):  # Lightning's CombinedLoader
+        if mode != "sequential" and len(given.flattened) > 1:
+            raise ConfigError(
+                f'{source}: CombinedLoader(..., "{mode}") gives a batch of each loader at a time, '
+                'cut as one process would cut them: "sequential" goes through them in turn, and '
+                "torch.utils.data.StackDataset gives a sample of each at a time"
+            )
+        return list(given.flattened)
+    if not _is_collection(given):
+        return [given]
+    items = given.values() if isinstance(given, Mapping) else given
+    return [each for item in items for each in in_turn(item, source)]
+
+
+def _is_collection(given: Any) -> bool:
+    """Tell whether there are loaders or Datasets in it: a list of samples is a Dataset itself."""
+    if not isinstance(given, Mapping | list | tuple):
+        return False
+    items = list(given.values() if isinstance(given, Mapping) else given)
+    return bool(items) and all(
+        isinstance(each, DataLoader | Dataset | Intake)
+        or hasattr(each, "flattened")
+        or _is_collection(each)
+        for each in items
+    )
+
+
 def taken_in(given: Any, source: str, *, workers: int, seeded: bool) -> Intake:
     """Return what to serve of what the user gave.
 
@@ -66,10 +107,17 @@ def taken_in(given: Any, source: str, *, workers: int, seeded: bool) -> Intake:
         ConfigError: if it cannot be served in the one order.
         DatasetError: if it has no samples.
     """
-    if isinstance(given, list | tuple) and any(isinstance(each, DataLoader) for each in given):
+    several = in_turn(given, source)
+    if len(several) == 1 and several != [given]:
         raise ConfigError(
-            f"{source}: {len(given)} DataLoaders; one order has one. Put their Datasets together "
-            "with torch.utils.data.ConcatDataset"
+            f"{source}: one loader in a {type(given).__name__}, of which Lightning makes batches "
+            f"that are a {type(given).__name__}, too: give the loader itself"
+        )
+    if several != [given]:
+        raise ConfigError(
+            f"{source}: {plural(len(several), 'loader')} in a {type(given).__name__}; one order is "
+            "of one Dataset. Put theirs together: torch.utils.data.StackDataset for a sample of "
+            "each at a time, torch.utils.data.ConcatDataset for all of one after the other"
         )
     if not isinstance(given, DataLoader):
         dataset = _map_style(given, source)

@@ -227,6 +227,15 @@ class MapEvaluationLoader:
         """How long the consumer has waited for batches so far."""
         return self._reader.wait_seconds
 
+    @property
+    def first_batch(self) -> int:
+        """How many batches of the Dataset are before the first of this rank."""
+        return int(self._rows[0]) // self._batch_size if len(self._rows) else 0
+
+    def rows_of(self, index: int) -> Int64s:
+        """Return which samples a batch of this rank is made of."""
+        return self._rows[index * self._batch_size : (index + 1) * self._batch_size]
+
     def __iter__(self) -> Iterator[CollatedBatch]:
         return self._reader.run(self._shares())
 
