@@ -85,11 +85,8 @@ def _problems_of_images(table: dict[str, Any]) -> dict[str, str]:
         for key in ("batch", "steps", "lead", "every", "fill", "mask", *_ONLY_OF)
         if key in table
     }
-    if ("offsets" in table) == ("counts" in table):
-        problems["image"] = (
-            "images are bytes one after the other: name the HDF5 dataset that says where each "
-            "begins (offsets), or how many it has (counts)"
-        )
+    if "offsets" in table and "counts" in table:
+        problems["counts"] = "offsets say already where samples begin: leave one of them out"
     return problems
 
 

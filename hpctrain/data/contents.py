@@ -27,7 +27,7 @@ from hpctrain.data.dataset import (
     require_row,
     require_supported,
 )
-from hpctrain.data.form_opening import find_stored, form_in
+from hpctrain.data.form_opening import find_stored, form_in, is_sequence
 from hpctrain.data.forms import Form, Wish
 from hpctrain.data.storage import (
     HDF5_FAILURES,
@@ -236,6 +236,12 @@ def _formed(
     for name in fields:
         wish = wishes.get(name, Wish(path=name))
         dataset, members = find_stored(file, wish.path)
+        if dataset is None and name in wishes:
+            require_fields([wish.path.strip("/")], datasets_with_rows(file), path)
+        if dataset is not None and wish.sequence and (members or not is_sequence(dataset)):
+            wish = replace(wish, sequence=False)
+            if wish.is_plain and not members:
+                found[name] = _array_of_field(wish.path, dataset, path)
         if dataset is None or (wish.is_plain and not members):
             continue
         try:

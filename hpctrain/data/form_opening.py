@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from hpctrain.data.coordinates import find_coordinate
-from hpctrain.data.forms import Form, Pick, Wish, form_of
+from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.walking import require_files_behind
 from hpctrain.errors import DatasetError
@@ -58,6 +58,8 @@ def form_in(
     """
     if not dataset.shape or axis >= len(dataset.shape):
         raise ValueError(f"it has the shape {dataset.shape}, and no axis {axis}")
+    if wish.sequence:
+        return _sequence_of(dataset, wish)
     shape = dataset.shape[:axis] + dataset.shape[axis + 1 :]
     try:
         dtype = dataset.dtype
@@ -73,6 +75,38 @@ def form_in(
     if (of := h5py.check_vlen_dtype(inner)) is not None and of not in (str, bytes):
         raise ValueError("its samples are of unequal length: that is said by batch, not by these")
     return form_of(wish, members, shape, dtype, picks, h5py.check_enum_dtype(inner))
+
+
+def is_sequence(dataset: h5py.Dataset) -> bool:
+    """Tell whether the rows of a dataset are of variable length: numbers, or texts."""
+    kind = dataset.id.get_type()
+    is_text = isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()
+    return isinstance(kind, h5py.h5t.TypeVlenID) or is_text
+
+
+def _sequence_of(dataset: h5py.Dataset, wish: Wish) -> Form:
+    """Return what becomes of rows of variable length.
+
+    Raises:
+        ValueError: saying what cannot be.
+    """
+    if dataset.ndim != 1:
+        raise ValueError(f"of shape {dataset.shape}: one sequence a row can be batched")
+    if wish != Wish(path=wish.path, sequence=True):
+        raise ValueError(
+            "its samples are of unequal length, which are delivered as they are: "
+            "leave dtype, squeeze, select and classes out"
+        )
+    is_text = h5py.check_string_dtype(dataset.dtype) is not None
+    values = np.dtype(np.uint8 if is_text else h5py.check_vlen_dtype(dataset.dtype))
+    stored, shape = values.subdtype or (values, ())
+    if stored.kind not in "iufbc":
+        raise ValueError(
+            "sequences can be of numbers: write others one after the other, with offsets"
+        )
+    return Form(
+        path=wish.path.strip("/"), shape=shape, stored=without_metadata(stored), sequence=True
+    )
 
 
 def _member(dtype: Any, members: Sequence[str]) -> tuple[Any, tuple[int, ...]]:

@@ -49,6 +49,7 @@ class Wish:
         select: by axis of a sample, or the name of its coordinate: indices, a slice, or values.
         nearest: take what is nearest to a value of a coordinate, not only what is equal.
         classes: what texts or names of an enumeration stand for 0, 1, 2 and so on.
+        sequence: take rows of variable length, numbers or the bytes of texts, as they are.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Wish:
     select: tuple[tuple[str, Any], ...] = ()
     nearest: bool = False
     classes: tuple[str, ...] | None = None
+    sequence: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -78,6 +80,7 @@ class Form:
         dtype: as in Wish.
         classes: as in Wish.
         codes: of an enumeration, the number of each class.
+        sequence: a row is of variable length, and `shape` and `stored` are those of its values.
     """
 
     path: str
@@ -89,6 +92,7 @@ class Form:
     dtype: str | None = None
     classes: tuple[str, ...] | None = None
     codes: tuple[int, ...] | None = None
+    sequence: bool = False
 
     @property
     def is_direct(self) -> bool:
@@ -151,7 +155,7 @@ class Form:
     def to_json(self) -> dict[str, Any]:
         """Return what decides values, for the record of a run."""
         usual = {each.name: each.default for each in dataclasses.fields(self)}
-        kept = ("members", "picks", "dtype", "classes")
+        kept = ("members", "picks", "dtype", "classes", "sequence")
         said = {key: getattr(self, key) for key in kept}
         return {key: _listed(value) for key, value in said.items() if value != usual[key]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,12 +12,13 @@ import numpy as np
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
-from hpctrain.data.dataset import Dataset
+from hpctrain.data.dataset import Dataset, Layout
 from hpctrain.data.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.form_opening import all_texts
 from hpctrain.data.forms import Wish
 from hpctrain.data.groups import is_pattern, stem
 from hpctrain.data.ragged import (
+    Heap,
     Lengths,
     Packing,
     Raggedness,
@@ -27,6 +29,7 @@ from hpctrain.data.ragged import (
     of_counts,
     of_offsets,
 )
+from hpctrain.data.reading.heaps import find_rows
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.sample_rows import Purpose, borders_of, choose_rows
 from hpctrain.data.selection import MOST_SPANS, SampleSelection, cut
@@ -191,6 +194,7 @@ class Home(NamedTuple):
         groups: the pattern of groups that they are in; empty: they are in none.
         group_is_sample: whether all rows of such a group are one sample, or document.
         packs: whether samples are cut from documents.
+        sequence: the HDF5 dataset whose rows may be samples of variable length; empty: none may.
     """
 
     files: str
@@ -200,15 +204,25 @@ class Home(NamedTuple):
     groups: str
     group_is_sample: bool
     packs: bool
+    sequence: str
 
     @classmethod
     def of(cls, table: FieldTable, path: str, files: str) -> Home:
         """Return that of a field."""
         offsets, counts = (table.offsets or "").strip("/"), (table.counts or "").strip("/")
         groups = stem(path)
-        is_sample = bool(groups and table.batch and not offsets and not counts)
+        is_ragged = bool(table.batch or table.image) and not offsets and not counts
         packs = table.batch == "pack"
-        return cls(files, table.axis, offsets, counts, groups, is_sample, packs)
+        return cls(
+            files=files,
+            axis=table.axis,
+            offsets=offsets,
+            counts=counts,
+            groups=groups,
+            group_is_sample=bool(groups) and is_ragged,
+            packs=packs,
+            sequence=path if is_ragged and not groups else "",
+        )
 
 
 def _join(
@@ -225,7 +239,7 @@ def _join(
         for name, table in tables.items()
     }
     wished = {
-        name: _wish(name, table, paths[name], source_of_classes, order)
+        name: _wish(name, table, homes[name], paths[name], source_of_classes, order)
         for name, table in tables.items()
     }
     # One HDF5 dataset may become several fields.
@@ -241,12 +255,7 @@ def _join(
         dataset = open_dataset(home.files, inside, home.axis, order, wishes)
         for name in own:
             _require_unpacked(name, tables[name], dataset, keys[name])
-        lengths = _lengths(home, dataset, order)
-        if home.packs and lengths is not None:
-            documents = lengths.firsts[lengths.counts > 0]
-            parts.append(Part(dataset, home.axis, documents=documents))
-        else:
-            parts.append(Part(dataset, home.axis, lengths))
+        parts.append(_part(home, dataset, order))
     columns = {
         name: Column(
             part=apart.index(homes[name]),
@@ -261,17 +270,83 @@ def _join(
     }
     for name, column in columns.items():
         part = parts[column.part]
-        if tables[name].batch is not None and part.lengths is None and part.documents is None:
-            raise DatasetError(
-                f'{source}: data.fields.{name}.batch = "{tables[name].batch}", and nothing says '
-                "where samples begin: name an HDF5 dataset of the first value of each (offsets), "
-                "or of how many there are (counts), or a pattern of groups that are samples (path)"
-            )
+        _require_lengths(name, tables[name], part, source)
         _tell_cut(name, column, part)
     return parts, columns
 
 
-def _wish(name: str, table: FieldTable, path: str, source: str, order: FileOrder) -> Wish | None:
+def _part(home: Home, dataset: Dataset, order: FileOrder) -> Part:
+    """Return the files of a home, and which of their rows make a sample."""
+    heap = None
+    if any(field.form and field.form.sequence for field in dataset.fields.values()):
+        dataset, heap = _in_heaps(dataset)
+        lengths: Lengths | None = heap.lengths
+    else:
+        lengths = _lengths(home, dataset, order)
+    if home.packs and lengths is not None:
+        documents = lengths.firsts[lengths.counts > 0]
+        return Part(dataset, home.axis, documents=documents, heap=heap)
+    return Part(dataset, home.axis, lengths, heap=heap)
+
+
+def _in_heaps(dataset: Dataset) -> tuple[Dataset, Heap]:
+    """Return a variable-length HDF5 dataset by its values, and where they are.
+
+    Raises:
+        DatasetError: if a row says what cannot be, or there is no value.
+    """
+    ((key, field),) = dataset.fields.items()
+    assert field.form is not None
+    name, begin = field.form.path, time.perf_counter()
+    found = [find_rows(shard, field) for shard in dataset.shards]
+    values = [int(rows.counts.sum()) for rows in found]
+    if not sum(values):
+        raise DatasetError(f'{dataset.source}: field "{name}" has no values in any row')
+    lengths = joined(
+        [(np.cumsum(each.counts) - each.counts, each.counts) for each in found], values
+    )
+    heap = Heap(
+        lengths,
+        np.concatenate([each.collections for each in found]),
+        np.concatenate([each.objects for each in found]),
+    )
+    if unknown := int((heap.collections < 0).sum()):
+        logger.warning(
+            'field "%s": %s of %s rows are read through HDF5, which is slower: `python -m hpctrain '
+            "data info` shows how they are stored",
+            printable(name),
+            f"{unknown:,}",
+            f"{lengths.samples:,}",
+        )
+    logger.info(
+        'field "%s": the lengths of %s rows are known after %.2g s',
+        printable(name),
+        f"{lengths.samples:,}",
+        time.perf_counter() - begin,
+    )
+    shards = tuple(
+        # Readers find values by the bytes of the file.
+        dataclasses.replace(shard, samples=count, layouts={key: Layout(0)})
+        for shard, count in zip(dataset.shards, values, strict=True)
+    )
+    return dataclasses.replace(dataset, shards=shards), heap
+
+
+def _require_lengths(name: str, table: FieldTable, part: Part, source: str) -> None:
+    """Check that something says where the samples of a field of unequal length begin."""
+    if not (table.batch or table.image) or part.lengths or part.documents is not None:
+        return
+    key = "image" if table.image else f'batch = "{table.batch}"'
+    raise DatasetError(
+        f"{source}: data.fields.{name}.{key}, and nothing says where samples begin: name an HDF5 "
+        "dataset of the first value of each (offsets), or of how many there are (counts), or a "
+        "pattern of groups that are samples (path); or a variable-length one, which says it itself"
+    )
+
+
+def _wish(
+    name: str, table: FieldTable, home: Home, path: str, source: str, order: FileOrder
+) -> Wish | None:
     """Return what is delivered of a field other than it is stored; None: nothing else."""
     said = (table.dtype, table.squeeze, table.select, table.classes)
     if is_pattern(path) and said != (None, False, {}, None):
@@ -286,6 +361,7 @@ def _wish(name: str, table: FieldTable, path: str, source: str, order: FileOrder
         classes = all_texts(files_of(table.train or source, order), path)
     wish = Wish(
         path=path,
+        sequence=bool(home.sequence),
         dtype=table.dtype,
         squeeze=table.squeeze,
         select=tuple((key, _frozen(wanted)) for key, wanted in table.select.items()),

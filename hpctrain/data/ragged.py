@@ -53,6 +53,22 @@ class Lengths:
         return str(made.hexdigest())
 
 
+@dataclass(frozen=True)
+class Heap:
+    """Where the values of variable-length HDF5 datasets are: anywhere in their files.
+
+    Attributes:
+        lengths: which values each row has, counted one row after the other.
+        collections: (rows,) int64, bytes from the start of the file to a collection of its global
+            heap; 0: there are no values; -1: only HDF5 knows.
+        objects: (rows,) uint32, the number of the object in it.
+    """
+
+    lengths: Lengths
+    collections: Int64s
+    objects: npt.NDArray[np.uint32]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raggedness:
     """How samples of unequal length are put into a batch.

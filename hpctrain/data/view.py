@@ -19,7 +19,7 @@ import xxhash
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, SourceFacts, require_fields
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.ragged import Lengths, Packing, Raggedness
+from hpctrain.data.ragged import Heap, Lengths, Packing, Raggedness
 from hpctrain.data.runs import within
 from hpctrain.data.selection import SampleSelection, Spans
 from hpctrain.errors import DatasetError
@@ -34,12 +34,14 @@ class Part:
         axis: of the HDF5 datasets, which counts the rows.
         lengths: which of these rows make a row of the view, where that is not one each.
         documents: (documents,) int64, the first row of each, where samples are cut from them.
+        heap: where the values are that the rows only count, of variable-length HDF5 datasets.
     """
 
     dataset: Dataset
     axis: int = 0
     lengths: Lengths | None = None
     documents: Int64s | None = None
+    heap: Heap | None = None
 
     @property
     def samples(self) -> int:

@@ -26,7 +26,7 @@ _NAMES = {
     "data.decoding": "FieldDecoding",
     "data.forms": "Form",
     "data.view": "Part Column View",
-    "data.ragged": "Lengths Packing Raggedness",
+    "data.ragged": "Heap Lengths Packing Raggedness",
     "data.selection": "Spans SampleSelection",
     "convert.sources.images": "ImageFolder",
     "convert.sources.indexed": "Indexed",

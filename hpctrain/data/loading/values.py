@@ -172,6 +172,8 @@ class ValueSource:
 
     def _is_direct(self, name: str) -> bool:
         """Tell whether samples are read fastest one by one: long ones, not compressed."""
+        if self._view.parts[self._view.columns[name].part].heap is not None:
+            return True  # whose reader does the same by itself
         dataset, inside = self._view.home(name)
         mean = self._view.fields[name].mean_rows or 1
         at_offsets = all(shard.layouts[inside].offset is not None for shard in dataset.shards)

@@ -12,6 +12,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.formed import FormedReader
 from hpctrain.data.reading.handles import Locate, where_it_is
+from hpctrain.data.reading.heaps import HeapReader
 from hpctrain.data.reading.other_axis import OtherAxisReader
 from hpctrain.data.reading.retry import READ_RETRIES, Retrying
 from hpctrain.data.reading.scatter import RowReader
@@ -44,6 +45,8 @@ def open_rows(
 
     def open_part(part: Part) -> Retrying:
         dataset, axis = part.dataset, part.axis
+        if part.heap is not None:
+            return Retrying(HeapReader(part, locate, helpers), retries)
         if all(field.form is None for field in dataset.fields.values()):
             return Retrying(open_stored(dataset, axis), retries)
         reader = FormedReader(dataset, axis, lambda stored: open_stored(stored, axis), locate)
