@@ -10,7 +10,17 @@ from hpctrain.config.toml import Source
 _ONLY_OF = {"pad": "pad", "mask": "pad", "shift_by": "concat", "position": "pack"}
 """Keys of such fields, and the one way of batching that they belong to."""
 _OF_EQUAL = ("steps", "lead", "every")
-_DEFAULTS = {"lead": 0, "every": 1, "crop": "center", "grey": False}
+_DEFAULTS: dict[str, Any] = {
+    "axis": 0,
+    "squeeze": False,
+    "select": {},
+    "nearest": False,
+    "static": False,
+    "lead": 0,
+    "every": 1,
+    "crop": "center",
+    "grey": False,
+}
 _OF_IMAGES = frozenset({"image", "crop", "grey"})
 
 
@@ -29,6 +39,14 @@ def check_ragged(source: Source) -> list[Mistake]:
     for name, table in described.items():
         of_images = not _OF_IMAGES.isdisjoint(table)
         problems = _problems_of_images(table) if of_images else _problems(table, described)
+        if "sparse" in table:
+            problems = _problems_of_sparse(table)
+            if source.get("data", "normalize", name) is not None:
+                problem = (
+                    "would change the values of a sparse matrix, and leave its zeros: do it in "
+                    "data.transform"
+                )
+                mistakes.append(source.mistake(("data", "normalize", name), problem))
         if "image" in table and isinstance(source.get("data", "normalize", name), str):
             problem = (
                 "the files hold encoded images, whose statistics nobody has: give mean and std"
@@ -36,8 +54,10 @@ def check_ragged(source: Source) -> list[Mistake]:
             mistakes.append(source.mistake(("data", "normalize", name), problem))
         for key, problem in problems.items():
             mistakes.append(source.mistake(("data", "fields", name, key), problem))
-    ragged = [table.get("batch") in ("pad", "concat") for table in described.values()]
-    if any(ragged) or any("image" in table for table in described.values()):
+    if any(
+        table.get("batch") in ("pad", "concat") or "image" in table or "sparse" in table
+        for table in described.values()
+    ):
         mistakes += _combined(source)
     return mistakes
 
@@ -75,6 +95,15 @@ def _problems(table: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[
     return problems
 
 
+def _problems_of_sparse(table: dict[str, Any]) -> dict[str, str]:
+    """Return what is wrong with a table of a sparse matrix, by key."""
+    return {
+        key: "is not for the rows of a sparse matrix, which are of one length once they are made"
+        for key in table
+        if key not in ("path", "train", "validation", "sparse", "decode")
+    }
+
+
 def _problems_of_images(table: dict[str, Any]) -> dict[str, str]:
     """Return what is wrong with a table of encoded images, by key."""
     if "image" not in table:
@@ -95,14 +124,14 @@ def _combined(source: Source) -> list[Mistake]:
     mistakes = []
     if source.get("data", "sample_transform") is not None:
         problem = (
-            "makes samples of one shape, and some fields have samples of unequal length, or "
-            "encoded images: do it to batches, with data.transform"
+            "makes samples of one shape, and some fields have samples of unequal length, sparse "
+            "rows, or encoded images: do it to batches, with data.transform"
         )
         mistakes.append(source.mistake(("data", "sample_transform"), problem))
     if source.get("data", "cache") == "memory":
         problem = (
-            "holds samples of one size, and some fields have samples of unequal length, or "
-            "encoded images: leave it out; files that are read often are in the page cache"
+            "holds samples of one size, and some fields have samples of unequal length, sparse "
+            "rows, or encoded images: leave it out; files that are read often are in the page cache"
         )
         mistakes.append(source.mistake(("data", "cache"), problem))
     return mistakes

@@ -145,6 +145,10 @@ class FieldTable:
     shift_by: Text | None = None
     """Field whose values these are indices of; in a batch they count those of the whole pass."""
 
+    sparse: Literal["dense", "csr"] | None = None
+    """The path is a sparse matrix of AnnData or 10x Genomics (a group of data, indices, indptr),
+    whose rows are delivered as such a tensor; none: it is none."""
+
     image: tuple[Count, Count] | None = None
     """Rows and columns of pixels that encoded images (JPEG, PNG) become; none: they are none."""
 

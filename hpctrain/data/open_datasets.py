@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
-from hpctrain.data.dataset import Dataset, Layout
+from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.form_opening import all_texts
 from hpctrain.data.forms import Wish
-from hpctrain.data.groups import is_pattern, stem
-from hpctrain.data.ragged import (
-    Heap,
-    Lengths,
-    Packing,
-    Raggedness,
-    Source,
-    as_numbers,
-    has_end,
-    joined,
-    of_counts,
-    of_offsets,
-)
-from hpctrain.data.reading.heaps import find_rows
-from hpctrain.data.reading.rows import read_rows
+from hpctrain.data.groups import is_pattern
+from hpctrain.data.homes import Home, find_sparse, part_of
+from hpctrain.data.ragged import Packing, Raggedness
 from hpctrain.data.sample_rows import Purpose, borders_of, choose_rows
 from hpctrain.data.selection import MOST_SPANS, SampleSelection, cut
 from hpctrain.data.view import Column, Part, View, join_sources
 from hpctrain.errors import DatasetError
-from hpctrain.utils.text import listed, printable
+from hpctrain.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -183,48 +169,6 @@ def _open(
     return dataclasses.replace(view, notes=chosen.notes)
 
 
-class Home(NamedTuple):
-    """Where the values of fields are; those that agree in all of it are one part of a view.
-
-    Attributes:
-        files: as `open_dataset` takes them.
-        axis: of their HDF5 datasets, which counts the rows.
-        offsets: the HDF5 dataset that says where samples begin; empty: none does.
-        counts: the one that says how many rows they have; empty: none does.
-        groups: the pattern of groups that they are in; empty: they are in none.
-        group_is_sample: whether all rows of such a group are one sample, or document.
-        packs: whether samples are cut from documents.
-        sequence: the HDF5 dataset whose rows may be samples of variable length; empty: none may.
-    """
-
-    files: str
-    axis: int
-    offsets: str
-    counts: str
-    groups: str
-    group_is_sample: bool
-    packs: bool
-    sequence: str
-
-    @classmethod
-    def of(cls, table: FieldTable, path: str, files: str) -> Home:
-        """Return that of a field."""
-        offsets, counts = (table.offsets or "").strip("/"), (table.counts or "").strip("/")
-        groups = stem(path)
-        is_ragged = bool(table.batch or table.image) and not offsets and not counts
-        packs = table.batch == "pack"
-        return cls(
-            files=files,
-            axis=table.axis,
-            offsets=offsets,
-            counts=counts,
-            groups=groups,
-            group_is_sample=bool(groups) and is_ragged,
-            packs=packs,
-            sequence=path if is_ragged and not groups else "",
-        )
-
-
 def _join(
     tables: Mapping[str, FieldTable],
     files: Purpose,
@@ -233,6 +177,12 @@ def _join(
     source_of_classes: str,
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
+    columns_of = {}
+    for name, table in list(tables.items()):
+        if table.sparse is not None:
+            files_here = files_of(getattr(table, files) or source, order)
+            columns_of[name] = find_sparse(files_here, (table.path or name).strip("/"))
+            tables = {**tables, **_as_ragged(name, table)}
     paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
     homes = {
         name: Home.of(table, paths[name], getattr(table, files) or source)
@@ -255,7 +205,7 @@ def _join(
         dataset = open_dataset(home.files, inside, home.axis, order, wishes)
         for name in own:
             _require_unpacked(name, tables[name], dataset, keys[name])
-        parts.append(_part(home, dataset, order))
+        parts.append(part_of(home, dataset, order))
     columns = {
         name: Column(
             part=apart.index(homes[name]),
@@ -263,7 +213,7 @@ def _join(
             steps=table.max_length if table.batch == "pack" else table.steps,
             lead=table.lead,
             every=table.every,
-            ragged=_raggedness(table),
+            ragged=_of_matrix(name, table, columns_of) or _raggedness(table),
             packing=_packing(table),
         )
         for name, table in tables.items()
@@ -273,63 +223,6 @@ def _join(
         _require_lengths(name, tables[name], part, source)
         _tell_cut(name, column, part)
     return parts, columns
-
-
-def _part(home: Home, dataset: Dataset, order: FileOrder) -> Part:
-    """Return the files of a home, and which of their rows make a sample."""
-    heap = None
-    if any(field.form and field.form.sequence for field in dataset.fields.values()):
-        dataset, heap = _in_heaps(dataset)
-        lengths: Lengths | None = heap.lengths
-    else:
-        lengths = _lengths(home, dataset, order)
-    if home.packs and lengths is not None:
-        documents = lengths.firsts[lengths.counts > 0]
-        return Part(dataset, home.axis, documents=documents, heap=heap)
-    return Part(dataset, home.axis, lengths, heap=heap)
-
-
-def _in_heaps(dataset: Dataset) -> tuple[Dataset, Heap]:
-    """Return a variable-length HDF5 dataset by its values, and where they are.
-
-    Raises:
-        DatasetError: if a row says what cannot be, or there is no value.
-    """
-    ((key, field),) = dataset.fields.items()
-    assert field.form is not None
-    name, begin = field.form.path, time.perf_counter()
-    found = [find_rows(shard, field) for shard in dataset.shards]
-    values = [int(rows.counts.sum()) for rows in found]
-    if not sum(values):
-        raise DatasetError(f'{dataset.source}: field "{name}" has no values in any row')
-    lengths = joined(
-        [(np.cumsum(each.counts) - each.counts, each.counts) for each in found], values
-    )
-    heap = Heap(
-        lengths,
-        np.concatenate([each.collections for each in found]),
-        np.concatenate([each.objects for each in found]),
-    )
-    if unknown := int((heap.collections < 0).sum()):
-        logger.warning(
-            'field "%s": %s of %s rows are read through HDF5, which is slower: `python -m hpctrain '
-            "data info` shows how they are stored",
-            printable(name),
-            f"{unknown:,}",
-            f"{lengths.samples:,}",
-        )
-    logger.info(
-        'field "%s": the lengths of %s rows are known after %.2g s',
-        printable(name),
-        f"{lengths.samples:,}",
-        time.perf_counter() - begin,
-    )
-    shards = tuple(
-        # Readers find values by the bytes of the file.
-        dataclasses.replace(shard, samples=count, layouts={key: Layout(0)})
-        for shard, count in zip(dataset.shards, values, strict=True)
-    )
-    return dataclasses.replace(dataset, shards=shards), heap
 
 
 def _require_lengths(name: str, table: FieldTable, part: Part, source: str) -> None:
@@ -388,6 +281,28 @@ def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) 
 
 def _frozen(wanted: object) -> object:
     return tuple(wanted) if isinstance(wanted, list) else wanted
+
+
+def _as_ragged(name: str, table: FieldTable) -> dict[str, FieldTable]:
+    """Return the fields of unequal length that rows of a sparse matrix are made of."""
+    group = (table.path or name).strip("/")
+    indptr = f"{group}/indptr"
+    values = dataclasses.replace(table, path=f"{group}/data", offsets=indptr, batch="concat")
+    indices = dataclasses.replace(
+        values, path=f"{group}/indices", sparse=None, decode="none", mask=None
+    )
+    return {name: values, f"{name}.indices": indices}
+
+
+def _of_matrix(name: str, table: FieldTable, columns_of: Mapping[str, int]) -> Raggedness | None:
+    """Return how rows of a sparse matrix are put into a batch, and their indices; None: others."""
+    of = name.removesuffix(".indices")
+    if of not in columns_of:
+        return None
+    if of != name:
+        return Raggedness(batch="indices", columns=columns_of[of])
+    assert table.sparse is not None
+    return Raggedness(batch=table.sparse, indices=f"{name}.indices", columns=columns_of[name])
 
 
 def _raggedness(table: FieldTable) -> Raggedness | None:
@@ -449,44 +364,6 @@ def _tell_cut(name: str, column: Column, part: Part) -> None:
             column.ragged.max_length,
             100 * (values - int(kept.sum())) / values,
         )
-
-
-def _lengths(home: Home, dataset: Dataset, order: FileOrder) -> Lengths | None:
-    """Return which rows of a dataset make each sample, by its files; None: one row does.
-
-    Raises:
-        DatasetError: if they say what cannot be.
-    """
-    values = [shard.samples for shard in dataset.shards]
-    if home.group_is_sample:
-        whole = [(np.zeros(1, np.int64), np.array([rows], np.int64)) for rows in values]
-        return joined(whole, values)
-    if not home.offsets and not home.counts:
-        return None
-    name = home.offsets or home.counts
-    about = open_dataset(home.files, [name], order=order)
-    paths = [shard.name for shard in dataset.shards]
-    if (said := [shard.name for shard in about.shards]) != paths:
-        other = next(iter({*said} ^ {*paths}), home.files)
-        raise DatasetError(
-            f'{other}: "{name}" says which values of {listed(list(dataset.fields))} belong to a '
-            "sample, and only one of them is in this file: name files that have both"
-        )
-    stored = read_rows(about, np.arange(about.samples, dtype=np.int64))[name]
-    places = [Source((shard.path, shard.inside(name))) for shard in about.shards]
-    per_file = [
-        as_numbers(numbers, at)
-        for numbers, at in zip(np.split(stored, about.shard_stops[:-1]), places, strict=True)
-    ]
-    if home.counts:
-        made = [of_counts(*each) for each in zip(per_file, values, places, strict=True)]
-    else:
-        ended = has_end(per_file, values)
-        made = [
-            of_offsets(numbers, total, ended=ended, at=at)
-            for numbers, total, at in zip(per_file, values, places, strict=True)
-        ]
-    return joined(made, values)
 
 
 def _require_equal_rows(parts: Sequence[Part]) -> None:

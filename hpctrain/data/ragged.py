@@ -18,7 +18,7 @@ import xxhash
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 
-Batching = Literal["pad", "concat"]
+Batching = Literal["pad", "concat", "dense", "csr", "indices"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,16 @@ class Raggedness:
     """How samples of unequal length are put into a batch.
 
     Attributes:
-        batch: "pad": to the longest of a pass; "concat": one after the other, with offsets.
+        batch: "pad": to the longest of a pass; "concat": one after the other, with offsets;
+            "dense", "csr": as rows of a matrix, dense or sparse; "indices": their columns.
         max_length: rows of a sample that are kept, the first ones; None: all.
         pad: the number behind the values of a sample.
         mask: name of a field: 1 where there is a value, 0 behind it; None: there is none.
         sample: name of a field: of each row the sample that it is of; None: there is none.
         shift_by: another field of the sample; these values are indices of its rows, and of those
             of the whole pass in a batch; None: they are none.
+        indices: of rows of a matrix, the field that says which columns the values are of.
+        columns: of rows of a matrix, how many there are, and of indices, how many there may be.
     """
 
     batch: Batching
@@ -89,6 +92,8 @@ class Raggedness:
     mask: str | None = None
     sample: str | None = None
     shift_by: str | None = None
+    indices: str | None = None
+    columns: int | None = None
 
     def kept(self, counts: Int64s) -> Int64s:
         """Return the rows of samples that are left of so many."""

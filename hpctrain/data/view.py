@@ -220,6 +220,8 @@ class View(Dataset):
             DatasetError: if one is not there.
         """
         require_fields(names, self.fields, self.source)
+        ragged = [self.ragged[name] for name in names if name in self.ragged]
+        names = list(dict.fromkeys([*names, *(each.indices for each in ragged if each.indices)]))
         return dataclasses.replace(
             self,
             fields={name: self.fields[name] for name in names},

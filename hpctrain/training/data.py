@@ -485,7 +485,8 @@ FORMS = "forms"
 
 
 _DECIDES = (
-    *("offsets", "counts", "batch", "max_length", "pad", "shift_by", "image", "crop", "grey"),
+    *("offsets", "counts", "batch", "max_length", "pad", "shift_by", "sparse"),
+    *("image", "crop", "grey"),
 )
 """Keys of a field's table that say what samples become of what is stored."""
 

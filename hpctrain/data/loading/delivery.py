@@ -36,6 +36,7 @@ from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values, docume
 from hpctrain.data.loading.sources import (
     Group,
     HostGroup,
+    InColumns,
     Refusing,
     RowSource,
     Source,
@@ -201,8 +202,7 @@ class Delivery:
     ) -> Iterator[Batch | RaggedBatch]:
         """Yield the batches of the groups; of a global size of `total`, or each of its own."""
         self.stop()
-        if self._decoding.refused:
-            source = Refusing(source, self._decoding.refused)
+        source = self._checked(source)
         produce = functools.partial(self._read_groups, source, groups)
         with Prefetch(produce, self._memory.depth) as running:
             self._running = running
@@ -227,6 +227,16 @@ class Delivery:
                 if self._running is running:
                     self._waited += running.wait_seconds
                     self._running = None
+
+    def _checked(self, source: Source) -> Source:
+        """Return what reads the same, and refuses what is missing, or cannot be."""
+        if self._decoding.refused:
+            source = Refusing(source, self._decoding.refused)
+        if any(how.batch == "indices" for how in self._how.values()):
+            dataset = self.access.dataset
+            assert isinstance(dataset, View)
+            source = InColumns(source, dataset)
+        return source
 
     def _read_groups(self, source: Source, groups: Iterator[Group]) -> Iterator[HostGroup]:
         """Read, in the reader's thread."""
@@ -282,7 +292,7 @@ class Delivery:
             source = RowSource(
                 access, lambda rows: rows, ValueSource(dataset, access, ValuePool(new_bytes))
             )
-            checked = Refusing(source, self._decoding.refused)
+            checked = self._checked(source)
             group = Group([0, len(rows)], rows, rows, rows.astype(np.uint64))
             pool = BufferPool(self._rectangular, len(rows), 1, new_bytes)
             (host,) = checked.read([group], pool)

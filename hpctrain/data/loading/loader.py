@@ -273,4 +273,7 @@ class TrainLoader:
 
 def _finite(values: torch.Tensor) -> torch.Tensor:
     """Return numbers with 0 where there is none."""
+    if values.layout == torch.sparse_csr:
+        values.values().nan_to_num_(0.0, 0.0, 0.0)
+        return values
     return torch.nan_to_num(values, 0.0, 0.0, 0.0) if values.is_floating_point() else values

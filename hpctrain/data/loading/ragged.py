@@ -6,6 +6,7 @@ padded to the longest of this pass, and not to that of the batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,6 +107,10 @@ class RaggedRows:
     def _batched(self, name: str, own: Values, others: Mapping[str, Values]) -> dict[str, Tensor]:
         """Return a field as a pass has it, with what lies beside it."""
         how, values = self.how[name], own.values
+        if how.batch == "indices":
+            return {}
+        if how.indices is not None:
+            return {name: _matrix(own, others[how.indices].values, how)}
         if how.shift_by is not None:
             begins = others[how.shift_by].offsets[:-1][own.owners]
             values = values.long() + begins.view(-1, *[1] * (values.ndim - 1))
@@ -119,6 +124,23 @@ class RaggedRows:
         if how.sample is not None:
             made[how.sample] = own.owners
         return made
+
+
+def _matrix(own: Values, indices: Tensor, how: Raggedness) -> Tensor:
+    """Return rows of a sparse matrix, (samples, columns), dense or sparse."""
+    assert how.columns is not None
+    samples, indices = len(own.bounds) - 1, indices.long()
+    if how.batch == "csr":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                own.offsets, indices, own.values, (samples, how.columns), check_invariants=False
+            )
+    bits = _SIGNED.get(own.values.dtype, own.values.dtype)
+    whole = torch.zeros(samples * how.columns, dtype=bits, device=indices.device)
+    # Files may have a column twice in a row, which is the sum of both.
+    whole.scatter_add_(0, own.owners * how.columns + indices, own.values.view(bits))
+    return whole.view(own.values.dtype).view(samples, how.columns)
 
 
 def padded(own: Values, pad: float) -> tuple[Tensor, Tensor]:

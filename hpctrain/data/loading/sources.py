@@ -19,6 +19,7 @@ from hpctrain.data.read_ahead import Ahead, Arrivals
 from hpctrain.data.reading.scatter import Destinations, RowReader
 from hpctrain.data.reading.threads import LEAST_SHARED_BYTES, Helpers, parts
 from hpctrain.data.runs import Bytes, within
+from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 
 
@@ -236,6 +237,49 @@ class Refusing:
             yield host
             # Its memory is for the next group that is read.
             del host
+
+
+class InColumns:
+    """Reads samples, and raises where a value of a sparse matrix is in a column that is not one."""
+
+    def __init__(self, source: Source, view: View) -> None:
+        """Read from `source` the samples of `view`."""
+        self._source = source
+        self._view = view
+        self._columns = {
+            name: how.columns
+            for name, how in view.ragged.items()
+            if how.batch == "indices" and how.columns is not None
+        }
+
+    def read(self, groups: Iterable[Group], pool: BufferPool) -> Iterator[HostGroup]:
+        """Yield the samples of groups, as `Source.read` does.
+
+        Raises:
+            DatasetError: naming file, row and field of a column that is not there.
+        """
+        for host in self._source.read(groups, pool):
+            for name, columns in self._columns.items():
+                values, offsets = host.ragged.get(name, _NO_VALUES)
+                dtype = self._view.fields[name].dtype.newbyteorder("=")
+                indices = values.reshape(-1).view(dtype)
+                # Of signed ones, those below 0 are the largest.
+                wrong = indices.view(f"u{dtype.itemsize}") >= columns
+                if wrong.any():
+                    at = int(np.flatnonzero(wrong)[0])
+                    assert host.group.rows is not None
+                    row = int(np.searchsorted(offsets, at, side="right")) - 1
+                    ((shard, place),) = self._view.places(host.group.rows[[row]])
+                    raise DatasetError(
+                        f'{shard.path}: field "{self._view.home(name)[1]}", row {place}: the '
+                        f"column {indices[at]} is not one of {columns}: the file is damaged"
+                    )
+            yield host
+            # Its memory is for the next group that is read.
+            del host
+
+
+_NO_VALUES = HostValues(np.empty((0, 1), np.uint8), np.zeros(1, np.int64))
 
 
 def require_all(decoding: FieldDecoding, numbers: Numbers, samples: Int64s) -> None:

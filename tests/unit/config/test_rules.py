@@ -489,6 +489,8 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
     images = ['data.fields.state={offsets="ptr", image=[8, 9]}']
     saved.write_text(to_toml(load(str(file), images)))
     assert load(str(saved)).data.fields["state"].image == (8, 9)
+    saved.write_text(to_toml(load(str(file), ['data.fields.state={path="X", sparse="csr"}'])))
+    assert load(str(saved)).data.fields["state"].sparse == "csr"
     overridden = load(str(file), ["data.fields.next.lead=24", "data.samples.stride=6"])
     assert overridden.data.fields["next"].lead == 24
     assert overridden.data.samples.stride == 6
@@ -507,6 +509,14 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
         (
             '[data.fields.state]\nvalidation = "data/*.h5"',
             r"there is no data\.validation whose rows",
+        ),
+        (
+            '[data.fields.state]\nsparse = "dense"\nsteps = 2',
+            r"state\.steps = 2: is not for the rows of a sparse matrix",
+        ),
+        (
+            '[data.fields.state]\nsparse = "csr"\n[data.normalize]\nstate = {mean = 1.0}',
+            r"normalize\.state = .*: would change the values of a sparse matrix",
         ),
         ("[data.samples]\ntrain = [5, 2]", r"expected the first row and one past the last"),
         (
