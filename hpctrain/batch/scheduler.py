@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -301,6 +301,55 @@ def _gone_by_qstat(text: str, problem: str | None) -> bool | None:
         return True if re.search("Unknown Job Id|has finished", problem) else None
     found = _PBS_STATE.search(text)
     return None if found is None else found[1] in ("F", "X")
+
+
+def live_jobs(scheduler: str, jobs: Iterable[str], environ: Mapping[str, str]) -> set[str] | None:
+    """Return those of some jobs, elements of arrays by themselves, that wait or run.
+
+    Args:
+        scheduler: that has them.
+        jobs: as submission or the job itself names them: "8", "8_3", "8[3]", "8[3].server".
+        environ: of the caller.
+
+    Returns:
+        Their names; None: the scheduler does not say.
+    """
+    wanted = set(jobs)
+    question, names = _LIVE[scheduler]
+    whole = "[]" if scheduler == "pbs" else ""
+    found: set[str] = set()
+    for job in sorted({re.sub(r"_\d+$|\[\d+\]", whole, job) for job in wanted}):
+        text, problem = ask((*question, job), environ)
+        if problem is not None and not _GONE.search(problem):
+            return None
+        try:
+            found.update(names(text))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+    return found & wanted
+
+
+def _live_by_bjobs(text: str) -> Iterator[str]:
+    for line in text.split():
+        number, index, state = line.split("^")
+        if state not in ("DONE", "EXIT"):
+            yield number if index in ("0", "-") else f"{number}[{index}]"
+
+
+def _live_by_qstat(text: str) -> Iterator[str]:
+    jobs = json.loads(text, strict=False)["Jobs"] if text.strip() else {}
+    return (name for name, job in jobs.items() if job["job_state"] not in ("F", "X"))
+
+
+_LIVE: dict[str, tuple[tuple[str, ...], Callable[[str], Iterable[str]]]] = {
+    "slurm": (("squeue", "-h", "-r", "-o", "%i", "-j"), str.split),
+    "lsf": (("bjobs", "-noheader", "-o", "jobid jobindex stat delimiter='^'"), _live_by_bjobs),
+    "pbs": (("qstat", "-t", "-f", "-F", "json"), _live_by_qstat),
+}
+"""How each is asked for the elements of a job that are not over, and how its answer is read."""
+
+_GONE = re.compile("Invalid job id|is not found|Unknown Job Id|has finished")
+"""What schedulers answer on jobs that have been over for a while."""
 
 
 def ask(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
-from hpctrain.cli.tools import bundle, ckpt, data, job, status
+from hpctrain.cli.tools import bundle, ckpt, data, status
 from hpctrain.cli.usage import HELP, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.environment import Claim, launchers_in, this_process
@@ -17,8 +17,14 @@ from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
 
 
+def _job(arguments: list[str]) -> int:
+    from hpctrain.cli.submitting import job  # what no other command needs
+
+    return job(arguments)
+
+
 def _prepare(arguments: list[str]) -> int:
-    from hpctrain.cli.prepare import prepare  # what no other command needs
+    from hpctrain.cli.prepare import prepare
 
     return prepare(arguments)
 
@@ -50,7 +56,7 @@ def _compare(arguments: list[str]) -> int:
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
-    "job": job,
+    "job": _job,
     "ckpt": ckpt,
     "bundle": bundle,
     "prepare": _prepare,

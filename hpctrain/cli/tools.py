@@ -1,4 +1,4 @@
-"""The tools: runs, job scripts, checkpoints, bundles and datasets.
+"""The tools: runs, checkpoints, bundles and datasets.
 
 They are of one process, but for those for datasets that share their work among all ranks.
 """
@@ -6,26 +6,18 @@ They are of one process, but for those for datasets that share their work among 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from hpctrain.cli.usage import PROGRAM, Parser, count, hours, number, say
-from hpctrain.config.schema import SCHEDULERS
-from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError, UsageError
+from hpctrain.cli.usage import PROGRAM, Parser, count, say
+from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
 from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import printable, printable_lines, size
-
-if TYPE_CHECKING:
-    from hpctrain.config import Config
 
 _ENDING_SECONDS = 10.0
 """A script asks once its launcher has ended, which a killed launcher does before its ranks."""
@@ -108,125 +100,6 @@ def bundle(arguments: list[str]) -> int:
         + "\n"
     )
     return ExitCode.DONE
-
-
-def job(arguments: list[str]) -> int:
-    """Print or submit a job script."""
-    from hpctrain.batch import job_script
-    from hpctrain.config.schema import CONTAINERS
-
-    parser = Parser("job")
-    parser.add_argument("config", nargs="?")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--scheduler", choices=SCHEDULERS)
-    parser.add_argument("--container", choices=CONTAINERS)
-    for option in ("site", "site-file", "account", "queue", "qos", "constraint", "memory", "mail"):
-        parser.add_argument(f"--{option}")
-    for option in ("time", "environment", "conda", "venv", "image"):
-        parser.add_argument(f"--{option}")
-    for option, key in (("directive", "directives"), ("module", "modules"), ("bind", "binds")):
-        parser.add_argument(f"--{option}", action="append", dest=key)
-    for option in ("setup", "env"):
-        parser.add_argument(f"--{option}", action="append")
-    for option in ("nodes", "ranks-per-node", "cpus-per-rank", "chain", "max-jobs"):
-        parser.add_argument(f"--{option}", type=count)
-    parser.add_argument("--max-node-hours", type=hours)
-    parser.add_argument("--gpus-per-node", type=number)
-    parser.add_argument("--output", type=Path)
-    for option in ("submit", "snapshot", "sites"):
-        parser.add_argument(f"--{option}", action="store_true")
-    parser.add_argument("--lint-site", type=Path, action="append")
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.sites or parsed.lint_site:
-        return _sites(parsed.site_file, parsed.lint_site or [])
-    if parsed.config is None:
-        parser.error("the following arguments are required: config")
-
-    from hpctrain.batch.exit_status import read_outcome
-    from hpctrain.batch.snapshot import take_snapshot
-    from hpctrain.config import load
-
-    config = load(parsed.config, parsed.overrides)
-    wishes = _answered(config, vars(parsed), arguments)
-    wanted = job_script.plan(config, wishes)
-    before = read_outcome(Path(wanted.run_folder))
-    job_script.check(
-        wanted,
-        lanes=_lanes(config),
-        save_seconds=0.0 if before is None else before.save_seconds,
-    )
-    if parsed.snapshot:
-        taken = take_snapshot(Path(wanted.run_folder), Path(config.run.directory))
-        wanted = dataclasses.replace(wanted, code=str(taken))
-    text = job_script.render(wanted)
-    print(f"hpctrain: {job_script.bound(wanted)}", file=sys.stderr)  # noqa: T201
-    if parsed.output is None and not parsed.submit:
-        write_out(text)
-        return ExitCode.DONE
-    path = Path(wanted.script)
-    job_script.write(path, text)
-    if parsed.submit:
-        jobs = job_script.submit(path, wanted.scheduler, wanted.chain)
-        write_out("".join(f"{item}\n" for item in jobs))
-    return ExitCode.DONE
-
-
-def _sites(site_file: str | None, linted: list[Path]) -> int:
-    """List the sites that are known, or say what is wrong with files of sites."""
-    from hpctrain.batch.sites import load_site, load_sites, missing_sources, site_table
-
-    if not linted:
-        write_out(site_table(load_sites(site_file).values()))
-        return ExitCode.DONE
-    problems = [
-        f"{path}: {problem}\n" for path in linted for problem in missing_sources(load_site(path))
-    ]
-    write_out("".join(problems) or f"{len(linted)} site files, nothing wrong\n")
-    return ExitCode.CONFIG if problems else ExitCode.DONE
-
-
-def _answered(config: Config, wishes: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
-    """Return the wishes of a command line; what is missing a person at a terminal is asked for."""
-    from hpctrain.batch.sites import load_sites, site_of_host
-
-    asked = config.job
-    is_placed = any((wishes["site"], wishes["site_file"], wishes["scheduler"]))
-    is_placed = is_placed or any((asked.site, asked.site_file, asked.scheduler))
-    missing = [name for name in ("nodes", "time") if not (wishes[name] or getattr(asked, name))]
-    if is_placed or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return wishes
-    sites = load_sites()
-    here = site_of_host(sites.values())
-    usual = {"site": here.name if here else "slurm", "nodes": "1", "time": "1:00:00"}
-    words = {
-        "site": f"Site or scheduler ({', '.join((*sites, 'slurm', 'lsf', 'pbs'))})",
-        "nodes": "Nodes",
-        "time": "Time of each job, hours:minutes:seconds",
-    }
-    answers = dict(wishes)
-    for name in ("site", *missing):
-        print(f"{words[name]} [{usual[name]}]: ", end="", file=sys.stderr, flush=True)  # noqa: T201
-        answer = sys.stdin.readline().strip() or usual[name]
-        option = "scheduler" if name == "site" and answer in SCHEDULERS else name
-        answers[option] = count(answer) if name == "nodes" and answer.isdecimal() else answer
-        arguments = [*arguments, f"--{option}", answer]
-    if not isinstance(answers["nodes"], int | None):
-        raise UsageError(f"--nodes {answers['nodes']!a}: expected a number from 1 on")
-    print(f"{PROGRAM} job {shlex.join(arguments)}", file=sys.stderr)  # noqa: T201
-    return answers
-
-
-def _lanes(config: Config) -> int | None:
-    """Return how many ranks can train; None: any number, or a DataLoader is to say."""
-    from hpctrain.config.limits import is_shuffled
-    from hpctrain.data.order import default_lanes
-
-    data = config.data
-    if data.weights is not None or not is_shuffled(data, config.training):
-        return None
-    if data.lanes is None and not data.global_batch_size:
-        return None
-    return data.lanes or default_lanes(data.global_batch_size)
 
 
 def ckpt(arguments: list[str]) -> int:

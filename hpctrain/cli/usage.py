@@ -28,7 +28,7 @@ USAGES = {
     "bundle": "bundle RUN [FILE ...] [--output FILE]",
     "watch": "watch RUN [RUN ...] --serve [--port N | --unix-socket PATH]",
     "report": "report RUN [RUN ...] [--output FILE.html] [--png FOLDER]",
-    "runs": "runs [FOLDER] [--json]",
+    "runs": "runs [FOLDER] [--sort NAME] [--reverse] [--json]",
     "compare": "compare RUN RUN",
 }
 """What each command takes; "" is a run of a config."""
@@ -79,6 +79,9 @@ commands:
                     --chain N: jobs one after another  --max-jobs N  --max-node-hours H
                     --output FILE  --submit: submit it, and print the ids of the jobs
                     --snapshot: run from a copy of the code as it is now
+                    --sweep KEY=VALUE,VALUE again and again, --sweep-file FILE: a job array over all
+                    combinations, each a run of its own; again: what is incomplete. --throttle N
+                    at once; --pack N side by side in a job
   data pack SOURCE... FOLDER
                     pack arrays, images, text or other HDF5 to shards; under mpirun on all ranks
   data pack digits FOLDER
@@ -99,7 +102,8 @@ commands:
                     the same page as one file, report.html or that of --output, with the data in it;
                     --png FOLDER: its curves as images, by matplotlib
   runs [FOLDER]     the runs of a folder, runs/ where none is named: state, step, newest and best
-                    metric, age, job, host, size. --json: for programs
+                    metric, age, job, host, size. --json: for programs. --sort NAME: a metric, best
+                    first, a key of a sweep, or a column; --reverse
   compare RUN RUN   two runs side by side: config, records of their jobs, seconds, curves
   bundle RUN [FILE ...]
                     pack what tells how the run went for a support desk, below 5 MB, and list it:

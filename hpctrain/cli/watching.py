@@ -62,15 +62,18 @@ def runs(arguments: list[str]) -> int:
     parser = Parser("runs")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--sort")
+    parser.add_argument("--reverse", action="store_true")
     parsed = parser.parse_args(arguments)
 
     from hpctrain.checkpoint.lease import holder_lives
-    from hpctrain.watch.runs import find_runs, run_row, table_of
+    from hpctrain.watch.runs import find_runs, ordered, run_row, sweep_rows, table_of
 
-    rows = [
+    rows = sweep_rows(parsed.folder, holder_lives) or [
         run_row(run, holder_lives, str(run.relative_to(parsed.folder)))
         for run in find_runs(parsed.folder)
     ]
+    rows = ordered(rows, parsed.sort, reverse=parsed.reverse)
     if parsed.json:
         write_out(f"{json.dumps([asdict(row) for row in rows], indent=1)}\n")
     else:

@@ -746,6 +746,9 @@ class JobSection:
     max_node_hours: Annotated[float, Gt(0)] | None = None
     """Node-hours that all jobs of the run may take together, each at its limit."""
 
+    throttle: Count | None = None
+    """Points of a sweep that may run at once; none: as many as the site lets."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:

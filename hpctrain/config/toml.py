@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,18 @@ _TOKEN = re.compile(
     ''',
     re.VERBOSE | re.DOTALL,
 )
+
+_ITEM = re.compile(
+    r"""
+      " (?: \\. | [^\\"\n] )* "
+    | ' [^'\n]* '
+    | (?P<open> [\[{] )
+    | (?P<close> [\]}] )
+    | (?P<comma> , )
+    """,
+    re.VERBOSE,
+)
+"""What matters in a list of values in one line."""
 
 
 @dataclass(kw_only=True)
@@ -275,7 +288,7 @@ def _apply(source: Source, override: str, position: int) -> str | None:
     if len(key) > DEEPEST:
         return f"nested more than {DEEPEST} levels deep"
     try:
-        value = _parsed(text.strip())
+        value = parse_value(text.strip())
     except ValueError as error:
         return str(error)
     table = source.table
@@ -289,7 +302,7 @@ def _apply(source: Source, override: str, position: int) -> str | None:
     return None
 
 
-def _parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return the value of an override.
 
     Raises:
@@ -310,6 +323,37 @@ def _parsed(text: str) -> Any:
         raise ValueError(f"not a TOML value: {printable(reason)}") from None
     except ValueError:
         raise ValueError("a number of thousands of digits") from None
+
+
+def split_values(text: str) -> list[Any]:
+    """Return the values between the commas of a list without brackets: "1e-3,3e-4", "[1, 2],[3]".
+
+    Each is read as the value of an override is.
+
+    Raises:
+        ValueError: with the reason, if one of them is none.
+    """
+    parts, depth, begin = [], 0, 0
+    for token in _ITEM.finditer(text):
+        depth += (token["open"] is not None) - (token["close"] is not None)
+        if token["comma"] and depth == 0:
+            parts.append(text[begin : token.start()])
+            begin = token.end()
+    return [parse_value(part.strip()) for part in (*parts, text[begin:])]
+
+
+def to_value(value: Any) -> str:
+    """Return a value as TOML has it, in one line."""
+    if isinstance(value, str):
+        # TOML has JSON's escapes, and wants one more character escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{to_value(key)} = {to_value(x)}' for key, x in value.items())}}}"
+    return str(value)
 
 
 def refuse_depth(source: Source) -> None:

@@ -6,11 +6,14 @@ or of objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+Prune = Callable[[int, Mapping[str, float]], object]
+"""From the step and the metrics of an evaluation to whether the run ends there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class Brought:
         loggers: objects that are handed every line of metrics, on rank 0.
         notes: lines for the header.
         given: loaders as the user has made them, by what they are for; known once they are asked.
+        prune: is asked on rank 0 behind each evaluation, with the step and the metrics, whether the
+            run is to end there.
     """
 
     model: nn.Module | None = None
@@ -44,6 +49,7 @@ class Brought:
     loggers: Sequence[Any] = ()
     notes: Sequence[str] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
+    prune: Prune | None = None
 
     @property
     def sections(self) -> frozenset[str]:

@@ -21,6 +21,8 @@ STATE = "early_stopping"
 """Name of the state among the values of a checkpoint."""
 ASKED = "trainer.should_stop was set"
 """The reason where code of the user's has ended a run."""
+PRUNED = "pruned"
+"""The reason where a study has ended a run that does not look promising."""
 
 
 class EarlyStopping:

@@ -162,6 +162,7 @@ def _train(
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
         profiler=profiler,
+        prune=brought.prune,
     )
     plan = Plan.of(config, data)
     run.begin(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from hpctrain.batch.stop import SignalFlag
 from hpctrain.config import Config, load
 from hpctrain.config.choices import is_preparing
-from hpctrain.errors import ConfigError, ExitCode, HpctrainError
+from hpctrain.errors import ConfigError, ExitCode, HpctrainError, TrainingError
 from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
 from hpctrain.launch.process_group import (
@@ -70,7 +70,12 @@ class Stopped(SystemExit):
     everywhere = True
 
 
-def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[str, float]:
+def train(
+    config: str | Path | Config,
+    overrides: Sequence[str] | Callable[[], Sequence[str]] = (),
+    *,
+    prune: Callable[[int, Mapping[str, float]], object] | None = None,
+) -> dict[str, float]:
     """Train as `python -m hpctrain CONFIG` does, and return the metrics. Collective: all ranks.
 
     Under a launcher on all its ranks, else in one process; it may be called again and again, as for
@@ -79,7 +84,10 @@ def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[st
 
     Args:
         config: a file, or what `load_config` gives.
-        overrides: as on the command line, such as "optimizer.lr=0.01"; for a file.
+        overrides: as on the command line, such as "optimizer.lr=0.01"; for a file. Those of rank 0
+            count: a function that returns them is called there alone.
+        prune: is called on rank 0 alone behind each evaluation, with the step and the metrics; the
+            run is complete where it returns something true, on all ranks.
 
     Returns:
         Those of the newest evaluation; without any, the loss of the last step in the metrics.
@@ -94,18 +102,23 @@ def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[st
     if is_preparing():
         from hpctrain.training.fetch import fetch
 
-        found = config if isinstance(config, Config) else load(path, overrides)
-        fetch(found, path or "CONFIG", overrides)
+        own = list(overrides() if callable(overrides) else overrides)
+        found = config if isinstance(config, Config) else load(path, own)
+        fetch(found, path or "CONFIG", own)
         return {}
     with started(this_process()) as job:
 
-        def loaded() -> Config:
-            return config if isinstance(config, Config) else load(path, overrides)
+        def loaded() -> tuple[Config, list[str]]:
+            if isinstance(config, Config):
+                return config, []
+            own = _asked(overrides)
+            return load(path, own), own
 
-        resolved = on_rank_zero(job.communicator, loaded)
+        resolved, own = on_rank_zero(job.communicator, loaded)
         with gathering(job.topology, job.communicator, resolved.launch, job.guard) as meeting:
             with loading():
                 # torch follows MPI.
+                from hpctrain.training.brought import Brought
                 from hpctrain.training.job import train as run_job
 
             code = run_job(
@@ -115,12 +128,31 @@ def train(config: str | Path | Config, overrides: Sequence[str] = ()) -> dict[st
                 meeting=meeting,
                 signals=job.signals,
                 guard=job.guard,
-                command=[path, *overrides] if path else [sys.argv[0] or "python"],
+                command=[path, *own] if path else [sys.argv[0] or "python"],
+                brought=Brought(prune=prune),
             )
             metrics = on_rank_zero(job.communicator, lambda: _metrics(resolved))
     if code == ExitCode.STOPPED:
         raise Stopped(int(code))
     return metrics
+
+
+def _asked(overrides: Sequence[str] | Callable[[], Sequence[str]]) -> list[str]:
+    """Return the overrides that a caller gives, or that its function returns.
+
+    Raises:
+        TrainingError: if that fails, as all ranks are to hear.
+    """
+    if not callable(overrides):
+        return list(overrides)
+    try:
+        return list(overrides())
+    except HpctrainError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"the function of overrides has failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _metrics(config: Config) -> dict[str, float]:

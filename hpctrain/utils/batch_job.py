@@ -27,7 +27,8 @@ class BatchJob:
     Attributes:
         scheduler: "slurm", "lsf" or "pbs".
         id: of the job; under LSF that of the whole array.
-        element: index in LSF's array, empty outside of one.
+        element: index in the array where the id is that of the whole: of LSF, and of the one
+            element of Slurm's that has the array's own id. Empty elsewhere.
         restart: how often the scheduler itself has started the job again.
         cluster: that the id is of; empty if that is not known.
     """
@@ -40,8 +41,14 @@ class BatchJob:
 
     @property
     def name(self) -> str:
-        """Id by which the scheduler's commands know it: `8[3]` for an element of LSF's array."""
-        return f"{self.id}[{self.element}]" if self.element else self.id
+        """Id by which the scheduler's commands know it; of an array's element `8[3]` or `8_3`."""
+        if not self.element:
+            return self.id
+        return (
+            f"{self.id}_{self.element}"
+            if self.scheduler == "slurm"
+            else f"{self.id}[{self.element}]"
+        )
 
 
 def batch_job(environ: Mapping[str, str]) -> BatchJob | None:
@@ -50,10 +57,12 @@ def batch_job(environ: Mapping[str, str]) -> BatchJob | None:
         if job := environ.get(id_variable):
             restart = environ.get(restart_variable, "")
             index = environ.get("LSB_JOBINDEX", "") if scheduler == "lsf" else ""
+            if scheduler == "slurm" and environ.get("SLURM_ARRAY_JOB_ID") == job:
+                index = environ.get("SLURM_ARRAY_TASK_ID", "")
             return BatchJob(
                 scheduler=scheduler,
                 id=job,
-                element="" if index == "0" else index,
+                element="" if scheduler == "lsf" and index == "0" else index,
                 restart=int(restart) if restart.isdecimal() else 0,
                 cluster=environ.get(cluster_variable, "") or job.partition(".")[2],
             )

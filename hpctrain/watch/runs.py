@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.exit_status import NAME, State, read_status
+from hpctrain.batch.sweep import read_sweep
 from hpctrain.checkpoint.export import best_of
 from hpctrain.checkpoint.inspect import config_changes
 from hpctrain.errors import ConfigError, HpctrainError
@@ -44,6 +45,8 @@ class RunRow:
         changed: seconds since 1970 of the newest sign of it.
         host: of its last job, the first of several.
         size: bytes of its folder.
+        metrics: all of the newest evaluation.
+        point: what it has of its own in its sweep, by key.
     """
 
     run: str
@@ -56,6 +59,22 @@ class RunRow:
     host: str | None
     nodes: int
     size: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    point: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | str | None:
+        """Return what runs are sorted by: a metric, its best first of all; a key, or a column."""
+        if name in ("step", "size", "run", "state"):
+            found: float | str = getattr(self, name)
+            return found
+        for metrics in (self.best, self.metrics, self.last):
+            if name in metrics:
+                return metrics[name]
+        text = self.point.get(name)
+        try:
+            return text if text is None else float(text)
+        except ValueError:
+            return text
 
     def cells(self, now: float) -> tuple[str, ...]:
         """Return what a table shows of it."""
@@ -66,7 +85,7 @@ class RunRow:
             f"{self.step:,}",
             _named(self.last),
             _named(self.best),
-            _age(now - self.changed),
+            _age(now - self.changed) if self.changed else "-",
             self.job or "-",
             f"{self.host}{more}" if self.host else "-",
             text.size(self.size),
@@ -98,22 +117,30 @@ def _runs_in(folder: Path, levels: int) -> list[Path]:
     return found
 
 
-def run_row(run: Path, lives: Lives, name: str | None = None) -> RunRow:
+def run_row(
+    run: Path, lives: Lives, name: str | None = None, point: Mapping[str, str] | None = None
+) -> RunRow:
     """Return a run in a line; what is damaged says so.
 
     Args:
         run: its folder.
         lives: tells whether its process lives.
         name: that it is shown by; None: that of its folder.
+        point: what it has of its own, where it is one of a sweep; it may not have begun.
     """
     step, job, state = 0, None, ""
+    is_begun = point is None or (run / NAME).exists()
     try:
-        status = read_status(run, {}, lives=runs_now(run, lives(run)))
-        step, job, state = status.step, status.job, status.state
-        if status.state == State.RUNNING.value:
+        status = read_status(run, {}, lives=runs_now(run, lives(run))) if is_begun else None
+        if status is None:
+            state = "not begun"
+        else:
+            step, job, state = status.step, status.job, status.state
+        if status is not None and status.state == State.RUNNING.value:
             step = max(step, _newest_step(run))
     except HpctrainError as error:
         state = f"damaged: {error}".splitlines()[0][:60]
+    metrics = _evaluated(run)
     best: dict[str, float] = {}
     with suppress(HpctrainError, OSError):
         if (found := best_of(run)) is not None:
@@ -124,21 +151,74 @@ def run_row(run: Path, lives: Lives, name: str | None = None) -> RunRow:
         run=name or run.name,
         state=state,
         step=step,
-        last=_last(run),
+        last=_last(metrics),
         best=best,
         changed=changed,
         job=job,
         host=host,
         nodes=nodes,
         size=size,
+        metrics=metrics,
+        point=point or {},
     )
 
 
+def sweep_rows(folder: Path, lives: Lives) -> list[RunRow]:
+    """Return the points of a folder's sweep; none where it holds no sweep.
+
+    Raises:
+        ConfigError: if sweep.json is damaged.
+    """
+    sweep = read_sweep(folder)
+    if sweep is None:
+        return []
+    return [run_row(sweep.run_of(one), lives, point=one.values) for one in sweep.points]
+
+
+def ordered(rows: Sequence[RunRow], by: str | None, *, reverse: bool = False) -> list[RunRow]:
+    """Return runs in order: the newest first, or the best by a metric; those without one last.
+
+    Args:
+        rows: runs.
+        by: a metric, a swept key, or a column: step, size, run, state.
+        reverse: the other way round.
+
+    Raises:
+        ConfigError: if no run has this.
+    """
+    if by is None:
+        return sorted(rows, key=lambda row: -row.changed, reverse=reverse)
+    values = [(row.value(by), row) for row in rows]
+    known = [(value, row) for value, row in values if value is not None]
+    if rows and not known:
+        names = sorted({name for row in rows for name in (*row.best, *row.metrics, *row.point)})
+        raise ConfigError(
+            f"--sort {by}: no run has this{text.did_you_mean(by, names)}; there is "
+            f"{text.listed([*names, 'step', 'size', 'run', 'state'], 20)}"
+        )
+    is_metric = any(by in metrics for row in rows for metrics in (row.best, row.metrics, row.last))
+    falls = is_metric and not any(word in by.lower() for word in _LOWER_IS_BETTER)
+    # Numbers before words; of equal ones the order stays.
+    found = sorted(
+        known, key=lambda item: (isinstance(item[0], str), item[0]), reverse=falls != reverse
+    )
+    return [row for _, row in found] + [row for value, row in values if value is None]
+
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "error", "rmse", "mse", "mae", "bits", "nll", "wer")
+"""In names of metrics; of all others the highest stands first."""
+
+
 def table_of(rows: Sequence[RunRow], now: float | None = None) -> str:
-    """Return runs as a table, the newest first."""
+    """Return runs as a table, with what points of a sweep have of their own."""
     now = time.time() if now is None else now
-    ordered = sorted(rows, key=lambda row: -row.changed)
-    return "\n".join(text.table([_HEAD, *(row.cells(now) for row in ordered)]))
+    keys = list(dict.fromkeys(key for row in rows for key in row.point))
+    head = (*_HEAD[:2], *keys, *_HEAD[2:])
+    lines = []
+    for row in rows:
+        run, state, *more = row.cells(now)
+        lines.append((run, state, *(row.point.get(key, "-") for key in keys), *more))
+    return "\n".join(text.table([head, *lines]))
 
 
 def compared(one: Path, other: Path, lives: Lives) -> str:
@@ -267,15 +347,17 @@ def _metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _last(run: Path) -> dict[str, float]:
-    """Return the newest metric of the evaluation, or the newest loss of training."""
+def _evaluated(run: Path) -> dict[str, float]:
+    """Return the metrics of the newest evaluation, or the newest numbers of training."""
     records = newest_records(run / JSONL_FILE, _TAIL_BYTES)
     names = [name for name in records if name not in ("train", "epoch")] or list(records)
-    for name in names:
-        if metrics := _metrics_of(records[name]):
-            key = "loss" if "loss" in metrics else next(iter(metrics))
-            return {key: metrics[key]}
-    return {}
+    return next(filter(None, (_metrics_of(records[name]) for name in names)), {})
+
+
+def _last(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the one number of these that a table has room for."""
+    key = "loss" if "loss" in metrics else next(iter(metrics), None)
+    return {} if key is None else {key: metrics[key]}
 
 
 def _newest_step(run: Path) -> int:

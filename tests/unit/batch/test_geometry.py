@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.batch.exit_status import Outcome, read_outcome, write_outcome
-from hpctrain.batch.geometry import Geometry, geometry
+from hpctrain.batch.job_plan import Geometry, geometry
 from hpctrain.batch.sites import find_site
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.errors import ConfigError, UsageError

@@ -14,8 +14,9 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.batch.job_script import parse_time, submit
+from hpctrain.batch.job_plan import parse_time
 from hpctrain.batch.sites import built_in_sites, longest_hours
+from hpctrain.batch.submission import submit
 from hpctrain.cli import main
 from hpctrain.errors import LaunchError, UsageError
 
