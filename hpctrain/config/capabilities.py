@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Hole:
-    """A combination that does not work; what is None may be anything."""
+class Combination:
+    """What a config asks for and where it is to run; None: not set, or not known yet.
 
-    because: str
-    key: str
-    """The key to change, of those that are set."""
+    Attributes:
+        strategy: as in the config.
+        precision: the same.
+        device: "cpu" or "cuda", where that is known.
+        backend: "nccl" or "gloo", where that is known and there is more than one process.
+        compress_gradients: as in the config.
+        sync_batchnorm: the same; False or None with one process.
+        channels_last: as in the config.
+        buckets: whether bucket_mb is set.
+        static_graph: as in the config.
+        unused_parameters: the same.
+        checks_sync: whether check_sync_every is not 0.
+        shards: whether shard names units.
+        cpu_offload: as in the config.
+        reshard_after_forward: the same.
+        graphs: whether compile_mode records CUDA graphs.
+    """
+
     strategy: str | None = None
     precision: str | None = None
     device: str | None = None
@@ -27,9 +42,20 @@ class _Hole:
     cpu_offload: bool | None = None
     reshard_after_forward: bool | None = None
     graphs: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hole(Combination):
+    """A combination that does not work; what is None may be anything."""
+
+    because: str
+    key: str
+    """The key to change, of those that are set."""
     before_torch: tuple[int, int] | None = None
     """The first version in which it works; None: it works in none."""
 
+
+_ASKED = tuple(each.name for each in fields(Combination))
 
 _ONLY_FSDP = 'only training.strategy = "fsdp" spreads the parameters over the ranks'
 _FSDP_REDUCES = "fsdp sums gradients in float32, and gathers parameters in the format of precision"
@@ -190,67 +216,18 @@ _HOLES = (
 )
 
 
-def unsupported(
-    *,
-    precision: str | None = None,
-    device: str | None = None,
-    backend: str | None = None,
-    compress_gradients: str | None = None,
-    sync_batchnorm: bool | None = None,
-    strategy: str | None = None,
-    channels_last: bool | None = None,
-    buckets: bool | None = None,
-    static_graph: bool | None = None,
-    unused_parameters: str | None = None,
-    checks_sync: bool | None = None,
-    shards: bool | None = None,
-    cpu_offload: bool | None = None,
-    reshard_after_forward: bool | None = None,
-    graphs: bool | None = None,
-    torch: str | None = None,
-) -> tuple[str, str] | None:
+def unsupported(asked: Combination, torch: str | None = None) -> tuple[str, str] | None:
     """Look a combination up.
 
     Args:
-        precision: as in the config.
-        device: "cpu" or "cuda"; None or "auto" while that is not known.
-        backend: "nccl" or "gloo"; None or "auto" while that is not known, or with one process.
-        compress_gradients: as in the config.
-        sync_batchnorm: the same; False or None with one process.
-        strategy: as in the config; None: not set.
-        channels_last: as in the config.
-        buckets: whether bucket_mb is set.
-        static_graph: as in the config.
-        unused_parameters: the same.
-        checks_sync: whether check_sync_every is not 0.
-        shards: whether shard names units.
-        cpu_offload: as in the config.
-        reshard_after_forward: the same.
-        graphs: whether compile_mode records CUDA graphs.
+        asked: the combination.
         torch: its version, such as "2.8.0+cpu"; None while that is not known.
 
     Returns:
         The key to change and the reason; None if nothing is known to speak against it.
     """
-    given = {
-        "precision": precision,
-        "device": device,
-        "backend": backend,
-        "compress_gradients": compress_gradients,
-        "sync_batchnorm": sync_batchnorm,
-        "strategy": strategy,
-        "channels_last": channels_last,
-        "buckets": buckets,
-        "static_graph": static_graph,
-        "unused_parameters": unused_parameters,
-        "checks_sync": checks_sync,
-        "shards": shards,
-        "cpu_offload": cpu_offload,
-        "reshard_after_forward": reshard_after_forward,
-        "graphs": graphs,
-    }
     for hole in _HOLES:
-        holds = all(getattr(hole, name) in (None, value) for name, value in given.items())
+        holds = all(getattr(hole, name) in (None, getattr(asked, name)) for name in _ASKED)
         if holds and (hole.before_torch is None or _is_before(torch, hole.before_torch)):
             return hole.key, hole.because
     return None

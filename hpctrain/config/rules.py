@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.capabilities import records_graphs, unsupported
+from hpctrain.config.capabilities import Combination, records_graphs, unsupported
 from hpctrain.config.fields import STATISTICS, problems_of
 from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
@@ -645,19 +645,21 @@ def check_deterministic(source: Source) -> list[Mistake]:
 def check_capabilities(source: Source) -> list[Mistake]:
     """Check that precision, device and backend go together, as far as they are set."""
     found = unsupported(
-        precision=source.get("training", "precision"),
-        device=source.get("launch", "device"),
-        backend=source.get("launch", "backend"),
-        compress_gradients=source.get("training", "compress_gradients"),
-        strategy=source.get("training", "strategy") or "ddp",
-        channels_last=source.get("training", "channels_last"),
-        buckets=source.get("training", "bucket_mb") is not None,
-        static_graph=source.get("training", "static_graph"),
-        unused_parameters=source.get("training", "unused_parameters"),
-        checks_sync=bool(source.get("training", "check_sync_every")),
-        shards=bool(source.get("training", "shard")),
-        cpu_offload=source.get("training", "cpu_offload"),
-        reshard_after_forward=source.get("training", "reshard_after_forward"),
+        Combination(
+            precision=source.get("training", "precision"),
+            device=source.get("launch", "device"),
+            backend=source.get("launch", "backend"),
+            compress_gradients=source.get("training", "compress_gradients"),
+            strategy=source.get("training", "strategy") or "ddp",
+            channels_last=source.get("training", "channels_last"),
+            buckets=source.get("training", "bucket_mb") is not None,
+            static_graph=source.get("training", "static_graph"),
+            unused_parameters=source.get("training", "unused_parameters"),
+            checks_sync=bool(source.get("training", "check_sync_every")),
+            shards=bool(source.get("training", "shard")),
+            cpu_offload=source.get("training", "cpu_offload"),
+            reshard_after_forward=source.get("training", "reshard_after_forward"),
+        )
     )
     if found is None:
         return []

@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from hpctrain.checkpoint.best import Mode
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config import Config
-from hpctrain.config.capabilities import records_graphs, unsupported
+from hpctrain.config.capabilities import Combination, records_graphs, unsupported
 from hpctrain.config.fields import target_mask
 from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake, shown
@@ -55,7 +55,7 @@ from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_mode
 from hpctrain.training.prepare_data import fetching, prepare_data
 from hpctrain.training.ranges import ranges_checked
 from hpctrain.training.snapshot import refuse_unmade
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import Shapes, TrainStep
 from hpctrain.training.task import Task, adopt_task
 from hpctrain.utils.text import did_you_mean, listed
 
@@ -76,24 +76,6 @@ class Parts:
     step: TrainStep
     callbacks: TaskCallbacks = field(default_factory=TaskCallbacks)
     notes: Sequence[str] = ()
-
-
-class Shapes(Protocol):
-    """What the parts have to know of the training data."""
-
-    @property
-    def largest_share(self) -> int:
-        """The most samples of any rank in any batch."""
-        ...
-
-    @property
-    def smallest_share(self) -> int:
-        """The fewest."""
-        ...
-
-    def example(self, count: int = 1) -> Any:
-        """Return one sample so many times, as a pass has them, on the device."""
-        ...
 
 
 def build_parts(
@@ -170,19 +152,11 @@ def build_parts(
         task,
         optimizer,
         world,
+        training=training,
         number_format=number_format,
-        clip_norm=config.training.clip_norm,
-        clip_value=config.training.clip_value,
-        ema_decay=config.training.ema_decay,
-        micro_batch_size=config.data.micro_batch_size,
-        largest_share=shapes.largest_share,
-        smallest_share=shapes.smallest_share,
+        shapes=shapes,
         example=example,
-        repeat=shapes.example,
-        bucket_mb=config.training.bucket_mb,
-        compress_gradients=config.training.compress_gradients,
-        static_graph=config.training.static_graph,
-        unused_parameters=config.training.unused_parameters,
+        micro_batch_size=config.data.micro_batch_size,
         graphs=_records_graphs(config) and world.device.type == "cuda",
         sharded=sharded,
     )
@@ -443,14 +417,16 @@ def _build_optimizer(config: Config, components: Components, model: HasParameter
 def _check_capabilities(config: Config, world: World) -> None:
     """Refuse what cannot work here; before the world was known, only a part of that was said."""
     found = unsupported(
-        precision=config.training.precision,
-        device=world.device.type,
-        backend=world.backend,
-        compress_gradients=config.training.compress_gradients,
-        sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
-        strategy=config.training.strategy,
-        cpu_offload=config.training.cpu_offload,
-        graphs=_records_graphs(config) and world.topology.world_size > 1,
+        Combination(
+            precision=config.training.precision,
+            device=world.device.type,
+            backend=world.backend,
+            compress_gradients=config.training.compress_gradients,
+            sync_batchnorm=config.training.sync_batchnorm and world.topology.world_size > 1,
+            strategy=config.training.strategy,
+            cpu_offload=config.training.cpu_offload,
+            graphs=_records_graphs(config) and world.topology.world_size > 1,
+        ),
         torch=torch.__version__,
     )
     if found is not None:

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hpctrain.checkpoint.tensors import tensor_bytes
+from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.call import Call, Method, UnhookedCallee, call_directly
@@ -46,10 +47,7 @@ class DDPModel:
         model: nn.Module,
         world_size: int,
         device: torch.device,
-        bucket_mb: float | None,
-        compress_gradients: str = "none",
-        static_graph: bool = False,
-        unused_parameters: str = "error",
+        training: TrainingSection,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
@@ -57,10 +55,8 @@ class DDPModel:
             model: on the device.
             world_size: number of ranks.
             device: of this rank.
-            bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
-            compress_gradients: "bf16" or "fp16": the format they are reduced in; "none": their own.
-            static_graph: whether every pass uses the same parameters equally often.
-            unused_parameters: "error" or "allow": whether some may have no part in a step.
+            training: of the config: how DDP is to reduce gradients, and what it is told of the
+                model's parameters.
         """
         self.model = model
         self.call: Call = call_directly(model)
@@ -69,10 +65,10 @@ class DDPModel:
         self._count = len(self.parameters)
         self._complex = [item for item in self.parameters if item.is_complex()]
         self._names = [name for name, item in model.named_parameters() if item.requires_grad]
-        self.unused = UnusedParameters(unused_parameters, world_size)
-        self._bucket_mb = bucket_mb
-        self._compress_gradients = compress_gradients
-        self._static_graph = static_graph
+        self.unused = UnusedParameters(training.unused_parameters, world_size)
+        self._bucket_mb = training.bucket_mb
+        self._compress_gradients = training.compress_gradients
+        self._static_graph = training.static_graph
         self._ddp: DistributedDataParallel | None = None
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         if world_size > 1:

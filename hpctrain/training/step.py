@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters, Json
-from hpctrain.data.loading.batch import Rows, ShareOfBatch, count_passes, cut, repeated
+from hpctrain.config.schema import TrainingSection
+from hpctrain.data.loading.batch import ShareOfBatch, count_passes, cut
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
@@ -34,6 +35,24 @@ from hpctrain.training.undisturbed import Disturbance
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from hpctrain.training.fsdp import ShardedModel
+
+
+class Shapes(Protocol):
+    """What a step has to know of the batches to come."""
+
+    @property
+    def largest_share(self) -> int:
+        """The most samples of any rank in any batch."""
+        ...
+
+    @property
+    def smallest_share(self) -> int:
+        """The fewest."""
+        ...
+
+    def example(self, count: int = 1) -> Any:
+        """Return one sample so many times, as a pass has them, on the device."""
+        ...
 
 
 class TrainStep:
@@ -68,19 +87,11 @@ class TrainStep:
         optimizer: Optimizer,
         world: World,
         *,
+        training: TrainingSection,
         number_format: NumberFormat,
-        clip_norm: float | None,
-        micro_batch_size: int | None,
-        largest_share: int,
+        shapes: Shapes,
         example: Any,
-        repeat: Callable[[int], Any] | None = None,
-        smallest_share: int = 0,
-        bucket_mb: float | None = None,
-        clip_value: float | None = None,
-        ema_decay: float | None = None,
-        compress_gradients: str = "none",
-        static_graph: bool = False,
-        unused_parameters: str = "error",
+        micro_batch_size: int | None = None,
         graphs: bool = False,
         sharded: ShardedModel | None = None,
     ) -> None:
@@ -91,20 +102,11 @@ class TrainStep:
             task: computes the loss.
             optimizer: of the model's parameters.
             world: the ranks.
+            training: of the config: clipping, moving average, and what DDP is told.
             number_format: of parameters and arithmetic.
-            clip_norm: the norm of the whole gradient is clipped to this; None: not at all.
+            shapes: of the batches to come.
+            example: one sample of them, on the device, as a pass has it.
             micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
-            largest_share: the most samples of any rank in any batch.
-            example: one sample, on the device, as a pass has it.
-            repeat: returns it so many times in one pass; None: it has rows of tensors by name.
-            smallest_share: the fewest samples of any rank in any batch.
-            bucket_mb: MB of gradients that are reduced together; None: as torch chooses.
-            clip_value: every element of the gradient is clipped to this, after its norm.
-            compress_gradients: "bf16" or "fp16": the format in which ranks exchange gradients.
-            static_graph: whether every pass uses the same parameters equally often.
-            unused_parameters: "error" or "allow": whether, over ranks, some may have no part in a
-                step.
-            ema_decay: of a moving average of the parameters; None: there is none.
             graphs: whether the model is compiled to CUDA graphs, not where it is spread.
             sharded: the model where its parameters are spread over the ranks, and the optimizer's
                 are those of `sharded`; None: every rank has all of them.
@@ -116,8 +118,8 @@ class TrainStep:
         check_task(task)
         self._module = task if isinstance(task, ModuleTask) else None
         self.task_log = None if self._module else TaskLog.of(task, world)
-        self.grad_accum_steps = count_passes(largest_share, micro_batch_size)
-        if smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
+        self.grad_accum_steps = count_passes(shapes.largest_share, micro_batch_size)
+        if shapes.smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
             _refuse_synchronised_statistics(model)
         self.model = model
         self.device = world.device
@@ -132,17 +134,11 @@ class TrainStep:
         self._pulse = world.pulse
         self._arithmetic = number_format.arithmetic()
         self._held = number_format.cast(map_tensors(torch.clone, example), task.inputs)
-        self._repeat = repeat
+        self._shapes = shapes
         self._format = number_format
-        self.rows = max(1, -(-largest_share // self.grad_accum_steps))
+        self.rows = max(1, -(-shapes.largest_share // self.grad_accum_steps))
         self._wrapped: DDPModel | ShardedModel = sharded or DDPModel(
-            model,
-            self._world_size,
-            world.device,
-            bucket_mb,
-            compress_gradients,
-            static_graph,
-            unused_parameters,
+            model, self._world_size, world.device, training
         )
         self.scaler = LossScale(world.device, enabled=number_format.scaled)
         self._passes = Passes(
@@ -162,8 +158,8 @@ class TrainStep:
             self._own_gradients = OwnGradients(self._wrapped.parameters)
         self._update = Update(
             optimizer,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
+            clip_norm=training.clip_norm,
+            clip_value=training.clip_value,
             scaler=self.scaler,
             device=torch.device("cpu") if sharded and sharded.offloaded else world.device,
             counted=self._wrapped.counted,
@@ -171,7 +167,9 @@ class TrainStep:
         )
         self.syncs = self._update.syncs
         self.disturbance = Disturbance()
-        self.average = None if ema_decay is None else WeightAverage(self._wrapped, ema_decay)
+        self.average = None
+        if training.ema_decay is not None:
+            self.average = WeightAverage(self._wrapped, training.ema_decay)
         self.evaluation = (
             EvaluationWeights(optimizer, self._wrapped) if has_modes(optimizer) else None
         )
@@ -253,11 +251,7 @@ class TrainStep:
             TrainingError: if model, task and data do not fit.
         """
         samples = self.rows
-        if self._repeat is None:
-            fields: Any = repeated(self._held, samples)
-            samples = Rows(fields).size
-        else:
-            fields = self._format.cast(self._repeat(samples), self._task.inputs)
+        fields = self._format.cast(self._shapes.example(samples), self._task.inputs)
         self.disturbance = prime(
             self._wrapped,
             self._task,

@@ -11,11 +11,12 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.one_sample import OneSample
 from helpers.worlds import world_of_one
 from torch import Tensor, nn
 
 from hpctrain.checkpoint.host_copies import HostCopies
-from hpctrain.config.schema import Precision
+from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.models.mlp import MLP
@@ -72,11 +73,13 @@ def build(
         Classification(["x"], "y"),
         build_optimizer(optimizer, model, LR, arguments),
         world,
+        training=TrainingSection(clip_norm=clip_norm),
         number_format=number_format,
-        clip_norm=clip_norm,
-        micro_batch_size=ROWS // passes,
-        largest_share=ROWS,
+        shapes=OneSample(
+            {name: row[:1] for name, row in batches(world.device, 1)[0].fields.items()}, ROWS
+        ),
         example={name: row[:1] for name, row in batches(world.device, 1)[0].fields.items()},
+        micro_batch_size=ROWS // passes,
         graphs=mode == "reduce-overhead",
     )
     return model, step

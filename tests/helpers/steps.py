@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat
@@ -14,6 +15,7 @@ from hpctrain.training.preparation import cast_model
 from hpctrain.training.step import TrainStep
 from hpctrain.training.task import Classification
 
+from .one_sample import OneSample
 from .worlds import world_of_one
 
 CPU = torch.device("cpu")
@@ -40,18 +42,23 @@ def make_step(
     optimizer: Any = torch.optim.AdamW,
     arguments: dict[str, Any] | None = None,
     example: dict[str, Tensor] | None = None,
-    **options: Any,
+    largest_share: int = 8,
+    smallest_share: int = 0,
+    micro_batch_size: int | None = None,
+    **training: Any,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, CPU)
     cast_model(model, number_format, None)
     number_format = number_format.for_model(model)
-    chosen: dict[str, Any] = {"clip_norm": None, "micro_batch_size": None, "largest_share": 8}
+    example = example or fields(1)
     return TrainStep(
         model,
         task or Classification(["x"], "y"),
         build_optimizer(optimizer, model, 0.02, arguments or {}),
         WORLD,
+        training=TrainingSection(**training),
         number_format=number_format,
-        example=example or fields(1),
-        **(chosen | options),
+        shapes=OneSample(example, largest_share, smallest_share),
+        example=example,
+        micro_batch_size=micro_batch_size,
     )

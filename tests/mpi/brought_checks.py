@@ -7,10 +7,12 @@ from typing import Any
 
 import brought
 import torch
+from helpers.one_sample import OneSample
 from sharded_world import SECTION, full
 from step_world import FEATURES, alone, batch_of, samples
 from torch import Tensor, nn
 
+from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import Turn, evaluate
@@ -56,13 +58,11 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
         task,
         build_optimizer(torch.optim.AdamW, spread or model, 0.01, {}),
         world,
+        training=TrainingSection(clip_norm=0.5, ema_decay=0.5),
         number_format=number_format,
-        clip_norm=0.5,
-        micro_batch_size=None,
-        largest_share=-(-35 // world.topology.world_size),
+        shapes=OneSample(example, -(-35 // world.topology.world_size)),
         example=example,
         sharded=spread,
-        ema_decay=0.5,
     )
     step.prime()
     return step

@@ -8,11 +8,13 @@ from typing import Any
 
 import call_models as models
 import torch
+from helpers.one_sample import OneSample
 from sharded_world import SECTION, full
 from step_world import alone
 from torch import Tensor, nn
 
 import hpctrain
+from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.batch import Batch, Rows, count_passes, cut
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
@@ -79,14 +81,12 @@ def make_step(
         task,
         build_optimizer(torch.optim.AdamW, sharded or model, 0.01, {}),
         world,
+        training=TrainingSection(static_graph=strategy == "static", unused_parameters=unused),
         number_format=number_format,
-        clip_norm=None,
-        micro_batch_size=micro,
-        largest_share=LARGEST // world.topology.world_size + 1,
+        shapes=OneSample(models.fields_of(1, 99), LARGEST // world.topology.world_size + 1),
         example=models.fields_of(1, 99),
+        micro_batch_size=micro,
         sharded=sharded,
-        unused_parameters=unused,
-        static_graph=strategy == "static",
     )
     step.prime()
     return step

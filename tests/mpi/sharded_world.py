@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from helpers.one_sample import OneSample
 from step_world import CLASSES, FEATURES, samples
 from torch import Tensor, nn
 
@@ -63,8 +64,9 @@ def build(
     optimizer: Any = torch.optim.AdamW,
     arguments: dict[str, Any] | None = None,
     task: Any = None,
+    micro_batch_size: int | None = None,
     prime: bool = True,
-    **further: Any,
+    **training: Any,
 ) -> TrainStep:
     number_format = NumberFormat.of(precision, world.device)
     cast_model(model, number_format, None)
@@ -78,12 +80,12 @@ def build(
         task if task is not None else Classification(["features"], "label"),
         build_optimizer(optimizer, spread or model, 0.01, arguments or {}),
         world,
+        training=TrainingSection(clip_norm=0.5, **training),
         number_format=number_format,
-        clip_norm=0.5,
-        largest_share=-(-35 // world.topology.world_size),
+        shapes=OneSample(samples(1, seed=99), -(-35 // world.topology.world_size)),
         example=samples(1, seed=99),
         sharded=spread,
-        **{"micro_batch_size": None, **further},
+        micro_batch_size=micro_batch_size,
     )
     if prime:
         step.prime()

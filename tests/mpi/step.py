@@ -8,9 +8,11 @@ import brought_checks
 import step_exactness
 import torch
 import wrong_sums
+from helpers.one_sample import OneSample
 from torch import nn
 
 import hpctrain
+from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
@@ -58,11 +60,11 @@ def make_step(
         task or Classification(["x"], "y"),
         build_optimizer(optimizer, model, 0.01, {}),
         world,
+        training=TrainingSection(clip_norm=clip_norm),
         number_format=NumberFormat.of("64-true", world.device),
-        clip_norm=clip_norm,
-        micro_batch_size=micro_batch_size,
-        largest_share=largest_share,
+        shapes=OneSample(global_batch(1, 99), largest_share),
         example=global_batch(1, 99),
+        micro_batch_size=micro_batch_size,
     )
     step.prime()
     return step
@@ -182,11 +184,11 @@ def check_every_precision_trains(world: World) -> None:
             Classification(["x"], "y"),
             build_optimizer(torch.optim.AdamW, model, 0.01, {}),
             world,
+            training=TrainingSection(clip_norm=1.0),
             number_format=number_format,
-            clip_norm=1.0,
-            micro_batch_size=4,
-            largest_share=8,
+            shapes=OneSample(global_batch(1, 99), 8),
             example=global_batch(1, 99),
+            micro_batch_size=4,
         )
         step.prime()
         losses = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from helpers.one_sample import OneSample
 from torch import Tensor, nn
 
+from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import SingleCommunicator, World
 from hpctrain.topology import Topology
@@ -100,14 +102,16 @@ def step_of(
         task if task is not None else Classification(["features"], "label"),
         build_optimizer(optimizer, model, lr, arguments or {}),
         world,
+        training=TrainingSection(
+            clip_norm=clip_norm,
+            bucket_mb=bucket_mb,
+            compress_gradients=compress_gradients,
+            static_graph=static_graph,
+        ),
         number_format=number_format,
-        clip_norm=clip_norm,
-        micro_batch_size=micro_batch_size,
-        largest_share=largest_share,
+        shapes=OneSample(samples(1, seed=99 + world.topology.rank), largest_share),
         example=samples(1, seed=99 + world.topology.rank),
-        bucket_mb=bucket_mb,
-        compress_gradients=compress_gradients,
-        static_graph=static_graph,
+        micro_batch_size=micro_batch_size,
     )
     if prime:
         step.prime()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
@@ -347,11 +347,13 @@ def _check_objects(objects: Sequence[Any], models: Sequence[nn.Module], setups: 
 
 def _check_capabilities(section: TrainingSection, world: World) -> None:
     found = unsupported(
-        precision=section.precision,
-        device=world.device.type,
-        backend=world.backend,
-        strategy=section.strategy,
-        cpu_offload=section.cpu_offload,
+        Combination(
+            precision=section.precision,
+            device=world.device.type,
+            backend=world.backend,
+            strategy=section.strategy,
+            cpu_offload=section.cpu_offload,
+        ),
         torch=torch.__version__,
     )
     if found is not None:

@@ -6,7 +6,7 @@ import itertools
 import typing
 from typing import Any
 
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.schema import LaunchSection, Precision
 
 PRECISIONS = typing.get_args(Precision)
@@ -17,7 +17,9 @@ def test_every_combination_of_a_torch_that_has_them_all() -> None:
     for precision, device, backend in itertools.product(
         PRECISIONS, typing.get_args(HINTS["device"]), (None, *typing.get_args(HINTS["backend"]))
     ):
-        found = unsupported(precision=precision, device=device, backend=backend, torch="2.13.0+cpu")
+        found = unsupported(
+            Combination(precision=precision, device=device, backend=backend), torch="2.13.0+cpu"
+        )
         impossible = device == "mps" or (device, backend) == ("cpu", "nccl")
         assert (found is not None) == impossible
 
@@ -33,7 +35,9 @@ def test_bfloat16_over_gloo_needs_its_torch() -> None:
         ("bf16-mixed", "gloo", "2.6.0"): None,
     }
     for (precision, backend, torch), key in cells.items():
-        found = unsupported(precision=precision, backend=backend, device="cuda", torch=torch)
+        found = unsupported(
+            Combination(precision=precision, backend=backend, device="cuda"), torch=torch
+        )
         assert (found[0] if found else None) == key
 
 
@@ -51,7 +55,8 @@ def test_gradients_are_compressed_where_that_makes_sense() -> None:
     }
     for (precision, compression, backend, torch), works in cells.items():
         found = unsupported(
-            precision=precision, compress_gradients=compression, backend=backend, torch=torch
+            Combination(precision=precision, compress_gradients=compression, backend=backend),
+            torch=torch,
         )
         assert (found is None) == works, (precision, compression, backend, torch)
         assert found is None or found[0] == "training.compress_gradients"
@@ -64,7 +69,7 @@ def test_batch_norms_are_synchronised_on_gpus_only() -> None:
         ("cpu", False, True),
         ("cpu", None, True),
     ]:
-        assert (unsupported(device=device, sync_batchnorm=wanted) is None) == works
+        assert (unsupported(Combination(device=device, sync_batchnorm=wanted)) is None) == works
 
 
 def test_what_goes_with_a_strategy() -> None:
@@ -100,5 +105,6 @@ def test_what_goes_with_a_strategy() -> None:
         ({"strategy": "ddp", "graphs": True, "device": "cuda"}, None),
     ]
     for given, key in cells:
-        found = unsupported(**given)
+        torch = given.pop("torch", None)
+        found = unsupported(Combination(**given), torch)
         assert (found[0] if found else None) == key, given

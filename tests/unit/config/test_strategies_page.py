@@ -12,7 +12,7 @@ import tomllib
 from lightning.pytorch.strategies import StrategyRegistry
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.choices import training_of
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
@@ -114,14 +114,16 @@ def test_all_keys_go_together() -> None:
             assert config is not None, mistakes
             training = config.training
             found = unsupported(
-                device="cuda",
-                backend="nccl",
-                strategy=training.strategy,
-                precision=training.precision,
-                shards=bool(training.shard),
-                cpu_offload=training.cpu_offload,
-                reshard_after_forward=training.reshard_after_forward,
-                unused_parameters=training.unused_parameters,
+                Combination(
+                    device="cuda",
+                    backend="nccl",
+                    strategy=training.strategy,
+                    precision=training.precision,
+                    shards=bool(training.shard),
+                    cpu_offload=training.cpu_offload,
+                    reshard_after_forward=training.reshard_after_forward,
+                    unused_parameters=training.unused_parameters,
+                )
             )
             assert found is None, (cell, found)
             count += 1

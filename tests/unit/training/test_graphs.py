@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.one_sample import OneSample
 from helpers.worlds import world_of_one
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torchmetrics import SpearmanCorrCoef
 
+from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather
@@ -123,12 +125,11 @@ def trained(*, recorded: bool, graphs: bool, passes: int) -> tuple[Net, list[dic
         OwnLoss(),  # type: ignore[arg-type]
         torch.optim.SGD(model.parameters(), lr=0.01),
         WORLD,
+        training=TrainingSection(clip_norm=1.0, unused_parameters="allow"),
         number_format=NumberFormat.of("32-true", CPU),
-        clip_norm=1.0,
-        micro_batch_size=ROWS // passes,
-        largest_share=ROWS,
+        shapes=OneSample({"x": torch.ones(1, WIDTH)}, ROWS),
         example={"x": torch.ones(1, WIDTH)},
-        unused_parameters="allow",
+        micro_batch_size=ROWS // passes,
         graphs=graphs,
     )
     numbers = []

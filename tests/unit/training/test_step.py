@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpctrain.checkpoint import host_copies
 from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
-from hpctrain.config.capabilities import unsupported
+from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.schema import Precision
 from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
@@ -95,7 +95,10 @@ def test_the_loss_scale_falls_at_once_and_grows_late() -> None:
 @pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_every_precision_trains_or_is_refused(precision: Any, micro_batch_size: int | None) -> None:
-    if unsupported(precision=precision, device="cpu", torch=torch.__version__) is not None:
+    if (
+        unsupported(Combination(precision=precision, device="cpu"), torch=torch.__version__)
+        is not None
+    ):
         pytest.skip("refused by the table of capabilities")
     torch.manual_seed(0)
     step = make_step(
@@ -242,13 +245,14 @@ def test_samples_of_many_labels_weigh_as_one() -> None:
     """A map of classes a sample: the gradient is that of torch's own mean."""
     torch.manual_seed(0)
     model = nn.Conv1d(2, 3, 1)
-    example = {"x": torch.randn(4, 2, 5), "y": torch.randint(3, (4, 5))}
-    expected = nn.functional.cross_entropy(model(example["x"]), example["y"])
+    four = {"x": torch.randn(4, 2, 5), "y": torch.randint(3, (4, 5))}
+    expected = nn.functional.cross_entropy(model(four["x"]), four["y"])
     (gradient,) = torch.autograd.grad(expected, [model.weight])
     before = model.weight.detach().clone()
-    step = make_step(model, optimizer=torch.optim.SGD, largest_share=4, example=example)
+    one = {name: rows[:1] for name, rows in four.items()}
+    step = make_step(model, optimizer=torch.optim.SGD, largest_share=4, example=one)
     step.prime()
-    step(Batch(fields=example, size=4, global_size=4, epoch=0, start=0), 1.0)
+    step(Batch(fields=four, size=4, global_size=4, epoch=0, start=0), 1.0)
     assert step.read()["loss"] == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(before - model.weight, gradient)
 
