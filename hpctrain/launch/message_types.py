@@ -53,6 +53,7 @@ _NAMES = {
     "preflight.reductions": "Reduction Wrong",
     "preflight.storage": "FolderFacts",
     "training.metrics": "Part",
+    "training.modules.run_logger": "MissingLoggerError",
     "training.staging": "NodeStage",
     "training.fsdp_units": "Findings",
 }

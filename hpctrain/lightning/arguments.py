@@ -18,7 +18,7 @@ from hpctrain.config.choices import Choices, device_of, precision_of, training_o
 from hpctrain.errors import ConfigError
 from hpctrain.lightning.callbacks import sorted_callbacks
 from hpctrain.lightning.keys import Keys, seconds_of
-from hpctrain.lightning.loggers import logger_keys
+from hpctrain.lightning.loggers import Loggers
 from hpctrain.lightning.strategies import SINGLE_DEVICE, strategy_keys
 from hpctrain.utils.text import did_you_mean
 
@@ -91,6 +91,7 @@ class Mapped:
         checkpoints: ModelCheckpoint objects, for what they tell after the run.
         stoppings: EarlyStopping objects, likewise.
         loggers: that are given every line of metrics.
+        shown_loggers: what a module finds as its loggers; None among them: the run's own.
         notes: what was accepted and is done in another way here.
     """
 
@@ -101,6 +102,7 @@ class Mapped:
     checkpoints: Sequence[Any]
     stoppings: Sequence[Any]
     loggers: Sequence[Any]
+    shown_loggers: Sequence[Any]
     notes: Sequence[str]
 
 
@@ -152,16 +154,17 @@ def mapped(given: TrainerArguments, chosen: Choices | None = None) -> Mapped:
         problems.append(str(error))
     found = sorted_callbacks(given.callbacks)
     problems += found.problems
-    of_logger, loggers = logger_keys(given.logger)
+    loggers = Loggers.of(given.logger)
     _raise(problems)
     return Mapped(
-        keys=_chosen(given, chosen or Choices()) | keys | of_logger | found.keys,
+        keys=_chosen(given, chosen or Choices()) | keys | loggers.keys | found.keys,
         devices=num_devices,
         num_nodes=num_nodes,
         callbacks=found.called,
         checkpoints=found.checkpoints,
         stoppings=found.stoppings,
-        loggers=loggers,
+        loggers=loggers.handed,
+        shown_loggers=loggers.shown,
         notes=found.notes,
     )
 

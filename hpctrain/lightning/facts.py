@@ -45,7 +45,7 @@ class Facts:
 
     Attributes:
         callbacks: those given, that are called, or whose work keys do.
-        loggers: those given that lines of metrics are handed to.
+        loggers: those given.
         model: the module of the last call; `lightning_module` is another name for it.
         datamodule: of the last call.
     """
@@ -56,7 +56,8 @@ class Facts:
         self._topology: Topology | None = None
         self._config: Config | None = None
         self.callbacks: list[Any] = [*mapped.callbacks, *mapped.checkpoints, *mapped.stoppings]
-        self.loggers: list[Any] = list(mapped.loggers)
+        self._shown_loggers = mapped.shown_loggers
+        self.loggers: list[Any] = [each for each in mapped.shown_loggers if each is not None]
         self.model: Any = None
         self.datamodule: Any = None
         self.precision = mapped.keys.get("training.precision", "32-true")
@@ -80,7 +81,16 @@ class Facts:
 
     @property
     def logger(self) -> Any:
-        return self.loggers[0] if self.loggers else None
+        """The first; where the run writes by itself, what a module finds as `self.logger`."""
+        if not self._shown_loggers or self._shown_loggers[0] is not None:
+            return self.loggers[0] if self.loggers else None
+        of_run = stand_in_of(self.model)
+        if of_run is not None and of_run.logger is not None:
+            return of_run.logger
+        from hpctrain.training.modules.run_logger import RunLogger
+
+        # There is no run yet: it takes what a script tells it, and writes nothing.
+        return RunLogger(Path(self.default_root_dir), writes=False, trainer=self)
 
     @property
     def default_root_dir(self) -> str:

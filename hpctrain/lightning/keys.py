@@ -1,11 +1,14 @@
-"""Keys of a config by their names with a dot, and the values that several arguments share."""
+"""Keys of a config by their names with a dot, what they come to, and shared kinds of values."""
 
 from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from hpctrain.config import Config
+from hpctrain.config.validate import from_table
 from hpctrain.errors import ConfigError
 
 Keys = dict[str, Any]
@@ -34,3 +37,26 @@ def seconds_of(name: str, value: Any) -> float:
     if duration is None or duration.total_seconds() <= 0:
         raise ConfigError(f'{name}={value!r}: expected a duration such as "00:12:00:00" (DD:HH:..)')
     return duration.total_seconds()
+
+
+_GIVEN = frozenset(
+    {("model", "use"), ("data", "use"), ("data", "train"), ("data", "validation")},
+)
+"""Keys that name the classes of what a script brings as objects."""
+
+
+def make_config(keys: Keys, overrides: Sequence[str]) -> Config:
+    """Return the config that keys with a dot come to.
+
+    Args:
+        keys: of the config.
+        overrides: over them, as on a command line.
+
+    Raises:
+        ConfigError: with every mistake, as of a config file.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        table.setdefault(section, {})[name] = value
+    return from_table("Trainer", table, overrides, given=_GIVEN)

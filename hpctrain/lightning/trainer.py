@@ -34,9 +34,9 @@ from hpctrain.lightning.bring import (
 from hpctrain.lightning.checkpoints import export_for_scripts, tell
 from hpctrain.lightning.facts import Facts, run_folder
 from hpctrain.lightning.folders import Fit, choose_version, newest_version, script_name
-from hpctrain.lightning.jobs import make_config
-from hpctrain.lightning.keys import Keys
+from hpctrain.lightning.keys import Keys, make_config
 from hpctrain.lightning.launching import compare, start_ranks
+from hpctrain.lightning.loggers import Loggers
 from hpctrain.observe import log
 from hpctrain.topology import raise_together
 from hpctrain.training.program import Started, started
@@ -141,11 +141,13 @@ class Trainer(Facts):
         """Run the job. Collective: all ranks."""
         model = handed.brought.model
         assert model is not None
+        Loggers.move(self._mapped.shown_loggers, config.run.name)
         after = AfterFit(model)
         brought = replace(
             handed.brought,
             callbacks=[*handed.brought.callbacks, after],
-            loggers=self.loggers,
+            loggers=self._mapped.loggers,
+            shown_loggers=self._mapped.shown_loggers,
             notes=self._notes,
         )
         with gathering(job.topology, job.communicator, config.launch, job.guard) as meeting:

@@ -87,6 +87,11 @@ class MetricsWriter:
         self._clock = clock
         self._now = now
         self._queues = [_Queue(sink, clock) for sink in sinks]
+        self._endings: list[Callable[[], None]] = []
+
+    def at_close(self, end: Callable[[], None]) -> None:
+        """Have something else end with this."""
+        self._endings.append(end)
 
     def hand_to(self, loggers: Sequence[Any], arguments: Mapping[str, Any]) -> None:
         """Have further records handed to loggers of the user's; `arguments` are the model's."""
@@ -102,6 +107,8 @@ class MetricsWriter:
         """Write what still waits, and close the files."""
         for queue in self._queues:
             queue.close()
+        for end in self._endings:
+            end()
 
 
 class _Queue:

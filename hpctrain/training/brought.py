@@ -31,6 +31,7 @@ class Brought:
         callbacks: objects with the hook names of a Lightning Callback.
         accumulated: batches of a DataLoader that make a step.
         loggers: objects that are handed every line of metrics, on rank 0.
+        shown_loggers: what a module finds as its loggers; None among them: the run's own.
         notes: lines for the header.
         given: loaders as the user has made them, by what they are for; known once they are asked.
         prune: is asked on rank 0 behind each evaluation, with the step and the metrics, whether the
@@ -47,6 +48,7 @@ class Brought:
     callbacks: Sequence[Any] = ()
     accumulated: int = 1
     loggers: Sequence[Any] = ()
+    shown_loggers: Sequence[Any] = (None,)
     notes: Sequence[str] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
     prune: Prune | None = None

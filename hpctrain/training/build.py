@@ -43,6 +43,7 @@ from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
 from hpctrain.training.modules.own_state import OWN_STATE, OwnState
+from hpctrain.training.modules.run_logger import RunLogger, foreign_calls
 from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.modules.task_callbacks import TaskCallbacks
@@ -76,6 +77,13 @@ class Parts:
     step: TrainStep
     callbacks: TaskCallbacks = field(default_factory=TaskCallbacks)
     notes: Sequence[str] = ()
+
+    @property
+    def trainer(self) -> TrainerStandIn | None:
+        """What a module, or the callbacks of a task, know of the run; None: nobody asks."""
+        asking: Any = self.task if isinstance(self.task, ModuleTask) else self.callbacks
+        found: TrainerStandIn | None = asking.trainer
+        return found
 
 
 def build_parts(
@@ -213,6 +221,8 @@ def _bind(
     given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
     if not isinstance(task, ModuleTask):
         trainer = TrainerStandIn(config, world, stop_at, model) if given else None
+        if trainer is not None:
+            trainer.know_loggers(brought.shown_loggers)
         return TaskCallbacks(given, trainer)
     _refuse_half(config, model, task)
     task.bind(model, config, world, stop_at)
@@ -230,7 +240,11 @@ def _register(callbacks: TaskCallbacks, task: Task, step: TrainStep) -> list[str
     if not isinstance(task, ModuleTask):
         return [*notes_of(callbacks.items), *callbacks.notes()]
     register(task.hooks.callbacks, step.registered, task.trainer, step.model)
-    return notes_of(task.hooks.callbacks)
+    notes = notes_of(task.hooks.callbacks)
+    if isinstance(task.trainer.logger, RunLogger):
+        calls = foreign_calls([task.module, *task.hooks.callbacks])
+        notes += [f"{call}: only another logger has it; here it is left out" for call in calls]
+    return notes
 
 
 def _refuse_half(config: Config, model: nn.Module, task: ModuleTask) -> None:

@@ -146,6 +146,8 @@ def _train(
             rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
             arguments = getattr(brought.model, "hparams", None) or config.model.arguments
             rank_zero.writer.hand_to(brought.loggers, arguments)
+            if parts.trainer is not None:
+                parts.trainer.write_to(rank_zero.writer)
             stop.add(rank_zero.save_clock.bit)
             logger.info(header_text(config, world, parts, data, resumed, place, folder, changes))
         stop.add(ReadTrouble(data.train_loader).bit)

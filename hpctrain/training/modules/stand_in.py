@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from hpctrain.batch.stop import END_DUE
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
+from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.training.modules.overrides import inner_modules
+from hpctrain.training.modules.run_logger import RunLogger
 from hpctrain.training.position import Position, StopAt
 
 
@@ -178,6 +180,17 @@ class TrainerStandIn:
         self.val_dataloaders = made.get("validation")
         self.test_dataloaders = made.get("test")
         self.predict_dataloaders = made.get("predict")
+
+    def know_loggers(self, shown: Sequence[Any]) -> None:
+        """Take the loggers of a module; None among them stands for the run's own."""
+        own = RunLogger(Path(self.log_dir), writes=self.is_global_zero, trainer=self)
+        self.loggers = [own if each is None else each for each in shown]
+
+    def write_to(self, writer: MetricsWriter) -> None:
+        """Have the run's own logger write from now on."""
+        for each in self.loggers:
+            if isinstance(each, RunLogger):
+                each.write_to(writer)
 
     def end_due(self) -> int:
         """Return END_DUE if the run is to end, for the agreement of all ranks."""

@@ -126,7 +126,7 @@ class ModuleTask:
 
     def know(self, brought: Brought) -> None:
         """Have the module know by its trainer what was brought."""
-        self.trainer.loggers = list(brought.loggers)
+        self.trainer.know_loggers(brought.shown_loggers)
         # A module that makes its loaders itself is no datamodule.
         is_own = getattr(brought.datamodule, "of_module", False)
         self.trainer.datamodule = None if is_own else brought.datamodule
