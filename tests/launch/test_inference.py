@@ -305,8 +305,11 @@ def test_predictions_lie_on_the_coordinates_of_their_source(tmp_path: Path) -> N
 
 
 MODULES = """
+import json
+from pathlib import Path
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -334,7 +337,54 @@ class Data(L.LightningDataModule):
     def predict_dataloader(self):
         return DataLoader(samples(11, 2), batch_size=4)
 
+class Writes(BasePredictionWriter):
+    # Knows what it has seen in training, and writes what each rank predicts.
+
+    def __init__(self):
+        super().__init__("batch_and_epoch")
+        self.steps, self.seen, self.calls = 0, [], []
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+    def on_train_batch_end(self, *_):
+        self.steps += 1
+
+    def on_test_end(self, trainer, module):
+        if trainer.is_global_zero:
+            Path("tested.json").write_text(json.dumps([self.steps, module.added]))
+
+    def on_predict_start(self, trainer, module):
+        self.calls.append("start")
+
+    def write_on_batch_end(self, trainer, module, output, rows, batch, batch_idx, dataloader_idx):
+        assert len(output["y"]) == len(rows) == len(batch[0])
+        self.seen += rows
+
+    def write_on_epoch_end(self, trainer, module, outputs, rows):
+        assert sum(len(each["y"]) for each in outputs) == len(self.seen)
+        assert [row for batch in rows[0] for row in batch] == self.seen
+        self.calls.append("epoch")
+
+    def teardown(self, trainer, module, stage):
+        if stage == "predict":
+            facts = [self.steps, module.predicted, self.seen, [*self.calls, stage]]
+            folder = Path(f"facts-{trainer.world_size}")
+            folder.mkdir(exist_ok=True)
+            (folder / f"{trainer.global_rank}.json").write_text(json.dumps(facts))
+
 class Lit(L.LightningModule):
+    predicted, added = 0, None
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["added"] = 7
+
+    def on_load_checkpoint(self, checkpoint):
+        self.added = checkpoint["added"]
+
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
@@ -359,6 +409,7 @@ class Lit(L.LightningModule):
 
     def predict_step(self, batch, batch_idx):
         x, y = batch
+        self.predicted += len(x)
         return {"logits": self.layers(x), "y": y}
 
     def configure_optimizers(self):
@@ -375,6 +426,8 @@ use = "nets:Data"
 max_epochs = 2
 [checkpoint]
 keep_best = "val_loss"
+[[callbacks]]
+use = "nets:Writes"
 """
 
 
@@ -398,6 +451,16 @@ def test_a_module_has_its_own_steps(tmp_path: Path) -> None:
     here(tmp_path, "predict", "run.toml", "--checkpoint", "last", "--output", "one")
     logits, y = (predictions(tmp_path / "two", name) for name in ("logits", "y"))
     assert np.allclose(logits, predictions(tmp_path / "one", "logits"), rtol=1e-5)
+    # Hooks of module and callbacks, which know what they knew when the run was saved.
+    assert json.loads((tmp_path / "tested.json").read_text()) == [10, 7]
+    for ranks in (1, 2):
+        facts = [json.loads(path.read_text()) for path in (tmp_path / f"facts-{ranks}").iterdir()]
+        assert len(facts) == ranks
+        for steps, counted, seen, calls in facts:
+            # What was tried out with one sample has left no trace.
+            assert (steps, counted) == (10, len(seen))
+            assert calls == ["start", "epoch", "predict"]
+        assert sorted(row for fact in facts for row in fact[2]) == list(range(11))
     # Macro over classes, as torchmetrics has it by default.
     by_class = [np.mean(logits[y == label].argmax(1) == label) for label in (0, 1)]
     assert tested["metrics"]["test_accuracy"] == pytest.approx(np.mean(by_class))
