@@ -56,6 +56,18 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
 }
 """Short names, by section. Strings, so that knowing them imports nothing."""
 
+LISTED: Mapping[str, Mapping[str, str]] = {
+    "callbacks": {},
+    "trackers": {
+        "mlflow": "hpctrain.observe.trackers:MLflow",
+        "wandb": "hpctrain.observe.trackers:WandB",
+    },
+}
+"""The same, of sections that are lists of tables, such as [[callbacks]]."""
+
+NEEDED = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+"""What pip installs for a tracker; its module has the tracker's own name."""
+
 TRANSFORMS: Mapping[str, Sequence[str]] = {
     "sample_transform": ("fields", "generator", "training"),
     "transform": ("fields", "keys", "training"),
@@ -65,9 +77,11 @@ TRANSFORMS: Mapping[str, Sequence[str]] = {
 
 def unknown_name(section: str, use: str) -> str | None:
     """Return what is wrong with a `use` that is neither built in nor an import path."""
-    known = BUILTINS[section]
+    known = {**BUILTINS, **LISTED}[section]
     if use in known or is_reference(use):
         return None
+    if not known:
+        return 'expected "package.module:Name"'
     module, _, name = use.rpartition(".")
     if is_reference(dotted := f"{module}:{name}"):
         near = f'; did you mean "{dotted}"?'
@@ -121,13 +135,14 @@ def resolve_all(
     return targets
 
 
-def resolve_callbacks(
-    config: Config, *, path: str | None = None, overrides: Sequence[str] = ()
+def resolve_listed(
+    config: Config, section: str, *, path: str | None = None, overrides: Sequence[str] = ()
 ) -> list[Callable[..., Any]]:
-    """Import every callback and check its arguments.
+    """Import what every table of a list names, and check its arguments.
 
     Args:
-        config: whose `callbacks`.
+        config: whose list it is.
+        section: its name, one of LISTED.
         path: the file that the config was loaded from; with it, mistakes have their lines.
         overrides: those that it was loaded with.
 
@@ -136,13 +151,13 @@ def resolve_callbacks(
     """
     targets: list[Callable[..., Any]] = []
     mistakes: list[Mistake] = []
-    for component in config.callbacks:
+    for component in getattr(config, section):
         try:
-            targets.append(imported(component.use))
+            targets.append(imported(LISTED[section].get(component.use, component.use)))
         except ConfigError as error:
-            mistakes.append(_mistake("callbacks", component, str(error)))
+            mistakes.append(_mistake(section, component, str(error)))
         else:
-            mistakes += bind("callbacks", component, targets[-1])
+            mistakes += bind(section, component, targets[-1])
     if mistakes:
         raise placed_error(mistakes, path, overrides)
     return targets

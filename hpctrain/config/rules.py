@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hpctrain.config.importing import is_reference, problem_of
 from hpctrain.config.messages import KeyPath, Mistake, shown
 from hpctrain.config.object_rules import check_objects, may_be_object, names_object
 from hpctrain.config.ragged_rules import check_ragged
-from hpctrain.config.registry import BUILTINS, TRANSFORMS, unknown_name
+from hpctrain.config.registry import BUILTINS, LISTED, NEEDED, TRANSFORMS, unknown_name
 from hpctrain.config.schema import EarlyStoppingSection, ProfileSection, RunSection
 from hpctrain.config.toml import Source
 from hpctrain.utils.text import did_you_mean, printable
@@ -157,18 +158,21 @@ def check_components(source: Source) -> list[Mistake]:
     return mistakes
 
 
-def check_callbacks(source: Source) -> list[Mistake]:
-    """Check that `use` of every callback can be imported."""
-    given = source.get("callbacks")
+def check_listed(source: Source) -> list[Mistake]:
+    """Check that `use` of every callback and every tracker can be imported."""
     mistakes = []
-    for table in given if isinstance(given, list) else []:
-        use = table.get("use") if isinstance(table, dict) else None
-        if not isinstance(use, str) or not use:
-            continue
-        problem = problem_of(use) if is_reference(use) else 'expected "package.module:Name"'
-        if problem is not None:
-            mistake = Mistake(key=("callbacks", "use"), problem=problem, value=use)
-            mistakes.append(source.place(mistake))
+    for section, known in LISTED.items():
+        given = source.get(section)
+        for table in given if isinstance(given, list) else []:
+            use = table.get("use") if isinstance(table, dict) else None
+            if not isinstance(use, str) or not use:
+                continue
+            problem = unknown_name(section, use) or problem_of(known.get(use, use))
+            if problem is None and use in NEEDED and find_spec(use) is None:
+                problem = f"is not installed: pip install {NEEDED[use]}"
+            if problem is not None:
+                mistake = Mistake(key=(section, "use"), problem=problem, value=use)
+                mistakes.append(source.place(mistake))
     return mistakes
 
 
@@ -685,7 +689,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_run,
     check_paths,
     check_components,
-    check_callbacks,
+    check_listed,
     check_fields,
     check_ragged,
     check_samples,

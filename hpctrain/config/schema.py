@@ -627,6 +627,24 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotifySection:
+    """A command that tells how a job of the run has ended."""
+
+    command: tuple[Text, ...] = ()
+    """Program and arguments, without a shell; the variables HPCTRAIN_RUN, HPCTRAIN_FOLDER,
+    HPCTRAIN_STATE, HPCTRAIN_REASON, HPCTRAIN_STEP and HPCTRAIN_CODE say what there is to tell."""
+
+    on: tuple[Literal["end", "failure", "stop", "nonfinite"], ...] = (
+        *("end", "failure", "stop", "nonfinite"),
+    )
+    """When it is run: the run is complete, a job failed, a job saved and stopped early, or the loss
+    or a gradient is not finite for the first time in a job."""
+
+    timeout_seconds: Seconds = 30.0
+    """The job waits so long for the command, and ends it then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSection:
     """What torch's profiler records."""
 
@@ -767,4 +785,6 @@ class Config:
     logging: LoggingSection = field(default_factory=LoggingSection)
     profile: ProfileSection = field(default_factory=ProfileSection)
     job: JobSection = field(default_factory=JobSection)
+    notify: NotifySection = field(default_factory=NotifySection)
     callbacks: tuple[ComponentSection, ...] = ()
+    trackers: tuple[ComponentSection, ...] = ()

@@ -395,6 +395,24 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps({name: _value(item) for name, item in sections.items() if item != ()})
 
 
+def flat_config(config: Config) -> dict[str, Any]:
+    """Return what of a config makes a run what it is, flat: {"optimizer.lr": 0.001}."""
+    found: dict[str, Any] = {}
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{path}.{key}", item)
+        else:
+            found[path] = value
+
+    for name in (each.name for each in dataclasses.fields(config)):
+        # How it is run and watched says nothing of what comes of it; arguments may be secret.
+        if name not in ("job", "launch", "logging", "profile", "notify", "trackers"):
+            add(name, _value(getattr(config, name)))
+    return found
+
+
 def _table(section: Any) -> dict[str, Any]:
     table = {
         field.name: _value(getattr(section, field.name))

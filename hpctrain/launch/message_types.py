@@ -18,7 +18,8 @@ _NAMES = {
     "config.schema": (
         "RunSection ComponentSection TaskSection FieldTable SamplesTable SourceTable DataSection "
         "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
-        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection JobSection Config"
+        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection JobSection NotifySection "
+        "Config"
     ),
     "config.semantics": "Semantics",
     "data.coding": "Coding",

@@ -15,20 +15,24 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.handed import Handed
+from hpctrain.observe.media import Histogram, Image
 from hpctrain.observe.records import (
     WALL_TIME,
     Record,
     cut_back,
     flat,
     read_records,
+    tagged,
     to_line,
     to_row,
 )
+from hpctrain.observe.trackers import Handing
 from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, replacing
 from hpctrain.utils.permissions import follow_folder
@@ -43,6 +47,9 @@ RETRY_SECONDS = 30.0
 
 MAX_WAITING = 10_000
 """Records that wait for a disk; then the oldest are given up."""
+
+_HPARAMS_STATUS = {"success": 1, "failed": 2}
+"""As tensorboard.plugins.hparams.api_pb2.Status numbers them."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -60,6 +67,7 @@ class MetricsWriter:
             that had gone further, is cut off, so that no step is there twice. None: a new run;
             metrics of an older one are put aside under another name.
         again: a kind of record that is about to be written once more at `resume_step` itself.
+        hyperparameters: the config, flat, for TensorBoard.
         clock: seconds, monotonic.
         now: seconds since 1970, which every record is given as its "wall_time".
 
@@ -73,11 +81,13 @@ class MetricsWriter:
         resume_step: int | None,
         *,
         again: str | None = None,
+        hyperparameters: Mapping[str, Any] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
         try:
             sinks = _open(run_folder, resume_step, again)
+            self._tensorboard = _open_tensorboard(run_folder, resume_step, hyperparameters)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write metrics in {run_folder}: {error}\n"
@@ -86,29 +96,62 @@ class MetricsWriter:
             ) from error
         self._clock = clock
         self._now = now
+        if self._tensorboard is not None:
+            sinks.append(self._tensorboard)
         self._queues = [_Queue(sink, clock) for sink in sinks]
         self._endings: list[Callable[[], None]] = []
+        self._handings: list[Handing] = []
+        self._is_closed = self._told_no_media = False
 
     def at_close(self, end: Callable[[], None]) -> None:
         """Have something else end with this."""
         self._endings.append(end)
 
-    def hand_to(self, loggers: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-        """Have further records handed to loggers of the user's; `arguments` are the model's."""
-        self._queues += [_Queue(Handed(each, arguments), self._clock) for each in loggers]
+    def hand_to(self, handings: Iterable[Handing]) -> None:
+        """Have further records handed to trackers, too."""
+        self._handings += handings
 
     def write(self, record: Record) -> None:
         """Write a record: "kind", "step", and values that JSON knows, nested or not."""
         record = {**record, WALL_TIME: record.get(WALL_TIME, round(self._now(), 3))}
         for queue in self._queues:
             queue.put(record)
+        for handing in self._handings:
+            handing.put(record)
 
-    def close(self) -> None:
-        """Write what still waits, and close the files."""
+    def write_media(self, item: Image | Histogram) -> None:
+        """Write an image or a histogram, for TensorBoard and trackers."""
+        if self._tensorboard is not None:
+            with suppress(OSError):  # the next line of metrics tells that nothing can be written
+                self._tensorboard.add_media(item)
+        elif not self._handings and not self._told_no_media:
+            self._told_no_media = True
+            _logger.warning(
+                "%s and what else is logged as images and histograms goes nowhere: they are for "
+                "TensorBoard (pip install 'hpctrain[tensorboard]') and [[trackers]]",
+                item.name,
+            )
+        for handing in self._handings:
+            handing.put(item)
+
+    def close(self, status: str = "success") -> None:
+        """Write what still waits, and close the files; a second time does nothing.
+
+        Args:
+            status: "success", or "failed".
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.end(status)
         for queue in self._queues:
             queue.close()
         for end in self._endings:
             end()
+        for handing in self._handings:
+            handing.close(status)
 
 
 class _Queue:
@@ -177,16 +220,21 @@ def _open(folder: Path, resume_step: int | None, again: str | None) -> list[Sink
                 text.plural(num_cut, "line"),
                 resume_step,
             )
-    json_lines = JsonLines(lines)
     # The table is made anew from the lines, so that the two agree whatever happened to it.
-    sinks: list[Sink] = [json_lines, CsvTable(folder / CSV_FILE, lambda: read_records(lines))]
+    return [JsonLines(lines), CsvTable(folder / CSV_FILE, lambda: read_records(lines))]
+
+
+def _open_tensorboard(
+    folder: Path, resume_step: int | None, hyperparameters: Mapping[str, Any]
+) -> TensorBoard | None:
+    """Return what writes for TensorBoard; None where that is not installed."""
     first_step = 0 if resume_step is None else resume_step + 1
     try:
-        sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, first_step))
+        return TensorBoard(folder / TENSORBOARD_FOLDER, first_step, hyperparameters)
     except ModuleNotFoundError as error:
         if error.name != "tensorboard":
             _logger.warning("no TensorBoard events: it is installed, but not whole: %s", error)
-    return sinks
+    return None
 
 
 def _put_aside(path: Path) -> None:
@@ -298,18 +346,27 @@ class TensorBoard:
     Args:
         folder: of all event files of this run.
         first_step: the first step of this job.
+        hyperparameters: of the run, for the table of them.
 
     Raises:
         ModuleNotFoundError: named "tensorboard" where that is not installed.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        hyperparameters: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        from tensorboard.compat.proto import event_pb2, histogram_pb2, summary_pb2
+        from tensorboard.plugins.hparams import plugin_data_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._record_writer = RecordWriter
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
+        self._histogram = histogram_pb2.HistogramProto
+        self._plugin_data = plugin_data_pb2.HParamsPluginData
         folder.mkdir(exist_ok=True)
         follow_folder(folder)
         stamp = f"{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
@@ -320,6 +377,7 @@ class TensorBoard:
             [
                 self._event(wall_time=time.time(), file_version="brain.Event:2"),
                 self._event(wall_time=time.time(), step=first_step, session_log=start),
+                self._hyperparameters(hyperparameters),
             ]
         )
 
@@ -329,14 +387,76 @@ class TensorBoard:
     def close(self) -> None:
         self._file.close()
 
+    def add_media(self, item: Image | Histogram) -> None:
+        """Write an image or a histogram.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        if isinstance(item, Image):
+            image = self._summary.Image(
+                height=item.height,
+                width=item.width,
+                colorspace=item.channels,
+                encoded_image_string=item.png(),
+            )
+            value = self._summary.Value(tag=item.name, image=image)
+        else:
+            histogram = self._histogram(
+                min=item.edges[0],
+                max=item.edges[-1],
+                num=sum(item.counts),
+                sum=item.total,
+                sum_squares=item.squares,
+                bucket_limit=item.edges[1:],
+                bucket=item.counts,
+            )
+            value = self._summary.Value(tag=item.name, histo=histogram)
+        summary = self._summary(value=[value])
+        self._write([self._event(wall_time=item.wall_time, step=item.step, summary=summary)])
+
+    def end(self, status: str) -> None:
+        """Write how the job ends, "success" or "failed".
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        data = self._plugin_data(version=0)
+        data.session_end_info.status = _HPARAMS_STATUS[status]
+        data.session_end_info.end_time_secs = time.time()
+        self._write([self._about_session("_hparams_/session_end_info", data)])
+
+    def _hyperparameters(self, values: Mapping[str, Any]) -> Any:
+        """Return the row of this run in the table of hyperparameters.
+
+        Its columns of metrics are the newest scalars, which TensorBoard finds by itself.
+        """
+        data = self._plugin_data(version=0)
+        info = data.session_start_info
+        info.start_time_secs = time.time()
+        for key, value in values.items():
+            if isinstance(value, bool):
+                info.hparams[key].bool_value = value
+            elif isinstance(value, int | float):
+                info.hparams[key].number_value = value
+            else:
+                info.hparams[key].string_value = str(value)
+        return self._about_session("_hparams_/session_start_info", data)
+
+    def _about_session(self, tag: str, data: Any) -> Any:
+        """Return an event of the plug-in for hyperparameters; to import that takes 0.5 s."""
+        value = self._summary.Value(tag=tag)
+        value.metadata.plugin_data.plugin_name = "hparams"
+        value.metadata.plugin_data.content = data.SerializeToString()
+        # As tensorboard.plugins.hparams.metadata.NULL_TENSOR.
+        value.tensor.dtype = 1
+        value.tensor.tensor_shape.dim.add().size = 0
+        return self._event(wall_time=time.time(), summary=self._summary(value=[value]))
+
     def _scalars(self, record: Record) -> Any:
-        group = record.get("split", record["kind"])
         values = [
-            self._summary.Value(tag=f"{group}/{key.replace('.', '/')}", simple_value=value)
-            for key, value in flat(record).items()
-            if key not in ("step", WALL_TIME)
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
+            self._summary.Value(tag=tag, simple_value=value)
+            for tag, value in tagged(record).items()
         ]
         return self._event(
             wall_time=record[WALL_TIME], step=record["step"], summary=self._summary(value=values)

@@ -74,6 +74,23 @@ def flat(record: Record) -> dict[str, Any]:
     return flattened
 
 
+def numbers(record: Record) -> dict[str, float]:
+    """Return what can be drawn over steps: "seconds.data" is "seconds/data"."""
+    return {
+        key.replace(".", "/"): value
+        for key, value in flat(record).items()
+        if key not in ("step", WALL_TIME)
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+    }
+
+
+def tagged(record: Record) -> dict[str, float]:
+    """Return the same by the names that they have beside those of other records: "train/loss"."""
+    group = record.get("split", record["kind"])
+    return {f"{group}/{key}": value for key, value in numbers(record).items()}
+
+
 def to_row(values: Sequence[Any]) -> bytes:
     """Return one line of a CSV file; None is an empty cell."""
     text = io.StringIO()

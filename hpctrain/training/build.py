@@ -21,7 +21,7 @@ from hpctrain.config.capabilities import Combination, records_graphs, unsupporte
 from hpctrain.config.fields import target_mask
 from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake, shown
-from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_callbacks
+from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_listed
 from hpctrain.config.schema import OptimizerSection, SchedulerSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.permutation import derive_key
@@ -218,7 +218,7 @@ def _bind(
         ConfigError: if the module is none, or one of the callbacks.
     """
     adopt_task(model, task, world.device)
-    given = build_callbacks(config, resolve_callbacks(config), brought.callbacks)
+    given = build_callbacks(config, resolve_listed(config, "callbacks"), brought.callbacks)
     if not isinstance(task, ModuleTask):
         trainer = TrainerStandIn(config, world, stop_at, model) if given else None
         if trainer is not None:
@@ -523,7 +523,8 @@ def resolve_components(
         components = resolve_all(
             config, given=_given, path=path, overrides=overrides, without=without
         )
-        resolve_callbacks(config, path=path, overrides=overrides)
+        for section in ("callbacks", "trackers"):
+            resolve_listed(config, section, path=path, overrides=overrides)
         mistake = _refused(config.optimizer, components.get("optimizer"))
     if mistake:
         raise placed_error([mistake], path, overrides)

@@ -14,6 +14,7 @@ from hpctrain.errors import ExitCode
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World, prepare_deterministic, process_group
 from hpctrain.launch.rendezvous import Meeting
+from hpctrain.observe.trackers import handing_to_object
 from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.build import (
@@ -145,9 +146,9 @@ def _train(
         if folder is not None:
             rank_zero = prepare_rank_zero(config, parts, data, folder, place, evaluation_owed)
             arguments = getattr(brought.model, "hparams", None) or config.model.arguments
-            rank_zero.writer.hand_to(brought.loggers, arguments)
             if parts.trainer is not None:
                 parts.trainer.write_to(rank_zero.writer)
+            rank_zero.writer.hand_to(handing_to_object(each, arguments) for each in brought.loggers)
             stop.add(rank_zero.save_clock.bit)
             logger.info(header_text(config, world, parts, data, resumed, place, folder, changes))
         stop.add(ReadTrouble(data.train_loader).bit)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -26,11 +28,16 @@ from hpctrain.batch.stop import SAVE_DUE
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config import Config, to_toml
+from hpctrain.config.registry import resolve_listed
+from hpctrain.config.schema import NotifySection
+from hpctrain.config.toml import flat_config
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.notify import Notifier, state_of
 from hpctrain.observe.phase_log import PhaseLog
 from hpctrain.observe.progress import Progress
+from hpctrain.observe.trackers import Handing, handing
 from hpctrain.training.build import Parts, directions
 from hpctrain.training.data import Data
 from hpctrain.training.position import Position
@@ -103,15 +110,20 @@ def prepare_rank_zero(
     store.require_space(state_bytes)
     folder.expect_save(state_bytes)
     folder.record.note_modules()  # the model is built: what it needs is imported
+    hyperparameters = flat_config(config)
+    writer = MetricsWriter(
+        folder.path,
+        place.step if place.step else None,
+        again="evaluation" if evaluation_owed else None,
+        hyperparameters=hyperparameters,
+    )
+    writer.hand_to(_trackers(config, folder, hyperparameters, place))
+    folder.at_exit(lambda: writer.close("failed"))  # but that it is closed by then
     return RankZero(
         folder=folder,
         store=store,
         save_clock=SaveClock(section.every_minutes, lambda: store.failed),
-        writer=MetricsWriter(
-            folder.path,
-            place.step if place.step else None,
-            again="evaluation" if evaluation_owed else None,
-        ),
+        writer=writer,
         progress=Progress(
             data.stop_at.total_steps(place),
             start_step=place.step,
@@ -120,6 +132,29 @@ def prepare_rank_zero(
             every_seconds=config.logging.progress_every_seconds,
         ),
     )
+
+
+def _trackers(
+    config: Config, folder: RunFolder, hyperparameters: Mapping[str, Any], place: Position
+) -> list[Handing]:
+    """Return what hands lines of metrics to the trackers of the config."""
+    names: list[str] = []
+    found = []
+    for component, make in zip(config.trackers, resolve_listed(config, "trackers"), strict=True):
+        name = component.use.rpartition(":")[2].lower()
+        names.append(name)
+        count = names.count(name)
+        each = handing(
+            folder.path,
+            name if count == 1 else f"{name}-{count}",
+            functools.partial(make, **component.arguments),
+            hyperparameters,
+            # A job that goes on from nothing goes on with the run, unless it was told to begin one.
+            is_new=not place.step and config.checkpoint.resume != "auto",
+        )
+        if each is not None:
+            found.append(each)
+    return found
 
 
 class SaveClock:
@@ -167,18 +202,28 @@ class RunFolder:
         skipped_steps: steps of the run that were not applied, as far as is known.
         record: of this job, for those who ask later what a checkpoint was made by.
         phase_log: what this job does with its time.
+        notifier: tells a command of the user's.
     """
 
-    def __init__(self, path: Path, *, group_writable: bool = False, report: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        group_writable: bool = False,
+        report: bool = False,
+        notify: NotifySection | None = None,
+    ) -> None:
         """Prepare; nothing is done before the folder is entered.
 
         Args:
             path: of the folder.
             group_writable: open it to its group, and all that is in it.
             report: write report.html once the run is complete.
+            notify: the command that is told how a job ends.
         """
         self.path = path
         self._has_report = report
+        self.notifier = Notifier(notify or NotifySection(), path)
         self._group_writable = group_writable
         self.tries = 1
         self.step = 0
@@ -186,6 +231,7 @@ class RunFolder:
         self.skipped_steps = 0
         self.record = JobRecord(path)
         self.phase_log = PhaseLog(path)
+        self._at_exit = ExitStack()
         self._first_step = 0
         self._last: Outcome | None = None
         self._budget = budget(os.environ)
@@ -232,12 +278,17 @@ class RunFolder:
         self.end(None, "running")
         return self
 
+    def at_exit(self, close: Callable[[], None]) -> None:
+        """Have something closed before the folder is given up."""
+        self._at_exit.callback(close)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._at_exit.close()
         self.phase_log.close()
         open_tree_to_group(self.path)
         self._lease.__exit__(kind, error, trace)
@@ -325,6 +376,8 @@ class RunFolder:
             )
         if code == ExitCode.DONE and self._has_report:
             _write_report(self.path)
+        if code is not None:
+            self.notifier.tell(state_of(code), reason, step=self.step, code=code)
 
 
 def _write_report(run: Path) -> None:

@@ -125,7 +125,7 @@ def _device_name(device: torch.device) -> str:
 
 
 # Of these a change says nothing about what is trained.
-_UNREMARKABLE = ("run.", "logging.", "launch.", "checkpoint.")
+_UNREMARKABLE = ("run.", "logging.", "launch.", "checkpoint.", "trackers", "notify.")
 
 _FIXED = {
     "optimizer.use": (

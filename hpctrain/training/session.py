@@ -90,6 +90,7 @@ def session(
                         path,
                         group_writable=config.run.group_writable,
                         report=config.logging.report,
+                        notify=config.notify,
                     )
                 )
         guard.report_to(path)

@@ -42,7 +42,8 @@ class Task(Protocol):
     One that wants to know where the run stands has a method `set_progress(step, epoch, stage)`,
     called before the first step and after each with the steps that are done and "train", and before
     an evaluation with its name, such as "validation". One that logs numbers of its own has a method
-    `set_log(log)`, called once, see `hpctrain.training.task_log.TaskLog.log`. Parameters of a task
+    `set_log(log)`, called once: `log(name, value)`, `log.image(name, image)` and
+    `log.histogram(name, values)`, see `hpctrain.training.task_log.TaskLog`. Parameters of a task
     that is a module are trained and saved with the model's.
     """
 

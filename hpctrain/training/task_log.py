@@ -13,9 +13,10 @@ from hpctrain.training.modules.log import Logs
 
 
 class TaskLog:
-    """Takes what a task logs in a step, as `self.log` of a module does.
+    """Takes what a task logs in a step, as `self.log` of a module does; called for a number.
 
-    What it logs elsewhere is of no step, and left out: `loss` may be called by `evaluate` as well.
+    A number that it logs elsewhere is of no step, and left out: `loss` may be called by `evaluate`
+    as well. Images and histograms are taken in evaluations, too.
 
     Attributes:
         logs: what was logged.
@@ -32,13 +33,13 @@ class TaskLog:
         if not callable(give):
             return None
         made = cls(world)
-        give(made.log)
+        give(made)
         return made
 
     def __deepcopy__(self, memo: Any) -> TaskLog:
         return self  # copies of a task, for trials, log nothing
 
-    def log(
+    def __call__(
         self,
         name: str,
         value: Tensor | float,
@@ -61,6 +62,19 @@ class TaskLog:
         if self._in_pass:
             options = {"on_step": on_step, "on_epoch": on_epoch, "reduce_fx": reduce_fx}
             self.logs.log(name, value, batch_size=weight, **options)  # type: ignore[arg-type]
+
+    def image(self, name: str, image: Any) -> None:
+        """Log an image, see `hpctrain.training.media.Media.image`."""
+        self.logs.media.image(name, image, takes=self._takes)
+
+    def histogram(self, name: str, values: Any) -> None:
+        """Log how numbers are spread, see `hpctrain.training.media.Media.histogram`."""
+        self.logs.media.histogram(name, values, takes=self._takes)
+
+    @property
+    def _takes(self) -> bool:
+        """Whether this is no pass over a held row, which keeps other ranks company."""
+        return not self._in_pass or self.logs.weight > 0
 
     def begin_step(self) -> None:
         """Forget what the step before has logged."""

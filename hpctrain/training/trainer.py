@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -316,6 +317,8 @@ class Run:
         self._parts = parts
         self._module = parts.task if isinstance(parts.task, ModuleTask) else None
         self._task_log = parts.step.task_log
+        logging = self._module or self._task_log
+        self._media = None if logging is None else logging.logs.media
         self._callbacks = parts.callbacks
         self._step = parts.step
         self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
@@ -368,6 +371,8 @@ class Run:
             self._callbacks.end_step(place, self._data.stop_at, lambda: self._step.last_loss)
         if self._step.average is not None:
             self._step.average.update(place.step)
+        if self._media is not None:
+            self._expect_media(place.step + 1)
         if self._rank_zero is not None:
             self._rank_zero.progress.update(place.step, place.epoch)
         if self._looks:
@@ -401,6 +406,7 @@ class Run:
         now = time.perf_counter()
         rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
         self._logged_samples, self._logged_time = place.samples_seen, now
+        self._write_media()
         logged: dict[str, Any] = {}
         if self._module is not None:
             self._module.tell_metrics()
@@ -432,6 +438,20 @@ class Run:
             }
         )
         self._rank_zero.folder.phase_log.note(place.step, self.phases.totals)
+
+    def _expect_media(self, step: int) -> None:
+        """Have images taken in the step to come if its line is to be written."""
+        assert self._media is not None
+        if step % self._config.logging.every_steps == 0:
+            self._media.open("train", step)
+        else:
+            self._media.close()
+
+    def _write_media(self) -> None:
+        """Write the images and histograms of a step, or an evaluation."""
+        if self._media is not None and self._rank_zero is not None:
+            for item in self._media.taken():
+                self._rank_zero.writer.write_media(item)
 
     def begin_epoch(self, place: Position) -> None:
         """Take note of an epoch that begins, or goes on in this job."""
@@ -468,7 +488,10 @@ class Run:
             self._callbacks.begin_evaluation()
             for name, sets in split.items():
                 self._tell_task(place, name)
+                if self._media is not None:
+                    self._media.open(name, place.step)
                 metrics = self._evaluated([each.loader for each in sets])
+                self._write_media()
                 if metrics is None:
                     self.evaluation_owed = True
                     self._tell_task(place, "train")
@@ -481,6 +504,8 @@ class Run:
                 for key, value in metrics.items()
             }
             self._callbacks.end_evaluation(self.metrics)
+        if self._media is not None:
+            self._expect_media(place.step + 1)
         self._ask_all()
         self._tell_task(place, "train")
         self._parts.schedule.observe(self.metrics)
@@ -576,6 +601,8 @@ class Run:
         if self._module is not None:
             self._module.begin_training(place)
         self._callbacks.begin_training(place)
+        if self._media is not None:
+            self._expect_media(place.step + 1)
         self._tell_task(place, "train")
         self.check(place)
         self.try_save(place)
@@ -692,9 +719,22 @@ class Run:
     def _read(self, place: Position) -> Metrics:
         """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
         numbers = self._step.read()
+        if self._rank_zero is not None:
+            self._notify_nonfinite(place, numbers)
         self._policy.judge(place, numbers)
         self._count_skipped(int(numbers["skipped_steps"]))
         return numbers
+
+    def _notify_nonfinite(self, place: Position, numbers: Mapping[str, float]) -> None:
+        """Have a command of the user's told of the first step of a job that was not finite."""
+        what = "" if math.isfinite(numbers["loss"]) else f"the loss is {numbers['loss']}"
+        if not what and numbers["most_bad_steps"]:
+            what = "the gradient was not finite"
+        if what:
+            assert self._rank_zero is not None
+            self._rank_zero.folder.notifier.tell_beside(
+                "nonfinite", f"step {place.step:,}: {what}", step=place.step
+            )
 
     def _count_skipped(self, total: int) -> None:
         self.skipped_steps = total

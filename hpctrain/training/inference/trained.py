@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization
-from hpctrain.config.registry import resolve_callbacks
+from hpctrain.config.registry import resolve_listed
 from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch import EvaluationBatches
@@ -246,7 +246,7 @@ class Trained:
 
 def _set_callbacks(task: ModuleTask, model: nn.Module, config: Config) -> None:
     """Have the callbacks of the config, and of the module, called, too."""
-    given = build_callbacks(config, resolve_callbacks(config), ())
+    given = build_callbacks(config, resolve_listed(config, "callbacks"), ())
     task.hooks.set_callbacks(with_those_of_module(given, model))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator
+from hpctrain.training.media import Media
 from hpctrain.training.metrics import Gather
 
 Reduction = Literal["mean", "sum", "min", "max"]
@@ -137,6 +138,7 @@ class Logs:
         last: the newest reduced values, by the names that monitors have for them.
         step_values: those of the step that was reduced last.
         samples: that this rank has seen in this epoch, or in this evaluation.
+        media: images and histograms.
     """
 
     def __init__(self, communicator: Communicator, device: torch.device) -> None:
@@ -158,6 +160,7 @@ class Logs:
         self._reduced: tuple[str, ...] = ()
         self.samples = self.samples_trained = 0
         self.step_values: dict[str, float] = {}
+        self.media = Media(is_rank_zero=communicator.rank == 0)
 
     def __deepcopy__(self, memo: Any) -> Logs:
         return self  # copies of a module, such as averages, are of the same run
@@ -228,6 +231,14 @@ class Logs:
                 "the argument out"
             )
         return name
+
+    def log_image(self, name: str, image: Any) -> None:
+        """Log an image, see `hpctrain.training.media.Media.image`."""
+        self.media.image(name, image, takes=self.records)
+
+    def log_histogram(self, name: str, values: Any) -> None:
+        """Log how numbers are spread, see `hpctrain.training.media.Media.histogram`."""
+        self.media.histogram(name, values, takes=self.records)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **keywords: Any) -> None:
         """Log several at once, or all of a collection of torchmetrics."""

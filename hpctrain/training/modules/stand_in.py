@@ -254,14 +254,14 @@ class TrainerStandIn:
 
 
 def attach(module: nn.Module, trainer: TrainerStandIn, logs: Any) -> None:
-    """Give a module, and those inside it, its trainer, and `self.log`."""
+    """Give a module, and those inside it, its trainer, `self.log`, and what is like it."""
     for each in inner_modules(module):
         if hasattr(type(each), "trainer"):
             each._trainer = trainer  # type: ignore[assignment]
         else:
             each.trainer = trainer  # type: ignore[assignment]
-        each.__dict__["log"] = logs.log
-        each.__dict__["log_dict"] = logs.log_dict
+        for name in ("log", "log_dict", "log_image", "log_histogram"):
+            each.__dict__[name] = getattr(logs, name)
 
 
 def tell_device(module: nn.Module, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import math
@@ -12,10 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import metrics, records
+from hpctrain.observe.media import Histogram, Image
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import from_line, to_line
 from hpctrain.utils import files
@@ -371,8 +376,67 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in accumulator.Scalars("validation/accuracy")] == [2]
 
 
+def test_the_table_of_hyperparameters(tmp_path: Path) -> None:
+    """As TensorBoard's own plug-in reads it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    values = {"optimizer.lr": 0.5, "data.order": "blocks", "training.compile": False, "x": [1, 2]}
+    writer = MetricsWriter(tmp_path, None, hyperparameters=values)
+    writer.write(train(1))
+    writer.close("failed")
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    content = accumulator.PluginTagToContent(metadata.PLUGIN_NAME)
+    begin = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    assert {key: MessageToDict(value) for key, value in begin.hparams.items()} == {
+        "optimizer.lr": 0.5,
+        "data.order": "blocks",
+        "training.compile": False,
+        "x": "[1, 2]",
+    }
+    end = metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG])
+    assert end.status == 2
+    assert (
+        accumulator.Tensors(metadata.SESSION_START_INFO_TAG)[0].tensor_proto == metadata.NULL_TENSOR
+    )
+
+
+def test_images_and_histograms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    image = Image(
+        name="validation/map",
+        step=3,
+        wall_time=1.5,
+        height=2,
+        width=2,
+        channels=3,
+        pixels=bytes(range(12)),
+    )
+    histogram = Histogram(
+        name="train/w", step=3, wall_time=1.5, edges=[0, 1, 2], counts=[3, 1], total=2, squares=3
+    )
+    writer = MetricsWriter(tmp_path, None)
+    for item in (image, histogram):
+        writer.write_media(item)
+    writer.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    (event,) = accumulator.Images("validation/map")
+    shown = np.asarray(PIL.Image.open(io.BytesIO(event.encoded_image_string)))
+    assert np.array_equal(shown, np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    assert np.array_equal(shown, image.array())
+    (event,) = accumulator.Histograms("train/w")
+    assert (event.step, event.histogram_value.num) == (3, 4)
+    assert event.histogram_value.bucket == [3, 1]
+    assert caplog.text == ""
+
+
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(folder: Path, first_step: int) -> None:
+    def missing(*arguments: object) -> None:
         raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
 
     monkeypatch.setattr(metrics, "TensorBoard", missing)
@@ -383,7 +447,7 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_broken_tensorboard_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(folder: Path, first_step: int) -> None:
+    def broken(*arguments: object) -> None:
         raise ModuleNotFoundError("No module named 'google.protobuf'", name="google.protobuf")
 
     monkeypatch.setattr(metrics, "TensorBoard", broken)

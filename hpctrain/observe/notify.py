@@ -1,0 +1,115 @@
+"""`[notify]`: a user's command is told how a job ends. Whatever it does, the job ends as it would.
+
+The command is run as it is written, without a shell: what it is told is in environment variables
+alone, where nothing takes it for a part of a command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from hpctrain.config.schema import NotifySection
+from hpctrain.errors import ExitCode
+from hpctrain.utils.text import printable
+
+_MOST_CHARACTERS = 2000
+
+_logger = logging.getLogger("hpctrain")
+
+
+_STATES: dict[int, str] = {ExitCode.DONE: "end", ExitCode.STOPPED: "stop"}
+
+
+def state_of(code: int) -> str:
+    """Return the state that an exit code stands for, as `notify.on` calls it."""
+    return _STATES.get(code, "failure")
+
+
+class Notifier:
+    """Runs the command; for rank 0."""
+
+    def __init__(self, section: NotifySection, run_folder: Path) -> None:
+        self._section = section
+        self._folder = run_folder
+        self._told: set[str] = set()
+
+    def tell_beside(self, state: str, reason: str, *, step: int) -> None:
+        """Do so while training goes on."""
+        if state not in self._told:
+            thread = threading.Thread(
+                target=self.tell,
+                args=(state, reason),
+                kwargs={"step": step},
+                name="hpctrain-notify",
+                daemon=True,
+            )
+            with suppress(RuntimeError):  # a limit of processes
+                thread.start()
+
+    def tell(self, state: str, reason: str, *, step: int, code: int | None = None) -> None:
+        """Run the command, if it is to be told this, once a state and job; wait with a bound.
+
+        Args:
+            state: "end", "failure", "stop" or "nonfinite".
+            reason: for people.
+            step: of the run.
+            code: exit code of the job; None: it goes on.
+        """
+        section = self._section
+        if not section.command or state not in section.on or state in self._told:
+            return
+        self._told.add(state)
+        facts = {
+            "RUN": self._folder.name,
+            "FOLDER": str(self._folder.resolve()),
+            "STATE": state,
+            "REASON": reason,
+            "STEP": str(step),
+            "CODE": "" if code is None else str(int(code)),
+        }
+        problem = _run(
+            list(section.command),
+            {
+                f"HPCTRAIN_{name}": printable(value)[:_MOST_CHARACTERS]
+                for name, value in facts.items()
+            },
+            section.timeout_seconds,
+        )
+        if problem:
+            _logger.warning("notify.command: %s: %s", section.command[0], problem)
+
+
+def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | None:
+    """Run a command; return what was wrong with it, None if nothing was."""
+    try:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **facts},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that all of it can be ended
+        )
+    except (OSError, ValueError) as error:
+        return str(error)
+    with process:
+        try:
+            _, told = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # What has left its session may hold the pipe: that is not waited for.
+            assert process.stderr is not None
+            process.stderr.close()
+            return f"it took longer than notify.timeout_seconds = {seconds:g} and was ended"
+    if process.returncode:
+        last = told.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return f"it ended with {process.returncode}{': ' if last else ''}{printable(''.join(last))}"
+    return None
