@@ -273,7 +273,7 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
     names = ["loop.py", "gan.py", "actor_critic.py", "sweep.py", "as_fsdp.py"]
     lines = [["own_loops.py"], *([str(tmp_path / name)] for name in names)]
     ended = in_turn(tmp_path, 3, *lines, env=ONE_THREAD)
-    assert ended[0].stdout.splitlines()[-1] == "passed 8"
+    assert ended[0].stdout.splitlines()[-1] == "passed 11"
     alone = subprocess.run(
         [sys.executable, "loop.py"],
         cwd=tmp_path / "alone",

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.build import seed_generators
+from hpctrain.training.loops import gradients
 
 STRATEGIES = ("ddp", "fsdp")
 SAMPLES, BATCH = 130, 16
@@ -62,7 +64,7 @@ def whole(net: nn.Module) -> list[Tensor]:
 
 def whole_batches(world: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the global batches on every rank, for the loop by hand."""
-    for batch in world.loader(dataset(), BATCH):
+    for batch in world.loader(dataset(), BATCH, workers=0):
         x, y = batch
         rows = world.all_gather(x[: batch.size]), world.all_gather(y[: batch.size])
         assert len(rows[0]) == batch.global_size
@@ -90,7 +92,7 @@ def check_a_step_is_that_of_the_whole_batch(world: Any, folder: Path) -> None:
             net, optimizer = world.setup(
                 net, optimizer, strategy=strategy, clip_norm=0.5, precision="64-true"
             )
-            loader = world.loader(dataset(), BATCH, micro_batch_size=passes)
+            loader = world.loader(dataset(), BATCH, micro_batch_size=passes, workers=0)
             named = folder / f"{strategy}-{passes}"
             with world.run(named, net, optimizer, loader, epochs=1, progress="none") as run:
                 for x, y in run.steps():
@@ -123,7 +125,7 @@ def check_it_is_the_loop_under_ddp_by_hand(world: Any, folder: Path) -> None:
     theirs = torch.optim.SGD(bare.parameters(), lr=0.1, momentum=0.9)
     net = built()
     net, ours = world.setup(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
-    loader = world.loader(dataset(), 4 * world.world_size, drop_last=True)
+    loader = world.loader(dataset(), 4 * world.world_size, drop_last=True, workers=0)
     for _ in range(2):
         for x, y in loader:
             theirs.zero_grad()
@@ -146,7 +148,7 @@ def check_weights(world: Any, folder: Path) -> None:
     net = built()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
     net, optimizer = world.setup(net, optimizer, clip_norm=0.5)
-    loader = world.loader(dataset(), BATCH)
+    loader = world.loader(dataset(), BATCH, workers=0)
     with world.run(folder / "weights", net, optimizer, loader, epochs=1, progress="none") as run:
         for x, y in run.steps():
             counts = (x[:, 1] > -1).double()
@@ -198,7 +200,7 @@ def train(
         folder,
         {"first": first, "second": second},
         [slow, fast],
-        world.loader(dataset(), BATCH),
+        world.loader(dataset(), BATCH, workers=0),
         schedule=schedule,
         steps=steps,
         log_steps=1,
@@ -261,7 +263,9 @@ def check_what_is_told(world: Any, folder: Path) -> None:
         world.loader(dataset(), 8, drop_lst=True)
     with (
         refused(TrainingError, "updated nothing by it"),
-        world.run(folder / "y", net, optimizer, world.loader(dataset(), 8), epochs=1) as run,
+        world.run(
+            folder / "y", net, optimizer, world.loader(dataset(), 8, workers=0), epochs=1
+        ) as run,
     ):
         for x, y in run.steps():
             F.cross_entropy(net(x), y).backward()
@@ -313,9 +317,168 @@ def check_rows_of_all_ranks(world: Any, folder: Path) -> None:
     dist.barrier()
 
 
+class Deep(nn.Module):
+    """Layers of which each rank may use others, one of them twice, and one that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.unused = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, chosen: Sequence[int] = (0, 1, 2, 3, 4, 5)) -> Tensor:
+        for number in chosen:
+            x = torch.tanh(self.layers[number](x))
+        return self.out(self.frozen(x))
+
+
+def usual(world: Any, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+    return F.cross_entropy(net(x), y)
+
+
+def other_layers(world: Any, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+    chosen = [number for number in range(6) if number % 3 != (world.rank + step) % 3]
+    return F.cross_entropy(net(x, chosen), y)
+
+
+def of_all_rows(world: Any, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+    """With a collective in the backward pass, which comes to it after other layers on each rank."""
+    chosen = [number for number in range(6) if number % 3 != (world.rank + step) % 3]
+    middle = world.all_gather(net.layers[0](x))
+    return F.cross_entropy(net(x, chosen), y) + middle.square().mean()
+
+
+def penalized(world: Any, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+    x = x.clone().requires_grad_()
+    loss = F.cross_entropy(net(x), y)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + gradient.square().sum()
+
+
+def computed_anew(world: Any, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+    """A layer whose gradients come twice in one pass; later a first one that comes late."""
+    layers = [net.layers[0], net.layers[1], net.layers[0], *([net.layers[2]] if step > 3 else [])]
+    x = x.clone().requires_grad_()
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=True)
+    return F.cross_entropy(net.out(torch.tanh(x)), y)
+
+
+LOSSES = (usual, other_layers, of_all_rows, penalized)
+
+
+def trained(world: Any, loader: Any, loss_of: Any, *, beside: bool) -> tuple[list[Tensor], Any]:
+    """Return parameters after an epoch, and how many buckets were under way when a pass ended."""
+    torch.manual_seed(4)
+    net = Deep().double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    net, optimizer = world.setup(net, optimizer, clip_norm=0.5, precision="64-true")
+    stepper = world.setups.stepper_of(optimizer)
+    sent = []
+    apply = stepper.apply
+    stepper.apply = lambda *given: (sent.append(len(stepper._reducer._works)), apply(*given))
+    loader.set_epoch(0)
+    for number, batch in enumerate(loader):
+        x, y = batch
+        loss = loss_of(world, net, x, y, number)
+        if beside and batch.is_last_pass:
+            world.step(loss, optimizer, samples=batch.size)
+            continue
+        world.backward(loss, samples=batch.size)
+        if batch.is_last_pass:
+            optimizer.step()
+            optimizer.zero_grad()
+    return whole(net), sent
+
+
+def check_buckets_go_out_beside_the_backward_pass(world: Any, folder: Path) -> None:
+    """Bit for bit as after it, whatever each rank's graph is; a rank may have no samples."""
+    with small_buckets():
+        for passes in (None, 3):
+            loader = world.loader(dataset(), BATCH, micro_batch_size=passes, workers=0)
+            for loss_of in LOSSES if passes is None else LOSSES[:1]:
+                after, none = trained(world, loader, loss_of, beside=False)
+                beside, some = trained(world, loader, loss_of, beside=True)
+                for mine, other in zip(after, beside, strict=True):
+                    assert torch.equal(mine, other), loss_of.__name__
+                assert not any(none)
+                if world.world_size == 1:
+                    assert not any(some)
+                elif loss_of is usual:  # the first pass is looked at; the last bucket comes later
+                    assert some[0] == 0
+                    assert set(some[1:-1]) == {len(after) - 1}
+
+
+def check_several_optimizers_step_beside(world: Any, folder: Path) -> None:
+    """Of a pass that comes to the parameters of both, those that step."""
+    found = []
+    with small_buckets():
+        for beside in (False, True):
+            seed_generators(7)
+            first, second = built(), built()
+            slow = torch.optim.SGD(first.parameters(), lr=0.05, momentum=0.9)
+            fast = torch.optim.AdamW(second.parameters(), lr=0.01)
+            world.setup(first, second, slow, fast, precision="64-true")
+            loader = world.loader(dataset(), BATCH, workers=0)
+            named = folder / f"several-{beside}"
+            with world.run(
+                named, [first, second], [slow, fast], loader, epochs=1, progress="none"
+            ) as run:
+                for x, y in run.steps():
+                    run.backward(F.cross_entropy(first(x), y))
+                    for optimizer in (slow, fast):
+                        loss = F.cross_entropy(second(x) + first(x), y)
+                        if beside:
+                            run.step(loss, optimizer=optimizer)
+                        else:
+                            run.backward(loss)
+                            run.update(optimizer)
+            found.append([*whole(first), *whole(second)])
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+
+
+def check_what_comes_twice_in_a_pass(world: Any, folder: Path) -> None:
+    """A bucket waits for as many gradients as came before; more of them are an error."""
+    net = Deep().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    twin = copy.deepcopy(net)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.01)
+    world.setup(net, optimizer, precision="64-true")
+    world.setup(twin, plain, precision="64-true")
+    generator = torch.Generator().manual_seed(world.rank)
+    x, y = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64), torch.arange(BATCH) % 2
+    with small_buckets():
+        for number in range(4):
+            world.step(computed_anew(world, net, x, y, number), optimizer)
+            twice = computed_anew(world, twin, x, y, number)
+            world.backward(twice)
+            plain.step()
+            plain.zero_grad()
+        for mine, other in zip(whole(net), whole(twin), strict=True):
+            assert torch.equal(mine, other)
+        if world.world_size > 1:
+            with refused(TrainingError, "use_reentrant=False"):
+                world.step(computed_anew(world, net, x, y, 4), optimizer)
+            with refused(TrainingError, "cannot be left out on one rank alone"):
+                world.step(computed_anew(world, net, x, y, 0), optimizer)
+        dist.barrier()
+
+
 def close(mine: list[Tensor], theirs: list[Tensor]) -> None:
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    usual = gradients.BUCKET_BYTES
+    gradients.BUCKET_BYTES = 1
+    try:
+        yield
+    finally:
+        gradients.BUCKET_BYTES = usual
 
 
 @contextmanager
@@ -343,6 +506,9 @@ CHECKS = [
     check_plain_loops,
     check_it_is_the_loop_under_ddp_by_hand,
     check_weights,
+    check_buckets_go_out_beside_the_backward_pass,
+    check_several_optimizers_step_beside,
+    check_what_comes_twice_in_a_pass,
     check_a_run_goes_on_bit_for_bit,
     check_formats_and_copies,
     check_rows_of_all_ranks,

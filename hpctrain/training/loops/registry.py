@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from hpctrain.errors import ConfigError, TrainingError
@@ -25,12 +26,14 @@ class Setups:
         scaler: of all losses; None before the first setup.
         bad_steps: updates that were not applied, of all optimizers.
         current: the samples of the running pass; None between batches, and without a loader.
+        beside: the process group of reductions beside a backward pass; None before the first.
     """
 
     all: list[Setup] = field(default_factory=list)
     scaler: LossScale | None = None
     bad_steps: BadSteps | None = None
     current: Any = None
+    beside: dist.ProcessGroup | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -90,21 +93,34 @@ class Setups:
         factor: float = world_size * samples / self.current.global_size
         return factor
 
-    def backward(self, loss: Tensor, factor: float | Tensor = 1.0) -> None:
+    def group(self) -> dist.ProcessGroup:
+        """Return the process group of reductions beside a backward pass. Collective: all ranks."""
+        if self.beside is None:
+            self.beside = dist.new_group()
+        return self.beside
+
+    def backward(
+        self, loss: Tensor, factor: float | Tensor = 1.0, before: Stepper | None = None
+    ) -> None:
         """Run a backward pass from a loss. Where a model is spread, collective: all ranks.
 
-        A rank without samples has no gradients: where every rank has all parameters nothing runs.
+        A rank without samples has no gradients; its pass runs for what others wait for in it.
 
         Args:
             loss: (), of the running pass.
             factor: by which its gradients count, in the mean over ranks.
+            before: the optimizer that steps next, where that is known: its gradients are reduced
+                beside the pass. Collective: all ranks.
         """
         _check_loss(loss)
         for stepper in self.steppers():
             stepper.begun = True
         is_spread = any(held.spread for held in self.held())
+        if before is not None:
+            before.expect(None if self.is_idle else loss)
         if self.is_idle:
             if not is_spread:
+                self._backward_of_none(loss)
                 return
             factor = 0.0
         if isinstance(factor, Tensor):
@@ -117,6 +133,16 @@ class Setups:
             if held.spread:
                 held.count_uses(not self.is_idle)
         torch.autograd.backward(loss, seed)
+
+    def _backward_of_none(self, loss: Tensor) -> None:
+        """Run a backward pass that leaves no gradients, as a mean over all ranks' rows needs it."""
+        parameters = [item for model in self.models() for item in model.parameters()]
+        kept = [item.grad for item in parameters]
+        for item in parameters:
+            item.grad = None
+        torch.autograd.backward(loss, torch.zeros_like(loss))
+        for item, gradient in zip(parameters, kept, strict=True):
+            item.grad = gradient
 
 
 def _check_loss(loss: object) -> None:

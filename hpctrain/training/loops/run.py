@@ -20,6 +20,7 @@ from hpctrain.topology import on_rank_zero
 from hpctrain.training.build import seed_generators
 from hpctrain.training.evaluation import gather_at_rank_zero
 from hpctrain.training.loops.loader import Loader, Samples
+from hpctrain.training.loops.setup import Stepper
 from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
 from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
@@ -129,11 +130,16 @@ class Run:
                     break
 
     def step(
-        self, loss: Tensor, *, samples: int | None = None, weight: Tensor | float | None = None
+        self,
+        loss: Tensor,
+        *,
+        samples: int | None = None,
+        weight: Tensor | float | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         """Run the backward pass of a loss, and after the last pass of a step its update.
 
-        Collective: all ranks.
+        Collective: all ranks. Gradients are averaged beside the backward pass.
 
         Args:
             loss: (), a mean over the samples of the pass.
@@ -141,36 +147,54 @@ class Run:
                 global batch, whatever the ranks' shares.
             weight: what the mean is over, where that depends on the data, such as the number of
                 tokens that count; a number, or (). Costs one more reduction a step.
+            optimizer: that updates; None: the only one.
 
         Raises:
-            TrainingError: on this rank, if the loss has no backward pass, or there are several
-                optimizers.
+            TrainingError: on this rank, if the loss has no backward pass, or it is not said which
+                of several optimizers updates.
         """
-        if len(self._step.steppers) > 1:
-            raise TrainingError(
-                "run.step updates by one optimizer, and there are several: run.backward(loss), "
-                "then run.update(optimizer)"
-            )
-        self.backward(loss, samples=samples, weight=weight)
-        self.update(self._step.steppers[0].optimizer)
+        if optimizer is None:
+            if len(self._step.steppers) > 1:
+                raise TrainingError(
+                    "run.step updates by one optimizer, and there are several: "
+                    "run.step(loss, optimizer=optimizer)"
+                )
+            optimizer = self._step.steppers[0].optimizer
+        running: Samples | None = self._setups.current
+        is_last = running is None or running.is_last_pass
+        stepper = self._stepper_of(optimizer)
+        self._backward(loss, samples, weight, stepper if is_last else None)
+        self.update(optimizer)
 
     def backward(
         self, loss: Tensor, *, samples: int | None = None, weight: Tensor | float | None = None
     ) -> None:
         """Run the backward pass of a loss, as `step` takes it. Under FSDP, collective."""
+        self._backward(loss, samples, weight)
+
+    def _backward(
+        self,
+        loss: Tensor,
+        samples: int | None,
+        weight: Tensor | float | None,
+        before: Stepper | None = None,
+    ) -> None:
         if self._running is None:
             raise TrainingError("run.backward and run.step belong into `for batch in run.steps()`")
         running: Samples | None = self._setups.current
         if weight is None:
             if samples is None and running is not None:
                 samples = running.size
-            self._setups.backward(loss, self._setups.factor(samples, self._world.world_size))
+            factor = self._setups.factor(samples, self._world.world_size)
+            self._setups.backward(loss, factor, before)
             counts: Tensor | float = 1.0 if samples is None else samples
         else:
-            counts = self._backward_by_weight(loss, weight)
+            counts = self._backward_by_weight(loss, weight, before)
         self._step.losses.append((loss.detach(), counts))
 
-    def _backward_by_weight(self, loss: Tensor, weight: Tensor | float) -> Tensor | float:
+    def _backward_by_weight(
+        self, loss: Tensor, weight: Tensor | float, before: Stepper | None
+    ) -> Tensor | float:
         if len(self._step.steppers) > 1:
             raise TrainingError("weight= is for a loop with one optimizer: weigh the loss yourself")
         if self._setups.is_idle:
@@ -178,7 +202,7 @@ class Run:
         if isinstance(weight, Tensor):
             weight = weight.detach().reshape(())
         nominal = self._world.world_size / self._running_size()
-        self._setups.backward(loss, weight * nominal)
+        self._setups.backward(loss, weight * nominal, before)
         self._weights.append(weight)
         return weight
 
@@ -190,9 +214,7 @@ class Run:
         Raises:
             TrainingError: on this rank, if no backward pass came before.
         """
-        stepper = self._setups.stepper_of(optimizer)
-        if stepper not in self._step.steppers:
-            raise TrainingError(f"{type(optimizer).__name__} is of no model of this run")
+        stepper = self._stepper_of(optimizer)
         if not stepper.begun:
             raise TrainingError(
                 "run.update without a backward pass: run.backward(loss) in place of loss.backward()"
@@ -206,6 +228,12 @@ class Run:
         if not self._updated:
             self._lr = optimizer.param_groups[0]["lr"]
         self._updated = True
+
+    def _stepper_of(self, optimizer: Optimizer) -> Stepper:
+        stepper = self._setups.stepper_of(optimizer)
+        if stepper not in self._step.steppers:
+            raise TrainingError(f"{type(optimizer).__name__} is of no model of this run")
+        return stepper
 
     def _by_weights(self) -> Tensor:
         """Return what makes a mean over samples one over weights, (). Collective: all ranks."""

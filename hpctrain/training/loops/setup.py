@@ -112,7 +112,7 @@ class Stepper:
         self._scaler = scaler
         self._sharded = [item for item in held if not isinstance(item, WholeModel)]
         self.parameters = [item for group in optimizer.param_groups for item in group["params"]]
-        self._reducer = Reducer(self.parameters, world.topology.world_size)
+        self._reducer = Reducer(self.parameters, world.topology.world_size, setups.group)
         self._whole = {id(item) for each in self._sharded for item in each.whole_parameters()}
         self._rank, self._world_size = world.topology.rank, world.topology.world_size
         self._modules = [list(each.model.modules()) for each in held]
@@ -140,6 +140,15 @@ class Stepper:
         optimizer.step = types.MethodType(_step_of(self), optimizer)
         if self._sharded:
             optimizer.zero_grad = types.MethodType(_zero_grad_of(self), optimizer)
+
+    def expect(self, loss: Tensor | None) -> None:
+        """Reduce beside the backward pass that follows, the last before `apply`. Collective.
+
+        Args:
+            loss: what it begins with; None: this rank has no samples.
+        """
+        if not self._sharded:  # gradients of rows are reduced in any backward pass
+            self._reducer.expect(loss)
 
     def apply(self, factor: Tensor | None = None) -> None:
         """Update the parameters by the mean of all ranks' gradients. Collective: all ranks.

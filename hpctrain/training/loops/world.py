@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from hpctrain.training.loops.loader import Loader
     from hpctrain.training.loops.registry import Setups
@@ -235,6 +236,26 @@ class World(process_group.World):
             TrainingError: on this rank, if the running batch has another number of samples.
         """
         self.setups.backward(loss, self.setups.factor(samples, self.world_size))
+
+    def step(self, loss: Tensor, optimizer: Optimizer, *, samples: int | None = None) -> None:
+        """Run a backward pass and the update by it, and forget the gradients. Collective.
+
+        As `backward`, `optimizer.step()` and `optimizer.zero_grad()`, but that gradients are
+        averaged beside the backward pass. What earlier passes have added up is part of them.
+
+        Args:
+            loss: (), a mean over samples.
+            optimizer: that was set up.
+            samples: as `backward` takes it.
+
+        Raises:
+            TrainingError: on this rank, if the running batch has another number of samples.
+        """
+        stepper = self.setups.stepper_of(optimizer)
+        factor = self.setups.factor(samples, self.world_size)
+        self.setups.backward(loss, factor, stepper)
+        optimizer.step()  # with what a schedule has put around it
+        stepper.clear_gradients()
 
     def gather(self, value: Any) -> list[Any] | None:
         """Return every rank's value on rank 0, in rank order, None elsewhere. Collective.
