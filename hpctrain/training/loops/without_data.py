@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hpctrain.config import Config
@@ -25,7 +25,7 @@ class WithoutData:
         stop_at: how long it is.
     """
 
-    validation = None
+    validations: Sequence[Any] = ()
 
     def __init__(self, config: Config, resumed: Resumed | None) -> None:
         self.place = Position() if resumed is None else resumed.place
