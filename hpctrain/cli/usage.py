@@ -26,7 +26,7 @@ USAGES = {
     "data": "data TOOL ...",
     "ckpt": "ckpt ls|verify|diff|export RUN [...]",
     "bundle": "bundle RUN [FILE ...] [--output FILE]",
-    "watch": "watch RUN [RUN ...] --serve [--port N | --unix-socket PATH]",
+    "watch": "watch RUN [RUN ...] [--serve [--port N | --unix-socket PATH]]",
     "report": "report RUN [RUN ...] [--output FILE.html] [--png FOLDER]",
     "runs": "runs [FOLDER] [--sort NAME] [--reverse] [--json]",
     "compare": "compare RUN RUN",
@@ -94,6 +94,8 @@ commands:
   ckpt export RUN FILE [--average] [--best]
                     the weights as one safetensors file: of the newest checkpoint, or the best;
                     FILE.ckpt: as Lightning's load_from_checkpoint reads them
+  watch RUN [RUN ...]
+                    runs in this terminal: state, progress, curves, nodes, log; once into a pipe
   watch RUN [RUN ...] --serve
                     a live page of the runs for your browser: curves, jobs, time, config, log. On
                     loopback, for you alone; it prints how to reach it from your own machine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +18,24 @@ if TYPE_CHECKING:
 
 
 def watch(arguments: list[str]) -> int:
-    """Show runs while they train."""
+    """Show runs while they train: in the terminal, or to a browser."""
     parser = Parser("watch")
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--serve", action="store_true", required=True)
+    parser.add_argument("--serve", action="store_true")
     listening = parser.add_mutually_exclusive_group()
     listening.add_argument("--port", type=count)
     listening.add_argument("--unix-socket", type=Path)
     parsed = parser.parse_intermixed_args(arguments)
 
-    from hpctrain.watch.server import serve
-
+    if not parsed.serve and (parsed.port is not None or parsed.unix_socket is not None):
+        parser.error("--port and --unix-socket are of the page: give --serve too")
     runs = _opened(parsed.runs)
+    if not parsed.serve:
+        from hpctrain.watch.terminal import show
+
+        show(runs, sys.stdout)
+        return ExitCode.DONE
+    from hpctrain.watch.server import serve
 
     def say(line: str) -> None:
         write_out(f"{printable(line)}\n")

@@ -23,7 +23,7 @@ from hpctrain.observe.job_record import FOLDER as JOBS
 from hpctrain.observe.machine_log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.phase_log import FILE as PHASES
-from hpctrain.observe.run_files import goodput_of
+from hpctrain.observe.run_files import goodput_of, runs_now
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import parse_json
 from hpctrain.utils.run_folder import CHECKPOINTS, step_of
@@ -160,7 +160,9 @@ class RunFiles:
 
     def _status(self) -> dict[str, Any]:
         try:
-            status = read_status(self.path, {}, lives=self._lives(self.path))
+            # From another node a process cannot be seen: its heartbeat can.
+            lives = runs_now(self.path, self._lives(self.path))
+            status = read_status(self.path, {}, lives=lives)
         except HpctrainError as error:
             return {"state": "unknown", "explanation": str(error), "step": 0}
         kept = ("state", "explanation", "reason", "code", "step", "tries", "since", "checkpoint")

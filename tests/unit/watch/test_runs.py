@@ -67,6 +67,7 @@ def test_nothing_of_this_imports_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from hpctrain.cli import main\n"
         "for command in (['runs', sys.argv[1]], ['compare', sys.argv[2], sys.argv[2]],\n"
+        "                ['watch', sys.argv[2]],\n"
         "                ['report', sys.argv[2], '--output', sys.argv[1] + '/r.html']):\n"
         "    assert main(command) == 0\n"
         "assert not {'torch', 'mpi4py'} & set(sys.modules)\n"

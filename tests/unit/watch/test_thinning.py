@@ -8,7 +8,7 @@ import random
 import pytest
 from helpers.made_runs import record
 
-from hpctrain.watch.thinning import curves, thinned
+from hpctrain.watch.report import curves, thinned
 
 
 @pytest.mark.parametrize("count", [1, 4, 50, 100, 101, 100_000])
