@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class Samples:
     fields: dict[str, Tensor]
     world_size: int
     wait_seconds: float = 0.0
+    largest_pass: ClassVar[None] = None
 
     @property
     def largest_share(self) -> int:

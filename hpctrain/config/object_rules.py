@@ -13,7 +13,7 @@ from hpctrain.config.toml import Source
 
 _OF_FILES = (
     *("file_order", "decode", "verify", "fields", "samples", "stage", "stage_directory"),
-    *("normalize", "sample_transform", "transform", "cache"),
+    *("normalize", "sample_transform", "transform", "cache", "max_tokens"),
 )
 """Keys that say how files are read; what becomes of a sample, a torch Dataset does by itself."""
 

@@ -54,10 +54,14 @@ def check_ragged(source: Source) -> list[Mistake]:
             mistakes.append(source.mistake(("data", "normalize", name), problem))
         for key, problem in problems.items():
             mistakes.append(source.mistake(("data", "fields", name, key), problem))
-    if any(
-        table.get("batch") in ("pad", "concat") or "image" in table or "sparse" in table
-        for table in described.values()
-    ):
+    is_ragged = any(table.get("batch") in ("pad", "concat") for table in described.values())
+    if source.get("data", "max_tokens") is not None and not is_ragged:
+        problem = (
+            "bounds passes of samples of unequal length, and no field has such: "
+            'data.fields.NAME.batch = "pad" or "concat"'
+        )
+        mistakes.append(source.mistake(("data", "max_tokens"), problem))
+    if is_ragged or any("image" in table or "sparse" in table for table in described.values()):
         mistakes += _combined(source)
     return mistakes
 

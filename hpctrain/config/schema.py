@@ -262,6 +262,10 @@ class DataSection:
     micro_batch_size: Count | None = None
     """At most so many samples per rank and forward pass; none: a rank's whole share."""
 
+    max_tokens: Count | None = None
+    """At most so many values of each field of unequal length per rank and forward pass, those that
+    are padded included; none: any number."""
+
     lanes: Count | None = None
     """Runs of samples that are read side by side; the most ranks that can train."""
 

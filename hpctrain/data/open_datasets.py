@@ -307,7 +307,7 @@ def _of_matrix(name: str, table: FieldTable, columns_of: Mapping[str, int]) -> R
 
 def _raggedness(table: FieldTable) -> Raggedness | None:
     if table.image is not None:
-        return Raggedness(batch="concat")
+        return Raggedness(batch="encoded")
     if table.batch is None or table.batch == "pack":
         return None
     return Raggedness(

@@ -18,7 +18,9 @@ import xxhash
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 
-Batching = Literal["pad", "concat", "dense", "csr", "indices"]
+LOOKED_AHEAD = 64
+"""Samples, at first, that are looked at to find those of a pass."""
+Batching = Literal["pad", "concat", "dense", "csr", "indices", "encoded"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Raggedness:
 
     Attributes:
         batch: "pad": to the longest of a pass; "concat": one after the other, with offsets;
-            "dense", "csr": as rows of a matrix, dense or sparse; "indices": their columns.
+            "dense", "csr": as rows of a matrix, dense or sparse; "indices": their columns;
+            "encoded": as what the values are decoded to.
         max_length: rows of a sample that are kept, the first ones; None: all.
         pad: the number behind the values of a sample.
         mask: name of a field: 1 where there is a value, 0 behind it; None: there is none.
@@ -206,3 +209,45 @@ def joined(files: Sequence[tuple[Int64s, Int64s]], values: Sequence[int]) -> Len
     counts = [count for _, count in files]
     stops = np.cumsum([len(each) for each in counts], dtype=np.int64)
     return Lengths(np.concatenate(firsts), np.concatenate(counts), stops)
+
+
+def cut_by_values(
+    counts: Sequence[tuple[Int64s, bool]], most: int, most_samples: int | None
+) -> list[tuple[int, int]]:
+    """Cut samples into passes of which no field has more than so many values.
+
+    Args:
+        counts: of each field, rows of the samples, and whether they are padded to the longest.
+        most: values of a field in a pass, those that are padded included; no sample has more.
+        most_samples: of a pass; None: any number.
+
+    Returns:
+        The first sample of each pass and one past its last; (0, 0) alone of no samples.
+    """
+    samples = len(counts[0][0])
+    cuts, start, likely = [], 0, LOOKED_AHEAD
+    while start < samples:
+        left = samples - start if most_samples is None else min(most_samples, samples - start)
+        # To look at all that are left for each pass would be quadratic.
+        looked = min(left, likely)
+        fitting = _fitting([(rows[start : start + looked], pads) for rows, pads in counts], most)
+        if fitting == looked < left:
+            likely *= 2
+            continue
+        stop = start + max(1, fitting)
+        cuts.append((start, stop))
+        start = stop
+    return cuts or [(0, 0)]
+
+
+def _fitting(counts: Sequence[tuple[Int64s, bool]], most: int) -> int:
+    """Return how many of the first samples have no more values than that, in any field."""
+    fitting = len(counts[0][0])
+    for rows, is_padded in counts:
+        some = rows[:fitting]
+        if is_padded:
+            taken = np.maximum.accumulate(some) * np.arange(1, len(some) + 1)
+        else:
+            taken = np.cumsum(some)
+        fitting = min(fitting, int(np.searchsorted(taken, most, side="right")))
+    return fitting

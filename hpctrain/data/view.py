@@ -19,7 +19,7 @@ import xxhash
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, SourceFacts, require_fields
 from hpctrain.data.permutation import Int64s
-from hpctrain.data.ragged import Heap, Lengths, Packing, Raggedness
+from hpctrain.data.ragged import Heap, Lengths, Packing, Raggedness, cut_by_values
 from hpctrain.data.runs import within
 from hpctrain.data.selection import SampleSelection, Spans
 from hpctrain.errors import DatasetError
@@ -167,6 +167,11 @@ class View(Dataset):
         named = {name: column.ragged for name, column in self.columns.items()}
         return {name: ragged for name, ragged in named.items() if ragged is not None}
 
+    @property
+    def bounded(self) -> dict[str, Raggedness]:
+        """Those of them whose values a pass has as many of as its samples happen to have."""
+        return {name: how for name, how in self.ragged.items() if how.batch in ("pad", "concat")}
+
     def values_of(self, name: str, samples: Int64s) -> tuple[Int64s, Int64s]:
         """Return which rows of its home a field of unequal length has in each of these samples.
 
@@ -179,6 +184,32 @@ class View(Dataset):
         assert ragged is not None
         rows = self.selection.rows(samples) + column.lead
         return lengths.firsts[rows], ragged.kept(lengths.counts[rows])
+
+    def cut_by_values(
+        self, samples: Int64s, most: int, most_samples: int | None
+    ) -> list[tuple[int, int]]:
+        """Cut samples into passes, as `hpctrain.data.ragged.cut_by_values` does."""
+        counts = [
+            (self.values_of(name, samples)[1], ragged.batch == "pad")
+            for name, ragged in self.bounded.items()
+        ]
+        return cut_by_values(counts, most, most_samples)
+
+    def require_at_most(self, most: int) -> None:
+        """Check that every sample fits into a pass of so many values.
+
+        Raises:
+            DatasetError: naming the field that has more in some.
+        """
+        for name, ragged in self.bounded.items():
+            lengths = self.parts[self.columns[name].part].lengths
+            assert lengths is not None
+            longest = int(ragged.kept(lengths.counts).max())
+            if longest > most:
+                raise DatasetError(
+                    f"{self.source}: data.max_tokens = {most}, but a sample has {longest} values "
+                    f'of "{name}": raise it, or cut samples by data.fields.{name}.max_length'
+                )
 
     @property
     def packs(self) -> bool:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -163,6 +163,8 @@ class StandIn(Protocol):
     def largest_share(self) -> int: ...
     @property
     def smallest_share(self) -> int: ...
+    @property
+    def largest_pass(self) -> int | None: ...
     def example(self, count: int = 1) -> Any:
         """Return one sample so many times, as a pass has it, on the device."""
 
@@ -199,6 +201,10 @@ class RepeatingLoader:
     def smallest_share(self) -> int:
         return self.loader.smallest_share
 
+    @property
+    def largest_pass(self) -> int | None:
+        return self.loader.largest_pass
+
     def example(self, count: int = 1) -> Any:
         """Return one sample so many times, as a pass has it, on the device."""
         return self.loader.example(count)
@@ -228,6 +234,7 @@ class SyntheticLoader:
     smallest_share: int
     device: torch.device
     batch_transform: BatchTransform
+    largest_pass: ClassVar[None] = None
 
     def example(self, count: int = 1) -> dict[str, torch.Tensor]:
         """Return one row of every field so many times, (count, *shape) on the device."""

@@ -164,7 +164,7 @@ def build_parts(
         number_format=number_format,
         shapes=shapes,
         example=example,
-        micro_batch_size=config.data.micro_batch_size,
+        micro_batch_size=shapes.largest_pass or config.data.micro_batch_size,
         graphs=_records_graphs(config) and world.device.type == "cuda",
         sharded=sharded,
     )

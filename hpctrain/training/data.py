@@ -196,6 +196,7 @@ def open_data(
             "rank": topology.rank,
             "world_size": topology.world_size,
             "batch_transform": transforms.batch_transform,
+            "max_tokens": section.max_tokens,
         }
         train_loader = TrainLoader(
             train,
@@ -210,6 +211,7 @@ def open_data(
             memory=memory,
             preparation=transforms.train,
             decoding=transforms.decoding,
+            micro_batch_size=section.micro_batch_size,
             **in_common,
         )
 

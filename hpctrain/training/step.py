@@ -50,6 +50,11 @@ class Shapes(Protocol):
         """The fewest."""
         ...
 
+    @property
+    def largest_pass(self) -> int | None:
+        """The most samples of a pass, where their values bound it; None: the config does."""
+        ...
+
     def example(self, count: int = 1) -> Any:
         """Return one sample so many times, as a pass has them, on the device."""
         ...
@@ -154,7 +159,7 @@ class TrainStep:
         )
         self.graphs = graphs
         self._own_gradients: OwnGradients | None = None
-        if graphs and self.grad_accum_steps > 1:
+        if graphs and (self.grad_accum_steps > 1 or shapes.largest_pass is not None):
             self._own_gradients = OwnGradients(self._wrapped.parameters)
         self._update = Update(
             optimizer,

@@ -122,6 +122,7 @@ class TrainBatches(Protocol):
     epoch_size: int
     largest_share: int
     smallest_share: int
+    largest_pass: int | None
     buffer_bytes: int
 
     @property

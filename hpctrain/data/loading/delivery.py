@@ -220,7 +220,12 @@ class Delivery:
                             "start": start,
                         }
                         if self._how:
-                            yield RaggedBatch(rows=self._ragged(arrived, own), **about)
+                            passes = arrived.group.cuts
+                            yield RaggedBatch(
+                                rows=self._ragged(arrived, own),
+                                cuts=None if passes is None else passes[i],
+                                **about,
+                            )
                         else:
                             yield Batch(fields=self._finish(arrived, own), **about)
             finally:

@@ -22,6 +22,7 @@ from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import Group, RowSource, group_bounds
 from hpctrain.data.order import sample_keys
 from hpctrain.data.permutation import Int64s
+from hpctrain.data.view import View
 
 
 class EvaluationLoader:
@@ -46,6 +47,7 @@ class EvaluationLoader:
         seed: int = 0,
         samples: int | None = None,
         rows: Int64s | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -62,6 +64,8 @@ class EvaluationLoader:
             seed: of the run: what its transform draws is the same in every evaluation.
             samples: evaluate with the first so many only; None: with all.
             rows: of the dataset, which this rank is to serve in this order; None: its share.
+            max_tokens: of samples of unequal length, values of a field in a batch; None: any
+                number. Not of `rows`.
 
         Raises:
             DatasetError: if a field is not there.
@@ -77,6 +81,10 @@ class EvaluationLoader:
         else:
             self._first, self._stop = 0, len(rows)
         self._batch_size = batch_size
+        self._bounds: list[int] | None = None
+        self._most_batches: int | None = None
+        if max_tokens is not None and rows is None and isinstance(self._dataset, View):
+            self._cut(self._dataset, rank, max_tokens)
         share, staging = sample_bytes(self._dataset, preparation)
         memory = MemoryPlan.make(
             batch_size * share,
@@ -101,7 +109,25 @@ class EvaluationLoader:
         )
         self.buffer_bytes = memory.total + self._delivery.surplus_bytes
 
+    def _cut(self, dataset: View, rank: int, most: int) -> None:
+        """Cut the share of every rank into batches by the lengths of its samples."""
+        if not dataset.bounded:
+            return
+        dataset.require_at_most(most)
+        world_size, samples = self._world_size, self._samples
+        counts = []
+        for each in range(world_size):
+            first, stop = each * samples // world_size, (each + 1) * samples // world_size
+            rows = np.arange(first, stop, dtype=np.int64)
+            cuts = dataset.cut_by_values(rows, most, self._batch_size) if len(rows) else []
+            counts.append(len(cuts))
+            if each == rank:
+                self._bounds = [first + start for start, _ in cuts] + [stop]
+        self._most_batches = max(counts)
+
     def __len__(self) -> int:
+        if self._bounds is not None:
+            return len(self._bounds) - 1
         return len(range(self._first, self._stop, self._batch_size))
 
     @property
@@ -112,6 +138,8 @@ class EvaluationLoader:
     @property
     def most_batches(self) -> int:
         """How many batches the rank with the most samples has."""
+        if self._most_batches is not None:
+            return self._most_batches
         largest_share = -(-self._samples // self._world_size)
         return -(-largest_share // self._batch_size)
 
@@ -146,8 +174,14 @@ class EvaluationLoader:
         """End the thread and close all files. The loader can be used again."""
         self._delivery.close()
 
+    def _group_bounds(self) -> Iterator[list[int]]:
+        size, bounds = self._group_batches, self._bounds
+        if bounds is None:
+            return group_bounds(self._first, self._stop, self._batch_size, size)
+        return (bounds[at : at + size + 1] for at in range(0, len(bounds) - 1, size))
+
     def _groups(self) -> Iterator[Group]:
-        for bounds in group_bounds(self._first, self._stop, self._batch_size, self._group_batches):
+        for bounds in self._group_bounds():
             places = np.arange(bounds[0], bounds[-1], dtype=np.int64)
             rows = self._rows_at(places)
             keys = sample_keys(self._seed, 0, rows) if self._needs_keys else None

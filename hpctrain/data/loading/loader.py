@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from hpctrain.data.permutation import Int64s
 from hpctrain.data.read_ahead import Ahead, LaneWindows, MixedRounds, RowStream
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.runs import Bytes
+from hpctrain.data.view import View
 
 __all__ = ["Batch", "LoaderOptions", "TrainLoader"]
 
@@ -52,6 +54,8 @@ class TrainLoader:
         epoch_size: samples of all ranks that an epoch serves.
         largest_share: the most samples of any rank in any full batch.
         smallest_share: the fewest of any rank in any batch that begins where one ends.
+        largest_pass: samples of a pass, where values bound it: as long as the example of each
+            rank; None: where they do not.
         order_of: returns the order of an epoch, for the resume state.
         rows: returns which rows of the dataset this rank serves of positions of an epoch.
         buffer_bytes: host memory that reading ahead takes on this rank.
@@ -76,6 +80,8 @@ class TrainLoader:
         preparation: Preparation | None = None,
         decoding: Decoding | None = None,
         batch_transform: BatchTransform | None = None,
+        max_tokens: int | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         """Prepare; no file is opened yet.
 
@@ -97,6 +103,8 @@ class TrainLoader:
             preparation: what is done to every sample on the host; None: nothing.
             decoding: what is decoded; None: nothing.
             batch_transform: what is done to batches on the device; None: nothing.
+            max_tokens: of samples of unequal length, values of a field in a pass; None: any number.
+            micro_batch_size: samples of such a pass; None: any number.
 
         Raises:
             ConfigError: if there are more ranks than lanes.
@@ -154,6 +162,16 @@ class TrainLoader:
             training=True,
         )
         self._needs_rows = self._needs_keys or self._delivery.needs_rows
+        self.largest_pass: int | None = None
+        self._max_tokens, self._micro_batch_size = max_tokens, micro_batch_size
+        is_bounded = isinstance(self._dataset, View) and bool(self._dataset.bounded)
+        if max_tokens is not None and is_bounded:
+            assert isinstance(self._dataset, View)
+            self._dataset.require_at_most(max_tokens)
+            here = np.full(self.largest_share, self._example_row, np.int64)
+            cuts = self._dataset.cut_by_values(here, max_tokens, micro_batch_size)
+            # Some pass may be without samples in any step.
+            self.largest_pass, self.smallest_share = cuts[0][1], 0
         self.buffer_bytes = spent.total + self._delivery.surplus_bytes
 
     @property
@@ -187,12 +205,16 @@ class TrainLoader:
         number it is 0: the row stands in where a rank has none, with a weight of 0, and what is
         not a number stays so.
         """
-        row = self._rank * self._dataset.samples // self._world_size
+        row = self._example_row
         if self._delivery.is_ragged:
             found = self._delivery.some_ragged(np.array([row], np.int64)).repeated(count)
             return {name: _finite(each) for name, each in found.items()}
         sample = {name: _finite(each) for name, each in self._delivery.one(row).items()}
         return sample if count == 1 else repeated(sample, count)
+
+    @property
+    def _example_row(self) -> int:
+        return self._rank * self._dataset.samples // self._world_size
 
     def examples(self, most: int) -> Samples:
         """Return some real samples, as batches hold them: at most `most`, as many on every rank.
@@ -242,9 +264,29 @@ class TrainLoader:
             else:
                 rows = rows_at(positions)
                 keys = order.sample_keys(epoch, positions, rows) if self._needs_keys else None
-                yield Group(bounds, positions, rows, keys)
+                cuts = None if self.largest_pass is None else self._cuts(order, epoch, bounds)
+                yield Group(bounds, positions, rows, keys, cuts)
         # What comes next is planned while the consumer is busy with the last of this epoch.
         self._epochs.plan(epoch + 1)
+
+    def _cuts(self, order: Order, epoch: int, bounds: list[int]) -> list[list[tuple[int, int]]]:
+        """Return the passes of this rank in each batch: as many as that rank has that needs most.
+
+        Every rank knows the lengths of all samples, and finds the same number.
+        """
+        dataset, most = self._dataset, self._max_tokens
+        assert isinstance(dataset, View)
+        assert most is not None
+        plan, made = self._epochs.plan(epoch), []
+        for start, stop in itertools.pairwise(bounds):
+            of_ranks = []
+            for rank in range(self._world_size):
+                rows = plan.rows(order.positions(start, stop, rank, self._world_size))
+                of_ranks.append(dataset.cut_by_values(rows, most, self._micro_batch_size))
+            own, passes = of_ranks[self._rank], max(map(len, of_ranks))
+            # Those without samples come first: the last is the one that the gradients come with.
+            made.append([(0, 0)] * (passes - len(own)) + own)
+        return made
 
     def _source(self, order: Order, epoch: int, start: int) -> Source:
         # The thread of an earlier epoch must not read any more.

@@ -31,12 +31,14 @@ class Group(NamedTuple):
         positions: (samples of this rank,) int64, ascending.
         rows: (samples of this rank,) int64, which of the dataset they are; None: nobody asks.
         keys: (samples of this rank,) uint64, what random transforms draw from; None: none do.
+        cuts: of each batch the passes of this rank, as many as of any; None: nobody has cut them.
     """
 
     bounds: list[int]
     positions: Int64s
     rows: Int64s | None = None
     keys: UInt64s | None = None
+    cuts: Sequence[Sequence[tuple[int, int]]] | None = None
 
 
 def group_bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:

@@ -66,6 +66,7 @@ class OfFiles:
     options: LoaderOptions
     fields: Sequence[str]
     batch_size: int
+    max_tokens: int | None
     seed: int
 
     def loader(self, world: World, rows: Int64s | None = None) -> EvaluationLoader:
@@ -82,6 +83,7 @@ class OfFiles:
             batch_transform=self.transforms.batch_transform,
             seed=self.seed,
             rows=rows,
+            max_tokens=self.max_tokens,
         )
 
     def close(self) -> None:
@@ -198,6 +200,7 @@ def open_files(
         ),
         fields=fields,
         batch_size=min(section.micro_batch_size or share, share),
+        max_tokens=section.max_tokens,
         seed=config.run.seed,
     )
 

@@ -298,6 +298,11 @@ class Loader:
                 yield samples
         self._setups.current = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the number of passes depends on the samples of a step."""
+        return self._options.get("max_tokens") is not None
+
     def count_passes(self) -> int:
         """Return the passes of each step, by `micro_batch_size`."""
         assert self._data is not None

@@ -67,10 +67,11 @@ class Run:
         self._loader = loader
         self._end = plan.stop_at.end(data.place)
         self._passes = step.grad_accum_steps
-        if self._passes > 1 and len(step.steppers) > 1:
+        is_cut = loader is not None and loader.is_cut
+        if (self._passes > 1 or is_cut) and len(step.steppers) > 1:
             raise ConfigError(
-                "micro_batch_size: with several optimizers a step is not cut into passes, as each "
-                "of them may see what another has updated: leave it out",
+                "micro_batch_size, max_tokens: with several optimizers a step is not cut, as each "
+                "of them may see what another has updated: leave them out",
                 everywhere=True,
             )
         # What a program draws until its first step is drawn again when it goes on.

@@ -392,3 +392,63 @@ def test_documents_are_cut_in_file_order(tmp_path: Path, world_size: int) -> Non
         assert loader.example(2)["position"].shape == (2, 8)
         loader.close()
     assert sorted(served) == list(range(6))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["rows", "windows"])
+def test_passes_of_so_many_values(folder: Path, kind: str, world_size: int) -> None:
+    """As many passes on every rank, all samples in them once, none with too many values."""
+    dataset, graphs = opened(folder), graphs_of(folder)
+    order = Order(samples=len(graphs), seed=3, **ORDERS[kind])
+    passes: list[list[int]] = []
+    for rank in range(world_size):
+        loader = train_loader(
+            dataset,
+            order,
+            fields=list(FIELDS),
+            global_batch_size=20,
+            rank=rank,
+            world_size=world_size,
+            max_tokens=130,
+            micro_batch_size=6,
+        )
+        assert loader.smallest_share == 0
+        assert loader.largest_pass is not None
+        passes.append([])
+        for batch in loader.epoch(0):
+            rows = loader.rows(0, batch.start, batch.start + batch.global_size).tolist()
+            cuts = [cut for cut in batch.cuts if cut[0] < cut[1]]
+            assert [row for first, stop in cuts for row in rows[first:stop]] == rows
+            assert not batch.size or batch.cuts[-1] == cuts[-1]
+            for first, stop in cuts:
+                fields = batch.part(first, stop)
+                require_equal(fields, collated([graphs[row] for row in rows[first:stop]]))
+                assert max(fields["z"].numel(), len(fields["pos"]), len(fields["edge"])) <= 130
+                assert stop - first <= 6
+            passes[-1].append(len(batch.cuts))
+        loader.close()
+    assert max(passes[0]) > 1
+    assert all(each == passes[0] for each in passes)
+    with pytest.raises(DatasetError, match=r"data\.max_tokens = 20, but a sample has 29 values"):
+        train_loader(dataset, order, fields=list(FIELDS), global_batch_size=20, max_tokens=20)
+
+
+def test_an_evaluation_of_so_many_values(folder: Path) -> None:
+    dataset, graphs = opened(folder), graphs_of(folder)
+    row, batches, most = 0, [], set()
+    for rank in range(3):
+        loader = evaluation_loader(
+            dataset, fields=list(FIELDS), rank=rank, world_size=3, batch_size=9, max_tokens=130
+        )
+        batches.append(len(loader))
+        most.add(loader.most_batches)
+        served = 0
+        for batch in loader:
+            require_equal(batch.fields, collated(graphs[row : row + batch.size]))
+            assert batch.fields["z"].numel() <= 130
+            row += batch.size
+            served += 1
+        assert served == batches[-1]
+        loader.close()
+    assert row == len(graphs)
+    assert most == {max(batches)}

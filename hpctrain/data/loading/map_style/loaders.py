@@ -85,6 +85,7 @@ class MapTrainLoader:
         )
         self.epoch_size, self.order_of, self.rows = epochs.size, epochs.order_of, epochs.rows
         self.largest_share, self.smallest_share = epochs.largest_share, epochs.smallest_share
+        self.largest_pass: int | None = None
         self._passes = count_passes(epochs.largest_share, micro_batch_size)
         self._dataset = dataset
         self._reader = reader
