@@ -10,11 +10,29 @@ from pathlib import Path
 from hpctrain.cli import inference
 from hpctrain.cli.jobs import check, run
 from hpctrain.cli.tools import bundle, ckpt, data, status
-from hpctrain.cli.usage import HELP, say, usage_error
+from hpctrain.cli.usage import HELP, USAGES, help_of, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.environment import Claim, launchers_in, this_process
 from hpctrain.launch.voice import tell_once
 from hpctrain.version import __version__
+
+
+def _init(arguments: list[str]) -> int:
+    from hpctrain.cli.beginning import init
+
+    return init(arguments)
+
+
+def _config(arguments: list[str]) -> int:
+    from hpctrain.cli.beginning import config
+
+    return config(arguments)
+
+
+def _completion(arguments: list[str]) -> int:
+    from hpctrain.cli.completion import completion
+
+    return completion(arguments)
 
 
 def _job(arguments: list[str]) -> int:
@@ -24,7 +42,7 @@ def _job(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
-    from hpctrain.cli.prepare import prepare
+    from hpctrain.cli.scripts import prepare
 
     return prepare(arguments)
 
@@ -53,8 +71,17 @@ def _compare(arguments: list[str]) -> int:
     return compare(arguments)
 
 
+def _run_script(arguments: list[str], claim: Claim) -> int:
+    from hpctrain.cli.scripts import run_script
+
+    return run_script(arguments, claim)
+
+
 OPTIONS = {"-h": HELP, "--help": HELP, "--version": f"hpctrain {__version__}\n"}
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "init": _init,
+    "config": _config,
+    "completion": _completion,
     "status": status,
     "job": _job,
     "ckpt": ckpt,
@@ -66,6 +93,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
+    "data": data,
+    "run": _run_script,
     "check": check,
     "evaluate": inference.evaluate,
     "test": inference.test,
@@ -135,6 +164,29 @@ def _require_folder() -> None:
         ) from error
 
 
+def _asks_for_help(first: str, rest: Sequence[str]) -> bool:
+    """Tell whether a command line asks for help; what follows a script is the script's own.
+
+    `data` has a help for each of its tools.
+    """
+    if first in ("run", "prepare"):
+        rest = rest[:1]
+    return first != "data" and not {"-h", "--help"}.isdisjoint(rest)
+
+
+def _answer(first: str, rest: Sequence[str]) -> str | None:
+    """Return the help or the versions that are asked for, None: neither is."""
+    if {first, *rest} == {"--version", "--all"}:
+        from hpctrain.cli.beginning import all_versions
+
+        return all_versions()
+    if first in OPTIONS:
+        return OPTIONS[first]
+    if _asks_for_help(first, rest):
+        return help_of(first) if first in USAGES else HELP
+    return None
+
+
 def dispatch(arguments: list[str], claim: Claim) -> int:
     """Find the command among the arguments and run it.
 
@@ -144,15 +196,11 @@ def dispatch(arguments: list[str], claim: Claim) -> int:
     if not arguments:
         raise usage_error("a config file or a command is needed")
     first, rest = arguments[0], arguments[1:]
-    if first in OPTIONS:
-        return say(claim, OPTIONS[first])
+    if claim.rank in (None, 0) and (text := _answer(first, rest)) is not None:
+        return say(claim, text)
+    if first in OPTIONS or _asks_for_help(first, rest):
+        return ExitCode.DONE
     _require_folder()
-    if first == "data":
-        return data(rest, claim)
-    if first == "run":
-        from hpctrain.cli.scripts import run_script  # what no other command needs
-
-        return run_script(rest, claim)
     if first in COMMANDS:
         # These are work for one process, also where a launcher started several.
         return COMMANDS[first](rest) if claim.rank in (None, 0) else ExitCode.DONE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.cli.processes import declare_processes, take_processes
-from hpctrain.cli.usage import PROGRAM, USAGES, Parser, usage_error, usage_of
+from hpctrain.cli.usage import PROGRAM, USAGES, Parser, options_of, usage_error, usage_of
 from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
@@ -18,7 +18,7 @@ from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import nearest
+from hpctrain.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
@@ -135,6 +135,7 @@ def _parsed(
         UsageError: if they do not fit.
     """
     _check_is_no_program(arguments)
+    _check_is_option(arguments)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--code", type=Path)
@@ -163,6 +164,21 @@ def _check_is_no_program(arguments: Sequence[str]) -> None:
             f"{path} is a Python program, not a config: {PROGRAM} run {' '.join(arguments)}",
             usage_of("run"),
         )
+
+
+def _check_is_option(arguments: Sequence[str]) -> None:
+    """Tell which option was meant, where there are options alone and one is not known.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    if any(not word.startswith("-") for word in arguments):
+        return
+    known = [*options_of(""), "-h"]
+    for word in arguments:
+        option = word.partition("=")[0]
+        if option not in known:
+            raise usage_error(f"unrecognized arguments: {word}{did_you_mean(option, known)}")
 
 
 def _check_is_command(word: str) -> None:

@@ -1,4 +1,4 @@
-"""`run SCRIPT`: a program of the user's own as ranks, here or where they are already."""
+"""`run SCRIPT`: a program of the user's own as ranks; `prepare`: one that fetches its data."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpctrain.cli.processes import OPTIONS, check_world, num_processes, read_wanted, start
-from hpctrain.cli.usage import HELP, PROGRAM, say, usage_error, usage_of
-from hpctrain.errors import ExitCode
+from hpctrain.cli.usage import PROGRAM, Parser, usage_error, usage_of
+from hpctrain.config.choices import PREPARING
+from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.environment import Claim
-from hpctrain.launch.program import Program, check_program, run_alone, run_as_ranks
+from hpctrain.launch.program import (
+    Program,
+    check_program,
+    run_alone,
+    run_as_ranks,
+    run_program,
+    show_failure,
+)
+from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import did_you_mean
+
+_HIDES_GPUS = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 
 def run_script(arguments: Sequence[str], claim: Claim) -> int:
     """Run a script as ranks: start them, or be one of them. Collective in the latter case."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        return say(claim, HELP)
     program, given = parse_run(arguments)
     if not program.is_module and Path(program.name).suffix == ".toml":
         words = " ".join([program.name, *program.arguments])
@@ -76,3 +85,68 @@ def parse_run(arguments: Sequence[str]) -> tuple[Program, dict[str, str]]:
     if not name:
         raise usage_error("a script is needed, or -m and a module", usage_of("run"))
     return Program(name=name, arguments=own, is_module=is_module), given
+
+
+def prepare(arguments: list[str]) -> int:
+    """Fetch what a config or a script needs from the internet; train nothing."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
+        raise usage_error("a config or a script is needed", usage_of("prepare"))
+    os.environ[PREPARING] = "1"
+    # Login nodes that have some share them.
+    os.environ.update(_HIDES_GPUS)
+    if Path(arguments[0]).suffix == ".toml":
+        return _prepare_config(arguments)
+    is_module = arguments[0] == "-m"
+    name, *own = arguments[is_module:] or [""]
+    program = Program(name=name, arguments=own, is_module=is_module)
+    check_program(program)
+    return _prepare_script(program)
+
+
+def _prepare_config(arguments: Sequence[str]) -> int:
+    parser = Parser("prepare")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parsed = parser.parse_intermixed_args(arguments)
+
+    from hpctrain.config import load
+
+    config = load(parsed.config, parsed.overrides)
+    from hpctrain.training.fetch import fetch  # brings torch
+
+    made = fetch(config, parsed.config, parsed.overrides)
+    _tell(parsed.config, made)
+    return ExitCode.DONE
+
+
+def _prepare_script(program: Program) -> int:
+    """Run a script until its Trainers have fetched their data; `connect()` ends it.
+
+    What a script does after a `fit` that has trained nothing may well fail.
+    """
+    try:
+        run_program(program)
+    except HpctrainError:
+        raise
+    except SystemExit as asked:
+        if asked.code not in (0, None):
+            raise
+    except Exception as error:  # noqa: BLE001 - whatever the script raises
+        if not _prepared():
+            return show_failure(error)
+        what = type(error).__name__
+        write_out(f"{program.name} ended by {what} after that: nothing was trained here\n")
+    _tell(program.name, [])
+    return ExitCode.DONE
+
+
+def _tell(what: str, made: Sequence[str]) -> None:
+    called = [f"prepare_data of {name}" for name in _prepared()]
+    done = ", ".join([*made, *called]) or "no prepare_data was called"
+    write_out(f"{what}: {done}\n")
+
+
+def _prepared() -> Sequence[str]:
+    from hpctrain.training.prepare_data import prepared
+
+    return prepared

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from hpctrain.cli.usage import PROGRAM, Parser, count, say
+from hpctrain.cli.usage import PROGRAM, Parser, count, examples_of, say
 from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
 from hpctrain.launch.environment import Claim
 from hpctrain.launch.voice import telling
@@ -143,7 +143,12 @@ def data(arguments: list[str], claim: Claim) -> int:
     is_collective = bool(COLLECTIVE.intersection(arguments[:1])) and not asks_help
     if claim.rank not in (None, 0) and not is_collective:
         return ExitCode.DONE
-    parser = Parser(prog=f"{PROGRAM} data", add_help=True)
+    parser = Parser(
+        prog=f"{PROGRAM} data",
+        add_help=True,
+        epilog=f"examples:\n{examples_of('data')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     tools = declare(parser)
     try:
         if arguments[:1] and arguments[0] in tools:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from typing import Any, NoReturn
 
 from hpctrain.errors import ExitCode, UsageError
@@ -15,6 +16,8 @@ PROGRAM = "python -m hpctrain"
 
 USAGES = {
     "": "CONFIG [--np N] [SECTION.KEY=VALUE ...]",
+    "init": "init [FOLDER]",
+    "config": "config CONFIG [SECTION.KEY=VALUE ...]",
     "run": "run [OPTIONS] SCRIPT [OPTIONS] [--] [ARGUMENTS ...]",
     "prepare": "prepare CONFIG|SCRIPT [SECTION.KEY=VALUE ... | ARGUMENTS ...]",
     "check": "check CONFIG [--np N] [SECTION.KEY=VALUE ...] [--json]",
@@ -30,6 +33,7 @@ USAGES = {
     "report": "report RUN [RUN ...] [--output FILE.html] [--png FOLDER]",
     "runs": "runs [FOLDER] [--sort NAME] [--reverse] [--json]",
     "compare": "compare RUN RUN",
+    "completion": "completion bash|zsh|fish",
 }
 """What each command takes; "" is a run of a config."""
 
@@ -47,6 +51,9 @@ Overrides are TOML values for single keys. Started again, a run continues from i
 checkpoint. Alone, without a launcher, it is one process.
 
 commands:
+  init [FOLDER]     write a config, a model and a job script to start from; overwrite nothing
+  config CONFIG     print the resolved config as TOML that loads again: every default, and where
+                    each value comes from
   run SCRIPT        run your own program: its hpctrain.connect() or hpctrain.lightning.Trainer
                     finds all processes, and the end of one ends all. Options as below, before or
                     after SCRIPT; what follows -- is the script's. -m MODULE in place of SCRIPT.
@@ -112,6 +119,9 @@ commands:
                     config, job records, ends, stacks, the last of the log; no data, no weights,
                     no secrets that can be told by their look. FILE: more, such as a job's log
 
+  completion bash|zsh|fish
+                    print what completes `hpctrain` in a shell
+
 options of a run, of check and of run SCRIPT:
   --np N            start N processes on this node, under the mpirun of the bound MPI library
   --devices N|auto|0,1
@@ -125,13 +135,84 @@ options of a run, of check and of run SCRIPT:
 
 options:
   --code DIRECTORY  take your modules from a snapshot that `job --snapshot` has made
-  -h, --help        show this message
-  --version         show the version
+  -h, --help        show this message; COMMAND --help: that of a command, with examples
+  --version         show the version; --version --all: of Python, torch, MPI, HDF5, CUDA and others
 
 exit codes:
   0 complete   75 stopped early and saved: submit again
   64 usage   65 data   69 launch   70 bug or diverged training   74 checkpoint I/O   78 config
 """
+
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "init": ("init", "init my_project"),
+    "config": ("config run.toml", "config run.toml optimizer.lr=2e-3 >resolved.toml"),
+    "run": (
+        "run train.py --np 4",
+        "run train.py --devices 4 --precision bf16 -- --my-own-option 3",
+        "run -m my_package.train --devices auto",
+    ),
+    "prepare": ("prepare run.toml", "prepare train.py --epochs 3"),
+    "check": ("check run.toml --np 4", "check run.toml --json"),
+    "evaluate": ("evaluate run.toml", "evaluate run.toml --checkpoint best --split test --json"),
+    "test": ("test run.toml --checkpoint best",),
+    "predict": ("predict run.toml --output predictions", "predict run.toml --output out.nc"),
+    "status": ("status runs/digits", "status runs/digits --json"),
+    "job": (
+        "job run.toml --site perlmutter --nodes 4 --time 2:00:00 --account me --output job.sh",
+        "job run.toml --scheduler slurm --nodes 1 --time 1:00:00 --sweep run.seed=1,2,3 --submit",
+        "job --sites",
+    ),
+    "data": (
+        "data pack digits data/digits",
+        "data pack images/ data/images",
+        "data info data/digits/train",
+    ),
+    "ckpt": ("ckpt ls runs/digits", "ckpt export runs/digits model.safetensors --best"),
+    "bundle": ("bundle runs/digits digits-4711.log",),
+    "watch": ("watch runs/digits --serve", "watch runs/digits runs/other --serve --port 8080"),
+    "report": ("report runs/digits", "report runs/one runs/two --output both.html"),
+    "runs": ("runs", "runs runs/digits --sort accuracy", "runs --json"),
+    "compare": ("compare runs/one runs/two",),
+    "completion": ("completion bash >~/.local/share/bash-completion/completions/hpctrain",),
+}
+"""Command lines as people write them, by command."""
+
+_TAKE_OPTIONS_OF_A_RUN = ("check", "run")
+
+
+def help_of(command: str) -> str:
+    """Return the help of one command: its part of the whole, and examples."""
+    return f"{usage_of(command)}\n\n{_about(command)}\nexamples:\n{examples_of(command)}"
+
+
+def examples_of(command: str) -> str:
+    """Return command lines as people write them, each on a line."""
+    return "".join(f"  {PROGRAM} {line}\n" for line in EXAMPLES[command])
+
+
+def options_of(command: str) -> list[str]:
+    """Return the options that the help of a command names; "": those of a run."""
+    about = _about(command) if command else HELP[HELP.index("\noptions of a run,") :]
+    text = f"{USAGES[command]} {about}"
+    return sorted({*re.findall(r"(?<![\w-])--[a-z][a-z-]+", text), "--help"})
+
+
+def _about(command: str) -> str:
+    """Return the lines of the whole help that are about one command."""
+    lines = HELP[HELP.index("\ncommands:") : HELP.index("\noptions of a run")].splitlines(True)
+    found = []
+    is_about = False
+    for line in lines:
+        if line[2:3] != " " and line.startswith("  "):
+            # What `test` takes is told with `evaluate`.
+            is_about = line.split()[0] == command or f"; {command}:" in line
+        if is_about:
+            found.append(line)
+    if command in _TAKE_OPTIONS_OF_A_RUN:
+        begin = HELP.index("\noptions of a run,")
+        found.append(HELP[begin : HELP.index("\n\n", begin) + 1])
+    return "".join(found)
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,11 +232,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message += self._meant(message)
         if self._command is None:
-            raise usage_error(message, self.format_usage().rstrip())
+            raise usage_error(message, " ".join(self.format_usage().split()))
         raise usage_error(message, usage_of(self._command))
 
     def _meant(self, message: str) -> str:
         """Return what may have been meant by a word that is not known."""
+        if chosen := _CHOICES.search(message):
+            return did_you_mean(chosen[1], re.findall(r"[\w-]+", chosen[2]), quote="'")
         words = message.removeprefix(_UNKNOWN)
         if words == message or self._command is None:
             return ""
@@ -167,6 +250,7 @@ class Parser(argparse.ArgumentParser):
 
 
 _UNKNOWN = "unrecognized arguments: "
+_CHOICES = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 
 def usage_of(command: str) -> str:
@@ -176,7 +260,11 @@ def usage_of(command: str) -> str:
 
 def usage_error(message: str, usage: str = usage_of("")) -> UsageError:
     """Return the failure of a command line that does not fit: fact, usage, and where more is."""
-    more = f"{PROGRAM} --help tells of all commands and options"
+    words = usage.removeprefix(f"usage: {PROGRAM} ").split()
+    command = f" {words[0]}" if words and words[0] in USAGES else ""
+    more = f"{PROGRAM}{command} --help tells more, with examples"
+    if not command:
+        more = f"{PROGRAM} --help tells of all commands and options"
     # Every rank was given the same words.
     return UsageError(f"{message}\n{usage}\n{more}", everywhere=True)
 

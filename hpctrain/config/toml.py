@@ -382,15 +382,18 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     return [("", item) for item in value] if isinstance(value, list) else []
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: Config, *, with_job: bool = False) -> str:
     """Return the resolved config, every default written out; `load` of it gives an equal one.
 
-    But for what a job asks of its batch system: that is no part of the run.
+    Args:
+        config: of a run.
+        with_job: also what a job asks of its batch system, which is no part of the run.
     """
     import tomli_w
 
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    del sections["job"]
+    if not with_job:
+        del sections["job"]
     # A list of tables that are none has no header to write.
     return tomli_w.dumps({name: _value(item) for name, item in sections.items() if item != ()})
 
@@ -411,6 +414,31 @@ def flat_config(config: Config) -> dict[str, Any]:
         if name not in ("job", "launch", "logging", "profile", "notify", "trackers"):
             add(name, _value(getattr(config, name)))
     return found
+
+
+def to_explained_toml(config: Config, source: Source) -> str:
+    """Return the same with what a job asks for, and behind each key where its value comes from."""
+    text = to_toml(config, with_job=True)
+    origins = {
+        line: _origin(key, source) for key, line in locate_keys(text).items() if len(key) > 1
+    }
+    return "".join(
+        f"{line}  # {origins[number]}\n" if number in origins and "=" in line else f"{line}\n"
+        for number, line in enumerate(text.splitlines(), start=1)
+    )
+
+
+def _origin(key: KeyPath, source: Source) -> str:
+    """Return where the value of a key comes from."""
+    for path in (key, (*key[:1], "arguments", *key[1:])):
+        if source.get(*path) is None:
+            continue
+        for end in range(len(path), 1, -1):
+            if path[:end] in source.overrides:
+                return "override"
+            if path[:end] in source.lines:
+                return f"line {source.lines[path[:end]]}"
+    return "default"
 
 
 def _table(section: Any) -> dict[str, Any]:

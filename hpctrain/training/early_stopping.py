@@ -12,6 +12,8 @@ from hpctrain.checkpoint.best import Mode, Preference
 from hpctrain.config import Config
 from hpctrain.config.schema import EarlyStoppingSection, TrainingSection
 from hpctrain.errors import TrainingError
+from hpctrain.topology import Communicator, on_rank_zero
+from hpctrain.training.brought import Prune
 from hpctrain.training.position import Position
 from hpctrain.utils.text import did_you_mean, metric, plural
 
@@ -87,6 +89,33 @@ class EarlyStopping:
                 f"{place.step:,}",
                 self.reason,
             )
+
+    def ask_study(
+        self,
+        prune: Prune,
+        place: Position,
+        metrics: Mapping[str, float],
+        communicator: Communicator,
+    ) -> None:
+        """End the run here if a study says so, which rank 0 asks for all. Collective: all ranks.
+
+        Raises:
+            TrainingError: on every rank, if the question fails.
+        """
+        if self.reason is not None:
+            return
+
+        def is_pruned() -> bool:
+            try:
+                return bool(prune(place.step, dict(metrics)))
+            except Exception as error:
+                raise TrainingError(
+                    f"prune(step={place.step}, metrics) has failed: {type(error).__name__}: "
+                    f"{error}; to prune a run it returns True"
+                ) from error
+
+        if on_rank_zero(communicator, is_pruned):
+            self.ask(PRUNED)
 
     def _judge(self, value: float) -> str | None:
         """Return why to end by a value of the metric, None if not.

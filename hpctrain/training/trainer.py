@@ -17,15 +17,14 @@ from hpctrain.config import Config, to_toml
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.data.state import to_state
-from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.topology import on_rank_zero, raise_together
+from hpctrain.topology import raise_together
 from hpctrain.training.brought import Prune
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
 from hpctrain.training.data import Data
 from hpctrain.training.ddp import check_equal_parameters
-from hpctrain.training.early_stopping import ASKED, PRUNED, STATE, EarlyStopping
+from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.figures import note_figures
 from hpctrain.training.modules.task import ModuleTask
@@ -511,30 +510,9 @@ class Run:
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         self.write_evaluation(place, epoch, found)
-        self._ask_to_prune(place)
+        if self._prune is not None:
+            self.stopping.ask_study(self._prune, place, self.metrics, self._world.communicator)
         return self.metrics
-
-    def _ask_to_prune(self, place: Position) -> None:
-        """End the run here if a study says so, which rank 0 asks for all. Collective: all ranks.
-
-        Raises:
-            TrainingError: on every rank, if the question fails.
-        """
-        prune = self._prune
-        if prune is None or self.stopping.reason is not None:
-            return
-
-        def is_pruned() -> bool:
-            try:
-                return bool(prune(place.step, dict(self.metrics)))
-            except Exception as error:
-                raise TrainingError(
-                    f"prune(step={place.step}, metrics) has failed: {type(error).__name__}: "
-                    f"{error}; to prune a run it returns True"
-                ) from error
-
-        if on_rank_zero(self._world.communicator, is_pruned):
-            self.stopping.ask(PRUNED)
 
     def write_evaluation(self, place: Position, epoch: int, found: Mapping[str, Metrics]) -> None:
         """Write an evaluation down that has made `metrics`.

@@ -136,6 +136,12 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
         for path in (ROOT / "hpctrain").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    there |= {
+        f"hpctrain/examples/{path.relative_to(ROOT)}"
+        for folder in ("configs", "jobs")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
     assert packed == there
     assert "hpctrain/batch/templates/slurm.sh.j2" in packed
 
