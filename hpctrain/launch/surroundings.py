@@ -121,7 +121,7 @@ def spare_login_node(topology: Topology) -> None:
     limited = "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_setaffinity")
     if topology.is_rank_zero:
         how = (
-            f"takes {LOGIN_THREADS} cores a process; OMP_NUM_THREADS says otherwise"
+            f"takes {LOGIN_THREADS} cores in all; OMP_NUM_THREADS says otherwise"
             if limited
             else "takes what OMP_NUM_THREADS says"
         )
@@ -130,8 +130,8 @@ def spare_login_node(topology: Topology) -> None:
         )
     if limited:
         cores = sorted(os.sched_getaffinity(0))
-        # Not the same two for everybody.
-        first = os.getuid() + LOGIN_THREADS * topology.local_rank
+        # The same two for all processes of a world, and others for other users.
+        first = LOGIN_THREADS * os.getuid()
         with suppress(OSError):
             os.sched_setaffinity(
                 0, {cores[(first + number) % len(cores)] for number in range(LOGIN_THREADS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from helpers.limits import JOB_SECONDS
 from helpers.slurm import Lab
 
 pytestmark = pytest.mark.ranks(2)
+
+LIMIT = "OMP_NUM_THREADS"
 
 # No torch: from exec to a world.
 WORLD = """
@@ -169,4 +172,48 @@ def test_a_login_node_is_spared(folder: Path) -> None:
     )
     cores = min(2, len(os.sched_getaffinity(0)))
     assert result.stdout.splitlines() == ["a world of 1", f"cores {cores}"], result.stderr
-    assert result.stderr.count("a login node? This takes 2 cores a process") == 1
+    assert result.stderr.count("a login node? This takes 2 cores in all") == 1
+
+
+ON_A_LOGIN_NODE = """
+import os
+
+import torch
+
+import hpctrain
+
+
+def body():
+    with hpctrain.connect() as world:
+        mine = (sorted(os.sched_getaffinity(0)), torch.get_num_threads())
+        return world.communicator.all_gather(mine)
+
+
+if __name__ == "__main__":
+    print(hpctrain.launch(body, np=2), body(), sep="\\n")
+"""
+
+
+def test_ranks_and_loops_of_ones_own_on_the_login_node_of_a_slurm(
+    slurm: Lab, tmp_path: Path
+) -> None:
+    """Both say so in one line, and take two threads at most, however many processes."""
+    (tmp_path / "loop.py").write_text(ON_A_LOGIN_NODE, encoding="utf-8")
+    clean = {name: slurm.environment[name] for name in slurm.environment if name != LIMIT}
+    result = subprocess.run(
+        [sys.executable, "loop.py"],
+        cwd=tmp_path,
+        env=clean | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    over_ranks, alone = map(ast.literal_eval, result.stdout.splitlines())
+    for told in (over_ranks, alone):
+        assert len({core for cores, _ in told for core in cores}) <= 2
+        assert sum(threads for _, threads in told) <= 2
+    assert len(over_ranks) == 2
+    assert result.stderr.count("a login node? This takes 2 cores in all") == 2
+    assert result.stderr.count("hpctrain: note: ") == 2

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -323,17 +324,55 @@ def test_a_lost_job_does_not_keep_the_lease_of_the_next_alive(tmp_path: Path) ->
     assert (tmp_path / NAME).exists()
 
 
-def test_races_of_takers_that_are_killed_anywhere(tmp_path: Path) -> None:
-    """The short form of benchmarks/lease.py, with links and without."""
-    for options in ((), ("--no-links",)):
-        result = subprocess.run(
-            [
-                *(sys.executable, str(ROOT / "benchmarks" / "lease.py"), "3", "--seed", "7"),
-                *("--folder", str(tmp_path), *options),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "0 times two inside" in result.stdout
+def race(folder: Path, *options: str) -> None:
+    """Run the short form of benchmarks/lease.py in a folder."""
+    result = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "lease.py"), "3", "--seed", "7"),
+            *("--folder", str(folder), *options),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 times two inside" in result.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--no-links",)])
+def test_races_of_takers_that_are_killed_anywhere(tmp_path: Path, options: Sequence[str]) -> None:
+    race(tmp_path, *options)
+
+
+@pytest.fixture
+def exfat(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has no hard links."""
+    tools = ("mkfs.exfat", "mount.exfat-fuse", "losetup")
+    if os.geteuid() != 0 or any(shutil.which(tool) is None for tool in tools):
+        pytest.skip("mounting exFAT needs root, exfatprogs and exfat-fuse")
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    with image.open("wb") as file:
+        file.truncate(32 * 2**20)
+    mount.mkdir()
+    device = ""
+    try:
+        subprocess.run(["mkfs.exfat", str(image)], check=True, capture_output=True)
+        attach = ["losetup", "--find", "--show", str(image)]
+        device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run(["mount.exfat-fuse", device, str(mount)], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        if device:
+            subprocess.run(["losetup", "--detach", device], check=False)
+        pytest.skip(f"exFAT cannot be mounted here: {error.stderr}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["losetup", "--detach", device], check=False)
+
+
+def test_races_where_there_are_no_links(exfat: Path) -> None:
+    (exfat / "file").touch()
+    with pytest.raises(PermissionError):
+        os.link(exfat / "file", exfat / "link")
+    race(exfat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from helpers.environments import recorded
 from hpctrain.errors import LaunchError
 from hpctrain.launch.arrivals import IN_MPI_INIT, Seen, tell_missing
 from hpctrain.launch.environment import detect, launchers_in
+from hpctrain.launch.process_group import Node, place
 from hpctrain.launch.surroundings import (
     alone_in,
     expand,
     is_login_node,
     only_one_of,
     other_hosts,
+    spare_login_node,
 )
 
 PBS = {"PBS_JOBID": "41.pbs", "PBS_NODEFILE": "nodes", "PBS_TASKNUM": "1"}
@@ -207,3 +210,22 @@ def test_login_nodes(changes: dict[str, str], group: str, expected: bool, tmp_pa
 def test_who_is_missing_on_other_hosts_is_named(env: dict[str, str], words: str) -> None:
     waiting = {rank: Seen(rank, "python", frozenset({IN_MPI_INIT})) for rank in (0, 1)}
     assert words in tell_missing(waiting, 4, 300, other_hosts(env))
+
+
+def test_all_processes_of_a_world_share_the_cores_of_a_login_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sbatch").write_text("", encoding="utf-8")
+    (tmp_path / "sbatch").chmod(0o755)
+    for name in ("OMP_NUM_THREADS", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_CONF", "/opt/slurm.conf")
+    taken: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3, 19)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: taken.append(cores))
+    nodes = [Node("boot", "login")] * 8
+    for rank in range(8):
+        spare_login_node(place(rank, nodes, launcher="mpirun", mpi=None))
+    assert len(taken) == 8
+    assert len(set().union(*taken)) == 2
