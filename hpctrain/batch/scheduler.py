@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -356,6 +356,7 @@ def ask(
     command: tuple[str, ...],
     environ: Mapping[str, str],
     longest_seconds: float = _LONGEST_ANSWER_SECONDS,
+    codes: Collection[int] = (0,),
 ) -> tuple[str, str | None]:
     """Return what a command prints, and what went wrong, None if nothing.
 
@@ -379,7 +380,7 @@ def ask(
         return "", f"has not answered within {longest_seconds:g} s"
     except OSError as error:
         return "", f"cannot be run: {error.strerror}"
-    if result.returncode:
+    if result.returncode not in codes:
         said = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[0]
         return "", f"fails with code {result.returncode}: {said[:120]}"
     return result.stdout, None

@@ -16,19 +16,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
-from hpctrain.launch.standing import standing
 from hpctrain.launch.voice import tell_once
 from hpctrain.launch.watchdog.client import Pulse, WatchdogClient
 from hpctrain.launch.watchdog.coordinator import show_own_stacks
 from hpctrain.launch.watchdog.crash_report import versions, write_report
 from hpctrain.launch.watchdog.evidence import Requests
-from hpctrain.topology import Topology
+from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import finish_out
 
 _ABORT_SECONDS = 2.0
@@ -222,3 +222,38 @@ def end_quietly_if_uncaught(error: HpctrainError) -> None:
         raise SystemExit(int(error.exit_code))
 
     sys.excepthook = uncaught
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """This rank among the others, which stand around the whole of a program.
+
+    `python -m hpctrain run` connects them before the program's first line, and has them watched
+    until after its last. What the program makes of them, by `hpctrain.connect()` or a Trainer,
+    again and again, is of these ranks.
+
+    Attributes:
+        guard: ends the job for a failure of this rank.
+    """
+
+    topology: Topology
+    communicator: Communicator
+    guard: Guard
+
+
+_here: list[Standing] = []
+
+
+def standing() -> Standing | None:
+    """Return the ranks that stand around this program; None where there are none."""
+    return _here[0] if _here else None
+
+
+@contextmanager
+def stands(ranks: Standing) -> Iterator[None]:
+    """Have these ranks stand around the body, which is a whole program."""
+    _here.append(ranks)
+    try:
+        yield
+    finally:
+        _here.clear()

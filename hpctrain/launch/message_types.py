@@ -50,6 +50,7 @@ _NAMES = {
     "preflight.data": "Reading",
     "preflight.network": "Lookup",
     "preflight.numbers": "NumberFacts",
+    "preflight.quotas": "Quota Quotas",
     "preflight.rank_facts": "RankFacts",
     "preflight.reductions": "Reduction Wrong",
     "preflight.storage": "FolderFacts",

@@ -19,10 +19,16 @@ from hpctrain.config.choices import is_preparing
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import HpctrainError, LaunchError
 from hpctrain.launch.environment import Claim, this_process
-from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
+from hpctrain.launch.failure import (
+    Guard,
+    Standing,
+    end_quietly_if_uncaught,
+    guard,
+    standing,
+    stands,
+)
 from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
-from hpctrain.launch.standing import Standing, standing, stands
 from hpctrain.launch.surroundings import (
     check_own_place,
     look_around_alone,

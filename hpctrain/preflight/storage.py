@@ -16,8 +16,10 @@ from hpctrain.batch.scheduler import Deadline
 from hpctrain.errors import CheckpointError
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
+from hpctrain.preflight.quotas import Quotas, judge_quotas, read_quotas
 from hpctrain.preflight.report import Finding
 from hpctrain.training.data import Data
+from hpctrain.utils.batch_job import Budget, budget
 from hpctrain.utils.files import filesystem_of, sync
 from hpctrain.utils.text import duration, listed, number, plural, size
 
@@ -32,6 +34,10 @@ _MOST_SECONDS = 5.0
 """Of a trial's writing: whichever comes first."""
 _KEPT_FREE_BYTES = 16 * 2**20
 _FLEETING = frozenset({"tmpfs", "ramfs", "overlay"})
+_SHARED_FILES = 4
+"""The folder of a checkpoint, training.json, config.toml and meta.json."""
+_FILES_OF_A_RANK = 2
+"""Those of the model and of the training state."""
 _SLOW_SAVE_SECONDS = 300.0
 _LITTLE_SECONDS = 300.0
 """Before the end of a job, too little to do anything."""
@@ -42,7 +48,9 @@ def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:
     answers = _try_folder(checks)
     facts = None if answers is None else answers[0][1]
     if answers is None or facts is None:
-        checks.skip(["run folder shared", "disk space"], "the run folder cannot be written")
+        checks.skip(
+            ["run folder shared", "disk space", "quota"], "the run folder cannot be written"
+        )
         return
     checkpoint_bytes = None if steps is None else steps[0].checkpoint_bytes
     checks.add(judge_folder(facts, checkpoint_bytes))
@@ -50,7 +58,21 @@ def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:
     checks.add(judge_shared({host: sees for host, sees in seen if sees is not None}, facts.place))
     section = checks.config.checkpoint
     kept = section.keep_last + (section.keep_best is not None)
-    checks.add(judge_space(facts.free_bytes, checkpoint_bytes, kept))
+    files = checkpoint_files(checks.config.training.strategy, checks.topology.world_size)
+    checks.add(judge_space(facts, checkpoint_bytes, files, kept))
+    quotas = checks.gather("quota", FOLDER_FIX, lambda: _quotas_of(checks, Path(facts.place)))
+    if quotas is not None and quotas[0] is not None:
+        checks.add(judge_quotas(quotas[0], checkpoint_bytes, files, kept))
+
+
+def checkpoint_files(strategy: str, world_size: int) -> int:
+    """Return how many files and folders a checkpoint is at most."""
+    ranks = world_size if strategy == "fsdp" else 1
+    return _SHARED_FILES + _FILES_OF_A_RANK * ranks
+
+
+def _quotas_of(checks: Checks, folder: Path) -> Quotas | None:
+    return read_quotas(folder) if checks.topology.is_rank_zero else None
 
 
 def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFacts] | None) -> None:
@@ -77,6 +99,7 @@ def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFact
         count = opened.stop_at.total_steps(opened.place)
         needed = count * max(step.seconds for step in steps)
     checks.add(judge_walltime(*told[0], needed))
+    checks.add(judge_cost(checks.topology.num_nodes, needed, budget(os.environ)))
 
 
 def _try_folder(checks: Checks) -> list[tuple[bool | None, FolderFacts | None]] | None:
@@ -110,6 +133,7 @@ class FolderFacts:
         write_seconds: until they were on disk.
         rename_seconds: of a rename with both folders on disk.
         free_bytes: that a user may still write.
+        free_files: that may still be made; None where the file system does not count.
     """
 
     place: str
@@ -118,6 +142,7 @@ class FolderFacts:
     write_seconds: float
     rename_seconds: float
     free_bytes: int
+    free_files: int | None
 
 
 def nearest_folder(path: Path) -> Path:
@@ -161,6 +186,7 @@ def try_folder(folder: Path) -> FolderFacts:
     what = "written"
     try:
         free = shutil.disk_usage(folder).free
+        counted = os.statvfs(folder)
         # Small where little is free: the check must not be what fills a disk.
         wanted = max(_CHUNK_BYTES, min(_MOST_BYTES, free - _KEPT_FREE_BYTES))
         temporary, final = folder / "file.tmp", folder / "file"
@@ -188,6 +214,7 @@ def try_folder(folder: Path) -> FolderFacts:
         write_seconds=write_seconds,
         rename_seconds=rename_seconds,
         free_bytes=free,
+        free_files=counted.f_favail if counted.f_files else None,
     )
 
 
@@ -255,32 +282,80 @@ def judge_shared(seen: Mapping[str, bool], place: str) -> Finding:
     return Finding(name=name, status="pass", fact=f"all {plural(len(seen), 'node')} see {place}")
 
 
-def judge_space(free_bytes: int, checkpoint_bytes: int | None, kept: int) -> Finding:
+def judge_space(
+    facts: FolderFacts, checkpoint_bytes: int | None, checkpoint_files: int, kept: int
+) -> Finding:
     """Compare the free space with the checkpoints that are kept, and one in the making.
 
     Args:
-        free_bytes: of the file system; a quota may leave less.
+        facts: of the file system; a quota may leave less.
         checkpoint_bytes: of one checkpoint; None: no model could be built.
+        checkpoint_files: of one checkpoint.
         kept: checkpoints that stay.
     """
     name = "disk space"
-    free = f"{size(free_bytes)} free"
+    free = f"{size(facts.free_bytes)} free"
+    if facts.free_files is not None:
+        free += f", room for {plural(facts.free_files, 'file')}"
     if checkpoint_bytes is None:
         return Finding(
             name=name, status="skip", fact=f"{free}; without a model, what it needs is unknown"
         )
-    needed = (kept + 1) * checkpoint_bytes
-    fact = f"{free}; {kept + 1} checkpoints of {size(checkpoint_bytes)} need {size(needed)}"
-    values = {"free_bytes": free_bytes, "checkpoint_bytes": checkpoint_bytes, "needed": needed}
-    if free_bytes >= needed:
+    needed, files = (kept + 1) * checkpoint_bytes, (kept + 1) * checkpoint_files
+    fact = (
+        f"{free}; {kept + 1} checkpoints of {size(checkpoint_bytes)} need {size(needed)} and "
+        f"{plural(files, 'file')}"
+    )
+    values = {
+        "free_bytes": facts.free_bytes,
+        "free_files": facts.free_files,
+        "checkpoint_bytes": checkpoint_bytes,
+        "needed": needed,
+        "needed_files": files,
+    }
+    most_files = math.inf if facts.free_files is None else facts.free_files
+    if facts.free_bytes >= needed and most_files >= files:
         return Finding(name=name, status="pass", fact=fact, values=values)
+    holds_one = facts.free_bytes >= checkpoint_bytes and most_files >= checkpoint_files
     return Finding(
         name=name,
-        status="fail" if free_bytes < checkpoint_bytes else "warn",
+        status="warn" if holds_one else "fail",
         fact=fact,
         fix="free some space, set run.directory elsewhere, or lower checkpoint.keep_last",
         values=values,
     )
+
+
+def judge_cost(num_nodes: int, needed_seconds: float | None, bounds: Budget) -> Finding:
+    """Tell what the run costs in node-hours, and compare it with its budget.
+
+    Args:
+        num_nodes: of this job.
+        needed_seconds: of all steps of the run, as far as one step tells; None: it is unknown.
+        bounds: that the job's script has set.
+    """
+    name, most = "cost", bounds.max_node_hours
+    allowed = f"; its jobs may take {most:.6g} together (job --max-node-hours)" if most else ""
+    if needed_seconds is None:
+        return Finding(
+            name=name, status="skip", fact=f"without a step, what the run takes is unknown{allowed}"
+        )
+    hours = num_nodes * needed_seconds / 3600
+    fact = (
+        f"all steps on {plural(num_nodes, 'node')}: about {number(hours)} node-hours, start-up, "
+        f"evaluations and saves not counted{allowed}"
+    )
+    values = {"node_hours": hours, "max_node_hours": most or None}
+    if most and hours > most:
+        return Finding(
+            name=name,
+            status="warn",
+            fact=f"{fact}: the run will stop before its end",
+            fix="lower training.max_epochs or training.max_steps, or write the job script anew "
+            "with a larger --max-node-hours",
+            values=values,
+        )
+    return Finding(name=name, status="pass", fact=fact, values=values)
 
 
 def judge_walltime(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.process_group import World, gathering, prepare_deterministic, process_group
+from hpctrain.observe.job_record import image
 from hpctrain.preflight.checks import HOST_FIX, Checks
 from hpctrain.preflight.rank_facts import RankFacts, Ranks, rank_facts
 from hpctrain.preflight.report import Finding, ranges, world_table
 from hpctrain.topology import Topology
-from hpctrain.utils.text import listed, plural, size
+from hpctrain.utils.text import listed, plural, printable, size
 
 _SAME_OR_BROKEN = ("hpctrain", "python", "torch", "MPI", "NCCL", "CUDA", "ROCm")
 """What has to have one version on all ranks; of all else another one is a warning."""
@@ -29,6 +32,15 @@ _PINNING = {
     "jsrun": "jsrun -c {share} -b packed:{share}",
     "PALS mpiexec": "mpiexec --depth {share} --cpu-bind depth",
     "flux run": "flux run -c {share}",
+}
+
+
+# What modules of the host set, and the family that they are of.
+_MPI_OF_HOST = {
+    "CRAY_MPICH_VERSION": "Cray MPICH",
+    "HPCX_MPI_VERSION": "Open MPI",
+    "I_MPI_VERSION": "Intel MPI",
+    "SMPI_VERSION": "Spectrum MPI",
 }
 
 
@@ -72,6 +84,7 @@ def check_world(checks: Checks, world: World) -> None:
     checks.add(judge_cores(ranks, checks.topology.launcher))
     checks.add(judge_open_files(ranks))
     checks.add(judge_shared_memory(ranks))
+    checks.add(judge_image(image(os.environ), ranks[0].versions, os.environ))
 
 
 def judge_launcher(topology: Topology) -> Finding:
@@ -296,6 +309,39 @@ def judge_shared_memory(ranks: Ranks) -> Finding:
             tightest = free / needed, finding
     assert tightest is not None
     return tightest[1]
+
+
+def judge_image(
+    name: str | None, versions: Mapping[str, str], environ: Mapping[str, str]
+) -> Finding:
+    """Tell the container's image, and whether the host's MPI is another one than that in it.
+
+    Args:
+        name: of the image; None outside of a container.
+        versions: of what rank 0 has loaded.
+        environ: variables, to which those of the host's modules may belong.
+    """
+    if name is None:
+        return Finding(name="image", status="pass", fact="no container")
+    inside = versions.get("MPI")
+    shown = ", ".join(f"{key} {versions[key]}" for key in ("MPI", "NCCL") if key in versions)
+    fact = f"{printable(name)}; in it {shown or 'no MPI'}"
+    host = {label: environ[key] for key, label in _MPI_OF_HOST.items() if environ.get(key)}
+    others = [
+        f"{label} {version}"
+        for label, version in host.items()
+        if inside is not None and label.partition(" ")[0].lower() not in inside.lower()
+    ]
+    if others:
+        return Finding(
+            name="image",
+            status="warn",
+            fact=f"{fact}; the host has {printable(', '.join(others))} loaded",
+            fix="MPI between nodes is fast where the image's is the host's: bind the host's "
+            "library into the container and set MPI4PY_LIBMPI to it, as the site's documentation "
+            "says; gradients go by NCCL, which needs its network plugin in the image",
+        )
+    return Finding(name="image", status="pass", fact=fact)
 
 
 def by_node(ranks: Ranks) -> list[list[RankFacts]]:

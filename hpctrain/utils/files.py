@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -343,15 +344,38 @@ def checksum(content: bytes) -> str:
     return str(xxhash.xxh3_64_hexdigest(content))
 
 
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What holds a path.
+
+    Attributes:
+        filesystem: its type, "unknown" where nobody tells.
+        source: device, or what is exported; empty where nobody tells.
+        place: where it is mounted.
+    """
+
+    filesystem: str
+    source: str
+    place: str
+
+
 def filesystem_of(path: Path) -> str:
     """Return the type of the file system that holds a path, "unknown" where nobody tells."""
+    return mount_of(path).filesystem
+
+
+def mount_of(path: Path) -> Mount:
+    """Return the file system that holds a path."""
     import psutil
 
     whole = path.resolve()
     mounts = [
-        (len(Path(mount.mountpoint).parts), mount.fstype)
+        (len(Path(mount.mountpoint).parts), mount)
         for mount in psutil.disk_partitions(all=True)
         if whole.is_relative_to(mount.mountpoint)
     ]
+    if not mounts:
+        return Mount("unknown", "", whole.anchor)
     # Of two on one place, the later covers the earlier.
-    return max(reversed(mounts), key=lambda mount: mount[0], default=(0, "unknown"))[1]
+    _, found = max(reversed(mounts), key=lambda mount: mount[0])
+    return Mount(found.fstype, found.device, found.mountpoint)

@@ -30,7 +30,8 @@ CHECKS = {
     *("open files", "/dev/shm", "host names", "interface", "speed", "all-reduce", "clocks"),
     *("barrier", "dataset", "shards", "HDF5 file locking", "components", "numbers"),
     *("step", "memory"),
-    *("reading", "run folder", "run folder shared", "disk space", "walltime"),
+    *("reading", "run folder", "run folder shared", "disk space", "quota", "walltime"),
+    *("cost", "image"),
 }
 
 UNWELL = """

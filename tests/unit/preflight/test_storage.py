@@ -10,6 +10,8 @@ import pytest
 from hpctrain.errors import CheckpointError
 from hpctrain.preflight.storage import (
     FolderFacts,
+    checkpoint_files,
+    judge_cost,
     judge_folder,
     judge_shared,
     judge_space,
@@ -18,12 +20,15 @@ from hpctrain.preflight.storage import (
     trial_folder,
     try_folder,
 )
+from hpctrain.utils.batch_job import Budget
 from hpctrain.utils.files import filesystem_of
 
 MB, GB = 10**6, 10**9
 
 
-def folder(filesystem: str = "lustre", seconds: float = 1.0) -> FolderFacts:
+def folder(
+    filesystem: str = "lustre", seconds: float = 1.0, files: int | None = None
+) -> FolderFacts:
     return FolderFacts(
         place="/scratch/runs",
         filesystem=filesystem,
@@ -31,6 +36,7 @@ def folder(filesystem: str = "lustre", seconds: float = 1.0) -> FolderFacts:
         write_seconds=seconds,
         rename_seconds=0.001,
         free_bytes=GB,
+        free_files=files,
     )
 
 
@@ -62,7 +68,38 @@ def test_shared(seen: dict[str, bool], status: str) -> None:
     [(None, "skip"), (100 * MB, "pass"), (250 * MB, "pass"), (260 * MB, "warn"), (2 * GB, "fail")],
 )
 def test_space(checkpoint_bytes: int | None, status: str) -> None:
-    assert judge_space(GB, checkpoint_bytes, kept=3).status == status
+    assert judge_space(folder(), checkpoint_bytes, 6, kept=3).status == status
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "status"), [(1000, 6, "pass"), (23, 6, "warn"), (5, 6, "fail")]
+)
+def test_files_are_counted_as_well_as_bytes(free: int, each: int, status: str) -> None:
+    finding = judge_space(folder(files=free), MB, each, kept=3)
+    assert finding.status == status
+    assert f"room for {free:,} files; 4 checkpoints" in finding.fact
+    assert finding.fact.endswith(f"and {4 * each} files")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "files"), [("ddp", 512, 6), ("fsdp", 1, 6), ("fsdp", 512, 1028)]
+)
+def test_files_of_a_checkpoint(strategy: str, ranks: int, files: int) -> None:
+    assert checkpoint_files(strategy, ranks) == files
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most", "status", "words"),
+    [
+        (7200.0, 0.0, "pass", "on 8 nodes: about 16.0 node-hours"),
+        (7200.0, 40.0, "pass", "; its jobs may take 40 together"),
+        (36000.0, 40.0, "warn", "the run will stop before its end"),
+        (None, 40.0, "skip", "unknown; its jobs may take 40 together"),
+    ],
+)
+def test_cost(seconds: float | None, most: float, status: str, words: str) -> None:
+    finding = judge_cost(8, seconds, Budget(max_node_hours=most))
+    assert (finding.status, words in finding.fact) == (status, True), finding
 
 
 @pytest.mark.parametrize(

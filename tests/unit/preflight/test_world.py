@@ -14,6 +14,7 @@ from hpctrain.preflight.world import (
     judge_cores,
     judge_devices,
     judge_gpu_aware,
+    judge_image,
     judge_launcher,
     judge_open_files,
     judge_peers,
@@ -180,3 +181,23 @@ def test_open_files(ranks: int, soft: int, hard: int, status: str) -> None:
 )
 def test_shared_memory(ranks: int, shm: tuple[int, int] | None, status: str) -> None:
     assert judge_shared_memory([rank(i, shm_bytes=shm) for i in range(ranks)]).status == status
+
+
+@pytest.mark.parametrize(
+    ("name", "mpi", "environ", "status", "words"),
+    [
+        (None, None, {}, "pass", "no container"),
+        ("/me/train.sif", "MPICH 4.2.0", {}, "pass", "/me/train.sif; in it MPI MPICH 4.2.0"),
+        (
+            *("x.sif", "MPICH 4.2.0", {"CRAY_MPICH_VERSION": "8.1.29"}),
+            *("warn", "the host has Cray MPICH 8.1.29 loaded"),
+        ),
+        ("x.sif", "CRAY MPICH 8.1.29", {"CRAY_MPICH_VERSION": "8.1.29"}, "pass", "in it MPI CRAY"),
+        ("x.sif", None, {"CRAY_MPICH_VERSION": "8.1.29"}, "pass", "in it no MPI"),
+    ],
+)
+def test_the_image_and_the_mpi_of_its_host(
+    name: str | None, mpi: str | None, environ: dict[str, str], status: str, words: str
+) -> None:
+    finding = judge_image(name, {} if mpi is None else {"MPI": mpi}, environ)
+    assert (finding.status, words in finding.fact) == (status, True), finding
