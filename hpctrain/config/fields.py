@@ -34,6 +34,17 @@ def target_mask(config: Config) -> str | None:
     return masks(config).get(config.task.target or "")
 
 
+def target_weight(config: Config) -> str | None:
+    """Return the field of weights of what the loss compares the model's output with."""
+    table = config.data.fields.get(config.task.target or "")
+    return f"{config.task.target}.weight" if table is not None and table.weight else None
+
+
+def static_fields(config: Config) -> frozenset[str]:
+    """Return the fields that are one array for all samples."""
+    return frozenset(name for name, table in config.data.fields.items() if table.static)
+
+
 def masks(config: Config) -> dict[str, str]:
     """Return, by field, the mask that says where it has a value."""
     tables = config.data.fields
@@ -42,8 +53,8 @@ def masks(config: Config) -> dict[str, str]:
 
 def stored_fields(config: Config) -> list[str]:
     """Return the fields that are read from files."""
-    made = made_fields(config)
-    seen = [made.get(name, name) for name in seen_fields(config)]
+    made, static = made_fields(config), static_fields(config)
+    seen = [made.get(name, name) for name in seen_fields(config) if name not in static]
     if not seen:
         return []
     tables = config.data.fields
@@ -59,6 +70,8 @@ def made_fields(config: Config) -> dict[str, str]:
         made |= dict.fromkeys(filter(None, beside), name)
         if table.batch == "concat":
             made[f"{name}.offsets"] = name
+        if table.weight is not None:
+            made[f"{name}.weight"] = name
     return made
 
 

@@ -192,9 +192,39 @@ def check_fields(source: Source) -> list[Mistake]:
         if table.get("every", 1) != 1 and "steps" not in table:
             problem = "is the distance of the rows of a sample, of which `steps` makes several"
             mistakes.append(source.mistake((*key, "every"), problem))
+        mistakes += _check_static(source, name, table)
         mistakes += _check_files(source, name, table)
         mistakes += _check_form(source, name, table)
     return mistakes
+
+
+_OF_ROWS = (
+    *("steps", "lead", "every", "axis", "offsets", "counts", "batch", "max_length", "image"),
+    *("mask", "weight", "classes", "sparse"),
+)
+_USUAL = {"lead": 0, "every": 1, "axis": 0}
+
+
+def _check_static(source: Source, name: str, table: dict[str, Any]) -> list[Mistake]:
+    """Check what is said of a field that is one array, and of what weighs the loss."""
+    key = ("data", "fields", name)
+    if table.get("static"):
+        problem = "is of rows or values of samples, and this field is one array for all of them"
+        mistakes = [
+            source.mistake((*key, each), problem)
+            for each in _OF_ROWS
+            if table.get(each, _USUAL.get(each)) != _USUAL.get(each)
+        ]
+        if source.get("task", "target") == name:
+            mistakes.append(source.mistake((*key, "static"), "the target is of samples"))
+        return mistakes
+    use = source.get("task", "use")
+    if table.get("weight") is None or source.get("task", "target") != name:
+        return []
+    if use not in (None, "regression", "module") and not is_reference(str(use)):
+        problem = f"weighs numbers that are compared with numbers, and {use} has none of these"
+        return [source.mistake((*key, "weight"), problem)]
+    return []
 
 
 def _is_needed(source: Source, name: str, known: list[str]) -> bool:
@@ -267,6 +297,8 @@ def _check_files(source: Source, name: str, table: dict[str, Any]) -> list[Mista
     """Check that a field that is elsewhere is so for training and for evaluation."""
     key = ("data", "fields", name, "validation")
     own = source.get("data", "validation") is not None
+    if table.get("static"):
+        return []  # one file serves all
     if "train" in table and "validation" not in table and own:
         problem = "missing; data.validation has files of its own, and this field is not in data's"
         return [source.mistake(key, problem)]

@@ -119,6 +119,14 @@ class FieldTable:
     mask: Text | None = None
     """Name of a further field: 1 where this one has a value, 0 where it is missing, or padded."""
 
+    static: bool = False
+    """One array for all samples, without an axis of them, such as orography: read once, and the
+    same in every file."""
+
+    weight: Literal["cos_latitude", "cell_area"] | None = None
+    """Make a further field NAME.weight: how much the values at each latitude count, 1 on average.
+    By it built-in tasks weigh the loss and the metrics of their target."""
+
     offsets: Text | None = None
     """HDF5 dataset that says where in this one the values of each sample begin, such as "ptr"."""
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from hpctrain.config import Config
 from hpctrain.config.schema import FieldTable
+from hpctrain.data.contents import look_into
 from hpctrain.data.dataset import Dataset, DatasetFacts
+from hpctrain.data.forms import Form, Pick, Wish
 from hpctrain.data.index import read_index
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.view import View
@@ -45,6 +47,8 @@ class Source:
         rows: (samples,) int64: of each sample the row that is its own.
         leads: rows from there to those that are predicted; empty: it is its own.
         has_steps: whether the predictions of a sample have an axis of leads.
+        picks: indices that are taken of the other dimensions, each; None: all. Empty: of none.
+        squeeze: whether dimensions of length 1 are left out.
     """
 
     paths: Sequence[str]
@@ -53,6 +57,8 @@ class Source:
     rows: Int64s
     leads: Sequence[int] = ()
     has_steps: bool = False
+    picks: Sequence[Pick] = ()
+    squeeze: bool = False
 
 
 def gather(folder: Path, target: Path, config: Config, dataset: DatasetFacts) -> None:
@@ -90,12 +96,18 @@ def source_of(config: Config, dataset: Dataset) -> tuple[str, Source]:
     home, inside = dataset.home(inputs[0]) if isinstance(dataset, View) else (dataset, inputs[0])
     paths = [shard.path for shard in home.shards]
     table = tables.get(target or "", FieldTable())
+    input_form = home.fields[inside].form
     for name, variable, axis in (
         (target, table.path or target, table.axis),
-        (inputs[0], inside, tables.get(inputs[0], FieldTable()).axis),
+        (
+            inputs[0],
+            inside if input_form is None else input_form.path,
+            tables.get(inputs[0], FieldTable()).axis,
+        ),
     ):
         if name is None or variable is None or not _is_netcdf(paths[0], variable):
             continue
+        form = input_form if name == inputs[0] else _form(paths[0], name, variable, table)
         samples = np.arange(dataset.samples, dtype=np.int64)
         leads = [table.lead + step * table.every for step in range(table.steps or 1)]
         return variable.rpartition("/")[2], Source(
@@ -105,11 +117,33 @@ def source_of(config: Config, dataset: Dataset) -> tuple[str, Source]:
             rows=dataset.selection.rows(samples) if isinstance(dataset, View) else samples,
             leads=leads if any(leads) or table.steps else (),
             has_steps=table.steps is not None,
+            picks=form.picks if form is not None else (),
+            squeeze=form is not None and form.squeeze,
         )
     raise DatasetError(
         f"{paths[0]}: neither {target} nor {inputs[0]} has named dimensions there, as netCDF-4 "
         "files have them: give --output a folder, for predictions as HDF5"
     )
+
+
+def _form(path: str, name: str, variable: str, table: FieldTable) -> Form | None:
+    """Return what is taken of a target, as the files of an input have it.
+
+    Raises:
+        DatasetError: if it cannot be taken there.
+    """
+    select = {
+        key: tuple(each) if isinstance(each, list) else each for key, each in table.select.items()
+    }
+    wish = Wish(
+        path=variable.strip("/"),
+        squeeze=table.squeeze,
+        select=tuple(select.items()),
+        nearest=table.nearest,
+    )
+    if wish.is_plain:
+        return None
+    return look_into(path, [name], {name: wish}, table.axis).arrays[name].form
 
 
 def _is_netcdf(path: str, variable: str) -> bool:
@@ -241,7 +275,16 @@ def _frame(source: Source) -> _Frame:
     whole = xr.concat(of_rows, sample, coords="minimal", compat="override")
     coordinates = grid.merge(whole.isel({sample: source.rows}), compat="override")
     dimensions = [(sample, len(source.rows))]
-    dimensions += [(str(d), first.sizes[d]) for d in first.dims if d != sample]
+    others = [str(d) for d in first.dims if d != sample]
+    taken = dict(zip(others, source.picks, strict=True)) if source.picks else {}
+    picked = {d: list(pick) for d, pick in taken.items() if pick is not None}
+    coordinates = coordinates.isel({d: pick for d, pick in picked.items() if d in coordinates.dims})
+    sizes = {d: len(picked.get(d, range(first.sizes[d]))) for d in others}
+    if source.squeeze:
+        single = [d for d in others if sizes[d] == 1]
+        coordinates = coordinates.squeeze([d for d in single if d in coordinates.dims])
+        sizes = {d: size for d, size in sizes.items() if size != 1}
+    dimensions += sizes.items()
     if source.leads:
         coordinates = _with_leads(coordinates, whole.get(sample), sample, source)
     if source.has_steps:

@@ -103,6 +103,102 @@ def coordinate_of_rows(dataset: h5py.Dataset, axis: int, name: str, rows: int) -
     raise NoCoordinateError(f'there is no coordinate "{name}" beside it{known}')
 
 
+_LATITUDE_UNITS = frozenset(
+    f"{degree}{joint}{north}"
+    for degree in ("degree", "degrees")
+    for joint, north in (("_", "north"), ("_", "N"), ("", "N"))
+)
+"""Source: the CF conventions, section 4.1."""
+_LATITUDE_NAMES = frozenset({"latitude", "lat"})
+_FEWEST_LATITUDES = 2
+_POLE = 90.0
+
+
+def latitudes_of(file: h5py.File, dataset: h5py.Dataset) -> tuple[int, npt.NDArray[np.float64]]:
+    """Return which axis of a dataset is that of latitude, and its values in degrees. Reads them.
+
+    It is found by the attributes that CF names, or by its own name.
+
+    Raises:
+        ValueError: if there is none, or several, or its values are no latitudes of a grid.
+    """
+    there = list(scales_of(dataset))
+    found = [(number, scale) for number, scale in there if _is_latitude(scale)]
+    if not found:
+        found = list(_latitudes_beside(file, dataset))
+    if len(found) != 1:
+        names = listed([str(scale.name) for _, scale in (found or there)]) or "no coordinates"
+        raise ValueError(
+            f"{'none' if not found else 'more than one'} of its coordinates is a latitude of one "
+            f'of its axes {dataset.shape} ({names}): it is one by standard_name = "latitude", by '
+            'units = "degrees_north", or by its name, latitude or lat'
+        )
+    ((axis, scale),) = found
+    values = np.asarray(scale[()], np.float64)
+    if _attribute_text(scale, "units").lower().startswith("rad"):
+        values = np.rad2deg(values)
+    steps = np.diff(values)
+    is_grid = values.ndim == 1 and len(values) >= _FEWEST_LATITUDES
+    if not is_grid or not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError(f'"{scale.name}" does not go from south to north, or back, on a grid')
+    if np.abs(values).max() > _POLE + 1e-3:
+        raise ValueError(f'"{scale.name}" goes to {np.abs(values).max():g} degrees')
+    return axis, np.clip(values, -_POLE, _POLE)
+
+
+def _latitudes_beside(file: h5py.File, dataset: h5py.Dataset) -> Iterator[tuple[int, h5py.Dataset]]:
+    """Yield arrays beside a dataset, or at the root, that are latitudes of one axis of it."""
+    groups = [dataset.parent] if dataset.parent.name == "/" else [dataset.parent, file]
+    for group in groups:
+        for name in _LATITUDE_NAMES & set(group):
+            item = group.get(name)
+            if not isinstance(item, h5py.Dataset) or item.ndim != 1 or not _is_latitude(item):
+                continue
+            axes = [each for each in range(dataset.ndim) if dataset.shape[each] == len(item)]
+            if len(axes) == 1:
+                yield axes[0], item
+
+
+def _is_latitude(scale: h5py.Dataset) -> bool:
+    standard = _attribute_text(scale, "standard_name")
+    if standard:
+        return standard == "latitude"
+    if _attribute_text(scale, "units") in _LATITUDE_UNITS:
+        return True
+    return str(scale.name).rpartition("/")[2].lower() in _LATITUDE_NAMES
+
+
+def _attribute_text(dataset: h5py.Dataset, name: str) -> str:
+    return _text(read_attribute(dataset.attrs, name)) if name in dataset.attrs else ""
+
+
+def latitude_weights(latitudes: npt.NDArray[np.float64], kind: str) -> npt.NDArray[np.float64]:
+    """Return how much the values at latitudes count, as parts of the area of a sphere.
+
+    Args:
+        latitudes: (latitudes,) degrees, in one direction.
+        kind: "cos_latitude": their cosine; "cell_area": that of a cell, whose edges are half way
+            between latitudes, and at a pole where there is no room for another one.
+
+    Source: "cell_area" is what WeatherBench 2 does (weatherbench2.metrics.get_lat_weights).
+    """
+    if kind == "cos_latitude":
+        cosines: npt.NDArray[np.float64] = np.cos(np.deg2rad(latitudes)).clip(0)
+        return cosines
+    middles = (latitudes[1:] + latitudes[:-1]) / 2
+    first, last = _edge(latitudes[0], latitudes[1]), _edge(latitudes[-1], latitudes[-2])
+    edges = np.concatenate([[first], middles, [last]])
+    areas: npt.NDArray[np.float64] = np.abs(np.diff(np.sin(np.deg2rad(edges))))
+    return areas
+
+
+def _edge(end: float, inner: float) -> float:
+    """Return the outer edge of the last cell of a grid, whose neighbour is at `inner`."""
+    step = abs(end - inner)
+    outwards = 1 if end > inner else -1
+    return _POLE * outwards if _POLE - end * outwards < step else end + outwards * step / 2
+
+
 @dataclass(frozen=True, slots=True)
 class Values:
     """The values of a coordinate.

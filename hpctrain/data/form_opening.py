@@ -49,18 +49,25 @@ def _has_members(dataset: h5py.Dataset) -> bool:
 
 
 def form_in(
-    file: h5py.File, dataset: h5py.Dataset, members: Sequence[str], wish: Wish, axis: int
+    file: h5py.File, dataset: h5py.Dataset, members: Sequence[str], wish: Wish, axis: int | None
 ) -> Form:
     """Return what becomes of the rows of an HDF5 dataset.
+
+    Args:
+        file: that is open.
+        dataset: in it.
+        members: of its type.
+        wish: of the field.
+        axis: that counts the rows; None: all of it is one row.
 
     Raises:
         ValueError: saying what cannot be.
     """
-    if not dataset.shape or axis >= len(dataset.shape):
+    if axis is not None and (not dataset.shape or axis >= len(dataset.shape)):
         raise ValueError(f"it has the shape {dataset.shape}, and no axis {axis}")
     if wish.sequence:
         return _sequence_of(dataset, wish)
-    shape = dataset.shape[:axis] + dataset.shape[axis + 1 :]
+    shape = _without(dataset.shape, axis)
     try:
         dtype = dataset.dtype
     except TypeError:
@@ -109,6 +116,10 @@ def _sequence_of(dataset: h5py.Dataset, wish: Wish) -> Form:
     )
 
 
+def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
 def _member(dtype: Any, members: Sequence[str]) -> tuple[Any, tuple[int, ...]]:
     """Return the type of a member as far as there is one, and the axes that it has of its own."""
     behind: tuple[int, ...] = ()
@@ -125,7 +136,7 @@ def _member(dtype: Any, members: Sequence[str]) -> tuple[Any, tuple[int, ...]]:
 def _pick(
     file: h5py.File,
     dataset: h5py.Dataset,
-    axis: int,
+    axis: int | None,
     key: str,
     wanted: Any,
     wish: Wish,
@@ -136,7 +147,7 @@ def _pick(
     Args:
         file: that is open.
         dataset: in it.
-        axis: that counts its rows.
+        axis: that counts its rows; None: none does.
         key: number of an axis of a sample, or name of a coordinate.
         wanted: indices, a slice, or values.
         wish: of the field.
@@ -144,14 +155,14 @@ def _pick(
     """
     if key.isdecimal():
         number = int(key)
-        shape = (*dataset.shape[:axis], *dataset.shape[axis + 1 :], *behind)
+        shape = (*_without(dataset.shape, axis), *behind)
         return number, _indices(wanted, shape[number] if number < len(shape) else None)
     scale, number = find_coordinate(file, dataset, key)
     if number == axis:
         raise ValueError(f'"{key}" counts its samples: say which by [data.samples]')
     values = np.asarray(scale[()])
     found = [_index_of(value, values, key, nearest=wish.nearest) for value in wanted]
-    return number - (number > axis), tuple(found)
+    return number - (axis is not None and number > axis), tuple(found)
 
 
 def _indices(wanted: Any, size: int | None) -> tuple[int, ...]:

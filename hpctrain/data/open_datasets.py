@@ -19,6 +19,7 @@ from hpctrain.data.homes import Home, find_sparse, part_of
 from hpctrain.data.ragged import Packing, Raggedness
 from hpctrain.data.sample_rows import Purpose, borders_of, choose_rows
 from hpctrain.data.selection import MOST_SPANS, SampleSelection, cut
+from hpctrain.data.static import read_latitude_weights, read_static
 from hpctrain.data.view import Column, Part, View, join_sources
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import printable
@@ -97,9 +98,9 @@ def open_for_evaluation(
 
 def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     """Return the fields of the training files, and those that the config finds elsewhere."""
-    if any(table.batch for table in section.fields.values()):
+    if any(table.batch or table.static for table in section.fields.values()):
         # Whose values, offsets and edges have other numbers of rows: what is wanted is said.
-        return list(section.fields)
+        return [name for name, table in section.fields.items() if not table.static]
     train = section.sources[0].train if section.sources else section.train
     found = open_dataset(train, None, order=semantics.file_order).fields
     return list(dict.fromkeys([*found, *section.fields]))
@@ -135,11 +136,17 @@ def _open(
     tables = {name: section.fields.get(name, FieldTable()) for name in fields}
     files: Purpose = "train" if section.validation is None else purpose
     source = section.train if files == "train" else str(section.validation)
-    if section.samples == SamplesTable() and not any(
-        _says_where(section.fields[name]) for name in section.fields.keys() & tables.keys()
+    static = {name: table for name, table in section.fields.items() if table.static}
+    if (
+        section.samples == SamplesTable()
+        and not static
+        and not any(
+            _says_where(section.fields[name]) for name in section.fields.keys() & tables.keys()
+        )
     ):
         return open_dataset(source, fields, order=semantics.file_order)
-    parts, columns = _join(tables, files, source, semantics.file_order, section.train)
+    order = semantics.file_order
+    parts, columns = _join(tables, files, source, order, section.train)
     _require_equal_rows(parts)
     reach = max(column.reach for column in columns.values())
     chosen = choose_rows(section, purpose, source, parts, reach, semantics)
@@ -166,7 +173,25 @@ def _open(
             f"wanted, in one file, has {longest}"
         )
     view = View.of(source, parts, columns, selection)
-    return dataclasses.replace(view, notes=chosen.notes)
+    values = {
+        name: read_static(
+            name,
+            table,
+            _wish(name, table, (table.path or name).strip("/"), section.train, order),
+            getattr(table, files) or table.train or source,
+            order,
+            decodes=(table.decode or semantics.decode) != "none",
+        )
+        for name, table in static.items()
+    }
+    weights = {
+        f"{name}.weight": read_latitude_weights(
+            name, table, parts[columns[name].part], columns[name], view.fields[name]
+        )
+        for name, table in tables.items()
+        if table.weight is not None
+    }
+    return dataclasses.replace(view, notes=chosen.notes, static=values | weights)
 
 
 def _join(
@@ -189,8 +214,10 @@ def _join(
         for name, table in tables.items()
     }
     wished = {
-        name: _wish(name, table, homes[name], paths[name], source_of_classes, order)
+        name: None if wish.is_plain else wish
         for name, table in tables.items()
+        for sequence in [bool(homes[name].sequence)]
+        for wish in [_wish(name, table, paths[name], source_of_classes, order, sequence=sequence)]
     }
     # One HDF5 dataset may become several fields.
     keys = {
@@ -238,9 +265,15 @@ def _require_lengths(name: str, table: FieldTable, part: Part, source: str) -> N
 
 
 def _wish(
-    name: str, table: FieldTable, home: Home, path: str, source: str, order: FileOrder
-) -> Wish | None:
-    """Return what is delivered of a field other than it is stored; None: nothing else."""
+    name: str,
+    table: FieldTable,
+    path: str,
+    source: str,
+    order: FileOrder,
+    *,
+    sequence: bool = False,
+) -> Wish:
+    """Return what is delivered of a field as it is stored."""
     said = (table.dtype, table.squeeze, table.select, table.classes)
     if is_pattern(path) and said != (None, False, {}, None):
         raise DatasetError(
@@ -252,16 +285,15 @@ def _wish(
     if classes == "sorted":
         # An evaluation has the classes of the training.
         classes = all_texts(files_of(table.train or source, order), path)
-    wish = Wish(
+    return Wish(
         path=path,
-        sequence=bool(home.sequence),
+        sequence=sequence,
         dtype=table.dtype,
         squeeze=table.squeeze,
         select=tuple((key, _frozen(wanted)) for key, wanted in table.select.items()),
         nearest=table.nearest,
         classes=classes,
     )
-    return None if wish.is_plain else wish
 
 
 def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,12 +116,14 @@ class View(Dataset):
         columns: by field.
         selection: the rows that are samples.
         notes: what the header of a run should say of them.
+        static: by name, what is one array for all samples, decoded.
     """
 
     parts: tuple[Part, ...]
     columns: Mapping[str, Column]
     selection: SampleSelection
     notes: tuple[str, ...] = ()
+    static: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -242,6 +245,8 @@ class View(Dataset):
             [[part.dataset.fingerprint, part.axis, *_lengths_of(part)] for part in self.parts],
             [picked.hexdigest(), self.selection.stride],
         ]
+        if self.static:
+            facts.append([[n, _hash_of(values)] for n, values in sorted(self.static.items())])
         return str(xxhash.xxh3_64_hexdigest(json.dumps(facts).encode()))
 
     def select(self, names: Sequence[str]) -> View:
@@ -304,6 +309,11 @@ class View(Dataset):
         }
 
 
+def _hash_of(values: npt.NDArray[Any]) -> str:
+    facts = f"{values.dtype.str} {values.shape}".encode()
+    return xxhash.xxh3_64_hexdigest(facts + values.tobytes())
+
+
 def _lengths_of(part: Part) -> list[str]:
     found = [] if part.lengths is None else [part.lengths.fingerprint]
     if part.documents is not None:
@@ -358,7 +368,30 @@ def join_sources(named: Mapping[str, Dataset]) -> Dataset:
     )
     view = View.of(source, parts, views[0].columns, selection)
     notes = tuple(f"{name}: {note}" for name, each in ordered.items() for note in _notes(each))
-    return dataclasses.replace(view, sources=facts, notes=notes)
+    return dataclasses.replace(
+        view,
+        sources=facts,
+        notes=notes,
+        static=_same_static(dict(zip(ordered, views, strict=True))),
+    )
+
+
+def _same_static(named: Mapping[str, View]) -> Mapping[str, npt.NDArray[Any]]:
+    """Return what is one array for all samples of sources.
+
+    Raises:
+        DatasetError: if it is another in one of them.
+    """
+    (first, like), *others = named.items()
+    for name, view in others:
+        for field, values in like.static.items():
+            if _hash_of(values) != _hash_of(view.static[field]):
+                raise DatasetError(
+                    f'data.sources: the static field "{field}" is another in "{name}" '
+                    f'({view.source}) than in "{first}" ({like.source}), and a batch holds '
+                    "samples of both: name files that fit together"
+                )
+    return like.static
 
 
 def _notes(dataset: Dataset) -> tuple[str, ...]:

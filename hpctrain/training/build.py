@@ -18,7 +18,7 @@ from hpctrain.checkpoint.best import Mode
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config import Config
 from hpctrain.config.capabilities import Combination, records_graphs, unsupported
-from hpctrain.config.fields import target_mask
+from hpctrain.config.fields import target_mask, target_weight
 from hpctrain.config.importing import snapshot
 from hpctrain.config.messages import Mistake, shown
 from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_listed
@@ -340,7 +340,7 @@ def build_task(config: Config, components: Components) -> Task:
         components,
         inputs=config.task.inputs,
         target=config.task.target,
-        **_mask(config),
+        **_weighing(config),
         **config.task.arguments,
     )
     return task
@@ -362,12 +362,16 @@ def _built(section: str, config: Config, components: Components, **arguments: An
         raise ConfigError(f'[{section}] use = "{use}" refuses its arguments: {error}') from error
 
 
-def _mask(config: Config) -> dict[str, str]:
-    """Return the mask of the target, for a built-in task; others find it among their fields."""
-    mask = target_mask(config)
-    if mask is None or ":" in config.task.use or "mask" in config.task.arguments:
+def _weighing(config: Config) -> dict[str, str]:
+    """Return mask and weight of the target, for a built-in task; others find them as fields."""
+    found = {"mask": target_mask(config), "weight": target_weight(config)}
+    if ":" in config.task.use:
         return {}
-    return {"mask": mask}
+    return {
+        key: name
+        for key, name in found.items()
+        if name is not None and key not in config.task.arguments
+    }
 
 
 def _build_updates(

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of, stored_fields
 from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
@@ -632,6 +635,8 @@ def find_normalizations(
 
 def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
     """Return the statistics of a field, of all rows that are stored."""
+    if isinstance(train, View) and name in train.static:
+        return _stats_of_one(train.static[name], name)
     record = decoding_record(train, name)
     if isinstance(train, View):
         column = train.columns[name]
@@ -646,6 +651,22 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
     path = Path(train.shards[0].path).parent / STATS_NAME
     found: Mapping[str, Any] = read_stats(path, train, [name], {name: record})[name]
     return found
+
+
+def _stats_of_one(values: npt.NDArray[Any], name: str) -> Mapping[str, Any]:
+    """Return the statistics of a field that is one array for all samples."""
+    if values.dtype.kind == "c" or not values.size:
+        raise ConfigError(f"data.normalize.{name}: there is no mean of {values.dtype}")
+
+    def of(part: npt.NDArray[Any]) -> tuple[float, float]:
+        known = part[~np.isnan(part)]
+        return (float(known.mean()), float(known.std())) if known.size else (0.0, 0.0)
+
+    numbers = np.atleast_1d(values.astype(np.float64))
+    mean, std = of(numbers)
+    each = [of(channel) for channel in numbers.reshape(len(numbers), -1)]
+    channels = {"mean": [mean for mean, _ in each], "std": [std for _, std in each]}
+    return {"mean": mean, "std": std, "channels": channels}
 
 
 def _measured(name: str, facts: Mapping[str, Any], word: str) -> Normalization:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,24 @@ from hpctrain.training.task import (
     Supervised,
     mask_of,
     masked_sum,
+    weight_of,
     without_missing,
 )
+
+SQUARED = "squared"
+"""Of weighted squared errors and what they are divided by: sums, from which `finish` has rmse."""
+
+
+def _mean_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over samples of the weighted mean over the elements of each."""
+    return masked_sum(losses, weights) * (len(losses) / max(1, losses.numel()))
 
 
 class Regression(Supervised):
     """Numbers: the mean over samples of the mean over the elements of each."""
 
     name = "regression"
-    metrics: ClassVar[Mapping[str, Direction]] = {"loss": "min", "mae": "min", "mse": "min"}
+    metrics: Mapping[str, Direction] = {"loss": "min", "mae": "min", "mse": "min"}
 
     def __init__(
         self,
@@ -31,6 +41,7 @@ class Regression(Supervised):
         target: str | None,
         *,
         mask: str | None = None,
+        weight: str | None = None,
         loss: str = "mse",
         loss_reduction: LossReduction | None = None,
         loss_arguments: Mapping[str, Any] | None = None,
@@ -43,6 +54,9 @@ class Regression(Supervised):
             target: field of the shape of the model's output, float.
             mask: field of weights of its elements, 0 where they are missing; then the loss is the
                 mean over the elements that are there, of all samples. None: all count.
+            weight: field of how much the elements of a sample count, 1 on average, such as
+                "t2m.weight" of `weight = "cos_latitude"` in [data.fields.t2m]; by it loss and
+                metrics are weighted, and "rmse" is one of them. None: all the same.
             loss: "mse" and "mae" are means over the elements of a sample; or the import path of
                 your own, "package.module:Name": a class, an object or a function of
                 (output, target).
@@ -58,7 +72,10 @@ class Regression(Supervised):
         super().__init__(inputs, target, mask)
         self.counts_samples = mask is None
         self.batch_dependent_loss = batch_dependent_loss
-        if mask is not None:
+        self.weight = weight
+        if weight is not None:
+            self.metrics = {**type(self).metrics, "rmse": "min"}
+        if mask is not None or weight is not None:
             self._losses = load_elementwise_loss(loss, loss_arguments or {})
         else:
             self._loss = load_loss(loss, loss_reduction, loss_arguments or {})
@@ -69,22 +86,20 @@ class Regression(Supervised):
         if self.mask is not None:
             mask = mask_of(fields, self.mask, target)
             losses = self._losses(output, without_missing(target, mask))
+            if self.weight is not None:
+                mask = mask * weight_of(fields, self.weight, target)
             return masked_sum(losses, mask), mask.sum()
+        if self.weight is not None:
+            weight = weight_of(fields, self.weight, target)
+            return _mean_sum(self._losses(output, target), weight), target.shape[0]
         return self._loss(output, target), target.shape[0]
 
     def evaluate(self, model: nn.Module, fields: Fields) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return sums of the loss, and of absolute and squared errors."""
         output, target = self._compare(model, fields)
         output, target = output.double(), target.double()
-        if self.mask is not None:
-            mask = mask_of(fields, self.mask, target)
-            target, count = without_missing(target, mask), mask.double().sum()
-            errors = output - target
-            return {
-                "loss": (masked_sum(self._losses(output, target), mask), count),
-                "mae": (masked_sum(errors.abs(), mask), count),
-                "mse": (masked_sum(errors.square(), mask), count),
-            }
+        if self.mask is not None or self.weight is not None:
+            return self._evaluate_weighted(output, target, fields)
         samples = target.shape[0]
         elements = max(1, target.numel() // samples)
         errors = output - target
@@ -93,6 +108,37 @@ class Regression(Supervised):
             "mae": (errors.abs().sum() / elements, samples),
             "mse": (errors.square().sum() / elements, samples),
         }
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the root of the mean squared error, where there are weights."""
+        if SQUARED not in sums:
+            return {}
+        total, count = sums[SQUARED].tolist()
+        return {"rmse": math.sqrt(total / count) if count else math.nan}
+
+    def _evaluate_weighted(self, output: Tensor, target: Tensor, fields: Fields) -> dict[str, Any]:
+        """Return the sums of `evaluate` by mask and weight."""
+        weights = torch.ones((), dtype=target.dtype, device=target.device).expand_as(target)
+        count: Tensor | int = target.shape[0]
+        if self.weight is not None:
+            weights = weight_of(fields, self.weight, target).to(target.dtype).expand_as(target)
+        if self.mask is not None:
+            mask = mask_of(fields, self.mask, target)
+            target, weights = without_missing(target, mask), mask.to(target.dtype) * weights
+            count = weights.sum()
+        errors = output - target
+        each = {"loss": self._losses(output, target), "mae": errors.abs(), "mse": errors.square()}
+        sums: dict[str, Any] = {
+            name: (
+                _mean_sum(values, weights) if self.mask is None else masked_sum(values, weights),
+                count,
+            )
+            for name, values in each.items()
+        }
+        if self.weight is not None:
+            total, counted = sums["mse"]
+            sums[SQUARED] = torch.stack([total, torch.as_tensor(counted).to(total)])
+        return sums
 
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if output.shape != target.shape:

@@ -383,6 +383,30 @@ def mask_of(fields: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
         ) from error
 
 
+def weight_of(fields: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
+    """Return how much the elements of a target count, fit to be multiplied with them.
+
+    Raises:
+        TrainingError: if there is no such field, or it is of another grid than the target.
+    """
+    weight = fields.get(name)
+    if weight is None:
+        raise TrainingError(
+            f'task.weight = "{name}": there is no such field; there are {", ".join(fields)}. '
+            'Name one by data.fields.NAME.weight = "cos_latitude"'
+        )
+    if weight.ndim == target.ndim + 1 and weight.shape[-1] == 1:
+        weight = weight.squeeze(-1)
+    sizes = zip(weight.shape, target.shape, strict=False)
+    if weight.ndim != target.ndim or any(size not in (1, other) for size, other in sizes):
+        raise TrainingError(
+            f'"{name}" is {tuple(weight.shape)}, and the target {tuple(target.shape)}: weights of '
+            "latitudes are for the grid of the files. Where data.transform moves or cuts axes of "
+            "the target, have it do the same to its weight"
+        )
+    return weight
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of values by their weights, ()."""
     return (values * mask.to(values.dtype)).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,24 @@ import numpy as np
 import torch
 
 from hpctrain.config import Config
-from hpctrain.config.fields import Normalization, integer_fields, needed_fields, ragged_fields
+from hpctrain.config.fields import (
+    Normalization,
+    integer_fields,
+    needed_fields,
+    ragged_fields,
+    static_fields,
+)
 from hpctrain.config.importing import build_transform
 from hpctrain.config.registry import resolve_transform
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decodings
-from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale, Transform
+from hpctrain.data.loading.batch_transform import (
+    BatchTransform,
+    Constants,
+    Missing,
+    Scale,
+    Transform,
+)
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.delivery import Preparation
 from hpctrain.data.loading.images import Decoded, ImagePreparation
@@ -83,6 +96,7 @@ class Transforms:
         datasets = [each.select(fields) for each in given]
         decodings = Decodings.of(config, datasets)
 
+        constants = [constants_of(config, each, normalizations, world.device) for each in datasets]
         images = images_of(config, fields)
 
         def preparation(index: int) -> Preparation | None:
@@ -109,7 +123,8 @@ class Transforms:
             if index >= len(datasets):
                 return Decoding()
             prepared = prepares.fields if isinstance(prepares, SamplePreparation) else None
-            return decodings.decoding(config, index, world.device, prepared)
+            found = decodings.decoding(config, index, world.device, prepared)
+            return dataclasses.replace(found, constants=constants[index])
 
         prepares, validates = preparation(0), preparation(1)
         delivered = datasets[0].fields if prepares is None else prepares.fields
@@ -205,6 +220,7 @@ class Decodings:
             # Of samples of unequal length, the mask says where one has ended.
             name: Missing(table.fill, None if table.batch else table.mask)
             for name, table in config.data.fields.items()
+            if not table.static
             if table.fill is not None or (table.mask is not None and not table.batch)
         }
         for name, each in missing.items():
@@ -303,9 +319,45 @@ def build_batch_transform(
     scales = {
         name: Scale.of(fields, name, each.mean, each.std, device, dtype)
         for name, each in normalizations.items()
+        if name not in static_fields(config)
     }
     needed = tuple(needed_fields(config))
     return BatchTransform(scales, _transform(config), needed, missing, ragged_fields(config))
+
+
+def constants_of(
+    config: Config,
+    dataset: Dataset,
+    normalizations: Mapping[str, Normalization],
+    device: torch.device,
+) -> Constants:
+    """Return the fields that are the same for every sample of a dataset, on the device.
+
+    Args:
+        config: says how numbers are normalised, and what becomes of missing ones.
+        dataset: whose files have them.
+        normalizations: by field.
+        device: where the batches are.
+
+    Raises:
+        ConfigError: if the numbers do not fit a field.
+    """
+    static = dataset.static if isinstance(dataset, View) else {}
+    dtype = torch.float64 if config.training.precision == "64-true" else torch.float32
+    made = {}
+    for name, values in static.items():
+        # Apple's devices have no float64.
+        is_short = device.type == "mps" and values.dtype == np.float64
+        tensor = torch.from_numpy(values.astype(np.float32) if is_short else values).to(device)
+        if (each := normalizations.get(name)) is not None:
+            about = {name: Field(values.shape, values.dtype)}
+            scale = Scale.of(about, name, each.mean, each.std, device, dtype)
+            tensor = scale.apply(tensor[None].clone())[0]
+        table = config.data.fields.get(name)
+        if table is not None and table.fill is not None and tensor.is_floating_point():
+            tensor = tensor.nan_to_num(nan=table.fill, posinf=torch.inf, neginf=-torch.inf)
+        made[name] = tensor
+    return Constants(made)
 
 
 def _transform(config: Config) -> Transform | None:

@@ -119,6 +119,33 @@ class Missing:
         return made
 
 
+class Constants:
+    """Fields that are the same for every sample: on the device once, and in every batch."""
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the values of each field, without an axis of samples, on the device."""
+        self._values = dict(values or {})
+        self._versions = {name: each._version for name, each in self._values.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def spread(self, samples: int) -> dict[str, Tensor]:
+        """Return the fields as a batch of so many samples has them, (samples, *shape), uncopied.
+
+        Raises:
+            TrainingError: if somebody has written to what all batches share.
+        """
+        for name, values in self._values.items():
+            if values._version != self._versions[name]:
+                raise TrainingError(
+                    f'the static field "{name}" was changed in place, by data.transform, the task '
+                    "or the model: all batches share its values. Have them make a new tensor, "
+                    "such as x = x * 2 in place of x *= 2"
+                )
+        return {name: each.expand(samples, *each.shape) for name, each in self._values.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class BatchTransform:
     """Makes of a batch as it was decoded one as the task wants it.

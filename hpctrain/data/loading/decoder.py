@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpctrain.data.coding import Coding, Number
 from hpctrain.data.decoding import FieldDecoding
-from hpctrain.data.loading.batch_transform import Missing
+from hpctrain.data.loading.batch_transform import Constants, Missing
 from hpctrain.data.permutation import Int64s
 from hpctrain.errors import ConfigError
 
@@ -39,11 +39,13 @@ class Decoding:
         on_host: fields that are decoded before a transform of samples sees them.
         on_device: the others, and what marks the missing integers.
         refused: integers of which none may be missing: they would be taken for others.
+        constants: fields that are the same for every sample, as the task sees them.
     """
 
     on_host: Mapping[str, FieldDecoding] = field(default_factory=dict)
     on_device: Decoder = field(default_factory=lambda: Decoder({}, {}, torch.device("cpu")))
     refused: Sequence[FieldDecoding] = ()
+    constants: Constants = field(default_factory=Constants)
 
     @property
     def all(self) -> dict[str, FieldDecoding]:

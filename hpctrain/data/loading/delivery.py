@@ -348,6 +348,8 @@ class Delivery:
             samples = arrived.group.rows[own]
             for name in self.packed.columns:
                 fields |= documents_of(self.packed, name, samples, self._device)
+        if constants := self._decoding.constants:
+            fields |= constants.spread(own.stop - own.start)
         own_keys = None if arrived.keys is None else arrived.keys[own]
         return self._batch_transform.apply(fields, own_keys, training=self._training)
 
@@ -363,6 +365,7 @@ class Delivery:
             if name in codes:
                 codes[name] = codes[name][each.owners]
         fields = self._batch_transform.scaled(self._decoding.on_device.apply(fields, codes))
+        fields |= self._decoding.constants.spread(own.stop - own.start)
         return RaggedRows(
             fields={name: fields[name] for name in fields if name not in parts},
             ragged={n: each._replace(values=fields[n]) for n, each in parts.items()},

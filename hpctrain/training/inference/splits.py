@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hpctrain.config import Config
-from hpctrain.config.fields import Normalization, normalization_of, stored_fields
+from hpctrain.config.fields import (
+    Normalization,
+    normalization_of,
+    static_fields,
+    stored_fields,
+)
 from hpctrain.config.semantics import Semantics, semantics_of
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import EvaluationBatches
@@ -185,7 +190,8 @@ def open_files(
     fields = fields or list(dataset.fields)
     with raise_together(world.communicator):
         # Twice the same: what is done to samples to train with is not asked for.
-        used = {name: each for name, each in normalizations.items() if name in fields}
+        there = {*fields, *static_fields(config)}
+        used = {name: each for name, each in normalizations.items() if name in there}
         transforms = Transforms.of(config, dataset, dataset, fields, used, world)
     share = -(-section.global_batch_size // topology.world_size)
     return OfFiles(
