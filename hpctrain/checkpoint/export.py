@@ -136,7 +136,9 @@ def recipe(source: Path) -> dict[str, Any] | None:
     try:
         config, _ = validate(parse(read_file(source, CONFIG, meta).decode("utf-8"), CONFIG))
         values: Any = parse_json(read_file(source, VALUES, meta))
-        numbers = values.get("normalization", {})
+        numbers, fields = values.get("normalization", {}), values.get("fields", {})
+        used = (*config.task.inputs, config.task.target) if config is not None else ()
+        fields = {name: each for name, each in fields.items() if name in used}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from error
     except ConfigError:
@@ -159,6 +161,7 @@ def recipe(source: Path) -> dict[str, Any] | None:
         "transform_arguments": config.data.transform_arguments,
         "sample_transform": config.data.sample_transform,
         "normalize": normalize,
+        "fields": fields,
         "fill": {
             name: table.fill for name, table in config.data.fields.items() if table.fill is not None
         },

@@ -129,6 +129,10 @@ def ckpt(arguments: list[str]) -> int:
         from hpctrain.checkpoint.lightning_file import export_lightning
 
         text = export_lightning(parsed.run, other, average=parsed.average, best=parsed.best)
+    elif other.suffix == ".pt2":
+        from hpctrain.training.exported_program import export_program
+
+        text = export_program(parsed.run, other, average=parsed.average, best=parsed.best)
     else:
         text = export.export(parsed.run, other, average=parsed.average, best=parsed.best)
     write_out(printable_lines(text) + "\n")

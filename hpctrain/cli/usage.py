@@ -100,7 +100,8 @@ commands:
                     in what two checkpoints differ: config, tensors, numbers
   ckpt export RUN FILE [--average] [--best]
                     the weights as one safetensors file: of the newest checkpoint, or the best;
-                    FILE.ckpt: as Lightning's load_from_checkpoint reads them
+                    FILE.ckpt: as Lightning's load_from_checkpoint reads them; FILE.pt2: a program
+                    of torch.export, which needs neither its source nor hpctrain
   watch RUN [RUN ...]
                     runs in this terminal: state, progress, curves, nodes, log; once into a pipe
   watch RUN [RUN ...] --serve

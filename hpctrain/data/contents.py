@@ -368,6 +368,16 @@ def text_attribute(dataset: h5py.Dataset, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def unit_in(path: str, name: str) -> str:
+    """Return the unit that an array of a file has; empty: the file does not say."""
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.get(name)
+            return text_attribute(found, "units") if isinstance(found, h5py.Dataset) else ""
+    except (OSError, ValueError, RuntimeError):
+        return ""  # another kind of file, or one that needs options to be opened
+
+
 def coding_in(dataset: h5py.Dataset) -> Coding:
     """Return how the numbers of an open HDF5 dataset stand for values."""
     if dataset.dtype.kind not in "iuf":

@@ -18,6 +18,7 @@ from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
 from hpctrain.config.schema import FieldTable
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
+from hpctrain.data.contents import unit_in
 from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import verify_share
@@ -73,6 +74,7 @@ class Data:
         validations: to evaluate with, one of them but for a module that has several loaders.
         evaluations: further data to evaluate with, by name.
         brought: objects that the user has brought, and those that the config names.
+        units: of fields whose files say them, on rank 0.
         notes: what the header should say of the data.
     """
 
@@ -89,6 +91,7 @@ class Data:
     validations: Sequence[Evaluated] = ()
     evaluations: Mapping[str, Evaluated] = field(default_factory=dict)
     brought: Brought = NOTHING
+    units: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> list[Dataset | MapDataset]:
@@ -117,6 +120,7 @@ class Data:
             DECODING: decoding_to_record(self.train) if isinstance(self.train, Dataset) else {},
             FORMS: (forms_to_record(config, self.train) if isinstance(self.train, Dataset) else {}),
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
+            FIELDS: fields_to_record(self.train, self.units),
         }
 
     def stage(self, config: Config, world: World) -> None:
@@ -255,6 +259,7 @@ def open_data(
         staging=staging,
         evaluations=evaluations,
         brought=brought,
+        units=units_of(train) if topology.is_rank_zero else {},
     )
 
 
@@ -483,6 +488,35 @@ DECODING = "decoding"
 def decoding_to_record(train: Dataset) -> dict[str, str]:
     """Return what a checkpoint says of how fields are decoded; those that are not are left out."""
     return {name: record for name in train.fields if (record := decoding_record(train, name))}
+
+
+FIELDS = "fields"
+"""Name of the record among the values of a checkpoint."""
+
+
+def units_of(train: Dataset) -> dict[str, str]:
+    """Return the units of fields whose files say them. Opens one file of each."""
+    found = {}
+    for name in train.fields:
+        home, inside = train.home(name)
+        if unit := unit_in(home.shards[0].path, inside):
+            found[name] = unit
+    return found
+
+
+def fields_to_record(train: Dataset | MapDataset, units: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a checkpoint says of a sample's fields, as a model gets them."""
+    if not isinstance(train, Dataset):
+        return {}
+    return {
+        name: {
+            "shape": list(each.shape),
+            "dtype": "float32" if decoding_record(train, name) else each.dtype.name,
+            "units": units.get(name, ""),
+        }
+        for name, each in train.fields.items()
+        if each.mean_rows is None
+    }
 
 
 FORMS = "forms"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ class _Numbers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Field:
+    shape: list[int]
+    dtype: str
+    units: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
     use: str
     inputs: list[str]
@@ -63,6 +71,7 @@ class _Recipe:
     transform: str | None = None
     sample_transform: str | None = None
     normalize: dict[str, _Numbers] = field(default_factory=dict)
+    fields: dict[str, _Field] = field(default_factory=dict)
     fill: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,13 +83,18 @@ class LoadedModel:
 
     Attributes:
         module: the model itself, in evaluation mode; it takes what training gave it.
-        inputs: names of the fields that it receives, in their order.
+        inputs: names of the fields that it receives, in their order; none: it was trained by steps
+            of its own, and takes what its `forward` does.
+        target: name of the field that it was trained to predict, if there is one.
+        units: of these fields, as the training data's files say them.
         notes: what of its preprocessing is not done here, such as the user's own transforms.
     """
 
     def __init__(self, module: nn.Module, made_by: _Recipe, device: torch.device) -> None:
         self.module = module.eval()
         self.inputs = tuple(made_by.task.inputs)
+        self.target = made_by.task.target
+        self.units = {name: each.units for name, each in made_by.fields.items() if each.units}
         self.notes = tuple(
             f"{key} = {use!r} is not applied: give the model what it returns"
             for key, use in (
@@ -96,7 +110,6 @@ class LoadedModel:
         target = made_by.task.target if made_by.task.use == "regression" else None
         self._unit = self._normalize.get(target or "")
 
-    @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         """Return what the model makes of its inputs.
 
@@ -111,14 +124,22 @@ class LoadedModel:
         Raises:
             TypeError: if there are too few or too many inputs.
         """
-        if len(inputs) != len(self.inputs):
+        if self.inputs and len(inputs) != len(self.inputs):
             raise TypeError(
                 f"this model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not "
                 f"{len(inputs)}"
             )
+        given = [torch.as_tensor(each, device=self._device) for each in inputs]
+        with torch.no_grad():
+            return self.predicted(*given)
+
+    def predicted(self, *inputs: Tensor) -> Any:
+        """Return the same of tensors on the device of the model."""
+        if not self.inputs:
+            with self._format.arithmetic():
+                return self.module(*self._format.cast(list(inputs), ()))
         fields = {
-            name: self._prepared(name, torch.as_tensor(each, device=self._device))
-            for name, each in zip(self.inputs, inputs, strict=True)
+            name: self._prepared(name, each) for name, each in zip(self.inputs, inputs, strict=True)
         }
         fields = dict(self._format.cast(fields, self.inputs))
         with self._format.arithmetic():
@@ -143,6 +164,19 @@ class LoadedModel:
         return Scale.of(about, name, numbers.mean, numbers.std, self._device, wide)
 
 
+class Program(LoadedModel):
+    """A model that was exported as a program, which does to its inputs what has to be done."""
+
+    def __init__(self, program: Any, made_by: _Recipe, device: torch.device) -> None:
+        # It has left training behind, and knows no `eval`.
+        program.eval = lambda: program
+        super().__init__(program.to(device), made_by, device)
+
+    def predicted(self, *inputs: Tensor) -> Any:
+        """Return what the program makes of tensors."""
+        return self.module(*inputs)
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Return a trained model with its weights and its preprocessing.
 
@@ -159,17 +193,35 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         CheckpointError: if it cannot be read, or is none of these.
         ConfigError: if the model cannot be imported or made.
     """
-    path = Path(path)
+    path, where = Path(path), torch.device(device)
     if path.is_dir():
         source, _ = choose(path, best=None)
-        weights = tensors_from_raw(Weights.read(source, average=None).tensors)
-        if (said := recipe(source)) is None:
-            raise CheckpointError(f"{source}: its config is of a newer hpctrain: update hpctrain")
-        made_by = _checked(json.dumps(said).encode(), source)
-    else:
-        made_by = _checked(_recipe_of_export(path), path)
-        weights = read_weights(path)
-    where = torch.device(device)
+        weights = Weights.read(source, average=None)
+        return load_weights(made_of(source), tensors_from_raw(weights.tensors), path, where)
+    if path.suffix == ".pt2":
+        # Its reader takes its time to load.
+        from hpctrain.training.exported_program import load_program
+
+        program, said = load_program(path)
+        return Program(program, _checked(said.encode(), path), where)
+    return load_weights(_checked(_recipe_of_export(path), path), read_weights(path), path, where)
+
+
+def made_of(source: Path) -> _Recipe:
+    """Return how the model of a checkpoint is made.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole, or this version does not understand it.
+    """
+    if (said := recipe(source)) is None:
+        raise CheckpointError(f"{source}: its config is of a newer hpctrain: update hpctrain")
+    return _checked(json.dumps(said).encode(), source)
+
+
+def load_weights(
+    made_by: _Recipe, weights: Mapping[str, Tensor], path: Path, where: torch.device
+) -> LoadedModel:
+    """Return a model with these weights."""
     component = ComponentSection(use=made_by.model.use, arguments=made_by.model.arguments)
     try:
         module: Any = resolve("model", component)(**made_by.model.arguments)

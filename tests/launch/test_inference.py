@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import xarray as xr
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
@@ -33,6 +34,10 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+class Branches(Net):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
 
 class Wide(nn.Module):
     def __init__(self):
@@ -83,6 +88,11 @@ def write(folder: Path, rows: int, seed: int, *, target: bool = True) -> None:
             file["x"] = x[part]
             if target:
                 file["y"] = y[part]
+                file["y"].attrs["units"] = "K"
+            file["x"].attrs["units"] = "m"
+
+
+LAST = ["--checkpoint", "last"]
 
 
 def predictions(folder: Path, name: str = "prediction") -> npt.NDArray[Any]:
@@ -185,8 +195,35 @@ def test_a_loaded_model_takes_and_gives_what_files_hold(
         assert (model.inputs, model.notes) == (("x",), ())
         given = model(x).numpy()
         assert np.allclose(given, predictions(site / "of-loaded"), rtol=1e-6), "other predictions"
+        assert (model.units, model.target) == ({"x": "m", "y": "K"}, "y")
         with pytest.raises(TypeError, match=r"takes 1 inputs \(x\)"):
             model(x, x)
+
+
+def test_a_program_runs_without_its_source(site: Path, tmp_path: Path) -> None:
+    """Normalization and units are part of it, for any number of samples."""
+    here(site, "run.toml", 'run.name="program"')
+    said = here(site, "ckpt", "export", "runs/program", str(tmp_path / "p.pt2"), "--average")
+    assert "any number of samples of (3,) torch.float32, average weights of step 10" in said
+    here(site, "predict", "run.toml", 'run.name="program"', *LAST, "--output", "of-program")
+    expected, x = predictions(site / "of-program"), predictions_of(site / "test", "x")
+    model = load_model(tmp_path / "p.pt2")
+    assert (model.inputs, model.units) == (("x",), {"x": "m", "y": "K"})
+    assert np.allclose(model(x).numpy(), expected, rtol=1e-5)
+    assert np.allclose(model(x[:1]).numpy(), expected[:1], rtol=1e-5)
+    # As anybody reads it.
+    program = torch.export.load(tmp_path / "p.pt2").module()
+    assert np.allclose(program(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(site.joinpath("no.pt2"))
+
+
+def test_what_cannot_be_traced_is_refused_with_the_reason(site: Path) -> None:
+    here(site, "run.toml", 'run.name="branches"', 'model.use="nets:Branches"')
+    told = here(site, "ckpt", "export", "runs/branches", "b.pt2", code=74)
+    assert "torch.export cannot trace this model" in told
+    assert "must not depend on values" in told
+    assert not (site / "b.pt2").exists()
 
 
 def test_files_of_others_are_refused(site: Path) -> None:
