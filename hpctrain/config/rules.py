@@ -330,8 +330,9 @@ def _check_form(source: Source, name: str, table: dict[str, Any]) -> list[Mistak
     for part, wanted in select.items() if isinstance(select, dict) else ():
         if not _can_select(part, wanted):
             problem = (
-                "expected values of a coordinate, level = [500, 850], or of an axis of a sample, 0 "
-                'the first, indices or a slice: 0 = [1, 3] or 0 = "2:5"'
+                "expected values of a coordinate, level = [500, 850], or all from one to another, "
+                "latitude = [[30, 60]]; or of an axis of a sample, 0 the first, indices or a "
+                'slice: 0 = [1, 3] or 0 = "2:5"'
             )
             mistakes.append(source.mistake((*key, "select", part), problem))
     return mistakes
@@ -341,11 +342,11 @@ def _can_select(part: str, wanted: object) -> bool:
     kinds: tuple[type, ...] = (int,) if part.isdecimal() else (int, float, str)
     if isinstance(wanted, str):
         return part.isdecimal() and _SLICE.fullmatch(wanted) is not None
-    return (
-        isinstance(wanted, list)
-        and bool(wanted)
-        and all(isinstance(each, kinds) and not isinstance(each, bool) for each in wanted)
-    )
+    if not isinstance(wanted, list) or not wanted:
+        return False
+    if not part.isdecimal():
+        wanted = [each for each in wanted if not _is_coordinate_range(each)]
+    return all(isinstance(each, kinds) and not isinstance(each, bool) for each in wanted)
 
 
 def _check_missing(

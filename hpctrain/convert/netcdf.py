@@ -15,7 +15,7 @@ from hpctrain.config import Config
 from hpctrain.config.schema import FieldTable
 from hpctrain.data.contents import look_into
 from hpctrain.data.dataset import Dataset, DatasetFacts
-from hpctrain.data.forms import Form, Pick, Wish
+from hpctrain.data.forms import Form, Pick, Wish, frozen
 from hpctrain.data.index import read_index
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.view import View
@@ -132,13 +132,10 @@ def _form(path: str, name: str, variable: str, table: FieldTable) -> Form | None
     Raises:
         DatasetError: if it cannot be taken there.
     """
-    select = {
-        key: tuple(each) if isinstance(each, list) else each for key, each in table.select.items()
-    }
     wish = Wish(
         path=variable.strip("/"),
         squeeze=table.squeeze,
-        select=tuple(select.items()),
+        select=tuple((key, frozen(each)) for key, each in table.select.items()),
         nearest=table.nearest,
     )
     if wish.is_plain:

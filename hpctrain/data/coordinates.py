@@ -243,6 +243,19 @@ class Values:
             found &= self.numbers <= high.last
         return found
 
+    def nearest(self, wanted: Any) -> int:
+        """Return where the value is that is nearest to another one.
+
+        Raises:
+            ValueError: if that is no value of such a coordinate, or nothing is near a text.
+        """
+        point = self._bounds(wanted)
+        if point is None or self.numbers.dtype.kind in "US" or not self.is_there.any():
+            raise ValueError(f"has nothing that is near {wanted!r}")
+        numbers = self.numbers[self.is_there].astype(np.float64)
+        at = int(np.abs(numbers - float(point.first)).argmin())
+        return int(np.flatnonzero(self.is_there)[at])
+
     def text(self, number: Any) -> str:
         """Return one of the values as people read it."""
         return str(number) if self.calendar is None else self.calendar.text(number)

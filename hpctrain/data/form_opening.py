@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpctrain.data.coordinates import find_coordinate
+from hpctrain.data.coordinates import Values, find_coordinate, values_of
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.walking import require_files_behind
@@ -160,8 +160,8 @@ def _pick(
     scale, number = find_coordinate(file, dataset, key)
     if number == axis:
         raise ValueError(f'"{key}" counts its samples: say which by [data.samples]')
-    values = np.asarray(scale[()])
-    found = [_index_of(value, values, key, nearest=wish.nearest) for value in wanted]
+    values = values_of(scale)
+    found = [i for each in wanted for i in _indices_of(each, values, key, nearest=wish.nearest)]
     return number - (axis is not None and number > axis), tuple(found)
 
 
@@ -174,20 +174,32 @@ def _indices(wanted: Any, size: int | None) -> tuple[int, ...]:
     return tuple(wanted)
 
 
-def _index_of(value: Any, values: Any, key: str, *, nearest: bool) -> int:
-    if values.dtype.kind in "SO":
-        values = np.array([v.decode() if isinstance(v, bytes) else str(v) for v in values])
-    elif isinstance(value, str):
-        raise ValueError(f'"{key}" holds numbers, and {value!r} is none')
-    elif nearest:
-        return int(np.abs(values.astype(np.float64) - value).argmin())
-    # A coordinate of 32 bits holds 0.1 as the nearest number that it has.
-    (equal,) = np.nonzero(values == np.asarray(value).astype(values.dtype))
-    if len(equal) != 1:
-        there = listed([str(each) for each in values.tolist()], 12)
-        more = "; the nearest is taken with nearest = true" if not len(equal) else ""
-        raise ValueError(f'"{key}" has {len(equal)} values {value}: {there}{more}')
-    return int(equal[0])
+def _indices_of(wanted: Any, values: Values, key: str, *, nearest: bool) -> list[int]:
+    """Return where a coordinate has a value, or all values of a range, in the file's order.
+
+    Raises:
+        ValueError: if it has no such value, or several.
+    """
+    found: list[int]
+    try:
+        if isinstance(wanted, tuple):
+            found = np.flatnonzero(values.between(*wanted)).tolist()
+            if not found:
+                raise ValueError(f"has none from {wanted[0]} to {wanted[1]}{_known(values)}")
+            return found
+        if nearest:
+            return [values.nearest(wanted)]
+        found = np.flatnonzero(values.between(wanted, wanted)).tolist()
+    except ValueError as error:
+        raise ValueError(f'"{key}" {error}') from None
+    if len(found) != 1:
+        more = "; the nearest is taken with nearest = true" if not found else ""
+        raise ValueError(f'"{key}" has {len(found)} values {wanted}{_known(values)}{more}')
+    return found
+
+
+def _known(values: Values) -> str:
+    return f": {listed([values.text(each) for each in values.numbers.tolist()], 12)}"
 
 
 def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:

@@ -185,6 +185,11 @@ class Form:
         return found.astype(self.delivered()[1])
 
 
+def frozen(wanted: object) -> object:
+    """Return what a config says is selected, lists as tuples."""
+    return tuple(map(frozen, wanted)) if isinstance(wanted, list) else wanted
+
+
 def form_of(
     wish: Wish,
     members: Sequence[str],

@@ -13,7 +13,7 @@ from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.form_opening import all_texts
-from hpctrain.data.forms import Wish
+from hpctrain.data.forms import Wish, frozen
 from hpctrain.data.groups import is_pattern
 from hpctrain.data.homes import Home, find_sparse, part_of
 from hpctrain.data.ragged import Packing, Raggedness
@@ -290,7 +290,7 @@ def _wish(
         sequence=sequence,
         dtype=table.dtype,
         squeeze=table.squeeze,
-        select=tuple((key, _frozen(wanted)) for key, wanted in table.select.items()),
+        select=tuple((key, frozen(wanted)) for key, wanted in table.select.items()),
         nearest=table.nearest,
         classes=classes,
     )
@@ -309,10 +309,6 @@ def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) 
             f'"{key}" tell how its numbers are decoded (scale_factor, _FillValue, ...), to floats: '
             f'leave the dtype out, or take what is stored: data.fields.{name}.decode = "none"'
         )
-
-
-def _frozen(wanted: object) -> object:
-    return tuple(wanted) if isinstance(wanted, list) else wanted
 
 
 def _as_ragged(name: str, table: FieldTable) -> dict[str, FieldTable]:

@@ -491,6 +491,16 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
     assert load(str(saved)).data.fields["state"].image == (8, 9)
     saved.write_text(to_toml(load(str(file), ['data.fields.state={path="X", sparse="csr"}'])))
     assert load(str(saved)).data.fields["state"].sparse == "csr"
+    by_date = [
+        "data.samples.train={time=['1979','2015-12-31']}",
+        "data.fields.state={static=true, select={latitude=[[30,60],70]}}",
+        "data.fields.next.weight=cos_latitude",
+    ]
+    saved.write_text(to_toml(load(str(file), by_date)))
+    again = load(str(saved))
+    assert again == load(str(file), by_date)
+    assert again.data.samples.train == {"time": ["1979", "2015-12-31"]}
+    assert again.data.fields["state"].select == {"latitude": [[30, 60], 70]}
     overridden = load(str(file), ["data.fields.next.lead=24", "data.samples.stride=6"])
     assert overridden.data.fields["next"].lead == 24
     assert overridden.data.samples.stride == 6
@@ -533,6 +543,28 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
             '[data.samples]\nvalidation_fraction = 0.1\nsplit_by = "files"\npiece_rows = 3',
             r"whole files are the pieces",
         ),
+        *(
+            (
+                f"[data.samples]\ntrain = {rows}",
+                r"train = .*: expected the first and the last value",
+            )
+            for rows in (
+                "{}",
+                "{time = '1979'}",
+                "{time = ['1979']}",
+                "{time = ['', '']}",
+                "{time = [['1979', '1980'], '1981']}",
+                "{time = [true, 1]}",
+            )
+        ),
+        (
+            "[data.samples]\ntrain = {time = [1979-01-01, 2000-01-01]}",
+            r"as a string it needs quotes",
+        ),
+        ("[data.fields.state]\nstatic = true\nlead = 1", r"lead = 1: is of rows or values of sam"),
+        ("[data.fields.next]\nstatic = true", r"next\.static = true: the target is of samples"),
+        ("[data.fields.next]\nweight = 'sin'", r'weight = "sin": expected "cos_latitude" or "cell'),
+        ("[data.fields.state]\nselect = {y = [[1]]}", r"latitude = \[\[30, 60\]\]"),
         ("[data.samples]\nsplit_by = 'file'", r'expected "rows" or "files"; did you mean "files"'),
         ("[data.samples]\nstrides = 2", r"data\.samples\.strides = 2: unknown key; did you mean"),
     ],

@@ -229,11 +229,44 @@ def test_selections_by_value_are_those_of_xarray(tmp_path: Path) -> None:
         delivered(select={"level": [480]})
     with pytest.raises(DatasetError, match='no coordinate "hight"'):
         delivered(select={"hight": [480]})
+    for select, same in (
+        ({"level": [[500, 850]]}, stored.sel(level=slice(850, 500))),  # the levels descend
+        ({"level": [["", 300], 1000]}, stored.sel(level=[250.1, 1000], method="nearest")),
+        ({"lat": [[0.5, ""]]}, stored.sel(lat=slice(0.5, None))),
+    ):
+        np.testing.assert_array_equal(delivered(select=select), same)
+    with pytest.raises(DatasetError, match=r'"level" has none from 600 to 700: 1000'):
+        delivered(select={"level": [[600, 700]]})
+    with pytest.raises(DatasetError, match=r"\"level\" has 'low', and it holds numbers"):
+        delivered(select={"level": ["low"]})
     # What its numbers stand for is still known.
     dataset = _opened(path, FieldTable(path="z", select={"level": [500]}))
     assert dataset.codings("x")[0].scale == 0.5
     with pytest.raises(DatasetError, match=r"data\.fields\.x\.dtype.*leave the dtype out"):
         _opened(path, FieldTable(path="z", dtype="float64"))
+
+
+def test_selections_by_date_are_those_of_xarray(tmp_path: Path) -> None:
+    """Members of an ensemble are samples, times an axis of each."""
+    xarray = pytest.importorskip("xarray")
+    times = xarray.date_range("2000-02-25", periods=20, freq="12h", calendar="noleap",
+                              use_cftime=True)  # fmt: skip
+    values = np.arange(3 * 20.0).reshape(3, 20)
+    field = xarray.DataArray(values, {"member": [0, 1, 2], "time": times}, name="z")
+    path = tmp_path / "ensemble.nc"
+    field.to_netcdf(path, engine="h5netcdf")
+
+    def delivered(*wanted: Any, **table: Any) -> Any:
+        return _delivered(path, path="z", select={"time": list(wanted)}, **table)
+
+    days = delivered(["2000-02-27", "2000-03-01T00"])
+    np.testing.assert_array_equal(days, field.sel(time=slice("2000-02-27", "2000-03-01T00")))
+    np.testing.assert_array_equal(delivered("2000-03-01T12", squeeze=True), values[:, 9])
+    np.testing.assert_array_equal(delivered("2000-03-01T10:00", nearest=True)[:, 0], values[:, 9])
+    with pytest.raises(DatasetError, match=r'"time" has 2 values 2000-03-01: 2000-02-25, 2000-02-'):
+        delivered("2000-03-01")
+    with pytest.raises(DatasetError, match="has day 29 of a month of 28 in the noleap calendar"):
+        delivered("2000-02-29")
 
 
 @pytest.mark.parametrize("kind", ["fixed", "utf-8", "variable"])
