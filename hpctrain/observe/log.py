@@ -1,14 +1,16 @@
-"""The log: one rank speaks, to stderr and to the run's log.txt; the others write nothing.
+"""The log: one rank speaks, to stderr and to log.txt; what others warn of is in ranks.log.
 
 Warnings of libraries come through here as well, so that each is told once, on one line, with its
-origin.
+origin. HPCTRAIN_LOG asks for more: "debug", "json", or both with a comma.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,13 +18,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.observe.progress import AboveBar
-from hpctrain.utils.files import AppendedFile
-from hpctrain.utils.permissions import explained
-from hpctrain.utils.text import printable_lines
+from hpctrain.utils.files import AppendedFile, open_regular
+from hpctrain.utils.permissions import explained, follow_folder
+from hpctrain.utils.text import printable, printable_lines
 
 LOG_FILE = "log.txt"
+
+RANKS_FILE = "ranks.log"
+"""What ranks other than the speaking one warn of, each line with its rank and host."""
+
+JSON_FILE = "log.jsonl"
+"""log.txt as a JSON object a line, where HPCTRAIN_LOG asks for it."""
+
+VARIABLE = "HPCTRAIN_LOG"
+
+WORDS = ("debug", "json")
+"""What that variable may hold."""
+
+MOST_LINES = 200
+"""Of a rank in ranks.log, and a job: ranks that all have the same trouble are to fill no disk."""
 
 MEANINGLESS_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # torch 2.13 on DistributedDataParallel(broadcast_buffers=...). The name that it asks for
@@ -43,7 +59,11 @@ _warnings_logger = logging.getLogger("hpctrain.warnings")
 
 @contextmanager
 def start(
-    run_folder: Path | None, is_reporter: bool, *, stream: TextIO | None = None
+    run_folder: Path | None,
+    is_reporter: bool,
+    *,
+    stream: TextIO | None = None,
+    who: str | None = None,
 ) -> Iterator[None]:
     """Set up logging for a job; handlers, levels and warning filters are restored at the end.
 
@@ -53,25 +73,50 @@ def start(
         run_folder: where log.txt is appended to; None: no file.
         is_reporter: whether this is the one rank that writes.
         stream: the console; None is stderr.
+        who: this rank and its host, for ranks.log; None: a rank that does not report is silent.
 
     Raises:
+        ConfigError: if HPCTRAIN_LOG asks for what there is not.
         CheckpointError: if log.txt cannot be opened.
     """
+    asked = _asked()
+    level = logging.DEBUG if "debug" in asked else logging.INFO
     handlers: list[logging.Handler] = []
     if not is_reporter:
         # Without any handler, logging would write warnings to stderr on its own.
         handlers.append(logging.NullHandler())
+        if run_folder is not None and who is not None:
+            least = logging.DEBUG if "debug" in asked else logging.WARNING
+            handlers.append(RanksHandler(run_folder / RANKS_FILE, who, least))
     else:
         handlers.append(_console_handler(sys.stderr if stream is None else stream))
         if run_folder is not None:
-            handlers.append(_file_handler(run_folder / LOG_FILE))
+            handlers.append(_file_handler(run_folder / LOG_FILE, FileFormatter()))
+            if "json" in asked:
+                handlers.append(_file_handler(run_folder / JSON_FILE, JsonFormatter(who)))
+    told_here = is_reporter or len(handlers) > 1
     with ExitStack() as stack:
         for handler in handlers:
             stack.callback(handler.close)
         stack.enter_context(_torch_loggers_propagate())
-        stack.enter_context(_attached(handlers))
-        stack.enter_context(_warnings_to(_report_warning_once() if is_reporter else _drop_warning))
+        stack.enter_context(_attached(handlers, level))
+        stack.enter_context(_warnings_to(_report_warning_once() if told_here else _drop_warning))
         yield
+
+
+def _asked() -> set[str]:
+    """Return what HPCTRAIN_LOG asks for.
+
+    Raises:
+        ConfigError: if that is something else.
+    """
+    words = {word.strip() for word in os.environ.get(VARIABLE, "").lower().split(",")} - {""}
+    if unknown := sorted(words - set(WORDS)):
+        raise ConfigError(
+            f'{VARIABLE} = "{printable(os.environ[VARIABLE])}": {printable(unknown[0])!r} is none '
+            f"of {', '.join(WORDS)}; several with commas"
+        )
+    return words
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -96,6 +141,71 @@ class FileFormatter(ConsoleFormatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = self.formatTime(record)
         return "\n".join(f"{stamp}  {line}".rstrip() for line in super().format(record).split("\n"))
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line: "time", "level", "logger", "rank", "message"."""
+
+    def __init__(self, who: str | None) -> None:
+        super().__init__()
+        self._who = who
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "rank": self._who,
+            "message": super().format(record),
+        }
+        return json.dumps({key: value for key, value in facts.items() if value is not None})
+
+
+class RanksHandler(logging.Handler):
+    """ranks.log, which many processes append to: a message at once, or not at all.
+
+    It is opened for the first message. What cannot be written is lost: the rank that speaks has a
+    log of its own.
+    """
+
+    def __init__(self, path: Path, who: str, level: int) -> None:
+        """Prepare.
+
+        Args:
+            path: of the file.
+            who: the rank and its host.
+            level: from which on messages are written.
+        """
+        super().__init__(level)
+        self._path = path
+        self._who = who
+        self._descriptor: int | None = None
+        self._num_left = MOST_LINES
+        self.setFormatter(ConsoleFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a message, every line of it with the rank."""
+        if self._num_left < 0:
+            return
+        stamp = time.strftime(FileFormatter.default_time_format, time.localtime(record.created))
+        lines = self.format(record).splitlines()[: self._num_left + 1]
+        if len(lines) > self._num_left:
+            lines = [*lines[: self._num_left], f"no more than {MOST_LINES} lines of a rank"]
+            self._num_left = -1
+        self._num_left -= len(lines)
+        text = "".join(f"{stamp}  {self._who}: {line}\n" for line in lines)
+        with suppress(OSError):
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._descriptor = open_regular(self._path, flags, follow_links=False)
+                follow_folder(self._path)
+            os.write(self._descriptor, text.encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        descriptor, self._descriptor, self._num_left = self._descriptor, None, -1
+        if descriptor is not None:
+            os.close(descriptor)
+        super().close()
 
 
 class LogFile:
@@ -148,7 +258,7 @@ def _console_handler(stream: TextIO) -> logging.Handler:
     return handler
 
 
-def _file_handler(path: Path) -> logging.Handler:
+def _file_handler(path: Path, formatter: logging.Formatter) -> logging.Handler:
     try:
         handler = RunLogHandler(path)
     except OSError as error:
@@ -156,16 +266,16 @@ def _file_handler(path: Path) -> logging.Handler:
             f"cannot write the log {path}: {explained(error, path)}\n"
             "  fix: make the run folder writable, or choose another by run.directory"
         ) from error
-    handler.setFormatter(FileFormatter())
+    handler.setFormatter(formatter)
     return handler
 
 
 @contextmanager
-def _attached(handlers: list[logging.Handler]) -> Iterator[None]:
-    """Let the root logger have these handlers, and hpctrain's loggers tell information."""
+def _attached(handlers: list[logging.Handler], told: int) -> Iterator[None]:
+    """Let the root logger have these handlers, and hpctrain's loggers tell what is asked for."""
     root, package = logging.getLogger(), logging.getLogger("hpctrain")
     level = package.level
-    package.setLevel(logging.INFO)
+    package.setLevel(told)
     for handler in handlers:
         root.addHandler(handler)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -101,6 +102,19 @@ def train(
     return ending
 
 
+class Stages:
+    """Tells in the log, where it is asked for details, how long each stage of a start took."""
+
+    def __init__(self) -> None:
+        self._then = time.perf_counter()
+
+    def done(self, stage: str) -> None:
+        """End a stage; the next begins."""
+        now = time.perf_counter()
+        logger.debug("%s: %.2f s", stage, now - self._then)
+        self._then = now
+
+
 def _train(
     config: Config,
     world: World,
@@ -113,9 +127,12 @@ def _train(
         # A script has no file with a line for each key.
         path, overrides = (None, ()) if is_script(command) else (command[0], command[1:])
         components = resolve_components(config, path, overrides, given=brought.sections)
+    stages = Stages()
     resumed, semantics, changes = find_beginning(config, world, folder)
     changes += brought.notes
+    stages.done("the checkpoint to go on from is looked for")
     data = open_data(config, world, semantics, resumed, brought)
+    stages.done("the data are opened")
     config, place = data.config, data.place
     evaluation_owed = resumed is not None and resumed.values.get("evaluation_owed", False)
     if folder is not None:
@@ -137,6 +154,7 @@ def _train(
     with raise_together(world.communicator):
         if resumed is not None:
             resumed = _restored(world, parts, resumed, changes)
+    stages.done("data are staged, model and optimizer are built")
     if resumed is None and config.checkpoint.initialize_from is not None:
         changes.append(start_warm(config.checkpoint, world, parts.step))
     if reasons := stop.agree():
@@ -169,6 +187,7 @@ def _train(
     )
     plan = Plan.of(config, data)
     run.begin(place)
+    stages.done("a save is tried")
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
     with run.saves_finished(), indices, profiled(profiler), run.failures_told():
         place, complete = fit(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -93,8 +94,9 @@ def session(
                         notify=config.notify,
                     )
                 )
+            who = f"rank {communicator.rank} on {socket.gethostname()}"
+            stack.enter_context(log.start(path, is_reporter=folder is not None, who=who))
         guard.report_to(path)
-        stack.enter_context(log.start(path if folder else None, is_reporter=folder is not None))
         try:
             stop = _stop_agreement(config, communicator, signals, folder, stack)
             yield Session(communicator=communicator, folder=folder, stop=stop, stack=stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.observe import log
 from hpctrain.observe.progress import Progress
 from hpctrain.utils.streams import quiet_native_libraries
@@ -68,6 +69,65 @@ def test_console_and_file(tmp_path: Path) -> None:
         "  error: no disk",
         "  warning: some.library: careful",
     ]
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_of_other_ranks_are_in_one_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (3, 7):
+        with log.start(tmp_path, is_reporter=False, who=f"rank {rank} on nid1"):
+            ours.info("not told")
+            ours.warning("slow\ndisk \x1b[31m")
+            theirs.error("careful")
+            warnings.warn("deprecated", FutureWarning, stacklevel=1)
+            for count in range(300):
+                ours.warning("again %d", count) if rank == 7 else None
+    assert capfd.readouterr() == ("", "")
+    told = [line[21:] for line in (tmp_path / "ranks.log").read_text().splitlines()]
+    assert told[:3] == [
+        "rank 3 on nid1: warning: slow",
+        r"rank 3 on nid1: disk \x1b[31m",
+        "rank 3 on nid1: error: some.library: careful",
+    ]
+    assert "rank 3 on nid1: warning: deprecated (FutureWarning" in told[3]
+    assert [line[:14] for line in told[:5]] == [*["rank 3 on nid1"] * 4, "rank 7 on nid1"]
+    assert len(told) == 4 + log.MOST_LINES + 1
+    assert told[-1] == f"rank 7 on nid1: no more than {log.MOST_LINES} lines of a rank"
+    # None of its folder, and none without a warning.
+    with log.start(tmp_path / "absent", is_reporter=False, who="rank 1 on nid1"):
+        ours.warning("lost")
+    with log.start(tmp_path, is_reporter=True, stream=io.StringIO(), who="rank 0 on nid0"):
+        ours.warning("in log.txt")
+    assert len((tmp_path / "ranks.log").read_text().splitlines()) == len(told)
+    (tmp_path / "ranks.log").unlink()
+    (tmp_path / "ranks.log").symlink_to(tmp_path / "planted")
+    with log.start(tmp_path, is_reporter=False, who="rank 1 on nid1"):
+        ours.warning("lost")
+    assert not (tmp_path / "planted").exists()
+    (tmp_path / "ranks.log").unlink()
+    monkeypatch.setenv("HPCTRAIN_LOG", "debug")
+    with log.start(tmp_path, is_reporter=False, who="rank 1 on nid1"):
+        ours.debug("in detail")
+        theirs.debug("not ours")
+    assert (tmp_path / "ranks.log").read_text().endswith("rank 1 on nid1: in detail\n")
+
+
+def test_what_the_environment_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCTRAIN_LOG", "debug, JSON")
+    console = io.StringIO()
+    with log.start(tmp_path, is_reporter=True, stream=console, who="rank 0 on nid1"):
+        ours.debug("in detail")
+        theirs.warning("two\nlines")
+    assert console.getvalue() == "in detail\nwarning: some.library: two\nlines\n"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["level"], line["logger"], line["rank"], line["message"]) for line in lines] == [
+        ("debug", ours.name, "rank 0 on nid1", "in detail"),
+        ("warning", theirs.name, "rank 0 on nid1", "two\nlines"),
+    ]
+    monkeypatch.setenv("HPCTRAIN_LOG", "debug,verbos")
+    with pytest.raises(ConfigError, match="'verbos' is none of debug, json"), log.start(None, True):
+        raise AssertionError
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
