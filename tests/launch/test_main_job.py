@@ -17,6 +17,8 @@ from helpers.limits import JOB_SECONDS
 from helpers.runs import losses, metrics, outcome
 from helpers.waiting import wait_for
 
+from hpctrain.observe.run_files import goodput_of
+
 pytestmark = pytest.mark.ranks(3)
 
 EPOCH_STEPS = 23  # 1,438 digits in batches of 64
@@ -137,6 +139,12 @@ def test_killed_and_resumed_at_another_world_size(site: Path, start: Callable[..
     assert [record["step"] for record in metrics(killed)] == [
         record["step"] for record in metrics(whole)
     ]
+    # Of a run that was killed and went on nearly every second is known.
+    spent = goodput_of(killed)
+    assert spent is not None
+    assert spent.jobs == 2
+    assert spent.unattributed < 0.01 * spent.total, spent
+    assert min(spent.trained, spent.started, spent.waited) > 0
     # Beyond that rounding grows, as it does between any two orders of summation.
     compared = slice(2 * EPOCH_STEPS)
     assert losses(killed)[compared] == pytest.approx(losses(whole)[compared], rel=1e-9, abs=1e-9)
