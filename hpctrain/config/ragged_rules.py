@@ -39,6 +39,7 @@ def check_ragged(source: Source) -> list[Mistake]:
     for name, table in described.items():
         of_images = not _OF_IMAGES.isdisjoint(table)
         problems = _problems_of_images(table) if of_images else _problems(table, described)
+        problems |= _problems_of_whole(table)
         if "sparse" in table:
             problems = _problems_of_sparse(table)
             if source.get("data", "normalize", name) is not None:
@@ -97,6 +98,15 @@ def _problems(table: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[
             'expected a field with batch = "concat", whose values these are indices of'
         )
     return problems
+
+
+def _problems_of_whole(table: dict[str, Any]) -> dict[str, str]:
+    """Return what is wrong with a table of arrays that are samples as they are, by key."""
+    if table.get("axis") != "none":
+        return {}
+    problem = 'is of rows, and with axis = "none" an array is one sample, as it is stored'
+    of_rows = ("dtype", "squeeze", "select", "classes", "batch", "image", *_OF_EQUAL)
+    return dict.fromkeys(table.keys() & set(of_rows), problem)
 
 
 def _problems_of_sparse(table: dict[str, Any]) -> dict[str, str]:

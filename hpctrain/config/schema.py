@@ -76,8 +76,9 @@ class FieldTable:
     """HDF5 dataset in every file, such as "/group/temperature", or one in each of many groups of
     it, "data/demo_*/actions"; none: named as the field is."""
 
-    axis: Annotated[int, Ge(0)] = 0
-    """Axis of that HDF5 dataset that counts its rows, from 0."""
+    axis: Annotated[int, Ge(0)] | Literal["none"] = 0
+    """Axis of that HDF5 dataset that counts its rows, from 0; "none": all of it is one row, of its
+    group or file."""
 
     train: Text | None = None
     """Files that hold it, joined row by row with the other fields; none: those of `data.train`."""

@@ -105,9 +105,9 @@ def source_of(config: Config, dataset: Dataset) -> tuple[str, Source]:
             tables.get(inputs[0], FieldTable()).axis,
         ),
     ):
-        if name is None or variable is None or not _is_netcdf(paths[0], variable):
+        if axis == "none" or name is None or variable is None or not _is_netcdf(paths[0], variable):
             continue
-        form = input_form if name == inputs[0] else _form(paths[0], name, variable, table)
+        form = input_form if name == inputs[0] else _form(paths[0], name, variable, table, axis)
         samples = np.arange(dataset.samples, dtype=np.int64)
         leads = [table.lead + step * table.every for step in range(table.steps or 1)]
         return variable.rpartition("/")[2], Source(
@@ -126,7 +126,7 @@ def source_of(config: Config, dataset: Dataset) -> tuple[str, Source]:
     )
 
 
-def _form(path: str, name: str, variable: str, table: FieldTable) -> Form | None:
+def _form(path: str, name: str, variable: str, table: FieldTable, axis: int) -> Form | None:
     """Return what is taken of a target, as the files of an input have it.
 
     Raises:
@@ -140,7 +140,7 @@ def _form(path: str, name: str, variable: str, table: FieldTable) -> Form | None
     )
     if wish.is_plain:
         return None
-    return look_into(path, [name], {name: wish}, table.axis).arrays[name].form
+    return look_into(path, [name], {name: wish}, axis).arrays[name].form
 
 
 def _is_netcdf(path: str, variable: str) -> bool:

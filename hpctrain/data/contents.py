@@ -19,6 +19,7 @@ from h5py import h5t
 from hpctrain.data.coding import ATTRIBUTES, PLAIN, Coding, coding_of, without_plain
 from hpctrain.data.dataset import (
     ELSEWHERE,
+    WHOLE,
     Field,
     Layout,
     Shard,
@@ -93,10 +94,16 @@ class Array:
         """Return what a sample is where this axis counts the samples."""
         if self.form is not None:
             return Field(*self.form.delivered(), form=self.form)
+        if axis == WHOLE:
+            return Field(self.shape, self.dtype)
         return Field(self.shape[:axis] + self.shape[axis + 1 :], self.dtype)
 
     def layout(self, axis: int) -> Layout:
         """Return where the rows lie along this axis."""
+        if axis == WHOLE:
+            # Readers of chunks take rows of their first axis.
+            reason = self.reason.replace("chunked", "an array in chunks", 1)
+            return Layout(self.offset, 1, reason)
         chunk_rows = 1 if self.chunks is None else self.chunks[axis]
         if axis:
             piece_bytes = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
@@ -133,7 +140,12 @@ class Contents:
         require_fields(wanted, self.arrays, self.path)
         arrays = {name: self.arrays[name] for name in wanted}
         for name, array in arrays.items():
-            if axis >= len(array.shape):
+            if axis == 0 and not array.shape:
+                raise DatasetError(
+                    f'{self.path}: field "{name}" is a single value, and has no rows: '
+                    f'data.fields.{name}.axis = "none" takes it for that of its group, or file'
+                )
+            if axis >= len(array.shape) and axis != WHOLE:
                 raise DatasetError(
                     f'{self.path}: field "{name}" has the shape {array.shape}, and no axis {axis}: '
                     f"the first one is 0, the last {len(array.shape) - 1}"
@@ -146,7 +158,8 @@ class Contents:
                 raise DatasetError(f"{error}{OR_CHOOSE if names is None else ''}") from None
             require_row(name, field.row_bytes, self.path)
             self._require_stored(name, arrays[name])
-        samples = self._common_rows({name: each.shape[axis] for name, each in arrays.items()})
+        rows = {n: 1 if axis == WHOLE else each.shape[axis] for n, each in arrays.items()}
+        samples = self._common_rows(rows)
         layouts = {name: array.layout(axis) for name, array in arrays.items()}
         sources = sorted({source for array in arrays.values() for source in array.sources})
         codings = {name: array.coding for name, array in arrays.items() if array.coding is not None}
@@ -267,7 +280,7 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
                 raise DatasetError(
                     f'{file.filename}: field "{name}" is a link that leads to nothing: {error}'
                 ) from error
-        if len(named) == len(fields) and all(map(_holds_rows, named.values())):
+        if len(named) == len(fields) and all(map(_holds_values, named.values())):
             return named
     there = datasets_with_rows(file)
     wanted = list(there) if fields is None else list(fields)
@@ -330,6 +343,10 @@ def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
     if not there:
         raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
     return there
+
+
+def _holds_values(item: object) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape is not None
 
 
 def _holds_rows(item: object) -> bool:

@@ -96,6 +96,8 @@ class DatasetFacts(Protocol):
         ...
 
 
+WHOLE = -1
+"""In place of an axis that counts rows: there is none, and all of an array is one."""
 ELSEWHERE = frozenset(["virtual", "in an external file", "in another file, by a link"])
 """Reasons of a `Layout` by which the values are in other files than the shard."""
 

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from hpctrain.data.coordinates import Values, find_coordinate, values_of
+from hpctrain.data.dataset import WHOLE
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.walking import require_files_behind
@@ -63,6 +64,8 @@ def form_in(
     Raises:
         ValueError: saying what cannot be.
     """
+    if axis == WHOLE:
+        raise ValueError('with axis = "none" an array is delivered as it is stored')
     if axis is not None and (not dataset.shape or axis >= len(dataset.shape)):
         raise ValueError(f"it has the shape {dataset.shape}, and no axis {axis}")
     if wish.sequence:

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from hpctrain.config.schema import FieldTable
-from hpctrain.data.dataset import Dataset, Layout
+from hpctrain.data.dataset import WHOLE, Dataset, Layout
 from hpctrain.data.discovery import FileOrder, open_dataset
 from hpctrain.data.groups import stem
 from hpctrain.data.ragged import (
@@ -41,7 +41,7 @@ class Home(NamedTuple):
 
     Attributes:
         files: as `open_dataset` takes them.
-        axis: of their HDF5 datasets, which counts the rows.
+        axis: of their HDF5 datasets, which counts the rows, or WHOLE.
         offsets: the HDF5 dataset that says where samples begin; empty: none does.
         counts: the one that says how many rows they have; empty: none does.
         groups: the pattern of groups that they are in; empty: they are in none.
@@ -68,7 +68,7 @@ class Home(NamedTuple):
         packs = table.batch == "pack"
         return cls(
             files=files,
-            axis=table.axis,
+            axis=WHOLE if table.axis == "none" else table.axis,
             offsets=offsets,
             counts=counts,
             groups=groups,

@@ -21,7 +21,7 @@ from hpctrain.data.coordinates import (
     joined,
     values_of,
 )
-from hpctrain.data.dataset import Dataset, Shard
+from hpctrain.data.dataset import WHOLE, Dataset, Shard
 from hpctrain.data.decoding import decodings
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.permutation import Int64s
@@ -341,6 +341,8 @@ def _of_files(part: Part, name: str) -> Iterator[Values]:
     for shard, count in zip(part.dataset.shards, rows, strict=True):
         inside = shard.inside(field) if about.form is None else about.form.path
         try:
+            if part.axis == WHOLE:
+                raise ValueError('with axis = "none" it has no rows, which a coordinate is of')
             yield _of_file(shard, inside, part.axis, name, count)
         except ValueError as error:
             raise type(error)(f'{shard.path}: "{inside}": {error}') from None

@@ -675,7 +675,7 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
     if isinstance(train, View):
         column = train.columns[name]
         part = train.parts[column.part]
-        if word == "channel_stats" and (column.steps is not None or part.axis):
+        if word == "channel_stats" and (column.steps is not None or part.axis > 0):
             raise ConfigError(
                 f'data.normalize.{name} = "channel_stats": the first axis of a sample is no axis '
                 f"of the rows that `data stats` has seen, by data.fields.{name}: give mean and std "

@@ -39,7 +39,7 @@ def open_rows(
     """
 
     def open_stored(dataset: Dataset, axis: int) -> RowReader:
-        if axis:
+        if axis > 0:
             return OtherAxisReader(Part(dataset, axis), locate)
         return ShardReader(dataset, locate, helpers)
 

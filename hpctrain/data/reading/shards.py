@@ -304,6 +304,10 @@ class ShardReader:
         """Fill `out` through h5py, which converts to the native byte order as it reads."""
         rows = out.view(field.dtype.newbyteorder("=")).reshape(len(out), *field.shape)
         dataset = self._files.get(shard)[shard.inside(name)]
+        if dataset.shape == field.shape:  # all of it is the one row
+            self._sound.require(dataset, 0, 0, dataset.shape[0] if dataset.shape else 1)
+            rows[0] = dataset[()]
+            return
         self._sound.require(dataset, 0, first, first + len(out))
         dataset.read_direct(rows, source_sel=np.s_[first : first + len(out)])
 

@@ -521,6 +521,11 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
             r"there is no data\.validation whose rows",
         ),
         (
+            '[data.fields.state]\naxis = "none"\nbatch = "pad"',
+            r'state\.batch = .*: is of rows, and with axis = "none" an array is one sample',
+        ),
+        ('[data.fields.state]\naxis = "nine"', r'axis = "nine": expected'),
+        (
             '[data.fields.state]\nsparse = "dense"\nsteps = 2',
             r"state\.steps = 2: is not for the rows of a sparse matrix",
         ),

@@ -452,3 +452,65 @@ def test_an_evaluation_of_so_many_values(folder: Path) -> None:
         loader.close()
     assert row == len(graphs)
     assert most == {max(batches)}
+
+
+@pytest.fixture(scope="module", params=["groups", "files"])
+def patches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One array and one label a sample, keyed by its name in one file, or a file each."""
+    path = tmp_path_factory.mktemp(str(request.param))
+    draw = np.random.default_rng(9)
+    for number in range(12):
+        one_file = request.param == "groups"
+        name = "all.h5" if one_file else f"patient_{number}.h5"
+        with h5py.File(path / name, "a") as file:
+            group = file.create_group(f"patch_{number}") if one_file else file
+            group["image"] = draw.integers(0, 255, (3, 5, 4), np.uint8)
+            group["label"] = np.int64(number)
+            chunked = {"chunks": (2, 3), "compression": "gzip"}
+            group.create_dataset("mask", data=draw.random((5, 4)).astype(">f4"), **chunked)
+    return path
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_array_a_sample(patches: Path, world_size: int) -> None:
+    """Each is a row, in the natural order of keys: 2 before 10."""
+    is_one_file = (patches / "all.h5").exists()
+    names = ("image", "label", "mask")
+    dataset = opened(
+        patches,
+        {n: {"path": f"patch_*/{n}" if is_one_file else n, "axis": "none"} for n in names},
+    )
+    assert {n: field.shape for n, field in dataset.fields.items()} == {
+        "image": (3, 5, 4),
+        "label": (),
+        "mask": (5, 4),
+    }
+    stored: dict[str, Any] = {"image": np.empty((12, 3, 5, 4), "u1"), "mask": np.empty((12, 5, 4))}
+    for row in range(12):
+        with h5py.File(patches / ("all.h5" if is_one_file else f"patient_{row}.h5")) as file:
+            for name, values in stored.items():
+                values[row] = file[f"patch_{row}/{name}" if is_one_file else name]
+    seen: list[int] = []
+    for rank in range(world_size):
+        loader = train_loader(
+            dataset,
+            Order(samples=12, seed=3, lanes=4, window=2, block_rows=2),
+            fields=names,
+            global_batch_size=5,
+            rank=rank,
+            world_size=world_size,
+        )
+        for batch in loader.epoch(0):
+            rows = loader.rows(0, batch.start, batch.start + batch.global_size).tolist()
+            assert batch.fields["label"].tolist() == rows
+            for name, values in stored.items():
+                np.testing.assert_array_equal(batch.fields[name], values[rows])
+            seen += rows
+        loader.close()
+    assert sorted(seen) == list(range(12))
+
+
+def test_a_single_value_has_no_rows(patches: Path) -> None:
+    path = "patch_*/label" if (patches / "all.h5").exists() else "label"
+    with pytest.raises(DatasetError, match=r'is a single value, .*axis = "none" takes it'):
+        opened(patches, {"label": {"path": path}})
