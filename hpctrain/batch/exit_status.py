@@ -241,6 +241,8 @@ class Status:
         checkpoint: name of the newest one.
         node_hours: used by the jobs whose beginning and end are known.
         jobs_without_end: number of the others, which run, or were killed.
+        energy: "kwh" that were measured, their "scope", "source" and "coverage", and the "jobs" by
+            number; None: none was.
         metrics: newest records of metrics.jsonl, by "train" or the name of the data evaluated.
         goodput: seconds since the run's first job, by what came of them; None: unknown.
     """
@@ -259,6 +261,7 @@ class Status:
     since: str
     node_hours: float | None = None
     jobs_without_end: int = 0
+    energy: Mapping[str, Any] | None = None
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     goodput: Mapping[str, float] | None = None
 
@@ -272,6 +275,7 @@ def read_status(
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     goodput: Mapping[str, float] | None = None,
     used: tuple[float, int] | None = None,
+    energy: Mapping[str, Any] | None = None,
 ) -> Status:
     """Return what is known of a run.
 
@@ -283,6 +287,7 @@ def read_status(
         metrics: see `Status`.
         goodput: see `Status`.
         used: node-hours, and the number of jobs without an end.
+        energy: see `Status`.
 
     Raises:
         ConfigError: if the folder is not there or holds no run.
@@ -320,6 +325,7 @@ def read_status(
         since=outcome.time,
         node_hours=node_hours,
         jobs_without_end=jobs_without_end,
+        energy=energy,
         metrics=metrics or {},
         goodput=goodput,
     )
@@ -417,7 +423,12 @@ def ending(status: Status) -> str:
 
 
 def to_text(
-    folder: Path, status: Status, *, for_script: bool = False, goodput: str | None = None
+    folder: Path,
+    status: Status,
+    *,
+    for_script: bool = False,
+    goodput: str | None = None,
+    energy: str | None = None,
 ) -> str:
     """Return a status for people; the last row of one for a script is for the end of its log.
 
@@ -426,6 +437,7 @@ def to_text(
         status: of it.
         for_script: whether a job script asks.
         goodput: its goodput in a line, None where it is unknown.
+        energy: its energy in a line.
     """
     # What a job says of itself while it runs, or once it is complete, is in the state already.
     known = status.reason in (State.RUNNING.value, State.COMPLETE.value)
@@ -436,6 +448,7 @@ def to_text(
         *([("not applied", f"{status.skipped_steps} steps")] if status.skipped_steps else []),
         ("tries", str(status.tries)),
         *_node_hours(status),
+        *([("energy", energy)] if energy else []),
         ("checkpoint", status.checkpoint or "none"),
         *((name, _metrics(record)) for name, record in status.metrics.items()),
         *([("goodput", goodput)] if goodput else []),

@@ -33,14 +33,16 @@ def status(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
 
     from hpctrain.batch.exit_status import read_status, to_json, to_text
-    from hpctrain.observe.job_record import node_hours
+    from hpctrain.observe.job_record import job_times, node_hours
+    from hpctrain.observe.machine_log import energy_line
     from hpctrain.observe.records import newest_records
-    from hpctrain.observe.run_files import goodput_of
+    from hpctrain.observe.run_files import energy_of_run, goodput_of
 
     # A person may ask from any job, a script asks about its own.
     environ = os.environ if parsed.exit_code else {}
     lives = _lives(parsed.run, _ENDING_SECONDS if parsed.exit_code else 0.0)
     spent = goodput_of(parsed.run, runs=lives)
+    jobs = job_times(parsed.run)
     found = read_status(
         parsed.run,
         environ,
@@ -48,7 +50,8 @@ def status(arguments: list[str]) -> int:
         lives=lives,
         metrics=newest_records(parsed.run / "metrics.jsonl"),
         goodput=None if spent is None else spent.to_json(),
-        used=node_hours(parsed.run),
+        used=node_hours(jobs),
+        energy=energy_of_run(parsed.run, jobs),
     )
     try:
         told = to_text(
@@ -56,6 +59,7 @@ def status(arguments: list[str]) -> int:
             found,
             for_script=parsed.exit_code,
             goodput=None if spent is None else spent.line(),
+            energy=energy_line(found.energy) if jobs else None,
         )
         text = printable_lines(told)
         write_out(to_json(found) if parsed.json else text)

@@ -4,7 +4,8 @@ Counters only grow; what is used a second is the difference of two readings. All
 below a root, none by a program, and what is not there is left out.
 
 Source: man 5 proc; Documentation/ABI/stable/sysfs-class-infiniband of the Linux kernel (port data
-are counted in words of four bytes); the driver of Cassini for telemetry of Slingshot.
+are counted in words of four bytes); the driver of Cassini for telemetry of Slingshot;
+Documentation/power/powercap/powercap.rst; HPE's pm_counters of Cray EX, by their documentation.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _IDLE = (3, 4)
 """Positions of idle and iowait among the times of a line of /proc/stat."""
 
+_RAPL = re.compile(r"intel-rapl:\d+(:\d+)?")
+"""Zones of AMD's processors too; intel-rapl-mmio shows the same ones again."""
+
 _JOB_GROUP = re.compile(r"(slurm[-_.])?job[-_.]\d.*|\d+(\[\d*\])?\.[\w.-]+")
 """Group of a whole job: Slurm's job_12, LSF's job.12.34, PBS's 12.server, above those of ranks."""
 
@@ -44,6 +48,8 @@ class Reading:
         job_limit_bytes: at which the job's group is stopped.
         disk_bytes: read and written.
         network_bytes: received and sent, by interface.
+        joules: used, by counter, and the number at which it begins again, 0: never. "node" is that
+            of a whole Cray node, others are of RAPL: processor packages and their memory.
     """
 
     moment: float
@@ -56,6 +62,7 @@ class Reading:
     job_limit_bytes: int | None = None
     disk_bytes: tuple[int, int] | None = None
     network_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    joules: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def read_counters(root: Path = Path("/")) -> Reading:
@@ -78,6 +85,7 @@ def read_counters(root: Path = Path("/")) -> Reading:
         job_limit_bytes=limit,
         disk_bytes=_disks(root),
         network_bytes=dict(sorted(_networks(root / "sys/class"))),
+        joules=dict(_energies(root / "sys")),
     )
 
 
@@ -185,6 +193,25 @@ def _pair(
     into, out = _number(received), _number(sent)
     if into is not None and out is not None:
         yield name, (into * unit, out * unit)
+
+
+def _energies(sys: Path) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield counters of energy in joules, and where each begins again.
+
+    A Cray's counts the whole node. Of RAPL packages count, and the memory beside them; cores are
+    part of their package, and only root reads any of them on most systems.
+    """
+    whole = re.match(r"(\d+) J", _read(sys / "cray/pm_counters/energy"))
+    if whole is not None:
+        yield "node", (float(whole[1]), 0.0)
+        return
+    for zone in _folders(sys / "class/powercap"):
+        name = _read(zone / "name") if _RAPL.fullmatch(zone.name) else ""
+        if name != "dram" and not name.startswith("package"):
+            continue
+        used, most = _number(zone / "energy_uj"), _number(zone / "max_energy_range_uj")
+        if used is not None:
+            yield zone.name, (used / 1e6, (most or 0) / 1e6)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -45,7 +45,13 @@ class DeviceReading:
 
 
 class Devices(Protocol):
-    """Devices of one maker."""
+    """Devices of one maker.
+
+    Attributes:
+        source: what tells their power; empty where there are none.
+    """
+
+    source: str
 
     def read(self) -> Sequence[DeviceReading]:
         """Return what each does now; none where there are none."""
@@ -68,6 +74,8 @@ def find_devices(kind: str, root: Path = Path("/")) -> Devices:
 class _NoDevices:
     """What there is on a node whose ranks train on processors."""
 
+    source = ""
+
     def read(self) -> Sequence[DeviceReading]:
         return ()
 
@@ -84,6 +92,8 @@ _REASONS = (
 
 class NvmlDevices:
     """NVIDIA's GPUs, where nvidia-ml-py and the driver are there; else none, without a word."""
+
+    source = "NVML"
 
     def __init__(self) -> None:
         self._nvml: Any = None
@@ -142,6 +152,8 @@ class NvmlDevices:
 
 class SysfsDevices:
     """AMD's and Intel's GPUs, as their drivers show them in /sys/class/drm."""
+
+    source = "the GPUs' driver"
 
     def __init__(self, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
         """Look for them.

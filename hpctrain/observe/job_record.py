@@ -15,9 +15,9 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -224,27 +224,50 @@ def timestamp(seconds: float | None = None) -> str:
     return moment.astimezone().isoformat(timespec="seconds")
 
 
-def node_hours(run_folder: Path) -> tuple[float, int] | None:
-    """Return the node-hours that the jobs of a run have used, and how many have no end.
+@dataclass(frozen=True, slots=True)
+class JobTime:
+    """When a job of a run was there, in seconds since 1970.
 
-    Those run, or were killed. None: no job has left a record.
+    Attributes:
+        nodes: how many it had.
+        end: None where it is not known: it runs, or was killed.
     """
-    used, without_end, found = 0.0, 0, False
+
+    number: int
+    nodes: int
+    begin: float
+    end: float | None
+
+    @property
+    def node_seconds(self) -> float:
+        return 0.0 if self.end is None else self.nodes * max(0.0, self.end - self.begin)
+
+
+def job_times(run_folder: Path) -> list[JobTime]:
+    """Return the jobs of a run by number; of a damaged record no time is known."""
+    found = []
     for path in (run_folder / FOLDER).glob("*.json"):
         if not path.stem.isdecimal():
             continue
-        try:
+        number, nodes, begin, end = int(path.stem), 1, 0.0, None
+        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged, or not ours to read
             record = parse_json(read_whole(path, _MOST_BYTES))
-            number = len(record["nodes"])
-            if record["end"] is None:
-                without_end += 1
-            else:
-                begin, end = (datetime.fromisoformat(record[key]) for key in ("start", "end"))
-                used += number * max(0.0, (end - begin).total_seconds()) / 3600
-        except (OSError, ValueError, TypeError, KeyError):  # damaged, or not ours to read
-            without_end += 1
-        found = True
-    return (used, without_end) if found else None
+            nodes = len(record["nodes"])
+            begin = datetime.fromisoformat(record["start"]).timestamp()
+            ended = record["end"]
+            end = None if ended is None else datetime.fromisoformat(ended).timestamp()
+        found.append(JobTime(number, nodes, begin, end))
+    return sorted(found, key=lambda job: job.number)
+
+
+def node_hours(jobs: Sequence[JobTime]) -> tuple[float, int] | None:
+    """Return the node-hours that jobs have used, and how many have no end. None: no job.
+
+    Those run, or were killed.
+    """
+    if not jobs:
+        return None
+    return sum(job.node_seconds for job in jobs) / 3600, sum(job.end is None for job in jobs)
 
 
 def _started(*works: Callable[[], None]) -> threading.Thread | None:

@@ -182,6 +182,7 @@ class Recorder:
     def write(self) -> bool:
         """Write a line of what was sampled since the last one; tell whether it may be now."""
         assert self._log is not None
+        assert self._devices is not None
         if len(self._readings) < 2:
             return False
         figures = [RankFigures(*numbers) for numbers in self._notes()]
@@ -191,6 +192,7 @@ class Recorder:
             "step": max((each.step for each in noted.values()), default=0),
             **node_facts(self._readings),
             **device_facts(self._device_readings),
+            **({"power": self._devices.source} if self._devices.source else {}),
             **rank_facts(self._before, noted),
         }
         if not self._log.append(line):
@@ -257,8 +259,21 @@ def node_facts(readings: Sequence[Reading]) -> dict[str, Any]:
     }
     return {
         "seconds": round(seconds, 1),
+        **({"joules": energy} if (energy := _joules(first, last)) else {}),
         **_known(cpu=_known(**cpu), memory=_known(**memory), disk=_known(**disk), network=network),
     }
+
+
+def _joules(first: Reading, last: Reading) -> dict[str, float]:
+    """Return the energy between two readings: of the whole node, or of its processors."""
+    used: dict[str, float] = {}
+    for name, (after, most) in last.joules.items():
+        before = first.joules.get(name, (after, most))[0]
+        spent = after - before + (most if after < before else 0.0)
+        what = "node" if name == "node" else "cpu"
+        if spent >= 0:
+            used[what] = used.get(what, 0.0) + spent
+    return {what: _short(spent) for what, spent in used.items()}
 
 
 def device_facts(readings: Sequence[Sequence[DeviceReading]]) -> dict[str, Any]:

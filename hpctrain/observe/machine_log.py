@@ -8,6 +8,8 @@ is about, and what was known of these; means, where it is not said otherwise:
     memory   MB: "total" and "used" of the node, "job" and its "limit"
     disk     MB/s: "read", "write"
     network  MB/s by interface: [received, sent]
+    joules   "node" by a Cray's counter, else "cpu" by RAPL; of GPUs it is "watts" times "seconds"
+    power    what tells the watts of the devices: "NVML", ...
     devices  a list each, an item a device: "name", "busy", "memory" and "memory_total" in MB,
              "watts", "celsius" (highest), "megahertz", "throttled" (why), "errors"
     ranks    a list each, an item a rank: "rank", "device", "step" in seconds, and of these "data"
@@ -24,16 +26,21 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from hpctrain.observe.records import WALL_TIME, from_line, to_line
+from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, open_file
 from hpctrain.utils.permissions import follow_folder
 
 FOLDER = "machine"
+
+_JOULES_PER_KWH = 3.6e6
 
 WEEK_BYTES = 50_000_000
 """What all hosts of a run write in a week, at most."""
@@ -163,6 +170,98 @@ def read_hosts(run: Path, most_bytes: int | None = None) -> dict[str, list[dict[
             lines = map(from_line, file)
             found[path.name.removesuffix(".jsonl")] = [line for line in lines if line is not None]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Energy that was measured in some time.
+
+    Attributes:
+        joules: of all that was measured.
+        node_seconds: for which it was.
+        parts: what was measured: "nodes", "GPUs", "processors".
+        sources: what has told it.
+    """
+
+    joules: float
+    node_seconds: float
+    parts: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    def to_json(self, node_seconds: float | None) -> dict[str, Any]:
+        """Return it by name; "coverage" is a share of the node-seconds that were used."""
+        coverage = (
+            None if not node_seconds else round(min(1.0, self.node_seconds / node_seconds), 4)
+        )
+        return {
+            "kwh": self.joules / _JOULES_PER_KWH,
+            "scope": list(self.parts),
+            "source": list(self.sources),
+            "coverage": coverage,
+        }
+
+
+def energy_line(energy: Mapping[str, Any] | None) -> str:
+    """Return energy in words, by its JSON; None is none that was measured."""
+    if energy is None:
+        return "not measured"
+    coverage = energy["coverage"]
+    covered = "" if coverage is None else f", {text.percent(coverage, 1.0)} of the node-hours"
+    return (
+        f"{text.number(energy['kwh'])} kWh of {' and '.join(energy['scope'])} "
+        f"({', '.join(energy['source'])}{covered})"
+    )
+
+
+def energy_of(
+    hosts: Mapping[str, Sequence[Mapping[str, Any]]], since: float = 0.0, until: float = inf
+) -> Energy | None:
+    """Return the energy of lines of machine figures; None where none tells any.
+
+    Args:
+        hosts: lines of each, see `read_hosts`.
+        since: seconds since 1970 before which no line counts.
+        until: seconds since 1970 after which none does.
+    """
+    joules = covered = 0.0
+    parts: dict[str, None] = {}
+    sources: dict[str, None] = {}
+    for line in (line for lines in hosts.values() for line in lines):
+        seconds, moment = _positive(line.get("seconds")), _positive(line.get(WALL_TIME))
+        if line["kind"] != "machine" or not seconds or not since <= moment <= until:
+            continue
+        told = _of_line(line, seconds)
+        joules += sum(amount for _, _, amount in told)
+        covered += seconds if told else 0.0
+        parts |= dict.fromkeys(part for part, _, _ in told)
+        sources |= dict.fromkeys(source for _, source, _ in told)
+    if not parts:
+        return None
+    return Energy(joules, covered, tuple(parts), tuple(sources))
+
+
+def _of_line(line: Mapping[str, Any], seconds: float) -> list[tuple[str, str, float]]:
+    """Return what was measured, its source and its joules; of a whole node nothing else counts."""
+    counted = line.get("joules")
+    counted = counted if isinstance(counted, Mapping) else {}
+    if node := _positive(counted.get("node")):
+        return [("nodes", "Cray pm_counters", node)]
+    told = []
+    devices = line.get("devices")
+    watts = devices.get("watts") if isinstance(devices, Mapping) else None
+    known = [_positive(each) for each in watts] if isinstance(watts, list) else []
+    if any(known):
+        told.append(("GPUs", str(line.get("power", "NVML")), sum(known) * seconds))
+    if cpu := _positive(counted.get("cpu")):
+        told.append(("processors", "RAPL", cpu))
+    return told
+
+
+def _positive(value: object) -> float:
+    """Return a number above 0; 0 for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0.0
+    return float(value) if 0 < value < inf else 0.0
 
 
 def signs_of_life(run: Path) -> list[float]:

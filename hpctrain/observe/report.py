@@ -92,6 +92,8 @@ class SummaryFacts:
         best: None where no best is kept, or nothing was evaluated.
         samples_per_second: of all ranks together; None if no step was done.
         seconds: by phase, in the order to show; told with their shares in the sum.
+        node_hours: of this job, from the start of its processes.
+        energy: of this job, in words.
         checkpoint: the newest, None if there is none.
         metrics: the file of all metrics.
         next_command: (what it does, the command), such as ("resume", "mpirun -np 2 python ...").
@@ -107,6 +109,8 @@ class SummaryFacts:
     best: Best | None
     samples_per_second: float | None
     seconds: Mapping[str, float]
+    node_hours: float
+    energy: str
     checkpoint: str | None
     metrics: str
     next_command: tuple[str, str]
@@ -148,6 +152,7 @@ def summary(facts: SummaryFacts) -> str:
         rows.append(("speed", f"{text.number(facts.samples_per_second)} samples/s"))
     rows += [
         ("time", _phases(facts.seconds)),
+        ("used", [f"{text.number(facts.node_hours)} node-hours", f"energy {facts.energy}"]),
         ("checkpoint", facts.checkpoint or "none yet"),
         ("metrics", facts.metrics),
         facts.next_command,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from hpctrain.observe.goodput import Goodput, end_of_outcome, goodput
-from hpctrain.observe.machine_log import signs_of_life
+from hpctrain.observe.job_record import JobTime
+from hpctrain.observe.machine_log import energy_of, read_hosts, signs_of_life
 from hpctrain.observe.phase_log import read_phases
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 
@@ -64,6 +66,27 @@ def goodput_of(run: Path, *, runs: bool | None = None) -> Goodput | None:
         end=_end(outcome),
         now=time.time() if runs_now(run, runs) else None,
     )
+
+
+def energy_of_run(run: Path, jobs: Sequence[JobTime]) -> dict[str, Any] | None:
+    """Return the energy of a run and of each of its jobs, in kWh; None where none was measured.
+
+    Args:
+        run: its folder.
+        jobs: of the run, by number.
+    """
+    hosts = read_hosts(run)
+    whole = energy_of(hosts)
+    if whole is None:
+        return None
+    used = 0.0 if any(job.end is None for job in jobs) else sum(job.node_seconds for job in jobs)
+    # A job's last line is written as it ends, its record's time is in whole seconds.
+    ends = [*(job.begin for job in jobs[1:]), inf]
+    of_jobs = {}
+    for job, end in zip(jobs, ends, strict=True):
+        found = energy_of(hosts, job.begin, end)
+        of_jobs[str(job.number)] = None if found is None else found.to_json(None)["kwh"]
+    return {**whole.to_json(used or None), "jobs": of_jobs}
 
 
 def _end(outcome: Mapping[str, Any]) -> tuple[int, str, float] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from hpctrain.config import Config
@@ -18,6 +20,7 @@ from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.data.view import View
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
+from hpctrain.observe.machine_log import energy_line, energy_of, read_hosts
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.build import Parts
@@ -30,6 +33,9 @@ from hpctrain.training.trainer import Run
 from hpctrain.utils.text import metric, plural
 
 logger = logging.getLogger("hpctrain")
+
+_TAIL_BYTES = 2**22
+"""Of each host's file of machine figures: a line a minute for days."""
 
 
 def header_text(
@@ -94,6 +100,9 @@ def summary_text(
     seconds = phases.totals()
     order = ("data", "compute", "communication", "checkpoint", "evaluation")
     folder = Path(config.run.directory, config.run.name)
+    began = psutil.Process().create_time()
+    node_seconds = world.topology.num_nodes * max(0.0, time.time() - began)
+    energy = energy_of(read_hosts(folder, _TAIL_BYTES), since=began)
     return summary(
         SummaryFacts(
             run=config.run.name,
@@ -108,6 +117,8 @@ def summary_text(
             else Best(metric=best.metric, value=best.value, step=best.step),
             samples_per_second=trained / max(phases.elapsed(), 1e-9) if trained else None,
             seconds={phase: seconds[phase] for phase in order if phase in seconds},
+            node_hours=node_seconds / 3600,
+            energy=energy_line(None if energy is None else energy.to_json(node_seconds)),
             checkpoint=None if rank_zero.store.newest is None else str(rank_zero.store.newest),
             metrics=str(folder / JSONL_FILE),
             next_command=_next(config, world, run, data, complete, command),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -15,17 +16,22 @@ from hpctrain.launch.watchdog.client import NUM_NOTES, Pulse
 from hpctrain.observe import devices, machine, machine_log
 from hpctrain.observe.counters import Reading, job_group, read_counters
 from hpctrain.observe.devices import DeviceReading, NvmlDevices, SysfsDevices, find_devices
+from hpctrain.observe.job_record import job_times, node_hours, timestamp
 from hpctrain.observe.machine import RankFigures, Recorder, device_facts, node_facts, rank_facts
 from hpctrain.observe.machine_log import (
     MOST_RANKS,
     WEEK_BYTES,
     Allowance,
     MachineLog,
+    energy_line,
+    energy_of,
     file_of,
     is_recorded,
     read_hosts,
     signs_of_life,
 )
+from hpctrain.observe.records import to_line
+from hpctrain.observe.run_files import energy_of_run
 from hpctrain.observe.stragglers import stragglers
 
 WEEK = 7 * 86_400
@@ -178,6 +184,99 @@ def test_gpus_of_amd_and_intel_are_read_from_sysfs(tmp_path: Path) -> None:
         megahertz=pytest.approx(1700),
         errors=3,
     )
+
+
+RAPL = "sys/class/powercap/intel-rapl"
+
+
+def test_energy_of_packages_and_their_memory(tmp_path: Path) -> None:
+    """Not of cores, which a package holds, nor of what is shown twice; counters begin anew."""
+    zones = {
+        f"{RAPL}:0/name": "package-0",
+        f"{RAPL}:0/energy_uj": 900_000_000,
+        f"{RAPL}:0/max_energy_range_uj": 1_000_000_000,
+        f"{RAPL}:0:0/name": "core",
+        f"{RAPL}:0:0/energy_uj": 5,
+        f"{RAPL}:0:1/name": "dram",
+        f"{RAPL}:0:1/energy_uj": 1_000_000,
+        f"{RAPL}-mmio:0/name": "package-0",
+        f"{RAPL}-mmio:0/energy_uj": 900_000_000,
+    }
+    first = read_counters(tree(tmp_path, zones))
+    later = {f"{RAPL}:0/energy_uj": 100_000_000, f"{RAPL}:0:1/energy_uj": 3_000_000}
+    last = read_counters(tree(tmp_path, later))
+    assert node_facts([first, last])["joules"] == {"cpu": 202.0}
+
+
+def test_energy_of_a_cray_is_that_of_the_whole_node(tmp_path: Path) -> None:
+    energy = "sys/cray/pm_counters/energy"
+    first = read_counters(tree(tmp_path, {energy: "1000 J 1700000000 us", f"{RAPL}:0/name": "x"}))
+    last = read_counters(tree(tmp_path, {energy: "31000 J 1700000060 us"}))
+    assert node_facts([first, last])["joules"] == {"node": 30_000.0}
+
+
+def machine_line(moment: float, **more: object) -> dict[str, Any]:
+    return {"kind": "machine", "step": 1, "seconds": 60.0, "wall_time": moment, **more}
+
+
+@pytest.mark.parametrize(
+    ("lines", "kwh", "scope", "source"),
+    [
+        ([machine_line(100.0)], None, [], []),
+        ([machine_line(100.0, devices={"watts": [None, "x"]})], None, [], []),
+        (
+            [machine_line(100.0, devices={"watts": [600, 600, None]}, power="NVML")],
+            *(0.02, ["GPUs"], ["NVML"]),
+        ),
+        (
+            [
+                machine_line(100.0, devices={"watts": [1200]}, joules={"cpu": 36_000}),
+                machine_line(160.0, joules={"cpu": 36_000}),
+            ],
+            *(0.04, ["GPUs", "processors"], ["NVML", "RAPL"]),
+        ),
+        # of a whole node, its GPUs are part
+        (
+            [machine_line(100.0, devices={"watts": [1200]}, joules={"node": 180_000, "cpu": 9})],
+            *(0.05, ["nodes"], ["Cray pm_counters"]),
+        ),
+    ],
+)
+def test_energy_of_lines(
+    lines: list[dict[str, Any]], kwh: float | None, scope: list[str], source: list[str]
+) -> None:
+    found = energy_of({"n1": lines, "n2": []})
+    if kwh is None:
+        assert found is None
+        return
+    assert found is not None
+    told = found.to_json(240.0)
+    assert told["kwh"] == pytest.approx(kwh)
+    assert (told["scope"], told["source"]) == (scope, source)
+    assert told["coverage"] == len(lines) / 4
+    assert energy_of({"n1": lines}, since=1000.0) is None
+
+
+def test_energy_of_a_run_and_its_jobs(tmp_path: Path) -> None:
+    began = time.time() - 1000
+    for number, after in ((1, 0), (2, 300), (10, 600)):
+        start, end = (timestamp(began + after + more) for more in (0, 120))
+        record = {"nodes": [{"host": "n1"}], "start": start, "end": end}
+        tree(tmp_path, {f"jobs/{number}.json": json.dumps(record)})
+    path = file_of(tmp_path, "n1")
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        for after in (60, 121, 660):
+            file.write(to_line(machine_line(began + after, joules={"cpu": 36_000})))
+    jobs = job_times(tmp_path)
+    energy = energy_of_run(tmp_path, jobs)
+    assert energy is not None
+    assert energy["kwh"] == pytest.approx(0.03)
+    assert energy["coverage"] == 0.5
+    assert energy["jobs"] == {"1": pytest.approx(0.02), "2": None, "10": pytest.approx(0.01)}
+    assert energy_line(energy) == "0.03 kWh of processors (RAPL, 50 % of the node-hours)"
+    assert energy_line(energy_of_run(tmp_path / "none", [])) == "not measured"
+    assert node_hours(jobs) == (pytest.approx(0.1), 0)
 
 
 def test_without_a_gpu_there_is_none_and_no_word_of_it(capfd: pytest.CaptureFixture[str]) -> None:

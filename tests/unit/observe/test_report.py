@@ -51,6 +51,8 @@ SUMMARY = SummaryFacts(
         "checkpoint": 0.02,
         "evaluation": 3.0,
     },
+    node_hours=0.0123,
+    energy="not measured",
     checkpoint="runs/digits/checkpoints/step-00000276",
     metrics="runs/digits/metrics.jsonl",
     next_command=(
@@ -119,6 +121,7 @@ def test_summary() -> None:
         "  speed       4,560 samples/s\n"
         "  time        data 0.21 s (1 %), compute 20.2 s (68 %), communication 6.10 s (21 %),\n"
         "              checkpoint 0.02 s (<1 %), evaluation 3.00 s (10 %)\n"
+        "  used        0.01 node-hours, energy not measured\n"
         "  checkpoint  runs/digits/checkpoints/step-00000276\n"
         "  metrics     runs/digits/metrics.jsonl\n"
         "  train on    mpirun -np 2 python -m hpctrain configs/run.toml training.max_epochs=24"
@@ -141,6 +144,7 @@ def test_summary_of_a_job_that_did_nothing_yet() -> None:
     assert summary(facts) == (
         "run digits stopped: SIGTERM: step 0 of 276, 0:00:00 in this job\n"
         "  time        compute 0.00 s (0 %), data 0.00 s (0 %)\n"
+        "  used        0.01 node-hours, energy not measured\n"
         "  checkpoint  none yet\n"
         "  metrics     runs/digits/metrics.jsonl\n"
         "  resume      sbatch job.sh"
