@@ -42,11 +42,15 @@ class Guard:
     Attributes:
         pulse: heartbeats of this rank.
         leave_word: is told the failure that ends the job, by the rank that tells it.
+        notify: is told its reason and exit code then, once there is a report of it.
+        notify_seconds: that it may take.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.pulse = Pulse()
         self.leave_word: Callable[[BaseException], None] | None = None
+        self.notify: Callable[[str, int], None] | None = None
+        self.notify_seconds = 0.0
         self._topology = topology
         self._client: WatchdogClient | None = None
         self._folder: Path | None = None
@@ -115,7 +119,7 @@ class Guard:
             time.sleep(_SILENT_SECONDS)
             os._exit(code)
         # Whatever MPI_Abort or a full disk does: this process is gone soon.
-        timer = threading.Timer(_ABORT_SECONDS, os._exit, (code,))
+        timer = threading.Timer(_ABORT_SECONDS + self.notify_seconds, os._exit, (code,))
         timer.daemon = True
         timer.start()
         text = self._story(error, trace)
@@ -136,6 +140,9 @@ class Guard:
                 step=self.pulse.step,
                 about=self._about,
             )
+        if self.notify is not None:
+            with suppress(Exception):
+                self.notify(text.strip().splitlines()[-1], code)
         # Time for the launcher to carry the story out before it ends everybody.
         time.sleep(0.2)
         abort(code)

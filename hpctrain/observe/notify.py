@@ -21,6 +21,9 @@ from hpctrain.utils.text import printable
 
 _MOST_CHARACTERS = 2000
 
+_CRASH_SECONDS = 5.0
+"""For the command of a rank that ends the job: others wait for that, or leave first."""
+
 _logger = logging.getLogger("hpctrain")
 
 
@@ -33,9 +36,20 @@ def state_of(code: int) -> str:
 
 
 class Notifier:
-    """Runs the command; for rank 0."""
+    """Runs the command; for rank 0, and a rank that ends the job.
+
+    Attributes:
+        crash_seconds: which a rank that ends the job gives to the command.
+    """
 
     def __init__(self, section: NotifySection, run_folder: Path) -> None:
+        """Prepare.
+
+        Args:
+            section: of the config.
+            run_folder: of the run.
+        """
+        self.crash_seconds = min(section.timeout_seconds, _CRASH_SECONDS) if section.command else 0
         self._section = section
         self._folder = run_folder
         self._told: set[str] = set()
@@ -53,7 +67,15 @@ class Notifier:
             with suppress(RuntimeError):  # a limit of processes
                 thread.start()
 
-    def tell(self, state: str, reason: str, *, step: int, code: int | None = None) -> None:
+    def tell(
+        self,
+        state: str,
+        reason: str,
+        *,
+        step: int,
+        code: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
         """Run the command, if it is to be told this, once a state and job; wait with a bound.
 
         Args:
@@ -61,6 +83,7 @@ class Notifier:
             reason: for people.
             step: of the run.
             code: exit code of the job; None: it goes on.
+            seconds: to wait; None: as the config says.
         """
         section = self._section
         if not section.command or state not in section.on or state in self._told:
@@ -80,7 +103,7 @@ class Notifier:
                 f"HPCTRAIN_{name}": printable(value)[:_MOST_CHARACTERS]
                 for name, value in facts.items()
             },
-            section.timeout_seconds,
+            section.timeout_seconds if seconds is None else seconds,
         )
         if problem:
             _logger.warning("notify.command: %s: %s", section.command[0], problem)
@@ -108,7 +131,7 @@ def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | 
             # What has left its session may hold the pipe: that is not waited for.
             assert process.stderr is not None
             process.stderr.close()
-            return f"it took longer than notify.timeout_seconds = {seconds:g} and was ended"
+            return f"it took longer than {seconds:g} s (notify.timeout_seconds) and was ended"
     if process.returncode:
         last = told.decode("utf-8", "replace").strip().splitlines()[-1:]
         return f"it ended with {process.returncode}{': ' if last else ''}{printable(''.join(last))}"

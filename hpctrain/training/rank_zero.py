@@ -211,7 +211,7 @@ class RunFolder:
         *,
         group_writable: bool = False,
         report: bool = False,
-        notify: NotifySection | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         """Prepare; nothing is done before the folder is entered.
 
@@ -219,11 +219,11 @@ class RunFolder:
             path: of the folder.
             group_writable: open it to its group, and all that is in it.
             report: write report.html once the run is complete.
-            notify: the command that is told how a job ends.
+            notifier: tells a command how a job ends; None: there is none.
         """
         self.path = path
         self._has_report = report
-        self.notifier = Notifier(notify or NotifySection(), path)
+        self.notifier = notifier or Notifier(NotifySection(), path)
         self._group_writable = group_writable
         self.tries = 1
         self.step = 0

@@ -32,6 +32,7 @@ from hpctrain.errors import CheckpointError, ExitCode, HpctrainError
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World
 from hpctrain.observe import log
+from hpctrain.observe.notify import Notifier
 from hpctrain.topology import Communicator, raise_together
 from hpctrain.training.checkpointing import Resumed, find_checkpoint
 from hpctrain.training.data import Data
@@ -82,7 +83,9 @@ def session(
     """
     path = Path(config.run.directory, config.run.name)
     folder: RunFolder | None = None
+    notifier = Notifier(config.notify, path)
     with ExitStack() as stack:
+        stack.enter_context(_failures_notified(guard, notifier))
         # A lease that cannot be judged at once is watched.
         with guard.pulse.long_phase(), raise_together(communicator):
             if communicator.rank == 0:
@@ -91,7 +94,7 @@ def session(
                         path,
                         group_writable=config.run.group_writable,
                         report=config.logging.report,
-                        notify=config.notify,
+                        notifier=notifier,
                     )
                 )
             who = f"rank {communicator.rank} on {socket.gethostname()}"
@@ -105,6 +108,22 @@ def session(
                 with suppress(CheckpointError):  # the first failure is the one to report
                     folder.end(error.exit_code, str(error).splitlines()[0])
             raise
+
+
+@contextmanager
+def _failures_notified(guard: Guard, notifier: Notifier) -> Iterator[None]:
+    """Have a failure of one rank alone, which ends the job there, told as well."""
+
+    def tell(reason: str, code: int) -> None:
+        seconds = notifier.crash_seconds
+        notifier.tell("failure", reason, step=guard.pulse.step or 0, code=code, seconds=seconds)
+
+    guard.notify, guard.notify_seconds = tell, notifier.crash_seconds
+    try:
+        yield
+    except Exception:
+        raise  # it is still to be told
+    guard.notify, guard.notify_seconds = None, 0.0
 
 
 def _stop_agreement(

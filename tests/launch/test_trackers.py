@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import here
+from helpers.jobs import here, hpctrain
 from helpers.module_site import module_site
 from helpers.waiting import wait_for
 
@@ -17,7 +19,11 @@ from hpctrain.observe.notify import Notifier
 
 MODULES = '''
 import json
+import logging
 from pathlib import Path
+
+import torch
+from torch import distributed as dist
 
 from hpctrain import Classification
 
@@ -69,6 +75,20 @@ class Exploding(Drawing):
     def loss(self, model, fields):
         loss, weight = super().loss(model, fields)
         return loss * float("inf"), weight
+
+
+class Breaking(Drawing):
+    def loss(self, model, fields):
+        rank = dist.get_rank()
+        if rank == 1 and torch.is_grad_enabled() and self.steps.pop() == 1:
+            logging.getLogger("mine").warning("about to break")
+            raise ZeroDivisionError("of rank 1 alone")
+        return super().loss(model, fields)
+
+    def set_progress(self, step, epoch, stage):
+        self.steps = [step]
+
+    steps = [0] * 1000
 
 
 class Wrong(Drawing):
@@ -189,6 +209,19 @@ def test_a_loss_that_is_not_finite(site: Path) -> None:
         assert "'HPCTRAIN_STEP': '" in line
 
 
+@pytest.mark.ranks(2)
+def test_a_failure_of_another_rank_is_told(site: Path) -> None:
+    python = f"PYTHONPATH={site}:" + os.environ.get("PYTHONPATH", "")
+    env = dict([python.split("=", 1)])
+    task = 'task.use="tracked_modules:Breaking"'
+    ended = hpctrain(site, 2, "run.toml", task, code=70, env=env)
+    assert "of rank 1 alone" in ended.stderr
+    (line,) = (site / "told").read_text().splitlines()
+    assert line == "failure 1 ZeroDivisionError: of rank 1 alone"
+    (warned,) = (site / "runs/tracked/ranks.log").read_text().splitlines()
+    assert re.search(r"  rank 1 on \S+: warning: mine: about to break$", warned)
+
+
 def test_what_is_told_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     section = NotifySection(command=("sh", "-c", 'printf %s "$HPCTRAIN_REASON" > told', "$(id)"))
@@ -204,7 +237,7 @@ def test_what_is_told_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["sh", "-c", "echo lost >&2; exit 3"], "it ended with 3: lost"),
         (
             ["sh", "-c", "sleep 1000 & sleep 1000"],
-            "it took longer than notify.timeout_seconds = 0.2",
+            "it took longer than 0.2 s (notify.timeout_seconds)",
         ),
     ],
 )
