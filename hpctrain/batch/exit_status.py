@@ -297,7 +297,10 @@ def read_status(
         raise ConfigError(f"{folder}: no such folder")
     outcome = read_outcome(folder)
     if outcome is None:
-        raise ConfigError(f"{folder} holds no run: there is no {NAME} in it")
+        more = f"there is no {NAME} in it"
+        if (folder / "sweep.json").exists():
+            more = f"but a sweep, whose points `python -m hpctrain runs {folder}` lists"
+        raise ConfigError(f"{folder} holds no run: {more}")
     checkpoint, saved = newest_saved(folder)
     # A killed job has saved more than it could say.
     step = max(outcome.step, saved)

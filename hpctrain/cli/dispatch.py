@@ -30,7 +30,7 @@ def _config(arguments: list[str]) -> int:
 
 
 def _completion(arguments: list[str]) -> int:
-    from hpctrain.cli.completion import completion
+    from hpctrain.cli.beginning import completion
 
     return completion(arguments)
 

@@ -11,7 +11,7 @@ import torch
 from hpctrain.batch.stop import SignalFlag, StopAgreement, describe
 from hpctrain.config import Config
 from hpctrain.config.limits import fast_dev_run
-from hpctrain.errors import ExitCode
+from hpctrain.errors import ConfigError, ExitCode
 from hpctrain.launch.failure import Guard
 from hpctrain.launch.process_group import World, prepare_deterministic, process_group
 from hpctrain.launch.rendezvous import Meeting
@@ -223,6 +223,12 @@ def _build(
 
     What the header should say besides is added to the notes.
     """
+    if brought.prune is not None and Plan.of(config, data).evaluate is None:
+        raise ConfigError(
+            "hpctrain.train: prune is asked behind each evaluation, and this config has none: set "
+            "data.validation, and training.evaluate_every_epochs or evaluate_every_steps",
+            everywhere=True,
+        )
     parts = build_parts(
         config,
         world,

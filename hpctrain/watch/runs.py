@@ -190,7 +190,7 @@ def ordered(rows: Sequence[RunRow], by: str | None, *, reverse: bool = False) ->
         return sorted(rows, key=lambda row: -row.changed, reverse=reverse)
     values = [(row.value(by), row) for row in rows]
     known = [(value, row) for value, row in values if value is not None]
-    if rows and not known:
+    if not known and any(row.metrics for row in rows):
         names = sorted({name for row in rows for name in (*row.best, *row.metrics, *row.point)})
         raise ConfigError(
             f"--sort {by}: no run has this{text.did_you_mean(by, names)}; there is "

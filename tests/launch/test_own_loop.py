@@ -270,7 +270,7 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
     (tmp_path / "as_fsdp.py").write_text(AS_FSDP, encoding="utf-8")
     shutil.copy(DOCS.parents[1] / "configs" / "run.toml", tmp_path)
     (tmp_path / "data" / "digits").symlink_to(digits)
-    names = ["loop.py", "gan.py", "actor_critic.py", "sweep.py", "as_fsdp.py"]
+    names = ["loop.py", "gan.py", "actor_critic.py", "sweep.py", "study.py", "as_fsdp.py"]
     lines = [["own_loops.py"], *([str(tmp_path / name)] for name in names)]
     ended = in_turn(tmp_path, 3, *lines, env=ONE_THREAD)
     assert ended[0].stdout.splitlines()[-1] == "passed 11"
@@ -292,6 +292,10 @@ def test_programs_of_the_docs_and_loops_by_hand(tmp_path: Path, digits: Path) ->
     for run in ("gan", "walk", "lr-0.01", "lr-0.001"):
         ending = json.loads((tmp_path / "runs" / run / "exit.json").read_text(encoding="utf-8"))
         assert (ending["code"], ending["reason"]) == (0, "complete")
+    for run, reason, evaluations in (("trial-0", "pruned", 1), ("trial-1", "complete", 2)):
+        ending = json.loads((tmp_path / "runs" / run / "exit.json").read_text(encoding="utf-8"))
+        assert (ending["code"], ending["reason"]) == (0, reason)
+        assert len(accuracies(tmp_path / "runs" / run)) == evaluations
 
 
 TASK = """

@@ -213,6 +213,17 @@ def test_a_step_daemon_that_is_killed(slurm: Lab, site: Path) -> None:
     assert ended["reason"].startswith("slurmstepd (process ")
 
 
+def test_an_interactive_allocation(slurm: Lab, tmp_path: Path) -> None:
+    """`salloc`, then as many ranks as `--np` says; what they train is what `init` has written."""
+    pack_digits(tmp_path / "data" / "digits")
+    command = [*TRAIN.split(), "--np", "4", "training.max_epochs=1", "run.name=digits"]
+    assert slurm.run(*TRAIN.split()[:-1], "init", cwd=tmp_path).returncode == 0
+    result = slurm.run("salloc", "-N1", "-n4", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "4 ranks on 1 node, " in result.stdout + result.stderr
+    assert outcome(tmp_path)["code"] == 0
+
+
 def check_stopped(site: Path, signal: str) -> None:
     output = (site / "out").read_text(encoding="utf-8")
     assert "code 75" in output.splitlines()

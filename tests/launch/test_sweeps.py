@@ -32,7 +32,9 @@ from hpctrain.training.task import Classification
 
 class Slow(Classification):
     def loss(self, model, fields):
-        if os.environ.get("SLURM_ARRAY_TASK_ID") == "3" and Path("slow").exists():
+        is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        is_slow = os.environ.get("SLURM_ARRAY_TASK_ID") in ("3", "5") and is_first
+        if is_slow and Path("slow").exists():
             time.sleep(0.5)
         if Path("broken").exists() and any('"001"' in word for word in sys.argv):
             raise ValueError("broken")
@@ -90,16 +92,22 @@ def kill_element(slurm: Any, element: str) -> None:
 
 
 def test_six_points_one_killed_and_submitted_again(slurm: Any, study: Path) -> None:
-    """The five that are complete are not begun again; the sixth goes on."""
+    """The five that are complete are not begun again; the sixth goes on.
+
+    The last element has the id of the whole array: stopped, it comes back by itself alone.
+    """
     (study / "slow").touch()
     every = ["checkpoint.every_steps=5", "--ranks-per-node", "1"]
-    _, said = submit(slurm, study, *every, *SWEEP)
+    job, said = submit(slurm, study, *every, *SWEEP)
     assert "6 points: 6 to submit" in said
     wait_for(lambda: outcomes(study).get("003", {}).get("tries") == 1, "point 3")
     wait_for((study / "runs" / "digits" / "003" / "latest").exists, "a checkpoint of point 3")
     kill_element(slurm, "3")
+    wait_for((study / "runs" / "digits" / "005" / "latest").exists, "a checkpoint of point 5")
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_5")
     wait_for_end(slurm, study)
     before = outcomes(study)
+    assert {name for name, found in before.items() if found["tries"] == 2} == {"005"}, logs(study)
     assert {name: found["code"] for name, found in before.items()} == {
         f"{number:03}": None if number == 3 else 0 for number in range(6)
     }, logs(study)

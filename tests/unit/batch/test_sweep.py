@@ -340,6 +340,8 @@ def test_a_damaged_sweep_and_a_run_in_its_place(
 ) -> None:
     asked = ["--scheduler", "slurm", *SWEEP, *ASKED]
     job(*asked)
+    assert main(["status", "runs/digits"]) == 78
+    assert "whose points `python -m hpctrain runs runs/digits` lists" in capsys.readouterr().err
     path = here / "runs" / "digits" / "sweep.json"
     for damage in ("", "[]", "{}", '{"command": [], "points": [{}]}', '{"points": 3}'):
         path.write_text(damage, encoding="utf-8")

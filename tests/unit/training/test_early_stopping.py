@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping as Lightnings
 
 from hpctrain.config.schema import EarlyStoppingSection, TrainingSection
 from hpctrain.errors import TrainingError
+from hpctrain.launch.process_group import SingleCommunicator
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Position
 
@@ -144,3 +146,23 @@ def test_a_metric_that_is_not_there() -> None:
     stopping = EarlyStopping(section, TrainingSection(max_epochs=9))
     with pytest.raises(TrainingError, match="no such metric; did you mean loss"):
         stopping.observe({"loss": 1.0}, places()[0])
+
+
+def test_a_study_prunes() -> None:
+    """Asked until it says so, and never again; a question that fails is an error of all ranks."""
+    stopping = EarlyStopping(EarlyStoppingSection(), TrainingSection(max_epochs=99))
+    asked = []
+
+    def prune(step: int, metrics: Mapping[str, float]) -> bool:
+        asked.append((step, metrics["loss"]))
+        return step >= 20
+
+    for place in places()[:4]:
+        stopping.ask_study(prune, place, {"loss": 1.0}, SingleCommunicator())
+    assert asked == [(10, 1.0), (20, 1.0)]
+    assert stopping.reason == "pruned"
+    assert stopping.ends(places()[2])
+    broken = EarlyStopping(EarlyStoppingSection(), TrainingSection(max_epochs=99))
+    with pytest.raises(TrainingError, match=r"prune\(step=10, metrics\) has failed: KeyError") as e:
+        broken.ask_study(lambda _, found: found["x"], places()[0], {}, SingleCommunicator())
+    assert e.value.everywhere
