@@ -3,15 +3,17 @@
 torch, numpy and Python each have one generator a process that any code may draw from. They are
 seeded for every sample, so that an augmentation is the same at any world size, with any number of
 workers, and after a restart. torch's takes a microsecond; numpy's and Python's take two and five,
-which a Dataset that draws from neither need not pay: after every pass it is looked whether they
-were drawn from, and if so, what the pass has made is thrown away and made again, seeded.
+which a Dataset that draws from neither need not pay: they are seeded once before every pass, and
+after it the next number of each tells whether they were drawn from. If so, what the pass has made
+is thrown away and made again, seeded for each sample.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,30 @@ import torch
 NUMPY, PYTHON = "numpy", "python"
 OTHERS = (NUMPY, PYTHON)
 """The generators that are seeded only where a Dataset draws from them."""
+
+_WATCH = 0x5EED_CA5E
+"""Seeds a generator that nobody is known to draw from; no sample's own key is that by intention."""
+
+
+def _seed_numpy(key: int) -> None:
+    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 - it is this one that users draw from
+
+
+_PYTHON: Any = random.seed.__self__  # type: ignore[attr-defined]
+_SEED_PYTHON = super(random.Random, _PYTHON).seed
+
+
+def _seed_python(key: int) -> None:
+    # As random.seed, which has a look at the type of the key first.
+    _SEED_PYTHON(key)
+    _PYTHON.gauss_next = None
+
+
+_SEED = {NUMPY: _seed_numpy, PYTHON: _seed_python}
+_NEXT: dict[str, Callable[[], float]] = {
+    NUMPY: np.random.random_sample,
+    PYTHON: random.random,
+}
 
 
 class Draws:
@@ -32,11 +58,13 @@ class Draws:
     def __init__(self, used: Iterable[str] = ()) -> None:
         self.used = set(used)
         self._torch = torch.default_generator
-        self._quiet: dict[str, Any] = {}
+        self._watched: tuple[str, ...] = ()
 
     def begin(self) -> None:
-        """Note how the generators are that nobody is known to draw from."""
-        self._quiet = {name: _state(name) for name in OTHERS if name not in self.used}
+        """Seed the generators that nobody is known to draw from."""
+        self._watched = tuple(name for name in OTHERS if name not in self.used)
+        for name in self._watched:
+            _SEED[name](_WATCH)
 
     def seed(self, key: int) -> None:
         """Have what follows draw the numbers of one sample.
@@ -45,14 +73,12 @@ class Draws:
             key: 0 to 2**64 - 1.
         """
         self._torch.manual_seed(key >> 1)
-        if NUMPY in self.used:
-            np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002 - it is this one that users draw from
-        if PYTHON in self.used:
-            random.seed(key)
+        for name in self.used:
+            _SEED[name](key)
 
     def found(self) -> bool:
         """Tell whether samples have drawn since `begin` from more than was known; now it is."""
-        news = {name for name, state in self._quiet.items() if not _same(state, _state(name))}
+        news = {name for name in self._watched if _NEXT[name]() != _first_number(name)}
         self.used |= news
         return bool(news)
 
@@ -77,8 +103,8 @@ def _state(name: str) -> Any:
     return np.random.get_state() if name == NUMPY else random.getstate()  # noqa: NPY002
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Tell whether two states are equal, which for numpy's hold an array."""
-    if isinstance(one[1], np.ndarray):
-        return bool(one[2:] == other[2:] and np.array_equal(one[1], other[1]))
-    return bool(one == other)
+@cache
+def _first_number(name: str) -> float:
+    """Return what a generator draws first once it is seeded to be watched."""
+    generator: Any = np.random.RandomState(_WATCH) if name == NUMPY else random.Random(_WATCH)
+    return float(generator.random_sample() if name == NUMPY else generator.random())
