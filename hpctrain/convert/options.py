@@ -174,7 +174,7 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=axis,
         metavar="[FIELD=]AXIS",
-        help="of the samples (0)",
+        help="of the samples (0); none: each array of a pattern is one",
     )
     parser.add_argument(
         "--dtype",
@@ -257,9 +257,11 @@ def pixels(text: str) -> tuple[int, int]:
 
 
 @explained
-def axis(text: str) -> tuple[str, int]:
+def axis(text: str) -> tuple[str, int | None]:
     """Return field and axis of a text such as temperature=1; a number alone is for all others."""
     field, _, number = text.rpartition("=")
+    if number == "none":
+        return field, None
     if not re.fullmatch(r"-?\d+", number):
         raise UsageError(f"{text}: write an axis as 1, or as temperature=1")
     return field, int(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,10 @@ from hpctrain.data.discovery import open_dataset
 from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import RowReader
+from hpctrain.data.selection import SampleSelection, Spans
 from hpctrain.data.storage import open_hdf5_file
+from hpctrain.data.view import Column, Part, View
+from hpctrain.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,36 @@ class Indexed:
             DatasetError: as `open_dataset` does, or if what is to be decoded cannot be.
         """
         dataset = open_dataset(pattern, fields)
+        return cls._of(dataset, to_decode)
+
+    @classmethod
+    def of_groups(
+        cls,
+        source: str,
+        pattern: str,
+        paths: Mapping[str, str],
+        axis: int,
+        to_decode: Container[str] = (),
+    ) -> Indexed:
+        """Open arrays that many groups have.
+
+        Args:
+            source: what to call it.
+            pattern: of the files.
+            paths: of the arrays, with a star, by field.
+            axis: of them, which counts the samples; WHOLE: each is one.
+            to_decode: fields that are read decoded in any case.
+
+        Raises:
+            DatasetError: as `open` does.
+        """
+        dataset = open_dataset(pattern, list(paths.values()), axis)
+        columns = {name: Column(part=0, name=path) for name, path in paths.items()}
+        selection = SampleSelection.of(Spans.of(0, dataset.samples), 1, 1)
+        return cls._of(View.of(source, [Part(dataset, axis)], columns, selection), to_decode)
+
+    @classmethod
+    def _of(cls, dataset: Dataset, to_decode: Container[str]) -> Indexed:
         names = [
             name
             for name in dataset.fields
@@ -87,7 +121,10 @@ class Indexed:
         paths = [shard.path for shard in self.dataset.shards]
         codings = [[coding.to_json() for coding in each.codings] for each in self.decoded.values()]
         decoded = f" {list(self.decoded)} {codings}" if self.decoded else ""
-        return f"{identity_of(paths)} {list(self.dataset.fields)}{decoded}"
+        fields = list(self.dataset.fields)
+        if isinstance(self.dataset, View):
+            fields = [self.dataset.home(name)[1] for name in fields]
+        return f"{identity_of(paths)} {fields}{decoded}"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("dataset", "attributes", "decoded")
@@ -119,5 +156,30 @@ class Indexed:
 
 def read_attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Return the attributes of every field, as the first shard has them."""
-    with open_hdf5_file(dataset.shards[0].path) as file:
-        return {name: plain_attributes(file[name]) for name in dataset.fields}
+    found = {}
+    for name in dataset.fields:
+        home, inside = dataset.home(name)
+        with open_hdf5_file(home.shards[0].path) as file:
+            found[name] = plain_attributes(file[home.shards[0].inside(inside)])
+    return found
+
+
+def require_no_keys(dataset: Dataset) -> None:
+    """Check that the arrays of files are not samples, each under a key of its own.
+
+    Raises:
+        DatasetError: if they differ by numbers in their names alone, and are more than the rows.
+    """
+    names: dict[str, list[str]] = {}
+    for name in dataset.fields:
+        if (starred := re.sub(r"\d+", "*", name)) != name:
+            names.setdefault(starred, []).append(name)
+    for starred, alike in names.items():
+        if len(alike) > max(2, dataset.samples):
+            of = starred if "/" in starred else "GROUP_*/NAME"
+            raise DatasetError(
+                f"{dataset.source}: it holds {len(alike)} arrays {starred} of {dataset.samples} "
+                f"rows, which look like samples, and would be packed as {len(alike)} fields: name "
+                f"arrays in groups by a pattern, 'NAME={dataset.source}:{of}' --axis none, or "
+                f"single fields, NAME={dataset.source}:{alike[0]}"
+            )

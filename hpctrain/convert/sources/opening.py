@@ -14,13 +14,14 @@ import numpy as np
 from hpctrain.convert.sources import netcdf3, zarr_stores
 from hpctrain.convert.sources.formats import format_of, known
 from hpctrain.convert.sources.images import ImageFolder, images_in
-from hpctrain.convert.sources.indexed import Indexed
+from hpctrain.convert.sources.indexed import Indexed, require_no_keys
 from hpctrain.convert.sources.remote import Listing, listed, public
 from hpctrain.convert.sources.source import Converted, Source, is_url
 from hpctrain.convert.sources.table import Part, Table, make_part
 from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
-from hpctrain.data.dataset import require_fields
+from hpctrain.data.dataset import WHOLE, require_fields
 from hpctrain.data.discovery import in_order
+from hpctrain.data.groups import is_pattern
 from hpctrain.data.index import HDF5_SUFFIXES
 from hpctrain.errors import DatasetError
 
@@ -35,21 +36,22 @@ class Reading:
     """How to read a source, where its files leave that open.
 
     Attributes:
-        axes: the axis of the samples by field, or under "" for all others; 0 if it is not here.
+        axes: the axis of the samples by field, or under "" for all others; 0 if it is not here;
+            None: each array is a sample.
         dtypes: by field, what its values become.
         size: rows and columns that images are scaled to.
         grey: images in one channel rather than three.
         tokens: bytes of text in one sample; given, any file is text.
     """
 
-    axes: Mapping[str, int] = field(default_factory=dict)
+    axes: Mapping[str, int | None] = field(default_factory=dict)
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     grey: bool = False
     tokens: int | None = None
 
-    def axis(self, name: str) -> int:
-        """Return the axis of the samples of a field."""
+    def axis(self, name: str) -> int | None:
+        """Return the axis of the samples of a field; None: there is none."""
         return self.axes.get(name, self.axes.get("", 0))
 
 
@@ -83,6 +85,11 @@ class Item:
     def is_copied(self) -> bool:
         """Whether its files are not here, and are copied before they are read."""
         return is_url(self.pattern) and not zarr_stores.holds(self.pattern)
+
+    @property
+    def names_groups(self) -> bool:
+        """Whether it is an array in each of many groups of HDF5 files."""
+        return self.key is not None and is_pattern(self.key) and _is_hdf5(self.pattern)
 
     @property
     def is_plain(self) -> bool:
@@ -129,9 +136,13 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
     if len(items) == 1 and items[0].is_plain and reading.tokens is None:
         pattern = items[0].pattern
         if _is_hdf5(pattern) and not reading.axes:
-            return Indexed.open(pattern, to_decode=reading.dtypes)
+            whole = Indexed.open(pattern, to_decode=reading.dtypes)
+            require_no_keys(whole.dataset)
+            return whole
         if Path(pattern).is_dir() and _holds_images(Path(pattern)):
             return ImageFolder.open(pattern, reading.size, reading.grey)
+    if any(item.names_groups for item in items):
+        return _in_groups(name, items, reading)
     files = [(item, _find(item.pattern)) for item in items]
     paths = [path for _, found in files for path in found]
     if reading.tokens is not None or all(path.endswith(TEXT_SUFFIXES) for path in paths):
@@ -142,6 +153,30 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
             for field_name, part in _parts(item, path, reading):
                 columns.setdefault(field_name, []).append(part)
     return Table(name, columns, frozenset(reading.dtypes))
+
+
+def _in_groups(name: str, items: Sequence[Item], reading: Reading) -> Indexed:
+    """Return the arrays of groups that names with a star stand for, as fields of their last names.
+
+    Raises:
+        DatasetError: if other things are among them, or they do not fit together.
+    """
+    keys = {item.name or (item.key or "").rpartition("/")[2]: item for item in items}
+    axes = {reading.axis(field) for field in keys}
+    if not all(item.names_groups for item in items) or len({i.pattern for i in items}) > 1:
+        raise DatasetError(
+            f"{name}: arrays of groups (a star in their names) are packed with others of the same "
+            "files and groups only"
+        )
+    if len(keys) < len(items) or len(axes) > 1:
+        raise DatasetError(
+            f"{name}: give each array of groups a name of its own, and all of them one --axis"
+        )
+    (axis,) = axes
+    paths = {field: item.key.strip("/") for field, item in keys.items() if item.key is not None}
+    return Indexed.of_groups(
+        name, items[0].pattern, paths, WHOLE if axis is None else axis, reading.dtypes
+    )
 
 
 def text_files(texts: Sequence[str]) -> list[tuple[str | None, list[str]]]:
@@ -172,7 +207,14 @@ def _parts(item: Item, path: str, reading: Reading) -> list[tuple[str, Part]]:
             f"{item.name}={item.pattern}:{wanted[0]}"
         )
     named = [(item.name or key, key) for key in wanted]
-    return [(name, make_part(path, key, reading.axis(name), arrays[key])) for name, key in named]
+    made = []
+    for name, key in named:
+        if (axis := reading.axis(name)) is None:
+            raise DatasetError(
+                f"{path}: --axis none is for arrays of groups, such as {path}:patch_*/image"
+            )
+        made.append((name, make_part(path, key, axis, arrays[key])))
+    return made
 
 
 def _find(pattern: str) -> list[str]:

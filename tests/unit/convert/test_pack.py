@@ -144,6 +144,32 @@ def test_samples_on_another_axis(tmp_path: Path) -> None:
         assert dict(file["n"].attrs) == {}
 
 
+def test_keyed_arrays(tmp_path: Path) -> None:
+    """Each of them is a sample, or their rows are; and never all of them one sample."""
+    path = tmp_path / "all.h5"
+    with h5py.File(path, "w") as file:
+        for number in range(12):
+            file[f"patch_{number}/image"] = np.full((1, 5, 4), number, "u1")
+            file[f"patch_{number}/image"].attrs["units"] = "grey"
+            file[f"patch_{number}/label"] = np.full(1, number)
+    with pytest.raises(DatasetError, match=r"12 arrays patch_\*/image of 1 rows, which look like"):
+        pack_from([str(path)], tmp_path / "out")
+    texts = [f"image={path}:patch_*/image", f"{path}:patch_*/label"]
+    told = pack_from(texts, tmp_path / "whole", Reading(axes={"": None}))
+    assert told.endswith("packed 12 samples in 1 shard")
+    packed = contents(tmp_path / "whole")
+    assert packed["image"].shape == (12, 1, 5, 4)
+    assert packed["image"][:, 0, 0, 0].tolist() == packed["label"][:, 0].tolist() == [*range(12)]
+    pack_from(texts, tmp_path / "rows")
+    assert contents(tmp_path / "rows")["image"].shape == (12, 5, 4)
+    with h5py.File(tmp_path / "rows" / "shard-000000.h5") as file:
+        assert file["image"].attrs["units"] == "grey"
+    with pytest.raises(DatasetError, match="with others of the same files and groups only"):
+        pack_from([*texts, f"x={path}:patch_1/label"], tmp_path / "mixed")
+    with pytest.raises(DatasetError, match=r"--axis none is for arrays of groups"):
+        pack_from([f"x={path}:patch_1/label"], tmp_path / "one", Reading(axes={"": None}))
+
+
 def test_images(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = DRAW.integers(0, 255, (6, 5, 4, 3), "u1")
