@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from hpctrain.config.registry import OWN
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch import Batch, ShareOfBatch, TrainBatches, cut, repeated
-from hpctrain.data.loading.batch_transform import BatchTransform, keys_on
+from hpctrain.data.loading.batch_transform import BatchTransform, Constants, keys_on
 from hpctrain.data.loading.decoder import torch_dtype_of
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch
@@ -184,6 +184,7 @@ def _stand_in(opened: Data, world: World) -> StandIn:
         smallest_share=loader.smallest_share,
         device=world.device,
         batch_transform=opened.transforms.batch_transform,
+        constants=opened.transforms.decoding.constants,
     )
 
 
@@ -227,6 +228,7 @@ class SyntheticLoader:
         smallest_share: the fewest.
         device: where the rows are wanted.
         batch_transform: what is done to batches there.
+        constants: fields that are the same for every sample.
     """
 
     fields: Mapping[str, Field]
@@ -234,6 +236,7 @@ class SyntheticLoader:
     smallest_share: int
     device: torch.device
     batch_transform: BatchTransform
+    constants: Constants = field(default_factory=Constants)
     largest_pass: ClassVar[None] = None
 
     def example(self, count: int = 1) -> dict[str, torch.Tensor]:
@@ -251,13 +254,14 @@ class SyntheticLoader:
         """Return rows that any model takes: floats from 0 to 1, and 0, which is also a class."""
         generator = torch.Generator().manual_seed(0)
         fields = {}
-        for name, field in self.fields.items():
-            dtype, shape = torch_dtype_of(field.dtype), (count, *field.shape)
+        for name, about in self.fields.items():
+            dtype, shape = torch_dtype_of(about.dtype), (count, *about.shape)
             if dtype.is_floating_point:
                 tensor = torch.rand(shape, generator=generator).to(dtype)
             else:
                 tensor = torch.zeros(shape, dtype=dtype)
             fields[name] = tensor.to(self.device)
+        fields |= self.constants.spread(count)
         keys = keys_on(self.device, np.arange(count, dtype=np.uint64))
         return self.batch_transform.apply(fields, keys, training=True)
 

@@ -15,6 +15,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described
 from hpctrain.data.loading.batch import TrainBatches
 from hpctrain.data.loading.map_style.dataset import MapDataset
+from hpctrain.data.view import View
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
@@ -188,6 +189,8 @@ def judge_dataset(
         f"{plural(train.samples, 'sample')} in {plural(len(train.shards), 'shard')} ({fields}), "
         f"{other}"
     )
+    notes = [note for each in (train, validation) if isinstance(each, View) for note in each.notes]
+    fact = "; ".join([fact, *notes])
     slow = train.slow_fields()
     if slow:
         return Finding(

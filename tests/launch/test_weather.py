@@ -126,8 +126,12 @@ def test_by_date_and_latitude_on_any_number_of_ranks(
         ["predict", *two, "--output", "two.nc", "--split", "test", "--checkpoint", "last"],
         ["run.toml", 'run.name="late"', 'data.samples.train={time=["2000","2001-01-06"]}'],
         [*two, 'data.fields.next.weight="cell_area"', "training.max_epochs=3"],
+        ["check", *two, "--json"],
     )
-    assert [each.code for each in ended] == [0, 0, 78, 65], [each.output for each in ended]
+    assert [each.code for each in ended][:4] == [0, 0, 78, 65], [each.output for each in ended]
+    step = {each["name"]: each for each in json.loads(ended[4].stdout)["findings"]}
+    assert step["step"]["status"] == "pass", ended[4].output
+    assert "train: time 2000-01-01 to 2001-01-05T18:00" in step["dataset"]["fact"]
     assert "train and validation have 4 rows in common, time 2001-01-06 to" in ended[2].output
 
     one, others = metrics(site / "runs" / "one", "train"), ("two", "fsdp")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from torch import nn
 
 from hpctrain.errors import ConfigError, TrainingError
@@ -200,3 +202,55 @@ def test_regression_is_found_where_it_stood_in_the_first_release() -> None:
 
     assert task.Regression is regression.Regression
     assert task.LanguageModeling is language_modeling.LanguageModeling
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "torch.nn:SmoothL1Loss"])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_errors_weighted_by_latitude_are_those_of_xarray(loss: str, is_masked: bool) -> None:
+    """Losses and metrics of any cut of the samples, missing values left out as xarray does."""
+    latitude = np.linspace(-80.0, 80.0, 5)
+    generator = np.random.default_rng(0)
+    output, target = generator.standard_normal((2, 7, 2, 5, 3)).astype(np.float32)
+    if is_masked:
+        target[generator.random(target.shape) < 0.3] = np.nan
+    cosines = np.cos(np.deg2rad(latitude))
+    weights = torch.from_numpy((cosines / cosines.mean()).reshape(1, 5, 1))
+
+    def fields(part: slice) -> dict[str, torch.Tensor]:
+        y = torch.from_numpy(target[part])
+        mask = (~torch.isnan(y)).float()
+        spread = weights.expand(len(y), *weights.shape)
+        return {"x": torch.from_numpy(output[part]), "y": y, "m": mask, "y.weight": spread}
+
+    task = Regression(["x"], "y", mask="m" if is_masked else None, weight="y.weight", loss=loss)
+    assert set(task.metrics) == {"loss", "mae", "mse", "rmse"}
+    parts = [fields(slice(0, 4)), fields(slice(4, 7))]
+    evaluated = [task.evaluate(nn.Identity(), part) for part in parts]
+    grid = ("sample", "level", "latitude", "longitude")
+    error = xr.DataArray(output - target, dims=grid, coords={"latitude": latitude})
+    weighing = np.cos(np.deg2rad(error.latitude))
+    squared = (error**2).weighted(weighing).mean().item()
+    absolute = abs(error).weighted(weighing).mean().item()
+    known = {"mse": squared, "mae": absolute}
+    wanted = {"mse": squared, "mae": absolute, "loss": known.get(loss)}
+    if loss not in known:
+        smooth = np.where(abs(error) < 1, error**2 / 2, abs(error) - 0.5)
+        smooth = np.where(np.isnan(error), np.nan, smooth)
+        wanted["loss"] = error.copy(data=smooth).weighted(weighing).mean().item()
+    for name, value in wanted.items():
+        total, count = (sum(float(each[name][k]) for each in evaluated) for k in (0, 1))
+        assert total / count == pytest.approx(value, rel=1e-6), name
+    sums = {"squared": sum(each["squared"] for each in evaluated)}
+    assert task.finish(sums) == {"rmse": pytest.approx(squared**0.5, rel=1e-6)}
+    losses = [task.loss(nn.Identity(), part) for part in parts]
+    total, count = (sum(float(each[k]) for each in losses) for k in (0, 1))
+    assert total / count == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def test_weights_of_another_grid_are_explained() -> None:
+    task = Regression(["x"], "y", weight="y.weight")
+    y = torch.zeros(2, 4, 6)
+    with pytest.raises(TrainingError, match=r"\(2, 5, 1\), and the target \(2, 4, 6\)"):
+        task.loss(nn.Identity(), {"x": y, "y": y, "y.weight": torch.ones(2, 5, 1)})
+    with pytest.raises(TrainingError, match=r"there is no such field; there are x, y"):
+        task.loss(nn.Identity(), {"x": y, "y": y})
