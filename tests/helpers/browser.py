@@ -23,7 +23,7 @@ LIMIT_SECONDS = 300
 
 
 @contextmanager
-def browser(profile: Path, *, width: int = 1400, dark: bool = False) -> Iterator[Any]:
+def browser(profile: Path, *, width: int = 1400) -> Iterator[Any]:
     """A window that asks nobody but those that a test tells it to, and notes what it asks."""
     from selenium import webdriver
 
@@ -40,7 +40,6 @@ def browser(profile: Path, *, width: int = 1400, dark: bool = False) -> Iterator
         *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
         *(f"--user-data-dir={profile}", f"--window-size={width},1000", "--disable-dev-shm-usage"),
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        *(["--blink-settings=preferredColorScheme=0"] if dark else []),
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -182,14 +182,17 @@ def test_machines_of_64_nodes(window: Any, tmp_path: Path) -> None:
     assert complaints(window) == []
 
 
-def test_colours_follow_the_systems(tmp_path: Path) -> None:
+def test_colours_follow_the_systems(window: Any, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     write_report([opened(made_run(tmp_path / "run"))], target)
-    with browser(tmp_path / "profile", dark=True) as driver:
-        driver.get(target.as_uri())
-        assert driver.execute_script("return document.documentElement.dataset.theme") == "dark"
-        driver.find_element("id", "theme").click()
-        assert driver.execute_script("return document.documentElement.dataset.theme") == "light"
+    for scheme, other in (("dark", "light"), ("light", "dark")):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        window.get(target.as_uri())
+        assert window.execute_script("return document.documentElement.dataset.theme") == scheme
+        window.execute_script("document.getElementById('theme').click()")
+        assert window.execute_script("return document.documentElement.dataset.theme") == other
+    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_what_others_have_written_is_as_they_published_it() -> None:
