@@ -10,6 +10,7 @@ from typing import Any
 from hpctrain.errors import ConfigError
 from hpctrain.lightning.keys import Keys
 from hpctrain.training.brought import Brought
+from hpctrain.training.modules.overrides import uncompiled
 from hpctrain.training.user_data import own_hook
 
 _METHODS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -53,6 +54,7 @@ def hand(
         ConfigError: if they are none of these, or two stand for the same.
     """
     require_module(model)
+    model = uncompiled(model)
     train, datamodule = apart(train, datamodule)
     if datamodule is not None and validation is not None:
         raise ConfigError("data loaders and a datamodule were given: leave out one of them")
@@ -94,6 +96,7 @@ def hand_to_evaluate(
         ConfigError: if they are none of these, or two stand for the same.
     """
     require_module(model)
+    model = uncompiled(model)
     loader, datamodule = apart(loader, datamodule)
     name = "validation" if stage == "validate" else stage
     given = served(name, loader)

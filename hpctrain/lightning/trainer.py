@@ -126,6 +126,7 @@ class Trainer(Facts):
             self._prepare(handed)
             return
         self._fits += 1
+        model = handed.brought.model
         with started(self._claim) as job:
             compare(job.topology, self._mapped.devices, self._mapped.num_nodes)
             tell_rank(job.topology.rank)
@@ -286,7 +287,11 @@ class Trainer(Facts):
             if loader is None and datamodule is None:
                 datamodule = self.datamodule
             handed = hand_to_evaluate(
-                stage, model or self.model, loader, datamodule, self._mapped.callbacks
+                stage,
+                self.model if model is None else model,
+                loader,
+                datamodule,
+                self._mapped.callbacks,
             )
             config = self._evaluation_config(handed, weights)
             if weights == "best" and config.checkpoint.keep_best is None:

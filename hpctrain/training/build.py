@@ -41,7 +41,7 @@ from hpctrain.training.modules.callbacks import (
 from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
-from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.overrides import is_module, is_own, place_of, uncompiled
 from hpctrain.training.modules.own_state import OWN_STATE, OwnState
 from hpctrain.training.modules.run_logger import RunLogger, foreign_calls
 from hpctrain.training.modules.stand_in import TrainerStandIn
@@ -303,6 +303,7 @@ def make_model(config: Config, components: Components, brought: Brought = NOTHIN
     if model is None:
         with fetching(f'model.use = "{config.model.use}"'):
             model = _built("model", config, components, **config.model.arguments)
+    model = uncompiled(model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.use = {config.model.use!r} makes no torch.nn.Module")
     return model

@@ -48,6 +48,23 @@ def place_of(holder: Any, name: str) -> str:
     return f"{code.co_filename}, line {code.co_firstlineno}"
 
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step", "forward")
+
+
+def uncompiled(model: Any) -> Any:
+    """Return a module that was given as `torch.compile(module)`, its steps compiled.
+
+    As Lightning has it: names of its parameters are its own then, and hooks are called as they are.
+    """
+    module = getattr(model, "_orig_mod", None)
+    if not isinstance(module, torch.nn.Module) or not is_own(module, "training_step"):
+        return model
+    for name in _STEPS:
+        if is_own(module, name) and name not in module.__dict__:
+            module.__dict__[name] = model.dynamo_ctx(getattr(module, name))
+    return module
+
+
 def is_module(model: object) -> bool:
     """Tell whether a model is one that trains itself: it has a `training_step` of its own."""
     return isinstance(model, torch.nn.Module) and is_own(model, "training_step")

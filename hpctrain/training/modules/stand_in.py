@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,13 +256,17 @@ class TrainerStandIn:
 
 def attach(module: nn.Module, trainer: TrainerStandIn, logs: Any) -> None:
     """Give a module, and those inside it, its trainer, `self.log`, and what is like it."""
+    names = ("log", "log_dict", "log_image", "log_histogram")
+    given = {name: getattr(logs, name) for name in names}
+    if "torch._dynamo" in sys.modules:
+        # Steps that are compiled leave their graph for it: what it adds up is no constant of one.
+        given = {name: torch.compiler.disable(each) for name, each in given.items()}
     for each in inner_modules(module):
         if hasattr(type(each), "trainer"):
             each._trainer = trainer  # type: ignore[assignment]
         else:
             each.trainer = trainer  # type: ignore[assignment]
-        for name in ("log", "log_dict", "log_image", "log_histogram"):
-            each.__dict__[name] = getattr(logs, name)
+        each.__dict__.update(given)
 
 
 def tell_device(module: nn.Module, device: torch.device) -> None:

@@ -450,6 +450,7 @@ class ModuleTask:
         self.trainer.state.stage = "train"
         self.logs.stage, self.logs.records = "train", True
         self.hooks.trial = False
+        attach(self.module, self.trainer, self.logs)  # a hook may have compiled its steps by now
         # Those of callbacks may rely on what they knew when the run was saved.
         self.hooks.call_callbacks("on_fit_start")
         self.hooks.call("on_train_start")
