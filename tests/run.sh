@@ -18,6 +18,7 @@ packages=()
 command -v shellcheck >/dev/null || packages+=(shellcheck)
 command -v ip >/dev/null || packages+=(iproute2)
 command -v chromedriver >/dev/null || packages+=(chromium chromium-driver fonts-dejavu-core)
+command -v mount.exfat-fuse >/dev/null || packages+=(exfat-fuse exfatprogs)
 command -v slurmd >/dev/null || packages+=(slurm-wlm munge libpmix-dev)
 if [[ ${#packages[@]} -gt 0 && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   echo "Installing ${packages[*]}."
