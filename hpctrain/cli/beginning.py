@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -64,7 +65,7 @@ def init(arguments: list[str]) -> int:
         (folder / "job.sh").chmod(0o755)
     except OSError as error:
         raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
-    enter = [] if folder == Path() else [f"cd {folder}"]
+    enter = [] if folder == Path() else [f"cd {shlex.quote(str(folder))}"]
     lines = [
         *enter,
         f"{PROGRAM} data pack digits data/digits   # or your own: docs/data.md",
