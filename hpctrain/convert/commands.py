@@ -16,6 +16,7 @@ from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.opening import Reading, copied, open_source, to_copy
 from hpctrain.convert.sources.remote import Fetched, fetched
 from hpctrain.convert.sources.source import Source
+from hpctrain.data.catalogue import is_catalogue
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
@@ -210,18 +211,30 @@ def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
 
 
 def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str | dict[str, Any]:
-    from hpctrain.convert.info import describe, description, look, survey_facts, survey_text
+    from hpctrain.convert.info import (
+        describe,
+        description,
+        is_made,
+        look,
+        look_facts,
+        look_text,
+    )
 
+    facts, problem = None, None
     try:
         facts = describe(open_dataset(pattern, fields))
-    except DatasetError as problem:
-        if fields is not None:
+    except DatasetError as error:
+        if fields is not None or (is_made(pattern) and not is_catalogue(Path(pattern))):
             raise
-        found, files = look(pattern, problem)
-        if as_json:
-            return survey_facts(found, files, problem)
-        return survey_text(pattern, found, files, problem)
-    return facts if as_json else description(facts)
+        problem = error
+    if facts is not None and (fields is not None or is_made(pattern)):
+        return facts if as_json else description(facts)
+    about = look(pattern, problem)
+    if as_json:
+        return {**look_facts(about), **(facts or {})}
+    return "\n".join(
+        [*([description(facts, with_fields=False)] if facts else []), look_text(about)]
+    )
 
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:

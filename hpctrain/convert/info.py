@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.convert.advice import FieldSet, Use, sets_of, uses_of, with_members
+from hpctrain.convert.items import Item, covered
 from hpctrain.convert.sources.indexed import read_attributes
-from hpctrain.convert.survey import ANY, Item, Survey, covered, survey
+from hpctrain.convert.survey import Survey, survey
 from hpctrain.data.catalogue import is_catalogue
 from hpctrain.data.contents import OR_CHOOSE
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings, described
-from hpctrain.data.discovery import find_files
+from hpctrain.data.discovery import files_of, find_files
 from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME
+from hpctrain.data.open_datasets import open_for_training
 from hpctrain.data.stats import STATS_NAME
 from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
-from hpctrain.errors import DatasetError
+from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.text import first_lines, listed, plural, printable, size, table
 
 MOST_NOTES = 20
@@ -69,8 +75,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def description(facts: Mapping[str, Any]) -> str:
-    """Return the facts as text, several lines."""
+def description(facts: Mapping[str, Any], *, with_fields: bool = True) -> str:
+    """Return the facts as text, several lines; perhaps without a line for each field."""
     values = facts["samples"] * facts["bytes_per_sample"]
     samples, shards = plural(facts["samples"], "sample"), plural(facts["shards"], "shard")
     lines = [
@@ -79,6 +85,8 @@ def description(facts: Mapping[str, Any]) -> str:
         *(f"  {key}: {_yes(facts[name])}" for key, name in _MARKS.items()),
         f"  fingerprint: {facts['fingerprint']}",
     ]
+    if not with_fields:
+        return "\n".join(map(printable, lines))
     rows = [("field", "dtype", "shape", "stored", "")]
     for name, field in facts["fields"].items():
         shape = " x ".join(str(size) for size in field["shape"]) or "one value"
@@ -147,34 +155,105 @@ def parts_of(pattern: str) -> list[str]:
     return [str(each) for each in sorted(folder.iterdir()) if each.is_dir() and _has_files(each)]
 
 
-def look(pattern: str, problem: DatasetError) -> tuple[Survey, int]:
-    """Return what is in the first file of a pattern, and how many files there are.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What is in the first of the files that somebody calls a dataset.
+
+    Attributes:
+        pattern: as they call it.
+        found: in that file.
+        files: how many there are.
+        problem: why they are no dataset as they stand; None: they are one.
+        uses: what each array is for, by path.
+        sets: of fields that train together; the first one was opened in all files.
+    """
+
+    pattern: str
+    found: Survey
+    files: int
+    problem: DatasetError | None
+    uses: Mapping[str, Use]
+    sets: Sequence[FieldSet]
+
+
+def is_made(pattern: str) -> bool:
+    """Tell whether this is a folder that hpctrain has written, or is writing, or a catalogue."""
+    path = Path(pattern)
+    made = (INDEX_NAME, UNFINISHED_NAME)
+    return is_catalogue(path) or any((path / name).exists() for name in made)
+
+
+def look(pattern: str, problem: DatasetError | None) -> Look:
+    """Look into the first file of a pattern, and find out what could train in all of them.
 
     Args:
-        pattern: of files that are no dataset as they stand.
-        problem: why not.
+        pattern: of files.
+        problem: why they are no dataset as they stand; None: they are one.
 
     Raises:
-        DatasetError: `problem`, if the files were made by hpctrain, or HDF5 cannot read one.
+        DatasetError: `problem`, if HDF5 cannot read one of them.
     """
-    path = Path(pattern)
-    if is_catalogue(path) or any((path / name).exists() for name in (INDEX_NAME, UNFINISHED_NAME)):
-        raise problem
-    files = find_files(pattern)
+    files = files_of(pattern, "natural")
     for each in files:
         try:
             with open_hdf5_file(each):
                 pass
-        except HDF5_FAILURES:
-            raise problem from None
-    return survey(files[0]), len(files)
+        except HDF5_FAILURES as error:
+            raise problem or DatasetError(f"{each}: HDF5 cannot read this file: {error}") from None
+    found = survey(files[0])
+    uses = uses_of(found.items)
+    while sets := sets_of(uses):
+        refused = _refused(pattern, sets[0])
+        if not refused:
+            break
+        uses |= refused
+    return Look(
+        pattern=pattern, found=found, files=len(files), problem=problem, uses=uses, sets=sets
+    )
 
 
-def survey_facts(found: Survey, files: int, problem: DatasetError) -> dict[str, Any]:
+def _refused(pattern: str, fields: FieldSet) -> dict[str, Use]:
+    """Return which fields of a set cannot be opened in all files, with the reason.
+
+    Where each can be, but not all of them together, all but the largest are returned.
+    """
+    uses = list(fields.uses)
+    if _problem_of(pattern, uses) is None:
+        return {}
+    told = {use.path: problem for use in uses if (problem := _problem_of(pattern, [use]))}
+    if not told:
+        largest = max(uses, key=lambda use: use.num_bytes)
+        told = {use.path: f"it does not fit {largest.path}" for use in uses if use is not largest}
+    return {
+        use.path: dataclasses.replace(use, obstacle=told[use.path])
+        for use in uses
+        if use.path in told
+    }
+
+
+def _problem_of(pattern: str, uses: Sequence[Use]) -> str | None:
+    """Return why fields cannot be opened in all files; None: they can."""
+    tables = {
+        name: FieldTable(path=use.path, **_quick(use.keys)) for name, use in _named(uses).items()
+    }
+    section = DataSection(train=pattern, global_batch_size=1, fields=tables)
+    try:
+        open_for_training(section, list(tables))
+    except HpctrainError as error:
+        return str(error).splitlines()[0].removesuffix(OR_CHOOSE)
+    return None
+
+
+def _quick(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys that open a field without reading all of its texts."""
+    return {key: ("",) if key == "classes" else value for key, value in keys.items()}
+
+
+def look_facts(about: Look) -> dict[str, Any]:
     """Return what was found as JSON."""
     return {
-        "source": found.path,
-        "files": files,
+        "source": about.found.path,
+        "files": about.files,
         "arrays": [
             {
                 "path": item.path,
@@ -182,83 +261,123 @@ def survey_facts(found: Survey, files: int, problem: DatasetError) -> dict[str, 
                 "shape": None if item.shape is None else list(item.shape),
                 "stored": item.stored,
                 "notes": list(item.notes),
-                "obstacle": item.obstacle,
+                "obstacle": item.obstacle or about.uses.get(item.path, _NOTHING).obstacle,
+                "role": about.uses.get(item.path, _NOTHING).role,
+                "keys": dict(about.uses.get(item.path, _NOTHING).keys),
                 "coordinate": item.is_coordinate,
                 "count": item.count,
             }
-            for item in found.items
+            for item in with_members(about.found.items)
         ],
-        "fields": {
-            str(rows): [item.path for item in items] for rows, items in found.trainable().items()
-        },
-        "cut": found.cut,
-        "problem": str(problem),
+        "sets": [
+            {"samples": each.samples, "fields": [_table_of(use) for use in each.uses]}
+            for each in about.sets
+        ],
+        "cut": about.found.cut,
+        "problem": None if about.problem is None else str(about.problem),
     }
 
 
-def survey_text(pattern: str, found: Survey, files: int, problem: DatasetError) -> str:
+_NOTHING = Use(path="")
+
+
+def look_text(about: Look) -> str:
     """Return what was found as text, several lines."""
-    others = f", the first of {plural(files, 'file')}" if files > 1 else ""
-    lines = [f"{printable(found.path)}: HDF5{others}"]
+    others = f", the first of {plural(about.files, 'file')}" if about.files > 1 else ""
+    lines = [f"{printable(about.found.path)}: HDF5{others}"]
     rows = [("array", "type", "shape", "stored", "", "")]
-    rows += [_row(item) for item in found.items]
+    rows += [_row(item, about.uses) for item in with_members(about.found.items)]
     head, *body = table(rows)
     lines += [f"  {head}", *first_lines(body, MOST_ITEMS, "  ", "array")]
-    if found.cut:
-        lines.append(f"  {found.cut}")
-    return "\n".join([*lines, *_ways(pattern, found, problem)])
+    if about.found.cut:
+        lines.append(f"  {about.found.cut}")
+    return "\n".join([*lines, *_ways(about)])
 
 
-def _row(item: Item) -> tuple[str, str, str, str, str, str]:
+def _row(item: Item, uses: Mapping[str, Use]) -> tuple[str, str, str, str, str, str]:
     shape = "" if item.shape is None else " x ".join(map(str, item.shape)) or "one value"
     if item.count > 1:
         shape = f"{item.count:,} times, such as {shape}"
-    if item.obstacle:
-        use = f"no: {item.obstacle}" if item.type != "link" else item.obstacle
-    else:
-        use = "coordinate" if item.is_coordinate else ""
+    use = uses.get(item.path)
     notes = ", ".join(item.notes)
     kind = item.type if len(item.type) <= _WIDEST else f"{item.type[: _WIDEST - 3]}..."
-    return printable(item.path), kind, shape, item.stored, printable(notes), printable(use)
+    said = item.obstacle if use is None else _said(use)
+    return printable(item.path), kind, shape, item.stored, printable(notes), printable(said)
 
 
-def _ways(pattern: str, found: Survey, problem: DatasetError) -> list[str]:
-    """Return why this is not a dataset as it stands, and how to train on a part of it."""
-    said = str(problem).splitlines()[0].removeprefix(f"{found.path}: ").removesuffix(OR_CHOOSE)
-    lines = [f"not a dataset as it stands: {said}"]
-    sets = found.trainable()
-    for rows, items in list(sets.items())[:MOST_SETS]:
-        names = [printable(item.path) for item in items]
-        data = size(sum(item.num_bytes for item in items))
-        lines.append(f"{plural(rows, 'row')}: {listed(names, MOST_FIELDS)} ({data})")
-    if alike := {item.path.split(f"{ANY}/")[0] + ANY for item in found.items if item.count > 1}:
-        groups = printable(listed(sorted(alike), MOST_SETS))
-        lines.append(
-            f"groups that hold the same: {groups}. Samples are read along an axis of an array, "
-            "not group by group: write them one after the other"
-        )
-    if not sets:
+def _said(use: Use) -> str:
+    """Return what an array is for, in words."""
+    if use.obstacle:
+        return f"no: {use.obstacle}"
+    if use.role:
+        return use.role
+    keys = _keys_of(use)
+    return f"needs {keys}" if keys else "trains"
+
+
+def _ways(about: Look) -> list[str]:
+    """Return how to train on a part of what there is."""
+    lines = []
+    if about.problem is not None:
+        said = str(about.problem).splitlines()[0].removeprefix(f"{about.found.path}: ")
+        lines.append(f"not a dataset as it stands: {said.removesuffix(OR_CHOOSE)}")
+    for each in about.sets[:MOST_SETS]:
+        names = [printable(use.path) for use in each.uses]
+        data = size(each.num_bytes)
+        lines.append(f"{plural(each.samples, 'sample')}: {listed(names, MOST_FIELDS)} ({data})")
+    if not about.sets:
         return [*lines, "nothing here has rows of numbers that could train as they are"]
-    first = [item.path for item in next(iter(sets.values()))[:MOST_FIELDS]]
-    fields = shlex.quote(printable(",".join(first)))
+    first = about.sets[0].uses[:MOST_FIELDS]
+    pattern = printable(shlex.quote(about.pattern))
+    fields = shlex.quote(printable(",".join(use.path for use in first)))
     return [
         *lines,
         "to train on the first of these sets, copy what is wanted of it:",
-        *(f"  {line}" for line in config_lines(pattern, first)),
-        f"  # python -m hpctrain data verify {printable(shlex.quote(pattern))} --fields {fields}",
+        *(f"  {line}" for line in config_lines(about.pattern, first)),
+        f"  # python -m hpctrain data verify {pattern} --fields {fields}",
     ]
 
 
-def config_lines(pattern: str, paths: Sequence[str]) -> list[str]:
+def config_lines(pattern: str, uses: Sequence[Use]) -> list[str]:
     """Return the tables of a config that name these arrays, as TOML."""
-    lines = ["[data]", f"train = {_toml(pattern)}", "[data.fields]"]
-    taken: set[str] = set()
-    for path in paths:
-        short = re.sub(r"[^A-Za-z0-9_-]+", "_", path.rpartition("/")[2]).strip("_")
-        name = short if short and short not in taken else re.sub(r"[^A-Za-z0-9_-]+", "_", path)
-        taken.add(name)
-        lines.append(f"{name} = {{path = {_toml(path)}}}")
-    return lines
+    named = _named(uses).items()
+    fields = [f"{name} = {{{_table_text(_table_of(use))}}}" for name, use in named]
+    return ["[data]", f"train = {_toml(pattern)}", "[data.fields]", *fields]
+
+
+def _named(uses: Sequence[Use]) -> dict[str, Use]:
+    """Return fields by names that TOML takes as they are: the last part of each path, if it can."""
+    named: dict[str, Use] = {}
+    for use in uses:
+        for text in (use.path.rpartition("/")[2], use.path, f"{use.path}_{len(named)}"):
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_")
+            if name and name not in named:
+                break
+        else:
+            name = f"field_{len(named)}"
+        named[name] = use
+    return named
+
+
+def _table_of(use: Use) -> dict[str, Any]:
+    return {"path": use.path, **use.keys}
+
+
+def _keys_of(use: Use) -> str:
+    pattern = {"path": use.path} if use.source else {}
+    return _table_text({**pattern, **use.keys})
+
+
+def _table_text(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {_toml_value(value)}" for key, value in keys.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        return _toml(value)
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return json.dumps(value)
 
 
 def _toml(text: str) -> str:

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.config.semantics import NEWEST
-from hpctrain.convert.blocks import decoded_blocks_of, one_shard
-from hpctrain.convert.parallel import Progress, for_each, silent
+from hpctrain.convert.parallel import Progress, decoded_blocks_of, for_each, one_shard, silent
 from hpctrain.data.dataset import Dataset, Field, Shard
 from hpctrain.data.decoding import decoding_record, decodings
 from hpctrain.data.stats import STATS_VERSION

@@ -1,64 +1,28 @@
-"""What is in an HDF5 file of any maker: all of it, and what of it can train.
+"""What is in an HDF5 file of any maker: all of it.
 
 Nothing is refused here: what cannot become a tensor is listed with the reason.
 """
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import h5py
 
-from hpctrain.data.coding import Coding
-from hpctrain.data.contents import array_of, is_bare_dimension, text_attribute, type_of
-from hpctrain.data.dataset import SUPPORTED_DTYPES
-from hpctrain.data.storage import HDF5_FAILURES, filters_of, open_hdf5_file
+from hpctrain.convert.items import ANY, Item, item_of, peek_of
+from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.walking import Link, objects_in, require_files_behind
 from hpctrain.errors import DatasetError
-from hpctrain.utils.text import number
 
 LEAST_ALIKE = 3
 """So many groups that hold the same are taken for samples or episodes, and listed as one."""
-ANY = "*"
-_NO_TENSOR = "it cannot become a tensor"
-_UNITS = re.compile(r"\s*(\w+?)s?\s+since\s+(\S+(?:\s+[\d:.]+)?)", re.IGNORECASE)
-_SECONDS = {
-    **dict.fromkeys(("second", "sec", "s"), 1.0),
-    **dict.fromkeys(("minute", "min"), 60.0),
-    **dict.fromkeys(("hour", "hr", "h"), 3600.0),
-    **dict.fromkeys(("day", "d"), 86400.0),
-}
-_REAL_CALENDARS = ("", "standard", "gregorian", "proleptic_gregorian")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """An array or a link in an HDF5 file.
-
-    Attributes:
-        path: in the file; `*` stands for the names of groups that hold the same.
-        type: of its values, in words; "link" for one.
-        shape: all axes; None where there is none.
-        stored: where its values lie, in words.
-        notes: what its attributes say of its values.
-        obstacle: why it cannot train; empty if it can.
-        is_coordinate: whether it says where others lie, as the dimension scales of netCDF do.
-        num_bytes: of its values in memory.
-        count: of arrays that this one stands for.
-    """
-
-    path: str
-    type: str
-    shape: tuple[int, ...] | None = None
-    stored: str = ""
-    notes: tuple[str, ...] = ()
-    obstacle: str = ""
-    is_coordinate: bool = False
-    num_bytes: int = 0
-    count: int = 1
+LEAST_KEYED = 16
+"""So many arrays of one shape whose names differ in a number only are taken for a sample each."""
+MOST_PEEKED = 2000
+"""Arrays of a file of which some values are looked at."""
+_NUMBERED = re.compile(r"(.*?)(\d+)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,21 +39,9 @@ class Survey:
     items: tuple[Item, ...]
     cut: str = ""
 
-    def trainable(self) -> dict[int, list[Item]]:
-        """Return the arrays that can train together, by their number of rows; most bytes first.
-
-        Coordinates are none of them, and what lies in alike groups is not.
-        """
-        found: dict[int, list[Item]] = {}
-        for item in self.items:
-            if item.shape and not (item.obstacle or item.is_coordinate or item.count > 1):
-                found.setdefault(item.shape[0], []).append(item)
-        size = {rows: sum(item.num_bytes for item in items) for rows, items in found.items()}
-        return {rows: found[rows] for rows in sorted(found, key=lambda rows: -size[rows])}
-
 
 def survey(path: str) -> Survey:
-    """Return what one HDF5 file holds. Reads two values of each time, no others.
+    """Return what one HDF5 file holds. Of values it reads what tells what they are for.
 
     Raises:
         DatasetError: if it is not an HDF5 file, or cannot be read.
@@ -102,90 +54,28 @@ def survey(path: str) -> Survey:
                 for name, found in objects_in(file):
                     text = name if isinstance(name, str) else name.decode(errors="backslashreplace")
                     if isinstance(found, h5py.Dataset):
-                        items.append(_item(text, found, path, has_name=isinstance(name, str)))
+                        items.append(item_of(text, found, path, has_name=isinstance(name, str)))
                     elif isinstance(found, Link):
-                        items.append(_link_item(text, found))
+                        items.append(_link_item(text, found, path))
             except DatasetError as error:  # there are too many objects, or too deep ones
                 cut = str(error)
+            folded = _folded(items)
+            told = [_peeked(file, each) for each in folded[:MOST_PEEKED]]
     except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
-    return Survey(path=path, items=tuple(_folded(items)), cut=cut)
+    return Survey(path=path, items=(*told, *folded[MOST_PEEKED:]), cut=cut)
 
 
-def _item(path: str, dataset: h5py.Dataset, place: str, *, has_name: bool) -> Item:
-    item = Item(
-        path=path,
-        type=type_of(dataset),
-        shape=dataset.shape,
-        is_coordinate=text_attribute(dataset, "CLASS") == "DIMENSION_SCALE",
-    )
-    obstacle = _obstacle_of_shape(dataset)
-    if not has_name:
-        obstacle = "its name is not UTF-8"
-    notes = [f"in {units}"] if (units := text_attribute(dataset, "units")) else []
-    if (period := covered(dataset, dataset)) is not None:
-        notes = [period]
-    try:
-        if obstacle:
-            stored = _stored(dataset)
-            return replace(item, stored=stored, notes=tuple(notes), obstacle=obstacle)
-        array = array_of(dataset, place)
-        stored = _stored(dataset, array.reason)
-        if array.dtype.name not in SUPPORTED_DTYPES:
-            return replace(item, stored=stored, notes=tuple(notes), obstacle=_NO_TENSOR)
-        if array.coding is not None:
-            obstacle = array.coding.problem
-            notes += _decoded(array.coding)
-        return replace(
-            item,
-            stored=stored,
-            notes=tuple(notes),
-            obstacle=obstacle,
-            num_bytes=array.num_bytes,
-        )
-    except DatasetError as error:
-        return replace(item, notes=tuple(notes), obstacle=str(error).removeprefix(f"{place}: "))
-    except HDF5_FAILURES:
-        return replace(item, notes=tuple(notes), obstacle=_NO_TENSOR)
+def _peeked(file: h5py.File, item: Item) -> Item:
+    """Return an array with what some of its values tell, if it stands for itself alone."""
+    if item.count > 1 or item.obstacle or item.type == "link":
+        return item
+    found = file.get(item.path)
+    return peek_of(item, found) if isinstance(found, h5py.Dataset) else item
 
 
-def _obstacle_of_shape(dataset: h5py.Dataset) -> str:
-    if dataset.shape is None:
-        return "it has no values"
-    if dataset.shape == ():
-        return "one value, and no axis of samples"
-    if 0 in dataset.shape:
-        return "it has no rows" if dataset.shape[0] == 0 else "its rows have no values"
-    if is_bare_dimension(dataset):
-        return "the length of an axis of netCDF, without values"
-    return ""
-
-
-def _stored(dataset: h5py.Dataset, reason: str = "") -> str:
-    """Return where the values of an array lie, in words.
-
-    Args:
-        dataset: the array.
-        reason: why they are not contiguous, if there are no chunks and somebody has found out.
-    """
-    if dataset.chunks is None:
-        return reason or "contiguous"
-    shape = " x ".join(map(str, dataset.chunks))
-    return ", ".join([f"chunks of {shape}", *map(str, filters_of(dataset))])
-
-
-def _decoded(coding: Coding) -> list[str]:
-    """Return what becomes of the stored numbers of a float field, in words."""
-    words = ["read as unsigned"] if coding.unsigned else []
-    words += ["read as signed"] if coding.unsigned is False else []
-    words += [f"x {number(coding.scale)}"] if coding.scale is not None else []
-    words += [f"+ {number(coding.offset)}"] if coding.offset is not None else []
-    words += ["some stand for missing values"] if coding.marks else []
-    return ([f"decoded: {', '.join(words)}"] if words else []) + list(coding.unused)
-
-
-def _link_item(path: str, link: Link) -> Item:
-    """Return a link to another name or file: where it leads, and whether anything is there."""
+def _link_item(path: str, link: Link, place: str) -> Item:
+    """Return a link to another name or file: where it leads, and what is there."""
     group, raw = link
     leads = "to what cannot be told"
     try:
@@ -193,13 +83,20 @@ def _link_item(path: str, link: Link) -> Item:
         at = f"{found.filename}:" if isinstance(found, h5py.ExternalLink) else ""
         leads = f"to {at}{found.path}"
         require_files_behind(group, raw.decode(errors="surrogateescape"))
-        if group.get(raw) is None:
-            leads += ", where there is nothing"
+        target = group.get(raw)
+        if isinstance(target, h5py.Dataset):
+            item = item_of(path, target, place, has_name=_is_utf8(raw))
+            return replace(item, notes=(f"a link {leads}", *item.notes), leads_to=leads)
+        leads += ", which is a group" if target is not None else ", where there is nothing"
     except OSError as error:
         leads += f", which {error.strerror or 'cannot be followed'}"
     except HDF5_FAILURES:
         leads = "of a kind that h5py does not know"
-    return Item(path=path, type="link", notes=(leads,), obstacle="a link: it trains if named")
+    return Item(path=path, type="link", notes=(leads,), obstacle="a link")
+
+
+def _is_utf8(raw: bytes) -> bool:
+    return raw.decode(errors="ignore").encode() == raw
 
 
 def _folded(items: Sequence[Item]) -> list[Item]:
@@ -209,21 +106,63 @@ def _folded(items: Sequence[Item]) -> list[Item]:
     for item in items:
         name, slash, rest = item.path.partition("/")
         if slash:
-            below.setdefault(name, []).append(replace(item, path=rest))
+            below.setdefault(name, []).append(_moved(item, rest))
         else:
             here.append(item)
     alike: dict[tuple[tuple[object, ...], ...], list[str]] = {}
     for name, inside in below.items():
         alike.setdefault(_signature(inside), []).append(name)
-    found = {item.path: [item] for item in here}
+    found = {item.path: [item] for item in _keyed(here)}
     for names in alike.values():
         if len(names) < LEAST_ALIKE:
             for name in names:
-                found[name] = _placed(name, _folded(below[name]))
+                found[f"{name}/"] = _placed(name, _folded(below[name]))
             continue
-        merged = [replace(item, count=item.count * len(names)) for item in below[names[0]]]
-        found[names[0]] = _placed(ANY, _folded(merged))
+        merged = _merged([sorted(below[name], key=lambda each: each.path) for name in names])
+        found[f"{names[0]}/"] = _placed(_pattern(names), _folded(merged))
     return [item for name in sorted(found) for item in found[name]]
+
+
+def _merged(groups: Sequence[Sequence[Item]]) -> list[Item]:
+    """Return the arrays of groups that hold the same, each of which stands for those of all."""
+    merged = []
+    for same in zip(*groups, strict=True):
+        first = same[0]
+        shapes = {(each.shape or ())[1:] for each in same}
+        merged.append(
+            replace(
+                first,
+                count=sum(each.count for each in same),
+                rows=sum(each.rows for each in same),
+                num_bytes=sum(each.num_bytes for each in same),
+                is_uniform=len(shapes) == 1 and all(each.is_uniform for each in same),
+            )
+        )
+    return merged
+
+
+def _keyed(items: Sequence[Item]) -> list[Item]:
+    """Return arrays of a group, those that are a sample each as one."""
+    same: dict[tuple[object, ...], list[Item]] = {}
+    for item in items:
+        numbered = _NUMBERED.fullmatch(item.path)
+        name = (numbered[1], numbered[3]) if numbered else (item.path,)
+        same.setdefault((*name, item.type, item.shape, item.obstacle), []).append(item)
+    kept = []
+    for each in same.values():
+        if len(each) < LEAST_KEYED or each[0].type == "link":
+            kept += each
+            continue
+        pattern = _pattern([item.path for item in each])
+        kept.append(replace(_merged([[item] for item in each])[0], path=pattern, is_keyed=True))
+    return kept
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Return what all of these names fit, such as demo_*."""
+    first, last = min(names), max(names)
+    start = first[: next((i for i, each in enumerate(first) if last[i : i + 1] != each), None)]
+    return f"{start.rstrip('0123456789')}{ANY}"
 
 
 def _signature(items: Sequence[Item]) -> tuple[tuple[object, ...], ...]:
@@ -233,54 +172,10 @@ def _signature(items: Sequence[Item]) -> tuple[tuple[object, ...], ...]:
 
 
 def _placed(name: str, items: Sequence[Item]) -> list[Item]:
-    return [replace(item, path=f"{name}/{item.path}") for item in items]
+    return [_moved(item, f"{name}/{item.path}") for item in items]
 
 
-def covered(first: h5py.Dataset, last: h5py.Dataset) -> str | None:
-    """Return the period of files that follow each other, in words; None: these are no times.
-
-    Source: https://cfconventions.org, section 4.4.
-
-    Args:
-        first: the times in the first file, which is open.
-        last: those in the last one; it may be the same.
-    """
-    units = [text_attribute(each, "units") for each in (first, last)]
-    if not all(map(_UNITS.match, units)):
-        return None
-    calendar = text_attribute(first, "calendar")
-    try:
-        if not all(each.ndim == 1 and len(each) for each in (first, last)):
-            return f"times in {units[0]}, {calendar or 'standard'} calendar"
-        ends = float(first[0]), float(last[-1])
-    except HDF5_FAILURES:
-        return f"times in {units[0]}, {calendar or 'standard'} calendar"
-    begin, end = (_date(end, each, calendar) for end, each in zip(ends, units, strict=True))
-    return f"{begin} to {end}, {calendar or 'standard'} calendar"
-
-
-def _date(value: float, units: str, calendar: str) -> str:
-    """Return a time as a date, or as it is where Python's calendar does not reach."""
-    found = _UNITS.match(units)
-    assert found is not None
-    as_it_is = f"{value:g} {units}"
-    seconds = _SECONDS.get(found[1].lower())
-    if seconds is None or calendar.lower() not in _REAL_CALENDARS:
-        return as_it_is
-    try:
-        start = datetime.datetime.fromisoformat(_padded(found[2].rstrip("Z")))
-        date = start.replace(tzinfo=None) + datetime.timedelta(seconds=value * seconds)
-    except (ValueError, OverflowError):
-        return as_it_is
-    return date.isoformat(" ", "minutes")
-
-
-def _padded(date: str) -> str:
-    """Return "1900-1-1 0:0:0.0" as ISO 8601 has it."""
-    day, _, time = date.replace("T", " ").partition(" ")
-    year, *rest = day.split("-")
-    padded = "-".join([year.zfill(4), *(part.zfill(2) for part in rest)])
-    if not time:
-        return padded
-    clock = [part.zfill(2) for part in time.split(".")[0].split(":")]
-    return f"{padded} {':'.join([*clock, '00'][: max(2, len(clock))])}"
+def _moved(item: Item, path: str) -> Item:
+    """Return an array under another path, and its members with it."""
+    members = [replace(each, path=f"{path}{each.path[len(item.path) :]}") for each in item.members]
+    return replace(item, path=path, members=tuple(members))

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.convert.blocks import blocks_of, one_shard
-from hpctrain.convert.parallel import Progress, for_each, silent
+from hpctrain.convert.parallel import Progress, blocks_of, for_each, one_shard, silent
 from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields

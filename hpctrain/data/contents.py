@@ -32,7 +32,9 @@ from hpctrain.data.form_opening import find_stored, form_in, is_sequence
 from hpctrain.data.forms import Form, Wish
 from hpctrain.data.storage import (
     HDF5_FAILURES,
+    dtype_of,
     filters_of,
+    is_known_to_numpy,
     is_stored_as_in_memory,
     open_hdf5_file,
     read_attribute,
@@ -255,7 +257,7 @@ def _formed(
             wish = replace(wish, sequence=False)
             if wish.is_plain and not members:
                 found[name] = _array_of_field(wish.path, dataset, path)
-        if dataset is None or (wish.is_plain and not members):
+        if dataset is None or (wish.is_plain and not members and not _is_of_arrays(dataset)):
             continue
         try:
             form = form_in(file, dataset, members, wish, axis)
@@ -263,6 +265,11 @@ def _formed(
             raise DatasetError(f'{path}: field "{name}" is {type_of(dataset)}: {error}') from None
         found[name] = replace(array_of(dataset, path), form=form)
     return found
+
+
+def _is_of_arrays(dataset: h5py.Dataset) -> bool:
+    """Tell whether each value is an array itself, whose axes are behind those of the others."""
+    return isinstance(dataset.id.get_type(), h5t.TypeArrayID)
 
 
 def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dataset]:
@@ -289,12 +296,12 @@ def _wanted(file: h5py.File, fields: Sequence[str] | None) -> dict[str, h5py.Dat
 
 
 def _array_of_field(name: str, dataset: h5py.Dataset, path: str) -> Array:
-    try:
-        return array_of(dataset, path)
-    except TypeError:
+    if not is_known_to_numpy(dataset):
         raise DatasetError(
-            f'{path}: field "{name}" is {type_of(dataset)}, which cannot become a tensor'
-        ) from None
+            f'{path}: field "{name}" is {type_of(dataset)}, which cannot become a tensor as it '
+            "stands: `python -m hpctrain data info` says which keys it needs"
+        )
+    return array_of(dataset, path)
 
 
 def array_of(dataset: h5py.Dataset, path: str) -> Array:
@@ -315,7 +322,7 @@ def array_of(dataset: h5py.Dataset, path: str) -> Array:
     sources = tuple(other_files(dataset, path))
     return Array(
         shape=dataset.shape,
-        dtype=dataset.dtype,
+        dtype=dtype_of(dataset),
         chunks=dataset.chunks,
         offset=offset,
         reason=reason,
@@ -397,13 +404,14 @@ def unit_in(path: str, name: str) -> str:
 
 def coding_in(dataset: h5py.Dataset) -> Coding:
     """Return how the numbers of an open HDF5 dataset stand for values."""
-    if dataset.dtype.kind not in "iuf":
+    dtype = dtype_of(dataset)
+    if dtype.kind not in "iuf":
         return PLAIN
     there = dataset.attrs
     said = {name: _value(there, name) for name in ATTRIBUTES if name in there}
     if said and "units" in there:
         said["units"] = _value(there, "units")
-    return coding_of(dataset.dtype, said)
+    return coding_of(dtype, said)
 
 
 def _value(attributes: h5py.AttributeManager, name: str) -> Any:

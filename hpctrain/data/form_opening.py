@@ -11,17 +11,20 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5t
 
 from hpctrain.data.coordinates import Values, find_coordinate, values_of
 from hpctrain.data.dataset import WHOLE
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.storage import HDF5_FAILURES, dtype_of, open_hdf5_file
 from hpctrain.data.walking import require_files_behind
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 
 MOST_CLASSES = 2**16
 """That are found by looking at all texts; more are no classes."""
+WIDEST_NUMBER = 8
+"""Bytes of whole numbers that are made of what numpy has no type for."""
 _TEXTS_AT_ONCE = 2**16
 
 
@@ -71,10 +74,7 @@ def form_in(
     if wish.sequence:
         return _sequence_of(dataset, wish)
     shape = _without(dataset.shape, axis)
-    try:
-        dtype = dataset.dtype
-    except TypeError:
-        raise ValueError("h5py does not know such a type") from None
+    dtype = dtype_of(dataset)
     inner, behind = _member(dtype, members)
     picks = [_pick(file, dataset, axis, key, wanted, wish, behind) for key, wanted in wish.select]
     if h5py.check_ref_dtype(inner) is not None:
@@ -84,7 +84,29 @@ def form_in(
         )
     if (of := h5py.check_vlen_dtype(inner)) is not None and of not in (str, bytes):
         raise ValueError("its samples are of unequal length: that is said by batch, not by these")
-    return form_of(wish, members, shape, dtype, picks, h5py.check_enum_dtype(inner))
+    whole = whole_number(dataset.id.get_type(), members) if inner.kind == "V" else ""
+    return form_of(wish, members, shape, dtype, picks, h5py.check_enum_dtype(inner), whole)
+
+
+def whole_number(kind: h5t.TypeID, members: Sequence[str] = ()) -> str:
+    """Return how bytes that numpy has no type for make a whole number, see `Form`; empty: none."""
+    for member in members:
+        kind = kind.get_super() if isinstance(kind, h5t.TypeArrayID) else kind
+        if not isinstance(kind, h5t.TypeCompoundID):
+            return ""
+        names = [kind.get_member_name(i) for i in range(kind.get_nmembers())]
+        if member.encode() not in names:
+            return ""
+        kind = kind.get_member_type(names.index(member.encode()))
+    size = kind.get_size()
+    if isinstance(kind, h5t.TypeTimeID):
+        # Of eight bytes nobody knows what they are: PyTables keeps two numbers in them.
+        return {4: ">i4" if kind.equal(h5t.UNIX_D32BE) else "<i4"}.get(size, "")
+    if not isinstance(kind, h5t.TypeIntegerID | h5t.TypeBitfieldID) or size > WIDEST_NUMBER:
+        return ""
+    is_signed = isinstance(kind, h5t.TypeIntegerID) and kind.get_sign() == h5t.SGN_2
+    order = ">" if kind.get_order() == h5t.ORDER_BE else "<"
+    return f"{order}{'i' if is_signed else 'u'}{size}"
 
 
 def is_sequence(dataset: h5py.Dataset) -> bool:
@@ -218,7 +240,7 @@ def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
                 dataset, members = find_stored(file, place)
                 if dataset is None:
                     raise DatasetError(f'{path}: there is no field "{place}"')
-                if (names := h5py.check_enum_dtype(dataset.dtype)) is not None and not members:
+                if (names := h5py.check_enum_dtype(dtype_of(dataset))) is not None and not members:
                     found |= {name.encode() for name in names}
                     continue
                 for start in range(0, dataset.shape[0], _TEXTS_AT_ONCE):

@@ -81,6 +81,8 @@ class Form:
         classes: as in Wish.
         codes: of an enumeration, the number of each class.
         sequence: a row is of variable length, and `shape` and `stored` are those of its values.
+        whole: how bytes that numpy has no type for make a whole number, such as "<i3" for signed
+            ones of three bytes, the least first; empty: they make none.
     """
 
     path: str
@@ -93,12 +95,14 @@ class Form:
     classes: tuple[str, ...] | None = None
     codes: tuple[int, ...] | None = None
     sequence: bool = False
+    whole: str = ""
 
     @property
     def is_direct(self) -> bool:
         """Whether readers of bytes may read the stored rows: no pointers, one byte order."""
         is_uniform = self.stored in (self.stored.newbyteorder("<"), self.stored.newbyteorder(">"))
-        return not self.stored.hasobject and self.stored.kind != "S" and is_uniform
+        is_plain = self.stored.subdtype is None and self.stored.kind != "S"
+        return not self.stored.hasobject and is_plain and is_uniform
 
     @property
     def row_bytes(self) -> int:
@@ -124,7 +128,9 @@ class Form:
             return shape, np.dtype(np.int64 if self.dtype is None else self.dtype)
         if (width := _width(self.dtype, dtype)) is not None:
             return (*shape, width), np.dtype(np.uint8)
-        return shape, _number_format(self.dtype, dtype)
+        if self.whole and self.dtype is None:
+            raise ValueError('numpy has no type for its numbers: say dtype = "int64" or so')
+        return shape, _number_format(self.dtype, np.dtype(np.int64) if self.whole else dtype)
 
     def make(self, rows: Rows) -> Rows:
         """Return delivered rows, of the shape and dtype that `delivered` tells.
@@ -146,6 +152,8 @@ class Form:
             made = self._classes_of(values)
         elif dtype == np.uint8 and _width(self.dtype, self._inner()[0]) is not None:
             made = _as_bytes(values, shape[-1])
+        elif self.whole:
+            made = _cast(_as_whole(values, self.whole), dtype)
         elif values.dtype.names is not None:
             made = _as_complex(values).astype(dtype, copy=False)
         else:
@@ -161,7 +169,7 @@ class Form:
 
     def _inner(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Return dtype and shape of a row once the members are taken."""
-        dtype, shape = self.stored, self.shape
+        dtype, shape = self.stored.base, (*self.shape, *self.stored.shape)
         for member in self.members:
             if dtype.names is None or member not in dtype.names:
                 raise ValueError(f'it has no member "{member}"{_members(dtype)}')
@@ -197,6 +205,7 @@ def form_of(
     dtype: np.dtype[Any],
     select: Sequence[tuple[int, Pick]] = (),
     names: Mapping[str, int] | None = None,
+    whole: str = "",
 ) -> Form:
     """Return how rows of an HDF5 dataset become those that are wished for.
 
@@ -207,6 +216,7 @@ def form_of(
         dtype: of its values.
         select: the indices that are taken, by axis of a sample.
         names: of the numbers of an enumeration.
+        whole: as in Form.
 
     Raises:
         ValueError: saying what cannot be.
@@ -222,6 +232,7 @@ def form_of(
         squeeze=wish.squeeze,
         dtype=wish.dtype,
         classes=wish.classes,
+        whole=whole,
     )
     kind, inner = form._inner()
     if kind.hasobject and members and shape:
@@ -319,6 +330,10 @@ def _number_format(wanted: str | None, dtype: np.dtype[Any]) -> np.dtype[Any]:
         raise ValueError('it is text: say classes = "sorted" or a list, or dtype = "S20"')
     if dtype.kind == "V":
         raise ValueError('it is opaque: dtype = "bytes" takes its bytes')
+    if dtype.kind in "mM":
+        if wanted != "int64":
+            raise ValueError(f'it is {dtype}, a time: dtype = "int64" takes its number')
+        return np.dtype(np.int64)
     if wanted is None:
         return dtype
     made = np.dtype(wanted)
@@ -382,8 +397,23 @@ def _as_bytes(values: Rows, width: int) -> Rows:
     return whole.view(np.uint8).reshape(*values.shape, width)
 
 
+def _as_whole(values: Rows, whole: str) -> Rows:
+    """Return numbers of a few bytes each as those of eight."""
+    order, sign, size = whole[0], whole[1], int(whole[2:])
+    given = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, size)
+    given = given if order == "<" else given[..., ::-1]
+    wide = np.zeros((*values.shape, 8), np.uint8)
+    wide[..., :size] = given
+    if sign == "i":
+        wide[..., size:] = np.where(given[..., -1:] & 0x80, 0xFF, 0)
+    made: Rows = wide.view(f"<{sign}8")[..., 0]
+    return made
+
+
 def _cast(values: Rows, dtype: np.dtype[Any]) -> Rows:
     """Return numbers in another format; floats are rounded, and nothing else is."""
+    if values.dtype.kind in "mM":
+        values = values.view(f"{values.dtype.byteorder}i8")
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):

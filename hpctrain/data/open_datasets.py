@@ -98,11 +98,21 @@ def open_for_evaluation(
 
 def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     """Return the fields of the training files, and those that the config finds elsewhere."""
-    if any(table.batch or table.static for table in section.fields.values()):
-        # Whose values, offsets and edges have other numbers of rows: what is wanted is said.
+    if any(
+        table.batch or table.static or is_pattern(table.path or "")
+        for table in section.fields.values()
+    ):
+        # Whose values, offsets and edges have other numbers of rows, and groups many names: what
+        # is wanted is said.
         return [name for name, table in section.fields.items() if not table.static]
     train = section.sources[0].train if section.sources else section.train
-    found = open_dataset(train, None, order=semantics.file_order).fields
+    try:
+        found = open_dataset(train, None, order=semantics.file_order).fields
+    except DatasetError:
+        if not section.fields:
+            raise
+        # Of files whose arrays do not all fit, what was named.
+        return [name for name, table in section.fields.items() if not table.static]
     return list(dict.fromkeys([*found, *section.fields]))
 
 

@@ -12,6 +12,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5t
 
 from hpctrain.data.dataset import Field
 from hpctrain.errors import DatasetError, UsageError
@@ -241,7 +244,68 @@ def require_filters(dataset: h5py.Dataset, place: str) -> None:
             )
 
 
+def is_known_to_numpy(dataset: h5py.Dataset) -> bool:
+    """Tell whether numpy has a type for all of the values of an array."""
+    try:
+        _ = dataset.dtype
+    except TypeError:
+        return False
+    return True
+
+
+def dtype_of(dataset: h5py.Dataset) -> np.dtype[Any]:
+    """Return the dtype of an array; of what numpy has no type for, as many bytes."""
+    return _dtype_of(dataset.id.get_type())
+
+
+def _dtype_of(kind: h5t.TypeID) -> np.dtype[Any]:
+    try:
+        known: np.dtype[Any] = kind.dtype
+    except TypeError:
+        if not isinstance(kind, h5t.TypeCompoundID):
+            return np.dtype(f"V{kind.get_size()}")
+        count = kind.get_nmembers()
+        return np.dtype(
+            {
+                "names": [kind.get_member_name(i).decode() for i in range(count)],
+                "formats": [_dtype_of(kind.get_member_type(i)) for i in range(count)],
+                "offsets": [kind.get_member_offset(i) for i in range(count)],
+                "itemsize": kind.get_size(),
+            }
+        )
+    return known
+
+
 def is_stored_as_in_memory(dataset: h5py.Dataset) -> bool:
     """Tell whether the values in the file are, byte for byte, those of the dataset's dtype."""
-    in_memory = h5py.h5t.py_create(dataset.dtype, logical=True)
-    return bool(in_memory.equal(dataset.id.get_type()))
+    return _is_for_bytes(dataset) or bool(
+        h5t.py_create(dataset.dtype, logical=True).equal(dataset.id.get_type())
+    )
+
+
+def _is_for_bytes(dataset: h5py.Dataset) -> bool:
+    """Tell whether HDF5 converts values to no type of numpy's, so that their bytes are taken."""
+    is_bits = isinstance(dataset.id.get_type(), h5t.TypeBitfieldID)
+    return is_bits or not is_known_to_numpy(dataset)
+
+
+def read_box(dataset: h5py.Dataset, values: npt.NDArray[Any], box: tuple[slice, ...]) -> None:
+    """Read a part of an array through HDF5, to values of its dtype in this machine's byte order.
+
+    Args:
+        dataset: that is open.
+        values: to fill, of the shape of the part, one after the other in memory.
+        box: from where to where along each axis, as far as it is not all of it.
+    """
+    if not _is_for_bytes(dataset):
+        dataset.read_direct(values, source_sel=box)
+        return
+    whole = (*box, *(slice(None),) * (dataset.ndim - len(box)))
+    bounds = [each.indices(size) for each, size in zip(whole, dataset.shape, strict=True)]
+    shape = tuple(stop - start for start, stop, _ in bounds)
+    there = dataset.id.get_space()
+    there.select_hyperslab(tuple(start for start, _, _ in bounds), shape)
+    kind = dataset.id.get_type()
+    raw = np.empty(shape, f"V{kind.get_size()}")
+    dataset.id.read(h5py.h5s.create_simple(shape), there, raw, kind)
+    values[...] = raw.view(dtype_of(dataset))

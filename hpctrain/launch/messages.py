@@ -187,13 +187,13 @@ def _put_array(out: bytearray, value: np.ndarray[Any, Any], depth: int) -> None:
         out += b"O"
         _put(out, value.reshape(-1).tolist(), depth)
         return
+    if value.dtype.hasobject:
+        raise TypeError(f"values of dtype {value.dtype} cannot be part of a message between ranks")
     _put_dtype(out, value.dtype, depth)
     _put_bytes(out, b"b", np.ascontiguousarray(value).tobytes())
 
 
 def _put_dtype(out: bytearray, value: np.dtype[Any], depth: int) -> None:
-    if value.hasobject:
-        raise TypeError(f"values of dtype {value} cannot be part of a message between ranks")
     if value.names is None and value.subdtype is None:
         _put_bytes(out, b"s", value.str.encode())
         return
@@ -343,6 +343,8 @@ class _Reader:
             array[:] = items
             return array.reshape(shape)
         dtype = self.dtype(depth)
+        if dtype.hasobject:
+            raise DecodingError("not a message of hpctrain: values of a dtype of objects")
         data = self._typed(bytes, depth)
         count = math.prod(shape)
         if count * dtype.itemsize != len(data) or count > max(1, len(data)):
@@ -355,11 +357,7 @@ class _Reader:
         return self._typed(np.ndarray, depth)[()]
 
     def dtype(self, depth: int) -> np.dtype[Any]:
-        described = self.value(depth)
-        dtype = np.lib.format.descr_to_dtype(described)
-        if dtype.hasobject:
-            raise DecodingError("not a message of hpctrain: a dtype of objects")
-        return dtype
+        return np.lib.format.descr_to_dtype(self.value(depth))
 
     def tensor_dtype(self, _depth: int = 0) -> Any:
         import torch

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from hpctrain.convert.sources import netcdf3, zarr_stores
-from hpctrain.convert.sources.formats import format_of, known
 from hpctrain.convert.sources.images import ImageFolder, images_in
 from hpctrain.convert.sources.indexed import Indexed, require_no_keys
 from hpctrain.convert.sources.remote import Listing, listed, public
 from hpctrain.convert.sources.source import Converted, Source, is_url
-from hpctrain.convert.sources.table import Part, Table, make_part
+from hpctrain.convert.sources.table import Part, Table, format_of, known, make_part
 from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import WHOLE, require_fields
 from hpctrain.data.discovery import in_order

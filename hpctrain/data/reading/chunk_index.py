@@ -20,7 +20,7 @@ from hpctrain.data.reading.filters import Pipeline
 from hpctrain.data.reading.scatter import Output
 from hpctrain.data.reading.threads import ThreadMemory
 from hpctrain.data.runs import Bytes, as_slice
-from hpctrain.data.storage import filters_of, is_stored_as_in_memory
+from hpctrain.data.storage import dtype_of, filters_of, is_stored_as_in_memory
 
 NO_FILTER = 2**32 - 1
 """The mask of a chunk that went through none of its filters."""
@@ -152,7 +152,7 @@ class ChunkedField:
             raise UndecodableError("in a number format that only HDF5 converts")
         self._shape: tuple[int, ...] = dataset.shape
         self._chunk: tuple[int, ...] = dataset.chunks
-        self._dtype = dataset.dtype
+        self._dtype = dtype_of(dataset)
         self.field = Field(self._shape[1:], self._dtype)
         self.samples = self._shape[0]
         self.rows = self._chunk[0]

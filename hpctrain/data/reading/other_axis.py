@@ -19,7 +19,7 @@ from hpctrain.data.reading.scatter import MOST_VECTORS, Destinations, scatter_by
 from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.threads import ThreadMemory
 from hpctrain.data.runs import Bytes
-from hpctrain.data.storage import HDF5_FAILURES
+from hpctrain.data.storage import HDF5_FAILURES, read_box
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
 
@@ -165,8 +165,7 @@ class OtherAxisReader:
         dataset = self._files.get(shard)[shard.inside(name)]
         last = first + values.shape[self._axis]
         self._sound.require(dataset, self._axis, first, last)
-        rows = (*(slice(None),) * self._axis, slice(first, last))
-        dataset.read_direct(values, source_sel=rows)
+        read_box(dataset, values, (*(slice(None),) * self._axis, slice(first, last)))
 
 
 def _open(shard: Shard, path: str) -> OpenShard:

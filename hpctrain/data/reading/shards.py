@@ -41,7 +41,7 @@ from hpctrain.data.reading.handles import (
 from hpctrain.data.reading.scatter import Destinations, InRuns, Output, Scattered
 from hpctrain.data.reading.threads import Helpers, ThreadMemory
 from hpctrain.data.runs import Bytes, Pieces
-from hpctrain.data.storage import HDF5_FAILURES, INSTALL
+from hpctrain.data.storage import HDF5_FAILURES, INSTALL, read_box
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import printable
 
@@ -309,7 +309,7 @@ class ShardReader:
             rows[0] = dataset[()]
             return
         self._sound.require(dataset, 0, first, first + len(out))
-        dataset.read_direct(rows, source_sel=np.s_[first : first + len(out)])
+        read_box(dataset, rows, (slice(first, first + len(out)),))
 
 
 def most_open_files() -> int:

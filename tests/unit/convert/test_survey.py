@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import netCDF4
 import numpy as np
-import pandas as pd
 import pytest
-import xarray as xr
-from h5py import h5d, h5s, h5t
+from helpers.jobs import here
+from helpers.made_files import ROWS, make_all
+from helpers.made_files import h5py__every_class_of_types as every_type
+from helpers.made_files import netcdf4__era5_as_the_store_delivers_it as era5
 
 from hpctrain.cli import main
-from hpctrain.convert.survey import Item, survey
+from hpctrain.convert.items import Item
+from hpctrain.convert.survey import survey
 from hpctrain.data import open_dataset, walking
 from hpctrain.errors import DatasetError
 
@@ -27,190 +28,157 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROWS = 6
+MODEL = """
+import torch
 
 
-def every_type(path: Path) -> None:
-    """One array of each class of types that HDF5 has."""
-    with h5py.File(path, "w") as file:
-        file["number"] = np.arange(3 * ROWS, dtype=">f4").reshape(ROWS, 3)
-        file["bool"] = np.zeros(ROWS, bool)
-        file["complex"] = np.zeros(ROWS, "c8")
-        file["text"] = np.array(["a"] * ROWS, dtype=object)
-        file["letters"] = np.array([b"abc"] * ROWS)
-        file["record"] = np.zeros(
-            ROWS, [("pt", "f4"), ("hits", "i4", (2, 3)), ("n", [("x", "u1")])]
-        )
-        file.create_dataset("jets", (ROWS,), h5py.vlen_dtype("f4"))
-        file.create_dataset("kind", (ROWS,), h5py.enum_dtype({"A": 1, "B": 2}, basetype="i2"))
-        file["opaque"] = np.zeros(ROWS, "V7")
-        file["date"] = np.zeros(ROWS, "M8[s]").astype(h5py.opaque_dtype("M8[s]"))
-        file.create_dataset("object", (ROWS,), h5py.ref_dtype)
-        file.create_dataset("region", (ROWS,), h5py.regionref_dtype)
-        file.create_dataset("array", (ROWS,), "(2,3)f4")
-        file.create_dataset("long", (ROWS,), "g")
-        rows = h5s.create_simple((ROWS,))
-        h5d.create(file.id, b"bits", h5t.STD_B16LE, rows)
-        h5d.create(file.id, b"time", h5t.UNIX_D32LE, rows)
-        h5d.create(file.id, b"caf\xe9", h5t.IEEE_F32LE, rows)
-        file["one"], file["null"], file["none"] = 3.0, h5py.Empty("f4"), np.zeros((0, 3))
-        file["link"], file["dead"] = h5py.SoftLink("/number"), h5py.SoftLink("/gone")
-        file["far"] = h5py.ExternalLink("gone.h5", "/x")
-        file["esc\x1b[31m"] = np.zeros(ROWS)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
 
+    def training_step(self, batch, batch_idx):
+        values = [v for v in batch.values() if torch.is_tensor(v) and v.numel()]
+        parts = [(v.abs() if v.is_complex() else v).double().nan_to_num().mean() for v in values]
+        return self.weight * (1 + sum(parts)).float()
 
-def era5(path: Path) -> None:
-    """As the Climate Data Store delivers it: packed, with times, a scalar and a text."""
-    with netCDF4.Dataset(path, "w") as file:
-        for name, length in (("valid_time", 48), ("latitude", 9), ("longitude", 18), ("bnds", 2)):
-            file.createDimension(name, length)
-            if name != "bnds":
-                file.createVariable(name, "f8", (name,))[:] = np.arange(length)
-        file["valid_time"].setncatts({"units": "hours since 1990-1-1", "calendar": "standard"})
-        field = file.createVariable(
-            "t2m", "i2", ("valid_time", "latitude", "longitude"), fill_value=-32767
-        )
-        field.setncatts({"scale_factor": 0.01, "add_offset": 270.0, "units": "K"})
-        field[:] = 270 + np.random.default_rng(0).random((48, 9, 18))
-        file.createVariable("number", "i8", ())[...] = 0
-        file.createVariable("expver", str, ("valid_time",))[:] = np.array(["0001"] * 48, object)
-
-
-def cmip(path: Path) -> None:
-    """Months of a calendar without leap days, with their bounds."""
-    with netCDF4.Dataset(path, "w") as file:
-        file.createDimension("time", None)
-        file.createDimension("bnds", 2)
-        file.createDimension("lat", 4)
-        time = file.createVariable("time", "f8", ("time",))
-        time.setncatts({"units": "days since 1850-01-01", "calendar": "noleap"})
-        time[:] = np.arange(12) * 30 + 15.5
-        file.createVariable("time_bnds", "f8", ("time", "bnds"))[:] = 0
-        file.createVariable("tas", "f4", ("time", "lat"))[:] = 1
-
-
-def reanalysis(path: Path) -> None:
-    times = pd.date_range("2001-02-03", periods=ROWS, freq="6h")
-    data = {"u": (("time", "x"), np.ones((ROWS, 5), "f4")), "mask": (("x",), np.ones(5, "i1"))}
-    xr.Dataset(data, {"time": times}).to_netcdf(path, engine="h5netcdf")
-
-
-# PyTables brings filters of its own, which would take the place of h5py's in this process.
-FRAME = f"""
-import sys, warnings
-import numpy as np, pandas as pd
-
-warnings.simplefilter("ignore")  # of names that are no identifiers
-table = pd.DataFrame({{"a": np.arange({ROWS}, dtype="f8"), "b": ["x"] * {ROWS}}})
-table.to_hdf(sys.argv[1], key="table", format="table", mode="w")
-table[["a"]].to_hdf(sys.argv[1], key="fixed", format="fixed")
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-6)
 """
-TABLES = f"""
-import sys
-import numpy as np, tables
-
-with tables.open_file(sys.argv[1], "w") as file:
-    file.create_array("/", "image", np.zeros(({ROWS}, 4, 4), "u1"))
-    file.create_vlarray("/", "tokens", tables.Int32Atom()).append([1, 2, 3])
-    file.create_earray("/", "grown", tables.Float32Atom(), (0, 2)).append(np.ones(({ROWS}, 2)))
+CONFIG = """
+[run]
+name = "any"
+[model]
+use = "any_model:Net"
+[training]
+max_steps = 1
+[checkpoint]
+resume = "never"
 """
 
 
-def frame(path: Path) -> None:
-    """A pandas table: a compound array, and its axes pickled or as text."""
-    subprocess.run([sys.executable, "-c", FRAME, str(path)], check=True)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Return files of many makers, by what they are."""
+    return make_all(tmp_path_factory.mktemp("made"))
 
 
-def pytables(path: Path) -> None:
-    subprocess.run([sys.executable, "-c", TABLES, str(path)], check=True)
-
-
-def matlab(path: Path) -> None:
-    """Version 7.3: a block of text before HDF5 begins, references to cells."""
-    with h5py.File(path, "w", userblock_size=512) as file:
-        file["X"] = np.zeros((ROWS, 8))
-        file["X"].attrs["MATLAB_class"] = np.bytes_("double")
-        cell = file.create_dataset("#refs#/a", data=np.array([[65]], "u2"))
-        file["names"] = np.array([[cell.ref]], h5py.ref_dtype)
-    with path.open("r+b") as raw:
-        raw.write(b"MATLAB 7.3 MAT-file")
-
-
-def episodes(path: Path) -> None:
-    """A group a demonstration, of its own length, as robomimic writes them."""
-    with h5py.File(path, "w") as file:
-        for number in range(12):
-            group = file.create_group(f"data/demo_{number}")
-            group["actions"] = np.zeros((number + 3, 7), "f4")
-            group["obs/image"] = np.zeros((number + 3, 4, 4, 3), "u1")
-        file["mask/train"] = np.array([b"demo_0", b"demo_1"])
-
-
-def sparse(path: Path) -> None:
-    """As anndata writes a matrix by rows: values, columns, and where rows begin."""
-    with h5py.File(path, "w") as file:
-        group = file.create_group("X")
-        group.attrs["encoding-type"] = "csr_matrix"
-        group["data"], group["indices"] = np.ones(20, "f4"), np.zeros(20, "i4")
-        group["indptr"] = np.arange(ROWS + 1)
-        file["obs/_index"] = np.array(["cell"] * ROWS, object)
-
-
-@pytest.mark.parametrize(
-    ("make", "trains", "texts"),
-    [
-        (every_type, {ROWS: ["bits", "bool", "complex", "esc\x1b[31m", "kind", "number"]}, [
-            "int16, one of A, B", "compound {pt: float32, hits: arrays 2", "no: it cannot become",
-            "sequences of float32", "bitfield of 16 bits", "time of 4 bytes", "caf\\xe9",
-            "to gone.h5:/x, where there is nothing", "esc\\x1b[31m", "opaque of 7 bytes",
-        ]),
-        (era5, {48: ["t2m"]}, [
-            "1990-01-01 00:00 to 1990-01-02 23:00, standard calendar",
-            "decoded: x 0.01, + 270, some stand for missing values", "--fields t2m",
-            "the length of an axis of netCDF", "one value, and no axis of samples",
-        ]),
-        (cmip, {12: ["tas", "time_bnds"]}, [
-            "15.5 days since 1850-01-01 to 345.5 days since 1850-01-01, noleap calendar",
-        ]),
-        (reanalysis, {ROWS: ["u"], 5: ["mask"]}, ["2001-02-03 00:00 to 2001-02-04 06:00"]),
-        (frame, {ROWS: None}, ["compound {index: int64"]),
-        (pytables, {ROWS: ["grown", "image"]}, ["sequences of int32"]),
-        (matlab, {ROWS: ["X"], 1: ["#refs#/a"]}, ["reference"]),
-        (episodes, {}, ["data/*/actions", "12 times, such as 3 x 7", "groups that hold the same"]),
-        (sparse, {20: ["X/data", "X/indices"], ROWS + 1: ["X/indptr"]}, ["no: it cannot become"]),
-    ],
-)  # fmt: skip
-def test_files_of_other_makers_are_told_whole(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    make: Callable[[Path], None],
-    trains: dict[int, list[str] | None],
-    texts: list[str],
-) -> None:
-    path = tmp_path / "a.h5"
-    make(path)
-    sets = {
-        rows: [item.path for item in items] for rows, items in survey(str(path)).trainable().items()
-    }
-    for rows, names in trains.items():
-        assert names is None or sorted(sets[rows]) == names
-        # What is said to train together opens as one dataset.
-        assert open_dataset(str(path), sets[rows]).samples == rows
-    assert None in trains.values() or not set(sets) - set(trains)
+def told_of(path: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["data", "info", str(path)]) == 0
     told = capsys.readouterr().out
     assert "\x1b" not in told
-    for text in texts:
-        assert text in told
-    if "[data.fields]" in told:
-        lines = [line[2:] for line in told.splitlines() if line.startswith("  ")]
-        said = tomllib.loads("\n".join(lines[lines.index("[data]") :]))
-        assert {each["path"] for each in said["data"]["fields"].values()} == set(
-            next(iter(sets.values()))
-        )
-    assert main(["data", "info", str(path), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts.get("arrays") or facts["fields"]
+    return told
+
+
+def tables_in(told: str) -> str:
+    """Return the tables that are told to be copied, as TOML."""
+    lines = [line[2:] for line in told.splitlines() if line.startswith("  ")]
+    return "\n".join(lines[lines.index("[data]") :]) if "[data]" in lines else ""
+
+
+def test_no_file_is_refused_and_what_is_told_trains(
+    made: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(made) >= 50
+    assert len({name.partition(":")[0] for name in made}) >= 12
+    (tmp_path / "any_model.py").write_text(MODEL)
+    useless = []
+    for name, path in made.items():
+        tables = tables_in(told_of(path, capsys))
+        assert main(["data", "info", str(path), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert len(facts["arrays"]) or "nothing" in name
+        if not tables:
+            useless.append(name)
+            continue
+        said = tomllib.loads(tables)["data"]
+        wanted = [each["path"] for each in facts["sets"][0]["fields"]]
+        assert [each["path"] for each in said["fields"].values()] == wanted[: len(said["fields"])]
+        # Those of plain arrays have been opened, as tables are before they are told.
+        if any(len(each) > 1 or "*" in each["path"] for each in said["fields"].values()):
+            sized = tables.replace("[data]", "[data]\nglobal_batch_size = 2")
+            (tmp_path / "run.toml").write_text(CONFIG + sized)
+            here(tmp_path, "run.toml")
+    assert sorted(useless) == [
+        "h5py: a sample an array",
+        "h5py: events in groups of their own shape",
+        "h5py: groups without arrays",
+        "h5py: nothing at all",
+        "h5py: references only",
+    ]
+
+
+SAID = {
+    "h5py: every class of types": [
+        "int16, one of A, B", "compound {pt: float32, hits: arrays 2", "sequences of float32",
+        "bitfield of 16 bits", "time of 4 bytes", "opaque of 7 bytes",
+        'letters = {path = "letters", classes = "sorted"}', 'needs dtype = "bytes"',
+        'date = {path = "date", dtype = "int64"}', 'hits = {path = "record/hits"}',
+        "no: it holds references to places in this file, which are not followed",
+    ],
+    "h5py: types of odd widths": ['bits = {path = "bits", dtype = "int64"}'],
+    "h5py: links of all kinds": [
+        "a link to /a/x", "to /gone, where there is nothing", "other:/x",
+        "to gone.h5:/x, where there is nothing", "to /a, which is a group",
+    ],
+    "h5py: names of all kinds": ["esc\\x1b[31m", "caf\\xe9", "no: its name is not UTF-8"],
+    "h5py: attributes of all kinds": ['needs decode = "none"'],
+    "h5py: images by offsets": [
+        'image = {path = "image", offsets = "image_offsets", image = [224, 224]}',
+        "offsets: where samples begin in image",
+    ],
+    "h5py: graphs by offsets and counts": [
+        'edge = {path = "edge", counts = "num_edges", batch = "concat"}',
+        'pos = {path = "pos", offsets = "atom_ptr", batch = "concat"}',
+        'energy = {path = "energy"}',
+    ],
+    "h5py: starts without an end": ['offsets = "tokens_start"'],
+    "h5py: a sample an array": ["patch_*", "64 times, such as 8 x 8", "`data pack`"],
+    "h5py: a virtual without its source": ["its source gone.h5 is missing", 'path = "x"'],
+    "robomimic: demonstrations": [
+        'actions = {path = "data/demo_*/actions"}', "11 times, such as 3 x 7",
+    ],
+    "matlab: version 7 3": [
+        'X = {path = "X", axis = 1}', 'z = {path = "z", axis = 1, dtype = "complex128"}',
+        "letters of MATLAB", "no: it holds references",
+    ],
+    "netcdf4: era5 as the store delivers it": [
+        "1990-01-01 00:00 to 1990-01-01 11:00, standard calendar", "--fields expver,t2m",
+        "decoded: x 0.01, + 270, some stand for missing values", "one value, and no axis of",
+    ],
+    "netcdf4: cmip without leap days": [
+        "15.5 days since 1850-01-01 to 345.5 days since 1850-01-01, noleap calendar",
+    ],
+    "netcdf4: members before time": ['t = {path = "t", axis = 1}'],
+    "wrf: letters of times": ['needs dtype = "bytes"', 'T2 = {path = "T2"}'],
+    "pytables: a table with an index": ["an index of PyTables", 'path = "particles/energy"'],
+    "pandas: columns to search by": ['x = {path = "obs/table/x"}'],
+    "anndata: cells by genes": ['offsets = "X/indptr"', 'X_pca = {path = "obsm/X_pca"}'],
+    "hdf5: a filter that nobody has": ["no: ", "hpctrain[filters]", 'x = {path = "x"}'],
+}  # fmt: skip
+
+
+def test_what_is_told_of_files_of_other_makers(
+    made: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, texts in SAID.items():
+        told = told_of(made[name], capsys)
+        for text in texts:
+            assert text in told, f"{name}: {told}"
+
+
+def test_keys_are_of_all_files_and_of_none_that_others_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, more in (("a", ["x", "y"]), ("b", ["x"])):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            for field in more:
+                file[field] = np.zeros((ROWS, 2))
+            file["word"] = np.array([b"a", b"b"] * (ROWS // 2))
+    told = told_of(tmp_path, capsys)
+    assert 'x = {path = "x"}' in told
+    assert "y = {" not in told
+    assert 'no: field "y" is not in this file' in told or "b.h5" in told
 
 
 def test_the_tools_name_their_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,8 +265,8 @@ def test_alike_groups_are_one_at_every_level(tmp_path: Path) -> None:
                 file[f"s{subject}/r{run}/eeg"] = np.zeros((10, 2))
         file["s9/other"] = np.zeros(3)
     found = {item.path: item for item in survey(str(tmp_path / "a.h5")).items}
-    assert list(found) == ["*/*/eeg", "s9/other"]
-    eeg: Item = found["*/*/eeg"]
+    assert list(found) == ["s*/r*/eeg", "s9/other"]
+    eeg: Item = found["s*/r*/eeg"]
     assert eeg.count == 12
 
 

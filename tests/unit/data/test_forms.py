@@ -332,3 +332,42 @@ def test_references_are_refused_with_an_explanation(tmp_path: Path) -> None:
         file.create_dataset("v", data=[file["a"].ref] * 3, dtype=h5py.ref_dtype)
     with pytest.raises(DatasetError, match="references, to places in this file"):
         _delivered(path, path="v", dtype="bytes")
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_types_that_numpy_lacks(tmp_path: Path, chunk: int | None) -> None:
+    """Arrays as types, bitfields, whole numbers of three bytes, and times of four."""
+    numbers = np.arange(ROWS, dtype=np.int32) * 70000 - 500000
+    storage = {} if chunk is None else {"chunks": (chunk,), "compression": "gzip"}
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if chunk is not None:
+        properties.set_chunk((chunk,))
+        properties.set_deflate(1)
+    odd = h5py.h5t.STD_I32BE.copy()
+    odd.set_size(3)
+    bits = h5py.h5t.STD_B64BE
+    of_bytes = {
+        "odd": (odd, numbers.astype(">i4").view("u1").reshape(ROWS, 4)[:, 1:], "V3"),
+        "bits": (bits, numbers.astype(">u8"), "V8"),
+        "time": (h5py.h5t.UNIX_D32LE, numbers.astype("<i4"), "V4"),
+    }
+    path = tmp_path / "a.h5"
+    matrices = np.arange(6 * ROWS, dtype="f4").reshape(ROWS, 2, 3)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("v", (ROWS,), "(2,3)>f4", **storage)[:] = matrices
+        rows = h5py.h5s.create_simple((ROWS,))
+        for name, (kind, values, raw) in of_bytes.items():
+            made = h5py.h5d.create(file.id, name.encode(), kind, rows, properties)
+            whole = np.ascontiguousarray(values).view(raw).reshape(ROWS)
+            made.write(h5py.h5s.ALL, h5py.h5s.ALL, whole, kind)
+    np.testing.assert_array_equal(_delivered(path, path="v"), matrices)
+    some = _delivered(path, path="v", select={"1": [2, 0]}, dtype="float64")
+    np.testing.assert_array_equal(some, matrices[:, :, [2, 0]])
+    np.testing.assert_array_equal(_delivered(path, path="odd", dtype="int32"), numbers)
+    np.testing.assert_array_equal(_delivered(path, path="bits"), numbers.astype("u8"))
+    np.testing.assert_array_equal(_delivered(path, path="time", dtype="int64"), numbers)
+    assert _delivered(path, path="odd", dtype="bytes").shape == (ROWS, 3)
+    with pytest.raises(DatasetError, match='say dtype = "int64"'):
+        _delivered(path, path="odd", squeeze=True)
+    with pytest.raises(DatasetError, match=r"row \d+: .* is not a number of uint16"):
+        _delivered(path, path="odd", dtype="uint16")

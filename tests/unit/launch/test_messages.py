@@ -57,6 +57,8 @@ VALUES: tuple[object, ...] = (
     *(nested(MOST_DEPTH), LaunchSection(), NEWEST, ExitCode.DATA, Node("boot", "host")),
     *([Address("eth0", "::1")], DATASET, Answer(1, "host", (2, "x"))),
     *(np.dtype("<f4"), np.dtype("M8[ns]"), np.dtype([("a", "<i4"), ("b", "S3")])),
+    # Texts of any length in an HDF5 file, alone and as a member of a table.
+    *(np.dtype("O"), np.dtype([("word", "O"), ("mass", "<f4")])),
     *(torch.float32, torch.bfloat16, np.float64(0.1), np.int8(-3), np.bool_(True)),
 )
 
