@@ -99,8 +99,10 @@ def find_rows(shard: Shard, field: Field) -> Rows:
         raise DatasetError(f'{path}: field "{name}": {error}') from error
     collections[unknown] = _BY_HDF5
     collections[counts == 0] = 0
-    outside = (counts * field.row_bytes > shard.size) | (collections >= shard.size)
-    outside |= (collections < _BY_HDF5) | ((collections == 0) & (counts > 0))
+    # No two rows share values, so that all of them together fit into the file as well.
+    outside = np.cumsum(np.where(unknown, 0, counts)) * field.row_bytes > shard.size
+    outside |= (collections >= shard.size) | (collections < _BY_HDF5)
+    outside |= (collections == 0) & (counts > 0)
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
         raise DatasetError(
