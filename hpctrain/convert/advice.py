@@ -19,7 +19,7 @@ _OFFSETS = re.compile(r"ptr|offset|start|begin|split|bound|^jc$|cumul|first", re
 _COUNTS = re.compile(r"count|len|^n_?|num|size|sizes", re.IGNORECASE)
 _IN_MATLAB = "#refs#"
 """Group in which MATLAB keeps the values of cells and structures that others refer to."""
-KEYED = "arrays beside each other, a sample each: `data pack` makes one of them"
+KEYED = "arrays beside each other, a sample each: write them as one array, or each in its own group"
 _OF_PYTABLES = re.compile("(^|/)_i_[^/]+/")
 _PROBLEMS = {
     "reference": (

@@ -133,7 +133,7 @@ SAID = {
         'energy = {path = "energy"}',
     ],
     "h5py: starts without an end": ['offsets = "tokens_start"'],
-    "h5py: a sample an array": ["patch_*", "64 times, such as 8 x 8", "`data pack`"],
+    "h5py: a sample an array": ["patch_*", "64 times, such as 8 x 8", "a sample each: write"],
     "h5py: a virtual without its source": ["its source gone.h5 is missing", 'path = "x"'],
     "robomimic: demonstrations": [
         'actions = {path = "data/demo_*/actions"}', "11 times, such as 3 x 7",
