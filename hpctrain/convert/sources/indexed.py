@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.convert.sources.arrays import plain_attributes
-from hpctrain.convert.sources.source import Arrays, identity_of, native
+from hpctrain.convert.sources.source import Arrays, identity_of, native, require_same_units
 from hpctrain.data.coding import without_coding
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
@@ -91,6 +91,7 @@ class Indexed:
             if name in to_decode or len(set(dataset.codings(name))) > 1
         ]
         decoded = decodings([dataset.select(names)])[0] if names else {}
+        _require_same_units(dataset)
         attributes = {
             name: without_coding(each) if name in decoded else each
             for name, each in read_attributes(dataset).items()
@@ -152,6 +153,22 @@ class Indexed:
     @cached_property
     def _access(self) -> RowReader:
         return open_rows(self.dataset, retries=0)
+
+
+def _require_same_units(dataset: Dataset) -> None:
+    """Check that each field is in one unit in all shards.
+
+    Raises:
+        DatasetError: if one is not, or a shard cannot be read.
+    """
+    said: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in dataset.fields}
+    for shard in dataset.shards:
+        with open_hdf5_file(shard.path) as file:
+            for name, each in said.items():
+                if (found := file.get(shard.inside(name))) is not None:
+                    each.append((shard.path, plain_attributes(found)))
+    for name, each in said.items():
+        require_same_units(name, each)
 
 
 def read_attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:

@@ -164,6 +164,35 @@ def optional(module: str, extra: str, what: str) -> ModuleType:
         ) from error
 
 
+_OF_VALUES = ("units", "calendar")
+"""Attributes by which the same number is another value."""
+
+
+def require_same_units(name: str, said: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Check that the values of a field are in one unit in all files, such as days since one date.
+
+    Args:
+        name: of the field.
+        said: the path of each file, and the attributes of the field there.
+
+    Raises:
+        DatasetError: if they are not: what is packed has one.
+    """
+    first: tuple[str, dict[str, str]] | None = None
+    for path, attributes in said:
+        units = {key: str(attributes[key]) for key in _OF_VALUES if key in attributes}
+        if first is None:
+            first = path, units
+        elif units != first[1]:
+            here, there = (", ".join(each.values()) or "no unit" for each in (units, first[1]))
+            raise DatasetError(
+                f'{path}: field "{name}" is in {here}, but in {there} in {first[0]}: its numbers '
+                "would be taken for those of one unit. Leave the field out, or write the files "
+                "with one unit, xarray's to_netcdf(encoding={NAME: {'units': ...}}). Training "
+                "takes such files as they are"
+            )
+
+
 def kept_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return those attributes that HDF5 can keep too: texts, numbers and lists of these."""
     kept: dict[str, Any] = {}

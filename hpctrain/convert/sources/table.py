@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.sources import arrays, columns, netcdf3, zarr_stores
-from hpctrain.convert.sources.source import ArrayFacts, Arrays, identity_of, native, reading
+from hpctrain.convert.sources.source import (
+    ArrayFacts,
+    Arrays,
+    identity_of,
+    native,
+    reading,
+    require_same_units,
+)
 from hpctrain.data.coding import PLAIN, Coding, coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
@@ -147,6 +154,8 @@ class Table:
                         f"{_describe(first)} in {first.path}: give files that fit together"
                     )
         self._require_equal_rows()
+        for name, parts in self.columns.items():
+            require_same_units(name, ((part.path, part.facts.attributes) for part in parts))
         for name, codings in self._decoded.items():
             for part, coding in zip(self.columns[name], codings, strict=True):
                 if coding.problem:

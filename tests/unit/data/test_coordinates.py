@@ -11,8 +11,10 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
+from helpers.jobs import here
 
 from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
+from hpctrain.convert.sources.indexed import Indexed
 from hpctrain.data.calendars import CALENDARS, Clock, parse_date
 from hpctrain.data.open_datasets import open_datasets, open_for_evaluation, open_for_training
 from hpctrain.data.reading.rows import read_rows
@@ -294,6 +296,21 @@ def test_missing_times_and_joined_files(tmp_path: Path, caplog: pytest.LogCaptur
     found = open_for_training(section, ["y", "t"])
     np.testing.assert_array_equal(_rows(found)[:, 0] / 2, [1, 3])
     assert 'row 0 has "time" 2000-01-01 in' in caplog.text
+
+
+def test_times_since_other_dates_are_not_packed_as_if_since_one(tmp_path: Path) -> None:
+    for year in (2000, 2001):
+        times = xr.date_range(f"{year}-01-01", periods=3)
+        units = {"units": f"days since {year}-01-01"}
+        data = np.arange(6, dtype=np.float32).reshape(3, 2)
+        made = xr.Dataset({"t": (("time", "x"), data)}, {"time": times})
+        made.to_netcdf(tmp_path / f"{year}.nc", engine="h5netcdf", encoding={"time": units})
+    said = here(tmp_path, "data", "pack", "200?.nc", "packed", code=65)
+    assert 'field "time" is in' in said
+    assert "days since 2000-01-01" in said
+    with pytest.raises(DatasetError, match='field "time" is in'):
+        Indexed.open(str(tmp_path / "200?.nc"))
+    assert Indexed.open(str(tmp_path / "200?.nc"), ["t"]).samples == 6
 
 
 def test_mixed_sources_by_date(tmp_path: Path) -> None:
