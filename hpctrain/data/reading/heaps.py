@@ -87,8 +87,6 @@ def find_rows(shard: Shard, field: Field) -> Rows:
             stored, unknown = _descriptors(dataset, path, field)
             counts = stored["count"].astype(np.int64)
             collections = stored["collection"].astype(np.int64)
-            if not _agree(dataset, counts, unknown):
-                unknown[:] = True
             _count_by_hdf5(dataset, counts, unknown)
             if unknown.any() and not field.dtype.isnative:
                 raise ValueError(
@@ -179,12 +177,6 @@ def _read_chunks(
         rows = slice(number * size, min((number + 1) * size, len(stored)))
         stored[rows] = content.reshape(-1).view(_DESCRIPTOR)[: rows.stop - rows.start]
         unknown[rows] = False
-
-
-def _agree(dataset: h5py.Dataset, counts: Int64s, unknown: npt.NDArray[np.bool_]) -> bool:
-    """Tell whether HDF5 finds as many values in the first and the last row that has some."""
-    known = np.flatnonzero(~unknown & (counts > 0))
-    return all(len(dataset[row]) == counts[row] for row in {*known[:1].tolist(), *known[-1:]})
 
 
 def _count_by_hdf5(dataset: h5py.Dataset, counts: Int64s, unknown: npt.NDArray[np.bool_]) -> None:
