@@ -454,6 +454,7 @@ def _objects_in(descriptor: int, collection: int) -> dict[int, tuple[int, int]]:
     if (signature, version) != (b"GCOL", 1):
         raise OSError(f"there is no global heap at byte {collection:,}: the file is damaged")
     found: dict[int, tuple[int, int]] = {}
+    size = min(size, os.fstat(descriptor).st_size - collection)
     at = _COLLECTION.size
     while at + _OBJECT.size <= size:
         if at + _OBJECT.size <= len(head):
