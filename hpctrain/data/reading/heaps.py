@@ -466,7 +466,7 @@ def _objects_in(descriptor: int, collection: int) -> dict[int, tuple[int, int]]:
             number, _, length = _OBJECT.unpack(header)
         if not number:  # what is free, up to the end
             break
-        found[number] = (collection + at + _OBJECT.size, length)
+        found[number] = (collection + at + _OBJECT.size, min(length, size))
         at += _OBJECT.size + (length + 7) // 8 * 8
     return found
 
