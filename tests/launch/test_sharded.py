@@ -32,13 +32,15 @@ def command(ranks: int, body: str, *arguments: str) -> list[str]:
 def test_killed_at_random_moments_nothing_is_torn(tmp_path: Path) -> None:
     """Whatever has a final name is whole, and there is always one."""
     draw, seen = random.Random(5), 0
+    places = [str(BODIES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # for helpers
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
     checkpoints = tmp_path / "checkpoints"
     for _ in range(3):
         job = subprocess.Popen(
             command(2, "sharded_saves.py", str(tmp_path), "save"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | environment,
         )
         before = set(checkpoints.glob("step-*"))
 
