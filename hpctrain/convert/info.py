@@ -76,7 +76,10 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def description(facts: Mapping[str, Any], *, with_fields: bool = True) -> str:
-    """Return the facts as text, several lines; perhaps without a line for each field."""
+    """Return the facts as text, several lines; perhaps without a line for each field.
+
+    Without one, only what becomes of stored numbers is told, which is of all files.
+    """
     values = facts["samples"] * facts["bytes_per_sample"]
     samples, shards = plural(facts["samples"], "sample"), plural(facts["shards"], "shard")
     lines = [
@@ -86,6 +89,8 @@ def description(facts: Mapping[str, Any], *, with_fields: bool = True) -> str:
         f"  fingerprint: {facts['fingerprint']}",
     ]
     if not with_fields:
+        decoded = {name: field["decoded"] for name, field in facts["fields"].items()}
+        lines += [f"  {name}: decoded {how}" for name, how in decoded.items() if how is not None]
         return "\n".join(map(printable, lines))
     rows = [("field", "dtype", "shape", "stored", "")]
     for name, field in facts["fields"].items():

@@ -128,6 +128,10 @@ AS_BEFORE = {
     "logging.machine": "what is trained does not know of it",
     "logging.report": "it is written once the run is complete",
     **dict.fromkeys(
+        (f"notify.{key}" for key in ("command", "on", "timeout_seconds")),
+        "what is trained does not know of it",
+    ),
+    **dict.fromkeys(
         (
             f"profile.{key}"
             for key in (
