@@ -215,7 +215,7 @@ def assert_told(error: ConfigError, content: bytes) -> None:
 def test_the_examples_are_valid(site: Path, name: str) -> None:
     Path(name).write_text(EXAMPLES[name], encoding="utf-8")
     config = load(name)
-    Path("saved.toml").write_text(to_toml(config), encoding="utf-8")
+    Path("saved.toml").write_text(to_toml(config, with_job=True), encoding="utf-8")
     assert load("saved.toml") == config
 
 
@@ -246,7 +246,7 @@ def test_mutants(site: Path, seed: int) -> None:
         if error is not None:
             assert_told(error, content)
             continue
-        Path("saved.toml").write_text(to_toml(config), encoding="utf-8", newline="")
+        Path("saved.toml").write_text(to_toml(config, with_job=True), encoding="utf-8", newline="")
         assert load("saved.toml") == config, content
 
 
@@ -264,7 +264,7 @@ def test_overrides(site: Path, seed: int) -> None:
         except ConfigError as refusal:
             message = str(refusal)
         else:
-            Path("saved.toml").write_text(to_toml(config), encoding="utf-8", newline="")
+            Path("saved.toml").write_text(to_toml(config, with_job=True), encoding="utf-8", newline="")
             assert load("saved.toml") == config, override
             continue
         first, *mistakes = message.split("\n")
