@@ -14,6 +14,7 @@ class OneSample:
     sample: dict[str, Tensor]
     largest_share: int
     smallest_share: int = 0
+    largest_pass: int | None = None
 
     def example(self, count: int = 1) -> dict[str, Tensor]:
         return repeated(self.sample, count)

@@ -147,7 +147,8 @@ def test_a_deadlock_shows_where_the_ranks_are(start: Start) -> None:
 
 
 def at_start(run: Path) -> bool:
-    return (run / "log.txt").exists()
+    log = run / "log.txt"
+    return log.exists() and log.stat().st_size > 0  # the watchdog knows of the folder by then
 
 
 def in_a_step(run: Path) -> bool:

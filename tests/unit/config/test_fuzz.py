@@ -264,7 +264,9 @@ def test_overrides(site: Path, seed: int) -> None:
         except ConfigError as refusal:
             message = str(refusal)
         else:
-            Path("saved.toml").write_text(to_toml(config, with_job=True), encoding="utf-8", newline="")
+            Path("saved.toml").write_text(
+                to_toml(config, with_job=True), encoding="utf-8", newline=""
+            )
             assert load("saved.toml") == config, override
             continue
         first, *mistakes = message.split("\n")

@@ -356,7 +356,10 @@ WAY_OUT = r"`python -m hpctrain data pack dataset=m:f data/x`"
             ),
             rf"_Batches puts batches together.*{WAY_OUT}",
         ),
-        ([DataLoader(user_data.Texts())] * 2, r"m:f: 2 loaders in a list; one order is of one Dataset"),
+        (
+            [DataLoader(user_data.Texts())] * 2,
+            r"m:f: 2 loaders in a list; one order is of one Dataset",
+        ),
         (object(), r"m:f: object is no Dataset: it has no __getitem__"),
     ],
 )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.limits import JOB_SECONDS
 
 from hpctrain.observe import code, job_record, redacting
 from hpctrain.observe.code import module_changes, modules_now, repository_at, root_of, user_modules
@@ -131,6 +132,12 @@ def test_a_git_that_hangs_is_given_up(
     assert found.commit is not None
     assert found.dirty is None
     assert found.note == "git status took too long"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a record on a busy machine, too."""
+    monkeypatch.setattr(job_record, "_PATIENCE_SECONDS", JOB_SECONDS)
 
 
 @pytest.fixture

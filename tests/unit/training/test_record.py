@@ -11,15 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.limits import JOB_SECONDS
 from helpers.worlds import world_of_one
 
 from hpctrain.checkpoint.format import META, checksum_of_meta
 from hpctrain.launch.process_group import World
+from hpctrain.observe import job_record
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.record import changed_since, made_by
 
 SAVED = Path(__file__).parents[2] / "data" / "0.1.0" / "ddp" / "checkpoints" / "step-00000007"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a record on a busy machine, too."""
+    monkeypatch.setattr(job_record, "_PATIENCE_SECONDS", JOB_SECONDS)
 
 
 @pytest.fixture
