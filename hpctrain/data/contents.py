@@ -7,7 +7,7 @@ and their types in words, also those that a tensor has no counterpart for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -392,14 +392,18 @@ def text_attribute(dataset: h5py.Dataset, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def unit_in(path: str, name: str) -> str:
-    """Return the unit that an array of a file has; empty: the file does not say."""
+def units_in(path: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the units of those arrays of a file that say them."""
+    found = {}
     try:
-        with h5py.File(path, "r") as file:
-            found = file.get(name)
-            return text_attribute(found, "units") if isinstance(found, h5py.Dataset) else ""
+        with open_hdf5_file(path) as file:
+            for name in names:
+                there = file.get(name)
+                if isinstance(there, h5py.Dataset) and (unit := text_attribute(there, "units")):
+                    found[name] = unit
     except (OSError, ValueError, RuntimeError):
-        return ""  # another kind of file, or one that needs options to be opened
+        pass  # another kind of file, or one that needs options to be opened
+    return found
 
 
 def coding_in(dataset: h5py.Dataset) -> Coding:

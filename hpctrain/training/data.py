@@ -18,7 +18,7 @@ from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
 from hpctrain.config.schema import FieldTable
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
-from hpctrain.data.contents import unit_in
+from hpctrain.data.contents import units_in
 from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.decoding import decoding_record
 from hpctrain.data.discovery import verify_share
@@ -495,13 +495,17 @@ FIELDS = "fields"
 
 
 def units_of(train: Dataset) -> dict[str, str]:
-    """Return the units of fields whose files say them. Opens one file of each."""
-    found = {}
-    for name in train.fields:
-        home, inside = train.home(name)
-        if unit := unit_in(home.shards[0].path, inside):
-            found[name] = unit
-    return found
+    """Return the units of fields whose files say them. Opens the first file of each, once."""
+    homes = {name: train.home(name) for name in train.fields}
+    names: dict[str, set[str]] = {}
+    for home, inside in homes.values():
+        names.setdefault(home.shards[0].path, set()).add(inside)
+    units = {path: units_in(path, inside) for path, inside in names.items()}
+    return {
+        name: unit
+        for name, (home, inside) in homes.items()
+        if (unit := units[home.shards[0].path].get(inside))
+    }
 
 
 def fields_to_record(train: Dataset | MapDataset, units: Mapping[str, str]) -> dict[str, Any]:
