@@ -123,18 +123,25 @@ def open_mpi_on_both(hosts: Path, places: str, *options: str) -> list[str]:
     return [*launch, "--host", places, "-np", str(ranks)]
 
 
-def start_on_a(
-    hosts: Path, *command: str, cwd: Path = ROOT, around: Sequence[str] = ()
+def start_on(
+    hosts: Path, host: str, *command: str, cwd: Path = ROOT, around: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """Start a command on host A, below what is to be around all that it starts."""
+    """Start a command on a host, below what is to be around all that it starts."""
     return subprocess.Popen(
-        [*around, str(hosts / "enter.sh"), "A", " ".join(command)],
+        [*around, str(hosts / "enter.sh"), host, " ".join(command)],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"FI_TCP_IFACE": "eth0"},
     )
+
+
+def start_on_a(
+    hosts: Path, *command: str, cwd: Path = ROOT, around: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start a command on host A, as `start_on` does."""
+    return start_on(hosts, "A", *command, cwd=cwd, around=around)
 
 
 def start_on_both(
@@ -262,16 +269,7 @@ def test_ipv6_only_under_mpirun(ipv6_only: Path) -> None:
 def test_ipv6_only_by_hand(ipv6_only: Path) -> None:
     world = "WORLD_SIZE=2 MASTER_ADDR=fd77::1 MASTER_PORT=29500"
     processes = [
-        subprocess.Popen(
-            [
-                *(str(ipv6_only / "enter.sh"), host),
-                f"RANK={rank} {world} {sys.executable} {BODY}",
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        start_on(ipv6_only, host, f"RANK={rank} {world} {sys.executable} {BODY}", cwd=ROOT)
         for rank, host in enumerate(TWO)
     ]
     try:
@@ -405,16 +403,7 @@ def test_two_that_a_loop_has_started_on_two_hosts(hosts: Path, tmp_path: Path) -
     )
     config = f"{ROOT / 'configs' / 'run.toml'} training.max_epochs=10000 logging.every_steps=1"
     command = f"{of_ssh} {told} {sys.executable} -m hpctrain {config}"
-    both = [
-        subprocess.Popen(
-            [*("setsid", str(hosts / "enter.sh"), host), command],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for host in TWO
-    ]
+    both = [start_on(hosts, host, command, cwd=tmp_path, around=["setsid"]) for host in TWO]
     try:
         wait_for(lambda: any(each.poll() is not None for each in both))
         lost, won = sorted(both, key=lambda each: each.poll() is None)
@@ -459,16 +448,7 @@ def test_restarts_over_agents_of_two_hosts(hosts: Path, tmp_path: Path) -> None:
     meet = "--rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29512 --rdzv-id x"
     agent = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
     command = f"GLOO_SOCKET_IFNAME=eth0 {agent} --max-restarts 2 {meet} loop.py"
-    agents = [
-        subprocess.Popen(
-            [str(hosts / "enter.sh"), host, command],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for host in TWO
-    ]
+    agents = [start_on(hosts, host, command, cwd=tmp_path) for host in TWO]
     try:
         outputs = [agent.communicate(timeout=JOB_SECONDS)[0] for agent in agents]
     finally:
