@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.order import Order

@@ -24,7 +24,7 @@ import torch
 import xarray as xr
 from torch.utils.data import DataLoader, Dataset
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.decoding import decodings
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from hpctrain.config.schema import Config, DataSection, EarlyStoppingSection, TrainingSection
+from hpctrain.config.schema import Config, EarlyStoppingSection, TrainingSection
+from hpctrain.config.schema_data import DataSection
 
 FAST_DEV_RUN = "fast-dev-run"
 """What the name of such a run ends with: it never meets the run that it is a trial of."""

@@ -76,6 +76,11 @@ def config_error(path: str, mistakes: Sequence[Mistake]) -> ConfigError:
     return ConfigError("\n".join([f"{printable(path)}: {count}", *lines]))
 
 
+def reason_of(error: Exception) -> str:
+    """Return the reason of an operating system's error, or of a null byte in a path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def dotted(key: KeyPath) -> str:
     """Return a key as it stands in TOML, cut where it is long."""
     parts = (part if _BARE_KEY.fullmatch(part) else f'"{part}"' for part in key)

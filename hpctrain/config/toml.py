@@ -12,8 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.messages import NOT_GIVEN, KeyPath, Mistake, Verbatim, config_error, shown
-from hpctrain.config.schema import ComponentSection, Config, DataSection
+from hpctrain.config.messages import (
+    NOT_GIVEN,
+    KeyPath,
+    Mistake,
+    Verbatim,
+    config_error,
+    reason_of,
+    shown,
+)
+from hpctrain.config.schema import ComponentSection, Config
+from hpctrain.config.schema_data import DataSection
 from hpctrain.errors import ConfigError
 from hpctrain.utils.files import open_file
 from hpctrain.utils.text import did_you_mean, printable
@@ -134,8 +143,7 @@ def read(path: str) -> Source:
     except IsADirectoryError:
         raise ConfigError(f"{name}: is a folder; name the TOML file in it") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{name}: cannot be read: {reason}") from None
+        raise ConfigError(f"{name}: cannot be read: {reason_of(error)}") from None
     if len(data) > _LARGEST_BYTES:
         raise ConfigError(f"{name}: larger than {_LARGEST_BYTES:,} bytes: is this a config?")
     try:

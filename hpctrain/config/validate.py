@@ -11,12 +11,9 @@ import datetime
 import functools
 import json
 import math
-import types
 import typing
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
-
-from annotated_types import Ge, Gt, Interval, MinLen
+from typing import TYPE_CHECKING, Any
 
 from hpctrain.config.importing import has_method, is_reference
 from hpctrain.config.messages import KeyPath, Mistake, config_error
@@ -24,19 +21,11 @@ from hpctrain.config.registry import BUILTINS, OWN
 from hpctrain.config.rules import CHECKS
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.toml import Source, Table, apply_overrides, read, refuse_depth
+from hpctrain.config.value_types import choices, expectation
 from hpctrain.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    tuple: "a list of strings",
-    dict: "a table",
-}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -121,7 +110,7 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
                 elif inner is not None:
                     problem = f"expected {expectation(inner)}"
                     if isinstance(value := source.get(*key), str):
-                        problem += did_you_mean(value, _choices(inner), quote='"')
+                        problem += did_you_mean(value, choices(inner), quote='"')
                     mistakes.append(source.mistake(key, problem))
                 elif len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
                     mistakes.append(_item_misfit(source, key, kind, item["loc"][2:4], missing))
@@ -292,7 +281,7 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
         return source.mistake(key, f"missing; {problem}{slip}")
     value = source.get(*key)
     if isinstance(value, str):
-        problem += did_you_mean(value, _choices(annotation), quote='"')
+        problem += did_you_mean(value, choices(annotation), quote='"')
         if annotation is bool and value.lower() in ("true", "false", "yes", "no", "on", "off"):
             word = "true" if value.lower() in ("true", "yes", "on") else "false"
             problem += f"; did you mean {word}?"
@@ -455,62 +444,3 @@ def _table(annotation: Any) -> tuple[type | None, bool]:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return kind, True
     return None, False
-
-
-def expectation(annotation: Any) -> str:
-    """Return what values an annotation allows, such as "a whole number from 1"."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        kind, *constraints = typing.get_args(annotation)
-        text = expectation(kind)
-        for constraint in constraints:
-            text = _limited(text, constraint)
-        return text
-    if origin in (Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if kind not in _UNSAID]
-        return " or ".join(expectation(kind) for kind in kinds)
-    if origin is Literal:
-        words = [f'"{word}"' for word in typing.get_args(annotation)]
-        return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-    if dataclasses.is_dataclass(annotation):
-        return "a table"
-    return _collection(annotation) or _KINDS[origin or annotation]
-
-
-_UNSAID = (type(None), tuple[()])
-"""Parts of annotations that stand for a key that is left out."""
-
-
-def _collection(annotation: Any) -> str | None:
-    """Return what a list or table of one kind of thing allows."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is tuple and dataclasses.is_dataclass(arguments[0]):
-        keys = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
-        return f"a list of tables with the keys {keys}"
-    if origin is tuple and arguments[0] is int:
-        return f"a list of {len(arguments)} whole numbers"
-    if origin is dict and arguments[1] is str:
-        return "a table of strings"
-    return None
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    """Return the words that an annotation allows, if it allows only some."""
-    if typing.get_origin(annotation) is Literal:
-        return typing.get_args(annotation)
-    return tuple(word for inner in typing.get_args(annotation) for word in _choices(inner))
-
-
-def _limited(text: str, constraint: Any) -> str:
-    if isinstance(constraint, Ge):
-        return f"{text} from {constraint.ge}"
-    if isinstance(constraint, Gt):
-        return f"{text} above {constraint.gt}"
-    if isinstance(constraint, Interval):
-        low = f"from {constraint.ge}" if constraint.gt is None else f"above {constraint.gt}"
-        if constraint.lt is None:
-            return f"{text} {low} to {constraint.le}"
-        return f"{text} {low} and below {constraint.lt}"
-    if isinstance(constraint, MinLen) and constraint.min_length == 1:
-        return text.replace("a ", "a non-empty ", 1)
-    raise TypeError(f"no words for {constraint!r}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.convert.advice import FieldSet, Use, sets_of, uses_of, with_members
 from hpctrain.convert.items import Item, covered
 from hpctrain.convert.sources.indexed import read_attributes

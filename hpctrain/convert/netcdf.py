@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from hpctrain.config import Config
-from hpctrain.config.schema import FieldTable
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.contents import look_into
 from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.forms import Form, Pick, Wish, frozen

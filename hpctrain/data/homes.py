@@ -11,7 +11,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from hpctrain.config.schema import FieldTable
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.dataset import WHOLE, Dataset, Layout
 from hpctrain.data.discovery import FileOrder, open_dataset
 from hpctrain.data.groups import stem

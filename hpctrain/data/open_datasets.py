@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.discovery import FileOrder, files_of, open_dataset

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hpctrain.config.schema import DataSection
+from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.coordinates import (
     Bools,

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.config.schema import FieldTable
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.coding import Coding
 from hpctrain.data.contents import coding_in, type_of
 from hpctrain.data.coordinates import latitude_weights, latitudes_of

@@ -16,11 +16,11 @@ _NAMES = {
     "checkpoint.state": "UnsavableError",
     "config.fields": "Normalization",
     "config.schema": (
-        "RunSection ComponentSection TaskSection FieldTable SamplesTable SourceTable DataSection "
-        "ParameterGroup OptimizerSection SchedulerSection TrainingSection CheckpointSection "
-        "LaunchSection LoggingSection EarlyStoppingSection ProfileSection JobSection NotifySection "
-        "Config"
+        "RunSection ComponentSection TaskSection ParameterGroup OptimizerSection SchedulerSection "
+        "TrainingSection CheckpointSection LaunchSection LoggingSection EarlyStoppingSection "
+        "ProfileSection JobSection NotifySection Config"
     ),
+    "config.schema_data": "FieldTable SamplesTable SourceTable DataSection",
     "config.semantics": "Semantics",
     "data.coding": "Coding",
     "data.dataset": "Field Layout Shard SourceFacts Dataset",

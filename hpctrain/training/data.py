@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hpctrain.config import Config
 from hpctrain.config.fields import Normalization, normalization_of, stored_fields
 from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
-from hpctrain.config.schema import FieldTable
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
 from hpctrain.data.contents import units_in

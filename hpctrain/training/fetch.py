@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpctrain.config import Config
-from hpctrain.config.object_rules import names_object
+from hpctrain.config.data_rules import names_object
 from hpctrain.training.build import make_model, resolve_components
 from hpctrain.training.prepare_data import prepare_alone
 from hpctrain.training.user_data import built_object

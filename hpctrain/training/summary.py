@@ -13,7 +13,7 @@ import torch
 
 from hpctrain.config import Config
 from hpctrain.config.limits import is_shuffled, train_limit
-from hpctrain.config.schema import FieldTable
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described, unused_attributes
 from hpctrain.data.mixed_epoch import source_epochs

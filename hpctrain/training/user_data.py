@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from hpctrain.config import Config
+from hpctrain.config.data_rules import names_object
 from hpctrain.config.fields import needed_fields
 from hpctrain.config.importing import imported
-from hpctrain.config.object_rules import names_object
 from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, looked_at
 from hpctrain.data.loading.map_style.fetch import Fetcher
 from hpctrain.data.loading.map_style.intake import Intake, in_turn, only_samples, taken_in

@@ -14,12 +14,12 @@ from hpctrain.config import Config
 from hpctrain.config.schema import (
     CheckpointSection,
     ComponentSection,
-    DataSection,
     LoggingSection,
     OptimizerSection,
     RunSection,
     TaskSection,
 )
+from hpctrain.config.schema_data import DataSection
 from hpctrain.errors import ConfigError
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, use_of
 from hpctrain.training.loops.step import LoopStep

@@ -12,12 +12,12 @@ from typing import Any
 from hpctrain.config import Config
 from hpctrain.config.schema import (
     ComponentSection,
-    DataSection,
     OptimizerSection,
     RunSection,
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.loading.batch import ShareOfBatch, count_passes, cut

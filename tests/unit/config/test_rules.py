@@ -9,7 +9,7 @@ import pytest
 from hpctrain.config import load, to_toml
 from hpctrain.config.fields import integer_fields, needed_fields, seen_fields, stored_fields
 from hpctrain.config.rules import CHECKS
-from hpctrain.config.schema import FieldTable, SamplesTable
+from hpctrain.config.schema_data import FieldTable, SamplesTable
 from hpctrain.config.toml import apply_overrides, parse
 from hpctrain.errors import ConfigError
 

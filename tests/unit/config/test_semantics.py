@@ -13,12 +13,12 @@ from hpctrain.config import Config, to_toml
 from hpctrain.config.schema import (
     CheckpointSection,
     ComponentSection,
-    DataSection,
     OptimizerSection,
     RunSection,
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import (
     CHOOSABLE,
     FIRST,

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hpctrain.config import Config, load, to_toml
 from hpctrain.config.schema import (
     ComponentSection,
-    DataSection,
     OptimizerSection,
     RunSection,
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.schema_data import DataSection
 from hpctrain.config.toml import (
     DEEPEST,
     Source,

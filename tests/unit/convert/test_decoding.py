@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hpctrain.cli import main
-from hpctrain.config.schema import DataSection, SamplesTable
+from hpctrain.config.schema_data import DataSection, SamplesTable
 from hpctrain.config.semantics import FIRST
 from hpctrain.data import open_dataset
 from hpctrain.data.decoding import decoded_rows, decodings

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.loaders import train_loader
 
-from hpctrain.config.schema import DataSection
+from hpctrain.config.schema_data import DataSection
 from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
 from hpctrain.data.discovery import verify_share

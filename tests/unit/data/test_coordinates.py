@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 from helpers.jobs import here
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.convert.sources.indexed import Indexed
 from hpctrain.data.calendars import CALENDARS, Clock, parse_date
 from hpctrain.data.open_datasets import open_datasets, open_for_evaluation, open_for_training

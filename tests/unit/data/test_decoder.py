@@ -14,7 +14,7 @@ import torch
 from helpers.loaders import evaluation_loader, train_loader
 from helpers.packed_variables import F4, RANGES, VARIABLES, stored
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data import open_dataset
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset

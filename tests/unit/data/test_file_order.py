@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.config.semantics import FIRST, NEWEST
 from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.pack import Packing, prepare

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.stats import measure
 from hpctrain.convert.verify import verify

@@ -13,7 +13,7 @@ import pytest
 from helpers.loaders import evaluation_loader, train_loader
 from PIL import Image
 
-from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.loading import images
 from hpctrain.data.loading.batch import Batch
 from hpctrain.data.loading.images import Decoded, ImagePreparation

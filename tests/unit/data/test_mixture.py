@@ -13,7 +13,7 @@ import pytest
 import xxhash
 from helpers.loaders import train_loader
 
-from hpctrain.config.schema import DataSection, SamplesTable, SourceTable
+from hpctrain.config.schema_data import DataSection, SamplesTable, SourceTable
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, SourceFacts
 from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.mixed_epoch import MixedEpoch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.loaders import evaluation_loader, train_loader
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.ragged import RaggedRows
 from hpctrain.data.open_datasets import open_datasets

@@ -13,7 +13,7 @@ import torch
 from helpers.loaders import evaluation_loader, train_loader
 from PIL import Image
 
-from hpctrain.config.schema import DataSection, FieldTable
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.images import Decoded, ImagePreparation
 from hpctrain.data.open_datasets import open_datasets

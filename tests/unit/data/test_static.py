@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable, SourceTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.data.coordinates import latitude_weights
 from hpctrain.data.loading.batch_transform import Constants
 from hpctrain.data.open_datasets import open_for_evaluation, open_for_training

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.loaders import evaluation_loader, train_loader
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data import contents
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.open_datasets import open_datasets

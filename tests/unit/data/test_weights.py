@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.loaders import train_loader
 
-from hpctrain.config.schema import DataSection, FieldTable, SamplesTable
+from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.discovery import open_dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.open_datasets import open_datasets

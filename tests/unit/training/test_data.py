@@ -14,13 +14,12 @@ from hpctrain.config import Config
 from hpctrain.config.schema import (
     CheckpointSection,
     ComponentSection,
-    DataSection,
-    FieldTable,
     OptimizerSection,
     RunSection,
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.config.semantics import FIRST, NEWEST, RECORD, semantics_of
 from hpctrain.convert.stats import measure
 from hpctrain.data.dataset import Dataset

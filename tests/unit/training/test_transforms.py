@@ -17,13 +17,12 @@ from hpctrain.config import Config
 from hpctrain.config.importing import build_transform
 from hpctrain.config.schema import (
     ComponentSection,
-    DataSection,
-    FieldTable,
     OptimizerSection,
     RunSection,
     TaskSection,
     TrainingSection,
 )
+from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.convert.stats import measure
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
