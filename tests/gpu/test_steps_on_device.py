@@ -19,7 +19,7 @@ from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
-from hpctrain.models.mlp import MLP
+from hpctrain.models.small import MLP
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.precision import NumberFormat

@@ -16,7 +16,7 @@ from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
-from hpctrain.models.mlp import MLP
+from hpctrain.models.small import MLP
 from hpctrain.training.checkpointing import restore, share
 from hpctrain.training.initialize import read_weights
 from hpctrain.training.position import Position

@@ -16,7 +16,7 @@ from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.loader import Batch
 from hpctrain.data.order import Order
 from hpctrain.errors import ConfigError
-from hpctrain.models.convnet import ConvNet
+from hpctrain.models.small import ConvNet
 from hpctrain.training.precision import NumberFormat
 from hpctrain.training.preparation import prepare_model
 

@@ -24,7 +24,7 @@ from hpctrain.config.schema import Precision
 from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.models.mlp import MLP
+from hpctrain.models.small import MLP
 from hpctrain.training.nonfinite import FORGIVEN, BadSteps
 from hpctrain.training.optim.optimizer import build_optimizer, refuses_on_device
 from hpctrain.training.position import Position

@@ -12,8 +12,7 @@ import xarray as xr
 from torch import nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.models.convnet import ConvNet
-from hpctrain.models.mlp import MLP
+from hpctrain.models.small import MLP, ConvNet
 from hpctrain.training.optim.schedules import cosine, linear
 from hpctrain.training.regression import Regression
 from hpctrain.training.task import Classification
