@@ -36,8 +36,8 @@ from torch import Tensor
 import hpctrain
 from hpctrain.batch.stop import StopAgreement
 from hpctrain.launch.process_group import World
+from hpctrain.observe.goodput import PhaseLog
 from hpctrain.observe.metrics import MetricsWriter
-from hpctrain.observe.phase_log import PhaseLog
 from hpctrain.observe.progress import Progress
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position

@@ -9,10 +9,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from hpctrain.observe.goodput import Goodput, end_of_outcome, goodput
+from hpctrain.observe.goodput import Goodput, end_of_outcome, goodput, read_phases
 from hpctrain.observe.job_record import JobTime
 from hpctrain.observe.machine_log import energy_of, read_hosts, signs_of_life
-from hpctrain.observe.phase_log import read_phases
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 
 BEAT_SECONDS = 90.0

@@ -32,10 +32,10 @@ from hpctrain.config.registry import resolve_listed
 from hpctrain.config.schema import NotifySection
 from hpctrain.config.toml import flat_config
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
+from hpctrain.observe.goodput import PhaseLog
 from hpctrain.observe.job_record import JobRecord
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.notify import Notifier, state_of
-from hpctrain.observe.phase_log import PhaseLog
 from hpctrain.observe.progress import Progress
 from hpctrain.observe.trackers import Handing, handing
 from hpctrain.training.build import Parts, directions

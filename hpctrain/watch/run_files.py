@@ -18,11 +18,11 @@ from typing import Any
 from hpctrain.batch.exit_status import read_status
 from hpctrain.checkpoint.export import best_of
 from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.observe.goodput import FILE as PHASES
 from hpctrain.observe.goodput import PARTS
 from hpctrain.observe.job_record import FOLDER as JOBS
 from hpctrain.observe.machine_log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
-from hpctrain.observe.phase_log import FILE as PHASES
 from hpctrain.observe.run_files import goodput_of, runs_now
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import parse_json

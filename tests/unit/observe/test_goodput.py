@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from hpctrain.observe import phase_log
-from hpctrain.observe.goodput import PARTS, Goodput, end_of_outcome, goodput
-from hpctrain.observe.phase_log import PhaseLog, read_phases
+from hpctrain.observe import goodput as module
+from hpctrain.observe.goodput import PARTS, Goodput, PhaseLog, end_of_outcome, goodput, read_phases
 from hpctrain.observe.run_files import goodput_of, runs_now
 
 HANG = "rank 1 on n0: no progress for 300 s (hang timeout)."
@@ -112,7 +111,7 @@ def test_lines_that_make_no_sense_do_no_harm() -> None:
 
 
 def test_a_log_of_phases_tells_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phase_log, "_free_since", None)
+    monkeypatch.setattr(module, "_free_since", None)
     now = [1000.0]
     log = PhaseLog(tmp_path, lambda: now[0])
     log.begin(1, 0, 990.0, None)
@@ -137,7 +136,7 @@ def test_a_log_of_phases_tells_of_a_job(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_cannot_be_written_is_told_once_and_no_reason_to_fail(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / phase_log.FILE).mkdir()
+    (tmp_path / module.FILE).mkdir()
     log = PhaseLog(tmp_path)
     log.begin(1, 0, 0.0, None)
     log.begin_training(0, nodes=1, ranks=1)
