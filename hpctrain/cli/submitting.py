@@ -234,7 +234,7 @@ def _points_in_queue(sweep: Sweep, scheduler: str, numbers: Sequence[int]) -> se
     from hpctrain.batch.exit_status import read_outcome
     from hpctrain.batch.scheduler import live_jobs
     from hpctrain.checkpoint.lease import holder_lives
-    from hpctrain.observe.run_files import runs_now
+    from hpctrain.watch.run_files import runs_now
 
     jobs: dict[int, set[str]] = {}
     for each in numbers:

@@ -36,7 +36,7 @@ def status(arguments: list[str]) -> int:
     from hpctrain.observe.job_record import job_times, node_hours
     from hpctrain.observe.machine_log import energy_line
     from hpctrain.observe.records import newest_records
-    from hpctrain.observe.run_files import energy_of_run, goodput_of
+    from hpctrain.watch.run_files import energy_of_run, goodput_of
 
     # A person may ask from any job, a script asks about its own.
     environ = os.environ if parsed.exit_code else {}

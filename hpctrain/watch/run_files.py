@@ -1,4 +1,4 @@
-"""What a page shows of a run: the files that grow, read on from an offset, and facts of all others.
+"""A run by what its folder holds: files that grow, read on from an offset, facts, goodput, energy.
 
 A run folder may be a colleague's, in use, or damaged: nothing but regular files is opened, no link
 is followed below the folder, and what cannot be read is left out.
@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from hpctrain.batch.exit_status import read_status
-from hpctrain.checkpoint.export import best_of
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.observe.goodput import FILE as PHASES
-from hpctrain.observe.goodput import PARTS
+from hpctrain.observe.goodput import PARTS, Goodput, end_of_outcome, goodput, read_phases
 from hpctrain.observe.job_record import FOLDER as JOBS
+from hpctrain.observe.job_record import JobTime
 from hpctrain.observe.machine_log import FOLDER as MACHINE
+from hpctrain.observe.machine_log import energy_of, read_hosts, signs_of_life
 from hpctrain.observe.metrics import JSONL_FILE
-from hpctrain.observe.run_files import goodput_of, runs_now
 from hpctrain.utils.files import open_regular
-from hpctrain.utils.json_files import parse_json
+from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.run_folder import CHECKPOINTS, step_of
 
 LOG = "log.txt"
@@ -171,6 +173,8 @@ class RunFiles:
     def _best(self, steps: tuple[int, ...]) -> dict[str, Any] | None:
         """Return the best checkpoint; looked for only where there are others than before."""
         if steps != self._steps:
+            from hpctrain.checkpoint.export import best_of  # numpy, which `status` needs not
+
             self._steps, self._found_best = steps, None
             with suppress(HpctrainError, OSError):
                 best = best_of(self.path)
@@ -263,3 +267,86 @@ def _lengths(config: str) -> dict[str, int | None]:
     except (HpctrainError, AttributeError):
         training = {}
     return {key: training.get(key) or None for key in ("max_steps", "max_epochs")}
+
+
+BEAT_SECONDS = 90.0
+"""A lease that was renewed within this time is that of a job that runs."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a small JSON object, empty where there is none that can be read."""
+    try:
+        document = parse_json(read_whole(path, SMALL))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def heartbeat(run: Path) -> float | None:
+    """Return when a job renewed its lease on a run for the last time; None: none holds it."""
+    try:
+        return (run / "lease.json").stat().st_mtime
+    except OSError:
+        return None
+
+
+def runs_now(run: Path, lives: bool | None = None, clock: Callable[[], float] = time.time) -> bool:
+    """Tell whether a job runs on a folder.
+
+    Args:
+        run: the folder.
+        lives: whether its process lives; None: that cannot be told from here, and its heartbeat is
+            to say it.
+        clock: seconds since 1970.
+    """
+    if lives is not None or read_object(run / "exit.json").get("code") is not None:
+        return bool(lives)
+    beat = heartbeat(run)
+    return beat is not None and clock() - beat < BEAT_SECONDS
+
+
+def goodput_of(run: Path, *, runs: bool | None = None) -> Goodput | None:
+    """Return what came of a run's seconds; None where its jobs have noted nothing.
+
+    Args:
+        run: its folder.
+        runs: whether a job runs, see `runs_now`.
+    """
+    outcome = read_object(run / "exit.json")
+    beat = heartbeat(run)
+    return goodput(
+        read_phases(run),
+        signs_of_life=lambda: [*signs_of_life(run), *([] if beat is None else [beat])],
+        end=_end(outcome),
+        now=time.time() if runs_now(run, runs) else None,
+    )
+
+
+def energy_of_run(run: Path, jobs: Sequence[JobTime]) -> dict[str, Any] | None:
+    """Return the energy of a run and of each of its jobs, in kWh; None where none was measured.
+
+    Args:
+        run: its folder.
+        jobs: of the run, by number.
+    """
+    hosts = read_hosts(run)
+    whole = energy_of(hosts)
+    if whole is None:
+        return None
+    used = 0.0 if any(job.end is None for job in jobs) else sum(job.node_seconds for job in jobs)
+    # A job's last line is written as it ends, its record's time is in whole seconds.
+    ends = [*(job.begin for job in jobs[1:]), inf]
+    of_jobs = {}
+    for job, end in zip(jobs, ends, strict=True):
+        found = energy_of(hosts, job.begin, end)
+        of_jobs[str(job.number)] = None if found is None else found.to_json(None)["kwh"]
+    return {**whole.to_json(used or None), "jobs": of_jobs}
+
+
+def _end(outcome: Mapping[str, Any]) -> tuple[int, str, float] | None:
+    code = outcome.get("code")
+    if not isinstance(code, int):
+        return None
+    with suppress(TypeError):
+        return end_of_outcome(code, str(outcome.get("reason")), str(outcome.get("time")))
+    return None

@@ -19,9 +19,9 @@ from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.observe.job_record import FOLDER as JOBS
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import WALL_TIME, flat, newest_records, read_records
-from hpctrain.observe.run_files import goodput_of, read_object, runs_now
 from hpctrain.utils import text
 from hpctrain.utils.json_files import SMALL, read_whole
+from hpctrain.watch.run_files import goodput_of, read_object, runs_now
 
 Lives = Callable[[Path], bool | None]
 """Whether the process that holds a run's folder lives; None: that cannot be told from here."""

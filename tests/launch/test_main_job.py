@@ -17,7 +17,7 @@ from helpers.limits import JOB_SECONDS
 from helpers.runs import losses, metrics, outcome
 from helpers.waiting import wait_for
 
-from hpctrain.observe.run_files import goodput_of
+from hpctrain.watch.run_files import goodput_of
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpctrain.observe import goodput as module
 from hpctrain.observe.goodput import PARTS, Goodput, PhaseLog, end_of_outcome, goodput, read_phases
-from hpctrain.observe.run_files import goodput_of, runs_now
+from hpctrain.watch.run_files import goodput_of, runs_now
 
 HANG = "rank 1 on n0: no progress for 300 s (hang timeout)."
 

@@ -31,8 +31,8 @@ from hpctrain.observe.machine_log import (
     signs_of_life,
 )
 from hpctrain.observe.records import to_line
-from hpctrain.observe.run_files import energy_of_run
 from hpctrain.observe.stragglers import stragglers
+from hpctrain.watch.run_files import energy_of_run
 
 WEEK = 7 * 86_400
 
