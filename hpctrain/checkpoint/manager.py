@@ -27,9 +27,8 @@ from hpctrain.checkpoint.format import (
     set_aside,
     those_aside,
 )
-from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.checkpoint.safetensors_files import Written
-from hpctrain.checkpoint.save import Snapshot, aliases, write_files, write_part
+from hpctrain.checkpoint.save import HostCopies, Snapshot, aliases, write_files, write_part
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.files import replace_file, sync
 from hpctrain.utils.permissions import explained, follow_folder, open_tree_to_group

@@ -21,9 +21,10 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.media import Histogram, Image
 from hpctrain.observe.records import (
     WALL_TIME,
+    Histogram,
+    Image,
     Record,
     cut_back,
     flat,

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpctrain.observe.media import Histogram, Image
-from hpctrain.observe.records import WALL_TIME, Record, tagged
+from hpctrain.observe.records import WALL_TIME, Histogram, Image, Record, tagged
 from hpctrain.utils import text
 from hpctrain.utils.files import create_file, open_regular
 from hpctrain.utils.json_files import parse_json

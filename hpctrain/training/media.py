@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.errors import TrainingError
-from hpctrain.observe.media import BINS, Histogram, Image
+from hpctrain.observe.records import BINS, Histogram, Image
 
 _CHANNELS = (1, 3, 4)
 

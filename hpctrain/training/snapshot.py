@@ -23,10 +23,9 @@ from hpctrain.checkpoint.format import (
     Spread,
     rows_of,
 )
-from hpctrain.checkpoint.host_copies import pinned_bytes
 from hpctrain.checkpoint.load import Loaded, Rows
 from hpctrain.checkpoint.optimizer_state import OWN, PARTS, SLOTS
-from hpctrain.checkpoint.save import Snapshot
+from hpctrain.checkpoint.save import Snapshot, pinned_bytes
 from hpctrain.checkpoint.state import Json, UnsavableError, decode, encode, rng_to_tensors
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.process_group import World

@@ -15,7 +15,7 @@ from helpers.one_sample import OneSample
 from helpers.worlds import world_of_one
 from torch import Tensor, nn
 
-from hpctrain.checkpoint.host_copies import HostCopies
+from hpctrain.checkpoint.save import HostCopies
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpctrain import accelerator
-from hpctrain.checkpoint.host_copies import HostCopies
+from hpctrain.checkpoint.save import HostCopies
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
 from hpctrain.training.optimizer_trial import generator_states
 from hpctrain.training.undisturbed import kept_generators

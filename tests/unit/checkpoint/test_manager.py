@@ -21,7 +21,7 @@ import torch
 from helpers.waiting import wait_for
 from torch import Tensor
 
-from hpctrain.checkpoint import host_copies, manager
+from hpctrain.checkpoint import manager
 from hpctrain.checkpoint import save as saving
 from hpctrain.checkpoint.load import load, load_newest
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
@@ -112,13 +112,13 @@ def test_what_is_lent_is_copied_until_somebody_wants_to_change_it(
 ) -> None:
     """A save returns before, and what waits for it returns only after."""
     may_copy, waits = threading.Event(), []
-    copy = host_copies._copy
+    copy = saving._copy
 
     def slow(buffer: Tensor, tensor: Tensor) -> None:
         assert may_copy.wait(60)
         copy(buffer, tensor)
 
-    monkeypatch.setattr(host_copies, "_copy", slow)
+    monkeypatch.setattr(saving, "_copy", slow)
     store = make_store()
     lent = {f"optimizer/{name}": tensor for name, tensor in tensors(7).items() if name != "tied"}
     store.save(replace(snapshot(7), lent=lent, lend=waits.append))
@@ -146,7 +146,7 @@ def test_a_copy_that_fails_is_told(
     def fail(*_: object) -> None:
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(host_copies, "_copy", fail)
+    monkeypatch.setattr(saving, "_copy", fail)
     store = make_store()
     store.save(replace(snapshot(1), lent=tensors(1)))
     with pytest.raises(CheckpointError, match="cannot copy what is to be saved: the device is"):

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpctrain.checkpoint.format import TRAINING
-from hpctrain.checkpoint.host_copies import HostCopies
 from hpctrain.checkpoint.optimizer_state import OptimizerState, SavedOptimizer
-from hpctrain.checkpoint.save import write_part
+from hpctrain.checkpoint.save import HostCopies, write_part
 from hpctrain.checkpoint.state import UnsavableError, decode, encode
 from hpctrain.checkpoint.tensors import tensors_of
 from hpctrain.config.schema import ParameterGroup

@@ -20,9 +20,8 @@ from google.protobuf.json_format import MessageToDict
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import metrics, records
-from hpctrain.observe.media import Histogram, Image
 from hpctrain.observe.metrics import MetricsWriter
-from hpctrain.observe.records import from_line, to_line
+from hpctrain.observe.records import Histogram, Image, from_line, to_line
 from hpctrain.utils import files
 from hpctrain.utils.files import AppendedFile, replacing
 

@@ -15,8 +15,8 @@ from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
 from hpctrain.observe import trackers
-from hpctrain.observe.media import Histogram, Image
 from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.observe.records import Histogram, Image
 from hpctrain.observe.trackers import Handed, Handing, MLflow, TrackedRun, WandB, handing
 
 

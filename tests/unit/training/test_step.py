@@ -16,7 +16,7 @@ from helpers.steps import CPU, WORLD, batch, fields, make_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpctrain.checkpoint import host_copies
+from hpctrain.checkpoint import save
 from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.capabilities import Combination, unsupported
@@ -454,13 +454,13 @@ def test_a_save_holds_the_state_from_before_the_next_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any, precision: Any
 ) -> None:
     """Also where training goes on at once, and the copies of what is lent take their time."""
-    copy = host_copies._copy
+    copy = save._copy
 
     def slow(buffer: Tensor, tensor: Tensor) -> None:
         time.sleep(0.005)
         copy(buffer, tensor)
 
-    monkeypatch.setattr(host_copies, "_copy", slow)
+    monkeypatch.setattr(save, "_copy", slow)
     step = make_step(MLP(6, 3, [8]), precision=precision, optimizer=optimizer)
     store = CheckpointManager(
         tmp_path, retention=Retention(keep_last=9), confirm=lambda: None, warn=lambda _: None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpctrain.checkpoint.host_copies import HostCopies
+from hpctrain.checkpoint.save import HostCopies
 
 
 def tensors(device: str, number: int) -> dict[str, Tensor]:
