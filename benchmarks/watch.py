@@ -112,8 +112,8 @@ def tell_figures(rounds: int) -> None:
 
 def sampling(kind: str) -> float:
     """Return seconds of CPU time of a sample."""
-    from hpctrain.observe.counters import read_counters
-    from hpctrain.observe.devices import find_devices
+    from hpctrain.observe.machine.counters import read_counters
+    from hpctrain.observe.machine.devices import find_devices
 
     devices = find_devices(kind, Path("/"))
 

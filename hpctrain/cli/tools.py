@@ -34,7 +34,7 @@ def status(arguments: list[str]) -> int:
 
     from hpctrain.batch.exit_status import read_status, to_json, to_text
     from hpctrain.observe.job_record import job_times, node_hours
-    from hpctrain.observe.machine_log import energy_line
+    from hpctrain.observe.machine.log import energy_line
     from hpctrain.observe.records import newest_records
     from hpctrain.watch.run_files import energy_of_run, goodput_of
 

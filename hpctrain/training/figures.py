@@ -10,7 +10,7 @@ import torch
 
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
-from hpctrain.observe.machine import RankFigures, machine_recorded
+from hpctrain.observe.machine.recorder import RankFigures, machine_recorded
 
 if TYPE_CHECKING:
     from hpctrain.training.trainer import Phases

@@ -20,7 +20,7 @@ from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.data.view import View
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
-from hpctrain.observe.machine_log import energy_line, energy_of, read_hosts
+from hpctrain.observe.machine.log import energy_line, energy_of, read_hosts
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.build import Parts

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import OutputError
-from hpctrain.observe.machine_log import FOLDER as MACHINE
+from hpctrain.observe.machine.log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import NONFINITE, WALL_TIME, flat, from_line
 from hpctrain.utils.files import replace_file

@@ -23,8 +23,8 @@ from hpctrain.observe.goodput import FILE as PHASES
 from hpctrain.observe.goodput import PARTS, Goodput, end_of_outcome, goodput, read_phases
 from hpctrain.observe.job_record import FOLDER as JOBS
 from hpctrain.observe.job_record import JobTime
-from hpctrain.observe.machine_log import FOLDER as MACHINE
-from hpctrain.observe.machine_log import energy_of, read_hosts, signs_of_life
+from hpctrain.observe.machine.log import FOLDER as MACHINE
+from hpctrain.observe.machine.log import energy_of, read_hosts, signs_of_life
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from hpctrain.observe.machine_log import FOLDER as MACHINE
+from hpctrain.observe.machine.log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import WALL_TIME, flat, from_line
 from hpctrain.utils import text

@@ -19,7 +19,7 @@ from helpers.open_mpi_4 import LIBRARY, open_mpi_4
 from helpers.waiting import wait_for
 
 from hpctrain.convert.digits import pack_digits
-from hpctrain.observe.machine_log import read_hosts
+from hpctrain.observe.machine.log import read_hosts
 from hpctrain.watch.report import gathered
 from hpctrain.watch.run_files import RunFiles
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from hpctrain.launch.watchdog.client import NUM_NOTES, Pulse
-from hpctrain.observe import devices, machine, machine_log
-from hpctrain.observe.counters import Reading, job_group, read_counters
-from hpctrain.observe.devices import DeviceReading, NvmlDevices, SysfsDevices, find_devices
 from hpctrain.observe.job_record import job_times, node_hours, timestamp
-from hpctrain.observe.machine import RankFigures, Recorder, device_facts, node_facts, rank_facts
-from hpctrain.observe.machine_log import (
+from hpctrain.observe.machine import devices, recorder
+from hpctrain.observe.machine import log as machine_log
+from hpctrain.observe.machine.counters import Reading, job_group, read_counters
+from hpctrain.observe.machine.devices import DeviceReading, NvmlDevices, SysfsDevices, find_devices
+from hpctrain.observe.machine.log import (
     MOST_RANKS,
     WEEK_BYTES,
     Allowance,
@@ -30,8 +30,15 @@ from hpctrain.observe.machine_log import (
     read_hosts,
     signs_of_life,
 )
+from hpctrain.observe.machine.recorder import (
+    RankFigures,
+    Recorder,
+    device_facts,
+    node_facts,
+    rank_facts,
+)
+from hpctrain.observe.machine.stragglers import stragglers
 from hpctrain.observe.records import to_line
-from hpctrain.observe.stragglers import stragglers
 from hpctrain.watch.run_files import energy_of_run
 
 WEEK = 7 * 86_400
@@ -420,9 +427,9 @@ def test_a_name_of_a_host_leads_nowhere_else(tmp_path: Path) -> None:
 def test_a_node_is_recorded_until_the_job_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "SAMPLE_SECONDS", 0.02)
+    monkeypatch.setattr(recorder, "SAMPLE_SECONDS", 0.02)
     stop = threading.Event()
-    recorder = Recorder(
+    recording = Recorder(
         tmp_path,
         "n0",
         num_nodes=1,
@@ -430,7 +437,7 @@ def test_a_node_is_recorded_until_the_job_ends(
         notes=lambda: [figures(0, 7), [0] * NUM_NOTES],
         names_slow=True,
     )
-    thread = threading.Thread(target=recorder.record_until, args=(stop,))
+    thread = threading.Thread(target=recording.record_until, args=(stop,))
     thread.start()
     try:
         end = time.monotonic() + 300
@@ -451,11 +458,11 @@ def test_no_figures_are_no_reason_for_a_job_to_fail(
 ) -> None:
     facts: dict[str, Any] = {"node_rank": 0, "num_nodes": 1, "local_rank": 0, "kind": "cpu"}
     gone = tmp_path / "gone"
-    with machine.machine_recorded(gone, "n0", notes=list, **facts):
+    with recorder.machine_recorded(gone, "n0", notes=list, **facts):
         pass
     assert not gone.exists()
     assert caplog.text.count("no more machine figures of n0") == 1
-    with machine.machine_recorded(tmp_path, "n0", notes=list, **{**facts, "local_rank": 1}):
+    with recorder.machine_recorded(tmp_path, "n0", notes=list, **{**facts, "local_rank": 1}):
         assert "hpctrain-machine" not in {thread.name for thread in threading.enumerate()}
 
 

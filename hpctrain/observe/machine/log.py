@@ -18,7 +18,7 @@ is about, and what was known of these; means, where it is not said otherwise:
              "count" says of how many
 
 A line of kind "straggler" names a rank that is slower than the others, see
-`hpctrain.observe.stragglers`.
+`hpctrain.observe.machine.stragglers`.
 """
 
 from __future__ import annotations

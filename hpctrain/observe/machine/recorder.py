@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpctrain.observe.counters import Reading, read_counters
-from hpctrain.observe.devices import DeviceReading, Devices, find_devices
-from hpctrain.observe.machine_log import MOST_RANKS, MachineLog, is_recorded, read_hosts
-from hpctrain.observe.stragglers import stragglers
+from hpctrain.observe.machine.counters import Reading, read_counters
+from hpctrain.observe.machine.devices import DeviceReading, Devices, find_devices
+from hpctrain.observe.machine.log import MOST_RANKS, MachineLog, is_recorded, read_hosts
+from hpctrain.observe.machine.stragglers import stragglers
 from hpctrain.utils.text import printable
 
 SAMPLE_SECONDS = 5.0
