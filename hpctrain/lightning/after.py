@@ -1,4 +1,4 @@
-"""What a script finds after a run: its module trained, whole, on the host."""
+"""Module of a script after `fit`: trained, whole (unsharded after fsdp), on the host."""
 
 from __future__ import annotations
 

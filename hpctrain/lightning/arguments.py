@@ -1,4 +1,4 @@
-"""The arguments of Lightning's Trainer as keys of a config.
+"""Arguments of Lightning's Trainer as keys of a config.
 
 Each argument becomes keys, is accepted because it has nothing left to decide here, or is refused
 with the nearest choice. Pure: no torch, no Lightning, no communication; objects are known by the
@@ -16,10 +16,9 @@ from typing import Any
 
 from hpctrain.config.choices import Choices, device_of, precision_of, training_of
 from hpctrain.errors import ConfigError
-from hpctrain.lightning.callbacks import sorted_callbacks
 from hpctrain.lightning.keys import Keys, seconds_of
-from hpctrain.lightning.loggers import Loggers
-from hpctrain.lightning.strategies import SINGLE_DEVICE, strategy_keys
+from hpctrain.lightning.launching import asked_ranks
+from hpctrain.lightning.objects import Loggers, sorted_callbacks, strategy_keys
 from hpctrain.utils.text import did_you_mean
 
 NEVER = 1_000_000_000
@@ -149,7 +148,7 @@ def mapped(given: TrainerArguments, chosen: Choices | None = None) -> Mapped:
             problems.append(str(error))
     num_devices, num_nodes = None, None
     try:
-        num_devices, num_nodes = _places(given)
+        num_devices, num_nodes = asked_ranks(given.devices, given.num_nodes, given.strategy)
     except ConfigError as error:
         problems.append(str(error))
     found = sorted_callbacks(given.callbacks)
@@ -232,47 +231,6 @@ def _strategy(given: TrainerArguments) -> Keys:
     if isinstance(value, str):
         return {f"training.{name}": item for name, item in training_of(value).items()}
     return strategy_keys(value)
-
-
-def _places(given: TrainerArguments) -> tuple[int | None, int | None]:
-    """Return how many ranks each node, and how many nodes there are to be."""
-    num_nodes = given.num_nodes
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-        raise ConfigError(f"num_nodes={num_nodes!r}: expected a whole number from 1")
-    devices = _num_devices(given.devices)
-    strategy = given.strategy
-    if SINGLE_DEVICE in (strategy, type(strategy).__name__):
-        devices = 1
-    return devices, num_nodes if num_nodes > 1 or devices is not None else None
-
-
-def _num_devices(value: Any) -> int | None:
-    """Return how many devices of a node are asked for; None: all."""
-    if isinstance(value, str):
-        text = value.strip()
-        if text == "auto":
-            return None
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not all(part.lstrip("-").isdecimal() for part in parts):
-            raise ConfigError(f'devices={value!r}: expected "auto" or a number of devices')
-        # As in Lightning: "3" is a number of devices, "3," and "0,3" are devices.
-        value = [int(part) for part in parts] if "," in text else int(text)
-    if isinstance(value, list | tuple | range):
-        indices = list(value)
-        if indices == [-1]:
-            return None
-        if indices and indices != list(range(len(indices))):
-            shown = ",".join(str(index) for index in indices)
-            raise ConfigError(
-                f"devices={value!r}: which devices is for the environment to say, "
-                f"CUDA_VISIBLE_DEVICES={shown}; here devices={len(indices)}"
-            )
-        value = len(indices)
-    if value == -1:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f'devices={value!r}: expected "auto" or a number of devices from 1')
-    return value
 
 
 def _length(given: TrainerArguments) -> Keys:

@@ -1,4 +1,4 @@
-"""What a script hands to fit, validate, test and predict: modules, loaders, data modules."""
+"""Modules, DataLoaders and DataModules that a script hands to fit, validate, test and predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Trainer tells of itself and of its last run, by Lightning's names."""
+"""Attributes of the Trainer by Lightning's names: of its arguments, its ranks and its last run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from hpctrain.config import Config
 from hpctrain.launch.environment import Claim
 from hpctrain.lightning.arguments import Mapped, TrainerArguments
-from hpctrain.lightning.checkpoints import Checkpoints
+from hpctrain.lightning.folders import Checkpoints
 from hpctrain.topology import Topology
 
 _OF_ARGUMENTS = (

@@ -1,4 +1,4 @@
-"""Which folder a fit of a script has: a new version, or the one that its batch job has begun.
+"""Folder of a fit: a new `version_N`, or that of its batch job (requeue), and its `best.ckpt`.
 
 As with Lightning a script that is started again begins anew, in `version_N`. A batch job that its
 scheduler or its script starts again is the same job: it goes on where it stood. The fits of a
@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from hpctrain.checkpoint.export import best_of
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.utils.batch_job import batch_job, lineage
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.json_files import read_checked
+from hpctrain.utils.run_folder import CHECKPOINTS, folder_name, read_latest
 
 NAME = "version.json"
 
@@ -132,3 +135,52 @@ def _read(folder: Path) -> Fit:
 
 def _write(folder: Path, fit: Fit) -> None:
     replace_file(folder / NAME, (json.dumps(asdict(fit)) + "\n").encode())
+
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+class Checkpoints:
+    """Stands for the ModelCheckpoint that Lightning adds where none is given."""
+
+    def __init__(self) -> None:
+        self.monitor: str | None = None
+        self.best_model_path = ""
+        self.last_model_path = ""
+        self.best_model_score: Any = None
+        self.best_k_models: Mapping[str, Any] = {}
+        self.dirpath: str | None = None
+
+
+def export_for_scripts(run: Path, module: Any) -> tuple[str, float | None]:
+    """Write the best weights of a run, or its last, as the file that a script loads afterwards.
+
+    For rank 0.
+
+    Returns:
+        Its path, "" where the run has saved nothing, and the metric by which they are the best.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or the file cannot be written.
+    """
+    from hpctrain.checkpoint.lightning_file import export_lightning
+
+    best = best_of(run)
+    if best is None and read_latest(run) is None:
+        return "", None
+    source = run / CHECKPOINTS / folder_name(best.step) if best is not None else run
+    target = run / (LAST if best is None else BEST)
+    export_lightning(source, target, average=None, module=module)
+    return str(target), None if best is None else best.value
+
+
+def tell(objects: Iterable[Any], run: Path, path: str, score: float | None) -> None:
+    """Let ModelCheckpoint objects know what a script asks them afterwards."""
+    for each in objects:
+        each.best_model_path = each.last_model_path = path
+        each.dirpath = str(run)
+        if score is not None:
+            import torch
+
+            each.best_model_score = each.current_score = torch.tensor(score)
+            each.best_k_models = {path: each.best_model_score}

@@ -1,4 +1,4 @@
-"""Keys of a config by their names with a dot, what they come to, and shared kinds of values."""
+"""Keys of a config by their names with a dot, and the config that they make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the processes that were started are those that a script asks for, and starting them.
+"""Ranks of a script: `devices` and `num_nodes` compared with the launched world, or started.
 
 Where no launcher has started this process and several devices of this node are asked for, the
 script begins again as so many ranks, under the mpirun of the bound MPI. A launcher's ranks are
@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
-from hpctrain.errors import LaunchError
+from hpctrain.errors import ConfigError, LaunchError
 from hpctrain.launch.environment import Claim
+from hpctrain.lightning.objects import SINGLE_DEVICE
 from hpctrain.topology import Topology
 from hpctrain.utils.text import plural
 
@@ -127,3 +129,51 @@ def _is_a_script() -> bool:
     path = Path(file).resolve()
     tools = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "scripts")}
     return not any(path.is_relative_to(folder) for folder in tools)
+
+
+def asked_ranks(devices: Any, num_nodes: Any, strategy: Any) -> tuple[int | None, int | None]:
+    """Return how many ranks each node, and how many nodes there are to be; None: any number.
+
+    Args:
+        devices: as Lightning's Trainer takes it.
+        num_nodes: likewise.
+        strategy: likewise; one of them is on a single device.
+
+    Raises:
+        ConfigError: if an argument is no number of these.
+    """
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"num_nodes={num_nodes!r}: expected a whole number from 1")
+    asked = _num_devices(devices)
+    if SINGLE_DEVICE in (strategy, type(strategy).__name__):
+        asked = 1
+    return asked, num_nodes if num_nodes > 1 or asked is not None else None
+
+
+def _num_devices(value: Any) -> int | None:
+    """Return how many devices of a node are asked for; None: all."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text == "auto":
+            return None
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not all(part.lstrip("-").isdecimal() for part in parts):
+            raise ConfigError(f'devices={value!r}: expected "auto" or a number of devices')
+        # As in Lightning: "3" is a number of devices, "3," and "0,3" are devices.
+        value = [int(part) for part in parts] if "," in text else int(text)
+    if isinstance(value, list | tuple | range):
+        indices = list(value)
+        if indices == [-1]:
+            return None
+        if indices and indices != list(range(len(indices))):
+            shown = ",".join(str(index) for index in indices)
+            raise ConfigError(
+                f"devices={value!r}: which devices is for the environment to say, "
+                f"CUDA_VISIBLE_DEVICES={shown}; here devices={len(indices)}"
+            )
+        value = len(indices)
+    if value == -1:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f'devices={value!r}: expected "auto" or a number of devices from 1')
+    return value

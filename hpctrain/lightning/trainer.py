@@ -31,12 +31,18 @@ from hpctrain.lightning.bring import (
     hand_to_evaluate,
     tear_down,
 )
-from hpctrain.lightning.checkpoints import export_for_scripts, tell
 from hpctrain.lightning.facts import Facts, run_folder
-from hpctrain.lightning.folders import Fit, choose_version, newest_version, script_name
+from hpctrain.lightning.folders import (
+    Fit,
+    choose_version,
+    export_for_scripts,
+    newest_version,
+    script_name,
+    tell,
+)
 from hpctrain.lightning.keys import Keys, make_config
 from hpctrain.lightning.launching import compare, start_ranks
-from hpctrain.lightning.loggers import Loggers
+from hpctrain.lightning.objects import Loggers
 from hpctrain.observe import log
 from hpctrain.topology import raise_together
 from hpctrain.training.program import Started, started

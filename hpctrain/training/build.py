@@ -33,20 +33,19 @@ from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.modules.callbacks import (
+    TaskCallbacks,
     build_callbacks,
     notes_of,
     register,
     with_those_of_module,
 )
-from hpctrain.training.modules.hooks import check_loaders
+from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of, uncompiled
-from hpctrain.training.modules.own_state import OWN_STATE, OwnState
 from hpctrain.training.modules.run_logger import RunLogger, foreign_calls
 from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.modules.task_callbacks import TaskCallbacks
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
 from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer

@@ -1,4 +1,4 @@
-"""A module of a script at work: validate, test and predict, without a run and its folder."""
+"""`trainer.validate`, `test` and `predict` of a script: a module without a run and its folder."""
 
 from __future__ import annotations
 

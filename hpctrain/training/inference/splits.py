@@ -1,4 +1,4 @@
-"""The samples that a trained model is evaluated on, or predicts for: of files, or of objects."""
+"""Samples of a split (train, test, NAME) for evaluation and prediction: of files or objects."""
 
 from __future__ import annotations
 

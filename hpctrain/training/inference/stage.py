@@ -1,4 +1,4 @@
-"""A module in a stage in which nothing is trained: validate, test or predict."""
+"""Stages without training: how a module validates, tests and predicts."""
 
 from __future__ import annotations
 

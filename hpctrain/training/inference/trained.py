@@ -1,10 +1,11 @@
-"""A model with the weights of a checkpoint: its metrics, and its predictions."""
+"""`evaluate`, `test`, `predict`: a model with weights of a checkpoint, its metrics, predictions."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.config import Config
-from hpctrain.config.fields import Normalization
+from hpctrain.config.fields import Normalization, stored_fields
 from hpctrain.config.registry import resolve_listed
 from hpctrain.config.semantics import semantics_of
-from hpctrain.data.dataset import Field
+from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch import EvaluationBatches
+from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.data.predictions import Origin, PredictionWriter
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
+from hpctrain.training.brought import NOTHING
 from hpctrain.training.build import (
     Components,
     build_task,
     finish_model,
     make_model,
+    resolve_components,
     seed_generators,
 )
 from hpctrain.training.call import Method
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.inference.splits import Split
+from hpctrain.training.inference.splits import Split, open_files, open_objects
 from hpctrain.training.inference.stage import (
     STEPS,
     Stage,
@@ -45,11 +49,10 @@ from hpctrain.training.inference.stage import (
     predicted,
     predicting,
 )
-from hpctrain.training.inference.weights import Chosen
+from hpctrain.training.inference.weights import Chosen, choose_checkpoint
 from hpctrain.training.modules.callbacks import build_callbacks, register, with_those_of_module
-from hpctrain.training.modules.hooks import check_loaders
+from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
 from hpctrain.training.modules.overrides import is_own
-from hpctrain.training.modules.own_state import OWN_STATE, OwnState
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.plain_names import load_checked
 from hpctrain.training.prepare_data import prepare_data
@@ -59,6 +62,7 @@ from hpctrain.training.regression import Regression, in_unit
 from hpctrain.training.snapshot import restore_extra_states
 from hpctrain.training.task import Fields, adopt_task
 from hpctrain.training.undisturbed import evaluating, kept_model
+from hpctrain.training.user_data import brings_data
 from hpctrain.utils.text import printable
 
 logger = logging.getLogger("hpctrain")
@@ -314,3 +318,84 @@ def as_fields(output: object, samples: int) -> dict[str, npt.NDArray[Any]]:
     if not fields:
         raise TrainingError("predict: the model gives nothing to store")
     return fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of it.
+
+    Attributes:
+        chosen: the checkpoint.
+        datasets: the samples of the split, several where a datamodule has several loaders.
+        metrics: empty where predictions were asked for.
+        missing: shards of predictions that a stop has left for a later job.
+    """
+
+    chosen: Chosen
+    datasets: Sequence[Dataset | MapDataset]
+    metrics: Mapping[str, float]
+    missing: int = 0
+
+    @property
+    def samples(self) -> int:
+        return sum(each.samples for each in self.datasets)
+
+
+def answer(
+    config: Config,
+    world: World,
+    command: Sequence[str],
+    *,
+    stage: Stage,
+    split: str,
+    checkpoint: str | None = None,
+    output: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Evaluate a trained model on a split, or write its predictions. Collective: all ranks.
+
+    Args:
+        config: of the run.
+        world: the ranks.
+        command: the config file and overrides, as they were given.
+        stage: whose step of a module is called.
+        split: "train", "validation", "test", or a name of `data.evaluations`.
+        checkpoint: as `choose_checkpoint` takes it.
+        output: where predictions go; None: metrics are asked for.
+        stopping: whether this rank is to leave the rest of the predictions for a later job.
+
+    Raises:
+        HpctrainError: if it cannot be done.
+    """
+    with raise_together(world.communicator):
+        components = resolve_components(config, command[0], command[1:])
+    chosen = choose_checkpoint(config, world, checkpoint)
+    served: Sequence[Split]
+    if brings_data(config, NOTHING):
+        served = open_objects(config, world, split, stage)
+    else:
+        # Predictions need no targets: the files may have none.
+        fields = stored_fields(config) if output is None else _stored_inputs(config)
+        served = [open_files(config, world, split, chosen, fields)]
+    datasets = [each.dataset for each in served]
+    try:
+        trained = Trained(config, world, components, chosen, served, stage)
+        if output is None:
+            return Answer(chosen=chosen, datasets=datasets, metrics=trained.evaluate())
+        origin = Origin(
+            checkpoint=chosen.source,
+            step=chosen.step,
+            weights=chosen.weights,
+            dataset=datasets[0].source,
+            fingerprint=datasets[0].fingerprint,
+        )
+        writer = trained.predict(output, origin, stopping)
+        return Answer(chosen=chosen, datasets=datasets, metrics={}, missing=writer.finish())
+    finally:
+        for each in served:
+            each.close()
+
+
+def _stored_inputs(config: Config) -> list[str]:
+    """Return the fields that the model receives, as files hold them."""
+    return [name for name in stored_fields(config) if name in config.task.inputs]

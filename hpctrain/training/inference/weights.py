@@ -1,4 +1,4 @@
-"""Which checkpoint a command works with, and which of its weights."""
+"""Checkpoint of a command: `best`, `last` or a path, and which of its weights (training, EMA)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks tell each other in a loop of one's own."""
+"""Collectives of an own loop: all_gather with gradients, all_reduce, broadcast."""
 
 from __future__ import annotations
 

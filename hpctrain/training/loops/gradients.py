@@ -1,4 +1,4 @@
-"""Gradients of a loop of one's own: averaged over the ranks before an optimizer steps."""
+"""Gradients of an own loop: all_reduce in buckets, beside the backward pass or before a step."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Data of a loop of one's own, in the one order: `world.loader`."""
+"""`world.loader`: batches for an own loop in the one order, and a run without any data."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from hpctrain.config.schema import (
 )
 from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import NEWEST, Semantics
+from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.data.discovery import open_dataset
-from hpctrain.data.loading.batch import ShareOfBatch, count_passes, cut
+from hpctrain.data.loading.batch import Batch, ShareOfBatch, count_passes, cut
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
@@ -28,6 +29,8 @@ from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing import Resumed
 from hpctrain.training.data import Data, open_data
 from hpctrain.training.loops.registry import Setups
+from hpctrain.training.position import Position, StopAt
+from hpctrain.training.staging import Staging
 from hpctrain.training.undisturbed import (
     copied_buffers,
     evaluating,
@@ -342,3 +345,52 @@ def _is_data_loader(source: Any) -> bool:
 def use_of(item: object) -> str:
     """Return by what name a config would use the class of an object."""
     return f"{type(item).__module__}:{type(item).__qualname__}"
+
+
+_ENDLESS = 2**62
+"""Samples of an epoch that never ends."""
+
+
+class WithoutData:
+    """Stands for the data of a run that has none: each step counts as one sample.
+
+    Attributes:
+        place: where the run goes on.
+        stop_at: how long it is.
+    """
+
+    validations: Sequence[Any] = ()
+
+    def __init__(self, config: Config, resumed: Resumed | None) -> None:
+        self.place = Position() if resumed is None else resumed.place
+        self.stop_at = StopAt(
+            max_epochs=None,
+            max_steps=config.training.max_steps,
+            max_samples=None,
+            epoch_samples=_ENDLESS,
+            global_batch_size=1,
+        )
+        self.staging = Staging()
+        self.train_loader = _Steps()
+
+    def record(self, config: Config) -> dict[str, Any]:
+        """Return the rules of the run."""
+        return {SEMANTICS: NEWEST.to_json()}
+
+    def close(self) -> None:
+        """Do nothing: there is nothing open."""
+
+
+class _Steps:
+    """Serves steps without samples."""
+
+    wait_seconds = 0.0
+    failed_reads = 0
+    epoch_size = _ENDLESS
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield steps for ever."""
+        position = start
+        while True:
+            yield Batch(fields={}, size=1, global_size=1, epoch=epoch, start=position)
+            position += 1

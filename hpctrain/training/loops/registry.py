@@ -1,4 +1,4 @@
-"""All that was set up in a world, and the backward passes of a loop of one's own."""
+"""Registry of models and optimizers that were set up, and the backward passes of an own loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from hpctrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:  # a world is made faster without
-    from hpctrain.training.loops.setup import Setup, Stepper
+    from hpctrain.training.loops.setup import Setup
+    from hpctrain.training.loops.stepper import Stepper
     from hpctrain.training.nonfinite import BadSteps
     from hpctrain.training.precision import LossScale
 

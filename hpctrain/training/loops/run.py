@@ -1,4 +1,4 @@
-"""A run of a loop of one's own: `for batch in run.steps()`."""
+"""`run.steps`, `run.step`, `run.log`, `run.evaluation`: what an own loop calls of its run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hpctrain.topology import on_rank_zero
 from hpctrain.training.build import seed_generators
 from hpctrain.training.evaluation import gather_at_rank_zero
 from hpctrain.training.loops.loader import Loader, Samples
-from hpctrain.training.loops.setup import Stepper
 from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
+from hpctrain.training.loops.stepper import Stepper
 from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
 from hpctrain.training.position import Position

@@ -1,29 +1,39 @@
-"""The run of a loop from its beginning to its end: `world.run` holds its folder, as a job does."""
+"""`world.run`: config, run folder and resume of an own loop, from its beginning to its end."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hpctrain.batch.stop import SignalFlag
 from hpctrain.config import Config
-from hpctrain.config.schema import CheckpointSection, LoggingSection
+from hpctrain.config.schema import (
+    CheckpointSection,
+    ComponentSection,
+    LoggingSection,
+    OptimizerSection,
+    RunSection,
+    TaskSection,
+)
+from hpctrain.config.schema_data import DataSection
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
 from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing import restore
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.figures import figures_recorded
-from hpctrain.training.loops.config import config_of, named_models
-from hpctrain.training.loops.loader import Loader
+from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, WithoutData, use_of
 from hpctrain.training.loops.run import Run
 from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
-from hpctrain.training.loops.without_data import WithoutData
 from hpctrain.training.loops.world import World
 from hpctrain.training.position import Position
 from hpctrain.training.precision import NumberFormat
@@ -34,12 +44,152 @@ from hpctrain.training.session import ReadTrouble, Session, find_beginning, fini
 from hpctrain.training.summary import header_text
 from hpctrain.training.trainer import Phases, Plan
 from hpctrain.training.trainer import Run as JobRun
+from hpctrain.utils.json_files import checked
 
 logger = logging.getLogger("hpctrain")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How long a run is, and what is saved and reported, as a config would say it.
+
+    Attributes:
+        epochs: `training.max_epochs`.
+        steps: `training.max_steps`.
+        max_seconds: `run.max_seconds`.
+        checkpoint: what is saved.
+        logging: what is reported.
+    """
+
+    epochs: int | None
+    steps: int | None
+    max_seconds: float | None
+    checkpoint: CheckpointSection
+    logging: LoggingSection
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        epochs: int | None,
+        steps: int | None,
+        max_seconds: float | None,
+        log_steps: int,
+        progress: str,
+        **checkpoint: Any,
+    ) -> RunOptions:
+        """Check what `World.run` was given.
+
+        Raises:
+            ConfigError: if a number is out of its range, or a word is none.
+        """
+        try:
+            return cls(
+                epochs=epochs,
+                steps=steps,
+                max_seconds=max_seconds,
+                checkpoint=checked(checkpoint, CheckpointSection),
+                logging=checked({"every_steps": log_steps, "progress": progress}, LoggingSection),
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"world.run: {error}", everywhere=True) from error
+
+    def check(self, loader: Loader | None) -> None:
+        """See that a run with this loader has an end.
+
+        Raises:
+            ConfigError: if it has none, or a number is none.
+        """
+        if loader is not None and not loader.training:
+            raise ConfigError("world.run: the loader is for evaluation: give one to train with")
+        if loader is None and self.steps is None:
+            raise ConfigError("world.run without a loader has no epochs: give steps=")
+        for name, value in (("epochs", self.epochs), ("steps", self.steps)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ConfigError(f"world.run: {name}={value!r}: expected a whole number from 1")
+        if self.epochs is None and self.steps is None:
+            raise ConfigError("world.run: how long? Give epochs= or steps=")
+        if loader is None and self.epochs is not None:
+            raise ConfigError("world.run without a loader has no epochs: give steps= alone")
+
+
+def named_models(models: Any) -> dict[str, nn.Module]:
+    """Return the models of a run by the names that their parameters have in a checkpoint."""
+    if isinstance(models, nn.Module):
+        return {"": models}
+    if isinstance(models, Mapping):
+        named = dict(models)
+    elif isinstance(models, list | tuple):
+        kinds = [type(model).__name__ for model in models]
+        names = kinds if len(set(kinds)) == len(kinds) else [f"{k}{i}" for i, k in enumerate(kinds)]
+        named = dict(zip(names, models, strict=True))
+    else:
+        named = {}
+    if not named or not all(isinstance(model, nn.Module) for model in named.values()):
+        raise ConfigError(
+            "world.run takes a model, a list of them, or a dict by name, as world.setup has "
+            "returned them"
+        )
+    if wrong := [name for name in named if not name.isidentifier()]:
+        raise ConfigError(f"world.run: {wrong[0]!r} is no name for a model: letters, digits and _")
+    return named
+
+
+def config_of(
+    world: World,
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    step: LoopStep,
+    loader: Loader | None,
+    options: RunOptions,
+) -> Config:
+    """Return the config that a job like this run would have; it is saved with the run.
+
+    Raises:
+        ConfigError: if the run has no end, or no folder.
+    """
+    options.check(loader)
+    if not folder.name:
+        raise ConfigError(f"world.run: {str(folder)!r} is no folder of a run")
+    section = next(
+        setup.section
+        for setup in world.setups.all
+        if any(model is one for model in setup.models for one in models.values())
+    )
+    groups = step.optimizer.param_groups
+    lr = float(groups[0]["lr"])
+    common: dict[str, Any] = {
+        "training": replace(section, max_epochs=options.epochs, max_steps=options.steps),
+        "run": RunSection(
+            name=folder.name,
+            directory=str(folder.parent),
+            seed=DEFAULT_SEED if world.seed is None else world.seed,
+            max_seconds=options.max_seconds,
+        ),
+        "model": ComponentSection(use=" and ".join(use_of(model) for model in models.values())),
+        "optimizer": OptimizerSection(
+            use=" and ".join(use_of(each.optimizer) for each in step.steppers),
+            lr=lr if math.isfinite(lr) and lr > 0 else 1.0,
+        ),
+        "checkpoint": options.checkpoint,
+        "logging": options.logging,
+    }
+    return _without_data(**common) if loader is None else loader.config(**common)
+
+
+def _without_data(**sections: Any) -> Config:
+    """Return the config of a run without data."""
+    return Config(
+        data=DataSection(train="none", global_batch_size=1),
+        task=TaskSection(use="loop", inputs=("none",)),
+        **sections,
+    )
+
+
 class _Hooks(JobRun):
-    """What a job does between two steps, for a loop of one's own."""
+    """What a job does between two steps, for an own loop."""
 
     @property
     def _has_data(self) -> bool:
@@ -91,11 +241,7 @@ def running(
     loader: Loader | None,
     *,
     schedule: Any,
-    epochs: int | None,
-    steps: int | None,
-    checkpoint: CheckpointSection,
-    logging_section: LoggingSection,
-    max_seconds: float | None,
+    options: RunOptions,
 ) -> Iterator[Run]:
     """Hold a run folder in the body, as a job does. Collective: all ranks.
 
@@ -105,18 +251,7 @@ def running(
         named = named_models(models)
         step = LoopStep(world, world.setups, named)
         _check_optimizers(world, step, optimizers)
-        config = config_of(
-            world,
-            Path(folder),
-            named,
-            step,
-            loader,
-            epochs=epochs,
-            steps=steps,
-            checkpoint=checkpoint,
-            logging_section=logging_section,
-            max_seconds=max_seconds,
-        )
+        config = config_of(world, Path(folder), named, step, loader, options)
         schedules = schedule if isinstance(schedule, list | tuple) else [schedule]
         for number, each in enumerate(schedules):
             if each is not None:

@@ -1,10 +1,11 @@
-"""Models and optimizers of a loop of one's own, made ready for the world: `world.setup`."""
+"""`world.setup`: models and optimizers of an own loop made ready: device, precision, strategy."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +14,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.schema import Precision, TrainingSection
+from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.ddp import (
     broadcast_model,
     check_equal_shapes,
-    take_buffers_of_rank_zero,
 )
-from hpctrain.training.loops.entry import enter_by
-from hpctrain.training.loops.gradients import Reducer
+from hpctrain.training.fsdp import ShardedModel
 from hpctrain.training.loops.registry import Setups
+from hpctrain.training.loops.stepper import Stepper, WholeModel
 from hpctrain.training.nonfinite import BadSteps
-from hpctrain.training.optim.ema import EvaluationWeights, begin_training, has_modes
+from hpctrain.training.optim.ema import begin_training
 from hpctrain.training.optim.optimizer import (
     make_fused,
     prepare_momentum,
@@ -39,25 +39,7 @@ from hpctrain.training.plain_names import PlainNames
 from hpctrain.training.precision import LossScale, NumberFormat
 from hpctrain.training.preparation import cast_model, is_spread
 from hpctrain.training.snapshot import refuse_unmade
-from hpctrain.training.step import Update
 from hpctrain.utils.text import plural
-
-
-class WholeModel:
-    """A model of which every rank has all parameters.
-
-    Attributes:
-        model: the model itself.
-    """
-
-    spread = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def named_parameters(self) -> Any:
-        """Return all parameters, by plain names."""
-        return PlainNames(self.model).of(self.model.named_parameters())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,199 +57,6 @@ class Setup:
     held: Sequence[Any]
     optimizers: Sequence[Stepper]
     section: TrainingSection
-
-
-class Stepper:
-    """The update of one optimizer: mean gradients, clipped, refused where they are not finite.
-
-    Takes the place of the optimizer's own `step`, which it calls.
-
-    Attributes:
-        optimizer: the optimizer.
-        state: what it has learned.
-        begun: whether a backward pass has begun by way of the world since the last update.
-        steps: updates so far, in this job.
-        parameters: of the optimizer, or what this rank holds of them.
-        applies: whether the update itself is under way.
-        evaluation: its own weights for evaluations; None where it has one set only.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        held: Sequence[Any],
-        world: World,
-        *,
-        section: TrainingSection,
-        scaler: LossScale,
-        setups: Setups,
-    ) -> None:
-        self.optimizer = optimizer
-        self._setups = setups
-        self.begun = False
-        self.steps = 0
-        self.applies = False
-        self.plain_step = optimizer.step
-        self._zero_grad = optimizer.zero_grad
-        self._scaler = scaler
-        self._sharded = [item for item in held if not isinstance(item, WholeModel)]
-        self.parameters = [item for group in optimizer.param_groups for item in group["params"]]
-        self._reducer = Reducer(self.parameters, world.topology.world_size, setups.group)
-        self._whole = {id(item) for each in self._sharded for item in each.whole_parameters()}
-        self._rank, self._world_size = world.topology.rank, world.topology.world_size
-        self._modules = [list(each.model.modules()) for each in held]
-        self.state = OptimizerState(optimizer, rows=bool(self._sharded))
-        self.evaluation = (
-            EvaluationWeights(optimizer, Named(held)) if has_modes(optimizer) else None
-        )
-        offloaded = any(each.offloaded for each in self._sharded)
-        self.update = Update(
-            optimizer,
-            clip_norm=section.clip_norm,
-            clip_value=section.clip_value,
-            scaler=scaler,
-            device=torch.device("cpu") if offloaded else world.device,
-            counted=self._counted if self._sharded else None,
-            reduce_norm=self._sharded[0].reduce_norm if self._sharded else None,
-        )
-        assert setups.bad_steps is not None
-        self.update.bad_steps = setups.bad_steps
-        self._uncounted = 0
-
-    def take_over(self) -> None:
-        """Have `optimizer.step()` and `optimizer.zero_grad()` be ours."""
-        optimizer: Any = self.optimizer
-        optimizer.step = types.MethodType(_step_of(self), optimizer)
-        if self._sharded:
-            optimizer.zero_grad = types.MethodType(_zero_grad_of(self), optimizer)
-
-    def expect(self, loss: Tensor | None) -> None:
-        """Reduce beside the backward pass that follows, the last before `apply`. Collective.
-
-        Args:
-            loss: what it begins with; None: this rank has no samples.
-        """
-        if not self._sharded:  # gradients of rows are reduced in any backward pass
-            self._reducer.expect(loss)
-
-    def apply(self, factor: Tensor | None = None) -> None:
-        """Update the parameters by the mean of all ranks' gradients. Collective: all ranks.
-
-        Args:
-            factor: by which the gradients are too small, (); None: they are not.
-
-        Raises:
-            TrainingError: on this rank, if the gradients are not those of scaled losses where they
-                have to be.
-        """
-        if self._scaler.enabled and not self.begun:
-            raise TrainingError(
-                'precision "16-mixed" scales losses before their backward pass: call '
-                "world.backward(loss) or run.backward(loss) in place of loss.backward()"
-            )
-        if self._setups.is_idle and not self.begun:
-            self._refuse_or_forget()
-        self.begun = False
-        gradients = self._gathered() if self._sharded else self._reducer.reduce()
-        self.applies = True  # what a scheduler has put around `step` stays around it
-        try:
-            self.update.apply(gradients, None, factor)
-        finally:
-            self.applies = False
-        for each in self._sharded:
-            each.release()
-            each.count_uses_anew()
-        if self._world_size > 1:
-            for modules in self._modules:
-                take_buffers_of_rank_zero(modules, self._rank)  # as DistributedDataParallel does
-        self.steps += 1
-
-    def _refuse_or_forget(self) -> None:
-        """See to it that the held sample of a rank without others counts for nothing.
-
-        Raises:
-            TrainingError: on this rank, where its gradients are in all ranks' already.
-        """
-        if self._sharded:
-            raise TrainingError(
-                "this rank has no samples in this batch, and its held one counted as much as any: "
-                "call world.backward(loss, samples=batch.size) in place of loss.backward()"
-            )
-        for item in self.parameters:
-            item.grad = None
-
-    def clear_gradients(self, *, set_to_none: bool = True) -> None:
-        """Forget the gradients of all parameters of this optimizer."""
-        self._zero_grad(set_to_none=set_to_none)
-        for each in self._sharded:
-            each.clear_gradients()
-
-    def _gathered(self) -> list[Tensor]:
-        """Return this rank's rows of the gradients, and those of what every rank has."""
-        if not self.steps:
-            for each in self._sharded:
-                each.find_rows()
-        found: list[Tensor] = []
-        whole: list[Tensor] = []
-        for each in self._sharded:
-            each.reduce_whole()
-            each.gradients()
-        for item in self.parameters:
-            if item.grad is not None:
-                (whole if id(item) in self._whole else found).append(item.grad)
-        self._uncounted = len(whole) if self._rank else 0
-        return found + whole
-
-    def _counted(self, gradients: list[Tensor]) -> list[Tensor]:
-        return gradients[: len(gradients) - self._uncounted]
-
-
-def _step_of(stepper: Stepper) -> Callable[..., Any]:
-    def step(_optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Average the gradients over the ranks, clip them, and update. Collective: all ranks."""
-        if stepper.applies:
-            return stepper.plain_step()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        stepper.apply()
-        return loss
-
-    return step
-
-
-def _zero_grad_of(stepper: Stepper) -> Callable[..., None]:
-    def zero_grad(_optimizer: Optimizer, set_to_none: bool = True) -> None:
-        """Forget the gradients, where torch keeps those of rows as well."""
-        stepper.clear_gradients(set_to_none=set_to_none)
-
-    return zero_grad
-
-
-class Named:
-    """Parameters of one or several models, by names that no two of them share."""
-
-    def __init__(self, held: Sequence[Any], names: Sequence[str] = ()) -> None:
-        """Take the models in.
-
-        Args:
-            held: what this rank has of each.
-            names: of the models; none: one of them has no name, and several are numbered.
-        """
-        self._held = held
-        self._names = names or _numbered(len(held))
-
-    def named_parameters(self) -> Any:
-        """Yield the parameters by name."""
-        for name, held in zip(self._names, self._held, strict=True):
-            around = f"{name}." if name else ""
-            for inner, item in held.named_parameters():
-                yield around + inner, item
-
-
-def _numbered(count: int) -> list[str]:
-    return [""] if count == 1 else [str(number) for number in range(count)]
 
 
 def set_up(
@@ -505,3 +294,120 @@ def section_for(
         clip_value=clip_value,
         **training,
     )
+
+
+_ENTRY = "_hpctrain_entry"
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def enter_by(model: nn.Module, number_format: NumberFormat, sharded: ShardedModel | None) -> None:
+    """Have a model's forward pass and its other methods do what format and strategy need.
+
+    Args:
+        model: changed in place; where nothing is needed, not at all.
+        number_format: of parameters and arithmetic.
+        sharded: the same model where its parameters are spread over the ranks, else None.
+    """
+    is_plain = number_format.autocast is None and not number_format.casts
+    if sharded is None and is_plain:
+        return
+    kind = type(model)
+    members: dict[str, Any] = {name: _entering(method) for name, method in _methods(kind)}
+    members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    if sharded is not None:
+        members["__deepcopy__"] = _refuse_copy
+    model.__dict__[_ENTRY] = Entry(number_format, sharded)
+    model.__class__ = type(kind.__name__, (kind,), members)
+    for name, child in model.named_children() if sharded is not None else ():
+        if any(True for _ in child.parameters()):
+            child.register_forward_pre_hook(functools.partial(_refuse_part, model, name))
+
+
+class Entry:
+    """What happens around a call of a model from outside of it."""
+
+    def __init__(self, number_format: NumberFormat, sharded: ShardedModel | None) -> None:
+        self.inside = False
+        self._format = number_format
+        self._sharded = sharded
+
+    def __deepcopy__(self, memo: Any) -> Entry:
+        """Return that of a copy of the model."""
+        return Entry(self._format, self._sharded)
+
+    def run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return what a method of the model makes of its arguments. Under FSDP, collective."""
+        if self._format.casts:
+            args, kwargs = map_tensors(self._cast, (args, kwargs))
+        with self._entered(), self._format.arithmetic():
+            if self._sharded is None:
+                result = method(*args, **kwargs)
+            else:
+
+                def of_bare(_model: nn.Module, _fields: Mapping[str, Tensor]) -> Any:
+                    return method(*args, **kwargs)
+
+                result = self._sharded.root(of_bare, {})
+        # Sums of many numbers, as losses are, need more than 8 or 11 bits.
+        return map_tensors(_wide, result)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._format.fitting(tensor.dtype))
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _NARROW else tensor
+
+
+def _methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield the public methods that a model has beyond those of every module, and its forward."""
+    found: dict[str, Callable[..., Any]] = {}
+    for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, member in vars(each).items():
+            if name.startswith("_") or (hasattr(nn.Module, name) and name != "forward"):
+                continue
+            if inspect.isfunction(member) and not inspect.isgeneratorfunction(member):
+                found.setdefault(name, member)
+    yield from found.items()
+
+
+def _entering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that enters the model, unless it is called from inside of it."""
+
+    @functools.wraps(function)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        entry: Entry = self.__dict__[_ENTRY]
+        if entry.inside:
+            return function(self, *args, **kwargs)
+        return entry.run(functools.partial(function, self), args, kwargs)
+
+    return method
+
+
+def _refuse_copy(self: nn.Module, memo: Any) -> nn.Module:
+    """Refuse a copy that would hold this rank's rows, and gather nothing."""
+    raise TrainingError(
+        f'{type(self).__name__} has its parameters spread over the ranks (strategy "fsdp") and '
+        'cannot be copied: copy it before world.setup, or take strategy="ddp"'
+    )
+
+
+def _refuse_part(model: nn.Module, name: str, child: nn.Module, _args: Any) -> None:
+    """Refuse a part of a spread model that is called by itself: it has only rows."""
+    # A backward pass runs parts again whose activations were not kept.
+    is_backward = torch._C._current_graph_task_id() != -1
+    if not (model.__dict__[_ENTRY].inside or is_backward):
+        kind = type(model).__name__
+        raise TrainingError(
+            f"{kind}.{name} was called by itself, and has only some rows of its parameters "
+            f'(strategy "fsdp"), which are gathered for calls of {kind}: put the call into a '
+            f'method of {kind}, or take strategy="ddp"'
+        )

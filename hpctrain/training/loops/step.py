@@ -1,4 +1,4 @@
-"""What of a loop of one's own a run reads, saves and puts back: as a job has it of its step."""
+"""State of an own loop in a checkpoint: models, optimizers, LR schedules, registered objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpctrain.checkpoint.state import Json
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.loops.registry import Setups
-from hpctrain.training.loops.setup import Named, Stepper
+from hpctrain.training.loops.stepper import Named, Stepper
 from hpctrain.training.modules.scheduler_state import load_portable, portable_state
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, bad_among
 from hpctrain.training.registered_state import REGISTERED, RegisteredState, Stateful

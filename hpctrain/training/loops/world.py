@@ -1,4 +1,4 @@
-"""`hpctrain.connect()`: the world of a loop of one's own.
+"""`hpctrain.connect()`: the world of an own loop.
 
 Nothing here imports torch before the world is made: MPI has to be up first.
 """
@@ -196,10 +196,14 @@ class World(process_group.World):
             ConfigError: on every rank, if an argument makes no sense.
             CheckpointError: on every rank, if the folder is in use, or cannot be written to.
         """
-        from hpctrain.training.loops.config import sections
-        from hpctrain.training.loops.running import running
+        from hpctrain.training.loops.running import RunOptions, running
 
-        checkpoint, logging = sections(
+        options = RunOptions.of(
+            epochs=epochs,
+            steps=steps,
+            max_seconds=None if max_minutes is None else 60 * max_minutes,
+            log_steps=log_steps,
+            progress=progress,
             every_epochs=save_epochs,
             every_steps=save_steps,
             every_minutes=save_minutes,
@@ -207,22 +211,8 @@ class World(process_group.World):
             keep_best=keep_best,
             keep_best_mode=keep_best_mode,
             resume=resume,
-            log_steps=log_steps,
-            progress=progress,
         )
-        return running(
-            self,
-            folder,
-            models,
-            optimizers,
-            loader,
-            schedule=schedule,
-            epochs=epochs,
-            steps=steps,
-            checkpoint=checkpoint,
-            logging_section=logging,
-            max_seconds=None if max_minutes is None else 60 * max_minutes,
-        )
+        return running(self, folder, models, optimizers, loader, schedule=schedule, options=options)
 
     def backward(self, loss: Tensor, *, samples: int | None = None) -> None:
         """Run a backward pass, from a scaled loss in 16-mixed. Under FSDP, collective: all ranks.

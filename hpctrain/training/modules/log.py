@@ -1,4 +1,4 @@
-"""What a module logs: `self.log` and `self.log_dict`, exact over passes and ranks.
+"""`self.log` and `self.log_dict` of a module, exact over passes and ranks.
 
 A step keeps what was logged as it is, detached: no number is fetched, and no rank is asked. At log
 steps the values ride in the one reduction that these make anyway. What is logged for an epoch is
@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,18 @@ from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator
 from hpctrain.training.media import Media
 from hpctrain.training.metrics import Gather
-
-Reduction = Literal["mean", "sum", "min", "max"]
+from hpctrain.training.modules.logged import (
+    OF_LOADER,
+    Entry,
+    Reduction,
+    Total,
+    forked,
+    joined,
+    loggable,
+    reduced,
+    reduction_of,
+    unforked,
+)
 
 _STEP_HOOKS = frozenset(
     {
@@ -41,86 +50,6 @@ _EPOCH_HOOKS = frozenset(
     }
 )
 """Where it is one of the epoch unless it is said to be one of the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """How a name is logged; that of its first call counts.
-
-    Attributes:
-        on_step: reduced at log steps.
-        on_epoch: reduced at the end of the epoch.
-        reduction: over passes and ranks, and over the steps of an epoch.
-        shown: on the line of progress.
-        written: to the metrics; False: for monitors only.
-        on_rank_zero: only rank 0 logs it.
-        is_metric: a torchmetrics object, which adds up by itself.
-    """
-
-    on_step: bool
-    on_epoch: bool
-    reduction: Reduction
-    shown: bool
-    written: bool
-    on_rank_zero: bool
-    is_metric: bool
-
-    def step_name(self, name: str) -> str:
-        return forked(name, "_step") if self.on_epoch else name
-
-    def epoch_names(self, name: str) -> list[str]:
-        """Return its names at an epoch's end; a monitor may leave out the ending."""
-        return [name, forked(name, "_epoch")] if self.on_step else [name]
-
-
-_OF_LOADER = "/dataloader_idx_"
-"""Ends the names of what is logged for one of several loaders, with its number."""
-
-
-def forked(name: str, ending: str) -> str:
-    """Return a name with an ending, before that which tells the loader, as Lightning has it."""
-    base, mark, number = name.partition(_OF_LOADER)
-    return f"{base}{ending}{mark}{number}"
-
-
-def _unforked(name: str, ending: str) -> str | None:
-    """Return the name that was forked by an ending; None: this one has no such ending."""
-    base, mark, number = name.partition(_OF_LOADER)
-    return f"{base.removesuffix(ending)}{mark}{number}" if base.endswith(ending) else None
-
-
-class Total:
-    """One value added up over an epoch, on this rank; numbers stay on the device."""
-
-    __slots__ = ("on_device", "on_host", "reduction", "weight")
-
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
-        self.on_host = {"min": math.inf, "max": -math.inf}.get(reduction, 0.0)
-        self.on_device: Tensor | None = None
-        self.weight = 0.0
-
-    def add(self, value: Tensor | float, weight: float) -> None:
-        """Add a value that stands for so many samples."""
-        factor = weight if self.reduction == "mean" else 1.0
-        self.weight += factor if self.reduction == "mean" else bool(weight)
-        if not weight:
-            return
-        if not isinstance(value, Tensor):
-            self.on_host = _joined(self.reduction, self.on_host, float(value) * factor)
-        elif self.on_device is None:
-            self.on_device = value.double() * factor
-        elif self.reduction in ("mean", "sum"):
-            self.on_device.add_(value, alpha=factor)
-        else:
-            pick = torch.minimum if self.reduction == "min" else torch.maximum
-            self.on_device = pick(self.on_device, value.double())
-
-    def value(self) -> tuple[float, float]:
-        """Return the total and its weight; waits for the device."""
-        if self.on_device is None:
-            return self.on_host, self.weight
-        return _joined(self.reduction, self.on_host, self.on_device.item()), self.weight
 
 
 class Logs:
@@ -202,7 +131,7 @@ class Logs:
         if entry.is_metric:
             self._log_metric(name, entry, value, weight)
             return
-        value = _checked(name, value)
+        value = loggable(name, value)
         if self.stage != "train":
             self._batch.setdefault(name, []).append((value, weight))
             return
@@ -221,7 +150,7 @@ class Logs:
             TrainingError: if two loaders share one.
         """
         if is_told:
-            return f"{name}{_OF_LOADER}{self.loader}"
+            return f"{name}{OF_LOADER}{self.loader}"
         assert self.loader is not None
         first = self._loaders.setdefault((self.stage, name), self.loader)
         if first != self.loader:
@@ -328,7 +257,7 @@ class Logs:
             if not there:
                 continue
             key = entry.step_name(name)
-            found[key] = _reduced(entry.reduction, pairs)
+            found[key] = reduced(entry.reduction, pairs)
             self.last[key] = found[key]
             if not entry.on_epoch:
                 self.last[name] = found[key]
@@ -340,13 +269,13 @@ class Logs:
         ran = bool(self._step) or self.weight > 0
         mine = {name: self.entries["train", name] for name in self._step}
         everyone = self._communicator.all_gather(
-            (ran, {name: _packed(entry) for name, entry in mine.items()})
+            (ran, {name: entry.packed() for name, entry in mine.items()})
         )
         names = dict.fromkeys([*self._reduced, *(n for _, theirs in everyone for n in theirs)])
         for name in names:
             if name in self._reduced:
                 continue
-            entry = next(_unpacked(theirs[name]) for _, theirs in everyone if name in theirs)
+            entry = next(Entry(*theirs[name]) for _, theirs in everyone if name in theirs)
             lacking = [
                 rank for rank, (ran, theirs) in enumerate(everyone) if ran and name not in theirs
             ]
@@ -425,7 +354,7 @@ class Logs:
             parts = [theirs[name] for theirs in everyone if name in theirs]
             pairs = [(value, weight) for _, value, weight in parts]
             if any(weight for _, weight in pairs):
-                found[name] = _reduced(parts[0][0], pairs)
+                found[name] = reduced(parts[0][0], pairs)
         return found
 
     def named(self, stage: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -441,7 +370,7 @@ class Logs:
     def written(self, stage: str, name: str) -> bool:
         """Tell whether a value goes into the metrics."""
         for ending in ("", "_step", "_epoch"):
-            entry = self.entries.get((stage, _unforked(name, ending) or ""))
+            entry = self.entries.get((stage, unforked(name, ending) or ""))
             if entry is not None:
                 return entry.written
         return True
@@ -476,7 +405,7 @@ class Logs:
             reduction, _, name = key.partition("/")
             total = self._epoch[name] = Total(reduction)  # type: ignore[arg-type]
             total.on_host = functools.reduce(
-                functools.partial(_joined, total.reduction), (value for value, _ in found)
+                functools.partial(joined, total.reduction), (value for value, _ in found)
             )
             total.weight = math.fsum(weight for _, weight in found)
 
@@ -499,19 +428,19 @@ class Logs:
                 + ("outside of the module's hooks" if self.fx is None else f"in {self.fx}")
                 + ": log in a step, or in a hook of an epoch"
             )
-        if _OF_LOADER in name and self.loader is None:
+        if OF_LOADER in name and self.loader is None:
             raise TrainingError(
-                f'self.log("{name}"): the ending "{_OF_LOADER}N" tells one of several loaders, and '
+                f'self.log("{name}"): the ending "{OF_LOADER}N" tells one of several loaders, and '
                 "comes by itself: leave it out, or pass add_dataloader_idx=False in their steps"
             )
         is_metric = all(callable(getattr(value, each, None)) for each in ("update", "compute"))
         if not is_metric:
-            _checked(name, value)
+            loggable(name, value)
         is_step = self.fx in _STEP_HOOKS
         entry = Entry(
             on_step=is_step if on_step is None else bool(on_step),
             on_epoch=not is_step if on_epoch is None else bool(on_epoch),
-            reduction=_reduction(name, reduce_fx),
+            reduction=reduction_of(name, reduce_fx),
             shown=bool(prog_bar),
             written=logger is not False,
             on_rank_zero=rank_zero_only,
@@ -535,84 +464,11 @@ class Logs:
                 f"has no value of this step: call it, metric(preds, target), or log it with "
                 "on_step=False, on_epoch=True"
             )
-        self._step.setdefault(name, []).append((_checked(name, newest), weight))
-
-
-def _reduction(name: str, reduce_fx: Any) -> Reduction:
-    """Return a known reduction by its name or torch's function."""
-    known: dict[Any, Reduction] = {
-        "mean": "mean",
-        "sum": "sum",
-        "min": "min",
-        "max": "max",
-        "avg": "mean",
-        torch.mean: "mean",
-        torch.sum: "sum",
-        torch.min: "min",
-        torch.max: "max",
-        min: "min",
-        max: "max",
-        sum: "sum",
-    }
-    found = known.get(reduce_fx) if isinstance(reduce_fx, str) or callable(reduce_fx) else None
-    if found is None:
-        raise TrainingError(
-            f'self.log("{name}", reduce_fx={reduce_fx!r}): known are "mean", "sum", "min" and '
-            '"max", which come out the same over any number of ranks: for another, log a '
-            "torchmetrics object"
-        )
-    return found
-
-
-def _checked(name: str, value: Any) -> Tensor | float:
-    """Return a number, or a detached tensor, ()."""
-    if isinstance(value, Tensor):
-        if not value.ndim and value.is_floating_point():  # most are
-            return value.detach()
-        if value.numel() != 1 or value.is_complex():
-            raise TrainingError(
-                f'self.log("{name}"): a tensor {tuple(value.shape)} of {value.dtype}: one number '
-                "can be logged; take its mean()"
-            )
-        return value.detach().reshape(())
-    if isinstance(value, bool | int | float) or getattr(value, "shape", None) == ():
-        return float(value)
-    raise TrainingError(
-        f'self.log("{name}"): {type(value).__name__} cannot be logged: give a number, a tensor of '
-        "one, or a torchmetrics object; several at once by self.log_dict"
-    )
+        self._step.setdefault(name, []).append((loggable(name, newest), weight))
 
 
 _MARK = "\n"
 """Separates a reduction from a name that is summed or gathered: no name has it."""
-
-
-def _joined(reduction: Reduction, one: float, other: float) -> float:
-    if reduction == "min":
-        return min(one, other)
-    return max(one, other) if reduction == "max" else one + other
-
-
-def _reduced(reduction: Reduction, pairs: list[tuple[float, float]]) -> float:
-    """Return one value of all ranks' totals and weights."""
-    there = [value for value, weight in pairs if weight]
-    if reduction == "min":
-        return min(there)
-    if reduction == "max":
-        return max(there)
-    total = math.fsum(there)
-    return total / math.fsum(weight for _, weight in pairs) if reduction == "mean" else total
-
-
-def _packed(entry: Entry) -> tuple[bool, bool, str, bool, bool, bool, bool]:
-    return (
-        *(entry.on_step, entry.on_epoch, entry.reduction, entry.shown, entry.written),
-        *(entry.on_rank_zero, entry.is_metric),
-    )
-
-
-def _unpacked(packed: tuple[Any, ...]) -> Entry:
-    return Entry(*packed)
 
 
 def names_of(logs: Logs, stage: str) -> list[str]:

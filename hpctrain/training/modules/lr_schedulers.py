@@ -1,4 +1,4 @@
-"""torch's LR schedulers as the schedule of a run: stepped on the host, where Lightning steps them.
+"""LR schedulers of torch as the schedule of a run: stepped on the host, where Lightning steps them.
 
 Source: lightning.pytorch.loops 2.6, `_TrainingEpochLoop.advance`, `on_advance_end`,
 `_update_learning_rates` and `_FitLoop.on_advance_end`; compared in

@@ -1,4 +1,4 @@
-"""Which methods of a module or a callback are its own, and not its base class's defaults."""
+"""Overridden methods of a module or a callback: its own, and not its base class's defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `self.logger` of a module is where the run writes its metrics itself.
+"""`self.logger` of a module where the run writes its metrics itself.
 
 Figures and histograms go to TensorBoard's files in the run's folder, numbers to its metrics, both
 from rank 0; on other ranks, and in a dry run, calls do nothing. What only another logger has, such

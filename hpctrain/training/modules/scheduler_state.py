@@ -1,4 +1,4 @@
-"""What a checkpoint holds of LR schedulers, and how a run goes on from it.
+"""State of LR schedulers in a checkpoint, and how a run resumes from it.
 
 Where the code makes the schedulers that it made when the checkpoint was saved, they come back as
 they were, bit for bit. Where it makes others, theirs hold: hyperparameters come from the code. A

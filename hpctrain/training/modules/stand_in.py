@@ -1,4 +1,4 @@
-"""What `self.trainer` of a module is here: facts of the run, and nothing that would steer it."""
+"""`self.trainer` of a module: facts of the run, and nothing that would steer it."""
 
 from __future__ import annotations
 

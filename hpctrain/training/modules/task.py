@@ -1,4 +1,4 @@
-"""A module as a task: what its own `training_step` and `validation_step` compute."""
+"""A LightningModule as a task: what its `training_step` and `validation_step` compute."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from hpctrain.lightning.arguments import (
     mapped,
     parse,
 )
-from hpctrain.lightning.callbacks import KEEP_ALL, known
+from hpctrain.lightning.objects import KEEP_ALL, known
 
 EVERY = {
     "training.max_epochs": 1000,
