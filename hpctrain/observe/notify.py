@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import selectors
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -124,7 +126,7 @@ def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | 
         return str(error)
     with process:
         try:
-            _, told = process.communicate(timeout=seconds)
+            told = _end_of_stderr(process, time.monotonic() + seconds)
         except subprocess.TimeoutExpired:
             with suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -136,3 +138,26 @@ def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | 
         last = told.decode("utf-8", "replace").strip().splitlines()[-1:]
         return f"it ended with {process.returncode}{': ' if last else ''}{printable(''.join(last))}"
     return None
+
+
+def _end_of_stderr(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """Wait for a command, and return the end of what it writes to stderr: it may be anything long.
+
+    Raises:
+        TimeoutExpired: if it has not come to its end by then.
+    """
+    assert process.stderr is not None
+    descriptor, end = process.stderr.fileno(), b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(process.args, 0)
+            if selector.select(left):
+                data = os.read(descriptor, 1 << 16)
+                if not data:
+                    break
+                end = (end + data)[-2 * _MOST_CHARACTERS :]
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return end

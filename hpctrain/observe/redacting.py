@@ -1,8 +1,18 @@
-"""Secrets in text, taken out of it: what is sent to a support desk goes through many hands."""
+"""Secrets (tokens, passwords, keys) redacted: in text, command lines and copies of configs.
+
+A bundle is sent to a support desk, and a run folder, its checkpoints and its report are read by
+others.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
+
+from hpctrain.config import Config, to_toml
+from hpctrain.errors import ConfigError
 
 REDACTED = "[redacted]"
 
@@ -79,3 +89,70 @@ def without_secrets(words: list[str]) -> list[str]:
     """Return a command line with what looks like a secret in it left out."""
     hidden = [_SECRET_WORD.sub(rf"\1{_NOT_RECORDED}", word) for word in words]
     return [_NOT_RECORDED if _SECRET_VALUE.search(word) else word for word in hidden]
+
+
+# Whoever knows the path of a webhook may post there: no name says that it is a secret.
+_ADDRESS = re.compile(r"\b([a-zA-Z][\w+.-]{0,20}://[^\s/?#\"'<>]{1,500})[/?#][^\s\"'<>]+")
+_LOGIN_OPTIONS = ("-u", "--user", "-U", "--proxy-user")
+"""Of curl and its like: the next word is "name:password"."""
+
+
+def toml_for_others(config: Config) -> str:
+    """Return a config as it is kept in a run folder and in checkpoints, where others read it.
+
+    What makes the run what it is stays as it is; secrets among the arguments of trackers and in
+    the command of `[notify]` do not.
+
+    Raises:
+        ConfigError: if it is such a copy itself: its trackers would log in with a placeholder.
+    """
+    for number, tracker in enumerate(config.trackers, start=1):
+        if name := _name_of_placeholder(tracker.arguments):
+            _refuse(f"trackers, number {number}: {name}")
+    if any(REDACTED in word for word in config.notify.command):
+        _refuse("notify.command")
+    trackers = tuple(
+        dataclasses.replace(each, arguments=_hidden("", each.arguments)) for each in config.trackers
+    )
+    command = tuple(_hidden_words(config.notify.command))
+    notify = dataclasses.replace(config.notify, command=command)
+    return to_toml(dataclasses.replace(config, trackers=trackers, notify=notify))
+
+
+def _refuse(place: str) -> None:
+    raise ConfigError(
+        f"{place} = {REDACTED}: this config is the copy of a run, which holds no secrets\n"
+        "  fix: take the config that the run was started with, or give the value anew"
+    )
+
+
+def _name_of_placeholder(value: Any, name: str = "") -> str | None:
+    if isinstance(value, dict):
+        found = (_name_of_placeholder(item, str(key)) for key, item in value.items())
+        return next(filter(None, found), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, (_name_of_placeholder(item, name) for item in value)), None)
+    return name if isinstance(value, str) and REDACTED in value else None
+
+
+def _hidden(name: str, value: Any) -> Any:
+    """Return the value of an argument without secrets, of any nesting."""
+    if isinstance(value, dict):
+        return {key: _hidden(f"{name} {key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(name, item) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return REDACTED if _SECRET_VARIABLE.search(name) else redact(value)[0]
+
+
+def _hidden_words(words: Sequence[str]) -> list[str]:
+    """Return a command without secrets, the paths of addresses among them."""
+    hidden = []
+    for before, word in zip(("", *words), words, strict=False):
+        named = f"{before} {word}" if before.startswith("--") else word
+        cut = redact(named)[0]
+        cut = cut[len(before) + 1 :] if named is not word else cut
+        cut = _ADDRESS.sub(rf"\1/{REDACTED}", cut)
+        hidden.append(REDACTED if before in _LOGIN_OPTIONS else cut)
+    return hidden

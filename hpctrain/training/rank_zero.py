@@ -27,7 +27,7 @@ from hpctrain.batch.scheduler import job_is_gone
 from hpctrain.batch.stop import SAVE_DUE
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
-from hpctrain.config import Config, to_toml
+from hpctrain.config import Config
 from hpctrain.config.registry import resolve_listed
 from hpctrain.config.schema import NotifySection
 from hpctrain.config.toml import flat_config
@@ -37,6 +37,7 @@ from hpctrain.observe.job_record import JobRecord
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.notify import Notifier, state_of
 from hpctrain.observe.progress import Progress
+from hpctrain.observe.redacting import toml_for_others
 from hpctrain.observe.trackers import Handing, handing
 from hpctrain.training.build import Parts, directions
 from hpctrain.training.data import Data
@@ -87,7 +88,7 @@ def prepare_rank_zero(
         CheckpointError: if the folder cannot be written to, or has no room for a checkpoint.
     """
     try:
-        replace_file(folder.path / "config.toml", to_toml(config).encode())
+        replace_file(folder.path / "config.toml", toml_for_others(config).encode())
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder.path}: {error}") from error
     section = config.checkpoint

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 from hpctrain.batch.stop import END_DUE, SAVE_DUE, Boundary, StopAgreement
 from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
-from hpctrain.config import Config, to_toml
+from hpctrain.config import Config
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.mixed_epoch import source_epochs
 from hpctrain.data.state import to_state
 from hpctrain.launch.process_group import World
+from hpctrain.observe.redacting import toml_for_others
 from hpctrain.topology import raise_together
 from hpctrain.training.brought import Prune
 from hpctrain.training.build import Parts
@@ -625,7 +626,7 @@ class Run:
             place,
             data=self._place_in_data(place),
             extra=self._memory(),
-            config_toml=to_toml(self._config),
+            config_toml=toml_for_others(self._config),
             metrics=metrics,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,18 @@ def test_a_command_that_fails_is_no_failure(
     caplog.clear()
     notifier.tell("end", "complete", step=1, code=0)
     assert not caplog.text
+
+
+def test_a_command_that_says_without_end_is_kept_the_end_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ("sh", "-c", "yes | head -c 50000000 >&2; echo lost >&2; exit 3")
+    tracemalloc.start()
+    try:
+        Notifier(NotifySection(command=command, timeout_seconds=300), tmp_path).tell(
+            "end", "complete", step=1
+        )
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert "it ended with 3: lost" in caplog.text

@@ -17,7 +17,11 @@ import pytest
 from hpctrain.batch.exit_status import Outcome, write_outcome
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main
-from hpctrain.observe.redacting import REDACTED, redact
+from hpctrain.config import Config, to_toml
+from hpctrain.config.toml import parse
+from hpctrain.config.validate import validate
+from hpctrain.errors import ConfigError
+from hpctrain.observe.redacting import REDACTED, redact, toml_for_others
 
 FORTY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -267,3 +271,77 @@ def test_keys_of_weights_and_biases_are_and_commits_are_not() -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == (text, 0)
+
+
+MINIMAL = """
+[run]
+name = "watched"
+[model]
+use = "mlp"
+in_features = 2
+out_features = 1
+[task]
+use = "regression"
+inputs = ["x"]
+target = "y"
+[optimizer]
+use = "adamw"
+lr = 0.001
+[data]
+train = "rows"
+global_batch_size = 8
+[training]
+max_steps = 1
+"""
+
+
+def parsed(text: str) -> Config:
+    config, mistakes = validate(parse(text, "run.toml"))
+    assert config is not None, mistakes
+    return config
+
+
+def watched_config(line: str) -> Config:
+    """Return a config with a line of [notify] or of the second of [[trackers]]."""
+    trackers = '[[trackers]]\nuse = "builtins:dict"\n'
+    head = "[notify]\n" if line.startswith("command") else f"{trackers}{trackers}"
+    return parsed(f"{MINIMAL}{head}{line}\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'api_key = "SECRET"',
+        'login = {user = "me", password = "SECRET"}',
+        'headers = [["X-Auth-Token", "Bearer SECRETSECRET"]]',
+        'server = "https://me:SECRET@host/x"',
+        'value = "hf_SECRETSECRETSECRETSECRET"',
+        'arguments = {use = "x", token = "SECRET"}',
+        'command = ["curl", "-d", "x", "https://hooks.example.com/services/SECRET/SECRET"]',
+        'command = ["curl", "https://api.example/botSECRET/sendMessage?chat=1"]',
+        'command = ["curl", "-u", "me:SECRET", "https://host.example"]',
+        'command = ["curl", "-H", "Authorization: SECRET", "https://host.example"]',
+        'command = ["tell", "--access-token", "SECRET"]',
+        'command = ["tell", "--password=SECRET", "--to=me"]',
+        'command = ["env", "TELEGRAM_TOKEN=SECRET", "tell"]',
+    ],
+)
+def test_copies_of_a_config_hold_no_secret(line: str) -> None:
+    """Others read config.toml of a run, its checkpoints and its report; a copy starts no job."""
+    copy = toml_for_others(watched_config(line))
+    assert "SECRET" not in copy
+    assert REDACTED in copy
+    with pytest.raises(ConfigError, match="holds no secrets\n  fix: take the config that"):
+        toml_for_others(parsed(copy))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'command = ["/home/me/bin/tell", "--to", "me@example.org", "https://host.example"]',
+        'project = "digits"\nmode = "online"\nserver = "https://host.example/x"',
+    ],
+)
+def test_a_config_without_secrets_is_copied_as_it_is(line: str) -> None:
+    config = watched_config(line)
+    assert toml_for_others(config) == to_toml(config)
