@@ -47,8 +47,8 @@ from hpctrain.checkpoint.save import Snapshot
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.launch.process_group import World
+from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.position import Position
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
 WIDTH, BATCH = 1024, 64

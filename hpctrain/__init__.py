@@ -14,12 +14,12 @@ from hpctrain.version import __version__
 if TYPE_CHECKING:
     from hpctrain.config.validate import load as load_config
     from hpctrain.launch.function import launch
-    from hpctrain.training.language_modeling import LanguageModeling
-    from hpctrain.training.loaded_model import load_model
+    from hpctrain.training.inference.loaded_model import load_model
     from hpctrain.training.loops.world import World, connect
     from hpctrain.training.program import train
-    from hpctrain.training.regression import Regression
-    from hpctrain.training.task import Classification, Task
+    from hpctrain.training.task.language_modeling import LanguageModeling
+    from hpctrain.training.task.regression import Regression
+    from hpctrain.training.task.task import Classification, Task
 
 __all__ = [
     "Classification",
@@ -36,15 +36,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Classification": "hpctrain.training.task:Classification",
-    "LanguageModeling": "hpctrain.training.language_modeling:LanguageModeling",
-    "Regression": "hpctrain.training.regression:Regression",
-    "Task": "hpctrain.training.task:Task",
+    "Classification": "hpctrain.training.task.task:Classification",
+    "LanguageModeling": "hpctrain.training.task.language_modeling:LanguageModeling",
+    "Regression": "hpctrain.training.task.regression:Regression",
+    "Task": "hpctrain.training.task.task:Task",
     "World": "hpctrain.training.loops.world:World",
     "connect": "hpctrain.training.loops.world:connect",
     "launch": "hpctrain.launch.function:launch",
     "load_config": "hpctrain.config.validate:load",
-    "load_model": "hpctrain.training.loaded_model:load_model",
+    "load_model": "hpctrain.training.inference.loaded_model:load_model",
     "train": "hpctrain.training.program:train",
 }
 

@@ -59,6 +59,18 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
     return plain.view(torch.uint8)
 
 
+# Integers of the size of an element: sums of their bits are exact in any order.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's elements taken as integers, () int64: every bit counts."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
 def raw_of(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
     """Return host tensors as the bytes that they are in memory, without a copy."""
     raw = {}

@@ -134,7 +134,7 @@ def ckpt(arguments: list[str]) -> int:
 
         text = export_lightning(parsed.run, other, average=parsed.average, best=parsed.best)
     elif other.suffix == ".pt2":
-        from hpctrain.training.exported_program import export_program
+        from hpctrain.training.inference.exported_program import export_program
 
         text = export_program(parsed.run, other, average=parsed.average, best=parsed.best)
     else:

@@ -26,10 +26,10 @@ BUILTINS: Mapping[str, Mapping[str, str]] = {
         "transformer": "hpctrain.models.transformer:Transformer",
     },
     "task": {
-        "classification": "hpctrain.training.task:Classification",
-        "language_modeling": "hpctrain.training.language_modeling:LanguageModeling",
+        "classification": "hpctrain.training.task.task:Classification",
+        "language_modeling": "hpctrain.training.task.language_modeling:LanguageModeling",
         OWN: "hpctrain.training.modules.task:ModuleTask",
-        "regression": "hpctrain.training.regression:Regression",
+        "regression": "hpctrain.training.task.regression:Regression",
     },
     "optimizer": {
         "adafactor": "torch.optim:Adafactor",

@@ -56,8 +56,8 @@ _NAMES = {
     "preflight.storage": "FolderFacts",
     "training.metrics": "Part",
     "training.modules.run_logger": "MissingLoggerError",
-    "training.staging": "NodeStage",
-    "training.fsdp_units": "Findings",
+    "training.data.staging": "NodeStage",
+    "training.parallel.fsdp_units": "Findings",
 }
 NAMES = frozenset(
     f"hpctrain.{module}:{name}" for module, names in _NAMES.items() for name in names.split()

@@ -10,8 +10,8 @@ from typing import Any
 from hpctrain.errors import ConfigError
 from hpctrain.lightning.keys import Keys
 from hpctrain.training.brought import Brought
+from hpctrain.training.data.user_data import own_hook
 from hpctrain.training.modules.overrides import uncompiled
-from hpctrain.training.user_data import own_hook
 
 _METHODS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 

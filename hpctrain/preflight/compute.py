@@ -37,12 +37,12 @@ from hpctrain.training.build import (
     build_parts,
     build_task,
     resolve_components,
-    seed_generators,
 )
-from hpctrain.training.data import Data
-from hpctrain.training.fsdp_units import try_whole
-from hpctrain.training.preparation import is_spread
-from hpctrain.training.snapshot import expected_bytes, host_bytes
+from hpctrain.training.checkpointing.snapshot import expected_bytes, host_bytes
+from hpctrain.training.data.run_data import Data
+from hpctrain.training.model.preparation import is_spread
+from hpctrain.training.model.undisturbed import seed_generators
+from hpctrain.training.parallel.fsdp_units import try_whole
 from hpctrain.utils.text import number, percent, plural, size
 
 MEMORY_FIX = (

@@ -20,8 +20,8 @@ from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
 from hpctrain.preflight.report import Finding
-from hpctrain.training.checkpointing import values_to_go_on_from
-from hpctrain.training.data import Data, open_data
+from hpctrain.training.checkpointing.resume import values_to_go_on_from
+from hpctrain.training.data.run_data import Data, open_data
 from hpctrain.utils.files import filesystem_of, open_regular
 from hpctrain.utils.text import listed, number, plural, size
 

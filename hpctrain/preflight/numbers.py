@@ -21,15 +21,15 @@ from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
 from hpctrain.training.build import Components, Parts, build_parts
-from hpctrain.training.data import Data
+from hpctrain.training.data.run_data import Data
+from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
+from hpctrain.training.dry_run.misfits import explain_misfit
 from hpctrain.training.metrics import MetricObjects, Part, Totals
-from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.model.undisturbed import evaluating, kept_generators
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import listed_rows
-from hpctrain.training.ranges import look_at_ranges
-from hpctrain.training.rehearsal import MOST_ROWS, rehearse
-from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import evaluating, kept_generators
+from hpctrain.training.task.ranges import look_at_ranges
+from hpctrain.training.task.task import Task
 from hpctrain.utils.text import metric
 
 STEP_FIX = "the same happens in training: start one process on a small config to see its traceback"

@@ -18,7 +18,7 @@ from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
 from hpctrain.preflight.quotas import Quotas, judge_quotas, read_quotas
 from hpctrain.preflight.report import Finding
-from hpctrain.training.data import Data
+from hpctrain.training.data.run_data import Data
 from hpctrain.utils.batch_job import Budget, budget
 from hpctrain.utils.files import filesystem_of, sync
 from hpctrain.utils.text import duration, listed, number, plural, size

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -30,8 +28,11 @@ from hpctrain.launch.process_group import World, loading
 from hpctrain.observe.code import user_modules
 from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING, Brought
-from hpctrain.training.ddp import broadcast_model, check_equal_shapes
-from hpctrain.training.misfits import explain_misfit
+from hpctrain.training.checkpointing.snapshot import refuse_unmade
+from hpctrain.training.dry_run.misfits import explain_misfit
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_as_begun, is_spread, prepare_model
+from hpctrain.training.model.undisturbed import seed_generators
 from hpctrain.training.modules.callbacks import (
     TaskCallbacks,
     build_callbacks,
@@ -48,19 +49,17 @@ from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.optim.lr_scheduler import LearningRate, Schedule
 from hpctrain.training.optim.optimizer import build_optimizer, refuse_whole_tensors
-from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer
+from hpctrain.training.optim.trial import TriedOptimizer, by_pattern, try_optimizer
+from hpctrain.training.parallel.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.position import StopAt
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_as_begun, is_spread, prepare_model
 from hpctrain.training.prepare_data import fetching, prepare_data
-from hpctrain.training.ranges import ranges_checked
-from hpctrain.training.snapshot import refuse_unmade
 from hpctrain.training.step import Shapes, TrainStep
-from hpctrain.training.task import Task, adopt_task
+from hpctrain.training.task.ranges import ranges_checked
+from hpctrain.training.task.task import Task, adopt_task
 from hpctrain.utils.text import did_you_mean, listed
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 
 Components = Mapping[str, Callable[..., Any]]
 
@@ -133,8 +132,8 @@ def build_parts(
     sharded: ShardedModel | None = None
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix
-        from hpctrain.training.fsdp import ShardedModel
-        from hpctrain.training.fsdp_units import try_out
+        from hpctrain.training.parallel.fsdp import ShardedModel
+        from hpctrain.training.parallel.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         if isinstance(task, ModuleTask):
@@ -344,13 +343,6 @@ def build_task(config: Config, components: Components) -> Task:
         **config.task.arguments,
     )
     return task
-
-
-def seed_generators(seed: int) -> None:
-    """Seed torch, on all devices, numpy and Python."""
-    torch.manual_seed(seed % 2**63)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
-    random.seed(seed)
 
 
 def _built(section: str, config: Config, components: Components, **arguments: Any) -> Any:

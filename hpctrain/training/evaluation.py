@@ -15,13 +15,13 @@ from hpctrain.data.loading.batch import EvaluationBatches, ShareOfBatch
 from hpctrain.launch.messages import decode, encode
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.call import Call, call_directly
-from hpctrain.training.ddp import broadcast_buffers
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine
+from hpctrain.training.model.call import Call, call_directly
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.undisturbed import evaluating, kept_generators, kept_tensors
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import evaluating, kept_generators, kept_tensors
+from hpctrain.training.parallel.ddp import broadcast_buffers
+from hpctrain.training.task.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

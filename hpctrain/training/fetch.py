@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hpctrain.config import Config
 from hpctrain.config.data_rules import names_object
 from hpctrain.training.build import make_model, resolve_components
+from hpctrain.training.data.user_data import built_object
 from hpctrain.training.prepare_data import prepare_alone
-from hpctrain.training.user_data import built_object
 
 
 def fetch(config: Config, path: str, overrides: Sequence[str]) -> list[str]:

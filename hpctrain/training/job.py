@@ -27,21 +27,19 @@ from hpctrain.training.build import (
     resolve_components,
     watch_metrics,
 )
-from hpctrain.training.checkpointing import Resumed, restore
+from hpctrain.training.checkpointing.initialize import start_warm
+from hpctrain.training.checkpointing.resume import Resumed, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
-from hpctrain.training.coupling import MOST_ROWS as MOST_SAMPLES
-from hpctrain.training.coupling import find_coupling
-from hpctrain.training.data import Data, open_data
+from hpctrain.training.data.run_data import Data, open_data
+from hpctrain.training.dry_run.coupling import MOST_ROWS as MOST_SAMPLES
+from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
+from hpctrain.training.dry_run.misfits import explain_misfit
 from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
 from hpctrain.training.figures import figures_recorded
-from hpctrain.training.initialize import start_warm
-from hpctrain.training.misfits import explain_misfit
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.profiling import StepProfiler, profiled
-from hpctrain.training.ranges import explained_indices, ranges_checked
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record
-from hpctrain.training.rehearsal import MOST_ROWS, rehearse
 from hpctrain.training.session import ReadTrouble, find_beginning, finish, session
 from hpctrain.training.summary import (
     complete_text,
@@ -49,7 +47,8 @@ from hpctrain.training.summary import (
     is_script,
     transport_notes,
 )
-from hpctrain.training.task import Task
+from hpctrain.training.task.ranges import explained_indices, ranges_checked
+from hpctrain.training.task.task import Task
 from hpctrain.training.trainer import Phases, Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
@@ -283,7 +282,7 @@ def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
     rows = data.train_loader.examples(min(MOST_SAMPLES, max(2, step.rows)))
     if rows.size < 2:
         return []
-    found = find_coupling(step, parts.task, rows, parts.number_format, world.device)
+    found = step.find_coupling(rows)
     return [] if found is None else [f"the loss is no sum over samples: {found}"]
 
 

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.data.loading.batch import ShareOfBatch
-from hpctrain.training.ddp import DDPModel
-from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.precision import LossScale, NumberFormat
-from hpctrain.training.task import Task
-from hpctrain.training.task_log import TaskLog
-from hpctrain.training.undisturbed import (
+from hpctrain.training.model.precision import LossScale, NumberFormat
+from hpctrain.training.model.undisturbed import (
     copied_buffers,
     evaluating,
     kept_generators,
     with_statistics,
 )
-from hpctrain.training.unused_parameters import differentiable, reach_all
+from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.modules.task_log import TaskLog
+from hpctrain.training.parallel.ddp import DDPModel
+from hpctrain.training.parallel.unused_parameters import differentiable, reach_all
+from hpctrain.training.task.task import Task
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 
 
 class Passes:

@@ -159,7 +159,7 @@ def _metrics(config: Config) -> dict[str, float]:
     """Return the numbers that a run ended with, as its checkpoint and its metrics have them."""
     from hpctrain.observe.metrics import JSONL_FILE
     from hpctrain.observe.records import newest_records
-    from hpctrain.training.checkpointing import values_to_go_on_from
+    from hpctrain.training.checkpointing.resume import values_to_go_on_from
 
     values = values_to_go_on_from(config) or {}
     if metrics := values.get("metrics"):

@@ -40,9 +40,9 @@ from hpctrain.observe.progress import Progress
 from hpctrain.observe.redacting import toml_for_others
 from hpctrain.observe.trackers import Handing, handing
 from hpctrain.training.build import Parts, directions
-from hpctrain.training.data import Data
+from hpctrain.training.checkpointing.snapshot import expected_bytes
+from hpctrain.training.data.run_data import Data
 from hpctrain.training.position import Position
-from hpctrain.training.snapshot import expected_bytes
 from hpctrain.utils.batch_job import budget, job_identity, lineage
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.permissions import (

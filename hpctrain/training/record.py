@@ -27,7 +27,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.observe.code import module_changes
 from hpctrain.observe.job_record import JobRecord, timestamp
 from hpctrain.observe.redacting import without_secrets
-from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.checkpointing.resume import Resumed
 from hpctrain.training.rank_zero import RunFolder
 from hpctrain.utils.batch_job import job_identity
 from hpctrain.utils.text import first_lines

@@ -34,8 +34,8 @@ from hpctrain.launch.process_group import World
 from hpctrain.observe import log
 from hpctrain.observe.notify import Notifier
 from hpctrain.topology import Communicator, raise_together
-from hpctrain.training.checkpointing import Resumed, find_checkpoint
-from hpctrain.training.data import Data
+from hpctrain.training.checkpointing.resume import Resumed, find_checkpoint
+from hpctrain.training.data.run_data import Data
 from hpctrain.training.rank_zero import RunFolder
 from hpctrain.training.record import rules_and_changes
 from hpctrain.training.summary import summary_text

@@ -15,26 +15,27 @@ from torch.optim import Optimizer
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters, Json
 from hpctrain.config.schema import TrainingSection
-from hpctrain.data.loading.batch import ShareOfBatch, count_passes, cut
+from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
-from hpctrain.training.call import Call
-from hpctrain.training.ddp import DDPModel
-from hpctrain.training.dry_run import Explain, prime
+from hpctrain.training.dry_run.coupling import find_coupling
+from hpctrain.training.dry_run.step import Explain, prime
+from hpctrain.training.model.call import Call
+from hpctrain.training.model.precision import LossScale, NumberFormat, real_view
+from hpctrain.training.model.registered_state import RegisteredState
+from hpctrain.training.model.undisturbed import Disturbance
 from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.modules.task_log import TaskLog
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, BadSteps, bad_among
 from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
 from hpctrain.training.optim.optimizer import refuses_on_device, set_learning_rate
+from hpctrain.training.parallel.ddp import DDPModel
 from hpctrain.training.passes import OwnGradients, Passes
-from hpctrain.training.precision import LossScale, NumberFormat, real_view
-from hpctrain.training.registered_state import RegisteredState
-from hpctrain.training.task import Task, check_task
-from hpctrain.training.task_log import TaskLog
-from hpctrain.training.undisturbed import Disturbance
+from hpctrain.training.task.task import Task, check_task
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 
 
 class Shapes(Protocol):
@@ -268,6 +269,17 @@ class TrainStep:
             explain=explain,
         )
         self._passes.moves = bool(self.disturbance.moved)
+
+    def find_coupling(self, rows: Samples) -> str | None:
+        """Return how the loss of a sample depends on the others of its pass; None: it does not.
+
+        Under FSDP, collective: all ranks.
+
+        Args:
+            rows: real ones, at least two; as many on every rank.
+        """
+        wrapped, task = self._wrapped, self._task
+        return find_coupling(wrapped, task, rows, self._format, self._device, self.rows)
 
     def __call__(self, batch: ShareOfBatch, lr: float | None) -> None:
         """Update the parameters by one global batch. Collective: all ranks.

@@ -24,8 +24,8 @@ from hpctrain.observe.machine.log import energy_line, energy_of, read_hosts
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.build import Parts
-from hpctrain.training.checkpointing import Resumed
-from hpctrain.training.data import Data, evaluated_samples
+from hpctrain.training.checkpointing.resume import Resumed
+from hpctrain.training.data.run_data import Data, evaluated_samples
 from hpctrain.training.position import Position
 from hpctrain.training.rank_zero import RankZero, RunFolder
 from hpctrain.training.record import changed_since

@@ -22,23 +22,23 @@ from hpctrain.observe.redacting import toml_for_others
 from hpctrain.topology import raise_together
 from hpctrain.training.brought import Prune
 from hpctrain.training.build import Parts
-from hpctrain.training.checkpointing import TogetherSaver, reading, roll_back
-from hpctrain.training.data import Data
-from hpctrain.training.ddp import check_equal_parameters
+from hpctrain.training.checkpointing.resume import TogetherSaver, reading, roll_back
+from hpctrain.training.checkpointing.snapshot import capture
+from hpctrain.training.data.run_data import Data
 from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.figures import note_figures
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
+from hpctrain.training.parallel.ddp import check_equal_parameters
 from hpctrain.training.position import Interval, Position, StopAt
 from hpctrain.training.profiling import StepProfiler
-from hpctrain.training.ranges import look_at_ranges
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.record import made_by
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import learns_progress
+from hpctrain.training.task.ranges import look_at_ranges
+from hpctrain.training.task.task import learns_progress
 from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")

@@ -21,11 +21,11 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
 from hpctrain.models.small import MLP
 from hpctrain.training.evaluation import Turn, evaluate
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 ROWS, WIDTH, CLASSES, LR = 48, 32, 10, 0.05
 # Of the largest change of a parameter: what a plain loop may differ by.

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 from .one_sample import OneSample
 from .worlds import world_of_one

@@ -84,7 +84,7 @@ class Rows(Dataset):
     def __getitem__(self, index):
         import hpctrain.data
         import hpctrain.models
-        import hpctrain.training.task
+        import hpctrain.training.task.task
 
         loaded = [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]
         assert not loaded, loaded
@@ -119,6 +119,6 @@ def test_data_workers_of_an_own_loop_under_mpirun(context: str, tmp_path: Path) 
 
 
 def test_what_workers_import_needs_no_mpi(tmp_path: Path) -> None:
-    code = "import hpctrain, hpctrain.data, hpctrain.models, hpctrain.training.task"
+    code = "import hpctrain, hpctrain.data, hpctrain.models, hpctrain.training.task.task"
     code += ", hpctrain.launch.process_group, hpctrain.launch.failure, hpctrain.launch.mpi"
     assert run(tmp_path, "-c", code) == (0, "")

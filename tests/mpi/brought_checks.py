@@ -16,11 +16,11 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import Turn, evaluate
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 # Of the last, ranks beyond the first have no sample.
 COUNTS = (28, 29, 28, 1)
@@ -48,8 +48,8 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
     example = samples(1, seed=99 + world.topology.rank)
     spread = None
     if sharded and world.topology.world_size > 1:
-        from hpctrain.training.fsdp import ShardedModel
-        from hpctrain.training.fsdp_units import try_out
+        from hpctrain.training.parallel.fsdp import ShardedModel
+        from hpctrain.training.parallel.fsdp_units import try_out
 
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         spread = ShardedModel(model, SECTION, number_format, world, findings)

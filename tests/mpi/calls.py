@@ -18,12 +18,12 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.batch import Batch, Rows, count_passes, cut
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.dry_run.evaluation import rehearse
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.fsdp import ShardedModel
-from hpctrain.training.fsdp_units import Findings, try_out
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.rehearsal import rehearse
+from hpctrain.training.parallel.fsdp import ShardedModel
+from hpctrain.training.parallel.fsdp_units import Findings, try_out
 from hpctrain.training.step import TrainStep
 
 LARGEST = 13

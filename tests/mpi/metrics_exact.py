@@ -17,9 +17,9 @@ from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training import evaluation
+from hpctrain.training.dry_run.evaluation import rehearse
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.rehearsal import rehearse
+from hpctrain.training.model.precision import NumberFormat
 
 BATCH = 4
 

@@ -21,8 +21,8 @@ from torch.utils.data import TensorDataset
 
 import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.build import seed_generators
 from hpctrain.training.loops import gradients
+from hpctrain.training.model.undisturbed import seed_generators
 
 STRATEGIES = ("ddp", "fsdp")
 SAMPLES, BATCH = 130, 16

@@ -22,9 +22,9 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 # A batch of one sample leaves all ranks but one without any.
 COUNTS = (28, 29, 1, 2, 29)

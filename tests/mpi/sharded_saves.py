@@ -25,9 +25,9 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.checkpointing import TogetherSaver, reading, restore, share
+from hpctrain.training.checkpointing.resume import TogetherSaver, reading, restore, share
+from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.position import Position
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")

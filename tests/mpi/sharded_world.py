@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.launch.process_group import World
-from hpctrain.training.fsdp import ShardedModel
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model, checkpoint_activations
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model, checkpoint_activations
+from hpctrain.training.parallel.fsdp import ShardedModel
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 SECTION = TrainingSection(max_steps=1, strategy="fsdp")
 WIDTH = 14

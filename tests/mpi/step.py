@@ -16,11 +16,11 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 FEATURES, CLASSES = 6, 4
 

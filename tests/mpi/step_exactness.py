@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.ddp import check_equal_parameters, check_equal_shapes
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.parallel.ddp import check_equal_parameters, check_equal_shapes
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task import Classification
+from hpctrain.training.task.task import Classification
 
 CASES = [
     # samples of the batch, micro batch, clipping, arguments of the task

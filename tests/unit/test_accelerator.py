@@ -11,8 +11,8 @@ from torch import Tensor
 from hpctrain import accelerator
 from hpctrain.checkpoint.save import HostCopies
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
-from hpctrain.training.optimizer_trial import generator_states
-from hpctrain.training.undisturbed import kept_generators
+from hpctrain.training.model.undisturbed import kept_generators
+from hpctrain.training.optim.trial import generator_states
 
 CPU = torch.device("cpu")
 

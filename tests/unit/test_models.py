@@ -18,8 +18,8 @@ from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.resnet import ResNet, resnet18, resnet20, resnet50
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.task.language_modeling import LanguageModeling
 
 ROOT = Path(__file__).parents[2]
 

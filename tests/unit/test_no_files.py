@@ -33,7 +33,7 @@ from hpctrain.observe.log import LOG_FILE
 from hpctrain.observe.log import start as start_log
 from hpctrain.observe.records import cut_back, newest_records
 from hpctrain.preflight.data import try_lock
-from hpctrain.training.initialize import read_weights
+from hpctrain.training.checkpointing.initialize import read_weights
 from hpctrain.utils.files import AppendedFile
 
 LIMIT_SECONDS = 120

@@ -20,8 +20,13 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
 from hpctrain.training.brought import Brought
-from hpctrain.training.build import finish_model, seed_generators
-from hpctrain.training.call import call_directly
+from hpctrain.training.build import finish_model
+from hpctrain.training.data.user_data import (
+    all_taken,
+    own_hook,
+    served,
+    set_up,
+)
 from hpctrain.training.evaluation import Turn, evaluate, gather_at_rank_zero
 from hpctrain.training.inference.stage import (
     STEPS,
@@ -35,19 +40,14 @@ from hpctrain.training.inference.stage import (
     predicting,
 )
 from hpctrain.training.inference.weights import choose_checkpoint
+from hpctrain.training.model.call import call_directly
+from hpctrain.training.model.plain_names import load_checked
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.undisturbed import evaluating, seed_generators
 from hpctrain.training.modules.callbacks import with_those_of_module
 from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.plain_names import load_checked
-from hpctrain.training.precision import NumberFormat
 from hpctrain.training.prepare_data import prepare_data
-from hpctrain.training.undisturbed import evaluating
-from hpctrain.training.user_data import (
-    all_taken,
-    own_hook,
-    served,
-    set_up,
-)
 
 ANY = ""
 """The best weights of a run where it keeps some, else its last."""

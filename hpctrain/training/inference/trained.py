@@ -32,9 +32,9 @@ from hpctrain.training.build import (
     finish_model,
     make_model,
     resolve_components,
-    seed_generators,
 )
-from hpctrain.training.call import Method
+from hpctrain.training.checkpointing.snapshot import restore_extra_states
+from hpctrain.training.data.user_data import brings_data
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.inference.splits import Split, open_files, open_objects
 from hpctrain.training.inference.stage import (
@@ -50,19 +50,18 @@ from hpctrain.training.inference.stage import (
     predicting,
 )
 from hpctrain.training.inference.weights import Chosen, choose_checkpoint
+from hpctrain.training.model.call import Method
+from hpctrain.training.model.plain_names import load_checked
+from hpctrain.training.model.registered_state import RegisteredState
+from hpctrain.training.model.undisturbed import evaluating, kept_model, seed_generators
 from hpctrain.training.modules.callbacks import build_callbacks, register, with_those_of_module
 from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.plain_names import load_checked
 from hpctrain.training.prepare_data import prepare_data
-from hpctrain.training.ranges import ranges_checked
-from hpctrain.training.registered_state import RegisteredState
-from hpctrain.training.regression import Regression, in_unit
-from hpctrain.training.snapshot import restore_extra_states
-from hpctrain.training.task import Fields, adopt_task
-from hpctrain.training.undisturbed import evaluating, kept_model
-from hpctrain.training.user_data import brings_data
+from hpctrain.training.task.ranges import ranges_checked
+from hpctrain.training.task.regression import Regression, in_unit
+from hpctrain.training.task.task import Fields, adopt_task
 from hpctrain.utils.text import printable
 
 logger = logging.getLogger("hpctrain")

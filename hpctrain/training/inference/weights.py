@@ -17,10 +17,10 @@ from hpctrain.config import Config
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.ddp import broadcast_tensors
-from hpctrain.training.initialize import read_weights
-from hpctrain.training.registered_state import REGISTERED
-from hpctrain.training.snapshot import EXTRA
+from hpctrain.training.checkpointing.initialize import read_weights
+from hpctrain.training.checkpointing.snapshot import EXTRA
+from hpctrain.training.model.registered_state import REGISTERED
+from hpctrain.training.parallel.ddp import broadcast_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,17 +26,17 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
 from hpctrain.training.brought import NOTHING, Brought
-from hpctrain.training.checkpointing import Resumed
-from hpctrain.training.data import Data, open_data
+from hpctrain.training.checkpointing.resume import Resumed
+from hpctrain.training.data.run_data import Data, open_data
+from hpctrain.training.data.staging import Staging
 from hpctrain.training.loops.registry import Setups
-from hpctrain.training.position import Position, StopAt
-from hpctrain.training.staging import Staging
-from hpctrain.training.undisturbed import (
+from hpctrain.training.model.undisturbed import (
     copied_buffers,
     evaluating,
     kept_generators,
     with_statistics,
 )
+from hpctrain.training.position import Position, StopAt
 from hpctrain.utils.json_files import checked
 from hpctrain.utils.text import did_you_mean
 

@@ -15,8 +15,8 @@ from hpctrain.errors import ConfigError, TrainingError
 if TYPE_CHECKING:  # a world is made faster without
     from hpctrain.training.loops.setup import Setup
     from hpctrain.training.loops.stepper import Stepper
+    from hpctrain.training.model.precision import LossScale
     from hpctrain.training.nonfinite import BadSteps
-    from hpctrain.training.precision import LossScale
 
 
 @dataclass(slots=True)

@@ -17,17 +17,16 @@ from hpctrain.data.loading.batch import ShareOfBatch
 from hpctrain.data.permutation import derive_key
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.build import seed_generators
 from hpctrain.training.evaluation import gather_at_rank_zero
 from hpctrain.training.loops.loader import Loader, Samples
 from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
 from hpctrain.training.loops.stepper import Stepper
 from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
+from hpctrain.training.model.undisturbed import evaluating, kept_generators, seed_generators
 from hpctrain.training.position import Position
 from hpctrain.training.trainer import Plan, ends_here
 from hpctrain.training.trainer import Run as JobRun
-from hpctrain.training.undisturbed import evaluating, kept_generators
 from hpctrain.utils.text import listed
 
 _RECORD = {"kind", "step", "epoch", "samples_seen", "seconds", "wall_time"}

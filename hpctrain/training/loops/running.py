@@ -28,15 +28,15 @@ from hpctrain.config.schema_data import DataSection
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
 from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
-from hpctrain.training.checkpointing import restore
+from hpctrain.training.checkpointing.resume import restore
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.figures import figures_recorded
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, WithoutData, use_of
 from hpctrain.training.loops.run import Run
 from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
 from hpctrain.training.loops.world import World
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.position import Position
-from hpctrain.training.precision import NumberFormat
 from hpctrain.training.program import Stopped
 from hpctrain.training.rank_zero import prepare_rank_zero
 from hpctrain.training.record import begin_record

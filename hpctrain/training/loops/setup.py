@@ -20,13 +20,12 @@ from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.ddp import (
-    broadcast_model,
-    check_equal_shapes,
-)
-from hpctrain.training.fsdp import ShardedModel
+from hpctrain.training.checkpointing.snapshot import refuse_unmade
 from hpctrain.training.loops.registry import Setups
 from hpctrain.training.loops.stepper import Stepper, WholeModel
+from hpctrain.training.model.plain_names import PlainNames
+from hpctrain.training.model.precision import LossScale, NumberFormat
+from hpctrain.training.model.preparation import cast_model, is_spread
 from hpctrain.training.nonfinite import BadSteps
 from hpctrain.training.optim.ema import begin_training
 from hpctrain.training.optim.optimizer import (
@@ -35,10 +34,11 @@ from hpctrain.training.optim.optimizer import (
     refuse_unknown_kernels,
     refuse_whole_tensors,
 )
-from hpctrain.training.plain_names import PlainNames
-from hpctrain.training.precision import LossScale, NumberFormat
-from hpctrain.training.preparation import cast_model, is_spread
-from hpctrain.training.snapshot import refuse_unmade
+from hpctrain.training.parallel.ddp import (
+    broadcast_model,
+    check_equal_shapes,
+)
+from hpctrain.training.parallel.fsdp import ShardedModel
 from hpctrain.utils.text import plural
 
 
@@ -223,7 +223,7 @@ def _spread(
     optimizers: Sequence[Optimizer],
 ) -> Any:
     """Spread a model over the ranks, and have its optimizers update this rank's rows."""
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 
     plain = PlainNames(model)
     names = {id(item): plain(name) for name, item in model.named_parameters()}

@@ -17,14 +17,14 @@ from hpctrain.checkpoint.optimizer_state import OWN, SavedOptimizer
 from hpctrain.checkpoint.state import Json
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.checkpointing.snapshot import parameter_of
 from hpctrain.training.loops.registry import Setups
 from hpctrain.training.loops.stepper import Named, Stepper
+from hpctrain.training.model.registered_state import REGISTERED, RegisteredState, Stateful
+from hpctrain.training.model.undisturbed import Disturbance
 from hpctrain.training.modules.scheduler_state import load_portable, portable_state
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, bad_among
-from hpctrain.training.registered_state import REGISTERED, RegisteredState, Stateful
-from hpctrain.training.snapshot import parameter_of
 from hpctrain.training.step import named_numbers
-from hpctrain.training.undisturbed import Disturbance
 from hpctrain.utils.text import plural
 
 Counted = tuple[Tensor, float | Tensor]

@@ -14,14 +14,14 @@ from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.ddp import (
-    take_buffers_of_rank_zero,
-)
 from hpctrain.training.loops.gradients import Reducer
 from hpctrain.training.loops.registry import Setups
+from hpctrain.training.model.plain_names import PlainNames
+from hpctrain.training.model.precision import LossScale
 from hpctrain.training.optim.ema import EvaluationWeights, has_modes
-from hpctrain.training.plain_names import PlainNames
-from hpctrain.training.precision import LossScale
+from hpctrain.training.parallel.ddp import (
+    take_buffers_of_rank_zero,
+)
 from hpctrain.training.step import Update
 
 

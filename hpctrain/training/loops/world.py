@@ -347,7 +347,7 @@ def connect(
         from hpctrain.training.loops.registry import Setups
 
         if seed is not None:
-            from hpctrain.training.build import seed_generators
+            from hpctrain.training.model.undisturbed import seed_generators
 
             seed_generators(seed)
         facts = {each.name: getattr(world, each.name) for each in fields(world)}

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from hpctrain.config import Config
 from hpctrain.errors import ConfigError
+from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.modules.lr_schedulers import Boundary
 from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.position import Position, StopAt
-from hpctrain.training.registered_state import RegisteredState
 from hpctrain.utils.text import did_you_mean
 
 CALLED = frozenset(

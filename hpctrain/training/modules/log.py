@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator
-from hpctrain.training.media import Media
 from hpctrain.training.metrics import Gather
 from hpctrain.training.modules.logged import (
     OF_LOADER,
@@ -31,6 +30,7 @@ from hpctrain.training.modules.logged import (
     reduction_of,
     unforked,
 )
+from hpctrain.training.modules.media import Media
 
 _STEP_HOOKS = frozenset(
     {
@@ -162,11 +162,11 @@ class Logs:
         return name
 
     def log_image(self, name: str, image: Any) -> None:
-        """Log an image, see `hpctrain.training.media.Media.image`."""
+        """Log an image, see `hpctrain.training.modules.media.Media.image`."""
         self.media.image(name, image, takes=self.records)
 
     def log_histogram(self, name: str, values: Any) -> None:
-        """Log how numbers are spread, see `hpctrain.training.media.Media.histogram`."""
+        """Log how numbers are spread, see `hpctrain.training.modules.media.Media.histogram`."""
         self.media.histogram(name, values, takes=self.records)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **keywords: Any) -> None:

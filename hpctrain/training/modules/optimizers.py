@@ -28,13 +28,13 @@ from hpctrain.training.optim.optimizer import (
     refuse_closure,
     refuse_unknown_kernels,
 )
-from hpctrain.training.optimizer_trial import TriedOptimizer, try_optimizer
+from hpctrain.training.optim.trial import TriedOptimizer, try_optimizer
 from hpctrain.utils.text import listed, plural
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from collections.abc import Iterator
 
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 from hpctrain.errors import TrainingError
 
 _FUSED_AS_THEY_ARE = (SGD, Adagrad, Adam, AdamW)

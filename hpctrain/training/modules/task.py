@@ -17,15 +17,15 @@ from hpctrain.config import Config
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.attributes import Attributes
 from hpctrain.training.brought import Brought
 from hpctrain.training.metrics import COUNT, MetricObjects, Part
+from hpctrain.training.model.attributes import Attributes
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs, names_of
 from hpctrain.training.modules.overrides import is_module, is_own, place_of
 from hpctrain.training.modules.stand_in import TrainerStandIn, attach, tell_device
 from hpctrain.training.position import Position, StopAt
-from hpctrain.training.task import Direction
+from hpctrain.training.task.task import Direction
 
 _SMALLER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "bits")
 _LARGER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2", "map")

@@ -22,7 +22,7 @@ from hpctrain.checkpoint.safetensors_files import raw_tensors, write_raw
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ExitCode
-from hpctrain.training.initialize import read_weights
+from hpctrain.training.checkpointing.initialize import read_weights
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

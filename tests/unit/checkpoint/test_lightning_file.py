@@ -16,7 +16,7 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, ExitCode
-from hpctrain.training.initialize import read_weights
+from hpctrain.training.checkpointing.initialize import read_weights
 
 
 class Net(lightning.LightningModule):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.loading.nested import map_tensors, moved, named_tensors
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
 
 
 class Pair(NamedTuple):

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hpctrain.errors import ConfigError
 from hpctrain.lightning import Trainer
+from hpctrain.training.data.user_data import NOT_CALLED
 from hpctrain.training.modules.hooks import REFUSED
-from hpctrain.training.user_data import NOT_CALLED
 
 PAGE = Path(__file__).parents[3] / "docs" / "from-lightning.md"
 

@@ -15,7 +15,7 @@ from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.numbers import NumberFacts, judge_numbers, try_real_data
 from hpctrain.training.build import resolve_components
-from hpctrain.training.data import open_data
+from hpctrain.training.data.run_data import open_data
 
 ROWS = 40
 CONFIG = """
@@ -105,7 +105,7 @@ def test_a_metric_of_batches_fails_the_check_too(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "root_task.py").write_text(
-        "from hpctrain.training.task import Regression\n"
+        "from hpctrain.training.task.task import Regression\n"
         "class Root(Regression):\n"
         "    metrics = {'rmse': 'min'}\n"
         "    def evaluate(self, model, fields):\n"

@@ -14,7 +14,7 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config import load
 from hpctrain.errors import CheckpointError
-from hpctrain.training.checkpointing import find_checkpoint
+from hpctrain.training.checkpointing.resume import find_checkpoint
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "run.toml")
 WORLD = world_of_one("none")

@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.steps import CPU, make_step
+from helpers.steps import make_step
 from torch import Tensor, nn
 
 from hpctrain.data.loading.batch import Rows
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.coupling import find_coupling
-from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.regression import Regression
-from hpctrain.training.task import Classification
+from hpctrain.training.task.language_modeling import LanguageModeling
+from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.task import Classification
 
 
 def rows(count: int = 8) -> dict[str, Tensor]:
@@ -66,7 +64,7 @@ def wants_four(out: Tensor, fields: Any) -> Tensor:
 
 def said(task: Any, model: nn.Module | None = None, precision: Any = "32-true") -> str | None:
     step = make_step(model or network(), task=task, example=rows(1), precision=precision)
-    return find_coupling(step, task, Rows(rows()), NumberFormat.of(precision, CPU), CPU)
+    return step.find_coupling(Rows(rows()))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])

@@ -17,12 +17,12 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
 from hpctrain.models.small import MLP
-from hpctrain.training.checkpointing import restore, share
-from hpctrain.training.initialize import read_weights
+from hpctrain.training.checkpointing.initialize import read_weights
+from hpctrain.training.checkpointing.resume import restore, share
+from hpctrain.training.checkpointing.snapshot import capture
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model, prepare_model
 from hpctrain.training.position import Position
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model, prepare_model
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

@@ -15,8 +15,8 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.small import ConvNet
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.fsdp_units import find_units
 from hpctrain.training.optim.optimizer import refuse_whole_tensors
+from hpctrain.training.parallel.fsdp_units import find_units
 
 
 class Block(nn.Module):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from hpctrain.errors import ConfigError
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.fsdp_units import find_units, try_out
-from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.regression import Regression
-from hpctrain.training.task import Classification
+from hpctrain.training.parallel.fsdp_units import find_units, try_out
+from hpctrain.training.task.language_modeling import LanguageModeling
+from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.task import Classification
 
 WIDTH = 6
 ROW = {

@@ -20,7 +20,7 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from hpctrain.data.loading.batch import Batch, Rows
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.dry_run.evaluation import rehearse
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather, MetricObjects
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.modules.log import Logs
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.regression import Regression
-from hpctrain.training.rehearsal import rehearse
-from hpctrain.training.task import Classification
+from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.task import Classification
 
 CLASSES, FEATURES, COUNT = 4, 6, 50
 CPU = torch.device("cpu")

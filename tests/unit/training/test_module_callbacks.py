@@ -10,8 +10,8 @@ from lightning.pytorch import callbacks as theirs
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError
+from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.modules import callbacks as ours
-from hpctrain.training.registered_state import RegisteredState
 
 
 class Plain:

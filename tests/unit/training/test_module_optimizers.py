@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as schedulers
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.modules.optimizers import Configured, configure, tried
 from hpctrain.training.optim.optimizer import refuses_on_device
-from hpctrain.training.optimizer_trial import TriedOptimizer
+from hpctrain.training.optim.trial import TriedOptimizer
 
 Configuration = Callable[["Net"], Any]
 

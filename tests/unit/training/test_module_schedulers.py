@@ -16,10 +16,10 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpctrain.errors import CheckpointError, TrainingError
+from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure
 from hpctrain.training.position import Position, StopAt
-from hpctrain.training.registered_state import RegisteredState
 
 EPOCHS, STEPS, BATCH = 3, 5, 2
 SAMPLES = STEPS * BATCH - 1  # the last batch of an epoch is smaller

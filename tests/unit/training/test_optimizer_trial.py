@@ -20,7 +20,7 @@ from hpctrain.checkpoint.optimizer_state import OptimizerState, SavedOptimizer
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.optimizer_trial import TriedOptimizer, by_pattern, try_optimizer
+from hpctrain.training.optim.trial import TriedOptimizer, by_pattern, try_optimizer
 
 GROUPS = (ParameterGroup(pattern="0.*", weight_decay=0.0), ParameterGroup(pattern="*.bias"))
 

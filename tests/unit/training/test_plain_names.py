@@ -17,12 +17,12 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.checkpoint.save import Snapshot
 from hpctrain.config.schema import ParameterGroup
 from hpctrain.errors import CheckpointError
-from hpctrain.training.checkpointing import restore, share
-from hpctrain.training.initialize import choose
+from hpctrain.training.checkpointing.initialize import choose
+from hpctrain.training.checkpointing.resume import restore, share
+from hpctrain.training.checkpointing.snapshot import capture
+from hpctrain.training.model.plain_names import PlainNames
 from hpctrain.training.optim.optimizer import parameter_groups
-from hpctrain.training.plain_names import PlainNames
 from hpctrain.training.position import Position
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import TrainStep
 
 

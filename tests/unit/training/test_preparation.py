@@ -17,8 +17,8 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.data.order import Order
 from hpctrain.errors import ConfigError
 from hpctrain.models.small import ConvNet
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import prepare_model
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import prepare_model
 
 IMAGES = {
     "x": torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0)),

@@ -15,9 +15,9 @@ from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.order import Order
 from hpctrain.errors import TrainingError
 from hpctrain.models.transformer import Transformer
-from hpctrain.training.language_modeling import LanguageModeling
-from hpctrain.training.ranges import Batch, explained_indices, ranges_checked
-from hpctrain.training.task import Classification
+from hpctrain.training.task.language_modeling import LanguageModeling
+from hpctrain.training.task.ranges import Batch, explained_indices, ranges_checked
+from hpctrain.training.task.task import Classification
 
 ASSERTION = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
 SAMPLES, CLASSES = 40, 3

@@ -18,7 +18,7 @@ from hpctrain.checkpoint.format import META, checksum_of_meta
 from hpctrain.launch.process_group import World
 from hpctrain.observe import job_record
 from hpctrain.observe.job_record import JobRecord
-from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.checkpointing.resume import Resumed
 from hpctrain.training.record import changed_since, made_by
 
 SAVED = Path(__file__).parents[2] / "data" / "0.1.0" / "ddp" / "checkpoints" / "step-00000007"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hpctrain.checkpoint.state import UnsavableError
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.training.registered_state import RegisteredState
+from hpctrain.training.model.registered_state import RegisteredState
 
 
 class Counter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.checkpoint.state import UnsavableError
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.training.snapshot import (
+from hpctrain.training.checkpointing.snapshot import (
     capture_extra_states,
     model_tensors,
     refuse_unmade,

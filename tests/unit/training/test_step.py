@@ -25,14 +25,14 @@ from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.small import MLP
+from hpctrain.training.checkpointing.snapshot import capture
+from hpctrain.training.model.precision import LossScale, NumberFormat
 from hpctrain.training.nonfinite import FORGIVEN, BadSteps
 from hpctrain.training.optim.optimizer import build_optimizer, refuses_on_device
 from hpctrain.training.position import Position
-from hpctrain.training.precision import LossScale, NumberFormat
-from hpctrain.training.regression import Regression
-from hpctrain.training.snapshot import capture
 from hpctrain.training.step import Update
-from hpctrain.training.task import Classification
+from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.task import Classification
 
 
 @pytest.mark.parametrize(

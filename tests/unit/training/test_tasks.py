@@ -11,11 +11,12 @@ import torch.nn.functional as F
 import xarray as xr
 from torch import nn
 
+import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.small import MLP, ConvNet
 from hpctrain.training.optim.schedules import cosine, linear
-from hpctrain.training.regression import Regression
-from hpctrain.training.task import Classification
+from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.task import Classification
 
 
 def test_classification_sums_what_torch_averages() -> None:
@@ -196,11 +197,11 @@ def test_masks_that_do_not_fit() -> None:
         Regression(["x"], "y", mask="y_mask").loss(model, fields)
 
 
-def test_regression_is_found_where_it_stood_in_the_first_release() -> None:
-    from hpctrain.training import language_modeling, regression, task
+def test_tasks_are_found_where_they_stood_in_the_first_release() -> None:
+    from hpctrain.training import task
 
-    assert task.Regression is regression.Regression
-    assert task.LanguageModeling is language_modeling.LanguageModeling
+    for name in ("Classification", "LanguageModeling", "Regression", "Task"):
+        assert getattr(task, name) is getattr(hpctrain, name)
 
 
 @pytest.mark.parametrize("loss", ["mse", "mae", "torch.nn:SmoothL1Loss"])

@@ -30,8 +30,8 @@ from hpctrain.data.loading.sample_transform import SampleRunner
 from hpctrain.data.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, write_stats
 from hpctrain.errors import ConfigError, DatasetError
-from hpctrain.training.data import find_normalizations
-from hpctrain.training.transforms import build_batch_transform
+from hpctrain.training.data.run_data import find_normalizations
+from hpctrain.training.data.transforms import build_batch_transform
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (300, 2, 3, 3), np.uint8)

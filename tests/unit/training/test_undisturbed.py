@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from hpctrain.errors import TrainingError
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.task import Classification
-from hpctrain.training.undisturbed import kept_model
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.undisturbed import kept_model
+from hpctrain.training.task.task import Classification
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 from helpers.steps import batch, make_step
 from torch import Tensor, nn
 
-from hpctrain.training.unused_parameters import UnusedParameters
+from hpctrain.training.parallel.unused_parameters import UnusedParameters
 
 
 class Branches(nn.Module):

@@ -16,14 +16,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from hpctrain.accelerator import kept_generator
-from hpctrain.checkpoint.tensors import tensor_bytes
+from hpctrain.checkpoint.tensors import checksum, tensor_bytes
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator, raise_together
-from hpctrain.training.attributes import Attributes
-from hpctrain.training.ddp import checksum
+from hpctrain.training.model.attributes import Attributes
 from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch, on all devices, numpy and Python."""
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
+    random.seed(seed)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpctrain.checkpoint.export import TASK
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.ranges import check_range
+from hpctrain.training.task.ranges import check_range
 from hpctrain.utils.text import listed
 
 Fields = Mapping[str, Tensor]
@@ -37,13 +37,13 @@ class Task(Protocol):
 
     A task whose loss of a sample depends on the others in its pass, as a contrastive one does, says
     so by a further attribute, `batch_dependent_loss = True`: else the header warns of it. One with
-    classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.ranges`.
+    classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.task.ranges`.
 
     One that wants to know where the run stands has a method `set_progress(step, epoch, stage)`,
     called before the first step and after each with the steps that are done and "train", and before
     an evaluation with its name, such as "validation". One that logs numbers of its own has a method
     `set_log(log)`, called once: `log(name, value)`, `log.image(name, image)` and
-    `log.histogram(name, values)`, see `hpctrain.training.task_log.TaskLog`. Parameters of a task
+    `log.histogram(name, values)`, see `hpctrain.training.modules.task_log`. Parameters of a task
     that is a module are trained and saved with the model's.
     """
 
@@ -336,7 +336,7 @@ def check_task(task: Any) -> None:
     if missing:
         raise ConfigError(
             f"task.use: {type(task).__name__} is not a Task: it lacks {', '.join(missing)}. "
-            "See hpctrain.training.task.Task"
+            "See hpctrain.Task"
         )
 
 
@@ -345,19 +345,6 @@ _CONTRACT = ("inputs", "metrics", "counts_samples", "loss", "evaluate")
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def __getattr__(name: str) -> object:
-    """Give the other built-in tasks: users' own import all of them from here."""
-    if name == "Regression":
-        from hpctrain.training.regression import Regression
-
-        return Regression
-    if name == "LanguageModeling":
-        from hpctrain.training.language_modeling import LanguageModeling
-
-        return LanguageModeling
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def mask_of(fields: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:

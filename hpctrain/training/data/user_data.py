@@ -117,7 +117,7 @@ def served(intake: Intake, config: Config, world: World) -> Served:
 
 def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str, Any]]:
     """Return the datamodule, and what to train and evaluate with. Collective: all ranks."""
-    from hpctrain.training.build import seed_generators
+    from hpctrain.training.model.undisturbed import seed_generators
 
     # Splits that are drawn at random are then the same on all ranks.
     seed_generators(config.run.seed)
@@ -152,7 +152,7 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
     Returns:
         A Dataset or DataLoader; None: there is none of that name.
     """
-    from hpctrain.training.build import seed_generators
+    from hpctrain.training.model.undisturbed import seed_generators
 
     seed_generators(config.run.seed)
     section = config.data

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from hpctrain.data.loading.nested import moved
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
-from hpctrain.training.preparation import fitting_modules
-from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import kept_generators
+from hpctrain.training.model.preparation import fitting_modules
+from hpctrain.training.model.undisturbed import kept_generators
+from hpctrain.training.task.task import Task
 
 
 def find_units(

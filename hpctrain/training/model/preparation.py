@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError
-from hpctrain.training.precision import NumberFormat
+from hpctrain.training.model.precision import NumberFormat
 from hpctrain.utils.text import did_you_mean, listed
 
 

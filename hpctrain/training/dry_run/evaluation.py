@@ -19,15 +19,19 @@ from hpctrain.data.loading.batch import Samples
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.build import seed_generators
-from hpctrain.training.call import Call, call_directly
-from hpctrain.training.dry_run import Explain, explained
+from hpctrain.training.dry_run.replay import Replay
+from hpctrain.training.dry_run.step import Explain, explained
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
+from hpctrain.training.model.call import Call, call_directly
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.undisturbed import (
+    evaluating,
+    kept_generators,
+    kept_model,
+    seed_generators,
+)
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.replay import Replay
-from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import evaluating, kept_generators, kept_model
+from hpctrain.training.task.task import Task
 
 logger = logging.getLogger("hpctrain")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain.training.losses import LossReduction, load_elementwise_loss, load_loss
-from hpctrain.training.task import (
+from hpctrain.training.task.losses import LossReduction, load_elementwise_loss, load_loss
+from hpctrain.training.task.task import (
     Direction,
     Fields,
     Supervised,

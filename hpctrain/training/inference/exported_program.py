@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hpctrain.checkpoint.export import RECIPE, Weights, choose
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.errors import CheckpointError
-from hpctrain.training.loaded_model import LoadedModel, load_weights, made_of
+from hpctrain.training.inference.loaded_model import LoadedModel, load_weights, made_of
 from hpctrain.utils.files import replacement
 
 SUFFIX = ".pt2"

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
-from hpctrain.training.ddp import DDPModel
+from hpctrain.training.model.undisturbed import Disturbance, judge, kept_generators, kept_model
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.task import Task
-from hpctrain.training.undisturbed import Disturbance, judge, kept_generators, kept_model
+from hpctrain.training.parallel.ddp import DDPModel
+from hpctrain.training.task.task import Task
 from hpctrain.utils.text import listed
 
 if TYPE_CHECKING:
-    from hpctrain.training.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp import ShardedModel
 
 Explain = Callable[[Exception, Any], HpctrainError | None]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpctrain.training.precision import real_view
+from hpctrain.training.model.precision import real_view
 from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")

@@ -43,11 +43,11 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
 from hpctrain.training.brought import NOTHING, Brought
-from hpctrain.training.checkpointing import Resumed
+from hpctrain.training.checkpointing.resume import Resumed
+from hpctrain.training.data.staging import Staging
+from hpctrain.training.data.transforms import Transforms
+from hpctrain.training.data.user_data import Served, brings_data, served, take_data
 from hpctrain.training.position import Position, StopAt
-from hpctrain.training.staging import Staging
-from hpctrain.training.transforms import Transforms
-from hpctrain.training.user_data import Served, brings_data, served, take_data
 from hpctrain.utils.text import listed
 
 logger = logging.getLogger("hpctrain")

@@ -20,8 +20,8 @@ from hpctrain.config.schema import CheckpointSection
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.ddp import broadcast_tensors
-from hpctrain.training.snapshot import is_extra, model_tensors, put_weights
+from hpctrain.training.checkpointing.snapshot import is_extra, model_tensors, put_weights
+from hpctrain.training.parallel.ddp import broadcast_tensors
 from hpctrain.training.step import TrainStep
 from hpctrain.utils.files import require_regular
 from hpctrain.utils.text import listed, printable

@@ -64,11 +64,11 @@ class TaskLog:
             self.logs.log(name, value, batch_size=weight, **options)  # type: ignore[arg-type]
 
     def image(self, name: str, image: Any) -> None:
-        """Log an image, see `hpctrain.training.media.Media.image`."""
+        """Log an image, see `hpctrain.training.modules.media.Media.image`."""
         self.logs.media.image(name, image, takes=self._takes)
 
     def histogram(self, name: str, values: Any) -> None:
-        """Log how numbers are spread, see `hpctrain.training.media.Media.histogram`."""
+        """Log how numbers are spread, see `hpctrain.training.modules.media.Media.histogram`."""
         self.logs.media.histogram(name, values, takes=self._takes)
 
     @property

@@ -14,13 +14,13 @@ from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from hpctrain.checkpoint.tensors import tensor_bytes
+from hpctrain.checkpoint.tensors import checksum, tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.call import Call, Method, UnhookedCallee, call_directly
-from hpctrain.training.plain_names import PlainNames
-from hpctrain.training.unused_parameters import UnusedParameters, reaching_all, unreduced
+from hpctrain.training.model.call import Call, Method, UnhookedCallee, call_directly
+from hpctrain.training.model.plain_names import PlainNames
+from hpctrain.training.parallel.unused_parameters import UnusedParameters, reaching_all, unreduced
 from hpctrain.utils.text import listed
 
 _COMPRESSIONS = {
@@ -342,8 +342,6 @@ def take_buffers_of_rank_zero(modules: Iterable[nn.Module], rank: int) -> None:
 
 
 _SHOWN = 4
-# Integers of the size of an element: sums of their bits are exact in any order.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_equal_shapes(model: nn.Module, world: World) -> None:
@@ -409,11 +407,3 @@ def check_equal_parameters(model: nn.Module, world: World, step: int) -> None:
         "go on from the last checkpoint, without that host if it happens there again",
         everywhere=True,
     )
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's elements taken as integers, () int64: every bit counts."""
-    tensor = tensor.resolve_conj().resolve_neg()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

@@ -26,9 +26,9 @@ from hpctrain.checkpoint.optimizer_state import OWN, OptimizerState, SavedOptimi
 from hpctrain.checkpoint.state import HasParameters, UnsavableError
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.training.model.undisturbed import kept_generators
 from hpctrain.training.optim.ema import EvaluationWeights, has_modes
 from hpctrain.training.optim.optimizer import OF_CONFIG
-from hpctrain.training.undisturbed import kept_generators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.ranges import check_range
-from hpctrain.training.task import Direction, Fields
+from hpctrain.training.task.ranges import check_range
+from hpctrain.training.task.task import Direction, Fields
 
 
 class LanguageModeling:

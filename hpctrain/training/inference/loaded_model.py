@@ -26,11 +26,11 @@ from hpctrain.config.schema import ComponentSection, Precision
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import Scale
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.training.initialize import read_weights
-from hpctrain.training.plain_names import load_checked
-from hpctrain.training.precision import NumberFormat
-from hpctrain.training.preparation import cast_model
-from hpctrain.training.regression import in_unit
+from hpctrain.training.checkpointing.initialize import read_weights
+from hpctrain.training.model.plain_names import load_checked
+from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.preparation import cast_model
+from hpctrain.training.task.regression import in_unit
 from hpctrain.utils.json_files import parse_checked
 
 
@@ -200,7 +200,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         return load_weights(made_of(source), tensors_from_raw(weights.tensors), path, where)
     if path.suffix == ".pt2":
         # Its reader takes its time to load.
-        from hpctrain.training.exported_program import load_program
+        from hpctrain.training.inference.exported_program import load_program
 
         program, said = load_program(path)
         return Program(program, _checked(said.encode(), path), where)

@@ -34,12 +34,7 @@ from hpctrain.config import Config
 from hpctrain.errors import CheckpointError, HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.ddp import broadcast_tensors
-from hpctrain.training.optim.optimizer import prepare_momentum
-from hpctrain.training.plain_names import adopt_buffers, plain_state
-from hpctrain.training.position import Position
-from hpctrain.training.preparation import is_spread
-from hpctrain.training.snapshot import (
+from hpctrain.training.checkpointing.snapshot import (
     BAD_STEPS,
     GENERATORS,
     OPTIMIZER,
@@ -51,6 +46,11 @@ from hpctrain.training.snapshot import (
     put_weights,
     restore_extra_states,
 )
+from hpctrain.training.model.plain_names import adopt_buffers, plain_state
+from hpctrain.training.model.preparation import is_spread
+from hpctrain.training.optim.optimizer import prepare_momentum
+from hpctrain.training.parallel.ddp import broadcast_tensors
+from hpctrain.training.position import Position
 from hpctrain.training.step import TrainStep
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.run_folder import LATEST, step_of

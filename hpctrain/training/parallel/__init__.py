@@ -1,0 +1,1 @@
+"""The model over the ranks: DDP, FSDP, parameters without a gradient."""
