@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def ranks_of(item: pytest.Item) -> int:
-    """Return the processes that a test keeps busy at once: 1 where it starts no job.
+    """Return the ranks that a test keeps busy at once: 0 where it starts no job.
 
     Among those that start jobs a parameter `ranks` says it, else the mark of test or module.
 
@@ -53,13 +53,23 @@ def ranks_of(item: pytest.Item) -> int:
                 f"{item.nodeid} starts jobs: say how many ranks at once, by a parameter `ranks` "
                 "or pytest.mark.ranks(2) on it or its module"
             )
-    return 1 if mark is None else int(mark.args[0])
+    return 0 if mark is None else int(mark.args[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have every test say how many ranks it starts, before the first of them runs."""
     for item in items:
         ranks_of(item)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have workers that take whole files take them in our order."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from helpers.schedule import SideBySide
+
+    return SideBySide(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.schedule import FIRST, next_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -152,3 +153,14 @@ def test_no_test_imports_from_another() -> None:
     paths = list((ROOT / "tests").rglob("*.py"))
     assert len(paths) > 100
     assert [str(path) for path in paths if imported.search(path.read_text("utf-8"))] == []
+
+
+def test_long_files_begin_first_and_units_beside_jobs() -> None:
+    """A file of that name no more would be begun late, and all would wait for it."""
+    assert [file for file in FIRST if not (ROOT / file).is_file()] == []
+    files = ["tests/launch/test_a.py", "tests/unit/test_b.py"]
+    files += [FIRST[1], "tests/unit/test_house.py"]
+    assert next_file(files, calculates=False) == FIRST[1]
+    assert next_file(files, calculates=True) == "tests/unit/test_house.py"
+    assert next_file(files[:2], calculates=False) == "tests/launch/test_a.py"
+    assert next_file(files[:1], calculates=True) == "tests/launch/test_a.py"
