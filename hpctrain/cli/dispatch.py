@@ -13,7 +13,7 @@ from hpctrain.cli.tools import bundle, ckpt, data, status
 from hpctrain.cli.usage import HELP, USAGES, help_of, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.environment import Claim, launchers_in, this_process
-from hpctrain.launch.voice import tell_once
+from hpctrain.launch.reporter import report_once
 from hpctrain.version import __version__
 
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(arguments, claim_for(arguments))
     except HpctrainError as error:
         if not error.reported:
-            tell_once(error)
+            report_once(error)
         return error.exit_code
 
 
@@ -127,9 +127,9 @@ def claim_for(arguments: Sequence[str]) -> Claim:
         if _is_collective(arguments):
             raise
         # Work for one process; it only matters which one it is.
-        from hpctrain.launch.speaking import may_speak
+        from hpctrain.launch.reporter import may_report
 
-        return Claim(launcher=None, rank=0 if may_speak(os.environ) else 1, world_size=None)
+        return Claim(launcher=None, rank=0 if may_report(os.environ) else 1, world_size=None)
 
 
 def _is_one_of_nodes(arguments: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.launch.environment import Claim
-from hpctrain.launch.voice import telling
+from hpctrain.launch.reporter import reporting
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import did_you_mean, nearest
@@ -110,7 +110,7 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
         raise config
     with (
         control_plane(claim) as (topology, communicator),
-        telling(topology.is_rank_zero),
+        reporting(topology.is_rank_zero),
         guard(topology) as job_guard,
     ):
         config = communicator.broadcast(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from hpctrain.cli.usage import PROGRAM, Parser, count, examples_of, say
 from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
 from hpctrain.launch.environment import Claim
-from hpctrain.launch.voice import telling
+from hpctrain.launch.reporter import reporting
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import printable, printable_lines, size
 
@@ -195,7 +195,7 @@ def _data_on_all_ranks(
 
     with (
         control_plane(claim) as (topology, communicator),
-        telling(topology.is_rank_zero),
+        reporting(topology.is_rank_zero),
         guard(topology) as job_guard,
         gathering(topology, communicator, LaunchSection(), job_guard),
     ):

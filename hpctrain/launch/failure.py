@@ -23,7 +23,7 @@ from types import TracebackType
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import ExitCode, HpctrainError
 from hpctrain.launch.mpi import abort
-from hpctrain.launch.voice import tell_once
+from hpctrain.launch.reporter import report_once
 from hpctrain.launch.watchdog.client import Pulse, WatchdogClient
 from hpctrain.launch.watchdog.coordinator import show_own_stacks
 from hpctrain.launch.watchdog.crash_report import versions, write_report
@@ -224,7 +224,7 @@ def end_quietly_if_uncaught(error: HpctrainError) -> None:
             previous(kind, found, trace)
             return
         if not error.reported:
-            tell_once(error)
+            report_once(error)
         # To Python what a hook raises is an error of its own, but for this.
         raise SystemExit(int(error.exit_code))
 

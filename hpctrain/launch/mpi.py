@@ -35,10 +35,10 @@ from types import TracebackType
 from typing import Any
 
 from hpctrain.errors import ExitCode, LaunchError
-from hpctrain.launch.arrivals import IN_MPI_INIT, marked, ranks_of_node, tell_missing
 from hpctrain.launch.environment import Claim, Environment, ancestors, this_process
 from hpctrain.launch.launchers import Launcher
 from hpctrain.launch.mpi_communicator import MPICommunicator
+from hpctrain.launch.reporter import IN_MPI_INIT, marked, missing_ranks_message, ranks_of_node
 from hpctrain.launch.waiting import ended_from_outside, limit_seconds
 from hpctrain.topology import closing_together
 from hpctrain.utils.text import plural, size
@@ -439,7 +439,7 @@ def _say_who_is_missing(claim: Claim, seconds: float, asked: str | None) -> str 
         time.sleep(_HEAD_START_SECONDS)  # another node knows more
     from hpctrain.launch.surroundings import other_hosts  # only needed here
 
-    return tell_missing(ranks, claim.world_size, seconds, other_hosts(os.environ))
+    return missing_ranks_message(ranks, claim.world_size, seconds, other_hosts(os.environ))
 
 
 @contextmanager

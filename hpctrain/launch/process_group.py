@@ -29,13 +29,13 @@ from hpctrain.launch.failure import (
 )
 from hpctrain.launch.nccl_log import NcclLog
 from hpctrain.launch.rendezvous import Meeting, meet
+from hpctrain.launch.reporter import reporting
 from hpctrain.launch.surroundings import (
     check_own_place,
     look_around_alone,
     spare_login_node,
     take_place,
 )
-from hpctrain.launch.voice import telling
 from hpctrain.launch.watchdog.client import Pulse
 from hpctrain.launch.watchdog.start import watched
 from hpctrain.topology import Communicator, Topology, closing_together
@@ -276,7 +276,7 @@ def connect(
             control_plane(part=communicator) as (topology, messages),
             guard(topology, is_callers=True) as job_guard,
             # One process tells nothing: its failure may be caught.
-            telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
+            reporting(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
             gathering(topology, messages, section, job_guard) as meeting,
             process_group(topology, messages, section, meeting, job_guard) as world,
         ):
@@ -310,7 +310,7 @@ def standing_ranks(claim: Claim) -> Iterator[Standing]:
     with (
         control_plane(claim) as (topology, messages),
         guard(topology) as job_guard,
-        telling(topology.is_rank_zero),
+        reporting(topology.is_rank_zero),
         gathering(topology, messages, LaunchSection(), job_guard),
     ):
         job_guard.wait_until_watched()

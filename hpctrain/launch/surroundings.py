@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.arrivals import mark, marks_of
 from hpctrain.launch.environment import Environment, launchers_in, names_of
 from hpctrain.launch.launchers import Launcher
+from hpctrain.launch.reporter import mark, marks_of
 from hpctrain.topology import Topology
 from hpctrain.utils.proc import PROC, ancestors
 

@@ -20,7 +20,7 @@ from hpctrain.launch.process_group import (
     gathering,
     loading,
 )
-from hpctrain.launch.voice import telling
+from hpctrain.launch.reporter import reporting
 from hpctrain.topology import Communicator, Topology, on_rank_zero
 
 
@@ -53,7 +53,7 @@ def started(claim: Claim, *, stops: bool = True) -> Iterator[Started]:
             SignalFlag() if stops else nullcontext(SignalFlag()) as signals,
             control_plane(claim, keep_mpi=True) as (topology, communicator),
             # One process reports nothing: its failure may be caught.
-            telling(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
+            reporting(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
             guard(topology, is_callers=True) as job_guard,
         ):
             yield Started(

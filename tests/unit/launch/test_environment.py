@@ -12,7 +12,7 @@ from helpers.environments import ENVIRONMENTS, recorded
 from hpctrain.errors import LaunchError
 from hpctrain.launch.environment import Claim, ancestors, detect
 from hpctrain.launch.mpi import check_process_manager, library_family, library_name
-from hpctrain.launch.speaking import may_speak
+from hpctrain.launch.reporter import may_report
 
 
 def told(claim: Claim) -> tuple[str | None, int | None, int | None, int | None, int | None]:
@@ -282,7 +282,7 @@ def test_one_process_by_hand_needs_no_meeting_point() -> None:
     ],
 )
 def test_who_speaks_before_there_is_a_claim(env: dict[str, str], speaks: bool) -> None:
-    assert may_speak(env) == speaks
+    assert may_report(env) == speaks
 
 
 def plant(proc: Path, pid: int, parent: int, title: str, command: str, executable: str) -> None:

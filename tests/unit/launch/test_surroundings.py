@@ -10,9 +10,9 @@ import pytest
 from helpers.environments import recorded
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.arrivals import IN_MPI_INIT, Seen, tell_missing
 from hpctrain.launch.environment import detect, launchers_in
 from hpctrain.launch.process_group import Node, place
+from hpctrain.launch.reporter import IN_MPI_INIT, Seen, missing_ranks_message
 from hpctrain.launch.surroundings import (
     alone_in,
     expand,
@@ -209,7 +209,7 @@ def test_login_nodes(changes: dict[str, str], group: str, expected: bool, tmp_pa
 )
 def test_who_is_missing_on_other_hosts_is_named(env: dict[str, str], words: str) -> None:
     waiting = {rank: Seen(rank, "python", frozenset({IN_MPI_INIT})) for rank in (0, 1)}
-    assert words in tell_missing(waiting, 4, 300, other_hosts(env))
+    assert words in missing_ranks_message(waiting, 4, 300, other_hosts(env))
 
 
 def test_all_processes_of_a_world_share_the_cores_of_a_login_node(
