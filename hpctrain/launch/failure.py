@@ -26,8 +26,7 @@ from hpctrain.launch.mpi import abort
 from hpctrain.launch.reporter import report_once
 from hpctrain.launch.watchdog.client import Pulse, WatchdogClient
 from hpctrain.launch.watchdog.coordinator import show_own_stacks
-from hpctrain.launch.watchdog.crash_report import versions, write_report
-from hpctrain.launch.watchdog.evidence import Requests
+from hpctrain.launch.watchdog.evidence import Requests, versions, write_report
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import finish_out
 

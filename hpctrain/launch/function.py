@@ -30,10 +30,9 @@ from hpctrain.config.choices import (
     training_of,
 )
 from hpctrain.errors import LaunchError, TrainingError
-from hpctrain.launch.agent import command_here
 from hpctrain.launch.environment import this_process
-from hpctrain.launch.handover import CALL, RESULT, Failed, Handover, pickled_call
-from hpctrain.launch.mpirun import find_launch
+from hpctrain.launch.function_rank import CALL, RESULT, Failed, Handover, pickled_call
+from hpctrain.launch.start_ranks import command_here, find_launch
 from hpctrain.utils.permissions import new_private_folder
 from hpctrain.utils.proc import start_time
 

@@ -101,7 +101,7 @@ def report_once(error: HpctrainError) -> None:
     if not error.everywhere:
         report(error)
         return
-        audience = find_audience()
+    audience = find_audience()
     if audience is Audience.ALL:
         report(error)
         let_rank_zero_end()
@@ -143,9 +143,8 @@ def find_audience() -> Audience:
     if rank != 0 and len(look()) < expected:
         return Audience.NOBODY
     # Most launchers end the job once rank 0 has reported it and left. srun may let the others be.
-    return (
-        Audience.NODE if rank != 0 and launcher.name == "srun" and 0 not in look() else Audience.ALL
-    )
+    is_elsewhere = rank != 0 and launcher.name == "srun" and 0 not in look()
+    return Audience.NODE if is_elsewhere else Audience.ALL
 
 
 def _local_world_size(launcher: Launcher) -> int:
@@ -282,8 +281,10 @@ def mark(name: str) -> int | None:
 
 def process_of(launcher: Launcher, proc: Path = PROC) -> int | None:
     """Return the launcher's process above this one; None if it cannot be seen."""
-    above = (pid for pid in processes_above(proc=proc) if launcher.processes & {*names_of(pid, proc)})
-    return next(above, None)
+    for pid in processes_above(proc=proc):
+        if launcher.processes & {*names_of(pid, proc)}:
+            return pid
+    return None
 
 
 def ranks_of_node(launcher: Launcher, proc: Path = PROC) -> dict[int, Seen]:

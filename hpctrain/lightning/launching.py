@@ -114,7 +114,7 @@ def _become(num_processes: int) -> None:
             "function from a notebook",
             everywhere=True,
         )
-    from hpctrain.launch.mpirun import start
+    from hpctrain.launch.start_ranks import start
 
     sys.stdout.flush()
     sys.stderr.flush()

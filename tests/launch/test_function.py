@@ -17,7 +17,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.function import launch
-from hpctrain.launch.handover import CALL, Handover
+from hpctrain.launch.function_rank import CALL, Handover
 from hpctrain.utils.permissions import new_private_folder
 
 pytestmark = pytest.mark.ranks(2)

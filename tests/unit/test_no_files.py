@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 import torch
 
+from hpctrain.batch.environments import in_snapshot
 from hpctrain.batch.exit_status import read_status
-from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.checkpoint import inspect
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.cli import main

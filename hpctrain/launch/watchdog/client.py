@@ -20,8 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpctrain.errors import ExitCode
-from hpctrain.launch.watchdog.crash_report import write_ending
-from hpctrain.launch.watchdog.evidence import STACKS_SIGNAL, in_time, positions, python_stacks
+from hpctrain.launch.watchdog.evidence import (
+    STACKS_SIGNAL,
+    in_time,
+    positions,
+    python_stacks,
+    write_ending,
+)
 from hpctrain.launch.watchdog.protocol import Channel, Message
 from hpctrain.utils.files import put_file
 

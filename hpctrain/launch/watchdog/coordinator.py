@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from hpctrain.errors import ExitCode
 from hpctrain.launch.handshake import Doorkeeper, Refusals
 from hpctrain.launch.watchdog import protocol
-from hpctrain.launch.watchdog.crash_report import write_ending, write_report
 from hpctrain.launch.watchdog.evidence import (
     REQUEST_NAME,
     Requests,
     make_private_folder,
     python_stacks,
+    write_ending,
+    write_report,
     write_stacks,
 )
 from hpctrain.launch.watchdog.judge import Judge

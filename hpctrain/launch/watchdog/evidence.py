@@ -1,29 +1,30 @@
-"""Evidence of where ranks stand: their Python stacks, and from flight recorders their collectives.
+"""Evidence of a failure: Python stacks, collectives of flight recorders, and crash-rank-N.json.
 
-`touch RUN/STACKS` has the stacks of running ranks written to `RUN/stacks/`. The watchdog of rank
-0's node looks for the file, never a rank: a step pays nothing for it.
-
-torch's flight recorder lists a rank's last collectives in the order of its calls, each with a
-number that counts the collectives of its process group. So ranks can be compared: those that wait
-are in a collective that others have not come to.
+Standard library only: the watchdog writes crash reports for ranks that no longer can.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hpctrain.utils.files import put_file
+from hpctrain.batch.exit_status import Outcome, conclude, read_outcome
+from hpctrain.errors import CheckpointError
+from hpctrain.utils.batch_job import job_identity
+from hpctrain.utils.files import put_file, replace_file
 from hpctrain.utils.permissions import follow_folder, new_private_folder
+from hpctrain.version import __version__
 
 REQUEST_NAME = "STACKS"
 """A file of this name in the run folder: all ranks are to show where they are, and to go on."""
@@ -256,3 +257,73 @@ def _candidates(ranks: Mapping[int, Sequence[GroupPosition]]) -> Iterator[HeldUp
                 waiting.setdefault(position.name, []).append(rank)
         absent = [rank for rank, position in members.items() if position.last < number]
         yield HeldUp(number=number, waiting=waiting, absent=sorted(absent))
+
+
+def write_report(
+    folder: Path,
+    *,
+    rank: int,
+    host: str,
+    code: int,
+    story: str,
+    step: int | None,
+    about: Mapping[str, object],
+) -> None:
+    """Write the crash report of a rank, and into exit.json how the job ended.
+
+    A folder that cannot be written is told on stderr: nothing may raise on the way out.
+
+    Args:
+        folder: of the run.
+        rank: the one that failed.
+        host: its node.
+        code: exit code of the job.
+        story: what the user was told.
+        step: the last one that the rank finished; None if it is not known.
+        about: more of the rank: its device, versions.
+    """
+    report = {
+        "rank": rank,
+        "host": host,
+        "step": step,
+        "code": code,
+        "traceback": story,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **about,
+    }
+    path = folder / f"crash-rank-{rank}.json"
+    reason = f"rank {rank} on {host} failed: see {path.name}"
+    try:
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
+        write_ending(folder, code, reason)
+    except OSError as error:
+        sys.stderr.write(f"hpctrain: no crash report: {error}\n")
+
+
+def write_ending(folder: Path, code: int, reason: str) -> None:
+    """Write into exit.json that the job failed, if it says that this job runs."""
+    try:
+        running = read_outcome(folder)
+        if running is not None and running.code is None and _is_of_this_job(running):
+            conclude(folder, replace(running, code=code, reason=reason))
+    except CheckpointError as error:
+        sys.stderr.write(f"hpctrain: {error}\n")
+
+
+def _is_of_this_job(outcome: Outcome) -> bool:
+    """Tell whether a word is of the job of this process, as far as its environment tells.
+
+    The next job may have begun while this one finds out how it ended.
+    """
+    here = job_identity(os.environ)
+    return here is None or outcome.job in (None, here)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what is loaded in this process."""
+    torch = sys.modules.get("torch")
+    return {
+        "hpctrain": __version__,
+        "python": platform.python_version(),
+        "torch": None if torch is None else str(torch.__version__),
+    }

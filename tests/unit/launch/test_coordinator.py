@@ -19,8 +19,8 @@ from hpctrain.launch.handshake import prove
 from hpctrain.launch.rendezvous import listen
 from hpctrain.launch.watchdog import coordinator, protocol
 from hpctrain.launch.watchdog.coordinator import PURPOSE, Coordinator
-from hpctrain.launch.watchdog.coordinator_link import CoordinatorLink
 from hpctrain.launch.watchdog.judge import Judge
+from hpctrain.launch.watchdog.process import CoordinatorLink
 from hpctrain.launch.watchdog.verdicts import Group
 
 SECRET = "s" * 64
@@ -110,7 +110,7 @@ class Lab:
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     made = Lab()
     monkeypatch.setattr(coordinator, "say", made.said.append)
-    monkeypatch.setattr("hpctrain.launch.watchdog.coordinator_link.say", made.said.append)
+    monkeypatch.setattr("hpctrain.launch.watchdog.process.say", made.said.append)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._ECHO_SECONDS", 0.0)
     monkeypatch.setattr("hpctrain.launch.watchdog.judge._LAUNCHER_SECONDS", 0.0)
     monkeypatch.setattr("hpctrain.launch.watchdog.coordinator._ANSWER_SECONDS", 0.5)
@@ -226,7 +226,7 @@ def test_a_coordinator_that_is_none_is_not_believed(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another program has the address, and says how the job is to end."""
-    monkeypatch.setattr("hpctrain.launch.watchdog.coordinator_link.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("hpctrain.launch.watchdog.process.CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         lab.address = server.getsockname()
         link, orders = lab.link(2)

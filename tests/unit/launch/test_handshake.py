@@ -19,7 +19,7 @@ from helpers.limits import JOB_SECONDS
 from hpctrain.launch import handshake
 from hpctrain.launch.handshake import StrangerError, prove
 from hpctrain.launch.rendezvous import answering, listen, probe
-from hpctrain.launch.watchdog.coordinator_link import Dialling
+from hpctrain.launch.watchdog.process import Dialling
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from hpctrain.batch.exit_status import Outcome, read_outcome, write_outcome
 from hpctrain.launch.watchdog import processes
 from hpctrain.launch.watchdog.client import ROW_BYTES, Pulse, Reading, read_row
-from hpctrain.launch.watchdog.crash_report import write_report
+from hpctrain.launch.watchdog.evidence import write_report
 from hpctrain.launch.watchdog.judge import Judge
 from hpctrain.launch.watchdog.process import Orders, parse_orders
 from hpctrain.launch.watchdog.protocol import Channel

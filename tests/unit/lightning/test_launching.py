@@ -102,13 +102,13 @@ def test_idle_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRIPT = """
 import sys
-sys.modules["hpctrain.launch.mpirun"] = type(sys)("mpirun")
+sys.modules["hpctrain.launch.start_ranks"] = type(sys)("start_ranks")
 
 def start(num_processes, command):
     print(num_processes, *command[1:])
     raise SystemExit
 
-sys.modules["hpctrain.launch.mpirun"].start = start
+sys.modules["hpctrain.launch.start_ranks"].start = start
 from hpctrain.lightning import Trainer
 Trainer(devices=3, accelerator="cpu")
 """

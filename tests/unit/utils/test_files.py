@@ -17,7 +17,7 @@ from hpctrain.batch.exit_status import (
     read_outcome,
     write_outcome,
 )
-from hpctrain.launch.watchdog.crash_report import write_ending
+from hpctrain.launch.watchdog.evidence import write_ending
 from hpctrain.utils import files
 
 WRITERS, WRITES = 8, 25

@@ -24,8 +24,7 @@ from hpctrain.data.node_cache import _open_own
 from hpctrain.data.staging import StageFolder, copy_whole, sweep
 from hpctrain.data.staging_plan import Copy, Disk, look_at, plan_copies
 from hpctrain.errors import CheckpointError, ExitCode
-from hpctrain.launch.watchdog.crash_report import write_report
-from hpctrain.launch.watchdog.evidence import write_stacks
+from hpctrain.launch.watchdog.evidence import write_report, write_stacks
 from hpctrain.training.rank_zero import RunFolder
 from hpctrain.utils import files
 from hpctrain.utils.files import AppendedFile

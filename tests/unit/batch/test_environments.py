@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from helpers.limits import JOB_SECONDS
 
-from hpctrain.batch import snapshot as module
-from hpctrain.batch.snapshot import take_snapshot
+from hpctrain.batch import environments as module
+from hpctrain.batch.environments import take_snapshot
 from hpctrain.cli import main
 from hpctrain.data import Writer
 from hpctrain.errors import UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.mpirun import _find, _of_the_batch_system
+from hpctrain.launch.start_ranks import _find, _of_the_batch_system
 
 SAYS = {
     "openmpi": "mpirun (Open MPI) 5.0.11",
