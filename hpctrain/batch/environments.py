@@ -1,23 +1,23 @@
-"""What Python and the user's code of a job come from: modules, conda, a venv, an image; a snapshot."""
+"""What a job runs: Python from modules, conda, a venv or an image; a snapshot of the code."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from hpctrain.batch.quoting import bind, path_word, require_line
+from hpctrain.config.importing import MARKER
 from hpctrain.config.schema import Config
 from hpctrain.errors import UsageError
-import json
-import os
-import shutil
-import subprocess
-import time
-from collections.abc import Iterator
-from hpctrain.config.importing import MARKER
 from hpctrain.utils.files import temporary_name
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.text import first_lines, size

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpctrain.batch.environments import Environment
+from hpctrain.batch.environments import Environment, in_snapshot
 from hpctrain.batch.quoting import (
     bash_problem,
     constraint_value,
@@ -22,7 +22,6 @@ from hpctrain.batch.quoting import (
     variable,
 )
 from hpctrain.batch.sites import Because, Site
-from hpctrain.batch.snapshot import in_snapshot
 from hpctrain.batch.sweep import Point, Sweep, index_list
 from hpctrain.config.toml import to_value
 from hpctrain.errors import UsageError

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpctrain.cli import inference
-from hpctrain.cli.jobs import check, run
-from hpctrain.cli.tools import bundle, ckpt, data, status
+from hpctrain.cli.jobs import check, evaluate, predict, run, test
+from hpctrain.cli.tools import bundle, ckpt, compare, data, report, runs, status, watch
 from hpctrain.cli.usage import HELP, USAGES, help_of, say, usage_error
 from hpctrain.errors import ExitCode, HpctrainError, LaunchError, UsageError
 from hpctrain.launch.environment import Claim, launchers_in, this_process
@@ -47,30 +46,6 @@ def _prepare(arguments: list[str]) -> int:
     return prepare(arguments)
 
 
-def _watch(arguments: list[str]) -> int:
-    from hpctrain.cli.watching import watch
-
-    return watch(arguments)
-
-
-def _report(arguments: list[str]) -> int:
-    from hpctrain.cli.watching import report
-
-    return report(arguments)
-
-
-def _runs(arguments: list[str]) -> int:
-    from hpctrain.cli.watching import runs
-
-    return runs(arguments)
-
-
-def _compare(arguments: list[str]) -> int:
-    from hpctrain.cli.watching import compare
-
-    return compare(arguments)
-
-
 def _run_script(arguments: list[str], claim: Claim) -> int:
     from hpctrain.cli.scripts import run_script
 
@@ -87,18 +62,18 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ckpt": ckpt,
     "bundle": bundle,
     "prepare": _prepare,
-    "watch": _watch,
-    "report": _report,
-    "runs": _runs,
-    "compare": _compare,
+    "watch": watch,
+    "report": report,
+    "runs": runs,
+    "compare": compare,
 }
 ON_ALL_RANKS: dict[str, Callable[[list[str], Claim], int]] = {
     "data": data,
     "run": _run_script,
     "check": check,
-    "evaluate": inference.evaluate,
-    "test": inference.test,
-    "predict": inference.predict,
+    "evaluate": evaluate,
+    "test": test,
+    "predict": predict,
 }
 
 

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
 from hpctrain.cli.processes import declare_processes, take_processes
-from hpctrain.cli.usage import PROGRAM, USAGES, Parser, options_of, usage_error, usage_of
+from hpctrain.cli.usage import PROGRAM, USAGES, Parser, options_of, say, usage_error, usage_of
 from hpctrain.config.importing import use_snapshot
 from hpctrain.config.schema import Config
-from hpctrain.errors import ConfigError, HpctrainError
+from hpctrain.errors import ConfigError, ExitCode, HpctrainError
 from hpctrain.launch.environment import Claim
 from hpctrain.launch.reporter import reporting
-from hpctrain.topology import Communicator, Topology
-from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import did_you_mean, nearest
-import json
-from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack
-from hpctrain.cli.usage import PROGRAM, Parser, say
-from hpctrain.errors import ExitCode
-from hpctrain.topology import raise_together
+from hpctrain.topology import Communicator, Topology, raise_together
 from hpctrain.utils.streams import reserved_stdout, write_out
-from hpctrain.utils.text import metric, plural, printable
+from hpctrain.utils.text import did_you_mean, metric, nearest, plural, printable
 
 if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
     from hpctrain.training.inference.answer import Answer
     from hpctrain.training.inference.stage import Stage
+
+SPLITS = ("validation", "test", "train")
+
+_ABOUT_INFERENCE = (
+    "Of the run in the config: its best checkpoint where it keeps one (checkpoint.keep_best), else "
+    "its last; or of another one, or a file of weights. Under any launcher, with any number of "
+    "ranks: every sample counts once."
+)
+
 
 def run(arguments: list[str], claim: Claim) -> int:
     """Train. Collective: all ranks."""
@@ -214,15 +216,6 @@ def _config_or_error(path: str, overrides: Sequence[str]) -> Config | ConfigErro
         return error
 
 
-SPLITS = ("validation", "test", "train")
-
-_ABOUT = (
-    "Of the run in the config: its best checkpoint where it keeps one (checkpoint.keep_best), else "
-    "its last; or of another one, or a file of weights. Under any launcher, with any number of "
-    "ranks: every sample counts once."
-)
-
-
 def evaluate(arguments: list[str], claim: Claim) -> int:
     """Print the metrics of a checkpoint on the samples of validation. Collective: all ranks."""
     return _metrics("evaluate", "validate", "validation", arguments, claim)
@@ -235,9 +228,9 @@ def test(arguments: list[str], claim: Claim) -> int:
 
 def predict(arguments: list[str], claim: Claim) -> int:
     """Write the predictions of a checkpoint for a split. Collective: all ranks."""
-    parser = _parser("predict", "test")
+    parser = _inference_parser("predict", "test")
     parser.add_argument("--output", type=Path, metavar="FOLDER|FILE.nc", required=True)
-    if (parsed := _parsed("predict", parser, arguments, claim)) is None:
+    if (parsed := _inference_arguments("predict", parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     found = _answered(
@@ -257,9 +250,9 @@ def predict(arguments: list[str], claim: Claim) -> int:
 
 
 def _metrics(name: str, stage: Stage, split: str, arguments: list[str], claim: Claim) -> int:
-    parser = _parser(name, split)
+    parser = _inference_parser(name, split)
     parser.add_argument("--json", action="store_true")
-    if (parsed := _parsed(name, parser, arguments, claim)) is None:
+    if (parsed := _inference_arguments(name, parser, arguments, claim)) is None:
         return ExitCode.DONE
     command = [parsed.config, *parsed.overrides]
     with reserved_stdout(parsed.json) as out:
@@ -270,8 +263,8 @@ def _metrics(name: str, stage: Stage, split: str, arguments: list[str], claim: C
     return ExitCode.DONE
 
 
-def _parser(name: str, split: str) -> Parser:
-    parser = Parser(name, prog=f"{PROGRAM} {name}", add_help=True, description=_ABOUT)
+def _inference_parser(name: str, split: str) -> Parser:
+    parser = Parser(name, prog=f"{PROGRAM} {name}", add_help=True, description=_ABOUT_INFERENCE)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--checkpoint", metavar="best|last|PATH")
@@ -280,7 +273,9 @@ def _parser(name: str, split: str) -> Parser:
     return parser
 
 
-def _parsed(command: str, parser: Parser, arguments: list[str], claim: Claim) -> Namespace | None:
+def _inference_arguments(
+    command: str, parser: Parser, arguments: list[str], claim: Claim
+) -> argparse.Namespace | None:
     """Return what a command is told; None: it is its help that was asked for."""
     if not {"-h", "--help"}.isdisjoint(arguments) and claim.rank not in (None, 0):
         return None

@@ -24,8 +24,8 @@ from hpctrain.config.choices import (
     training_of,
 )
 from hpctrain.errors import ConfigError, LaunchError, UsageError
-from hpctrain.launch.agent import Nodes, nodes_of, start_on_this_node, start_over_nodes
 from hpctrain.launch.environment import Claim
+from hpctrain.launch.start_ranks import Nodes, nodes_of, start_on_this_node, start_over_nodes
 from hpctrain.topology import Topology
 from hpctrain.utils.text import plural
 
@@ -280,24 +280,24 @@ def start(
     """
     if wanted.nodes is None:
         refuse_second_launcher(wanted, claim)
-    from hpctrain.launch import mpirun
+    from hpctrain.launch import start_ranks
 
     inner = ["-m", "hpctrain", *words]
     if wanted.nodes is not None:
         nodes = wanted.nodes
-        mpirun.tell(
+        start_ranks.tell(
             f"{plural(count, 'process', 'processes')} on node {nodes.rank} of {nodes.count} under "
             f"torch's elastic agent, which meets the others at {nodes.address}:{nodes.port}"
         )
         start_over_nodes(nodes, count, inner)
     try:
-        launch = mpirun.find_launch(count)
+        launch = start_ranks.find_launch(count)
     except LaunchError as error:
         if not without_mpi:
             raise
-        mpirun.tell(f"{count} processes under torch's elastic agent, for: {error}")
+        start_ranks.tell(f"{count} processes under torch's elastic agent, for: {error}")
         start_on_this_node(count, inner)
-    mpirun.become(launch, [sys.executable, *inner])
+    start_ranks.become(launch, [sys.executable, *inner])
 
 
 def refuse_second_launcher(wanted: Wanted, claim: Claim) -> None:

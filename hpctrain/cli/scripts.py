@@ -7,26 +7,24 @@ by its file, and a traceback begins with its own first line.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from hpctrain.cli.processes import OPTIONS, check_world, num_processes, read_wanted, start
-from hpctrain.cli.usage import PROGRAM, Parser, usage_error, usage_of
-from hpctrain.config.choices import PREPARING
-from hpctrain.errors import ExitCode, HpctrainError
-from hpctrain.launch.environment import Claim
-from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import did_you_mean
 import builtins
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from hpctrain.errors import HpctrainError, UsageError
+
+from hpctrain.cli.processes import OPTIONS, check_world, num_processes, read_wanted, start
+from hpctrain.cli.usage import PROGRAM, Parser, usage_error, usage_of
+from hpctrain.config.choices import PREPARING
+from hpctrain.errors import ExitCode, HpctrainError, UsageError
+from hpctrain.launch.environment import Claim
 from hpctrain.topology import Topology
+from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import did_you_mean, printable
 
 _HIDES_GPUS = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}

@@ -32,8 +32,8 @@ def job(arguments: list[str]) -> int:
         parser.error("the following arguments are required: config")
 
     from hpctrain.batch import job_plan, job_script, submission
+    from hpctrain.batch.environments import take_snapshot
     from hpctrain.batch.exit_status import read_outcome
-    from hpctrain.batch.snapshot import take_snapshot
     from hpctrain.batch.sweep import write_sweep
 
     study = _study(parsed)

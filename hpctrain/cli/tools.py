@@ -7,23 +7,21 @@ all ranks.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
 from hpctrain.cli.usage import PROGRAM, Parser, count, examples_of, say
 from hpctrain.errors import DatasetError, ExitCode, HpctrainError, OutputError
 from hpctrain.launch.environment import Claim
 from hpctrain.launch.reporter import reporting
 from hpctrain.utils.streams import write_out
-from hpctrain.utils.text import printable, printable_lines, size
-import json
-import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING
-from hpctrain.cli.usage import Parser, count
-from hpctrain.errors import ExitCode
 from hpctrain.utils.text import plural, printable, printable_lines, size
 
 if TYPE_CHECKING:
