@@ -23,8 +23,8 @@ from hpctrain.utils.text import did_you_mean, metric, nearest, plural, printable
 
 if TYPE_CHECKING:
     from hpctrain.launch.failure import Guard
-    from hpctrain.training.inference.answer import Answer
     from hpctrain.training.inference.stage import Stage
+    from hpctrain.training.inference.trained import Answer
 
 SPLITS = ("validation", "test", "train")
 
@@ -319,7 +319,7 @@ def _answered(
         meeting = stack.enter_context(gathering(job.topology, job.communicator, launch, job.guard))
         with loading():
             from hpctrain.observe import log
-            from hpctrain.training.inference.answer import answer
+            from hpctrain.training.inference.trained import answer
 
         stack.enter_context(log.start(None, is_reporter=job.topology.is_rank_zero))
         world = stack.enter_context(
