@@ -87,7 +87,7 @@ def training(
 
     from hpctrain.data import open_dataset
     from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-    from hpctrain.data.order import Order
+    from hpctrain.data.order.order import Order
 
     dataset = open_dataset(str(folder))
     order = Order.for_dataset(
@@ -116,7 +116,7 @@ def training(
 
 def held(dataset: Any) -> Any:
     """Return a dataset in memory, as one rank alone on its node holds it."""
-    from hpctrain.data.node_cache import hold_on_node
+    from hpctrain.data.staging.node_cache import hold_on_node
     from hpctrain.launch.process_group import SingleCommunicator
     from hpctrain.topology import Topology
 

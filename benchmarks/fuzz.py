@@ -30,7 +30,7 @@ import numpy.typing as npt
 from hpctrain.convert.parallel import each, processors
 from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import join_files, verify_share
+from hpctrain.data.files.discovery import join_files, verify_share
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError
 

@@ -548,7 +548,7 @@ def hdf5(
     """Return a loader of samples that are stored in shards."""
     from hpctrain.data import Writer, open_dataset
     from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-    from hpctrain.data.order import Order
+    from hpctrain.data.order.order import Order
 
     count = len(next(iter(stored.values())))
     with Writer(folder / "data") as writer:

@@ -14,7 +14,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from hpctrain.data.order import Epoch, Order, default_block_rows, default_lanes, lanes_of_rank
+from hpctrain.data.order.epochs import Epoch
+from hpctrain.data.order.order import Order, default_block_rows, default_lanes, lanes_of_rank
 from hpctrain.data.reading.shards import MOST_OPEN_FILES
 from hpctrain.data.writer import SHARD_BYTES
 

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order
 
 BATCH = 512
 ROUND = 50_000

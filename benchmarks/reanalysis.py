@@ -28,8 +28,8 @@ from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.decoding import decodings
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-from hpctrain.data.open_datasets import open_for_training
-from hpctrain.data.order import Order
+from hpctrain.data.opening.open_datasets import open_for_training
+from hpctrain.data.order.order import Order
 
 LEVELS, LATITUDES, LONGITUDES = 3, 91, 180
 YEARS = (2000, 2001, 2002)

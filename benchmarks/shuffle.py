@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.order import Epoch, Order, default_block_rows, default_lanes
+from hpctrain.data.order.epochs import Epoch
+from hpctrain.data.order.order import Order, default_block_rows, default_lanes
 
 LABELS = 1000
 BUFFER = 10_000

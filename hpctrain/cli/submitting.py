@@ -303,7 +303,7 @@ def _answered(config: Config, wishes: dict[str, Any], arguments: list[str]) -> d
 def _lanes(config: Config) -> int | None:
     """Return how many ranks can train; None: any number, or a DataLoader is to say."""
     from hpctrain.config.limits import is_shuffled
-    from hpctrain.data.order import default_lanes
+    from hpctrain.data.order.order import default_lanes
 
     data = config.data
     if data.weights is not None or not is_shuffled(data, config.training):

@@ -15,16 +15,17 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from hpctrain.convert.parallel import Progress, silent
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.sources import BlockSource, Group, RowSource, Source
-from hpctrain.data.order import Epoch, Order
-from hpctrain.data.read_ahead import LaneWindows, RowStream
+from hpctrain.data.order.epochs import Epoch
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.read_ahead import LaneWindows, RowStream
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import RowReader
 from hpctrain.data.reading.threads import Helpers
-from hpctrain.data.runs import Bytes
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 

@@ -16,9 +16,9 @@ from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.opening import Reading, copied, open_source, to_copy
 from hpctrain.convert.sources.remote import Fetched, fetched
 from hpctrain.convert.sources.source import Source
-from hpctrain.data.catalogue import is_catalogue
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.catalogue import is_catalogue
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.topology import Communicator, on_rank_zero
 from hpctrain.utils.text import first_lines, plural

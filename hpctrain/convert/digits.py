@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.index import INDEX_NAME, damaged_shards
-from hpctrain.data.permutation import derive_key, permutation
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.index import INDEX_NAME, damaged_shards
+from hpctrain.data.order.permutation import derive_key, permutation
 from hpctrain.data.writer import Writer
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import temporary_name

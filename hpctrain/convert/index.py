@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpctrain.convert.parallel import Progress, for_each, silent
-from hpctrain.data.catalogue import CATALOGUE_SUFFIX, write_catalogue
-from hpctrain.data.contents import Contents, look_into
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import find_files, join_files, require_finished
-from hpctrain.data.index import HDF5_SUFFIXES, INDEX_NAME, file_problems, is_shard_name, write_index
+from hpctrain.data.files.catalogue import CATALOGUE_SUFFIX, write_catalogue
+from hpctrain.data.files.contents import Contents, look_into
+from hpctrain.data.files.discovery import find_files, join_files, require_finished
+from hpctrain.data.files.index import (
+    HDF5_SUFFIXES,
+    INDEX_NAME,
+    file_problems,
+    is_shard_name,
+    write_index,
+)
 from hpctrain.data.writer import cannot_write
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.utils.files import file_checksum

@@ -16,15 +16,15 @@ from hpctrain.convert.advice import FieldSet, Use, sets_of, uses_of, with_member
 from hpctrain.convert.items import Item, covered
 from hpctrain.convert.sources.indexed import read_attributes
 from hpctrain.convert.survey import Survey, survey
-from hpctrain.data.catalogue import is_catalogue
-from hpctrain.data.contents import OR_CHOOSE
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings, described
-from hpctrain.data.discovery import files_of, find_files
-from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME
-from hpctrain.data.open_datasets import open_for_training
+from hpctrain.data.files.catalogue import is_catalogue
+from hpctrain.data.files.contents import OR_CHOOSE
+from hpctrain.data.files.discovery import files_of, find_files
+from hpctrain.data.files.index import INDEX_NAME, UNFINISHED_NAME
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.opening.open_datasets import open_for_training
 from hpctrain.data.stats import STATS_NAME
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.text import first_lines, listed, plural, printable, size, table
 

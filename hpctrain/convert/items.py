@@ -18,11 +18,17 @@ import numpy.typing as npt
 from h5py import h5t
 
 from hpctrain.data.coding import Coding
-from hpctrain.data.contents import array_of, is_bare_dimension, text_attribute, type_of, type_text
 from hpctrain.data.dataset import SUPPORTED_DTYPES
-from hpctrain.data.form_opening import whole_number
+from hpctrain.data.files.contents import (
+    array_of,
+    is_bare_dimension,
+    text_attribute,
+    type_of,
+    type_text,
+)
+from hpctrain.data.files.form_opening import whole_number
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of
 from hpctrain.data.forms import COMPLEX_PAIRS
-from hpctrain.data.storage import HDF5_FAILURES, dtype_of, filters_of
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import number
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from hpctrain.config import Config
 from hpctrain.config.schema_data import FieldTable
-from hpctrain.data.contents import look_into
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset, DatasetFacts
+from hpctrain.data.files.contents import look_into
+from hpctrain.data.files.index import read_index
 from hpctrain.data.forms import Form, Pick, Wish, frozen
-from hpctrain.data.index import read_index
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replacement

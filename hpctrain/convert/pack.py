@@ -16,11 +16,17 @@ from typing import Any, NamedTuple
 from hpctrain.convert.parallel import Progress, silent
 from hpctrain.convert.sources.source import Source
 from hpctrain.convert.splits import Selection, select, split_sizes
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.discovery import inspect_file
-from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, read_index, read_origin, write_index
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.discovery import inspect_file
+from hpctrain.data.files.index import (
+    INDEX_NAME,
+    UNFINISHED_NAME,
+    read_index,
+    read_origin,
+    write_index,
+)
+from hpctrain.data.files.storage import Storage
 from hpctrain.data.writer import (
     SHARD_BYTES,
     cannot_write,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpctrain.data.permutation import Int64s, derive_key, permutation
+from hpctrain.data.arrays import Int64s
+from hpctrain.data.order.permutation import derive_key, permutation
 from hpctrain.errors import DatasetError, UsageError
 
 # What a key is for: which rows a split gets and their order share nothing.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import h5py
 
 from hpctrain.convert.items import ANY, Item, item_of, peek_of
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
-from hpctrain.data.walking import Link, objects_in, require_files_behind
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.walking import Link, objects_in, require_files_behind
 from hpctrain.errors import DatasetError
 
 LEAST_ALIKE = 3

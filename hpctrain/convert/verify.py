@@ -12,18 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.parallel import Progress, blocks_of, for_each, one_shard, silent
-from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
-from hpctrain.data.discovery import (
+from hpctrain.data.files.catalogue import is_catalogue, read_catalogue
+from hpctrain.data.files.discovery import (
     describe,
     find_files,
     inspect_file,
     require_finished,
     unlike_listed,
 )
-from hpctrain.data.index import INDEX_NAME, file_problems, parse_index
+from hpctrain.data.files.index import INDEX_NAME, file_problems, parse_index
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum
 

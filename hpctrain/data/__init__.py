@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpctrain.data import random
-    from hpctrain.data.discovery import open_dataset
-    from hpctrain.data.storage import Storage
+    from hpctrain.data.files.discovery import open_dataset
+    from hpctrain.data.files.storage import Storage
     from hpctrain.data.writer import Writer
 
 __all__ = ["Storage", "Writer", "open_dataset", "random"]
 
-_HOMES = {"Storage": "storage", "Writer": "writer", "open_dataset": "discovery"}
+_HOMES = {"Storage": "files.storage", "Writer": "writer", "open_dataset": "files.discovery"}
 _PUBLIC_BEFORE = {
     "Dataset": "dataset",
     "Field": "dataset",
-    "Order": "order",
-    "default_lanes": "order",
+    "Order": "order.order",
+    "default_lanes": "order.order",
 }
 """Names that were public once, and are taken until the next minor version."""
 

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Ge, Lt
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset, Field, Shard, require_supported
-from hpctrain.data.index import INDEX_NAME, UNFINISHED_NAME, is_shard_name, write_index
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.index import INDEX_NAME, UNFINISHED_NAME, is_shard_name, write_index
+from hpctrain.data.files.storage import Storage
 from hpctrain.data.writer import (
     Attributes,
     cannot_write,

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from hpctrain.data.permutation import INCREMENT, MULTIPLIERS, SHIFTS
+from hpctrain.data.order.permutation import INCREMENT, MULTIPLIERS, SHIFTS
 
 _FRACTION_BITS = 53
 

@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from hpctrain.config.semantics import FIRST, NEWEST
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoding_record
-from hpctrain.data.discovery import FileOrder, order_key
+from hpctrain.data.files.discovery import FileOrder, order_key
 from hpctrain.data.writer import cannot_write
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import replace_file

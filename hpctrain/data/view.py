@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpctrain.data.arrays import Int64s, within
 from hpctrain.data.coding import PLAIN, Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, SourceFacts, require_fields
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.ragged import Heap, Lengths, Packing, Raggedness, cut_by_values
-from hpctrain.data.runs import within
-from hpctrain.data.selection import SampleSelection, Spans
+from hpctrain.data.order.ragged import Heap, Lengths, Packing, Raggedness, cut_by_values
+from hpctrain.data.order.selection import SampleSelection, Spans
 from hpctrain.errors import DatasetError
 
 
@@ -191,7 +190,7 @@ class View(Dataset):
     def cut_by_values(
         self, samples: Int64s, most: int, most_samples: int | None
     ) -> list[tuple[int, int]]:
-        """Cut samples into passes, as `hpctrain.data.ragged.cut_by_values` does."""
+        """Cut samples into passes, as `hpctrain.data.order.ragged.cut_by_values` does."""
         counts = [
             (self.values_of(name, samples)[1], ragged.batch == "pad")
             for name, ragged in self.bounded.items()

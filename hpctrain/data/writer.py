@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Dataset, Field, Shard, require_supported
-from hpctrain.data.discovery import inspect_file
-from hpctrain.data.index import (
+from hpctrain.data.files.discovery import inspect_file
+from hpctrain.data.files.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
     UNFINISHED_NAME,
     is_shard_name,
     write_index,
 )
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError
 from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 from hpctrain.utils.files import file_checksum, publish, temporary_name

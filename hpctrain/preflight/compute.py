@@ -25,7 +25,7 @@ from hpctrain.data.loading.decoder import torch_dtype_of
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch
 from hpctrain.data.loading.nested import moved
-from hpctrain.data.node_cache import host_memory
+from hpctrain.data.staging.node_cache import host_memory
 from hpctrain.data.view import View
 from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together

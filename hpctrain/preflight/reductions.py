@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hpctrain.accelerator import synchronize
-from hpctrain.data.node_cache import host_memory
+from hpctrain.data.staging.node_cache import host_memory
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.report import Finding
 from hpctrain.utils.text import listed, number, size

@@ -22,7 +22,7 @@ from hpctrain.config.messages import Mistake, shown
 from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_listed
 from hpctrain.config.schema import OptimizerSection, SchedulerSection
 from hpctrain.config.semantics import NEWEST, Semantics
-from hpctrain.data.permutation import derive_key
+from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World, loading
 from hpctrain.observe.code import user_modules

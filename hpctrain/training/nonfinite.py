@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hpctrain.config.schema import TrainingSection
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.loading.batch import TrainBatches
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.position import Position

@@ -16,7 +16,7 @@ from hpctrain.config.limits import is_shuffled, train_limit
 from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import described, unused_attributes
-from hpctrain.data.mixed_epoch import source_epochs
+from hpctrain.data.order.epochs import source_epochs
 from hpctrain.data.view import View
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World

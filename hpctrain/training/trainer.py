@@ -15,8 +15,8 @@ from hpctrain.checkpoint.load import Loaded, load_newest
 from hpctrain.checkpoint.save import Snapshot, try_snapshot
 from hpctrain.config import Config
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
-from hpctrain.data.mixed_epoch import source_epochs
-from hpctrain.data.state import to_state
+from hpctrain.data.order.epochs import source_epochs
+from hpctrain.data.order.state import to_state
 from hpctrain.launch.process_group import World
 from hpctrain.observe.redacting import toml_for_others
 from hpctrain.topology import raise_together

@@ -21,7 +21,7 @@ from hpctrain.data.loading.batch_transform import BatchTransform
 from hpctrain.data.loading.buffers import DEVICE_ALIGNMENT_BYTES
 from hpctrain.data.loading.delivery import Copying
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 
 SAMPLES = 3001
 CYCLES = 50_000_000

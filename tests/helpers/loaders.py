@@ -10,7 +10,7 @@ import torch
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 
 _OPTIONS = {each.name for each in dataclasses.fields(LoaderOptions)}
 

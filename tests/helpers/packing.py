@@ -11,7 +11,7 @@ from hpctrain.convert import commands
 from hpctrain.convert.options import declare
 from hpctrain.convert.parallel import silent
 from hpctrain.data.decoding import decoded_rows, decodings
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.launch.process_group import SingleCommunicator
 

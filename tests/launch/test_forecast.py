@@ -13,7 +13,7 @@ from helpers.launching import ROOT
 from helpers.runs import metrics
 
 from hpctrain.config import load
-from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.opening.open_datasets import open_datasets
 
 pytestmark = pytest.mark.ranks(3)
 

@@ -11,8 +11,8 @@ import torch
 import hpctrain
 from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-from hpctrain.data.node_cache import SHARED, hold_on_node
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
+from hpctrain.data.staging.node_cache import SHARED, hold_on_node
 from hpctrain.errors import DatasetError, HpctrainError
 
 SAMPLES = 1001

@@ -10,7 +10,7 @@ import numpy as np
 
 import hpctrain
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.index import damaged_shards
+from hpctrain.data.files.index import damaged_shards
 from hpctrain.errors import DatasetError
 
 SHARES = (5, 0, 7, 4)

@@ -26,9 +26,9 @@ from hpctrain.checkpoint.save import Snapshot
 from hpctrain.convert.index import make_catalogue
 from hpctrain.convert.pack import _begun
 from hpctrain.convert.stats import measure
-from hpctrain.data.catalogue import read_catalogue
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.index import read_index, read_origin
+from hpctrain.data.files.catalogue import read_catalogue
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.index import read_index, read_origin
 from hpctrain.data.stats import read_stats, write_stats
 from hpctrain.data.writer import Writer
 from hpctrain.errors import CheckpointError, ConfigError, DatasetError, HpctrainError

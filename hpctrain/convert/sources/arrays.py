@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.sources.source import ArrayFacts, kept_attributes, reading
-from hpctrain.data.contents import datasets_with_rows
-from hpctrain.data.index import HDF5_SUFFIXES
-from hpctrain.data.storage import open_hdf5_file, read_attribute, require_filters
-from hpctrain.data.walking import require_sources
+from hpctrain.data.files.contents import datasets_with_rows
+from hpctrain.data.files.index import HDF5_SUFFIXES
+from hpctrain.data.files.storage import open_hdf5_file, read_attribute, require_filters
+from hpctrain.data.files.walking import require_sources
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_file, require_regular
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from hpctrain.convert.parallel import processors
 from hpctrain.convert.sources.source import Arrays, identity_of, reading
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field
-from hpctrain.data.discovery import in_order
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.discovery import in_order
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import require_regular
 

@@ -12,15 +12,15 @@ import numpy as np
 
 from hpctrain.convert.sources.arrays import plain_attributes
 from hpctrain.convert.sources.source import Arrays, identity_of, native, require_same_units
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.coding import without_coding
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows, decodings
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.storage import open_hdf5_file
+from hpctrain.data.order.selection import SampleSelection, Spans
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import RowReader
-from hpctrain.data.selection import SampleSelection, Spans
-from hpctrain.data.storage import open_hdf5_file
 from hpctrain.data.view import Column, Part, View
 from hpctrain.errors import DatasetError
 

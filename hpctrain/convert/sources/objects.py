@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hpctrain.config.importing import imported
 from hpctrain.convert.sources.source import Arrays
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field, require_supported
 from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, length_of, looked_at
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
-from hpctrain.data.order import sample_keys
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.order import sample_keys
 from hpctrain.errors import ConfigError, DatasetError
 
 PREFIX = "dataset="

@@ -19,9 +19,9 @@ from hpctrain.convert.sources.source import Converted, Source, is_url
 from hpctrain.convert.sources.table import Part, Table, format_of, known, make_part
 from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import WHOLE, require_fields
-from hpctrain.data.discovery import in_order
-from hpctrain.data.groups import is_pattern
-from hpctrain.data.index import HDF5_SUFFIXES
+from hpctrain.data.files.discovery import in_order
+from hpctrain.data.files.groups import is_pattern
+from hpctrain.data.files.index import HDF5_SUFFIXES
 from hpctrain.errors import DatasetError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")

@@ -22,8 +22,8 @@ import xxhash
 
 from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.source import Arrays, Source, is_url, optional
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 from hpctrain.topology import Communicator, on_all_ranks
 from hpctrain.utils.files import replacement

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field, require_fields, require_supported
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.files import require_regular
 

@@ -25,11 +25,11 @@ from hpctrain.convert.sources.source import (
     reading,
     require_same_units,
 )
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.coding import PLAIN, Coding, coding_of, without_coding
 from hpctrain.data.dataset import Field
 from hpctrain.data.decoding import decoded_dtype
-from hpctrain.data.discovery import in_order
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.discovery import in_order
 from hpctrain.data.reading.chunked import SoundChunks
 from hpctrain.errors import DatasetError
 

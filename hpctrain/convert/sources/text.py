@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from hpctrain.convert.sources.source import Arrays, identity_of
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 

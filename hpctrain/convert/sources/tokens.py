@@ -23,8 +23,8 @@ import numpy.typing as npt
 from hpctrain.convert.parallel import Progress
 from hpctrain.convert.sources.columns import ARROW, PARQUET, text_pieces, texts_in
 from hpctrain.convert.sources.source import Arrays, identity_of, optional, reading
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.topology import Communicator, on_all_ranks
 from hpctrain.utils.files import file_checksum, open_file, replacing

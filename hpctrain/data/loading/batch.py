@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpctrain.data.order import Order
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Int64s
+from hpctrain.data.order.order import Order
 
 
 class Samples(Protocol):

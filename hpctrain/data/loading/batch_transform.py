@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hpctrain.data.arrays import UInt64s
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import UInt64s
 from hpctrain.errors import ConfigError, TrainingError
 
 

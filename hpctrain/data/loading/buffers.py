@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.dataset import Field
-from hpctrain.data.runs import Bytes
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.coding import Coding, Number
 from hpctrain.data.decoding import FieldDecoding
 from hpctrain.data.loading.batch_transform import Constants, Missing
-from hpctrain.data.permutation import Int64s
 from hpctrain.errors import ConfigError
 
 Value = Number | Tensor

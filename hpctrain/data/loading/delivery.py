@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
+from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import Batch, Rows, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
@@ -43,13 +44,11 @@ from hpctrain.data.loading.sources import (
     require_all,
 )
 from hpctrain.data.loading.values import HostValues, ValuePool, ValueSource
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.retry import READ_RETRIES
 from hpctrain.data.reading.rows import open_rows, read_rows
 from hpctrain.data.reading.threads import Helpers
 from hpctrain.data.reading.views import ViewReader
-from hpctrain.data.runs import Bytes
 from hpctrain.data.view import View
 from hpctrain.utils.text import printable
 

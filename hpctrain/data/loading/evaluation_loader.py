@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import Batch, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
@@ -20,8 +21,7 @@ from hpctrain.data.loading.delivery import (
 )
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import Group, RowSource, group_bounds
-from hpctrain.data.order import sample_keys
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.order import sample_keys
 from hpctrain.data.view import View
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
 from hpctrain.data.loading.batch import Batch, Samples, repeated
@@ -23,7 +24,6 @@ from hpctrain.data.loading.delivery import (
     groups_in_use,
     sample_bytes,
 )
-from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import (
     BlockSource,
@@ -33,12 +33,10 @@ from hpctrain.data.loading.sources import (
     Source,
     group_bounds,
 )
-from hpctrain.data.mixed_epoch import MixedEpoch
-from hpctrain.data.order import Draw, Epoch, Order
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.read_ahead import Ahead, LaneWindows, MixedRounds, RowStream
+from hpctrain.data.order.epochs import Draw, Epoch, Epochs, MixedEpoch
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.read_ahead import Ahead, LaneWindows, MixedRounds, RowStream
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.runs import Bytes
 from hpctrain.data.view import View
 
 __all__ = ["Batch", "LoaderOptions", "TrainLoader"]

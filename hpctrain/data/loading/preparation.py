@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows
 from hpctrain.data.loading.buffers import BufferPool, new_bytes
@@ -19,9 +20,7 @@ from hpctrain.data.loading.sources import Group, HostGroup, Source
 from hpctrain.data.loading.worker import Slot, SlotLayout
 from hpctrain.data.loading.worker_pool import Job, WorkerPool
 from hpctrain.data.loading.worker_process import WorkerError
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.runs import Bytes
 from hpctrain.errors import TrainingError
 
 SLOTS = 2

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.ragged import Raggedness
+from hpctrain.data.arrays import Int64s
+from hpctrain.data.order.ragged import Raggedness
 from hpctrain.data.view import View
 
 Finish = Callable[[dict[str, Tensor], Tensor | None], dict[str, Tensor]]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import UInt64s
 from hpctrain.data.dataset import Field, require_supported
-from hpctrain.data.permutation import UInt64s
 from hpctrain.errors import DatasetError
 
 Arrays = Mapping[str, npt.NDArray[Any]]

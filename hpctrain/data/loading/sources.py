@@ -11,14 +11,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from hpctrain.data.arrays import Bytes, Int64s, UInt64s, within
 from hpctrain.data.decoding import FieldDecoding, Numbers
 from hpctrain.data.loading.buffers import BufferPool
 from hpctrain.data.loading.values import HostValues, ValueSource
-from hpctrain.data.permutation import Int64s, UInt64s
-from hpctrain.data.read_ahead import Ahead, Arrivals
+from hpctrain.data.order.read_ahead import Ahead, Arrivals
 from hpctrain.data.reading.scatter import Destinations, RowReader
 from hpctrain.data.reading.threads import LEAST_SHARED_BYTES, Helpers, parts
-from hpctrain.data.runs import Bytes, within
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.config.importing import build_transform
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.sample_transform import SampleError, SampleRunner
-from hpctrain.data.runs import Bytes
 from hpctrain.errors import ConfigError
 
 _ALIGNMENT = 64

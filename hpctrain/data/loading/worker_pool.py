@@ -9,10 +9,10 @@ from multiprocessing import reduction
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hpctrain.config.importing import build_transform
+from hpctrain.data.arrays import UInt64s
 from hpctrain.data.loading.sample_transform import SampleError, SampleRunner, SampleTransform
 from hpctrain.data.loading.worker import Slot
 from hpctrain.data.loading.worker_process import WorkerError, WorkerProcess
-from hpctrain.data.permutation import UInt64s
 
 
 class Job(NamedTuple):

@@ -12,15 +12,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Bytes, Int64s, as_slice
 from hpctrain.data.dataset import Field
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.storage import dtype_of, filters_of, is_stored_as_in_memory
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.filter_libraries import leaves_partial_chunks_unfiltered
 from hpctrain.data.reading.filters import Pipeline
 from hpctrain.data.reading.scatter import Output
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes, as_slice
-from hpctrain.data.storage import dtype_of, filters_of, is_stored_as_in_memory
 
 NO_FILTER = 2**32 - 1
 """The mask of a chunk that went through none of its filters."""

@@ -17,15 +17,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Bytes, Int64s, Pieces
+from hpctrain.data.files.storage import filters_of
 from hpctrain.data.reading.chunk_index import NO_FILTER, ChunkedField, ChunkGroup
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.filter_libraries import leaves_partial_chunks_unfiltered
 from hpctrain.data.reading.filters import Pipeline
 from hpctrain.data.reading.scatter import Output
 from hpctrain.data.reading.threads import Coldness, Helpers, ThreadMemory, announce
-from hpctrain.data.runs import Bytes, Pieces
-from hpctrain.data.storage import filters_of
 
 GROUPS_AHEAD = 4
 """Groups of chunks that are announced to the system ahead of the one being read."""

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Int64s, run_starts, within
 from hpctrain.data.reading.scatter import MOST_VECTORS, InPieces, Target
 from hpctrain.data.reading.threads import LEAST_SHARED_BYTES, Coldness, Helpers, announce, parts
-from hpctrain.data.runs import run_starts, within
 
 AHEAD = (2, 64)
 """At least and at most so many requests are announced to the system ahead of the one being read."""

@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
-from hpctrain.data.runs import Bytes
+from hpctrain.data.arrays import Bytes
 from hpctrain.errors import DatasetError
 
 Declared = Callable[[bytes, int, Sequence[int]], int]

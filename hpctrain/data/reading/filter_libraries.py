@@ -16,9 +16,9 @@ import h5py
 import numpy as np
 from h5py._objects import phil
 
+from hpctrain.data.arrays import Bytes
+from hpctrain.data.files.storage import Filter, load_plugins
 from hpctrain.data.reading.damage import UndecodableError, too_much
-from hpctrain.data.runs import Bytes
-from hpctrain.data.storage import Filter, load_plugins
 
 DONT_FILTER_PARTIAL_CHUNKS = 0x0002
 """Source: H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS of H5Dpublic.h."""

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpctrain.data.arrays import Bytes
+from hpctrain.data.files.storage import Filter
 from hpctrain.data.reading.damage import (
     DECLARED,
     HEADER_BYTES,
@@ -37,8 +39,6 @@ from hpctrain.data.reading.filter_libraries import (
     zstd_frames,
 )
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes
-from hpctrain.data.storage import Filter
 
 DEFLATE, SHUFFLE, FLETCHER32, SZIP, NBIT, SCALE_OFFSET = range(1, 7)
 BZIP2, LZF, ZSTD, BITSHUFFLE = 307, 32000, 32015, 32008

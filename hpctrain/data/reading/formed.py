@@ -8,15 +8,14 @@ from collections.abc import Callable
 import h5py
 import numpy as np
 
+from hpctrain.data.arrays import Bytes, Int64s, groups_of, within
 from hpctrain.data.dataset import Dataset, Field
+from hpctrain.data.files.storage import HDF5_FAILURES
 from hpctrain.data.forms import Form, Rows, UnfitRowError
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.handles import Handles, Locate, open_hdf5, where_it_is
 from hpctrain.data.reading.scatter import Destinations, RowReader, scatter_by_runs
 from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes, groups_of, within
-from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
 
 READ_BYTES = 16 * 2**20

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import h5py
 
 from hpctrain.data.dataset import Field, Shard
+from hpctrain.data.files.storage import load_plugins, open_hdf5_file
 from hpctrain.data.reading.chunk_index import ChunkedField
 from hpctrain.data.reading.damage import UndecodableError
-from hpctrain.data.storage import load_plugins, open_hdf5_file
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
 

@@ -18,8 +18,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Bytes, Int64s, within
 from hpctrain.data.dataset import Dataset, Field, Shard
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.storage import HDF5_FAILURES, filters_of, open_hdf5_file
+from hpctrain.data.files.walking import is_in
 from hpctrain.data.reading.chunk_index import list_chunks
 from hpctrain.data.reading.contiguous import ExtentReader, Extents
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
@@ -36,10 +38,7 @@ from hpctrain.data.reading.scatter import (
 )
 from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.threads import Helpers, ThreadMemory
-from hpctrain.data.runs import Bytes, within
-from hpctrain.data.storage import HDF5_FAILURES, filters_of, open_hdf5_file
 from hpctrain.data.view import Part
-from hpctrain.data.walking import is_in
 from hpctrain.errors import DatasetError
 
 HEAD_BYTES = 2**16

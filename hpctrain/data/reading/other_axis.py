@@ -10,16 +10,15 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.storage import HDF5_FAILURES, read_box
 from hpctrain.data.reading.chunked import SoundChunks
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError, damaged_rows
 from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
 from hpctrain.data.reading.scatter import MOST_VECTORS, Destinations, scatter_by_runs
 from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes
-from hpctrain.data.storage import HDF5_FAILURES, read_box
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
 

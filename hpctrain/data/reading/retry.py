@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset, Shard
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.storage import HDF5_FAILURES
 from hpctrain.data.reading.scatter import Destinations, RowReader
-from hpctrain.data.storage import HDF5_FAILURES
 from hpctrain.errors import DatasetError
 
 READ_RETRIES = 3

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.formed import FormedReader
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.heaps import HeapReader

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Bytes, Int64s, Pieces, as_slice, groups_of, within
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.permutation import Int64s
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes, Pieces, as_slice, groups_of, within
 
 MOST_VECTORS = 1024
 """Pieces of memory that one system call reads to. Source: IOV_MAX of Linux."""

@@ -15,8 +15,9 @@ import resource
 import h5py
 import numpy as np
 
+from hpctrain.data.arrays import Bytes, Int64s, Pieces
 from hpctrain.data.dataset import Dataset, Field, Shard
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.files.storage import HDF5_FAILURES, INSTALL, read_box
 from hpctrain.data.reading.chunk_index import ChunkedField
 from hpctrain.data.reading.chunked import (
     ChunkJob,
@@ -40,8 +41,6 @@ from hpctrain.data.reading.handles import (
 )
 from hpctrain.data.reading.scatter import Destinations, InRuns, Output, Scattered
 from hpctrain.data.reading.threads import Helpers, ThreadMemory
-from hpctrain.data.runs import Bytes, Pieces
-from hpctrain.data.storage import HDF5_FAILURES, INSTALL, read_box
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import printable
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Bytes, Int64s, groups_of, within
 from hpctrain.data.reading.retry import Retrying
 from hpctrain.data.reading.scatter import (
     LEAST_DIRECT_BYTES,
@@ -14,7 +14,6 @@ from hpctrain.data.reading.scatter import (
     scatter_by_runs,
 )
 from hpctrain.data.reading.threads import ThreadMemory
-from hpctrain.data.runs import Bytes, groups_of, within
 from hpctrain.data.view import Column, Part, View
 
 SCRATCH_BYTES = 32 * 2**20

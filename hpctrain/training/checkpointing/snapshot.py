@@ -465,7 +465,7 @@ class _Values:
     """training.json; keys that are not named here belong to whoever reads them.
 
     Attributes:
-        data: the place in the data, which `hpctrain.data.state` checks.
+        data: the place in the data, which `hpctrain.data.order.state` checks.
         optimizer: None where 0.1.0 has written it.
         extra_state: of modules that have one, by name.
         registered: of further objects, by name.

@@ -18,10 +18,10 @@ from hpctrain.config.limits import is_shuffled, train_limit, validation_limit
 from hpctrain.config.schema_data import FieldTable
 from hpctrain.config.semantics import RECORD as SEMANTICS
 from hpctrain.config.semantics import Semantics, recorded
-from hpctrain.data.contents import units_in
 from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.decoding import decoding_record
-from hpctrain.data.discovery import verify_share
+from hpctrain.data.files.contents import units_in
+from hpctrain.data.files.discovery import verify_share
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Preparation
@@ -30,15 +30,15 @@ from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
-from hpctrain.data.mixture import Terms
-from hpctrain.data.node_cache import hold_on_node
-from hpctrain.data.open_datasets import open_datasets, open_named
-from hpctrain.data.order import Order, Sampling, served_samples
+from hpctrain.data.opening.open_datasets import open_datasets, open_named
+from hpctrain.data.opening.weights import Weights, read_weights, weights_of_file
+from hpctrain.data.order.mixture import Terms
+from hpctrain.data.order.order import Order, Sampling, served_samples
+from hpctrain.data.order.state import block_rows_of, from_state
 from hpctrain.data.reading.threads import reading_threads
-from hpctrain.data.state import block_rows_of, from_state
+from hpctrain.data.staging.node_cache import hold_on_node
 from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.data.view import View
-from hpctrain.data.weights import Weights, read_weights, weights_of_file
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from hpctrain.config import Config
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.staging import Copier, StageFolder, sweep
-from hpctrain.data.staging_plan import (
+from hpctrain.data.staging.copies import Copier, StageFolder, sweep
+from hpctrain.data.staging.plan import (
     Copy,
     Disk,
     candidates,

@@ -15,6 +15,7 @@ from hpctrain.config.fields import (
     stored_fields,
 )
 from hpctrain.config.semantics import Semantics, semantics_of
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import EvaluationBatches
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
@@ -23,8 +24,7 @@ from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.intake import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.map_style.passes import PassReader
-from hpctrain.data.open_datasets import open_for_evaluation, open_for_training, open_named
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training, open_named
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World

@@ -20,7 +20,7 @@ from hpctrain.config.schema import (
 from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.config.semantics import RECORD as SEMANTICS
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.loading.batch import Batch, ShareOfBatch, count_passes, cut
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World

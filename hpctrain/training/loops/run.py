@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hpctrain.checkpoint.state import restore_rng, rng_to_tensors
 from hpctrain.data.loading.batch import ShareOfBatch
-from hpctrain.data.permutation import derive_key
+from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.evaluation import gather_at_rank_zero

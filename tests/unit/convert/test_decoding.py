@@ -15,8 +15,8 @@ from hpctrain.config.schema_data import DataSection, SamplesTable
 from hpctrain.config.semantics import FIRST
 from hpctrain.data import open_dataset
 from hpctrain.data.decoding import decoded_rows, decodings
-from hpctrain.data.index import sealed
-from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.files.index import sealed
+from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.stats import STATS_NAME, read_stats
 from hpctrain.errors import DatasetError

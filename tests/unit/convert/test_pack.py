@@ -20,7 +20,7 @@ from hpctrain.convert.pack import Packing, pack
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.splits import parse_splits, select
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.launch.process_group import SingleCommunicator
 
@@ -542,7 +542,7 @@ def test_filters_that_are_not(text: str) -> None:
 
 
 def test_a_filter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpctrain.data.storage.load_plugins", lambda: None)
+    monkeypatch.setattr("hpctrain.data.files.storage.load_plugins", lambda: None)
     texts, _ = make_npy(tmp_path)
     with pytest.raises(DatasetError, match=r"zstd comes with .*pip install 'hpctrain\[filters\]'"):
         pack_from(texts, tmp_path / "out", storage=Storage("zstd"))

@@ -15,8 +15,8 @@ from hpctrain.convert.bench import bench
 from hpctrain.convert.info import describe, description
 from hpctrain.convert.stats import Moments, measure, summary
 from hpctrain.data import Writer, open_dataset
+from hpctrain.data.files.storage import Storage
 from hpctrain.data.stats import read_stats, write_stats
-from hpctrain.data.storage import Storage
 from hpctrain.errors import DatasetError
 
 

@@ -20,7 +20,8 @@ from helpers.made_files import netcdf4__era5_as_the_store_delivers_it as era5
 from hpctrain.cli import main
 from hpctrain.convert.items import Item
 from hpctrain.convert.survey import survey
-from hpctrain.data import open_dataset, walking
+from hpctrain.data import open_dataset
+from hpctrain.data.files import walking
 from hpctrain.errors import DatasetError
 
 if sys.version_info >= (3, 11):

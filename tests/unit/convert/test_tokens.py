@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from hpctrain.convert.sources import tokens
 from hpctrain.convert.sources.columns import text_pieces
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError, UsageError
 

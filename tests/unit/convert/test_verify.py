@@ -19,9 +19,9 @@ from hpctrain.convert.index import make_index
 from hpctrain.convert.parallel import each
 from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.index import sealed
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.index import sealed
+from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError
 
 ROWS = 30

@@ -18,9 +18,9 @@ from helpers.loaders import train_loader
 from hpctrain.config.schema_data import DataSection
 from hpctrain.convert.verify import verify
 from hpctrain.data import Writer
-from hpctrain.data.discovery import verify_share
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.files.discovery import verify_share
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order
 from hpctrain.data.reading import retry
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.errors import DatasetError, ExitCode

@@ -14,8 +14,8 @@ from torch import Tensor
 from hpctrain.data import random
 from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
-from hpctrain.data.order import sample_keys
-from hpctrain.data.permutation import derive_keys, hash_items
+from hpctrain.data.order.order import sample_keys
+from hpctrain.data.order.permutation import derive_keys, hash_items
 from hpctrain.errors import ConfigError, TrainingError
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import pytest
 from hpctrain.convert import index as indexing
 from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.verify import verify
-from hpctrain.data.discovery import open_dataset, verify_share
-from hpctrain.data.index import sealed
+from hpctrain.data.files.discovery import open_dataset, verify_share
+from hpctrain.data.files.index import sealed
 from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError, UsageError
 

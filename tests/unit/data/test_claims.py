@@ -18,9 +18,10 @@ import pytest
 
 from hpctrain.cli import main
 from hpctrain.convert.sources.opening import Reading, open_source
-from hpctrain.data import Writer, open_dataset, walking
-from hpctrain.data.contents import datasets_with_rows
-from hpctrain.data.index import sealed
+from hpctrain.data import Writer, open_dataset
+from hpctrain.data.files import walking
+from hpctrain.data.files.contents import datasets_with_rows
+from hpctrain.data.files.index import sealed
 from hpctrain.errors import DatasetError
 from hpctrain.observe import log
 from hpctrain.utils.text import table
@@ -264,7 +265,7 @@ def test_samples_that_cannot_be_put_in_an_order(tmp_path: Path) -> None:
         out.extend({"x": np.arange(4, dtype="u1")})
     dataset = open_dataset(str(tmp_path / "data"))
     shard = dataclasses.replace(dataset.shards[0], samples=2**41)
-    from hpctrain.data.discovery import fitted
+    from hpctrain.data.files.discovery import fitted
 
     with pytest.raises(DatasetError, match="can be put in an order"):
         fitted("many", [(shard, dataset.fields)] * 3)

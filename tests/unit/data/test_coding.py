@@ -15,10 +15,10 @@ from helpers.packed_variables import F4, RANGES, ROWS, VARIABLES, stored
 
 from hpctrain.convert.index import make_index
 from hpctrain.data import open_dataset
-from hpctrain.data.catalogue import read_catalogue, write_catalogue
 from hpctrain.data.coding import PLAIN, Coding, coding_from, coding_of
-from hpctrain.data.contents import look_into
 from hpctrain.data.decoding import FieldDecoding, decoding_record, decodings
+from hpctrain.data.files.catalogue import read_catalogue, write_catalogue
+from hpctrain.data.files.contents import look_into
 from hpctrain.errors import DatasetError
 
 with warnings.catch_warnings():

@@ -15,8 +15,12 @@ from helpers.jobs import here
 
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.convert.sources.indexed import Indexed
-from hpctrain.data.calendars import CALENDARS, Clock, parse_date
-from hpctrain.data.open_datasets import open_datasets, open_for_evaluation, open_for_training
+from hpctrain.data.files.calendars import CALENDARS, Clock, parse_date
+from hpctrain.data.opening.open_datasets import (
+    open_datasets,
+    open_for_evaluation,
+    open_for_training,
+)
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.view import View
 from hpctrain.errors import ConfigError, DatasetError

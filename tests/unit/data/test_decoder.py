@@ -23,8 +23,8 @@ from hpctrain.data.loading.batch_transform import BatchTransform, Missing, Scale
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError
 

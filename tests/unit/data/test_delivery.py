@@ -28,7 +28,7 @@ from hpctrain.data.loading.buffers import (
 )
 from hpctrain.data.loading.delivery import MOST_COPIES, DeviceCopies
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 
 SAMPLES = 600
 IDS = np.arange(SAMPLES, dtype=np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.errors import DatasetError
 
 

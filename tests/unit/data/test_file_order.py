@@ -16,9 +16,9 @@ from hpctrain.config.semantics import FIRST, NEWEST
 from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.pack import Packing, prepare
 from hpctrain.convert.sources.opening import Reading, open_source
-from hpctrain.data.discovery import in_order, open_dataset
-from hpctrain.data.index import INDEX_NAME
-from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.files.discovery import in_order, open_dataset
+from hpctrain.data.files.index import INDEX_NAME
+from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError
 

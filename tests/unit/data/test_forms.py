@@ -17,8 +17,8 @@ from hpctrain.convert.index import make_catalogue, make_index
 from hpctrain.convert.stats import measure
 from hpctrain.convert.verify import verify
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.open_datasets import open_for_evaluation, open_for_training
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError, UsageError
 from hpctrain.training.data.run_data import FORMS, forms_to_record, refuse_other_forms

@@ -17,8 +17,8 @@ from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.loading import images
 from hpctrain.data.loading.batch import Batch
 from hpctrain.data.loading.images import Decoded, ImagePreparation
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order, sample_keys
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order, sample_keys
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from hpctrain.convert.index import make_catalogue, make_index
-from hpctrain.data.catalogue import read_catalogue
-from hpctrain.data.discovery import open_dataset, verify_share
-from hpctrain.data.index import INDEX_NAME, parse_index, sealed
+from hpctrain.data.files.catalogue import read_catalogue
+from hpctrain.data.files.discovery import open_dataset, verify_share
+from hpctrain.data.files.index import INDEX_NAME, parse_index, sealed
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError

@@ -23,8 +23,9 @@ from hpctrain.data import random as random_of_samples
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.loading.loader import Batch, TrainLoader
-from hpctrain.data.order import Epoch, Order, plan_epoch
-from hpctrain.data.state import from_state, to_state
+from hpctrain.data.order.epochs import Epoch, plan_epoch
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
 
 CPU = torch.device("cpu")

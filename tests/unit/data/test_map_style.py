@@ -40,7 +40,7 @@ from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.loading.map_style.service import Travelling
 from hpctrain.data.loading.map_style.workers import processes
 from hpctrain.data.loading.nested import named_tensors
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError, DatasetError, HpctrainError, TrainingError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 from helpers.loaders import train_loader
 
 from hpctrain.data import open_dataset
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 
 SHARDS, SHARD_ROWS, SHAPE = 8, 200_000, (3, 64, 64)
 BATCH = 256

@@ -15,12 +15,11 @@ from helpers.loaders import train_loader
 
 from hpctrain.config.schema_data import DataSection, SamplesTable, SourceTable
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, SourceFacts
-from hpctrain.data.loading.epochs import Epochs
-from hpctrain.data.mixed_epoch import MixedEpoch
-from hpctrain.data.mixture import Terms, apportioned, spread_step
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
-from hpctrain.data.state import block_rows_of, from_state, to_state
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.epochs import Epochs, MixedEpoch
+from hpctrain.data.order.mixture import Terms, apportioned, spread_step
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.state import block_rows_of, from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
 
 SIZES = {"a": 5003, "b": 20011, "tiny": 7}

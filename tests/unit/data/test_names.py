@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hpctrain.convert.index import make_catalogue, make_index
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError
 

@@ -7,10 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpctrain.data import Storage, Writer, node_cache, open_dataset
+from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.node_cache import SHARED, hold_on_node, host_memory, plan, require_room, share
-from hpctrain.data.order import Epoch, Order, resident_block_rows
+from hpctrain.data.order.epochs import Epoch
+from hpctrain.data.order.order import Order, resident_block_rows
+from hpctrain.data.staging import node_cache
+from hpctrain.data.staging.node_cache import (
+    SHARED,
+    hold_on_node,
+    host_memory,
+    plan,
+    require_room,
+    share,
+)
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import SingleCommunicator
 from hpctrain.topology import Topology

@@ -8,13 +8,12 @@ import random
 import numpy as np
 import pytest
 
-from hpctrain.data.order import (
-    Epoch,
+from hpctrain.data.order.epochs import Epoch, plan_epoch
+from hpctrain.data.order.order import (
     Order,
     default_block_rows,
     default_lanes,
     lanes_of_rank,
-    plan_epoch,
     served_samples,
 )
 from hpctrain.errors import ConfigError

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from hpctrain.convert.index import make_catalogue, make_index
-from hpctrain.data.contents import datasets_with_rows
 from hpctrain.data.dataset import SUPPORTED_DTYPES
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.contents import datasets_with_rows
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
 
 EARLY, INCREMENTAL = h5py.h5d.ALLOC_TIME_EARLY, h5py.h5d.ALLOC_TIME_INCR

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpctrain.data.permutation import (
+from hpctrain.data.order.permutation import (
     derive_key,
     derive_keys,
     hash_items,

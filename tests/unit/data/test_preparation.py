@@ -26,7 +26,7 @@ from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 from hpctrain.errors import TrainingError
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from helpers.loaders import evaluation_loader, train_loader
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.ragged import RaggedRows
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order, plan_epoch
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.epochs import plan_epoch
+from hpctrain.data.order.order import Order
 from hpctrain.errors import DatasetError
 
 GRAPHS = (40, 1, 23)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpctrain.data import read_ahead
-from hpctrain.data.order import Epoch, Order
-from hpctrain.data.read_ahead import LaneWindows, RowStream
+from hpctrain.data.order import read_ahead
+from hpctrain.data.order.epochs import Epoch
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.read_ahead import LaneWindows, RowStream
 
 ORDERS = st.builds(
     Order,

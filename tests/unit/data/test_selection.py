@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from hpctrain.data.selection import (
+from hpctrain.data.order.selection import (
     SampleSelection,
     Spans,
     common,

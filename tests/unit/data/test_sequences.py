@@ -16,8 +16,8 @@ from PIL import Image
 from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.images import Decoded, ImagePreparation
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order
 from hpctrain.data.reading.heaps import HeapReader
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError

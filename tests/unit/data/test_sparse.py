@@ -16,8 +16,8 @@ from helpers.loaders import evaluation_loader, train_loader
 
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.order import Order
 from hpctrain.errors import DatasetError
 
 CELLS, GENES = (23, 1, 40), 57

@@ -17,8 +17,8 @@ from helpers.waiting import wait_for
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.reading.shards import ShardReader
-from hpctrain.data.staging import LEFT, Copier, StageFolder, copy_whole, sweep
-from hpctrain.data.staging_plan import (
+from hpctrain.data.staging.copies import LEFT, Copier, StageFolder, copy_whole, sweep
+from hpctrain.data.staging.plan import (
     Copy,
     Disk,
     candidates,
@@ -200,7 +200,7 @@ def test_a_stop_ends_a_copy_and_leaves_nothing(copies: tuple[Copy, ...], disk: s
 
 HOLD = """
 import sys, time
-from hpctrain.data.staging import StageFolder
+from hpctrain.data.staging.copies import StageFolder
 folder = StageFolder(sys.argv[1], sys.argv[2])
 folder.join()
 print("joined", flush=True)

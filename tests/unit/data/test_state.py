@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.data.order import Order
-from hpctrain.data.state import from_state, to_state
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.state import from_state, to_state
 from hpctrain.errors import DatasetError
 
 DATASET = Dataset(

@@ -12,9 +12,9 @@ import torch
 import xarray as xr
 
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
-from hpctrain.data.coordinates import latitude_weights
+from hpctrain.data.files.coordinates import latitude_weights
 from hpctrain.data.loading.batch_transform import Constants
-from hpctrain.data.open_datasets import open_for_evaluation, open_for_training
+from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError, TrainingError
 

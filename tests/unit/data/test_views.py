@@ -15,10 +15,11 @@ import pytest
 from helpers.loaders import evaluation_loader, train_loader
 
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
-from hpctrain.data import contents
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order, Sampling, plan_epoch
+from hpctrain.data.files import contents
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.epochs import plan_epoch
+from hpctrain.data.order.order import Order, Sampling
 from hpctrain.data.reading import other_axis
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import Destinations

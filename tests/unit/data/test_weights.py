@@ -13,12 +13,13 @@ import torch
 from helpers.loaders import train_loader
 
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
-from hpctrain.data.discovery import open_dataset
+from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.open_datasets import open_datasets
-from hpctrain.data.order import Order, plan_epoch
-from hpctrain.data.state import from_state, to_state
-from hpctrain.data.weights import Weights, read_weights
+from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.opening.weights import Weights, read_weights
+from hpctrain.data.order.epochs import plan_epoch
+from hpctrain.data.order.order import Order
+from hpctrain.data.order.state import from_state, to_state
 from hpctrain.errors import ConfigError, DatasetError
 
 ROWS = 60

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.index import INDEX_VERSION, damaged_shards, sealed
-from hpctrain.data.storage import Storage
+from hpctrain.data.files.index import INDEX_VERSION, damaged_shards, sealed
+from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError
 from hpctrain.launch.process_group import SingleCommunicator
 

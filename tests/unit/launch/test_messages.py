@@ -27,7 +27,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from hpctrain.config.schema import LaunchSection
 from hpctrain.config.semantics import NEWEST
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard
-from hpctrain.data.selection import Spans
+from hpctrain.data.order.selection import Spans
 from hpctrain.errors import CheckpointError, DatasetError, ExitCode, HpctrainError, LaunchError
 from hpctrain.launch.message_types import NAMES
 from hpctrain.launch.messages import MOST_DEPTH, DecodingError, decode, encode

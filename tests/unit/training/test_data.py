@@ -23,7 +23,7 @@ from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.config.semantics import FIRST, NEWEST, RECORD, semantics_of
 from hpctrain.convert.stats import measure
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.open_datasets import open_datasets
+from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, read_stats, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.checkpointing.resume import values_to_go_on_from

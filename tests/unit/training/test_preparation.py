@@ -12,9 +12,9 @@ from torch import nn
 
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.config.schema import TrainingSection
-from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.loader import Batch
-from hpctrain.data.order import Order
+from hpctrain.data.order.epochs import Epochs
+from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError
 from hpctrain.models.small import ConvNet
 from hpctrain.training.model.precision import NumberFormat

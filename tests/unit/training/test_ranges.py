@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.loading.loader import TrainLoader
-from hpctrain.data.order import Order
+from hpctrain.data.order.order import Order
 from hpctrain.errors import TrainingError
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.task.language_modeling import LanguageModeling

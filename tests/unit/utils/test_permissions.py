@@ -20,9 +20,9 @@ from helpers.strangers import STRANGER, directory_of_all, require_root, stranger
 
 from hpctrain.checkpoint.lease import Lease
 from hpctrain.data import Writer, open_dataset
-from hpctrain.data.node_cache import _open_own
-from hpctrain.data.staging import StageFolder, copy_whole, sweep
-from hpctrain.data.staging_plan import Copy, Disk, look_at, plan_copies
+from hpctrain.data.staging.copies import StageFolder, copy_whole, sweep
+from hpctrain.data.staging.node_cache import _open_own
+from hpctrain.data.staging.plan import Copy, Disk, look_at, plan_copies
 from hpctrain.errors import CheckpointError, ExitCode
 from hpctrain.launch.watchdog.evidence import write_report, write_stacks
 from hpctrain.training.rank_zero import RunFolder

@@ -11,12 +11,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.loading.map_style.draws import kept_draws
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
 from hpctrain.data.loading.nested import bytes_of
-from hpctrain.data.order import sample_keys
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.order import sample_keys
 from hpctrain.errors import DatasetError, HpctrainError, TrainingError
 
 _LOOKED_AT = 3

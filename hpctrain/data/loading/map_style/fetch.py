@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from hpctrain.data.arrays import Int64s, UInt64s
 from hpctrain.data.loading.map_style.draws import Draws
-from hpctrain.data.permutation import Int64s, UInt64s
 
 _OF_DATA = (OSError, EOFError, IndexError, zipfile.BadZipFile, UnicodeDecodeError)
 """What a Dataset raises because of its data; all else is a mistake in its code."""

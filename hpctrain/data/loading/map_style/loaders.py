@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.loading.batch import count_passes
-from hpctrain.data.loading.epochs import Epochs
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch, Fetched, PassReader, Share
 from hpctrain.data.loading.nested import map_tensors, named_tensors
-from hpctrain.data.order import Draw, Order, sample_keys
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.order.epochs import Draw, Epochs
+from hpctrain.data.order.order import Order, sample_keys
 
 
 class MapTrainLoader:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.loading.buffers import ALIGNMENT_BYTES
 from hpctrain.data.loading.nested import bytes_of
 from hpctrain.data.loading.worker import new_file
-from hpctrain.data.runs import Bytes
 
 Spans = Sequence[tuple[int, int]]
 """Where each buffer is in memory: the first byte, and one past the last."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
+from hpctrain.data.arrays import Int64s, UInt64s
 from hpctrain.data.loading.batch import cut
 from hpctrain.data.loading.buffers import ALIGNMENT_BYTES
 from hpctrain.data.loading.delivery import DeviceCopies
@@ -25,7 +26,6 @@ from hpctrain.data.loading.nested import map_tensors, moved
 from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.worker_pool import Workers
 from hpctrain.data.loading.worker_process import WorkerError
-from hpctrain.data.permutation import Int64s, UInt64s
 from hpctrain.errors import ConfigError, TrainingError
 
 BATCHES_READY = 1

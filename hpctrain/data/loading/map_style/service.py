@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import _utils
 
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
 from hpctrain.data.loading.map_style.parcel import Packed, Parcel, Spans, packed
 from hpctrain.data.loading.worker import new_file
-from hpctrain.data.runs import Bytes
 
 LEAST_BYTES = 2**16
 """Of a piece of shared memory; larger ones come in powers of two, to be used again."""

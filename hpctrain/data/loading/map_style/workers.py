@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpctrain.data.arrays import Bytes, Int64s, UInt64s
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
 from hpctrain.data.loading.map_style.parcel import Parcel, unpacked
 from hpctrain.data.loading.map_style.service import Handover, Hello
 from hpctrain.data.loading.worker_pool import Workers
 from hpctrain.data.loading.worker_process import WorkerError, WorkerProcess
-from hpctrain.data.permutation import Int64s, UInt64s
-from hpctrain.data.runs import Bytes
 
 _SERVICE = "hpctrain.data.loading.map_style.service:serve"
 

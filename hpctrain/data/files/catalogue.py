@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt, MinLen
 
 from hpctrain.data.coding import coding_from
-from hpctrain.data.contents import Array, Contents
 from hpctrain.data.dataset import parse_dtype
-from hpctrain.data.index import require_sealed, sealed
+from hpctrain.data.files.contents import Array, Contents
+from hpctrain.data.files.index import require_sealed, sealed
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import is_checksum, replace_file
 from hpctrain.utils.json_files import LARGE, parse_checked, parse_json, read_whole

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import h5py
 
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import require_regular
 

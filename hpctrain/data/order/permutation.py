@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpctrain.data.arrays import Int64s, UInt64s
+
 # Source: the increment and the multipliers of splitmix64 (Steele, Lea, Flood 2014).
 INCREMENT = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -18,9 +20,6 @@ SHIFTS = (30, 27, 31)
 
 LEAST_PACKED = 32
 """Shorter rows are ranked as fast as they are sorted."""
-
-Int64s = npt.NDArray[np.int64]
-UInt64s = npt.NDArray[np.uint64]
 
 
 def derive_key(*parts: int) -> int:

@@ -11,15 +11,15 @@ import numpy as np
 from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, SourceTable
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.discovery import FileOrder, files_of, open_dataset
-from hpctrain.data.form_opening import all_texts
+from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
+from hpctrain.data.files.form_opening import all_texts
+from hpctrain.data.files.groups import is_pattern
 from hpctrain.data.forms import Wish, frozen
-from hpctrain.data.groups import is_pattern
-from hpctrain.data.homes import Home, find_sparse, part_of
-from hpctrain.data.ragged import Packing, Raggedness
-from hpctrain.data.sample_rows import Purpose, borders_of, choose_rows
-from hpctrain.data.selection import MOST_SPANS, SampleSelection, cut
-from hpctrain.data.static import read_latitude_weights, read_static
+from hpctrain.data.opening.homes import Home, find_sparse, part_of
+from hpctrain.data.opening.sample_rows import Purpose, borders_of, choose_rows
+from hpctrain.data.opening.static import read_latitude_weights, read_static
+from hpctrain.data.order.ragged import Packing, Raggedness
+from hpctrain.data.order.selection import MOST_SPANS, SampleSelection, cut
 from hpctrain.data.view import Column, Part, View, join_sources
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import printable

@@ -1,4 +1,4 @@
-"""Runs of consecutive rows: arithmetic on arrays of them, whatever the length of each."""
+"""Types of arrays, and arithmetic on runs of consecutive rows, whatever the length of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.permutation import Int64s
-
 Bytes = npt.NDArray[np.uint8]
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
 
 
 def within(counts: Int64s) -> Int64s:

@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 from h5py import h5t
 
-from hpctrain.data.coordinates import Values, find_coordinate, values_of
 from hpctrain.data.dataset import WHOLE
+from hpctrain.data.files.coordinates import Values, find_coordinate, values_of
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, open_hdf5_file
+from hpctrain.data.files.walking import require_files_behind
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
-from hpctrain.data.storage import HDF5_FAILURES, dtype_of, open_hdf5_file
-from hpctrain.data.walking import require_files_behind
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.permutation import Int64s, derive_key, permutation
-from hpctrain.data.runs import within
+from hpctrain.data.arrays import Int64s, within
+from hpctrain.data.order.permutation import derive_key, permutation
 
 MOST_SPANS = 2**22
 """Spans that a selection may have: 64 MB on every rank."""

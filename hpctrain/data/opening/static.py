@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.coding import Coding
-from hpctrain.data.contents import coding_in, type_of
-from hpctrain.data.coordinates import latitude_weights, latitudes_of
 from hpctrain.data.dataset import Field, require_supported
 from hpctrain.data.decoding import decoded_dtype
-from hpctrain.data.discovery import FileOrder, files_of
-from hpctrain.data.form_opening import find_stored, form_in
+from hpctrain.data.files.contents import coding_in, type_of
+from hpctrain.data.files.coordinates import latitude_weights, latitudes_of
+from hpctrain.data.files.discovery import FileOrder, files_of
+from hpctrain.data.files.form_opening import find_stored, form_in
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.forms import UnfitRowError, Wish
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.view import Column, Part
 from hpctrain.errors import DatasetError
 

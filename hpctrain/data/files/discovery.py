@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from hpctrain.data.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.coding import PLAIN, Coding, without_plain
-from hpctrain.data.contents import Contents, coding_in, look_into
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_countable, require_fields
-from hpctrain.data.forms import Wish
-from hpctrain.data.groups import in_groups, is_pattern, look_into_groups
-from hpctrain.data.index import (
+from hpctrain.data.files.catalogue import is_catalogue, read_catalogue
+from hpctrain.data.files.contents import Contents, coding_in, look_into
+from hpctrain.data.files.groups import in_groups, is_pattern, look_into_groups
+from hpctrain.data.files.index import (
     HDF5_SUFFIXES,
     INDEX_NAME,
     UNFINISHED_NAME,
     is_shard_name,
     read_index,
 )
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.forms import Wish
 from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum

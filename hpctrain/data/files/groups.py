@@ -12,9 +12,9 @@ from typing import Any
 
 import h5py
 
-from hpctrain.data.contents import Contents, look_into
 from hpctrain.data.dataset import Field, Shard
-from hpctrain.data.walking import MOST_OBJECTS, require_files_behind
+from hpctrain.data.files.contents import Contents, look_into
+from hpctrain.data.files.walking import MOST_OBJECTS, require_files_behind
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from hpctrain.data.arrays import Bytes
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.retry import READ_RETRIES
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.threads import Helpers
-from hpctrain.data.runs import Bytes
 from hpctrain.errors import ConfigError
 from hpctrain.topology import Communicator, Topology, on_all_ranks
 from hpctrain.utils.files import open_regular

@@ -13,7 +13,10 @@ import numpy as np
 
 from hpctrain.config.schema_data import DataSection
 from hpctrain.config.semantics import Semantics
-from hpctrain.data.coordinates import (
+from hpctrain.data.arrays import Int64s
+from hpctrain.data.dataset import WHOLE, Dataset, Shard
+from hpctrain.data.decoding import decodings
+from hpctrain.data.files.coordinates import (
     Bools,
     NoCoordinateError,
     Values,
@@ -21,12 +24,9 @@ from hpctrain.data.coordinates import (
     joined,
     values_of,
 )
-from hpctrain.data.dataset import WHOLE, Dataset, Shard
-from hpctrain.data.decoding import decodings
-from hpctrain.data.discovery import open_dataset
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.reading.rows import open_rows
-from hpctrain.data.selection import (
+from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.order.selection import (
     Spans,
     common,
     default_piece_rows,
@@ -35,7 +35,7 @@ from hpctrain.data.selection import (
     spans_where,
     split_pieces,
 )
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.view import Part
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.utils.text import plural

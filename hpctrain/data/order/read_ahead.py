@@ -10,10 +10,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hpctrain.data.mixed_epoch import MixedEpoch
-from hpctrain.data.order import Epoch, Runs, Windows, lanes_of_rank
-from hpctrain.data.permutation import Int64s
-from hpctrain.data.runs import within
+from hpctrain.data.arrays import Int64s, within
+from hpctrain.data.order.epochs import Epoch, MixedEpoch, Runs, Windows
+from hpctrain.data.order.order import lanes_of_rank
 
 MOST_ROWS = 2**16
 """Rows whose places are computed in one go: some 100 bytes each."""

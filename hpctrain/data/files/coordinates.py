@@ -14,9 +14,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.calendars import MISSING, Calendar, Clock, Instants, parse_date
 from hpctrain.data.coding import coding_of
-from hpctrain.data.storage import read_attribute
+from hpctrain.data.files.calendars import MISSING, Calendar, Clock, Instants, parse_date
+from hpctrain.data.files.storage import read_attribute
 from hpctrain.utils.text import listed
 
 Bools = npt.NDArray[np.bool_]

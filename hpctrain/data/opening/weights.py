@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decodings
-from hpctrain.data.discovery import FileOrder, open_dataset
-from hpctrain.data.permutation import Int64s, derive_key, derive_keys
+from hpctrain.data.files.discovery import FileOrder, open_dataset
+from hpctrain.data.order.permutation import derive_key, derive_keys
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError

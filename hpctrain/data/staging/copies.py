@@ -23,7 +23,7 @@ from pathlib import Path
 
 import xxhash
 
-from hpctrain.data.staging_plan import COPY_NAME, Copy
+from hpctrain.data.staging.plan import COPY_NAME, Copy
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import file_checksum, open_regular, temporary_name
 from hpctrain.utils.permissions import (

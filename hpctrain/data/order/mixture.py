@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.permutation import Int64s, derive_key, derive_keys
+from hpctrain.data.arrays import Int64s
+from hpctrain.data.order.permutation import derive_key, derive_keys
 
 MOST_ROUND_SAMPLES = 2**16
 """Samples whose places are drawn up together, at most: some 100 bytes each."""

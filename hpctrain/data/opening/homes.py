@@ -13,9 +13,11 @@ import numpy as np
 
 from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.dataset import WHOLE, Dataset, Layout
-from hpctrain.data.discovery import FileOrder, open_dataset
-from hpctrain.data.groups import stem
-from hpctrain.data.ragged import (
+from hpctrain.data.files.discovery import FileOrder, open_dataset
+from hpctrain.data.files.groups import stem
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.walking import require_files_behind
+from hpctrain.data.order.ragged import (
     Heap,
     Lengths,
     Source,
@@ -27,9 +29,7 @@ from hpctrain.data.ragged import (
 )
 from hpctrain.data.reading.heaps import find_rows
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.data.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.view import Part
-from hpctrain.data.walking import require_files_behind
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed, printable
 

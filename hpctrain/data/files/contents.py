@@ -28,9 +28,8 @@ from hpctrain.data.dataset import (
     require_row,
     require_supported,
 )
-from hpctrain.data.form_opening import find_stored, form_in, is_sequence
-from hpctrain.data.forms import Form, Wish
-from hpctrain.data.storage import (
+from hpctrain.data.files.form_opening import find_stored, form_in, is_sequence
+from hpctrain.data.files.storage import (
     HDF5_FAILURES,
     dtype_of,
     filters_of,
@@ -40,7 +39,14 @@ from hpctrain.data.storage import (
     read_attribute,
     require_filters,
 )
-from hpctrain.data.walking import behind_links, is_in, objects_in, other_files, require_files_behind
+from hpctrain.data.files.walking import (
+    behind_links,
+    is_in,
+    objects_in,
+    other_files,
+    require_files_behind,
+)
+from hpctrain.data.forms import Form, Wish
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed, printable
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Int64s
 from hpctrain.errors import DatasetError
 
 LOOKED_AHEAD = 64

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 from hpctrain.data.dataset import DatasetFacts, SourceFacts
-from hpctrain.data.mixed_epoch import MixedEpoch
-from hpctrain.data.mixture import MixedSource, Mixture, Standing, Terms
-from hpctrain.data.order import Order, Sampling
+from hpctrain.data.order.epochs import MixedEpoch
+from hpctrain.data.order.mixture import MixedSource, Mixture, Standing, Terms
+from hpctrain.data.order.order import Order, Sampling
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.utils.text import listed
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.permutation import Int64s
+from hpctrain.data.arrays import Int64s
 
 MISSING = np.iinfo(np.int64).min
 """In place of a time that is not there."""

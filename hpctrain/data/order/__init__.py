@@ -1,0 +1,1 @@
+"""Which samples there are, in which order, and which rank serves which: pure arithmetic."""
