@@ -129,28 +129,27 @@ def _pack_tokens(
     called: Callable[[Source], Source],
 ) -> str:
     """Pack texts by a tokenizer file. Collective: all ranks."""
-    from hpctrain.convert.sources import tokens
+    from hpctrain.convert.sources import text
     from hpctrain.convert.sources.opening import text_files
-    from hpctrain.convert.sources.text import DEFAULT_TOKENS
 
-    length = parsed.tokens or DEFAULT_TOKENS
+    length = parsed.tokens or text.DEFAULT_TOKENS
     if _reading(parsed) != Reading(tokens=parsed.tokens):
         raise UsageError(
             "--tokenizer: texts are packed as tokens, without --axis, --dtype, --size and --grey",
             everywhere=True,
         )
 
-    def plan() -> tuple[tokens.Vocabulary, list[tuple[tokens.Piece, str]], str]:
-        vocabulary = tokens.vocabulary_of(parsed.tokenizer, parsed.end_of_text)
+    def plan() -> tuple[text.Vocabulary, list[tuple[text.Piece, str]], str]:
+        vocabulary = text.vocabulary_of(parsed.tokenizer, parsed.end_of_text)
         files = text_files(parsed.source)
         pieces = [
-            (piece, column or tokens.DEFAULT_COLUMN)
+            (piece, column or text.DEFAULT_COLUMN)
             for column, paths in files
-            for piece in tokens.pieces_of(paths)
+            for piece in text.pieces_of(paths)
         ]
         paths = [path for _, paths in files for path in paths]
         columns = [column for _, column in pieces]
-        return vocabulary, pieces, tokens.token_identity(paths, columns, vocabulary, length)
+        return vocabulary, pieces, text.token_identity(paths, columns, vocabulary, length)
 
     vocabulary, pieces, identity = on_rank_zero(communicator, plan)
     whole = on_rank_zero(
@@ -158,7 +157,7 @@ def _pack_tokens(
     )
     if whole is not None:
         return whole
-    with tokens.tokenized(
+    with text.tokenized(
         " ".join(parsed.source),
         pieces,
         vocabulary,

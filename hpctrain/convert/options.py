@@ -15,7 +15,7 @@ import numpy as np
 
 from hpctrain.convert import commands
 from hpctrain.convert.commands import Work
-from hpctrain.convert.splits import parse_splits
+from hpctrain.convert.pack import parse_splits
 from hpctrain.data.dataset import SUPPORTED_DTYPES
 from hpctrain.data.files.storage import CHUNK_BYTES, FILTERS, Storage
 from hpctrain.data.writer import SHARD_BYTES

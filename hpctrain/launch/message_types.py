@@ -35,8 +35,7 @@ _NAMES = {
     "convert.sources.remote": "Copy Fetched Listing",
     "convert.sources.source": "ArrayFacts Converted",
     "convert.sources.table": "Part Table",
-    "convert.sources.text": "Text",
-    "convert.sources.tokens": "Piece Tokens Vocabulary",
+    "convert.sources.text": "Text Piece Tokens Vocabulary",
     "convert.pack": "Written Output Plan",
     "errors": (
         "ExitCode UsageError ConfigError LaunchError DatasetError CheckpointError OutputError "

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from hpctrain.convert import pack as packing
-from hpctrain.convert.pack import Packing, pack
+from hpctrain.convert.pack import Packing, pack, parse_splits, select
 from hpctrain.convert.sources.opening import Reading, open_source
-from hpctrain.convert.splits import parse_splits, select
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError, UsageError

@@ -11,7 +11,7 @@ import pytest
 from helpers.packing import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hpctrain.convert.sources import tokens
+from hpctrain.convert.sources import text as tokens
 from hpctrain.convert.sources.columns import text_pieces
 from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
