@@ -76,7 +76,7 @@ def hand(
             **loaders,
         ),
         keys={"model.use": reference(model), **_arguments(model), **_named(datamodule, loaders)},
-        batches=len(first) if hasattr(first, "batch_size") else None,
+        batches=_num_batches(first),
     )
 
 
@@ -104,6 +104,14 @@ def hand_to_evaluate(
     source = next(each for each in (given, datamodule, model) if each is not None)
     keys = {"model.use": reference(model), "data.train": reference(source)}
     return Handed(brought=brought, keys=keys, batches=None)
+
+
+def _num_batches(loader: Any) -> int | None:
+    """Return how many batches a DataLoader has; None: it has none, or does not know."""
+    try:
+        return len(loader) if hasattr(loader, "batch_size") else None
+    except TypeError:  # over a stream, which is refused with the way out where it is taken in
+        return None
 
 
 class ModuleData:

@@ -169,5 +169,8 @@ def run_folder(config: Config) -> Path:
 
 def stand_in_of(model: Any) -> Any:
     """Return what a module has as its `trainer`; None before its first run."""
-    found = getattr(model, "_trainer", None)
-    return found if found is not None or model is None else vars(model).get("trainer")
+    if model is None:
+        return None
+    from hpctrain.training.modules.stand_in import trainer_of
+
+    return trainer_of(model)

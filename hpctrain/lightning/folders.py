@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpctrain.checkpoint.export import best_of
+from hpctrain.checkpoint.export import best_ones
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.utils.batch_job import batch_job, lineage
 from hpctrain.utils.files import replace_file
@@ -152,35 +152,87 @@ class Checkpoints:
         self.dirpath: str | None = None
 
 
-def export_for_scripts(run: Path, module: Any) -> tuple[str, float | None]:
-    """Write the best weights of a run, or its last, as the file that a script loads afterwards.
+def export_for_scripts(run: Path, module: Any, objects: Iterable[Any]) -> dict[str, float | None]:
+    """Write the best weights of a run, and its last, as the files that a script loads afterwards.
 
     For rank 0.
 
+    Args:
+        run: its folder.
+        module: of the script.
+        objects: its ModelCheckpoints, which say whether the last are wanted beside the best, and
+            whether more than one of the best is.
+
     Returns:
-        Its path, "" where the run has saved nothing, and the metric by which they are the best.
+        Paths and the metric of each, the best one first, and that of the last weights at the end,
+        without one; none where the run has saved nothing.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or the file cannot be written.
+        CheckpointError: if a checkpoint is damaged, or a file cannot be written.
     """
     from hpctrain.checkpoint.lightning_file import export_lightning
 
-    best = best_of(run)
-    if best is None and read_latest(run) is None:
-        return "", None
-    source = run / CHECKPOINTS / folder_name(best.step) if best is not None else run
-    target = run / (LAST if best is None else BEST)
-    export_lightning(source, target, average=None, module=module)
-    return str(target), None if best is None else best.value
+    if read_latest(run) is None:
+        return {}
+    files: dict[str, float | None] = {}
+    tops = [getattr(each, "save_top_k", 1) for each in objects]
+    wanted = None if -1 in tops else max([1, *tops])
+    for number, best in enumerate(best_ones(run)[:wanted]):
+        target = run / (BEST if not number else f"best-{number + 1}.ckpt")
+        source = run / CHECKPOINTS / folder_name(best.step)
+        export_lightning(source, target, average=None, module=module)
+        files[str(target)] = best.value
+    if not files or any(getattr(each, "save_last", False) for each in objects):
+        export_lightning(run, run / LAST, average=None, module=module)
+        files[str(run / LAST)] = None
+    return files
 
 
-def tell(objects: Iterable[Any], run: Path, path: str, score: float | None) -> None:
-    """Let ModelCheckpoint objects know what a script asks them afterwards."""
+def report_files(objects: Iterable[Any], run: Path, files: Mapping[str, float | None]) -> None:
+    """Let ModelCheckpoint objects know the files, which a script asks them for afterwards."""
+    import torch
+
+    scores = {path: torch.tensor(score) for path, score in files.items() if score is not None}
+    last = next((path for path, score in files.items() if score is None), "")
     for each in objects:
-        each.best_model_path = each.last_model_path = path
+        each.best_model_path = next(iter(scores), last)
+        each.last_model_path = last or each.best_model_path
         each.dirpath = str(run)
-        if score is not None:
-            import torch
+        if scores:
+            each.best_model_score = each.current_score = next(iter(scores.values()))
+            each.best_k_models = dict(scores)
+            each.kth_best_model_path, each.kth_value = list(scores.items())[-1]
 
-            each.best_model_score = each.current_score = torch.tensor(score)
-            each.best_k_models = {path: each.best_model_score}
+
+def stopping_state(run: Path) -> Mapping[str, Any]:
+    """Return the state of early stopping at the end of a run; for rank 0.
+
+    Raises:
+        CheckpointError: if the newest checkpoint is damaged.
+    """
+    from hpctrain.checkpoint.format import resolved
+    from hpctrain.checkpoint.load import load_values
+    from hpctrain.training.early_stopping import STATE
+
+    state: Mapping[str, Any] = {}
+    if read_latest(run) is not None:
+        state = load_values(resolved(run)).get(STATE, {})
+    return state
+
+
+def report_stopping(objects: Iterable[Any], state: Mapping[str, Any], epoch: int) -> None:
+    """Let EarlyStopping objects know how their metric went, which a script asks them for.
+
+    Args:
+        objects: of Lightning's class.
+        state: of early stopping, as the newest checkpoint of the run has it.
+        epoch: the last one that was trained.
+    """
+    import torch
+
+    for each in objects:
+        if state.get("best") is not None:
+            each.best_score = torch.tensor(state["best"])
+        each.wait_count = state.get("waited", 0)
+        if state.get("reason") is not None:
+            each.stopped_epoch, each.stopping_reason_message = epoch, state["reason"]

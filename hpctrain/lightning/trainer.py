@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,10 @@ from hpctrain.lightning.folders import (
     choose_version,
     export_for_scripts,
     newest_version,
+    report_files,
+    report_stopping,
     script_name,
-    tell,
+    stopping_state,
 )
 from hpctrain.lightning.keys import Keys, make_config
 from hpctrain.lightning.launching import compare, start_ranks
@@ -140,7 +142,7 @@ class Trainer(Facts):
             self.begins(model, datamodule, config, job.topology)
             ending = self._train(job, config, handed)
             if ending == ExitCode.DONE:
-                self._export(job, config)
+                self._report(job, config)
         if ending == ExitCode.STOPPED:
             raise _stopped(ending)
 
@@ -177,16 +179,19 @@ class Trainer(Facts):
         after.settle(config, is_complete=ending == ExitCode.DONE)
         return ending
 
-    def _export(self, job: Started, config: Config) -> None:
-        """Leave the weights as a file for Lightning. Collective: all ranks."""
-        if not self.checkpoint_callbacks:
+    def _report(self, job: Started, config: Config) -> None:
+        """Have callbacks of Lightning's classes know the end of a run. Collective: all ranks."""
+        if not (self.checkpoint_callbacks or self.early_stopping_callbacks):
             return
-        exported: tuple[str, float | None] | None = None
+        found: tuple[dict[str, float | None], Mapping[str, Any]] | None = None
+        run, objects = run_folder(config), self.checkpoint_callbacks
         with raise_together(job.communicator):
             if job.topology.is_rank_zero:
-                exported = export_for_scripts(run_folder(config), self.model)
-        path, score = job.communicator.broadcast(exported)
-        tell(self.checkpoint_callbacks, run_folder(config), path, score)
+                files = export_for_scripts(run, self.model, objects) if objects else {}
+                found = files, stopping_state(run)
+        files, state = job.communicator.broadcast(found)
+        report_files(objects, run, files)
+        report_stopping(self.early_stopping_callbacks, state, self.current_epoch - 1)
 
     def _make_config(self, job: Started, keys: Keys, *, is_last: bool) -> Config:
         """Return the config of a run, its folder chosen by rank 0. Collective: all ranks."""

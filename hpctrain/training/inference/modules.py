@@ -102,7 +102,7 @@ def module_metrics(
             call=call_directly(ready.model),
             stage=stage,
         )
-        return [dict(each) for each in ready.task.of_loaders]
+        return [ready.task.logs.full(stage, each) for each in ready.task.of_loaders]
 
 
 def module_predictions(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
 from hpctrain.training.modules.overrides import is_own
-from hpctrain.training.modules.stand_in import tell_device
+from hpctrain.training.modules.stand_in import TrainerStandIn, tell_device, trainer_of
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.position import StopAt
 
@@ -45,10 +45,16 @@ def missing_step(model: nn.Module, stage: Stage) -> str | None:
 def bind(task: ModuleTask, model: nn.Module, config: Config, world: World) -> None:
     """Give a module its trainer and its hooks, for a stage without an end of its own.
 
+    One that was trained in this process still knows its step and its epoch.
+
     Raises:
         ConfigError: if it does what cannot be done here.
     """
+    before = trainer_of(model)
     task.bind(model, config, world, StopAt.of(config.training, 1, 1))
+    if isinstance(before, TrainerStandIn):
+        trainer = task.trainer
+        trainer.global_step, trainer.current_epoch = before.global_step, before.current_epoch
 
 
 def begin(task: ModuleTask, model: nn.Module, world: World) -> None:

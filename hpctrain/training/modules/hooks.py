@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,11 @@ class Hooks:
         """Have the hooks of these called, too, before the module's."""
         self.callbacks = self._trainer.callbacks = list(callbacks)
         self._known.clear()
+        for each in self.callbacks:
+            for name in ("log", "log_dict"):  # as Lightning gives them the module's
+                if not hasattr(each, name):
+                    with suppress(AttributeError):  # one with slots has no place for it
+                        setattr(each, name, getattr(self._logs, name))
 
     def has(self, name: str) -> bool:
         """Tell whether anybody has a hook of this name."""

@@ -377,13 +377,34 @@ class Logs:
 
     def shown(self) -> dict[str, float]:
         """Return the newest values that belong on the line of progress."""
+        return self._newest(lambda entry: entry.shown)
+
+    def logged(self) -> dict[str, float]:
+        """Return the newest values that are written, as `trainer.logged_metrics` has them."""
+        return self._newest(lambda entry: entry.written)
+
+    def _newest(self, wanted: Callable[[Entry], bool]) -> dict[str, float]:
         names = [
             each
             for (_, name), entry in self.entries.items()
-            if entry.shown
-            for each in (name, forked(name, "_step"), forked(name, "_epoch"))
+            if wanted(entry)
+            for each in entry.full_names(name)
         ]
         return {name: self.last[name] for name in names if name in self.last}
+
+    def full(self, stage: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Return values of an evaluation, each under one name: what `named` has added is left out.
+
+        Args:
+            stage: "validate" or "test".
+            values: by all their names.
+        """
+        short = {name for (of, name), e in self.entries.items() if of == stage and e.on_step}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in short or forked(name, "_epoch") not in values
+        }
 
     # What is saved.
 

@@ -50,6 +50,12 @@ class Entry:
         """Return its names at an epoch's end; a monitor may leave out the ending."""
         return [name, forked(name, "_epoch")] if self.on_step else [name]
 
+    def full_names(self, name: str) -> list[str]:
+        """Return its names where each value has one: with an ending where it has two values."""
+        if self.on_step and self.on_epoch:
+            return [forked(name, "_step"), forked(name, "_epoch")]
+        return [name]
+
 
 OF_LOADER = "/dataloader_idx_"
 """Ends the names of what is logged for one of several loaders, with its number."""

@@ -269,6 +269,12 @@ def attach(module: nn.Module, trainer: TrainerStandIn, logs: Any) -> None:
         each.__dict__.update(given)
 
 
+def trainer_of(module: object) -> Any:
+    """Return what a module knows as its trainer; None before its first run."""
+    found = getattr(module, "_trainer", None)
+    return found if found is not None else getattr(module, "__dict__", {}).get("trainer")
+
+
 def tell_device(module: nn.Module, device: torch.device) -> None:
     """Tell modules where their parameters are, as `self.device` has it.
 

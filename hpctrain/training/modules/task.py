@@ -561,7 +561,8 @@ class ModuleTask:
     def tell_metrics(self) -> None:
         """Have the module's trainer show the newest values."""
         tensors = {name: torch.tensor(value) for name, value in self.logs.last.items()}
-        self.trainer.callback_metrics = self.trainer.logged_metrics = tensors
+        self.trainer.callback_metrics = tensors
+        self.trainer.logged_metrics = {name: tensors[name] for name in self.logs.logged()}
         self.trainer.progress_bar_metrics = self.logs.shown()
 
 

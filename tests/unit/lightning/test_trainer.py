@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import lightning_itself
 from helpers.runs import metrics
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hpctrain.errors import ConfigError
 from hpctrain.lightning import Trainer
@@ -303,3 +303,76 @@ def test_overrides_are_keys_of_the_config() -> None:
 def test_attributes_that_are_not_there_name_the_page() -> None:
     with pytest.raises(AttributeError, match=r"docs/from-lightning.md has a row"):
         _ = Trainer(**QUIET).fit_loop
+
+
+class Forked(Net):
+    """Logs under the names that Lightning ends by _step and _epoch, and beside the loggers."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.step(batch, "train")
+        self.log("both", loss, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("unwritten", loss, logger=False, on_step=True, on_epoch=True)
+        self.log("largest", batch[0].max(), reduce_fx="max", on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.known = self.global_step, self.current_epoch
+        self.step(batch, "val")
+        self.log("end", float(-self.current_epoch), on_step=True, on_epoch=True)
+
+
+class Logging(lightning.Callback):
+    """Logs by itself, as Lightning's callbacks may."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.log("of_callback", 2.0, on_step=False, on_epoch=True)
+
+
+def what_is_found_after(make: Any, tmp_path: Path) -> dict[str, Any]:
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="end", mode="max", save_top_k=2)
+    stopping = EarlyStopping("end", mode="max", patience=3)
+    last = ModelCheckpoint(save_last=True)
+    torch.manual_seed(3)
+    module, (train, validation) = Forked(), loaders()
+    trainer = make(max_epochs=9, callbacks=[kept, stopping, last, Logging()])
+    trainer.fit(module, train, validation)
+    found = {
+        "best": [sorted(map(float, kept.best_k_models.values())), float(kept.best_model_score)],
+        "kth": float(kept.kth_value),
+        "saved": [
+            sorted(torch.load(path, weights_only=False)["global_step"] for path in paths)
+            for paths in (kept.best_k_models, [last.last_model_path])
+        ],
+        "stopped": (stopping.stopped_epoch, float(stopping.best_score), stopping.wait_count),
+        "logged": {key: float(value) for key, value in trainer.logged_metrics.items()},
+        "shown": {key: float(value) for key, value in trainer.progress_bar_metrics.items()},
+        "callback": {key: float(value) for key, value in trainer.callback_metrics.items()},
+    }
+    found["validated"] = trainer.validate(module, validation, verbose=False)
+    found["known"] = module.known, (trainer.global_step, trainer.current_epoch)
+    return found
+
+
+def test_callbacks_and_metrics_after_a_run_are_those_of_lightning(tmp_path: Path) -> None:
+    with lightning_itself.quietly():
+        expected = what_is_found_after(
+            lambda **options: theirs(tmp_path, num_sanity_val_steps=0, **options), tmp_path
+        )
+    found = what_is_found_after(lambda **options: Trainer(**QUIET, **options), tmp_path)
+    # Steps of an evaluation have no lines of their own here.
+    del expected["logged"]["end_step"]
+    for name in ("best", "kth", "saved", "stopped", "known"):
+        assert found[name] == expected[name], name
+    for name in ("logged", "shown", "callback"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+    assert found["validated"] == [pytest.approx(expected["validated"][0], abs=1e-6)]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from samples(8)
+
+
+def test_a_stream_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"Stream is a stream.*hpctrain data pack"):
+        Trainer(max_epochs=1, **QUIET).fit(net(), DataLoader(Stream(), 4))
