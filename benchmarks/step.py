@@ -41,8 +41,9 @@ from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position
+from hpctrain.training.profiling import Phases
 from hpctrain.training.rank_zero import RankZero, SaveClock
-from hpctrain.training.trainer import Metrics, Phases, Plan, Run, fit
+from hpctrain.training.trainer import Metrics, Plan, Run, fit
 
 SAMPLES = 32
 TASK, A_MODULE = "hpctrain", "hpctrain, a module"

@@ -117,7 +117,7 @@ def _prepare_config(arguments: Sequence[str]) -> int:
     from hpctrain.config import load
 
     config = load(parsed.config, parsed.overrides)
-    from hpctrain.training.fetch import fetch  # brings torch
+    from hpctrain.training.program import fetch  # brings torch
 
     made = fetch(config, parsed.config, parsed.overrides)
     _tell(parsed.config, made)

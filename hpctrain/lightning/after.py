@@ -15,7 +15,7 @@ from hpctrain.checkpoint.format import resolved
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.config import Config
 from hpctrain.lightning.facts import run_folder
-from hpctrain.training.model.plain_names import load_checked
+from hpctrain.training.model.wrappers import load_checked
 
 _RANK_ZERO = (
     *("lightning_utilities.core.rank_zero", "lightning.fabric.utilities.rank_zero"),

@@ -23,12 +23,11 @@ from hpctrain.preflight.report import Finding
 from hpctrain.training.build import Components, Parts, build_parts
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
-from hpctrain.training.dry_run.misfits import explain_misfit
 from hpctrain.training.metrics import MetricObjects, Part, Totals
 from hpctrain.training.model.undisturbed import evaluating, kept_generators
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import listed_rows
-from hpctrain.training.task.ranges import look_at_ranges
+from hpctrain.training.task.misfits import explain_misfit, look_at_ranges
 from hpctrain.training.task.task import Task
 from hpctrain.utils.text import metric
 

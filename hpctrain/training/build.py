@@ -29,7 +29,6 @@ from hpctrain.observe.code import user_modules
 from hpctrain.topology import raise_together
 from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing.snapshot import refuse_unmade
-from hpctrain.training.dry_run.misfits import explain_misfit
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_as_begun, is_spread, prepare_model
 from hpctrain.training.model.undisturbed import seed_generators
@@ -54,7 +53,7 @@ from hpctrain.training.parallel.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import fetching, prepare_data
 from hpctrain.training.step import Shapes, TrainStep
-from hpctrain.training.task.ranges import ranges_checked
+from hpctrain.training.task.misfits import explain_misfit, ranges_checked
 from hpctrain.training.task.task import Task, adopt_task
 from hpctrain.utils.text import did_you_mean, listed
 

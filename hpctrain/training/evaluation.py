@@ -16,9 +16,9 @@ from hpctrain.launch.messages import decode, encode
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine
-from hpctrain.training.model.call import Call, call_directly
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, kept_tensors
+from hpctrain.training.model.wrappers import Call, call_directly
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.parallel.ddp import broadcast_buffers
 from hpctrain.training.task.task import Task

@@ -31,13 +31,11 @@ from hpctrain.training.checkpointing.initialize import start_warm
 from hpctrain.training.checkpointing.resume import Resumed, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
 from hpctrain.training.data.run_data import Data, open_data
-from hpctrain.training.dry_run.coupling import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
-from hpctrain.training.dry_run.misfits import explain_misfit
+from hpctrain.training.dry_run.step import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
-from hpctrain.training.figures import figures_recorded
 from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.profiling import StepProfiler, profiled
+from hpctrain.training.profiling import Phases, StepProfiler, figures_recorded, profiled
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record
 from hpctrain.training.session import ReadTrouble, find_beginning, finish, session
@@ -47,9 +45,9 @@ from hpctrain.training.summary import (
     is_script,
     transport_notes,
 )
-from hpctrain.training.task.ranges import explained_indices, ranges_checked
+from hpctrain.training.task.misfits import explain_misfit, explained_indices, ranges_checked
 from hpctrain.training.task.task import Task
-from hpctrain.training.trainer import Phases, Plan, Run, fit
+from hpctrain.training.trainer import Plan, Run, fit
 
 logger = logging.getLogger("hpctrain")
 

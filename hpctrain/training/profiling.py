@@ -1,10 +1,11 @@
-"""What the time of some steps is spent on: torch's profiler, on the ranks that were chosen."""
+"""Where the time of steps goes: seconds by phase, figures of ranks and nodes, torch's profiler."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hpctrain.config import Config
 from hpctrain.config.schema import ProfileSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
+from hpctrain.observe.machine.recorder import RankFigures, machine_recorded
 from hpctrain.utils.files import replacement
 from hpctrain.utils.text import plural
 
@@ -194,3 +196,104 @@ def profiled(profiler: StepProfiler | None) -> Iterator[None]:
         profiler.finish()
     finally:
         profiler.stop()
+
+
+class Phases:
+    """Seconds by phase since the start, of this rank, and since the last lap.
+
+    `evaluation` is measured by `measure`; what other parts count themselves (waiting for data,
+    communication, the stall of a save) is read from them when a lap ends; `compute` is the rest.
+    """
+
+    def __init__(
+        self,
+        counters: Mapping[str, Callable[[], float]],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._counters = dict(counters)
+        self._clock = clock
+        self._start = clock()
+        self._measured: dict[str, float] = {}
+        self._lap = self.totals()
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Count the time in the body as `phase`."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._measured[phase] = self._measured.get(phase, 0.0) + self._clock() - begin
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return self._clock() - self._start
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of every phase since the start; together they are `elapsed`."""
+        elapsed = self.elapsed()
+        seconds = dict(self._measured)
+        for name, read in self._counters.items():
+            seconds[name] = seconds.get(name, 0.0) + read()
+        return {"compute": max(0.0, elapsed - sum(seconds.values())), **seconds}
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds of every phase since the last call."""
+        before, self._lap = self._lap, self.totals()
+        return {name: value - before.get(name, 0.0) for name, value in self._lap.items()}
+
+
+def figures_recorded(config: Config, world: World) -> AbstractContextManager[None]:
+    """Record the figures of every node while the body runs, if the config wants them."""
+    if not config.logging.machine:
+        return nullcontext()
+    topology = world.topology
+    return machine_recorded(
+        Path(config.run.directory, config.run.name),
+        topology.host,
+        node_rank=topology.node_rank,
+        num_nodes=topology.num_nodes,
+        local_rank=topology.local_rank,
+        kind=world.device.type,
+        notes=world.pulse.notes,
+    )
+
+
+def note_figures(world: World, phases: Phases, step: int, steps: int) -> None:
+    """Note what this rank has done with its time, for the one that records its node.
+
+    Args:
+        world: of this rank.
+        phases: its seconds.
+        step: that the run stands at.
+        steps: done in this job.
+    """
+    seconds = phases.totals()
+    allocated, peak = _memory(world.device)
+    index = world.device.index
+    world.pulse.note(
+        RankFigures(
+            rank=world.topology.rank,
+            device=-1 if index is None else index,
+            step=step,
+            steps=steps,
+            elapsed=_nanoseconds(sum(seconds.values())),
+            data=_nanoseconds(seconds.get("data", 0.0)),
+            others=_nanoseconds(seconds.get("communication", 0.0)),
+            apart=_nanoseconds(seconds.get("evaluation", 0.0) + seconds.get("checkpoint", 0.0)),
+            allocated=allocated,
+            peak=peak,
+        )
+    )
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that torch has given out on a device, and the most so far."""
+    if device.type == "cpu":
+        return 0, 0
+    counts: Any = getattr(torch, device.type)
+    return counts.memory_allocated(device), counts.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Jobs of a program: the ranks that it runs on, and `hpctrain.train`."""
+"""Jobs of a program: the ranks that it runs on, `hpctrain.train`, and `prepare`, which fetches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from hpctrain.batch.stop import SignalFlag
 from hpctrain.config import Config, load
 from hpctrain.config.choices import is_preparing
+from hpctrain.config.data_rules import names_object
 from hpctrain.errors import ConfigError, ExitCode, HpctrainError, TrainingError
 from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.failure import Guard, end_quietly_if_uncaught, guard
@@ -100,8 +101,6 @@ def train(
     if not path and overrides:
         raise ConfigError("hpctrain.train: overrides are for a file: give load_config them")
     if is_preparing():
-        from hpctrain.training.fetch import fetch
-
         own = list(overrides() if callable(overrides) else overrides)
         found = config if isinstance(config, Config) else load(path, own)
         fetch(found, path or "CONFIG", own)
@@ -167,3 +166,40 @@ def _metrics(config: Config) -> dict[str, float]:
     records = newest_records(Path(config.run.directory, config.run.name, JSONL_FILE))
     loss = records.get("train", {}).get("loss")
     return {} if loss is None else {"loss": loss}
+
+
+def fetch(config: Config, path: str, overrides: Sequence[str]) -> list[str]:
+    """Make the model and its data, have them fetch what they need, and train nothing.
+
+    Args:
+        config: names them.
+        path: of its file.
+        overrides: that it was read with.
+
+    Returns:
+        What was made, in words.
+
+    Raises:
+        ConfigError: if it cannot be made.
+        DatasetError: if there is no internet here.
+    """
+    from hpctrain.training.build import make_model, resolve_components
+    from hpctrain.training.data.user_data import built_object
+    from hpctrain.training.prepare_data import prepare_alone
+
+    section = config.data
+    made: list[tuple[str, object]] = []
+    if section.use is not None:
+        made.append(("data", built_object("data.use", section.use, section.arguments)))
+    for name, reference, arguments in (
+        ("data.train", section.train, section.train_arguments),
+        ("data.validation", section.validation, section.validation_arguments),
+        ("data.test", section.test, {}),
+    ):
+        if reference is not None and names_object(reference):
+            made.append((name, built_object(name, reference, arguments)))
+    # Models that begin with weights of others download them as they are made.
+    model = make_model(config, resolve_components(config, path, overrides))
+    made.append(("model", model))
+    prepare_alone(each for _, each in made if each is not None)
+    return [f"{name}: {type(each).__name__}" for name, each in made]

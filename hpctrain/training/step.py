@@ -19,12 +19,11 @@ from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
-from hpctrain.training.dry_run.coupling import find_coupling
-from hpctrain.training.dry_run.step import Explain, prime
-from hpctrain.training.model.call import Call
+from hpctrain.training.dry_run.step import Explain, find_coupling, prime
 from hpctrain.training.model.precision import LossScale, NumberFormat, real_view
 from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.model.undisturbed import Disturbance
+from hpctrain.training.model.wrappers import Call
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.modules.task_log import TaskLog
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, BadSteps, bad_among

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -27,17 +27,16 @@ from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.figures import note_figures
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
 from hpctrain.training.parallel.ddp import check_equal_parameters
 from hpctrain.training.position import Interval, Position, StopAt
-from hpctrain.training.profiling import StepProfiler
+from hpctrain.training.profiling import Phases, StepProfiler, note_figures
 from hpctrain.training.rank_zero import RankZero
 from hpctrain.training.record import made_by
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task.ranges import look_at_ranges
+from hpctrain.training.task.misfits import look_at_ranges
 from hpctrain.training.task.task import learns_progress
 from hpctrain.utils.text import metric
 
@@ -770,51 +769,6 @@ class Run:
         """Say on rank 0 what a user should know."""
         if self._rank_zero is not None:
             logger.warning(text)
-
-
-class Phases:
-    """Seconds by phase since the start, of this rank, and since the last lap.
-
-    `evaluation` is measured by `measure`; what other parts count themselves (waiting for data,
-    communication, the stall of a save) is read from them when a lap ends; `compute` is the rest.
-    """
-
-    def __init__(
-        self,
-        counters: Mapping[str, Callable[[], float]],
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._counters = dict(counters)
-        self._clock = clock
-        self._start = clock()
-        self._measured: dict[str, float] = {}
-        self._lap = self.totals()
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        """Count the time in the body as `phase`."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._measured[phase] = self._measured.get(phase, 0.0) + self._clock() - begin
-
-    def elapsed(self) -> float:
-        """Return the seconds since the start."""
-        return self._clock() - self._start
-
-    def totals(self) -> dict[str, float]:
-        """Return the seconds of every phase since the start; together they are `elapsed`."""
-        elapsed = self.elapsed()
-        seconds = dict(self._measured)
-        for name, read in self._counters.items():
-            seconds[name] = seconds.get(name, 0.0) + read()
-        return {"compute": max(0.0, elapsed - sum(seconds.values())), **seconds}
-
-    def lap(self) -> dict[str, float]:
-        """Return the seconds of every phase since the last call."""
-        before, self._lap = self._lap, self.totals()
-        return {name: value - before.get(name, 0.0) for name, value in self._lap.items()}
 
 
 def _source_epochs(data: Data, place: Position) -> dict[str, Any]:

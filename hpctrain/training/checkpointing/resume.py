@@ -46,8 +46,8 @@ from hpctrain.training.checkpointing.snapshot import (
     put_weights,
     restore_extra_states,
 )
-from hpctrain.training.model.plain_names import adopt_buffers, plain_state
 from hpctrain.training.model.preparation import is_spread
+from hpctrain.training.model.wrappers import adopt_buffers, plain_state
 from hpctrain.training.optim.optimizer import prepare_momentum
 from hpctrain.training.parallel.ddp import broadcast_tensors
 from hpctrain.training.position import Position

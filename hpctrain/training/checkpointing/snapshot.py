@@ -30,8 +30,8 @@ from hpctrain.checkpoint.state import Json, UnsavableError, decode, encode, rng_
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.model.plain_names import PlainNames, load_plain_state, plain_state
 from hpctrain.training.model.registered_state import tensor_facts, tensor_placement
+from hpctrain.training.model.wrappers import PlainNames, load_plain_state, plain_state
 from hpctrain.training.position import Position
 from hpctrain.training.step import TrainStep
 from hpctrain.utils.json_files import checked

@@ -22,7 +22,6 @@ from hpctrain.topology import raise_together
 from hpctrain.training.dry_run.replay import Replay
 from hpctrain.training.dry_run.step import Explain, explained
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
-from hpctrain.training.model.call import Call, call_directly
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import (
     evaluating,
@@ -30,6 +29,7 @@ from hpctrain.training.model.undisturbed import (
     kept_model,
     seed_generators,
 )
+from hpctrain.training.model.wrappers import Call, call_directly
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.task.task import Task
 

@@ -27,9 +27,9 @@ from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import Scale
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.checkpointing.initialize import read_weights
-from hpctrain.training.model.plain_names import load_checked
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
+from hpctrain.training.model.wrappers import load_checked
 from hpctrain.training.task.regression import in_unit
 from hpctrain.utils.json_files import parse_checked
 

@@ -40,10 +40,9 @@ from hpctrain.training.inference.stage import (
     predicting,
 )
 from hpctrain.training.inference.weights import choose_checkpoint
-from hpctrain.training.model.call import call_directly
-from hpctrain.training.model.plain_names import load_checked
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, seed_generators
+from hpctrain.training.model.wrappers import call_directly, load_checked
 from hpctrain.training.modules.callbacks import with_those_of_module
 from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.task import ModuleTask

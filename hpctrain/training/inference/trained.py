@@ -50,16 +50,15 @@ from hpctrain.training.inference.stage import (
     predicting,
 )
 from hpctrain.training.inference.weights import Chosen, choose_checkpoint
-from hpctrain.training.model.call import Method
-from hpctrain.training.model.plain_names import load_checked
 from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.model.undisturbed import evaluating, kept_model, seed_generators
+from hpctrain.training.model.wrappers import Method, load_checked
 from hpctrain.training.modules.callbacks import build_callbacks, register, with_those_of_module
 from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.prepare_data import prepare_data
-from hpctrain.training.task.ranges import ranges_checked
+from hpctrain.training.task.misfits import ranges_checked
 from hpctrain.training.task.regression import Regression, in_unit
 from hpctrain.training.task.task import Fields, adopt_task
 from hpctrain.utils.text import printable

@@ -30,19 +30,19 @@ from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing.resume import restore
 from hpctrain.training.early_stopping import EarlyStopping
-from hpctrain.training.figures import figures_recorded
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, WithoutData, use_of
 from hpctrain.training.loops.run import Run
 from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
 from hpctrain.training.loops.world import World
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.position import Position
+from hpctrain.training.profiling import Phases, figures_recorded
 from hpctrain.training.program import Stopped
 from hpctrain.training.rank_zero import prepare_rank_zero
 from hpctrain.training.record import begin_record
 from hpctrain.training.session import ReadTrouble, Session, find_beginning, finish, session
 from hpctrain.training.summary import header_text
-from hpctrain.training.trainer import Phases, Plan
+from hpctrain.training.trainer import Plan
 from hpctrain.training.trainer import Run as JobRun
 from hpctrain.utils.json_files import checked
 

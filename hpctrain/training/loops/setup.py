@@ -23,9 +23,9 @@ from hpctrain.topology import raise_together
 from hpctrain.training.checkpointing.snapshot import refuse_unmade
 from hpctrain.training.loops.registry import Setups
 from hpctrain.training.loops.stepper import Stepper, WholeModel
-from hpctrain.training.model.plain_names import PlainNames
 from hpctrain.training.model.precision import LossScale, NumberFormat
 from hpctrain.training.model.preparation import cast_model, is_spread
+from hpctrain.training.model.wrappers import PlainNames
 from hpctrain.training.nonfinite import BadSteps
 from hpctrain.training.optim.ema import begin_training
 from hpctrain.training.optim.optimizer import (

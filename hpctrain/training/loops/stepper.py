@@ -16,8 +16,8 @@ from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.loops.gradients import Reducer
 from hpctrain.training.loops.registry import Setups
-from hpctrain.training.model.plain_names import PlainNames
 from hpctrain.training.model.precision import LossScale
+from hpctrain.training.model.wrappers import PlainNames
 from hpctrain.training.optim.ema import EvaluationWeights, has_modes
 from hpctrain.training.parallel.ddp import (
     take_buffers_of_rank_zero,

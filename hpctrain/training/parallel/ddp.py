@@ -18,8 +18,7 @@ from hpctrain.checkpoint.tensors import checksum, tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.model.call import Call, Method, UnhookedCallee, call_directly
-from hpctrain.training.model.plain_names import PlainNames
+from hpctrain.training.model.wrappers import Call, Method, PlainNames, UnhookedCallee, call_directly
 from hpctrain.training.parallel.unused_parameters import UnusedParameters, reaching_all, unreduced
 from hpctrain.utils.text import listed
 

@@ -25,13 +25,16 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import Communicator
-from hpctrain.training.model.call import Call, Callee, Method
-from hpctrain.training.model.plain_names import PlainNames
 from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.model.wrappers import Call, Callee, Method, PlainNames
 from hpctrain.training.parallel.ddp import take_buffers_of_rank_zero
-from hpctrain.training.parallel.fsdp_units import Findings, find_units
+from hpctrain.training.parallel.fsdp_units import (
+    Findings,
+    WholeParameters,
+    common_dtype,
+    find_units,
+)
 from hpctrain.training.parallel.unused_parameters import UnusedParameters, Uses
-from hpctrain.training.parallel.whole_parameters import WholeParameters, common_dtype
 from hpctrain.utils.text import listed
 
 

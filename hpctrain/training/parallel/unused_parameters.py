@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpctrain.errors import TrainingError
-from hpctrain.training.model.call import Method
+from hpctrain.training.model.wrappers import Method
 from hpctrain.utils.text import listed, plural
 
 logger = logging.getLogger("hpctrain")

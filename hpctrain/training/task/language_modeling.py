@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.task.ranges import check_range
+from hpctrain.training.task.misfits import check_range
 from hpctrain.training.task.task import Direction, Fields
 
 

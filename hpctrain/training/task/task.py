@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpctrain.checkpoint.export import TASK
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.task.ranges import check_range
+from hpctrain.training.task.misfits import check_range
 from hpctrain.utils.text import listed
 
 Fields = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class Task(Protocol):
 
     A task whose loss of a sample depends on the others in its pass, as a contrastive one does, says
     so by a further attribute, `batch_dependent_loss = True`: else the header warns of it. One with
-    classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.task.ranges`.
+    classes may have `checks_ranges` and `index_ranges`, see `hpctrain.training.task.misfits`.
 
     One that wants to know where the run stands has a method `set_progress(step, epoch, stage)`,
     called before the first step and after each with the steps that are done and "train", and before

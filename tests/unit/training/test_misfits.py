@@ -14,7 +14,7 @@ from hpctrain.config import load
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.build import resolve_components
-from hpctrain.training.dry_run.misfits import explain_misfit
+from hpctrain.training.task.misfits import explain_misfit
 from hpctrain.training.task.task import Classification
 
 CONFIG = """

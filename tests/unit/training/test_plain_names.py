@@ -20,7 +20,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.training.checkpointing.initialize import choose
 from hpctrain.training.checkpointing.resume import restore, share
 from hpctrain.training.checkpointing.snapshot import capture
-from hpctrain.training.model.plain_names import PlainNames
+from hpctrain.training.model.wrappers import PlainNames
 from hpctrain.training.optim.optimizer import parameter_groups
 from hpctrain.training.position import Position
 from hpctrain.training.step import TrainStep

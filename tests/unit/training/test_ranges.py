@@ -16,7 +16,7 @@ from hpctrain.data.order.order import Order
 from hpctrain.errors import TrainingError
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.task.language_modeling import LanguageModeling
-from hpctrain.training.task.ranges import Batch, explained_indices, ranges_checked
+from hpctrain.training.task.misfits import Batch, explained_indices, ranges_checked
 from hpctrain.training.task.task import Classification
 
 ASSERTION = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
