@@ -129,6 +129,9 @@ HANG = "hang timeout"
 
 _IN_ORDER = (0, 75)
 
+_LAST_MOMENT = 1e11
+"""Seconds since 1970, in the year 5138: what is later is damage, and no sum of it is drawn."""
+
 _OF_PHASES = {
     "compute": "trained",
     "communication": "trained",
@@ -386,9 +389,10 @@ def _end_of(before: object) -> tuple[int, str, float] | None:
 
 
 def _moment(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Return seconds, or a moment in seconds since 1970; None for what no clock shows."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    return float(value) if abs(value) < _LAST_MOMENT else None
 
 
 def _count(value: object) -> int:

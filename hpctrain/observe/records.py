@@ -9,12 +9,13 @@ import csv
 import io
 import json
 import math
+import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from hpctrain.utils.files import open_file, replacing
 from hpctrain.utils.json_files import parse_json
@@ -30,6 +31,13 @@ WALL_TIME = "wall_time"
 
 _TAIL_BYTES = 2**18
 """Of metrics.jsonl, in which the newest records are looked for."""
+
+LONGEST_LINE = 2**22
+"""Bytes of a line of ours, at most; a longer one is damage, and is not read into memory."""
+
+_LARGEST = 2**63
+_OUT_OF_RANGE = re.compile(rb"\d{25}|\d[eE]\+?\d{3}|NaN|Infinity")
+"""Where this is found numbers are looked at one by one: next to never, and that is slow."""
 
 
 def to_line(record: Record) -> bytes:
@@ -51,12 +59,17 @@ _ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 def from_line(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a whole line with kind and step; None if it is torn or damaged."""
+    """Return the JSON object of a whole line with kind and step; None if it is torn or damaged.
+
+    All numbers in it are finite, and integers have 64 bits: readers may add them up and draw them.
+    """
     if not line.endswith(b"\n"):
         return None
     try:
         record = parse_json(line)
-    except ValueError:
+        if _OUT_OF_RANGE.search(line):
+            json.loads(line, parse_float=_finite_number, parse_int=_integer, parse_constant=_refuse)
+    except (ValueError, OverflowError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return None
@@ -104,6 +117,24 @@ def to_row(values: Sequence[Any]) -> bytes:
     return text.getvalue().encode()
 
 
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is not a number of ours")
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{text:.20} is not a number of ours")
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
 def _finite(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item, _join(path, key), nonfinite) for key, item in value.items()}
@@ -144,6 +175,17 @@ def _cell(value: Any) -> Any:
     return " ".join(value.split()) if isinstance(value, str) else value
 
 
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file from where it stands; the start alone of what is too long for one.
+
+    Only whole lines end with a line feed.
+    """
+    while line := file.readline(LONGEST_LINE):
+        yield line
+        while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+
+
 def read_records(path: Path) -> Iterable[dict[str, Any]]:
     """Yield the whole records of a metrics.jsonl, in its order.
 
@@ -151,7 +193,7 @@ def read_records(path: Path) -> Iterable[dict[str, Any]]:
         OSError: if it cannot be read.
     """
     with open_file(path) as file:
-        for line in file:
+        for line in lines_of(file):
             if (record := from_line(line)) is not None:
                 yield record
 
@@ -166,7 +208,7 @@ def newest_records(path: Path, tail_bytes: int = _TAIL_BYTES) -> dict[str, dict[
     try:
         with open_file(path) as file:
             file.seek(max(0, path.stat().st_size - tail_bytes))
-            lines = file.readlines()
+            lines = file.read(tail_bytes).splitlines(keepends=True)
     except OSError:
         return {}
     found: dict[str, dict[str, Any]] = {}
@@ -193,10 +235,10 @@ def cut_back(path: Path, last_step: int, again: str | None = None) -> int:
         return again is None or record["step"] < last_step or record["kind"] != again
 
     with open_file(path) as file:
-        num_cut = sum(not kept(line) for line in file)
+        num_cut = sum(not kept(line) for line in lines_of(file))
     if num_cut:
         with open_file(path) as old, replacing(path) as new:
-            new.writelines(filter(kept, old))
+            new.writelines(filter(kept, lines_of(old)))
     return num_cut
 
 

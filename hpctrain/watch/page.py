@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import json
+import math
 from importlib.resources import files
 from typing import Any
 
@@ -68,8 +69,19 @@ def reported(data: dict[str, Any]) -> str:
 
 def as_json(value: Any) -> str:
     """Return JSON that may stand in an HTML page: no text in it ends a script."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # a file of others' holds what is no JSON
+        text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _filled(head: str, body: str) -> str:

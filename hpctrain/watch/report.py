@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import NONFINITE, WALL_TIME, flat, from_line
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.permissions import explained
+from hpctrain.utils.text import printable
 from hpctrain.version import __version__
 from hpctrain.watch import page
 from hpctrain.watch.run_files import LOG, PIECE_BYTES, RunFiles
@@ -101,25 +103,36 @@ def write_images(runs: Sequence[RunFiles], folder: Path) -> list[Path]:
     for run in runs:
         for series in curves(_records(run))["series"]:
             label = f"{run.name} {series['split']}" if len(runs) > 1 else series["split"]
-            lines.setdefault(series["key"], []).append((label, series))
+            lines.setdefault(series["key"], []).append((_plain(label), series))
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for key, drawn in sorted(lines.items()):
             figure = Figure(figsize=(6.0, 4.0), dpi=150, layout="constrained")
             FigureCanvasAgg(figure)
-            axes = figure.add_subplot(xlabel="step", ylabel=key)
+            axes = figure.add_subplot(xlabel="step", ylabel=_plain(key))
             for label, series in drawn:
                 values = [float("nan") if value is None else value for value in series["value"]]
                 axes.plot(series["step"], values, label=label, linewidth=1.2)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
             path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', key)}.png"
-            figure.savefig(path)
+            with warnings.catch_warnings():  # such as of a letter that its font has not
+                warnings.simplefilter("ignore", UserWarning)
+                figure.savefig(path)
             written.append(path)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {explained(error, folder)}") from error
     return written
+
+
+def _plain(name: str) -> str:
+    """Return a name as matplotlib draws it letter by letter: between two $ it reads formulas.
+
+    Of labels that begin with an underscore it has none in a legend.
+    """
+    plain = printable(name).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def _machines(run: RunFiles, most_bytes: int) -> dict[str, list[dict[str, Any]]]:
@@ -138,19 +151,9 @@ def _machines(run: RunFiles, most_bytes: int) -> dict[str, list[dict[str, Any]]]
 
 def _records(run: RunFiles, name: str = JSONL_FILE) -> Iterator[dict[str, Any]]:
     """Yield the whole records of a file of a run; none where there are none."""
-    rest, start = b"", 0
-    while True:
-        try:
-            piece = run.piece(name, start)
-        except OSError:
-            return
-        if not piece:
-            return
-        start += len(piece)
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if (record := from_line(line + b"\n")) is not None:
-                yield record
+    for _, line in run.lines(name):
+        if (record := from_line(line)) is not None:
+            yield record
 
 
 def _end_of_log(run: RunFiles) -> list[str]:

@@ -26,6 +26,7 @@ from hpctrain.observe.job_record import JobTime
 from hpctrain.observe.machine.log import FOLDER as MACHINE
 from hpctrain.observe.machine.log import energy_of, read_hosts, signs_of_life
 from hpctrain.observe.metrics import JSONL_FILE
+from hpctrain.observe.records import lines_of
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.run_folder import CHECKPOINTS, step_of
@@ -106,6 +107,22 @@ class RunFiles:
             raise FileNotFoundError(f"{name!r:.100} is not a file of a run that grows")
         with self._opened(name) as descriptor:
             return os.pread(descriptor, most, start)
+
+    def lines(self, name: str, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines of a growing file, each with the offset behind it, see `lines_of`.
+
+        There are none where it is not there, or cannot be read.
+        """
+        if not _GROWING.fullmatch(name):
+            return
+        with (
+            suppress(OSError),
+            self._opened(name) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            file.seek(start)
+            for line in lines_of(file):
+                yield file.tell(), line
 
     def facts(self) -> dict[str, Any]:
         """Return all that is known of the run beside its growing files, as JSON.
@@ -335,7 +352,7 @@ def energy_of_run(run: Path, jobs: Sequence[JobTime]) -> dict[str, Any] | None:
         return None
     used = 0.0 if any(job.end is None for job in jobs) else sum(job.node_seconds for job in jobs)
     # A job's last line is written as it ends, its record's time is in whole seconds.
-    ends = [*(job.begin for job in jobs[1:]), inf]
+    ends = [job.begin for job in jobs[1:]] + [inf] * bool(jobs)
     of_jobs = {}
     for job, end in zip(jobs, ends, strict=True):
         found = energy_of(hosts, job.begin, end)

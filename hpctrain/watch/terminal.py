@@ -135,7 +135,6 @@ class _Tail:
 
     identity: str = ""
     place: int = 0
-    rest: bytes = b""
 
 
 @dataclass(slots=True)
@@ -259,18 +258,11 @@ class RunView:
             self._series.clear()
             self._pace.clear()
             self._tail = tail = _Tail(file.identity, max(0, file.size - _FIRST_BYTES))
-        while tail.place < file.size:
-            try:
-                piece = self.run.piece(file.name, tail.place)
-            except OSError:
-                return
-            if not piece:
-                return
-            tail.place += len(piece)
-            *lines, tail.rest = (tail.rest + piece).split(b"\n")
-            for line in lines:
-                if (record := from_line(line + b"\n")) is not None:
-                    self._take(record)
+        for place, line in self.run.lines(file.name, tail.place):
+            if line.endswith(b"\n"):  # else it is not yet whole, or never will be
+                tail.place = place
+            if (record := from_line(line)) is not None:
+                self._take(record)
 
     def _take(self, record: Mapping[str, Any]) -> None:
         self._newest = dict(record)

@@ -33,7 +33,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from hpctrain.observe.records import WALL_TIME, from_line, to_line
+from hpctrain.observe.records import WALL_TIME, from_line, lines_of, to_line
 from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, open_file
 from hpctrain.utils.permissions import follow_folder
@@ -167,7 +167,7 @@ def read_hosts(run: Path, most_bytes: int | None = None) -> dict[str, list[dict[
         with suppress(OSError), open_file(path) as file:
             if most_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
-            lines = map(from_line, file)
+            lines = map(from_line, lines_of(file))
             found[path.name.removesuffix(".jsonl")] = [line for line in lines if line is not None]
     return found
 
@@ -269,7 +269,7 @@ def signs_of_life(run: Path) -> list[float]:
     found: list[float] = []
     for path in _files(run):
         with suppress(OSError), open_file(path) as file:
-            found += map(float, _MOMENT.findall(file.read()))
+            found += (float(moment) for line in lines_of(file) for moment in _MOMENT.findall(line))
     return found
 
 

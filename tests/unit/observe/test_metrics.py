@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import struct
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,29 @@ def test_line_of_numbers_that_are_not_finite() -> None:
 )
 def test_broken_lines(line: bytes) -> None:
     assert from_line(line) is None
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "9" * 400, "9" * 5000])
+def test_numbers_that_no_reader_could_add_up_are_damage(number: str) -> None:
+    for line in (f'{{"kind": "train", "step": 1, "a": [{number}]}}\n',):
+        assert from_line(line.encode()) is None
+    assert from_line(f'{{"kind": "train", "step": 1, "NaN": "{"7" * 30}", "a": 1e-308}}\n'.encode())
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(to_line({"kind": "train", "step": 1}))
+    os.truncate(path, 100_000_000)
+    with path.open("ab") as file:
+        file.write(b"\n" + to_line({"kind": "train", "step": 2}))
+    tracemalloc.start()
+    try:
+        assert [record["step"] for record in records.read_records(path)] == [1, 2]
+        assert records.cut_back(path, 5) == 1
+        assert tracemalloc.get_traced_memory()[1] < 6 * records.LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size < 100
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:

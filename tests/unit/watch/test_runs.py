@@ -62,6 +62,50 @@ def test_two_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert curve[-1].split()[2] == "-"
 
 
+HOSTILE = {
+    "nothing": b"",
+    "zeros": bytes(4096),
+    "cut": b'{"kind": "train", "st',
+    "deep": b"[" * 100_000,
+    "a list": b"[1]\n",
+    "other types": b'{"kind": "train", "step": 3, "loss": "x", "seconds": 7, "wall_time": [], '
+    b'"split": 5, "steps": 3, "command": 4, "start": 5, "nodes": "b", "before": 7, "began": {}}\n',
+    "numbers without end": b'{"kind": "machine", "step": 3, "seconds": 1e999, '
+    b'"cpu": {"busy": 1e400}, "ranks": {"rank": [1, "a"], "step": [1e999, null], '
+    b'"others": [0]}, "wall_time": NaN}\n'
+    b'{"kind": "train", "step": ' + b"9" * 400 + b', "loss": 1e999, "number": 1e999}\n',
+    "large numbers": b'{"kind": "train", "step": 9223372036854775807, "loss": 1e308, "number": 1, '
+    b'"wall_time": 1e300, "seconds": {"data": -1e308}, "job": 1, "began": -1e300}\n',
+    "a clock that goes back": b'{"kind": "train", "step": 9, "loss": 1.0, "wall_time": 9}\n'
+    b'{"kind": "train", "step": -3, "loss": 2.0, "wall_time": -5}\n{"kind": "job", "step": 0, '
+    b'"job": 2, "began": 1e9, "before": null, "wall_time": 5.0}\n',
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_whatever_files_hold_no_command_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """Every file of a run alike: it is looked at, or refused with the file's name."""
+    run, other = made_run(tmp_path / "run"), made_run(tmp_path / "other")
+    (run / "machine").mkdir()
+    files = ("exit.json", "metrics.jsonl", "log.txt", "config.toml", "phases.jsonl", "lease.json")
+    for name in (*files, "jobs/1.json", "jobs/2.json", "machine/n0.jsonl", "latest"):
+        (run / name).write_bytes(content)
+    for command in (
+        ["runs", str(tmp_path)],
+        ["compare", str(run), str(other)],
+        ["watch", str(run)],
+        ["report", str(run), str(other), "--output", str(tmp_path / "report.html")],
+        ["status", str(run)],
+        ["bundle", str(run), "--output", str(tmp_path / "run.tar.gz")],
+    ):
+        code = main(command)
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        assert code == ExitCode.DONE or str(run) in told.err, (command, told.err)
+
+
 def test_nothing_of_this_imports_torch(tmp_path: Path) -> None:
     run = str(made_run(tmp_path / "a"))
     program = (

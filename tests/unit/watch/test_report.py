@@ -1,13 +1,18 @@
-"""Thinned curves: extremes, gaps and ends stay, sums of phases too."""
+"""Reports: thinned curves keep extremes, gaps, ends and sums of phases; plots as images."""
 
 from __future__ import annotations
 
 import math
 import random
+import sys
+from pathlib import Path
 
+import PIL.Image
 import pytest
-from helpers.made_runs import record
+from helpers.made_runs import append, made_run, record
 
+from hpctrain.cli import main
+from hpctrain.errors import ExitCode
 from hpctrain.watch.report import curves, thinned
 
 
@@ -58,3 +63,26 @@ def test_numbers_of_a_long_run() -> None:
     assert sum(len(each["step"]) for each in made["series"]) < 4000
     assert all(len(column) == len(made["axis"]["step"]) for column in made["axis"].values())
     assert math.isclose(made["axis"]["time"][-1], records[-1]["wall_time"])
+
+
+def test_plots_as_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image a number, of all runs together; the message without matplotlib names the extra."""
+    pytest.importorskip("matplotlib")
+    one, other = made_run(tmp_path / "one"), made_run(tmp_path / "zwei/\u00e9\x1b[31m")
+    append(one, record(210, **{"$x_{": 1.0, "_private": 2.0, "\\\\y": 3.0}))
+    output, images = str(tmp_path / "r.html"), tmp_path / "new" / "images"
+    command = ["report", str(one), str(other), "--output", output, "--png"]
+    assert main([*command, str(images)]) == ExitCode.DONE
+    names = sorted(path.name for path in images.iterdir())
+    assert f"{images}: {len(names)} images" in capsys.readouterr().out
+    assert {"loss.png", "accuracy.png", "lr.png"} <= set(names)
+    with PIL.Image.open(images / "loss.png") as image:
+        assert image.size == (900, 600)
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10  # curves, not a blank sheet
+    assert main([*command, output]) != ExitCode.DONE  # a file is in the way
+    assert f"{output} cannot be written" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*command, str(images)]) != ExitCode.DONE
+    assert "pip install 'hpctrain[plots]'" in capsys.readouterr().err
