@@ -365,6 +365,7 @@ def test_retention(
 
 
 WRITER = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -372,6 +373,17 @@ from hpctrain.checkpoint.save import Snapshot
 from hpctrain.checkpoint.manager import Retention
 from hpctrain.checkpoint.manager import CheckpointManager
 
+# A line asks for a writer, whose process is told: a fork, since each would import torch anew.
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("ended", flush=True)
+if pid:
+    raise SystemExit
+torch.set_num_threads(1)
 store = CheckpointManager(
     Path(sys.argv[1]), retention=Retention(keep_last=2), confirm=lambda: None, warn=print
 )
@@ -388,16 +400,28 @@ def test_killed_at_random_moments_nothing_is_torn(tmp_path: Path, told: list[str
     script.write_text(WRITER, encoding="utf-8")
     latest = tmp_path / "latest"
     seen = 0
-    for _ in range(8):
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
-        before = latest.stat().st_mtime_ns if latest.exists() else 0
-        wait_for(lambda known=before: latest.exists() and latest.stat().st_mtime_ns != known)
-        time.sleep(draw.random() * 0.2)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        final = [name for name in names(tmp_path) if not name.startswith(".")]
-        for name in final:
-            loaded = load(tmp_path / "checkpoints" / name)
-            assert torch.equal(loaded.model["layer7"], torch.full((256, 256), float(loaded.step)))
-        seen += len(final)
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as writers:
+        assert writers.stdin is not None
+        assert writers.stdout is not None
+        for _ in range(8):
+            before = latest.stat().st_mtime_ns if latest.exists() else 0
+            writers.stdin.write("another\n")
+            writers.stdin.flush()
+            pid = int(writers.stdout.readline())
+            wait_for(lambda known=before: latest.exists() and latest.stat().st_mtime_ns != known)
+            time.sleep(draw.random() * 0.2)
+            os.kill(pid, signal.SIGKILL)
+            assert writers.stdout.readline() == "ended\n"
+            final = [name for name in names(tmp_path) if not name.startswith(".")]
+            for name in final:
+                loaded = load(tmp_path / "checkpoints" / name)
+                expected = torch.full((256, 256), float(loaded.step))
+                assert torch.equal(loaded.model["layer7"], expected)
+            seen += len(final)
+        writers.stdin.close()
     assert seen

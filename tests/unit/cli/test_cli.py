@@ -69,7 +69,7 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_usage_error_is_told_once_under_a_launcher() -> None:
     result = subprocess.run(
-        ["mpirun", "-np", "3", sys.executable, "-m", "hpctrain", "run.toml", "--bogus"],
+        ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", "--bogus"],
         capture_output=True,
         text=True,
         timeout=JOB_SECONDS,

@@ -83,41 +83,84 @@ assert hpctrain.train("run.toml") == {}
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "mine.py").write_text(MODULES, encoding="utf-8")
-    for name, data in (("run.toml", "Files"), ("online.toml", "Online")):
-        (tmp_path / name).write_text(CONFIG.format(data=data), encoding="utf-8")
-    (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
-    (tmp_path / "calls.py").write_text(CALLS, encoding="utf-8")
-    (tmp_path / "loop.py").write_text(LOOP, encoding="utf-8")
-    return tmp_path
+FORKS = """
+import os
+import sys
+
+import lightning.pytorch
+
+from hpctrain.cli import main
+
+assert "mpi4py" not in sys.modules
+for what in sys.argv[1:]:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(what.partition(".")[0])
+        os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.path[0] = os.getcwd()
+        sys.exit(main(["prepare", what]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+"""Every case is a fork of one process, since each would import Lightning anew: 9 s of CPU."""
+
+WHERE_NOTHING_IS_KNOWN = {"MPI4PY_LIBMPI": "/nowhere.so"}
+"""Without MPI."""
+
+CASES: dict[str, tuple[int, str, set[str]]] = {
+    "run.toml": (0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
+    "train.py": (0, "train.py ended by KeyError after that", {"fetched", "weights"}),
+    "loop.py": (0, "prepared up to hpctrain.connect()", {"fetched"}),
+    "online.toml": (65, "prepare_data of Online failed with gaierror", set()),
+    "calls.py": (0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("what", "code", "told", "fetched"),
-    [
-        ("run.toml", 0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
-        ("train.py", 0, "train.py ended by KeyError after that", {"fetched", "weights"}),
-        ("loop.py", 0, "prepared up to hpctrain.connect()", {"fetched"}),
-        ("online.toml", 65, "prepare_data of Online failed with gaierror", set()),
-        ("calls.py", 0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
-        ("absent.py", 64, "absent.py: no such file", set()),
-    ],
-)
-def test_what_is_fetched(folder: Path, what: str, code: int, told: str, fetched: set[str]) -> None:
-    """Without MPI, on a node of which nothing is known."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "hpctrain", "prepare", what],
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=folder,
-        env=os.environ | {"MPI4PY_LIBMPI": "/nowhere.so"},
+        env=os.environ | WHERE_NOTHING_IS_KNOWN,
         capture_output=True,
         text=True,
         timeout=JOB_SECONDS,
         check=False,
     )
-    output = ended.stdout + ended.stderr
-    assert ended.returncode == code, output
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder of folders, one a case, in each of which it was prepared; and the exit codes."""
+    site = tmp_path_factory.mktemp("site")
+    for what in CASES:
+        folder = site / what.partition(".")[0]
+        folder.mkdir()
+        (folder / "mine.py").write_text(MODULES, encoding="utf-8")
+        for name, data in (("run.toml", "Files"), ("online.toml", "Online")):
+            (folder / name).write_text(CONFIG.format(data=data), encoding="utf-8")
+        for name, text in (("train.py", SCRIPT), ("calls.py", CALLS), ("loop.py", LOOP)):
+            (folder / name).write_text(text, encoding="utf-8")
+    (site / "forks.py").write_text(FORKS, encoding="utf-8")
+    ended = run(site, "forks.py", *CASES)
+    assert ended.returncode == 0, ended.stderr
+    return site, dict(zip(CASES, ended.stdout.split(), strict=True))
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_what_is_fetched(codes: tuple[Path, dict[str, str]], what: str) -> None:
+    """On a node of which nothing is known."""
+    code, told, fetched = CASES[what]
+    folder = codes[0] / what.partition(".")[0]
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    assert codes[1][what] == str(code), output
     assert told in output
     assert {each.name for each in folder.iterdir()} & {"fetched", "weights"} == fetched
     assert not (folder / "runs").exists()
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    ended = run(tmp_path, "-m", "hpctrain", "prepare", "absent.py")
+    assert ended.returncode == 64
+    assert "absent.py: no such file" in ended.stdout + ended.stderr
+    assert not list(tmp_path.iterdir())

@@ -11,10 +11,9 @@ from hpctrain.launch.process_group import loading
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
+def enabled_again() -> Iterator[None]:
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 def test_the_collector_rests_and_what_was_loaded_is_kept_from_it() -> None:
