@@ -29,7 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     These are run by themselves: CUDA looks once for devices. Two ranks would take the same one.
     """
-    gc.disable()  # until all that lasts is there, see pytest_collection_finish
     named = [Path(each.split("::")[0]).resolve() for each in config.args]
     of_devices = Path(__file__).parent / "gpu"
     alone = any(of_devices in (path, *path.parents) for path in named)
@@ -74,10 +73,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return SideBySide(config, log)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
     """Leave tests and imported packages out of garbage collections: a second of CPU each, else."""
-    gc.enable()
-    gc.freeze()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

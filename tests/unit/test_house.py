@@ -98,15 +98,6 @@ def test_start_up_imports_nothing_heavy() -> None:
     assert_passes(sys.executable, "-c", code)
 
 
-def test_lightning_is_imported_nowhere() -> None:
-    """Its modules are known by what they can do; only tests and benchmarks have it."""
-    code = (
-        "import sys, hpctrain.lightning, hpctrain.training.job;"
-        "sys.exit('imported' if {'lightning', 'pytorch_lightning'} & set(sys.modules) else 0)"
-    )
-    assert_passes(sys.executable, "-c", code)
-
-
 def test_the_watchdog_needs_the_standard_library_alone() -> None:
     """It starts without site-packages, in a few ms."""
     code = (

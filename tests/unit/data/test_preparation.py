@@ -186,7 +186,7 @@ def test_the_same_batches_at_any_world_size_number_of_workers_and_start(
         for world_size in (2, 3, 4):
             assert global_batches(dataset, order, preparation, world_size) == expected
         assert global_batches(dataset, order, preparation, buffer_mb=0.02) == expected
-    for workers, processes in ((3, False), (1, True), (3, True)):
+    for workers, processes in ((3, False), (3, True)):
         with preparation_of(dataset, "crop", workers, processes=processes) as preparation:
             assert global_batches(dataset, order, preparation, 3) == expected
             for start in (64, 192):
