@@ -43,7 +43,8 @@ from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position
 from hpctrain.training.profiling import Phases
 from hpctrain.training.rank_zero import RankZero, SaveClock
-from hpctrain.training.trainer import Metrics, Plan, Run, fit
+from hpctrain.training.run import Metrics, Run
+from hpctrain.training.trainer import Plan, fit
 
 SAMPLES = 32
 TASK, A_MODULE = "hpctrain", "hpctrain, a module"
@@ -210,7 +211,7 @@ class Job:
         loader: Any = self.samples
         self.place, _ = fit(
             self.place, plan, step=self.parts.step, loader=loader, schedule=self.parts.schedule,
-            hooks=self.run,
+            run=self.run,
         )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.data.loading.batch import Batch, repeated
 from hpctrain.launch.process_group import World
-from hpctrain.training.build import Parts, build_parts, resolve_components
+from hpctrain.training.build import Parts, build_parts
+from hpctrain.training.components import resolve_components
 from hpctrain.training.position import StopAt
 
 EPOCH_SAMPLES = 10**12

@@ -200,7 +200,7 @@ def _check_arguments(parsed: Any, points: Sequence[Pairs], configs: Sequence[Con
     if is_elsewhere or find_spec("torch") is None:
         _note("arguments of components are checked when a point begins: its Python is another one")
         return
-    from hpctrain.training.build import resolve_components
+    from hpctrain.training.components import resolve_components
 
     for point, config in zip(points, configs, strict=True):
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpctrain.errors import ConfigError
 from hpctrain.lightning.keys import Keys
-from hpctrain.training.brought import Brought
+from hpctrain.training.components import Brought
 from hpctrain.training.data.user_data import own_hook
 from hpctrain.training.modules.overrides import uncompiled
 

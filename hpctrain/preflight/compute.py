@@ -31,14 +31,9 @@ from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
 from hpctrain.preflight.numbers import STEP_FIX, check_numbers
 from hpctrain.preflight.report import Finding
-from hpctrain.training.build import (
-    Components,
-    build_model,
-    build_parts,
-    build_task,
-    resolve_components,
-)
+from hpctrain.training.build import build_model, build_parts, build_task
 from hpctrain.training.checkpointing.snapshot import expected_bytes, host_bytes
+from hpctrain.training.components import Components, resolve_components
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.model.preparation import is_spread
 from hpctrain.training.model.undisturbed import seed_generators

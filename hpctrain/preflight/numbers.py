@@ -20,7 +20,8 @@ from hpctrain.data.loading.nested import named_tensors
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding
-from hpctrain.training.build import Components, Parts, build_parts
+from hpctrain.training.build import Parts, build_parts
+from hpctrain.training.components import Components
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
 from hpctrain.training.metrics import MetricObjects, Part, Totals

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +11,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hpctrain.checkpoint.best import Mode
 from hpctrain.checkpoint.state import HasParameters
 from hpctrain.config import Config
 from hpctrain.config.capabilities import Combination, records_graphs, unsupported
 from hpctrain.config.fields import target_mask, target_weight
-from hpctrain.config.importing import snapshot
-from hpctrain.config.messages import Mistake, shown
-from hpctrain.config.registry import OWN, placed_error, resolve_all, resolve_listed
-from hpctrain.config.schema import OptimizerSection, SchedulerSection
+from hpctrain.config.messages import shown
+from hpctrain.config.registry import OWN, resolve_listed
+from hpctrain.config.schema import SchedulerSection
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError
-from hpctrain.launch.process_group import World, loading
-from hpctrain.observe.code import user_modules
+from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing.snapshot import refuse_unmade
+from hpctrain.training.components import NOTHING, Brought, Components
+from hpctrain.training.early_stopping import check_monitored, directions
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_as_begun, is_spread, prepare_model
 from hpctrain.training.model.undisturbed import seed_generators
@@ -55,12 +52,9 @@ from hpctrain.training.prepare_data import fetching, prepare_data
 from hpctrain.training.step import Shapes, TrainStep
 from hpctrain.training.task.misfits import explain_misfit, ranges_checked
 from hpctrain.training.task.task import Task, adopt_task
-from hpctrain.utils.text import did_you_mean, listed
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from hpctrain.training.parallel.fsdp import ShardedModel
-
-Components = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,142 +441,3 @@ def _check_capabilities(config: Config, world: World) -> None:
 
 def _records_graphs(config: Config) -> bool:
     return records_graphs(compile=config.training.compile, mode=config.training.compile_mode)
-
-
-def directions(config: Config, task: Task) -> dict[str, Mode]:
-    """Return which direction of each metric of the evaluation is better: the config's word wins."""
-    checkpoint, stopping = config.checkpoint, config.early_stopping
-    asked = (
-        (stopping.monitor, stopping.mode),
-        (checkpoint.keep_best, checkpoint.keep_best_mode),
-    )
-    said = {name: mode for name, mode in asked if mode is not None}
-    declared = dict(task.metrics)
-    for further in config.data.evaluations:
-        declared |= {f"{further}/{name}": mode for name, mode in task.metrics.items()}
-    return {name: said.get(name) or mode for name, mode in declared.items()}
-
-
-def check_monitored(config: Config, task: Task) -> None:
-    """See to it that there are the metrics that the config watches.
-
-    Raises:
-        ConfigError: if the task is known to have no such metric.
-    """
-    asked = {
-        "checkpoint.keep_best": config.checkpoint.keep_best,
-        "early_stopping.monitor": config.early_stopping.monitor,
-    }
-    known: Sequence[str] = sorted(directions(config, task))
-    for key, metric in asked.items():
-        if metric is not None and metric not in known:
-            raise ConfigError(
-                f'{key} = "{metric}": {config.task.use} has no such metric'
-                f"{did_you_mean(metric, known)} (metrics: {', '.join(known)})"
-            )
-
-
-# What hpctrain itself passes, by section: not for the config to give.
-_GIVEN = {
-    "model": (),
-    "task": ("inputs", "target"),
-    "optimizer": ("params", "lr"),
-    "scheduler": ("step", "total_steps"),
-}
-
-
-def resolve_components(
-    config: Config,
-    path: str | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    given: Collection[str] = (),
-) -> dict[str, Callable[..., Any]]:
-    """Import what the config names and check every argument against its signature.
-
-    Args:
-        config: what was loaded.
-        path: the file that it was loaded from, so that mistakes are told with their lines.
-        overrides: those that it was loaded with.
-        given: sections in whose place there are objects.
-
-    Returns:
-        The classes and functions, by section.
-
-    Raises:
-        ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
-    """
-    # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
-    without = {*given, *(["optimizer"] if config.optimizer.use == OWN else [])}
-    with loading():
-        components = resolve_all(
-            config, given=_given, path=path, overrides=overrides, without=without
-        )
-        for section in ("callbacks", "trackers"):
-            resolve_listed(config, section, path=path, overrides=overrides)
-        mistake = _refused(config.optimizer, components.get("optimizer"))
-    if mistake:
-        raise placed_error([mistake], path, overrides)
-    _refuse_live_code()
-    return components
-
-
-def _refused(section: OptimizerSection, target: Callable[..., Any] | None) -> Mistake | None:
-    """Return the first argument that an optimizer refuses, found by leaving out one at a time.
-
-    A signature tells names only: that betas are two numbers, and below 1, the class says itself.
-    """
-    if not inspect.isclass(target) or not issubclass(target, Optimizer):
-        return None
-    arguments: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in section.arguments.items()
-    }
-
-    make: Callable[..., Any] = target
-
-    def error_without(left_out: str | None) -> Exception | None:
-        given = {name: value for name, value in arguments.items() if name != left_out}
-        try:
-            make([nn.Parameter(torch.zeros(2, 2))], lr=section.lr, **given)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return error
-        return None
-
-    error = error_without(None)
-    if error is None:
-        return None
-    for name in arguments:
-        if error_without(name) is None:
-            default = inspect.signature(target).parameters.get(name)
-            usual = "" if default is None else f"; its default is {default.default!r}"
-            problem = f"{section.use} refuses it: {error}{usual}"
-            return Mistake(key=("optimizer", name), problem=problem, value=section.arguments[name])
-    return None  # it is not a single argument: building it will tell
-
-
-def _refuse_live_code() -> None:
-    """See to it that a job with a snapshot of the code runs that and nothing else.
-
-    Raises:
-        ConfigError: if a module of the project has come from the project itself.
-    """
-    if (taken := snapshot()) is None:
-        return
-    root, project = taken
-    live = [
-        str(path)
-        for path in user_modules().values()
-        if path.is_relative_to(project) and not path.is_relative_to(root)
-    ]
-    if live:
-        raise ConfigError(
-            f"--code {root}: {listed(live)} came from {project}, not from this snapshot of it: "
-            "they are not in it, or installed from that folder in a way that Python's path does "
-            "not show. Have git know them, or leave job --snapshot out"
-        )
-
-
-def _given(section: str, target: Callable[..., Any]) -> Collection[str]:
-    # A schedule that is a class is built with its arguments, and its objects are called.
-    return () if section == "scheduler" and inspect.isclass(target) else _GIVEN[section]

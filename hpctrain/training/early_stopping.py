@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpctrain.checkpoint.best import Mode, Preference
 from hpctrain.config import Config
-from hpctrain.config.schema import EarlyStoppingSection, TrainingSection
-from hpctrain.errors import TrainingError
+from hpctrain.config.schema import (
+    EarlyStoppingSection,
+    TrainingSection,
+)
+from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.topology import Communicator, on_rank_zero
-from hpctrain.training.brought import Prune
+from hpctrain.training.components import Prune
 from hpctrain.training.position import Position
+from hpctrain.training.task.task import Task
 from hpctrain.utils.text import did_you_mean, metric, plural
 
 logger = logging.getLogger("hpctrain")
@@ -178,3 +182,51 @@ def ended_early(config: Config, saved: Mapping[str, Any], at: Position) -> str |
     stopping = EarlyStopping(config.early_stopping, config.training)
     stopping.load_state_dict(saved.get(STATE, {}))
     return stopping.reason if stopping.ends(at) else None
+
+
+def directions(config: Config, task: Task) -> dict[str, Mode]:
+    """Return which direction of each metric of the evaluation is better: the config's word wins."""
+    checkpoint, stopping = config.checkpoint, config.early_stopping
+    asked = (
+        (stopping.monitor, stopping.mode),
+        (checkpoint.keep_best, checkpoint.keep_best_mode),
+    )
+    said = {name: mode for name, mode in asked if mode is not None}
+    declared = dict(task.metrics)
+    for further in config.data.evaluations:
+        declared |= {f"{further}/{name}": mode for name, mode in task.metrics.items()}
+    return {name: said.get(name) or mode for name, mode in declared.items()}
+
+
+def check_monitored(config: Config, task: Task) -> None:
+    """See to it that there are the metrics that the config watches.
+
+    Raises:
+        ConfigError: if the task is known to have no such metric.
+    """
+    asked = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "early_stopping.monitor": config.early_stopping.monitor,
+    }
+    known: Sequence[str] = sorted(directions(config, task))
+    for key, name in asked.items():
+        if name is not None and name not in known:
+            raise ConfigError(
+                f'{key} = "{name}": {config.task.use} has no such metric'
+                f"{did_you_mean(name, known)} (metrics: {', '.join(known)})"
+            )
+
+
+def early_stopping_of(config: Config, task: Task, saved: Mapping[str, Any]) -> EarlyStopping:
+    """Return what may end the run before its limits, as far as it had come when it was saved.
+
+    Args:
+        config: of the job.
+        task: names its metrics.
+        saved: values of the checkpoint that the run goes on from; empty: it begins.
+    """
+    mode = directions(config, task).get(config.early_stopping.monitor or "", "min")
+    stopping = EarlyStopping(config.early_stopping, config.training, mode)
+    if STATE in saved:
+        stopping.load_state_dict(saved[STATE])
+    return stopping

@@ -17,27 +17,24 @@ from hpctrain.launch.process_group import World, prepare_deterministic, process_
 from hpctrain.launch.rendezvous import Meeting
 from hpctrain.observe.trackers import handing_to_object
 from hpctrain.topology import Communicator, Topology, raise_together
-from hpctrain.training.brought import NOTHING, Brought
-from hpctrain.training.build import (
-    Components,
-    Parts,
-    build_parts,
-    check_monitored,
-    directions,
-    resolve_components,
-    watch_metrics,
-)
+from hpctrain.training.build import Parts, build_parts, watch_metrics
 from hpctrain.training.checkpointing.initialize import start_warm
 from hpctrain.training.checkpointing.resume import Resumed, restore
 from hpctrain.training.compile_cache import keep_on_node, kept_compiled
+from hpctrain.training.components import NOTHING, Brought, Components, resolve_components
 from hpctrain.training.data.run_data import Data, open_data
 from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
 from hpctrain.training.dry_run.step import MOST_ROWS as MOST_SAMPLES
-from hpctrain.training.early_stopping import STATE, EarlyStopping, ended_early
+from hpctrain.training.early_stopping import (
+    check_monitored,
+    early_stopping_of,
+    ended_early,
+)
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.profiling import Phases, StepProfiler, figures_recorded, profiled
 from hpctrain.training.rank_zero import RankZero, RunFolder, prepare_rank_zero
 from hpctrain.training.record import begin_record
+from hpctrain.training.run import Run
 from hpctrain.training.session import ReadTrouble, find_beginning, finish, session
 from hpctrain.training.summary import (
     complete_text,
@@ -46,8 +43,7 @@ from hpctrain.training.summary import (
     transport_notes,
 )
 from hpctrain.training.task.misfits import explain_misfit, explained_indices, ranges_checked
-from hpctrain.training.task.task import Task
-from hpctrain.training.trainer import Plan, Run, fit
+from hpctrain.training.trainer import Plan, fit
 
 logger = logging.getLogger("hpctrain")
 
@@ -125,6 +121,7 @@ def _train(
         path, overrides = (None, ()) if is_script(command) else (command[0], command[1:])
         components = resolve_components(config, path, overrides, given=brought.sections)
     stages = Stages()
+    # The checkpoint first: its record has the rules and the data that the run began with.
     resumed, semantics, changes = find_beginning(config, world, folder)
     changes += brought.notes
     stages.done("the checkpoint to go on from is looked for")
@@ -135,19 +132,22 @@ def _train(
     if folder is not None:
         folder.begin(place.step)
     early = None if resumed is None else ended_early(config, resumed.values, place)
+    # A run that is complete already builds nothing.
     if (data.stop_at.reached(place) or early) and not evaluation_owed:
         if folder is not None and resumed is not None:
             logger.info(complete_text(config, world, data, resumed, early, command))
             folder.step = place.step
         return ExitCode.DONE, early or "complete"
 
+    # What follows takes minutes at worst: asked before, and after.
     if reasons := stop.agree():
         return _stopped_early(reasons, data)
     with raise_together(world.communicator):
         profiler = StepProfiler.of(config, world)
-    data.stage(config, world)
+    data.stage(config, world)  # copies go on beside the building
     with kept_compiled(config, world):
         parts = _build(config, world, components, data, changes, brought)
+    # After the dry runs of `_build`, which leave no trace but the order in which DDP sums.
     with raise_together(world.communicator):
         if resumed is not None:
             resumed = _restored(world, parts, resumed, changes)
@@ -156,6 +156,7 @@ def _train(
         changes.append(start_warm(config.checkpoint, world, parts.step))
     if reasons := stop.agree():
         return _stopped_early(reasons, data)
+    # Metrics and checkpoints are opened only now: what cannot be built or restored writes none.
     with raise_together(world.communicator):
         rank_zero = None
         if folder is not None:
@@ -176,7 +177,7 @@ def _train(
         phases=phases,
         stop=stop,
         rank_zero=rank_zero,
-        stopping=early_stopping_of(config, parts.task, resumed),
+        stopping=early_stopping_of(config, parts.task, {} if resumed is None else resumed.values),
         place=place,
         metrics={} if resumed is None else dict(resumed.values["metrics"]),
         profiler=profiler,
@@ -193,19 +194,10 @@ def _train(
             step=parts.step,
             loader=data.train_loader,
             schedule=parts.schedule,
-            hooks=run,
+            run=run,
             evaluation_owed=evaluation_owed,
         )
     return finish(config, world, run, data, complete=complete, command=command)
-
-
-def early_stopping_of(config: Config, task: Task, resumed: Resumed | None) -> EarlyStopping:
-    """Return what may end the run before its limits, as far as it had come when it was saved."""
-    mode = directions(config, task).get(config.early_stopping.monitor or "", "min")
-    stopping = EarlyStopping(config.early_stopping, config.training, mode)
-    if resumed is not None:
-        stopping.load_state_dict(resumed.values.get(STATE, {}))
-    return stopping
 
 
 def _build(

@@ -117,7 +117,7 @@ def train(
         with gathering(job.topology, job.communicator, resolved.launch, job.guard) as meeting:
             with loading():
                 # torch follows MPI.
-                from hpctrain.training.brought import Brought
+                from hpctrain.training.components import Brought
                 from hpctrain.training.job import train as run_job
 
             code = run_job(
@@ -183,7 +183,8 @@ def fetch(config: Config, path: str, overrides: Sequence[str]) -> list[str]:
         ConfigError: if it cannot be made.
         DatasetError: if there is no internet here.
     """
-    from hpctrain.training.build import make_model, resolve_components
+    from hpctrain.training.build import make_model
+    from hpctrain.training.components import resolve_components
     from hpctrain.training.data.user_data import built_object
     from hpctrain.training.prepare_data import prepare_alone
 

@@ -39,9 +39,10 @@ from hpctrain.observe.notify import Notifier, state_of
 from hpctrain.observe.progress import Progress
 from hpctrain.observe.redacting import toml_for_others
 from hpctrain.observe.trackers import Handing, handing
-from hpctrain.training.build import Parts, directions
+from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing.snapshot import expected_bytes
 from hpctrain.training.data.run_data import Data
+from hpctrain.training.early_stopping import directions
 from hpctrain.training.position import Position
 from hpctrain.utils.batch_job import budget, job_identity, lineage
 from hpctrain.utils.files import replace_file

@@ -38,8 +38,8 @@ from hpctrain.training.checkpointing.resume import Resumed, find_checkpoint
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.rank_zero import RunFolder
 from hpctrain.training.record import rules_and_changes
+from hpctrain.training.run import Run
 from hpctrain.training.summary import summary_text
-from hpctrain.training.trainer import Run
 
 logger = logging.getLogger("hpctrain")
 

@@ -29,7 +29,7 @@ from hpctrain.training.data.run_data import Data, evaluated_samples
 from hpctrain.training.position import Position
 from hpctrain.training.rank_zero import RankZero, RunFolder
 from hpctrain.training.record import changed_since
-from hpctrain.training.trainer import Run
+from hpctrain.training.run import Run
 from hpctrain.utils.text import metric, plural
 
 logger = logging.getLogger("hpctrain")

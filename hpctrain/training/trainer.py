@@ -3,97 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
-from hpctrain.batch.stop import END_DUE, SAVE_DUE, Boundary, StopAgreement
-from hpctrain.checkpoint.load import Loaded, load_newest
-from hpctrain.checkpoint.save import Snapshot, try_snapshot
+from hpctrain.batch.stop import SAVE_DUE
 from hpctrain.config import Config
-from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
-from hpctrain.data.order.epochs import source_epochs
-from hpctrain.data.order.state import to_state
-from hpctrain.launch.process_group import World
-from hpctrain.observe.redacting import toml_for_others
-from hpctrain.topology import raise_together
-from hpctrain.training.brought import Prune
-from hpctrain.training.build import Parts
-from hpctrain.training.checkpointing.resume import TogetherSaver, reading, roll_back
-from hpctrain.training.checkpointing.snapshot import capture
+from hpctrain.data.loading.batch import TrainBatches
 from hpctrain.training.data.run_data import Data
-from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
-from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.modules.task import ModuleTask
-from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
 from hpctrain.training.optim.lr_scheduler import Schedule
-from hpctrain.training.parallel.ddp import check_equal_parameters
 from hpctrain.training.position import Interval, Position, StopAt
-from hpctrain.training.profiling import Phases, StepProfiler, note_figures
-from hpctrain.training.rank_zero import RankZero
-from hpctrain.training.record import made_by
+from hpctrain.training.run import Metrics, Run
 from hpctrain.training.step import TrainStep
-from hpctrain.training.task.misfits import look_at_ranges
-from hpctrain.training.task.task import learns_progress
-from hpctrain.utils.text import metric
 
 logger = logging.getLogger("hpctrain")
-
-Metrics = dict[str, float]
-
-VALIDATION = "validation"
-"""What the data are called whose metrics have no name before theirs."""
-
-
-class Hooks(Protocol):
-    """What the loop asks of the job around it. All ranks call each at the same place.
-
-    Attributes:
-        stopping: what ends the run before its limits, the same on all ranks.
-    """
-
-    stopping: EarlyStopping
-
-    def advanced(self, place: Position) -> None:
-        """Take note of a step. Called after every one, so it must cost next to nothing."""
-        ...
-
-    def begin_epoch(self, place: Position) -> None:
-        """Take note of an epoch that begins, or goes on in this job."""
-        ...
-
-    def end_epoch(self, place: Position, epoch: int) -> None:
-        """Write down what the epoch that led to `place` has given. Collective: all ranks."""
-        ...
-
-    def log(self, place: Position, epoch: int, lr: float) -> None:
-        """Write down the step that led to `place`. Collective: all ranks."""
-        ...
-
-    def evaluate(self, place: Position, epoch: int) -> Metrics | None:
-        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
-        ...
-
-    def check(self, place: Position) -> None:
-        """Compare what should be equal on all ranks. Collective: all ranks."""
-        ...
-
-    def save(self, place: Position, metrics: Metrics | None) -> None:
-        """Save a checkpoint; `metrics` are those of an evaluation at this very place.
-
-        Collective: all ranks.
-        """
-        ...
-
-    def agreed(self) -> int:
-        """Return what all ranks have agreed on here: reasons to stop, SAVE_DUE, or 0.
-
-        Collective: all ranks. Asked after every step.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +60,7 @@ def fit(
     step: TrainStep,
     loader: TrainBatches,
     schedule: Schedule,
-    hooks: Hooks,
+    run: Run,
     evaluation_owed: bool = False,
 ) -> tuple[Position, bool]:
     """Train from `place` to the stop_at, or until all ranks agree to stop.
@@ -152,21 +73,15 @@ def fit(
         Where the run stands, and whether it is complete.
     """
     end = plan.stop_at.end(place)
-    if (
-        evaluation_owed
-        and plan.evaluate is not None
-        and not _caught_up(place, plan, schedule, hooks)
-    ):
+    # First what the job before has left undone: schedule and early stopping need its metrics.
+    if evaluation_owed and plan.evaluate is not None and not _caught_up(place, plan, schedule, run):
         return place, False  # the checkpoint that the run came from says all there is
-    stopping, in_groups, epoch_samples = (
-        hooks.stopping,
-        schedule.in_groups,
-        plan.stop_at.epoch_samples,
-    )
-    rate = schedule.until(end)
+    # Looked up once: what follows is done in every step.
+    stopping, in_groups = run.stopping, schedule.in_groups
+    epoch_samples, rate = plan.stop_at.epoch_samples, schedule.until(end)
     while place.step < end.step and not stopping.ends(place):
         epoch = place.epoch
-        hooks.begin_epoch(place)
+        run.begin_epoch(place)
         due = plan.next_step(place.step, end.step)
         for batch in loader.epoch(epoch, place.position):
             lr = rate(place)
@@ -174,17 +89,19 @@ def fit(
             place = place.after(batch.global_size, epoch_samples)
             if in_groups:
                 schedule.advance(place)
-            hooks.advanced(place)
+            # Before all that looks at the parameters: averages and callbacks belong to the step.
+            run.advanced(place)
             metrics, complete, saves = None, False, False
             # Most steps are followed by the next one, and cost no more than these comparisons.
             if place.step >= due or place.position == 0 or stopping.reason is not None:
                 due = plan.next_step(place.step, end.step)
                 metrics, complete, saves = _do_due(
-                    place, epoch, lr, end, plan=plan, schedule=schedule, hooks=hooks
+                    place, epoch, lr, end, plan=plan, schedule=schedule, run=run
                 )
             elif in_groups:
                 schedule.advance_monitored(place)
-            if ends_here(place, hooks, metrics, complete=complete, saves=saves):
+            # After every step, as ranks may agree to save or to stop at any.
+            if ends_here(place, run, metrics, complete=complete, saves=saves):
                 return place, False
             if complete:
                 break
@@ -199,7 +116,7 @@ def _do_due(
     *,
     plan: Plan,
     schedule: Schedule,
-    hooks: Hooks,
+    run: Run,
 ) -> tuple[Metrics | None, bool, bool]:
     """Log, compare and evaluate where it is time, after a step. Collective: all ranks.
 
@@ -210,57 +127,57 @@ def _do_due(
         end: where the run will be complete.
         plan: when the loop does what.
         schedule: of learning rates.
-        hooks: of the job.
+        run: of the job.
 
     Returns:
         Metrics of an evaluation here; whether the run is complete; whether a save is due.
     """
-    stopping = hooks.stopping
+    stopping = run.stopping
     complete = place.step == end.step or stopping.ends(place)
     if complete or plan.log.due(place):
-        hooks.log(place, epoch, lr)
+        run.log(place, epoch, lr)
     if plan.check.due(place):
-        hooks.check(place)
+        run.check(place)
     metrics, owed = None, False
     if plan.evaluate is not None and (complete or plan.evaluate.due(place)):
-        metrics = hooks.evaluate(place, epoch)
+        metrics = run.evaluate(place, epoch)
         owed = metrics is None
         complete = complete or stopping.ends(place)
     if not owed:
-        _after_evaluation(place, epoch, schedule, hooks, complete=complete)
+        _after_evaluation(place, epoch, schedule, run, complete=complete)
         complete = complete or stopping.ends(place)
     # Without its evaluation a run is not done; a later job begins with it.
     complete = complete and not owed
     return metrics, complete, complete or plan.save.due(place)
 
 
-def _caught_up(place: Position, plan: Plan, schedule: Schedule, hooks: Hooks) -> bool:
+def _caught_up(place: Position, plan: Plan, schedule: Schedule, run: Run) -> bool:
     """Evaluate where a stop has cut that short; tell whether it got done. Collective: all ranks."""
     epoch = place.epoch - (place.position == 0)
-    metrics = hooks.evaluate(place, epoch)
+    metrics = run.evaluate(place, epoch)
     if metrics is None:
         return False
-    complete = plan.stop_at.reached(place) or hooks.stopping.ends(place)
-    _after_evaluation(place, epoch, schedule, hooks, complete=complete)
-    complete = complete or hooks.stopping.ends(place)
+    complete = plan.stop_at.reached(place) or run.stopping.ends(place)
+    _after_evaluation(place, epoch, schedule, run, complete=complete)
+    complete = complete or run.stopping.ends(place)
     # The checkpoint was saved without these metrics.
     if plan.save.due(place) or complete:
-        hooks.save(place, metrics)
+        run.save(place, metrics)
     return True
 
 
 def _after_evaluation(
-    place: Position, epoch: int, schedule: Schedule, hooks: Hooks, *, complete: bool
+    place: Position, epoch: int, schedule: Schedule, run: Run, *, complete: bool
 ) -> None:
     """End an epoch that ends here, and tell the schedule. Collective: all ranks."""
     if complete or place.position == 0:
-        hooks.end_epoch(place, epoch)
+        run.end_epoch(place, epoch)
     if schedule.in_groups:
         schedule.advance_monitored(place)
 
 
 def ends_here(
-    place: Position, hooks: Hooks, metrics: Metrics | None, *, complete: bool, saves: bool
+    place: Position, run: Run, metrics: Metrics | None, *, complete: bool, saves: bool
 ) -> bool:
     """Save where it is time, and tell whether all ranks stop here, before the run is complete.
 
@@ -268,510 +185,12 @@ def ends_here(
 
     Args:
         place: that a step led to.
-        hooks: of the job.
+        run: of the job.
         metrics: of an evaluation at this very place.
         complete: whether the run ends here anyway.
         saves: whether a save is due here, whatever the ranks agree on.
     """
-    agreed = hooks.agreed()
+    agreed = run.agreed()
     if agreed or saves:
-        hooks.save(place, metrics)
+        run.save(place, metrics)
     return not complete and bool(agreed & ~SAVE_DUE)
-
-
-class Run:
-    """The hooks of the loop, on one rank.
-
-    Attributes:
-        stopping: what ends the run before its limits.
-        metrics: of the newest evaluation.
-        first_place: where this job began.
-        place: where it stands.
-        reasons: why all ranks agreed to stop, as a bit set; 0: they did not.
-        evaluation_owed: an evaluation at `place` was cut short by a stop.
-        rank_zero: what only rank 0 has; None on the others.
-        phases: seconds of this rank.
-        skipped_steps: steps of the run, as far as is known, that were not applied.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        data: Data,
-        parts: Parts,
-        *,
-        phases: Phases,
-        stop: StopAgreement,
-        rank_zero: RankZero | None,
-        stopping: EarlyStopping,
-        place: Position,
-        metrics: Metrics,
-        profiler: StepProfiler | None = None,
-        prune: Prune | None = None,
-    ) -> None:
-        self._config = config
-        self._world = world
-        self._data = data
-        self._parts = parts
-        self._module = parts.task if isinstance(parts.task, ModuleTask) else None
-        self._task_log = parts.step.task_log
-        logging = self._module or self._task_log
-        self._media = None if logging is None else logging.logs.media
-        self._callbacks = parts.callbacks
-        self._step = parts.step
-        self._trainer = parts.callbacks.trainer if self._module is None else self._module.trainer
-        if self._trainer is not None:
-            stop.add(self._trainer.end_due)
-        self._task_learns = learns_progress(parts.task)
-        self.phases = phases
-        self._stop = stop
-        self.rank_zero = self._rank_zero = rank_zero
-        self._logged_samples = place.samples_seen
-        self._logged_time = time.perf_counter()
-        self.stopping = stopping
-        self.metrics = metrics
-        self.first_place = self.place = place
-        self.reasons = 0
-        self._skipped_before = int(parts.step.bad_steps[2].item())
-        self._count_skipped(self._skipped_before)
-        if rank_zero is not None:
-            topology = world.topology
-            rank_zero.folder.phase_log.begin_training(
-                place.step, nodes=topology.num_nodes, ranks=topology.world_size
-            )
-        self.evaluation_owed = False
-        self._save_due = 0
-        self._confirmed = False
-        self._profiler = profiler
-        self._prune = prune
-        self._looks = False
-        self._together: TogetherSaver | None = None
-        if parts.step.sharded is not None:
-            self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
-        self._spikes = SpikeWatch()
-        self._policy = BadStepPolicy(
-            config.training,
-            skipped=self._skipped_before,
-            explain=self._explain,
-            roll_back=self._roll_back,
-            tell=self.warn,
-        )
-
-    def advanced(self, place: Position) -> None:
-        """Take note of a step. Collective after the first one: all ranks."""
-        self.place = place
-        self._world.pulse.step_done(place.step)
-        if self._task_learns is not None:
-            self._task_learns(place.step, place.epoch, "train")
-        if self._module is not None:
-            self._module.end_step()
-        if self._callbacks.items:
-            self._callbacks.end_step(place, self._data.stop_at, lambda: self._step.last_loss)
-        if self._step.average is not None:
-            self._step.average.update(place.step)
-        if self._media is not None:
-            self._expect_media(place.step + 1)
-        if self._rank_zero is not None:
-            self._rank_zero.progress.update(place.step, place.epoch)
-        if self._looks:
-            self._looks = False
-            look_at_ranges(self._parts.task, looks=False)
-        if not self._confirmed:
-            # Only now the optimizer has all that it keeps.
-            self._confirmed = True
-            self.try_save(place)
-        if self._profiler is not None and self._profiler.step_done(place.step):
-            self._profiler = None
-
-    def log(
-        self, place: Position, epoch: int, lr: float, more: Mapping[str, float] | None = None
-    ) -> None:
-        """Write the step that led to `place` to the metrics. Collective: all ranks.
-
-        Args:
-            place: where the run stands.
-            epoch: of the step.
-            lr: its learning rate.
-            more: further numbers of it, by name.
-        """
-        numbers = self._read(place)
-        if self._config.logging.machine:
-            note_figures(self._world, self.phases, place.step, place.step - self.first_place.step)
-        if self._world.device.type != "cpu":
-            # The device has nothing to do at this moment: the next step may look, too.
-            self._looks = True
-            look_at_ranges(self._parts.task, looks=True)
-        now = time.perf_counter()
-        rate = (place.samples_seen - self._logged_samples) / max(now - self._logged_time, 1e-9)
-        self._logged_samples, self._logged_time = place.samples_seen, now
-        self._write_media()
-        logged: dict[str, Any] = {}
-        if self._module is not None:
-            self._module.tell_metrics()
-            if written := self._written("train", self._module.logs.step_values):
-                logged = {"logged": written}
-        elif self._task_log is not None and self._task_log.logs.step_values:
-            logged = {"logged": dict(self._task_log.logs.step_values)}
-        if self._rank_zero is None:
-            return
-        self._rank_zero.progress.update(place.step, epoch, numbers["loss"], rate)
-        if (spike := self._spikes.look(numbers["loss"])) is not None:
-            self.warn(f"step {place.step:,}: {spike}")
-        self._rank_zero.writer.write(
-            {
-                "kind": "train",
-                "step": place.step,
-                "epoch": epoch,
-                "samples_seen": place.samples_seen,
-                "loss": numbers["loss"],
-                "lr": lr,
-                **self._parts.schedule.rates(),
-                "grad_norm": numbers["grad_norm"],
-                "skipped_steps": self.skipped_steps,
-                **logged,
-                **(_source_epochs(self._data, place) if self._config.data.sources else {}),
-                "samples_per_second": rate,
-                "seconds": self.phases.lap(),
-                **(more or {}),
-            }
-        )
-        self._rank_zero.folder.phase_log.note(place.step, self.phases.totals)
-
-    def _expect_media(self, step: int) -> None:
-        """Have images taken in the step to come if its line is to be written."""
-        assert self._media is not None
-        if step % self._config.logging.every_steps == 0:
-            self._media.open("train", step)
-        else:
-            self._media.close()
-
-    def _write_media(self) -> None:
-        """Write the images and histograms of a step, or an evaluation."""
-        if self._media is not None and self._rank_zero is not None:
-            for item in self._media.taken():
-                self._rank_zero.writer.write_media(item)
-
-    def begin_epoch(self, place: Position) -> None:
-        """Take note of an epoch that begins, or goes on in this job."""
-        self._callbacks.begin_epoch(place.epoch)
-        if self._module is not None:
-            self._module.begin_epoch(place.epoch)
-
-    def end_epoch(self, place: Position, epoch: int) -> None:
-        """Write down what was logged for the epoch. Collective: all ranks."""
-        self._callbacks.end_epoch()
-        logging = self._module or self._task_log
-        logged = None if logging is None else logging.end_epoch()
-        self._ask_all()
-        if logged is None:
-            return
-        if self._rank_zero is not None and (written := self._written("train", logged)):
-            record = {"kind": "epoch", "split": "train", "step": place.step, "epoch": epoch}
-            self._rank_zero.writer.write({**record, **written, **record})
-
-    def _written(self, stage: str, logged: Mapping[str, float]) -> Metrics:
-        """Return what of logged values goes into the metrics."""
-        if self._module is None:
-            return dict(logged)
-        logs = self._module.logs
-        return {name: value for name, value in logged.items() if logs.written(stage, name)}
-
-    def evaluate(self, place: Position, epoch: int) -> Metrics | None:
-        """Return the metrics of the validation data, None if stopped. Collective: all ranks."""
-        data = self._data
-        split = {VALIDATION: data.validations}
-        split |= {name: [each] for name, each in data.evaluations.items()}
-        found: dict[str, Metrics] = {}
-        with self.phases.measure("evaluation"), self._step.evaluation_weights():
-            self._callbacks.begin_evaluation()
-            for name, sets in split.items():
-                self._tell_task(place, name)
-                if self._media is not None:
-                    self._media.open(name, place.step)
-                metrics = self._evaluated([each.loader for each in sets])
-                self._write_media()
-                if metrics is None:
-                    self.evaluation_owed = True
-                    self._tell_task(place, "train")
-                    self._callbacks.end_evaluation(None)
-                    return None
-                found[name] = metrics
-            self.metrics = {
-                key if name == VALIDATION else f"{name}/{key}": value
-                for name, metrics in found.items()
-                for key, value in metrics.items()
-            }
-            self._callbacks.end_evaluation(self.metrics)
-        if self._media is not None:
-            self._expect_media(place.step + 1)
-        self._ask_all()
-        self._tell_task(place, "train")
-        self._parts.schedule.observe(self.metrics)
-        self.stopping.observe(self.metrics, place)
-        self.write_evaluation(place, epoch, found)
-        if self._prune is not None:
-            self.stopping.ask_study(self._prune, place, self.metrics, self._world.communicator)
-        return self.metrics
-
-    def write_evaluation(self, place: Position, epoch: int, found: Mapping[str, Metrics]) -> None:
-        """Write an evaluation down that has made `metrics`.
-
-        Args:
-            place: where the run stands.
-            epoch: that led there.
-            found: its metrics, by the names of the data.
-        """
-        if self._rank_zero is None:
-            return
-        for name, metrics in found.items():
-            record = {"kind": "evaluation", "split": name, "step": place.step, "epoch": epoch}
-            written = self._written("validate", metrics)
-            self._rank_zero.writer.write({**record, **written, **record})
-        self._rank_zero.folder.phase_log.note(place.step, self.phases.totals)
-        shown = "  ".join(f"{name} {metric(value)}" for name, value in self.metrics.items())
-        self._rank_zero.progress.note(f"step {place.step:,}  epoch {epoch}  {shown}")
-
-    def _evaluated(self, loaders: list[EvaluationBatches]) -> Metrics | None:
-        """Return the metrics of some data, None if stopped. Collective: all ranks."""
-        step = self._step
-        metrics = evaluate(
-            self._parts.model,
-            self._parts.task,
-            [Turn.of(each, accompanies=step.sharded is not None) for each in loaders],
-            self._world,
-            self._parts.number_format,
-            call=step.call,
-            reused=step.graphs,
-            stopping=lambda: bool(self.agreed(Boundary.EVALUATION_BATCH) & ~SAVE_DUE),
-        )
-        step.settle()
-        return metrics
-
-    def _ask_all(self) -> None:
-        """End the run here if code of the user's on any rank asks for it. Collective: all ranks.
-
-        Between two epochs and behind an evaluation; inside an epoch the agreement to stop tells
-        it, a few steps later.
-        """
-        if self._trainer is None or self.stopping.reason is not None:
-            return
-        if any(self._world.communicator.all_gather(bool(self._trainer.should_stop))):
-            self.stopping.ask(ASKED)
-
-    def check(self, place: Position) -> None:
-        """Compare the parameters of all ranks, where all have the same. Collective: all ranks."""
-        if self._step.sharded is None:
-            check_equal_parameters(self._parts.model, self._world, place.step)
-
-    def save(self, place: Position, metrics: Metrics | None) -> None:
-        """Save a checkpoint in the background. Collective: all ranks."""
-        self._save_due = 0
-        self._read(place)  # nothing is saved behind a failure that nobody has looked at
-        self._refuse_idle_end(place)
-        if self._config.training.fast_dev_run:
-            return  # a trial has shown already that it can be saved
-        with self._world.pulse.long_phase():
-            self._save(place, metrics)
-
-    def begin(self, place: Position) -> None:
-        """See that the ranks are equal and the run can be saved. Collective: all ranks."""
-        if self._module is not None:
-            self._module.begin_training(place)
-        self._callbacks.begin_training(place)
-        if self._media is not None:
-            self._expect_media(place.step + 1)
-        self._tell_task(place, "train")
-        self.check(place)
-        self.try_save(place)
-
-    def _tell_task(self, place: Position, stage: str) -> None:
-        """Say where the run stands to a task that wants to know."""
-        if self._task_learns is not None:
-            self._task_learns(place.step, place.epoch, stage)
-
-    def try_save(self, place: Position) -> None:
-        """Send what a save would hold to memory and back. Collective: all ranks.
-
-        Raises:
-            CheckpointError: on every rank, naming what could not be saved.
-        """
-        with self._world.pulse.long_phase():
-            snapshot = self._capture(place, None)
-            with raise_together(self._world.communicator):
-                if snapshot is not None:
-                    try_snapshot(snapshot)
-
-    def _save(self, place: Position, metrics: Metrics | None) -> None:
-        snapshot = self._capture(place, metrics)
-        if self._rank_zero is not None:
-            assert snapshot is not None
-            job = self._rank_zero.folder.record
-            snapshot = replace(snapshot, made_by=made_by(job, self._world))
-            self._rank_zero.save_clock.saved()
-        if self._together is not None:
-            assert snapshot is not None
-            self._together.save(snapshot)
-            return
-        with raise_together(self._world.communicator):
-            if self._rank_zero is not None and snapshot is not None:
-                self._rank_zero.store.save(snapshot)
-
-    def _capture(self, place: Position, metrics: Metrics | None) -> Snapshot | None:
-        """Return what this rank has to save. Collective: all ranks."""
-        return capture(
-            self._world,
-            self._step,
-            place,
-            data=self._place_in_data(place),
-            extra=self._memory(),
-            config_toml=toml_for_others(self._config),
-            metrics=metrics,
-        )
-
-    def _place_in_data(self, place: Position) -> dict[str, Any]:
-        """Return what the next batch follows from."""
-        return to_state(
-            self._data.train_loader.order_of(place.epoch),
-            place.epoch,
-            place.position,
-            self._data.train.fingerprint,
-        )
-
-    def agreed(self, boundary: Boundary = Boundary.STEP) -> int:
-        """Return what all ranks have agreed on here: reasons to stop, SAVE_DUE, or 0.
-
-        Collective: all ranks. A save stays due until it is made; a stop stays agreed: an evaluation
-        that was cut short ends the step behind it too.
-        """
-        if not self.reasons:
-            agreed = self._stop.boundary(boundary)
-            if self._together is not None:
-                self._together.look()
-            if agreed:
-                self._save_due |= agreed & SAVE_DUE
-                if agreed & END_DUE:
-                    self.stopping.ask(ASKED)
-                self.reasons = agreed & ~(SAVE_DUE | END_DUE)
-        return self.reasons | self._save_due
-
-    def finish(self) -> None:
-        """Leave no reduction behind that others still wait for. Collective: all ranks."""
-        self._stop.flush()
-        self._callbacks.end_training(self.place.epoch)
-        if self._module is not None:
-            self._module.end_training(self.place.epoch)
-
-    @contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Tell callbacks, and a module, of what the body fails by; on this rank."""
-        try:
-            yield
-        except Exception as error:
-            hooks: Any = self._callbacks if self._module is None else self._module
-            try:
-                hooks.fail(error)
-            except Exception:
-                logger.exception("on_exception has failed itself; what it was called for follows")
-            raise
-
-    @contextmanager
-    def saves_finished(self) -> Iterator[None]:
-        """See to it that no rank waits for the part of another in vain. Collective: all ranks."""
-        with nullcontext() if self._together is None else self._together.finished_after():
-            yield
-
-    def _memory(self) -> Mapping[str, Any]:
-        """Return what a run that goes on should know of this one."""
-        end = self._data.stop_at.end(self.place)
-        return {
-            "total_steps": end.step,
-            "lr": self._parts.schedule(self.place, end),
-            "schedule": self._parts.schedule.state_dict(),
-            "metrics": self.metrics,
-            "evaluation_owed": self.evaluation_owed,
-            STATE: self.stopping.state_dict(),
-            **self._data.record(self._config),
-        }
-
-    def _read(self, place: Position) -> Metrics:
-        """Return the numbers of the last step, unless they end the run. Collective: all ranks."""
-        numbers = self._step.read()
-        if self._rank_zero is not None:
-            self._notify_nonfinite(place, numbers)
-        self._policy.judge(place, numbers)
-        self._count_skipped(int(numbers["skipped_steps"]))
-        return numbers
-
-    def _notify_nonfinite(self, place: Position, numbers: Mapping[str, float]) -> None:
-        """Have a command of the user's told of the first step of a job that was not finite."""
-        what = "" if math.isfinite(numbers["loss"]) else f"the loss is {numbers['loss']}"
-        if not what and numbers["most_bad_steps"]:
-            what = "the gradient was not finite"
-        if what:
-            assert self._rank_zero is not None
-            self._rank_zero.folder.notifier.tell_beside(
-                "nonfinite", f"step {place.step:,}: {what}", step=place.step
-            )
-
-    def _count_skipped(self, total: int) -> None:
-        self.skipped_steps = total
-        if self._rank_zero is not None:
-            self._rank_zero.folder.skipped_steps = total
-
-    def _refuse_idle_end(self, place: Position) -> None:
-        """Refuse to end, and to save the end, if no step of this job was applied. Collective.
-
-        Raises:
-            TrainingError: on every rank.
-        """
-        steps = place.step - self.first_place.step
-        complete = self.stopping.ends(place)
-        complete = complete or place.step >= self._data.stop_at.total_steps(place)
-        scaler = self._step.scaler
-        # A loss scale that still falls goes on doing so in the next job.
-        ends = complete or (self.reasons != 0 and not scaler.enabled)
-        if steps and ends and self.skipped_steps - self._skipped_before >= steps:
-            scale = scaler.scale.item() if scaler.enabled else None
-            raise nothing_applied(place.step, steps, scale, self._explain)
-
-    def batches_under_way(self) -> list[tuple[int, int, int]]:
-        """Return epoch, start and size of the newest batches, and of the one that comes next."""
-        place, size = self.place, self._config.data.global_batch_size
-        size = min(size, self._data.train_loader.epoch_size - place.position)
-        return [*self._step.recent_batches(), (place.epoch, place.position, size)]
-
-    def _explain(self, step: int) -> str:
-        """Return what is known of the newest bad steps. Collective: all ranks."""
-        return explain(self._step.bad_batches(step), self._data.train_loader, self._world)
-
-    def _roll_back(self) -> int:
-        """Put the parameters of the newest checkpoint back. Collective: all ranks."""
-        with self._world.pulse.long_phase():
-            return roll_back(self._world, self._step, self._load_newest)
-
-    def _load_newest(self) -> Loaded | None:
-        """Read the newest checkpoint on rank 0. Collective: all ranks."""
-        if self._together is not None:
-            self._together.finish()
-        loaded = None
-        with (
-            raise_together(self._world.communicator),
-            reading(self._world, together=self._together is not None) as read,
-        ):
-            if self._rank_zero is not None:
-                store = self._rank_zero.store
-                store.finish()
-                loaded = load_newest(store.folder, self.warn, read)
-        return loaded
-
-    def warn(self, text: str) -> None:
-        """Say on rank 0 what a user should know."""
-        if self._rank_zero is not None:
-            logger.warning(text)
-
-
-def _source_epochs(data: Data, place: Position) -> dict[str, Any]:
-    """Return how far the sources of a mixture are, for the log."""
-    order = data.train_loader.order_of(place.epoch)
-    return {"source_epochs": source_epochs(order, place.epoch, place.position)}

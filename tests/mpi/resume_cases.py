@@ -38,8 +38,8 @@ from hpctrain.launch.failure import Guard, guard
 from hpctrain.launch.process_group import control_plane, gathering
 from hpctrain.topology import Communicator, Topology
 from hpctrain.training.job import train
+from hpctrain.training.run import Run
 from hpctrain.training.step import TrainStep
-from hpctrain.training.trainer import Run
 
 ROWS, BATCH, FEATURES = 70, 16, 6
 EPOCH_STEPS, EPOCHS = 5, 3  # the last batch of an epoch is smaller

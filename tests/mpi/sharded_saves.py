@@ -25,7 +25,8 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.errors import CheckpointError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.checkpointing.resume import TogetherSaver, reading, restore, share
+from hpctrain.training.checkpointing.resume import reading, restore, share
+from hpctrain.training.checkpointing.save import TogetherSaver
 from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.position import Position
 from hpctrain.training.step import TrainStep

@@ -28,7 +28,7 @@ from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_all_ranks, raise_together
-from hpctrain.training.brought import Brought
+from hpctrain.training.components import Brought
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.prepare_data import fetching, name_of, prepare_data
 from hpctrain.utils.text import plural

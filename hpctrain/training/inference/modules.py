@@ -19,8 +19,8 @@ from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.brought import Brought
 from hpctrain.training.build import finish_model
+from hpctrain.training.components import Brought
 from hpctrain.training.data.user_data import (
     all_taken,
     own_hook,

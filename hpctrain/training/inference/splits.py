@@ -29,7 +29,7 @@ from hpctrain.data.reading.threads import reading_threads
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.data.run_data import find_normalizations, normalizations_begun_with
+from hpctrain.training.data.recorded import find_normalizations, normalizations_begun_with
 from hpctrain.training.data.transforms import Transforms
 from hpctrain.training.data.user_data import all_taken, made_for, served
 from hpctrain.training.inference.weights import Chosen

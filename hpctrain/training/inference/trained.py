@@ -25,15 +25,9 @@ from hpctrain.data.predictions import Origin, PredictionWriter
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
-from hpctrain.training.brought import NOTHING
-from hpctrain.training.build import (
-    Components,
-    build_task,
-    finish_model,
-    make_model,
-    resolve_components,
-)
+from hpctrain.training.build import build_task, finish_model, make_model
 from hpctrain.training.checkpointing.snapshot import restore_extra_states
+from hpctrain.training.components import NOTHING, Components, resolve_components
 from hpctrain.training.data.user_data import brings_data
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.inference.splits import Split, open_files, open_objects

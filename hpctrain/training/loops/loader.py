@@ -25,8 +25,8 @@ from hpctrain.data.loading.batch import Batch, ShareOfBatch, count_passes, cut
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero, raise_together
-from hpctrain.training.brought import NOTHING, Brought
 from hpctrain.training.checkpointing.resume import Resumed
+from hpctrain.training.components import NOTHING, Brought
 from hpctrain.training.data.run_data import Data, open_data
 from hpctrain.training.data.staging import Staging
 from hpctrain.training.loops.registry import Setups

@@ -25,8 +25,8 @@ from hpctrain.training.loops.world import World
 from hpctrain.training.metrics import MetricObjects, Totals, quotient
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, seed_generators
 from hpctrain.training.position import Position
+from hpctrain.training.run import Run as JobRun
 from hpctrain.training.trainer import Plan, ends_here
-from hpctrain.training.trainer import Run as JobRun
 from hpctrain.utils.text import listed
 
 _RECORD = {"kind", "step", "epoch", "samples_seen", "seconds", "wall_time"}

@@ -40,10 +40,10 @@ from hpctrain.training.profiling import Phases, figures_recorded
 from hpctrain.training.program import Stopped
 from hpctrain.training.rank_zero import prepare_rank_zero
 from hpctrain.training.record import begin_record
+from hpctrain.training.run import Run as JobRun
 from hpctrain.training.session import ReadTrouble, Session, find_beginning, finish, session
 from hpctrain.training.summary import header_text
 from hpctrain.training.trainer import Plan
-from hpctrain.training.trainer import Run as JobRun
 from hpctrain.utils.json_files import checked
 
 logger = logging.getLogger("hpctrain")

@@ -17,7 +17,7 @@ from hpctrain.config import Config
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.brought import Brought
+from hpctrain.training.components import Brought
 from hpctrain.training.metrics import COUNT, MetricObjects, Part
 from hpctrain.training.model.attributes import Attributes
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways

@@ -21,7 +21,7 @@ from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError, UsageError
-from hpctrain.training.data.run_data import FORMS, forms_to_record, refuse_other_forms
+from hpctrain.training.data.recorded import FORMS, forms_to_record, refuse_other_forms
 
 ROWS = 24
 

@@ -14,7 +14,7 @@ from hpctrain.data import Writer
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.numbers import NumberFacts, judge_numbers, try_real_data
-from hpctrain.training.build import resolve_components
+from hpctrain.training.components import resolve_components
 from hpctrain.training.data.run_data import open_data
 
 ROWS = 40

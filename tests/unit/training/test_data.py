@@ -27,8 +27,8 @@ from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, read_stats, write_stats
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.training.checkpointing.resume import values_to_go_on_from
-from hpctrain.training.data import run_data
-from hpctrain.training.data.run_data import decoding_to_record, refuse_other_decoding
+from hpctrain.training.data import recorded
+from hpctrain.training.data.recorded import decoding_to_record, refuse_other_decoding
 
 RELEASE = Path(__file__).parents[2] / "data" / "0.1.0"
 
@@ -65,7 +65,7 @@ def saved_by(config: Config) -> dict[str, Any]:
     """Return what a checkpoint of a run that begins now says of its decoding."""
     return {
         RECORD: semantics_of(config).to_json(),
-        run_data.DECODING: decoding_to_record(opened(config)),
+        recorded.DECODING: decoding_to_record(opened(config)),
     }
 
 
@@ -74,7 +74,7 @@ def test_values_are_those_that_the_run_began_with(folder: Path) -> None:
     saved = saved_by(asked)
     refuse_other_decoding(asked, opened(asked, saved), saved)
     by_name = config(folder, file_order="name", allow_data_change=True)
-    assert decoding_to_record(opened(by_name)) == saved[run_data.DECODING]
+    assert decoding_to_record(opened(by_name)) == saved[recorded.DECODING]
     size = (folder / "step_7.nc").stat().st_size
     with h5py.File(folder / "step_7.nc", "r+") as file:
         file["t2m"].attrs.modify("scale_factor", 3.6)
@@ -93,7 +93,7 @@ def test_a_run_of_the_first_release_goes_on_with_stored_numbers(folder: Path) ->
         refuse_other_decoding(of_field, opened(of_field, {}), {})
     stored = config(folder, decode="none")
     saved = saved_by(stored)
-    assert saved[run_data.DECODING] == {}
+    assert saved[recorded.DECODING] == {}
     refuse_other_decoding(asked, opened(stored), saved)
 
 
@@ -123,18 +123,18 @@ def test_numbers_of_normalisation_are_those_that_the_run_began_with(folder: Path
     train = opened(asked)
     stats = measure(train, jobs=1)
     write_stats(stats, folder / STATS_NAME)
-    began = run_data.find_normalizations(asked, train, {})
-    saved = {run_data.NORMALIZATION: run_data.normalizations_to_record(asked, began)}
+    began = recorded.find_normalizations(asked, train, {})
+    saved = {recorded.NORMALIZATION: recorded.normalizations_to_record(asked, began)}
     stats["fields"]["t2m"]["mean"] += 1
     write_stats(stats, folder / STATS_NAME)  # measured anew, by whatever rule
-    kept = run_data.normalizations_begun_with(asked, saved)
-    assert run_data.find_normalizations(asked, train, kept) == began
+    kept = recorded.normalizations_begun_with(asked, saved)
+    assert recorded.find_normalizations(asked, train, kept) == began
     (folder / STATS_NAME).unlink()
-    assert run_data.find_normalizations(asked, train, kept) == began
+    assert recorded.find_normalizations(asked, train, kept) == began
     # What the user says otherwise counts.
     for other in ("channel_stats", {"mean": 1.0, "std": 2.0}):
         said = config(folder, normalize={"t2m": other})
-        assert run_data.normalizations_begun_with(said, saved) == {}
+        assert recorded.normalizations_begun_with(said, saved) == {}
 
 
 def test_tools_see_the_checkpoint_that_a_job_would_go_on_from(tmp_path: Path) -> None:

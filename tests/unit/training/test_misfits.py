@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpctrain.config import load
 from hpctrain.config.schema import Config
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.training.build import resolve_components
+from hpctrain.training.components import resolve_components
 from hpctrain.training.task.misfits import explain_misfit
 from hpctrain.training.task.task import Classification
 

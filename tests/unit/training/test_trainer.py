@@ -20,7 +20,8 @@ from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.optim import schedules
 from hpctrain.training.optim.lr_scheduler import LearningRate
 from hpctrain.training.position import Interval, Position, StopAt
-from hpctrain.training.trainer import Phases, Plan, fit
+from hpctrain.training.profiling import Phases
+from hpctrain.training.trainer import Plan, fit
 
 EPOCH_SAMPLES, BATCH = 60, 8
 
@@ -92,7 +93,7 @@ INTERVALS = [
 
 
 def run(plan: Plan, hooks: Recorded, step: Any = lambda *_: None) -> tuple[Position, bool]:
-    parts: dict[str, Any] = {"step": step, "loader": Loader(), "schedule": RATE, "hooks": hooks}
+    parts: dict[str, Any] = {"step": step, "loader": Loader(), "schedule": RATE, "run": hooks}
     return fit(Position(), plan, **parts)
 
 

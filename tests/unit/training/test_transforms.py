@@ -30,7 +30,7 @@ from hpctrain.data.loading.sample_transform import SampleRunner
 from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, write_stats
 from hpctrain.errors import ConfigError, DatasetError
-from hpctrain.training.data.run_data import find_normalizations
+from hpctrain.training.data.recorded import find_normalizations
 from hpctrain.training.data.transforms import build_batch_transform
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from hpctrain.config.semantics import semantics_of
 from hpctrain.config.toml import parse
 from hpctrain.config.validate import validate
 from hpctrain.errors import ConfigError, DatasetError
-from hpctrain.training.brought import Brought
+from hpctrain.training.components import Brought
 from hpctrain.training.data.run_data import Data, open_data
 from hpctrain.training.data.user_data import _require_equal, own_hook
 
