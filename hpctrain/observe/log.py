@@ -1,7 +1,7 @@
 """The log: one rank speaks, to stderr and to log.txt; what others warn of is in ranks.log.
 
 Warnings of libraries come through here as well, so that each is told once, on one line, with its
-origin. HPCTRAIN_LOG asks for more: "debug", "json", or both with a comma.
+origin. HPCTRAIN_LOG asks for more: "debug", "json", "native", or several with commas.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.observe import native
 from hpctrain.observe.progress import AboveBar
 from hpctrain.utils.files import AppendedFile, open_regular
 from hpctrain.utils.permissions import explained, follow_folder
@@ -34,7 +35,7 @@ JSON_FILE = "log.jsonl"
 
 VARIABLE = "HPCTRAIN_LOG"
 
-WORDS = ("debug", "json")
+WORDS = ("debug", "json", native.WORD)
 """What that variable may hold."""
 
 MOST_LINES = 200
@@ -80,6 +81,22 @@ def start(
         CheckpointError: if log.txt cannot be opened.
     """
     asked = _asked()
+    with ExitStack() as stack:
+        if run_folder is not None and who is not None and native.is_wanted(asked, os.environ):
+            stack.enter_context(native.tagged(run_folder / RANKS_FILE, who))
+        stack.enter_context(_started(asked, run_folder, is_reporter, stream, who))
+        yield
+
+
+@contextmanager
+def _started(
+    asked: Collection[str],
+    run_folder: Path | None,
+    is_reporter: bool,
+    stream: TextIO | None,
+    who: str | None,
+) -> Iterator[None]:
+    """Have Python's loggers and warnings write where they are to, see `start`."""
     level = logging.DEBUG if "debug" in asked else logging.INFO
     handlers: list[logging.Handler] = []
     if not is_reporter:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -316,3 +317,64 @@ def test_full_disk_costs_lines_not_the_job(tmp_path: Path) -> None:
 def test_native_libraries_are_quiet_unless_asked(environ: dict[str, str], expected: str) -> None:
     quiet_native_libraries(environ)
     assert environ == {"TORCH_CPP_LOG_LEVEL": expected}
+
+
+NATIVE = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from hpctrain.observe import log
+
+with log.start(Path(sys.argv[1]), is_reporter=False, who="rank 3 on n0"):
+    print("of Python", file=sys.stderr)
+    os.write(2, b"NCCL WARN no route\\x1b[31m\\nhalf of")
+    os.write(2, b" a line\\n")
+    script = "echo of a child >&2; yes filler | head -n $0 >&2"
+    subprocess.run(["sh", "-c", script, sys.argv[2]])
+    os.write(2, b"Fatal error in MPI_Recv")
+    if sys.argv[3] != "0":
+        os.kill(os.getpid(), int(sys.argv[3]))
+os.write(2, b"\\nafterwards\\n")
+print("of Python afterwards", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "number", "is_tagged"),
+    [
+        ("HPCTRAIN_LOG", "native", 0, True),
+        ("HPCTRAIN_LOG", "native", int(signal.SIGKILL), True),
+        ("NCCL_DEBUG", "WARN", int(signal.SIGABRT), True),
+        ("HPCTRAIN_LOG", "json", 0, False),
+    ],
+)
+def test_what_c_libraries_print_is_tagged(
+    tmp_path: Path, variable: str, value: str, number: int, is_tagged: bool
+) -> None:
+    """With rank and host, in ranks.log as on stderr, to the last byte before a rank is killed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", NATIVE, str(tmp_path), "300000" if number else "3", str(number)],
+        env={"PATH": os.environ["PATH"], variable: value},
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == -number
+    lines = ended.stderr.splitlines()
+    assert {"of Python", "NCCL WARN no route\x1b[31m", "half of a line", "of a child"} < set(lines)
+    assert lines.count("filler") == (300_000 if number else 3)
+    assert "Fatal error in MPI_Recv" in ended.stderr
+    path = tmp_path / log.RANKS_FILE
+    if not is_tagged:
+        assert not path.exists()
+        return
+    assert path.stat().st_size < 1_100_000
+    found = path.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\S+ \S+  rank 3 on n0: stderr: ", line) for line in found)
+    tagged = [line.partition(" stderr: ")[2] for line in found]
+    assert tagged[:3] == [r"NCCL WARN no route\x1b[31m", "half of a line", "of a child"]
+    if number:
+        assert tagged[-1] == "no more than 1,048,576 bytes of a rank"
+    else:
+        assert tagged[3:] == ["filler"] * 3 + ["Fatal error in MPI_Recv"]
+        assert lines[-2:] == ["afterwards", "of Python afterwards"]
