@@ -22,6 +22,8 @@ from hpctrain.errors import CheckpointError
 pytestmark = pytest.mark.ranks(3)
 
 MODULE = """
+import json
+
 from torch import nn
 from hpctrain import Regression
 
@@ -43,6 +45,43 @@ class Wide(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Linear(3, 9)
+
+class Follower:  # writes down what it is asked, with what it knows by then
+
+    def __init__(self, file):
+        self.file, self.trained, self.calls = file, 0, []
+
+    def on_train_batch_end(self, *arguments):
+        self.trained += 1
+
+    def state_dict(self):
+        return {"trained": self.trained}
+
+    def load_state_dict(self, state):
+        self.trained = state["trained"]
+
+    def setup(self, trainer, model, stage):
+        self.calls.append(stage)
+
+    def on_test_start(self, trainer, model):
+        self.calls.append([trainer.global_step, self.trained])
+
+    def on_test_epoch_end(self, trainer, model):
+        self.calls.append({n: float(value) for n, value in trainer.callback_metrics.items()})
+
+    def on_predict_start(self, trainer, model):
+        self.calls.append(trainer.state.stage)
+
+    on_predict_end = on_predict_start
+
+    def teardown(self, trainer, model, stage):
+        if trainer.is_global_zero and stage != "fit":
+            with open(self.file, "a") as file:
+                file.write(json.dumps(self.calls) + "\\n")
+
+class OfBatches:
+    def on_predict_batch_end(self, *arguments):
+        pass
 
 class Both(Regression):
     def predict(self, model, fields):
@@ -92,6 +131,12 @@ def write(folder: Path, rows: int, seed: int, *, target: bool = True) -> None:
             file["x"].attrs["units"] = "m"
 
 
+FOLLOWED = """
+[[callbacks]]
+use = "nets:Follower"
+file = "calls.jsonl"
+"""
+
 LAST = ["--checkpoint", "last"]
 
 
@@ -104,6 +149,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("inference")
     (site / "nets.py").write_text(MODULE, encoding="utf-8")
     (site / "run.toml").write_text(CONFIG, encoding="utf-8")
+    (site / "followed.toml").write_text(CONFIG + FOLLOWED, encoding="utf-8")
+    unseen = FOLLOWED.replace('Follower"\nfile = "calls.jsonl', "OfBatches")
+    (site / "unseen.toml").write_text(CONFIG + unseen, encoding="utf-8")
     for number, (name, rows) in enumerate((("train", 40), ("validation", 13), ("test", 17))):
         write(site / name, rows, number)
     here(site, "data", "stats", "train")
@@ -114,14 +162,23 @@ def test_three_ranks_evaluate_and_predict_as_one(site: Path) -> None:
     ended = in_turn(
         site,
         3,
-        ["run.toml"],
+        ["followed.toml"],
         ["evaluate", "run.toml", "--checkpoint", "last", "--json"],
         ["test", "run.toml", "--json"],
         ["predict", "run.toml", "--output", "three"],
         ["evaluate", "run.toml", 'training.strategy="fsdp"', "--json"],
         ["predict", "run.toml", 'data.train="nowhere.h5"', "--output", "four"],
+        ["test", "followed.toml", "--checkpoint", "last", "--json"],
+        ["predict", "followed.toml", "--output", "followed"],
+        ["predict", "unseen.toml", "--output", "unseen"],
     )
-    assert [each.code for each in ended] == [0, 0, 0, 0, 0, 78]
+    assert [each.code for each in ended] == [0, 0, 0, 0, 0, 78, 0, 0, 78]
+    # Callbacks beside a task follow it, and know what they knew when the run was saved.
+    lines = (site / "calls.jsonl").read_text(encoding="utf-8").splitlines()
+    in_test, in_predict = map(json.loads, lines)
+    assert in_test == ["test", [10, 10], pytest.approx(json.loads(ended[6].stdout)["metrics"])]
+    assert in_predict == ["predict", "predict", "predict"]
+    assert "OfBatches: on_predict_batch_end is not called" in ended[8].stderr
     evaluations = metrics(site / "runs" / "fit", "evaluation")
     last = json.loads(ended[1].stdout)
     # Averages, batch statistics and all: the numbers of the run's own evaluation.

@@ -47,10 +47,17 @@ from hpctrain.training.inference.weights import Chosen, choose_checkpoint
 from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.model.undisturbed import evaluating, kept_model, seed_generators
 from hpctrain.training.model.wrappers import Method, load_checked
-from hpctrain.training.modules.callbacks import build_callbacks, register, with_those_of_module
+from hpctrain.training.modules.callbacks import (
+    TaskCallbacks,
+    build_callbacks,
+    register,
+    with_those_of_module,
+)
 from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
-from hpctrain.training.modules.overrides import is_own
+from hpctrain.training.modules.overrides import is_module, is_own
+from hpctrain.training.modules.stand_in import TrainerStandIn
 from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.task.misfits import ranges_checked
 from hpctrain.training.task.regression import Regression, in_unit
@@ -92,6 +99,7 @@ class Trained:
                 bind(self._task, self._model, config, world)
                 _set_callbacks(self._task, self._model, config)
             adopt_task(self._model, self._task, world.device)
+            self._callbacks = self._callbacks_of_task(config)
         if isinstance(self._task, ModuleTask):
             seconds = config.launch.prepare_timeout_seconds
             prepare_data([self._model], world, seconds=seconds)
@@ -106,9 +114,31 @@ class Trained:
                 self._model, config, world, semantics
             )
             if isinstance(self._task, ModuleTask):
-                _restore_registered(self._task, self._model, chosen, world)
+                trainer, callbacks = self._task.trainer, self._task.hooks.callbacks
+                _restore_registered(callbacks, trainer, self._model, chosen, world)
                 begin(self._task, self._model, world)
+            elif self._callbacks.items:
+                trainer, callbacks = self._callbacks.trainer, self._callbacks.items
+                trainer.global_step = chosen.step or 0
+                _restore_registered(callbacks, trainer, self._model, chosen, world)
         self._predict, self._unit = self._way_to_predict(config)
+
+    def _callbacks_of_task(self, config: Config) -> TaskCallbacks:
+        """Return the callbacks beside a hand-written task, set up; a module calls its own.
+
+        Raises:
+            ConfigError: if one of them would see nothing of predictions.
+        """
+        if isinstance(self._task, ModuleTask):
+            return TaskCallbacks()
+        items = build_callbacks(config, resolve_listed(config, "callbacks"), ())
+        stop_at = StopAt.of(config.training, 1, 1)
+        trainer = TrainerStandIn(config, self._world, stop_at, self._model) if items else None
+        callbacks = TaskCallbacks(items, trainer)
+        for note in callbacks.check_stage(self._stage):
+            logger.warning("%s", note)
+        callbacks.set_up(self._stage)
+        return callbacks
 
     def _way_to_predict(self, config: Config) -> tuple[Method, Normalization | None]:
         """Return what predicts, and the numbers by which that was normalized, if it was."""
@@ -125,6 +155,7 @@ class Trained:
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the split, the same on all ranks. Collective: all ranks."""
         loaders = [each.loader(self._world) for each in self._splits]
+        self._callbacks.begin_stage(self._stage)
         try:
             with ranges_checked(self._task):
                 metrics = evaluate(
@@ -139,10 +170,11 @@ class Trained:
             for loader in loaders:
                 loader.close()
         assert metrics is not None  # nobody stops it
-        self._tear_down()
+        self._tear_down(metrics)
         return metrics
 
-    def _tear_down(self) -> None:
+    def _tear_down(self, metrics: Mapping[str, float]) -> None:
+        self._callbacks.end_stage(self._stage, metrics)
         if isinstance(self._task, ModuleTask):
             self._task.hooks.call("teardown", self._stage)
 
@@ -172,6 +204,7 @@ class Trained:
         task = self._task if isinstance(self._task, ModuleTask) else None
         if task is not None:
             self._warn_of_resumed(task, writer)
+        self._callbacks.begin_stage(self._stage)
         loader, at = split.loader(self._world, writer.rows), 0
         try:
             with nullcontext() if task is None else predicting(task):
@@ -184,7 +217,7 @@ class Trained:
                         break
         finally:
             loader.close()
-        self._tear_down()
+        self._tear_down({})
         return writer
 
     def _warn_of_resumed(self, task: ModuleTask, writer: PredictionWriter) -> None:
@@ -246,12 +279,14 @@ def _set_callbacks(task: ModuleTask, model: nn.Module, config: Config) -> None:
     task.hooks.set_callbacks(with_those_of_module(given, model))
 
 
-def _restore_registered(task: ModuleTask, model: nn.Module, chosen: Chosen, world: World) -> None:
+def _restore_registered(
+    callbacks: Sequence[Any], trainer: Any, model: nn.Module, chosen: Chosen, world: World
+) -> None:
     """Have callbacks, and the module, know what they knew when the run was saved."""
     states = RegisteredState(world.device)
-    register(task.hooks.callbacks, states, task.trainer, model)
-    if OwnState.is_of(model):
-        states.add(OWN_STATE, OwnState(model, task.trainer))
+    register(callbacks, states, trainer, model)
+    if is_module(model) and OwnState.is_of(model):
+        states.add(OWN_STATE, OwnState(model, trainer))
     saved = chosen.values.get("registered", {})
     states.restore({name: saved[name] for name in states.names & saved.keys()}, chosen.extra)
 

@@ -271,12 +271,20 @@ TASK_HOOKS = frozenset(
     {
         *("setup", "teardown", "on_fit_start", "on_fit_end", "on_exception"),
         *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
-        *("on_train_batch_end", "on_validation_start", "on_validation_end"),
-        *("on_validation_epoch_start", "on_validation_epoch_end"),
+        "on_train_batch_end",
+        *(
+            f"on_{stage}_{when}"
+            for stage in ("validation", "test", "predict")
+            for when in ("start", "end", "epoch_start", "epoch_end")
+        ),
         *("state_dict", "load_state_dict", "on_save_checkpoint", "on_load_checkpoint"),
     }
 )
 """Hooks that are called beside a hand-written task; its batches are its own."""
+
+
+_STAGE_NAMES = {"validate": "validation", "test": "test", "predict": "predict"}
+"""What hooks of a stage are named after."""
 
 
 class TaskCallbacks:
@@ -304,18 +312,65 @@ class TaskCallbacks:
         self._hooks = {id(item): frozenset(hooks_of(item)) & TASK_HOOKS for item in self.items}
         self._ends_steps = any("on_train_batch_end" in each for each in self._hooks.values())
 
-    def notes(self) -> list[str]:
-        """Return what the header should say of hooks that are not called."""
+    def notes(self, part: str = "") -> list[str]:
+        """Return what the header should say of hooks that are not called.
+
+        Args:
+            part: of the names that are meant, such as "on_test_".
+        """
         return [
             f"callback {type(item).__name__}: {name} is not called: beside a task of your own "
             "callbacks see its steps and evaluations, and not its batches"
             for item in self.items
             for name in sorted({*hooks_of(item)} & CALLED - TASK_HOOKS)
+            if name.startswith(part)
         ]
 
-    def set_up(self) -> None:
+    def set_up(self, stage: str = "fit") -> None:
         """Begin the job, before the model goes to its device."""
-        self._call("setup", "fit")
+        self._call("setup", stage)
+
+    def check_stage(self, stage: str) -> list[str]:
+        """Return what to say of hooks that a command for one stage does not call.
+
+        Args:
+            stage: "validate", "test" or "predict".
+
+        Raises:
+            ConfigError: if predictions are what one is there for, and it would get none.
+        """
+        notes = self.notes(f"on_{_STAGE_NAMES[stage]}_")
+        if notes and stage == "predict":
+            raise ConfigError(
+                f"{notes[0]}: predictions are written to --output; a LightningModule's "
+                "predict_step has such callbacks called"
+            )
+        return notes
+
+    def begin_stage(self, stage: str) -> None:
+        """Begin an evaluation, or predictions, that no training surrounds."""
+        if self.items:
+            self.trainer.state.stage = stage
+            for when in ("start", "epoch_start"):
+                self._call(f"on_{_STAGE_NAMES[stage]}_{when}")
+
+    def end_stage(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """End it, and the job.
+
+        Args:
+            stage: "validate", "test" or "predict".
+            metrics: of an evaluation.
+        """
+        if not self.items:
+            return
+        self._know(metrics)
+        for when in ("epoch_end", "end"):
+            self._call(f"on_{_STAGE_NAMES[stage]}_{when}")
+        self._call("teardown", stage)
+
+    def _know(self, metrics: Mapping[str, float]) -> None:
+        known = {name: torch.tensor(value) for name, value in metrics.items()}
+        self.trainer.callback_metrics = self.trainer.logged_metrics = known
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Take note of the optimizer."""
@@ -372,8 +427,7 @@ class TaskCallbacks:
         if not self.items:
             return
         if metrics is not None:
-            known = {name: torch.tensor(value) for name, value in metrics.items()}
-            self.trainer.callback_metrics = self.trainer.logged_metrics = known
+            self._know(metrics)
             self._call("on_validation_epoch_end")
         self._call("on_validation_end")
         self.trainer.state.stage = "train"
