@@ -15,6 +15,12 @@ import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpctrain.config.foreign_keys import (
+    instead_of,
+    instead_of_section,
+    own_key,
+    own_section,
+)
 from hpctrain.config.importing import has_method, is_reference
 from hpctrain.config.messages import KeyPath, Mistake, config_error
 from hpctrain.config.registry import BUILTINS, OWN
@@ -276,7 +282,9 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
     problem = f"expected {expectation(annotation)}"
     if missing:
         beside = source.get(key[0]) if _is_component(key[0]) else ()
-        near = nearest(key[1], set(beside) - set(reserved_keys(key[0])))
+        further = [name for name in beside or () if name not in reserved_keys(key[0])]
+        others = (name for name in further if own_key(key[0], name) == ".".join(key))
+        near = next(others, None) or nearest(key[1], further)
         slip = "" if near is None else f"; is {key[0]}.{near} a slip for it?"
         return source.mistake(key, f"missing; {problem}{slip}")
     value = source.get(*key)
@@ -374,14 +382,17 @@ def _is_number(text: str) -> bool:
 
 def _unknown_section(section: str, given: Any) -> str:
     if isinstance(given, dict):
-        return f"unknown section{did_you_mean(section, _sections())}"
+        meant = instead_of_section(section)
+        return f"unknown section{f'; {meant}' if meant else did_you_mean(section, _sections())}"
     homes = [f"{name}.{section}" for name in _sections() if section in reserved_keys(name)]
-    home = did_you_mean(f".{section}", homes) if len(homes) == 1 else ""
-    return f"stands before the first [section], so it belongs to none{home}"
+    said = f"did you mean {homes[0]}?" if len(homes) == 1 else instead_of("", section)
+    return f"stands before the first [section], so it belongs to none{f'; {said}' if said else ''}"
 
 
 def _unknown(section: str, key: str) -> str:
-    """Name the known key that was meant: the same in another section, or a near one in this."""
+    """Name the known key that was meant: others' word for it, one elsewhere, or a near one here."""
+    if (said := instead_of(section, key)) is not None:
+        return f"unknown key; {said}"
     homes = [f"{name}.{key}" for name in _sections() if key in reserved_keys(name)]
     if len(homes) == 1:
         return f"unknown key; did you mean {homes[0]}?"
@@ -392,8 +403,11 @@ def _without_echoes(mistakes: list[Mistake]) -> list[Mistake]:
     """Drop "missing" where an unknown key or section beside it was a slip for just that."""
     meant: set[KeyPath] = set()
     for *above, name in (mistake.key for mistake in mistakes if "unknown" in mistake.problem):
+        ours = own_key(above[0], name) if above else own_section(name)
         known = reserved_keys(above[0]) if above else tuple(_sections())
-        if (close := nearest(name, known)) is not None:
+        if ours is not None:
+            meant.add(tuple(ours.split(".")))
+        elif (close := nearest(name, known)) is not None:
             meant.add((*above, close))
     return [
         mistake

@@ -26,6 +26,7 @@ from hpctrain.data.files.contents import (
     type_of,
     type_text,
 )
+from hpctrain.data.files.coordinates import scales_of
 from hpctrain.data.files.form_opening import whole_number
 from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of
 from hpctrain.data.forms import COMPLEX_PAIRS
@@ -217,10 +218,10 @@ def kind_of(dtype: np.dtype[Any]) -> Kind:
 def _axes_of(dataset: h5py.Dataset) -> tuple[str, ...]:
     """Return the names of the axes, by the dimension scales that are attached to them."""
     try:
-        return tuple(
-            scales[0].name.rpartition("/")[2] if (scales := list(axis.values())) else ""
-            for axis in dataset.dims
-        )
+        names: dict[int, str] = {}
+        for axis, scale in scales_of(dataset):
+            names.setdefault(axis, str(scale.name).rpartition("/")[2])
+        return tuple(names.get(axis, "") for axis in range(dataset.ndim))
     except HDF5_FAILURES:
         return ()
 

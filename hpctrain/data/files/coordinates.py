@@ -6,7 +6,8 @@ of the same name beside the dataset, or above it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from hpctrain.data.coding import coding_of
 from hpctrain.data.files.calendars import MISSING, Calendar, Clock, Instants, parse_date
-from hpctrain.data.files.storage import read_attribute
+from hpctrain.data.files.storage import HDF5_FAILURES, read_attribute
 from hpctrain.utils.text import listed
 
 Bools = npt.NDArray[np.bool_]
@@ -50,10 +51,35 @@ def find_coordinate(file: h5py.File, dataset: h5py.Dataset, name: str) -> tuple[
 
 
 def scales_of(dataset: h5py.Dataset) -> Iterator[tuple[int, h5py.Dataset]]:
-    """Yield the scales that are attached to a dataset, each with the number of its axis."""
-    for number, dim in enumerate(dataset.dims):
-        for scale in dim.values():
-            yield number, scale
+    """Yield the scales that are attached to a dataset, each with the number of its axis.
+
+    A list of them that is damaged, which would end the process in HDF5's own reading of it, and
+    scales that were deleted, are none.
+    """
+    for number, references in enumerate(_scale_references(dataset)):
+        for reference in references:
+            scale = None
+            with suppress(*HDF5_FAILURES):
+                scale = dataset.file[reference]
+            if isinstance(scale, h5py.Dataset) and scale.name is not None:
+                yield number, scale
+
+
+_SCALES = "DIMENSION_LIST"
+"""Source: HDF5's dimension scales keep in this attribute, by axis, a list of references."""
+
+
+def _scale_references(dataset: h5py.Dataset) -> Iterable[Iterable[h5py.Reference]]:
+    """Return references to the scales of each axis; none where these are not such lists."""
+    if _SCALES not in dataset.attrs:
+        return ()
+    about = dataset.attrs.get_id(_SCALES)
+    base = h5py.check_vlen_dtype(about.dtype)
+    is_list = base is not None and h5py.check_ref_dtype(np.dtype(base)) is h5py.Reference
+    if not is_list or about.shape != (dataset.ndim,):
+        return ()
+    found: Iterable[Iterable[h5py.Reference]] = read_attribute(dataset.attrs, _SCALES)
+    return found
 
 
 def is_called(scale: h5py.Dataset, name: str) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.config import Config, load, to_toml
+from hpctrain.config import Config, foreign_keys, load, to_toml
+from hpctrain.config.validate import reserved_keys
 from hpctrain.errors import ConfigError, ExitCode
 
 SMALLEST = """\
@@ -354,3 +355,55 @@ def test_what_is_wrong_with_a_callback_is_told(text: str, told: str) -> None:
     Path("c.toml").write_text(SMALLEST + text, encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(told)):
         load("c.toml")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("training.epochs", "did you mean training.max_epochs?"),
+        ("training.learning-rate", "did you mean optimizer.lr?"),
+        ("training.lr", "did you mean optimizer.lr?"),
+        ("training.fp16", "did you mean training.precision?"),
+        ("training.gradient_clip_val", "did you mean training.clip_norm?"),
+        ("training.gradient_accumulation_steps", "data.micro_batch_size makes several passes"),
+        ("training.devices", "the launcher decides on the ranks"),
+        ("data.batch_size", "did you mean data.global_batch_size?"),
+        ("data.pin_memory", "samples are read ahead"),
+        ("checkpoint.monitor", "did you mean checkpoint.keep_best?"),
+        ("checkpoint.save_top_k", "did you mean checkpoint.keep_best_count?"),
+        ("logging.wandb", "[[trackers]]"),
+        ("trainer.max_epochs", "unknown section; did you mean training?"),
+        ("wandb.project", "unknown section; [[trackers]]"),
+    ],
+)
+def test_keys_of_others_name_ours(given: str, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        loaded(SMALLEST, f"{given}=1")
+    assert said in str(raised.value)
+
+
+def test_every_key_that_is_meant_is_there() -> None:
+    """And names of others are none of ours in its section, where they would never be asked."""
+    for ours, names in foreign_keys._KEYS.items():
+        section, key = ours.split(".")
+        assert key in reserved_keys(section) or ours == "optimizer.weight_decay"
+        for name in names.split():
+            place = name if "." in name else f"{section}.{name}"
+            assert place == ours or place.split(".")[1] not in reserved_keys(section), place
+    assert all(reserved_keys(section) for section in foreign_keys._SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        ("global_batch_size", "batch_size", "did you mean data.global_batch_size?"),
+        ("lr =", "learning_rate =", "is optimizer.learning_rate a slip for it?"),
+        ('use = "mlp"', 'name = "mlp"', "is model.name a slip for it?"),
+        ("[optimizer]", "[optim]", "did you mean optimizer?"),
+    ],
+)
+def test_a_key_of_others_in_place_of_ours_is_one_mistake(ours: str, theirs: str, told: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        loaded(SMALLEST.replace(ours, theirs))
+    assert told in str(raised.value)
+    assert str(raised.value).startswith("c.toml: 1 mistake\n")

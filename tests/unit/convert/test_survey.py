@@ -312,3 +312,30 @@ def test_periods(tmp_path: Path, units: Any, calendar: str, told: str) -> None:
     attributes_of(tmp_path / "a.h5", units=units, calendar=calendar)
     (item,) = survey(str(tmp_path / "a.h5")).items
     assert told in ", ".join(item.notes)
+
+
+@pytest.mark.parametrize("damage", ["numbers", "lists of numbers", "too few", "null", "deleted"])
+def test_lists_of_scales_that_are_none(tmp_path: Path, damage: str) -> None:
+    """HDF5's own reading of such lists ends the process."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["time"] = np.arange(3.0)
+        file["t"] = np.zeros((3, 4))
+        file["time"].make_scale("time")
+        file["t"].dims[0].attach_scale(file["time"])
+        there = file["t"].attrs
+        references = there["DIMENSION_LIST"]
+        kind = h5py.vlen_dtype(h5py.ref_dtype)
+        if damage == "numbers":
+            there["DIMENSION_LIST"] = [1, 2]
+        elif damage == "lists of numbers":
+            lists = np.array([np.arange(2), np.arange(3)], object)
+            there.create("DIMENSION_LIST", lists, dtype=h5py.vlen_dtype("i8"))
+        elif damage == "too few":
+            there.create("DIMENSION_LIST", references[:1], (1,), kind)
+        elif damage == "null":
+            references[0] = np.array([h5py.Reference()], h5py.ref_dtype)
+            there.create("DIMENSION_LIST", references, (2,), kind)
+        else:
+            del file["time"]
+    found = {item.path: item for item in survey(str(tmp_path / "x.h5")).items}
+    assert found["t"].axes == ("", "")
