@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 import xarray as xr
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hpctrain import load_model
 from hpctrain.errors import CheckpointError
@@ -257,6 +261,26 @@ def test_a_loaded_model_takes_and_gives_what_files_hold(
             model(x, x)
 
 
+class Planted:
+    """What makes a file when it is read by pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def with_member(source: Path, target: Path, name: str, content: bytes) -> None:
+    """Write an archive with a member of other content, or one more."""
+    with zipfile.ZipFile(source) as there, zipfile.ZipFile(target, "w") as new:
+        root = there.namelist()[0].partition("/")[0]
+        for each in there.namelist():
+            if each != f"{root}/{name}":
+                new.writestr(each, there.read(each))
+        new.writestr(f"{root}/{name}", content)
+
+
 def test_a_program_runs_without_its_source(site: Path, tmp_path: Path) -> None:
     """Normalization and units are part of it, for any number of samples."""
     here(site, "run.toml", 'run.name="program"')
@@ -273,6 +297,12 @@ def test_a_program_runs_without_its_source(site: Path, tmp_path: Path) -> None:
     assert np.allclose(program(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-5)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(site.joinpath("no.pt2"))
+    planted = pickle.dumps(Planted(tmp_path / "ran"))
+    for name in ("data/sample_inputs/model.pt", "data/constants/opaque_obj_0"):
+        with_member(tmp_path / "p.pt2", tmp_path / "evil.pt2", name, planted)
+        with pytest.raises(CheckpointError, match=r"cannot be read|could run any code"):
+            load_model(tmp_path / "evil.pt2")
+        assert not (tmp_path / "ran").exists()
 
 
 def test_what_cannot_be_traced_is_refused_with_the_reason(site: Path) -> None:
@@ -290,6 +320,16 @@ def test_files_of_others_are_refused(site: Path) -> None:
         load_model(checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(site / "run.toml")
+    here(site, "ckpt", "export", "runs/others", "others.safetensors")
+    with safe_open(site / "others.safetensors", framework="pt") as file:
+        recipe = file.metadata()
+    tensors = load_file(site / "others.safetensors")
+    for use, argument in (("os:system", "command"), ("torch:load", "f")):
+        said = json.loads(recipe["hpctrain"])
+        said["model"] = {"use": use, "arguments": {argument: "touch ran"}}
+        save_file(tensors, site / "evil.safetensors", {"hpctrain": json.dumps(said)})
+        with pytest.raises(CheckpointError, match=f"said to be {use}, which is none"):
+            load_model(site / "evil.safetensors")
 
 
 def test_what_cannot_be_done_is_told(site: Path) -> None:

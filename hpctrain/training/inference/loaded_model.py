@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,11 +179,16 @@ class Program(LoadedModel):
         return self.module(*inputs)
 
 
+_NO_MODELS = ("torch", "numpy", "None")
+"""Packages of which classes are models, and functions are not."""
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Return a trained model with its weights and its preprocessing.
 
     The training data need not be there. A model of your own is imported from where its config
-    named it, as in training.
+    named it, as in training, so load only what you trust to name one; of a file none but tensors
+    are read.
 
     Args:
         path: what `ckpt export` has written; or a checkpoint, or a run, whose best checkpoint is
@@ -223,8 +230,10 @@ def load_weights(
 ) -> LoadedModel:
     """Return a model with these weights."""
     component = ComponentSection(use=made_by.model.use, arguments=made_by.model.arguments)
+    make: Any = resolve("model", component)
+    _refuse_strange(make, component.use, path)
     try:
-        module: Any = resolve("model", component)(**made_by.model.arguments)
+        module: Any = make(**made_by.model.arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {component.use} refuses its arguments: {error}") from error
     if not isinstance(module, nn.Module):
@@ -239,6 +248,23 @@ def load_weights(
         )
     load_checked(module, weights, str(path))
     return LoadedModel(module, made_by, where)
+
+
+def _refuse_strange(make: Any, use: str, path: Path) -> None:
+    """Refuse a file that names a function which makes no model, such as os.system.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    while isinstance(make, functools.partial):
+        make = make.func
+    is_model = isinstance(make, type) and issubclass(make, nn.Module)
+    package = str(getattr(make, "__module__", None)).partition(".")[0]
+    if not is_model and (package in sys.stdlib_module_names or package in _NO_MODELS):
+        raise CheckpointError(
+            f"{path}: its model is said to be {use}, which is none: this is no file that `ckpt "
+            "export` has written, and nothing of it was called"
+        )
 
 
 def _recipe_of_export(path: Path) -> bytes:
