@@ -1,4 +1,4 @@
-"""What is trained and how, built from the config: model, task, optimizer, step."""
+"""Model, task, optimizer, LR scheduler and step of a run, built from its config."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def build_parts(
     validation_batches: Sequence[int] = (),
     brought: Brought = NOTHING,
 ) -> Parts:
-    """Build model, task, optimizer and step, the same on all ranks, and prime them.
+    """Build model, task, optimizer and step, the same on all ranks, and try them in a dry run.
 
     Collective: all ranks.
 
@@ -167,7 +167,7 @@ def build_parts(
         step.registered.add(OWN_STATE, OwnState(task.module, task.trainer))
     notes += _register(callbacks, task, step)
     with ranges_checked(task):
-        step.prime(lambda error, fields: explain_misfit(error, fields, config))
+        step.dry_run(lambda error, fields: explain_misfit(error, fields, config))
     # From here every rank draws its own numbers.
     seed_generators(derive_key(config.run.seed, 1 + world.topology.rank))
     return Parts(

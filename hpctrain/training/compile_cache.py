@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: on the node, for the ranks there, and between jobs if wanted.
+"""Cache of compiled kernels: on the node, for the ranks there, and between jobs if wanted.
 
 Compilers keep them in the home directory, or under a name in /tmp that others could make first, and
 what lies there is run. Home is often a file system without locks, and slow for many small files.

@@ -99,7 +99,7 @@ def resolve_components(
 
     Args:
         config: what was loaded.
-        path: the file that it was loaded from, so that mistakes are told with their lines.
+        path: the file that it was loaded from, so that mistakes are reported with their lines.
         overrides: those that it was loaded with.
         given: sections in whose place there are objects.
 
@@ -127,7 +127,7 @@ def resolve_components(
 def _refused(section: OptimizerSection, target: Callable[..., Any] | None) -> Mistake | None:
     """Return the first argument that an optimizer refuses, found by leaving out one at a time.
 
-    A signature tells names only: that betas are two numbers, and below 1, the class says itself.
+    A signature has names only: that betas are two numbers, and below 1, the class says itself.
     """
     if not inspect.isclass(target) or not issubclass(target, Optimizer):
         return None
@@ -159,7 +159,7 @@ def _refused(section: OptimizerSection, target: Callable[..., Any] | None) -> Mi
 
 
 def _refuse_live_code() -> None:
-    """See to it that a job with a snapshot of the code runs that and nothing else.
+    """Check that a job with a snapshot of the code runs that and nothing else.
 
     Raises:
         ConfigError: if a module of the project has come from the project itself.

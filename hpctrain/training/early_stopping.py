@@ -1,4 +1,4 @@
-"""When a run ends before its limits: a metric that has come far enough, or no further."""
+"""Early stopping: which metrics are watched, in which direction, and when they end a run."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def directions(config: Config, task: Task) -> dict[str, Mode]:
 
 
 def check_monitored(config: Config, task: Task) -> None:
-    """See to it that there are the metrics that the config watches.
+    """Check that there are the metrics that the config watches.
 
     Raises:
         ConfigError: if the task is known to have no such metric.

@@ -1,4 +1,4 @@
-"""Metrics of a whole dataset: sums and counts over ranks, every sample exactly once."""
+"""Evaluation: metrics of a dataset, reduced over ranks, every sample counted exactly once."""
 
 from __future__ import annotations
 

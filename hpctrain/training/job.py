@@ -1,4 +1,4 @@
-"""One job of a run, from its config to word of how it ended."""
+"""One job of a run, from its config to its exit.json."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(
     command: Sequence[str],
     brought: Brought = NOTHING,
 ) -> ExitCode:
-    """Train as the config says, and leave word of how it ended. Collective: all ranks.
+    """Train as the config says; exit.json has how it ended. Collective: all ranks.
 
     Args:
         config: the same on all ranks.
@@ -67,7 +67,7 @@ def train(
         communicator: of all ranks.
         meeting: where they meet; None for one process.
         signals: this rank's requests to stop.
-        guard: is told the run folder and the steps, for its report.
+        guard: takes the run folder and the steps, for its report.
         command: the config file and overrides, as they were given.
         brought: objects in place of what the config names.
 
@@ -187,7 +187,7 @@ def _train(
     run.begin(place)
     stages.done("a save is tried")
     indices = explained_indices(parts.task, data.train_loader, run.batches_under_way)
-    with run.saves_finished(), indices, profiled(profiler), run.failures_told():
+    with run.saves_finished(), indices, profiled(profiler), run.failures_reported():
         place, complete = fit(
             place,
             plan,

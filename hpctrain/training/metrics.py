@@ -1,4 +1,4 @@
-"""Metrics of a whole dataset, from what a task returns for each of its batches.
+"""Metrics of an evaluation: what a task returns for each batch, reduced over batches and ranks.
 
 A quotient of sums is only one kind of metric. The macro F1 of a dataset, its R2 or its AUROC cannot
 be had from those of its batches: they come from counts, moments or predictions of all samples. So a

@@ -1,4 +1,4 @@
-"""Numbers that lie, and what is done: gradients that are not finite, losses that leap."""
+"""Non-finite gradients and losses (NaN, inf), and loss spikes: found, skipped, rolled back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands and how far it goes: pure arithmetic."""
+"""Position of a run, where it stops, and intervals between: pure arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of steps goes: seconds by phase, figures of ranks and nodes, torch's profiler."""
+"""Time of steps: seconds by phase, figures of ranks and nodes, torch's profiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOLDER = "profile"
 """Of the traces, in the run folder."""
 TABLE_ROWS = 15
 MOST_ALLOCATIONS = 200_000
-"""Allocations and releases of memory that a snapshot tells of."""
+"""Allocations and releases of memory that a snapshot holds."""
 
 
 class StepProfiler:
@@ -140,7 +140,7 @@ class StepProfiler:
         return self._section.wait_steps + self._section.warmup_steps
 
     def _write(self, step: int) -> None:
-        """Write the trace of this rank, and tell of all on rank 0. Collective: all ranks."""
+        """Write the trace of this rank, and report all of them on rank 0. Collective: all ranks."""
         self._is_over = True
         with self._world.pulse.long_phase():
             found = self._world.communicator.all_gather(self._written(step))

@@ -151,7 +151,7 @@ def _trackers(
             name if count == 1 else f"{name}-{count}",
             functools.partial(make, **component.arguments),
             hyperparameters,
-            # A job that goes on from nothing goes on with the run, unless it was told to begin one.
+            # A job that goes on from nothing goes on with the run, unless it is to begin one.
             is_new=not place.step and config.checkpoint.resume != "auto",
         )
         if each is not None:
@@ -162,7 +162,7 @@ def _trackers(
 class SaveClock:
     """Asks for a save once its time has come, and where the last one failed.
 
-    A failed save is told by the next one: to ask for that ends the job soon, and not hours later.
+    A failed save is reported by the next one: to ask for that ends the job soon, not hours later.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class RunFolder:
         skipped_steps: steps of the run that were not applied, as far as is known.
         record: of this job, for those who ask later what a checkpoint was made by.
         phase_log: what this job does with its time.
-        notifier: tells a command of the user's.
+        notifier: reports to the notify command.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class RunFolder:
             path: of the folder.
             group_writable: open it to its group, and all that is in it.
             report: write report.html once the run is complete.
-            notifier: tells a command how a job ends; None: there is none.
+            notifier: reports to the notify command how a job ends; None: there is none.
         """
         self.path = path
         self._has_report = report
@@ -267,7 +267,7 @@ class RunFolder:
             self._asked_node_hours += last.asked_node_hours
             # A killed job has saved more than it could say; that is not this one's gain.
             self.step = self._first_step = last.step
-            # Where the pointer is damaged the folders themselves tell what to go on from.
+            # Where the pointer is damaged the folders themselves show what to go on from.
             with suppress(CheckpointError):
                 self.step = self._first_step = max(last.step, newest_saved(self.path)[1])
         before = None
@@ -345,7 +345,7 @@ class RunFolder:
         self._lease.confirm()
 
     def end(self, code: ExitCode | None, reason: str) -> None:
-        """Leave word in exit.json.
+        """Write exit.json.
 
         Raises:
             CheckpointError: if it cannot be written.

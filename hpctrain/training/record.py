@@ -154,11 +154,11 @@ def rules_and_changes(config: Config, resumed: Resumed | None) -> tuple[Semantic
     semantics = semantics_of(config, resumed.values)
     return semantics, [
         *older_rules(semantics, config),
-        *told_changes(resumed.config_toml, config),
+        *reported_changes(resumed.config_toml, config),
     ]
 
 
-def told_changes(before: str, now: Config) -> list[str]:
+def reported_changes(before: str, now: Config) -> list[str]:
     """Return what has changed, a line for each key.
 
     Args:

@@ -1,4 +1,4 @@
-"""The run that the training loop works on: its logs, evaluations, saves and stops, on one rank."""
+"""The run that the loop works on: lines of metrics.jsonl, evaluations, saves and stops."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ class Run:
     def _ask_all(self) -> None:
         """End the run here if code of the user's on any rank asks for it. Collective: all ranks.
 
-        Between two epochs and behind an evaluation; inside an epoch the agreement to stop tells
+        Between two epochs and behind an evaluation; inside an epoch the agreement to stop has
         it, a few steps later.
         """
         if self._trainer is None or self.stopping.reason is not None:
@@ -437,8 +437,8 @@ class Run:
             self._module.end_training(self.place.epoch)
 
     @contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Tell callbacks, and a module, of what the body fails by; on this rank."""
+    def failures_reported(self) -> Iterator[None]:
+        """Report an exception of the body to callbacks and to a module, on this rank."""
         try:
             yield
         except Exception as error:
@@ -451,7 +451,10 @@ class Run:
 
     @contextmanager
     def saves_finished(self) -> Iterator[None]:
-        """See to it that no rank waits for the part of another in vain. Collective: all ranks."""
+        """Finish the last save, of which ranks write parts, after the body.
+
+        Collective: all ranks.
+        """
         with nullcontext() if self._together is None else self._together.finished_after():
             yield
 
@@ -478,7 +481,7 @@ class Run:
         return numbers
 
     def _notify_nonfinite(self, place: Position, numbers: Mapping[str, float]) -> None:
-        """Have a command of the user's told of the first step of a job that was not finite."""
+        """Report the first step of a job that was not finite to the notify command."""
         what = "" if math.isfinite(numbers["loss"]) else f"the loss is {numbers['loss']}"
         if not what and numbers["most_bad_steps"]:
             what = "the gradient was not finite"

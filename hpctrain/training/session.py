@@ -1,4 +1,4 @@
-"""A job on its run folder: the lease, the log, the agreement to stop, and word of how it ended.
+"""A job on its run folder: the lease, the log, the agreement to stop, and exit.json at its end.
 
 What a job of a config and a loop of one's own have in common.
 """
@@ -51,7 +51,7 @@ class Session:
     Attributes:
         folder: of the run, on rank 0; None on the others.
         stop: the agreement of all ranks to stop.
-        stack: what is left once there is word of how the job ended.
+        stack: what is left once exit.json has how the job ended.
     """
 
     communicator: Communicator
@@ -60,7 +60,7 @@ class Session:
     stack: ExitStack
 
     def end(self, code: ExitCode, reason: str) -> None:
-        """Leave word of an end in order. Collective: all ranks."""
+        """Write an end in order to exit.json. Collective: all ranks."""
         with raise_together(self.communicator):
             if self.folder is not None:
                 self.folder.end(code, reason)
@@ -76,7 +76,7 @@ def session(
         config: names the run.
         communicator: of all ranks.
         signals: this rank's requests to stop.
-        guard: is told the run folder, for its report.
+        guard: takes the run folder, for its report.
 
     Raises:
         CheckpointError: on every rank, if the folder cannot be had.
@@ -112,7 +112,7 @@ def session(
 
 @contextmanager
 def _failures_notified(guard: Guard, notifier: Notifier) -> Iterator[None]:
-    """Have a failure of one rank alone, which ends the job there, told as well."""
+    """Have a failure of one rank alone, which ends the job there, reported as well."""
 
     def tell(reason: str, code: int) -> None:
         seconds = notifier.crash_seconds
@@ -122,7 +122,7 @@ def _failures_notified(guard: Guard, notifier: Notifier) -> Iterator[None]:
     try:
         yield
     except Exception:
-        raise  # it is still to be told
+        raise  # it is still to be reported
     guard.notify, guard.notify_seconds = None, 0.0
 
 
@@ -193,7 +193,7 @@ def finish(
         CheckpointError: on every rank, if the last save failed.
     """
     run.finish()
-    data.staging.tell_problems(world)
+    data.staging.report_problems(world)
     rank_zero, phases = run.rank_zero, run.phases
     with world.pulse.long_phase(), raise_together(world.communicator):
         if rank_zero is not None:

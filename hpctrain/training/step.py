@@ -1,4 +1,7 @@
-"""One optimizer step on a global batch, over all ranks: no host sync, whatever the split."""
+"""The step: forward, backward, gradient clipping, update; the all-reduce of the training loss.
+
+Of a global batch, whatever its split over ranks and passes; without a host sync.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut
 from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
-from hpctrain.training.dry_run.step import Explain, find_coupling, prime
+from hpctrain.training.dry_run.step import Explain, dry_run, find_coupling
 from hpctrain.training.model.precision import LossScale, NumberFormat, real_view
 from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.model.undisturbed import Disturbance
@@ -244,20 +247,20 @@ class TrainStep:
         """Return how long this rank has waited for gradients after its own were there."""
         return self._wrapped.communication_seconds
 
-    def prime(self, explain: Explain = lambda error, fields: None) -> None:
+    def dry_run(self, explain: Explain = lambda error, fields: None) -> None:
         """Run the model a few times and leave no trace, before the state is restored.
 
         Collective: all ranks.
 
         Args:
-            explain: as `prime` takes it.
+            explain: as `dry_run` takes it.
 
         Raises:
             TrainingError: if model, task and data do not fit.
         """
         samples = self.rows
         fields = self._format.cast(self._shapes.example(samples), self._task.inputs)
-        self.disturbance = prime(
+        self.disturbance = dry_run(
             self._wrapped,
             self._task,
             fields,

@@ -1,4 +1,4 @@
-"""The summary of a job, told at its beginning and end, gathered from its parts."""
+"""The summary of a job: the header before training, and the lines at its end."""
 
 from __future__ import annotations
 

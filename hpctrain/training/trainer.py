@@ -152,7 +152,7 @@ def _do_due(
 
 
 def _caught_up(place: Position, plan: Plan, schedule: Schedule, run: Run) -> bool:
-    """Evaluate where a stop has cut that short; tell whether it got done. Collective: all ranks."""
+    """Evaluate where a stop has cut that short, if it is not again. Collective: all ranks."""
     epoch = place.epoch - (place.position == 0)
     metrics = run.evaluate(place, epoch)
     if metrics is None:
@@ -169,7 +169,7 @@ def _caught_up(place: Position, plan: Plan, schedule: Schedule, run: Run) -> boo
 def _after_evaluation(
     place: Position, epoch: int, schedule: Schedule, run: Run, *, complete: bool
 ) -> None:
-    """End an epoch that ends here, and tell the schedule. Collective: all ranks."""
+    """End an epoch that ends here, and step the LR scheduler. Collective: all ranks."""
     if complete or place.position == 0:
         run.end_epoch(place, epoch)
     if schedule.in_groups:
@@ -179,7 +179,7 @@ def _after_evaluation(
 def ends_here(
     place: Position, run: Run, metrics: Metrics | None, *, complete: bool, saves: bool
 ) -> bool:
-    """Save where it is time, and tell whether all ranks stop here, before the run is complete.
+    """Save where it is time; return whether all ranks stop here, before the run is complete.
 
     Collective: all ranks.
 

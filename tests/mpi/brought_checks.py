@@ -64,7 +64,7 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
         example=example,
         sharded=spread,
     )
-    step.prime()
+    step.dry_run()
     return step
 
 

@@ -88,7 +88,7 @@ def make_step(
         micro_batch_size=micro,
         sharded=sharded,
     )
-    step.prime()
+    step.dry_run()
     return step
 
 

@@ -88,7 +88,7 @@ def build(
         micro_batch_size=micro_batch_size,
     )
     if prime:
-        step.prime()
+        step.dry_run()
     return step
 
 

@@ -66,7 +66,7 @@ def make_step(
         example=global_batch(1, 99),
         micro_batch_size=micro_batch_size,
     )
-    step.prime()
+    step.dry_run()
     return step
 
 
@@ -190,7 +190,7 @@ def check_every_precision_trains(world: World) -> None:
             example=global_batch(1, 99),
             micro_batch_size=4,
         )
-        step.prime()
+        step.dry_run()
         losses = []
         for _ in range(30):
             step(share(global_batch(8 * size, 3), rank, size), 0.02)

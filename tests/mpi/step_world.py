@@ -114,5 +114,5 @@ def step_of(
         micro_batch_size=micro_batch_size,
     )
     if prime:
-        step.prime()
+        step.dry_run()
     return step

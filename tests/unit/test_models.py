@@ -133,7 +133,7 @@ def test_a_text_is_learnt() -> None:
     model = Transformer(256, 17, depth=2, width=32, heads=4)
     task = LanguageModeling(["tokens"], None)
     step = make_step(model, task=task, example={"tokens": tokens[:1]}, largest_share=9)
-    step.prime()
+    step.dry_run()
     batch = Batch(fields={"tokens": tokens}, size=9, global_size=9, epoch=0, start=0)
     for _ in range(120):
         step(batch, 0.01)

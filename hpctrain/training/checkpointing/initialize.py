@@ -1,4 +1,4 @@
-"""A new run with weights from elsewhere: which file they are in, and which name is which."""
+"""Initial weights of a new run from elsewhere: which file they are in, and which name is which."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def choose(
         weights: by their names in the file.
         names: beginnings of names in the file, and what stands for them in the model; of several
             that fit the longest counts.
-        strict: refuse anything without a counterpart of the same shape; else leave it and tell.
+        strict: refuse anything without a counterpart of the same shape; else report it.
 
     Returns:
         Those that fit, by their plain names in the model, and what to say. What wrappers such as

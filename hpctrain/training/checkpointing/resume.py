@@ -243,7 +243,7 @@ def share(world: World, loaded: Loaded | None) -> Resumed | None:
 
 
 def restore(world: World, step: TrainStep, resumed: Resumed) -> list[str]:
-    """Put the state back into the parts of the run, once these are primed.
+    """Put the state back into the parts of the run, once these had their dry run.
 
     The generators of the ranks are put back where there are as many ranks as then.
 

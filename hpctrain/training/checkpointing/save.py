@@ -123,7 +123,7 @@ class TogetherSaver:
             yield
         except HpctrainError as error:
             if error.everywhere:
-                # The first failure is the one to tell.
+                # The first failure is the one to report.
                 with suppress(HpctrainError), self._world.pulse.long_phase():
                     self.finish()
             raise

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and from there back into its parts."""
+"""Snapshot of a run: what of it goes into a checkpoint, and from there back into its parts."""
 
 from __future__ import annotations
 

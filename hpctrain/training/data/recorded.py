@@ -104,7 +104,7 @@ def forms_to_record(config: Config, train: Dataset) -> dict[str, Any]:
 
 
 def refuse_other_forms(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:
-    """See to it that a run goes on with the selections, classes and images that it began with.
+    """Check that a run goes on with the selections, classes and images that it began with.
 
     Args:
         config: of this job.
@@ -136,7 +136,7 @@ def _said(value: Any) -> str:
 
 
 def refuse_other_decoding(config: Config, train: Dataset, saved: Mapping[str, Any]) -> None:
-    """See to it that fields are decoded as when the run began. Reads no file.
+    """Check that fields are decoded as when the run began. Reads no file.
 
     Their sizes and checksums may be as they were: attributes are changed in place, and not every
     dataset has checksums.

@@ -1,4 +1,4 @@
-"""The data of a run: datasets, loaders, normalisation, and where in them the run goes on."""
+"""The data of a run: datasets, loaders, and the position in them that the run goes on from."""
 
 from __future__ import annotations
 

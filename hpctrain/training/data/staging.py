@@ -1,4 +1,4 @@
-"""Copies of the shards on each node's disk: who makes them, and what is told of it."""
+"""Staging: copies of the shards on each node's disk, who makes them, what is reported of it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Staging:
             tell=lambda problem: self._note(topology.host, problem),
         )
 
-    def tell_problems(self, world: World) -> None:
+    def report_problems(self, world: World) -> None:
         """Tell what rank 0 could not see: copies that failed elsewhere. Collective: all ranks."""
         if not self._is_asked_for:
             return

@@ -1,4 +1,4 @@
-"""Datasets that users bring as objects: made, looked at, and served as those of files are."""
+"""Datasets and DataLoaders that users bring as objects: made, checked, served as files are."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def rehearse(
         further: those of a module's other loaders.
         eager: run a compiled model as it is written: outputs are kept and compared, and those of a
             CUDA graph lie where its next ones will.
-        explain: as `prime` takes it.
+        explain: as `dry_run` takes it.
 
     Raises:
         TrainingError: on every rank, if the task breaks its contract, or gives a metric that

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Explain = Callable[[Exception, Any], HpctrainError | None]
 
 
-def prime(
+def dry_run(
     wrapped: DDPModel | ShardedModel,
     task: Task,
     fields: Any,

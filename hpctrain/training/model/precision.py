@@ -1,4 +1,4 @@
-"""Number formats: what the parameters are kept in, and what the arithmetic runs in."""
+"""Precision: number formats of parameters and arithmetic (autocast), and the loss scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run carries besides model and optimizer: any objects that can say what they know."""
+"""State that is saved with a run by name: any objects with state_dict and load_state_dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes that training must not notice, and what a model does to itself in them."""
+"""Passes that leave no trace, and what a model does to itself in them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Disturbance:
 
 
 def judge(found: Disturbance, communicator: Communicator) -> None:
-    """Refuse what would be trained wrongly, and tell what was left behind. Collective: all ranks.
+    """Refuse what would be trained wrongly, and report what was left behind. Collective: all ranks.
 
     Raises:
         TrainingError: on every rank, naming the parameters.

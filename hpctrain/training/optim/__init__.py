@@ -1,1 +1,1 @@
-"""What the optimizer does to which parameters, and at which learning rate."""
+"""Optimizers, parameter groups, LR scheduler and schedules, EMA."""

@@ -1,4 +1,4 @@
-"""Shapes of a learning rate over time: pure functions, but for `Plateau`, which has a state.
+"""LR schedules, shapes of a learning rate: pure functions, but for `Plateau`, which has a state.
 
 Each takes (step, total_steps, **arguments) and returns a factor of `optimizer.lr`. Both count from
 the end of the warm-up, in the unit that the config chooses: steps, epochs (with their fractions)

@@ -1,4 +1,4 @@
-"""An optimizer is tried on small stand-ins of the parameters before a run relies on it.
+"""Trial of an optimizer on small stand-ins of the parameters, before a run relies on it.
 
 Steps on them show what it keeps, and whether a copy that is put back from it goes on alike. So what
 a checkpoint could not hold is named before the first step, and not after an hour.

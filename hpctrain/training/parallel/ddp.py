@@ -1,4 +1,4 @@
-"""The model under DDP: gradients averaged, tensors of rank 0 broadcast, ranks compared."""
+"""DDP: where it wraps the model; gradients averaged, tensors broadcast, ranks compared."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DDPModel:
             model: on the device.
             world_size: number of ranks.
             device: of this rank.
-            training: of the config: how DDP is to reduce gradients, and what it is told of the
+            training: of the config: how DDP is to reduce gradients, and what it knows of the
                 model's parameters.
         """
         self.model = model

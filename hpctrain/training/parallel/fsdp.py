@@ -1,4 +1,4 @@
-"""The model under FSDP: each rank holds some rows of every parameter."""
+"""FSDP: where it shards the model; each rank holds some rows of every parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model FSDP gathers as one (its units), and what every rank keeps whole."""
+"""Units of FSDP, the modules that it gathers as one, and parameters that every rank keeps whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that have no part in the loss: experts, layers left out, auxiliary heads, mistakes."""
+"""Unused parameters, without a part in the loss: experts, layers left out, heads, mistakes."""
 
 from __future__ import annotations
 

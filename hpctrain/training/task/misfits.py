@@ -1,4 +1,4 @@
-"""Data that do not fit: shapes, types and indices out of range, told with the field and the key."""
+"""Data that do not fit: shapes, dtypes, indices out of range, with their field and config key."""
 
 from __future__ import annotations
 

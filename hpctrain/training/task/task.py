@@ -1,4 +1,4 @@
-"""What a step computes from a batch: the loss, and the metrics of an evaluation.
+"""The task: what a step computes from a batch, its loss, and the metrics of an evaluation.
 
 A task is any class with the attributes and methods of `Task`; "package.module:Name" in the config
 brings in your own.

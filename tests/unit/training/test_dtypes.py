@@ -151,7 +151,7 @@ def test_complex_parameters_train_as_in_a_loop_by_hand(
     hand = Wave(dtype)
     cast_model(hand, number_format, None)
     theirs = optimizer(hand.parameters(), lr=0.02)
-    step.prime()
+    step.dry_run()
     for _ in range(4):
         step(batch(), 0.02)
         theirs.zero_grad()
@@ -175,7 +175,7 @@ def test_complex_parameters_train_as_in_a_loop_by_hand(
 
 def test_a_gradient_that_is_a_conjugate_is_taken_for_what_it_is() -> None:
     step = make_step(Turned(), clip_norm=1.0, clip_value=0.1, optimizer=torch.optim.AdamW)
-    step.prime()
+    step.dry_run()
     before = step.model.turn.detach().clone()
     step(batch(), 0.02)
     assert torch.equal(step.model.turn.real, before.real * (1 - 0.02 * 0.01))
@@ -184,7 +184,7 @@ def test_a_gradient_that_is_a_conjugate_is_taken_for_what_it_is() -> None:
 
 def test_a_moving_average_of_complex_numbers() -> None:
     step = make_step(Wave(), ema_decay=0.5, optimizer=torch.optim.SGD)
-    step.prime()
+    step.dry_run()
     assert step.average is not None
     expected = step.model.turn.detach().clone()
     for number in range(1, 5):
@@ -202,7 +202,7 @@ def test_complex_numbers_are_saved_and_restored(tmp_path: Path, dtype: torch.dty
         step = make_step(Wave(dtype), ema_decay=0.5)
         step.model.register_buffer("narrow", torch.randn(3, 2, dtype=torch.complex32))
         step.model.register_buffer("code", torch.rand(3).to(torch.float8_e5m2))
-        step.prime()
+        step.dry_run()
         return step
 
     torch.manual_seed(1)

@@ -16,7 +16,7 @@ from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.models.small import MLP
 from hpctrain.training.checkpointing.initialize import choose, read_weights
 from hpctrain.training.rank_zero import SAVE_DUE, SaveClock
-from hpctrain.training.record import told_changes
+from hpctrain.training.record import reported_changes
 
 
 def weights(prefix: str = "") -> dict[str, Tensor]:
@@ -165,16 +165,16 @@ def config(tmp_path: Path) -> Any:
     ],
 )
 def test_changes_are_told(config: Any, overrides: list[str], expected: list[str]) -> None:
-    assert told_changes(to_toml(config()), config(*overrides)) == expected
+    assert reported_changes(to_toml(config()), config(*overrides)) == expected
 
 
 def test_keys_that_an_older_version_did_not_know_are_no_change(config: Any) -> None:
-    assert told_changes(CONFIG, config()) == []
+    assert reported_changes(CONFIG, config()) == []
 
 
 def test_another_optimizer_is_refused(config: Any) -> None:
     with pytest.raises(ConfigError, match=r'optimizer.use = "adamw", but .* has "sgd"') as raised:
-        told_changes(to_toml(config()), config("optimizer.use=adamw"))
+        reported_changes(to_toml(config()), config("optimizer.use=adamw"))
     assert raised.value.everywhere
 
 

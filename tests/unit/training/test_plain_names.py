@@ -96,7 +96,7 @@ def test_checkpoints_are_those_of_the_bare_model(
     tmp_path: Path, make: Callable[[], nn.Module]
 ) -> None:
     first = make_step(make(), ema_decay=0.5)
-    first.prime()
+    first.dry_run()
     first(batch(), 0.1)
     assert first.average is not None
     first.average.update(1)
@@ -115,7 +115,7 @@ def test_checkpoints_are_those_of_the_bare_model(
     for folder in (plain, old):
         for other in (make, Bare):
             second = make_step(other(), ema_decay=0.5)
-            second.prime()
+            second.dry_run()
             resumed = share(WORLD, load(folder))
             assert resumed is not None
             restore(WORLD, second, resumed)
@@ -175,13 +175,13 @@ class Late(nn.Module):
 
 def test_buffers_that_a_model_registers_in_its_first_pass_are_restored(tmp_path: Path) -> None:
     first = make_step(Late())
-    first.prime()
+    first.dry_run()
     assert "center" not in first.model._buffers
     for _ in range(2):
         first(batch(), 0.1)
     folder = saved(first, tmp_path, lambda snapshot: snapshot)
     second = make_step(Late())
-    second.prime()
+    second.dry_run()
     resumed = share(WORLD, load(folder))
     assert resumed is not None
     restore(WORLD, second, resumed)

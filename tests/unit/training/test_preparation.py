@@ -35,7 +35,7 @@ def prepared(**section: Any) -> nn.Module:
 
 def trained(model: nn.Module, steps: int = 4, **options: Any) -> Any:
     step = make_step(model, example={name: item[:1] for name, item in IMAGES.items()}, **options)
-    step.prime()
+    step.dry_run()
     for _ in range(steps):
         step(Batch(fields=IMAGES, size=8, global_size=8, epoch=0, start=0), 0.02)
     return step

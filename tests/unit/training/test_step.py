@@ -104,7 +104,7 @@ def test_every_precision_trains_or_is_refused(precision: Any, micro_batch_size: 
     step = make_step(
         MLP(6, 3), precision=precision, clip_norm=1.0, micro_batch_size=micro_batch_size
     )
-    step.prime()
+    step.dry_run()
     losses = []
     for _ in range(30):
         step(batch(dtype=torch.float64), 0.02)  # inputs come in the dtype of the dataset
@@ -123,7 +123,7 @@ def test_a_compiled_model_trains_as_one_that_is_not() -> None:
         if compiled:
             model.compile(backend="aot_eager")
         step = make_step(model, precision="64-true")
-        step.prime()
+        step.dry_run()
         for _ in range(3):
             step(batch(), 0.02)
         losses.append(step.read()["loss"])
@@ -217,7 +217,7 @@ class Returns(Classification):
 def test_priming_says_what_a_task_does_wrong(make: Any, message: str) -> None:
     step = make_step(MLP(6, 3), task=Returns(make))
     with pytest.raises(TrainingError, match=message):
-        step.prime()
+        step.dry_run()
 
 
 def test_priming_names_sparse_gradients() -> None:
@@ -233,7 +233,7 @@ def test_priming_names_sparse_gradients() -> None:
     example = {"x": torch.tensor([4]), "y": torch.tensor([1])}
     step = make_step(Words(), optimizer=torch.optim.SGD, example=example)
     with pytest.raises(TrainingError, match=r"words\.weight are sparse"):
-        step.prime()
+        step.dry_run()
 
 
 def test_what_is_no_task_is_refused() -> None:
@@ -251,7 +251,7 @@ def test_samples_of_many_labels_weigh_as_one() -> None:
     before = model.weight.detach().clone()
     one = {name: rows[:1] for name, rows in four.items()}
     step = make_step(model, optimizer=torch.optim.SGD, largest_share=4, example=one)
-    step.prime()
+    step.dry_run()
     step(Batch(fields=four, size=4, global_size=4, epoch=0, start=0), 1.0)
     assert step.read()["loss"] == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(before - model.weight, gradient)
@@ -386,7 +386,7 @@ def test_clipping_by_value_follows_that_by_norm(clip_norm: float | None) -> None
         if item.grad is not None
     ]
     step = make_step(model, optimizer=torch.optim.SGD, clip_norm=clip_norm, clip_value=0.01)
-    step.prime()
+    step.dry_run()
     step(batch(), 1.0)
     for item, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(item.detach(), wanted)
@@ -439,7 +439,7 @@ def test_no_step_waits_for_the_device(
         clip_value=0.5,
         ema_decay=0.9,
     )
-    step.prime()
+    step.dry_run()
     assert step.average is not None
     with HostReads() as reads:
         for number in range(70):  # flags of bad steps are counted every 64

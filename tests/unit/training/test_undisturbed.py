@@ -147,7 +147,7 @@ def test_a_dry_run_leaves_no_trace() -> None:
     model = Restless()
     before = picture(model)
     step = make_step(model)
-    step.prime()
+    step.dry_run()
     assert picture(model) == before
     for number in (1, 2):
         step(batch(), 0.0)
@@ -240,7 +240,7 @@ def test_what_cannot_be_copied_is_named_if_it_changed(
     model.what = what
     step = make_step(model)
     with caplog.at_level(logging.WARNING, logger="hpctrain"):
-        step.prime()
+        step.dry_run()
     model.file.close()
     if what:
         assert f"the dry run has changed {what[0]} of the model" in caplog.text
@@ -260,7 +260,7 @@ def test_the_attributes_of_a_task_are_left_alone_too() -> None:
 
     task = Counted()
     step = make_step(nn.Linear(6, 3), task=task)
-    step.prime()
+    step.dry_run()
     step(batch(), 0.1)
     assert task.passes == [8]
 
@@ -289,7 +289,7 @@ class Growing(nn.Module):
 )
 def test_parameters_that_no_optimizer_would_train_are_refused(how: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        make_step(Growing(how)).prime()
+        make_step(Growing(how)).dry_run()
 
 
 def test_the_model_is_put_back_after_a_failure() -> None:

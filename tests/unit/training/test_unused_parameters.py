@@ -35,7 +35,7 @@ def test_one_process_says_so_once_and_leaves_them_as_they_are(
     model = Branches()
     step = make_step(model, optimizer=optimizer, clip_norm=1.0)
     with caplog.at_level(logging.INFO, logger="hpctrain"):
-        step.prime()
+        step.dry_run()
         assert not caplog.messages
         for goes_left in (True, False, True):
             model.goes_left = goes_left
