@@ -16,7 +16,8 @@ Where every rank writes its own rows of the parameters, as under FSDP, there are
 
 and meta.json has the number of ranks and the shapes of the whole tensors as `spread`. Of a tensor
 of n rows rank r of W has rows r c up to (r + 1) c, where c is n / W rounded up; it has no tensor
-where these are none. Without torch: the tools that inspect checkpoints use it.
+where these are none. With checkpoint.files neighbouring ranks share a part, which holds the rows of
+them all: `group` in `spread`. Without torch: the tools that inspect checkpoints use it.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ from hpctrain.utils.json_files import (
 from hpctrain.utils.run_folder import CHECKPOINTS, LATEST, read_latest, step_of
 from hpctrain.utils.text import printable
 
-VERSION = 2
+VERSION = 3
+VERSION_OF_RANKS = 2
 VERSION_OF_ONE_WRITER = 1
-"""What older readers understand; the later one may be spread over its writers, see `Spread`."""
+"""What older readers understand; later ones are spread over writers, or groups, see `Spread`."""
 FORMAT = "hpctrain checkpoint"
 META = "meta.json"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
@@ -121,7 +123,8 @@ class Meta:
         aliases: further names of tensors, and the names that they are stored under.
         metrics: results of an evaluation at this very step.
         keep_best: metric and mode by which the run keeps its best checkpoint.
-        spread: number of writers as `ranks`, and by file the shapes of what is spread over them.
+        spread: number of `ranks`, of those that share a part as `group`, and by file the shapes of
+            what is spread over them.
         xxh3_64: checksum of all the rest.
     """
 
@@ -307,15 +310,22 @@ def is_whole(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """How the tensors of a checkpoint are spread over its writers.
+    """How the tensors of a checkpoint are spread over its parts.
 
     Attributes:
-        ranks: number of writers.
+        ranks: number of ranks that hold the rows.
         shapes: whole shapes of the tensors that are spread, by file and name.
+        group: number of neighbouring ranks whose rows are one part.
     """
 
     ranks: int
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    group: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Number of parts, each of which has a file for the model and one for the rest."""
+        return -(-self.ranks // self.group)
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Spread | None:
@@ -327,20 +337,24 @@ class Spread:
             file: {name: tuple(shape) for name, shape in found[file].items()}
             for file in (MODEL, TRAINING)
         }
-        return cls(ranks=found["ranks"], shapes=shapes)
+        return cls(ranks=found["ranks"], shapes=shapes, group=found.get("group", 1))
 
     def to_json(self) -> dict[str, Any]:
         """Return what meta.json is to say."""
-        return {"ranks": self.ranks, **{file: dict(self.shapes[file]) for file in self.shapes}}
+        group = {} if self.group == 1 else {"group": self.group}
+        shapes = {file: dict(self.shapes[file]) for file in self.shapes}
+        return {"ranks": self.ranks, **group, **shapes}
 
     def pieces(self, file: str, name: str, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield where rows of a tensor are: (rank, first and stop row within its part)."""
+        """Yield where rows of a tensor are: (part, first and stop row within it)."""
         length = self.shapes[file][name][0]
-        for rank in range(self.ranks):
-            begin, end = rows_of(length, self.ranks, rank)
+        for part in range(self.parts):
+            last = min((part + 1) * self.group, self.ranks) - 1
+            begin = rows_of(length, self.ranks, part * self.group)[0]
+            end = rows_of(length, self.ranks, last)[1]
             low, high = max(begin, first), min(end, stop)
             if low < high:
-                yield rank, low - begin, high - begin
+                yield part, low - begin, high - begin
 
 
 def rows_of(length: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -352,10 +366,10 @@ def rows_of(length: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * each, length), min((rank + 1) * each, length)
 
 
-def part_name(file: str, rank: int) -> str:
-    """Return the name of a rank's part of `model.safetensors` or `training.safetensors`."""
+def part_name(file: str, part: int) -> str:
+    """Return the name of a part of `model.safetensors` or `training.safetensors`."""
     stem, dot, kind = file.partition(".")
-    return f"{stem}-{rank:05d}{dot}{kind}"
+    return f"{stem}-{part:05d}{dot}{kind}"
 
 
 def join(
@@ -367,7 +381,7 @@ def join(
     """Return the whole tensors of all parts of a file.
 
     Args:
-        spread: which rank has which rows.
+        spread: which part has which rows.
         file: `model.safetensors` or `training.safetensors`.
         read: reader of the tensors of one part, by its file's name.
         concatenate: maker of a whole tensor of a shape from its parts in order.
@@ -375,12 +389,12 @@ def join(
     Raises:
         CheckpointError: if a part lacks a tensor.
     """
-    parts = [read(part_name(file, rank)) for rank in range(spread.ranks)]
+    parts = [read(part_name(file, part)) for part in range(spread.parts)]
     shapes = spread.shapes[file]
     tensors = {name: item for name, item in parts[0].items() if name not in shapes}
     for name, shape in shapes.items():
         try:
-            rows = [parts[rank][name] for rank, *_ in spread.pieces(file, name, 0, shape[0])]
+            rows = [parts[part][name] for part, *_ in spread.pieces(file, name, 0, shape[0])]
         except KeyError as error:
             raise CheckpointError(f"a part of {file} has no {name}") from error
         tensors[name] = concatenate(rows, shape)

@@ -65,7 +65,7 @@ class Rows:
 
     Attributes:
         path: folder of the checkpoint.
-        spread: which rank has which rows.
+        spread: which part has which rows.
         aliases: further names of tensors, and the names that they are stored under.
         stored: names of tensors in the files, where they differ from their names here.
     """
@@ -99,13 +99,13 @@ class Rows:
             opened: dict[int, Any] = {}
             for called, (first, stop) in wanted.items():
                 name = self.stored.get(called, called)
-                for rank, begin, end in self.spread.pieces(file, name, first, stop):
-                    part = self.path / part_name(file, rank)
+                for number, begin, end in self.spread.pieces(file, name, first, stop):
+                    part = self.path / part_name(file, number)
                     try:
-                        if rank not in opened:
-                            opened[rank] = stack.enter_context(safe_open(part, framework="pt"))
-                        found = {name: opened[rank].get_slice(name)[begin:end]}
-                        pieces[called].append(joined_pairs(found, opened[rank].metadata())[name])
+                        if number not in opened:
+                            opened[number] = stack.enter_context(safe_open(part, framework="pt"))
+                        found = {name: opened[number].get_slice(name)[begin:end]}
+                        pieces[called].append(joined_pairs(found, opened[number].metadata())[name])
                     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
                         raise CheckpointError(f"{part} cannot be read: {error}") from error
         return {name: torch.cat(rows) for name, rows in pieces.items() if rows}

@@ -139,8 +139,7 @@ class CheckpointManager:
         self.finish()
         tied = {**aliases(snapshot.model), **snapshot.tied}
         single = {name: item for name, item in snapshot.model.items() if name not in tied}
-        model = self._host.copy("model", single)
-        training = self._host.copy("training", snapshot.training)
+        model, training = self._host.copies(snapshot, single)
         lent = self._host.copy_later("lent", snapshot.lent)
         copied = replace(
             snapshot,
@@ -300,7 +299,7 @@ class CheckpointManager:
             for tensor in group.values()
         )
         if snapshot.spread is not None:
-            needed *= snapshot.spread.ranks
+            needed *= snapshot.spread.parts
         free = shutil.disk_usage(self._checkpoints).free
         if needed > free:
             raise OSError(f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
@@ -354,9 +353,9 @@ class PartWriter:
         done: number of parts that have been written, or have failed.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, part: int) -> None:
         self.done = 0
-        self._rank = rank
+        self._part = part
         self._host = HostCopies()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome = {}
@@ -366,8 +365,7 @@ class PartWriter:
 
         One part at a time.
         """
-        model = self._host.copy("model", snapshot.model)
-        training = self._host.copy("training", snapshot.training)
+        model, training = self._host.copies(snapshot, snapshot.model)
         lent = self._host.copy_later("lent", snapshot.lent)
 
         def write() -> None:
@@ -382,6 +380,10 @@ class PartWriter:
         self._thread.start()
         snapshot.lend(lent.wait)
 
+    def skip(self) -> None:
+        """Count a part that another rank writes."""
+        self.done += 1
+
     def finish(self) -> Outcome:
         """Wait for the part that is being written, and return what has come of it."""
         if self._thread is not None:
@@ -394,10 +396,10 @@ class PartWriter:
     ) -> dict[str, Written]:
         """Write the part; once more if the file system fails."""
         try:
-            return write_part(folder, model, training, self._rank)
+            return write_part(folder, model, training, self._part)
         except OSError:
             time.sleep(_PAUSE_SECONDS)
-            return write_part(folder, model, training, self._rank)
+            return write_part(folder, model, training, self._part)
 
 
 def _fact_of(error: OSError) -> str:

@@ -32,6 +32,7 @@ from hpctrain.checkpoint.format import (
     VALUES,
     VERSION,
     VERSION_OF_ONE_WRITER,
+    VERSION_OF_RANKS,
     Spread,
     checksum_of_meta,
     part_name,
@@ -69,6 +70,14 @@ class HostCopies:
             streams = Streams(device)
             streams.mark(streams.current()).synchronize()
         return host
+
+    def copies(
+        self, snapshot: Snapshot, model: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return copies of these tensors of the model and of the training state of a snapshot."""
+        if snapshot.is_copied:
+            return dict(model), dict(snapshot.training)
+        return self.copy("model", model), self.copy("training", snapshot.training)
 
     def copy_later(self, group: str, tensors: Mapping[str, Tensor]) -> LaterCopies:
         """Return copies that are made while training goes on: of tensors that stay as they are."""
@@ -193,6 +202,7 @@ class Snapshot:
         preference: metric and direction of the run's best checkpoint; None: it keeps none.
         tied: further names of tensors, besides those that share memory here.
         spread: rows by rank, where `model` and `training` are rank 0's part of whole tensors.
+        is_copied: `model` and `training` are copies on the host already, of this save alone.
         others: wait for the parts of the other ranks, which returns the files of each.
     """
 
@@ -208,6 +218,7 @@ class Snapshot:
     preference: Preference | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     spread: Spread | None = None
+    is_copied: bool = False
     others: Callable[[], Sequence[Mapping[str, Written]]] = tuple
 
 
@@ -245,7 +256,7 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
         written |= files
     meta = {
         "format": FORMAT,
-        "version": VERSION_OF_ONE_WRITER if spread is None else VERSION,
+        "version": _version(spread),
         "step": snapshot.step,
         "files": {
             name: {"bytes": file.num_bytes, "xxh3_64": file.xxh3_64}
@@ -270,8 +281,15 @@ def write_files(folder: Path, snapshot: Snapshot, tied: Mapping[str, str]) -> No
     sync(folder)
 
 
+def _version(spread: Spread | None) -> int:
+    """Return the lowest version of the format that says how the tensors are spread."""
+    if spread is None:
+        return VERSION_OF_ONE_WRITER
+    return VERSION_OF_RANKS if spread.group == 1 else VERSION
+
+
 def write_part(
-    folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor], rank: int | None
+    folder: Path, model: Mapping[str, Tensor], training: Mapping[str, Tensor], part: int | None
 ) -> dict[str, Written]:
     """Write tensors to a folder, on disk when this returns.
 
@@ -279,7 +297,7 @@ def write_part(
         folder: folder of the checkpoint.
         model: tensors on the host, contiguous, each of them once.
         training: more such tensors.
-        rank: writer of this part; None: the only one.
+        part: number of this part; None: the only one.
 
     Returns:
         The files by name.
@@ -290,9 +308,9 @@ def write_part(
     """
     files = {}
     for file, tensors in ((MODEL, model), (TRAINING, training)):
-        name = file if rank is None else part_name(file, rank)
+        name = file if part is None else part_name(file, part)
         files[name] = write_raw(folder / name, raw_of(tensors), {"format": "pt"})
-    if rank is not None:
+    if part is not None:
         sync(folder)
     return files
 

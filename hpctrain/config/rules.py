@@ -132,6 +132,19 @@ def check_warmup(source: Source) -> list[Mistake]:
     return [source.mistake(("scheduler", key), problem) for key in given[1:]]
 
 
+_LEAST_FILES = 5
+"""A checkpoint of one writer: two of tensors, training.json, config.toml and meta.json."""
+
+
+def check_files(source: Source) -> list[Mistake]:
+    """Check that a checkpoint fits into the files that it may have."""
+    files = source.get("checkpoint", "files")
+    if not isinstance(files, int) or isinstance(files, bool) or not 0 < files < _LEAST_FILES:
+        return []
+    problem = f"a checkpoint of one writer has {_LEAST_FILES} files: {_LEAST_FILES} or more, or 0"
+    return [source.mistake(("checkpoint", "files"), problem)]
+
+
 def check_best(source: Source) -> list[Mistake]:
     """Check that there are evaluations by which to find the best checkpoint, or the end."""
     if has_validation(source):
@@ -267,6 +280,7 @@ CHECKS: tuple[Callable[[Source], list[Mistake]], ...] = (
     check_evaluations,
     check_warmup,
     check_best,
+    check_files,
     check_early_stopping,
     check_profile,
     check_anomaly,

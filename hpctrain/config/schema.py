@@ -288,6 +288,9 @@ class CheckpointSection:
     keep_best_count: Count = 1
     """How many of the best to keep."""
 
+    files: CountOrNever = 0
+    """Files that a checkpoint of fsdp has at most, 5 or more; 0: two for each rank, and three."""
+
     resume: Text = "auto"
     """"auto": from the newest whole checkpoint if there is one; "never"; or a checkpoint folder."""
 

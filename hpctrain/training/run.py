@@ -119,7 +119,8 @@ class Run:
         self._looks = False
         self._together: TogetherSaver | None = None
         if parts.step.sharded is not None:
-            self._together = TogetherSaver(world, stop, rank_zero.store if rank_zero else None)
+            store = rank_zero.store if rank_zero else None
+            self._together = TogetherSaver(world, stop, store, config.checkpoint.files)
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
             config.training,

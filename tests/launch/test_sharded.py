@@ -74,8 +74,11 @@ def test_a_job_is_that_of_ddp(site: Path) -> None:
         "scheduler.use=constant",
     ]
     fsdp = [*common, "run.name=fsdp", 'training.shard=["features.*"]']
-    output = train(site, 3, *fsdp, "training.strategy=fsdp", "training.max_steps=13")
+    bounded = [*fsdp, "checkpoint.files=6"]
+    output = train(site, 3, *bounded, "training.strategy=fsdp", "training.max_steps=13")
     assert "Traceback" not in output
+    first = site / "runs" / "fsdp" / "checkpoints" / "step-00000013"
+    assert len(list(first.iterdir())) == 5  # three ranks are one group
     train_in_turn(
         site,
         2,

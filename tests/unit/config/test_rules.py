@@ -250,6 +250,14 @@ def test_the_best_of_no_evaluations() -> None:
     ]
 
 
+def test_a_checkpoint_has_five_files_at_least() -> None:
+    assert told(VALID, "checkpoint.files=5") == told(VALID, "checkpoint.files=0") == []
+    (found,) = told(VALID, "checkpoint.files=4")
+    assert found == (
+        "checkpoint.files = 4: a checkpoint of one writer has 5 files: 5 or more, or 0"
+    )
+
+
 def test_early_stopping_has_something_to_go_by() -> None:
     assert told(VALID, "early_stopping.monitor=loss", "early_stopping.mode=min") == []
     (alone,) = told(VALID, "early_stopping.patience=5")

@@ -15,6 +15,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.models.resnet import resnet18
 from hpctrain.models.small import ConvNet
 from hpctrain.models.transformer import Transformer
+from hpctrain.training.checkpointing.save import group_size
 from hpctrain.training.optim.optimizer import refuse_whole_tensors
 from hpctrain.training.parallel.fsdp_units import find_units
 
@@ -87,13 +88,13 @@ def test_rows_are_those_of_torch_and_each_is_somebodys() -> None:
 
 
 def test_rows_are_found_whoever_has_written_them() -> None:
-    for length, before, after in itertools.product((1, 5, 14), (1, 2, 3, 4), (1, 2, 3, 5)):
+    worlds = itertools.product((1, 5, 14), (1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 3))
+    for length, before, after, group in worlds:
         tensor = torch.arange(length)
-        parts = [
-            tensor[slice(*rows_of(length, before, rank))] if length else tensor
-            for rank in range(before)
-        ]
-        spread = Spread(ranks=before, shapes={MODEL: {"x": (length,)}, TRAINING: {}})
+        rows = [tensor[slice(*rows_of(length, before, rank))] for rank in range(before)]
+        parts = [torch.cat(rows[first : first + group]) for first in range(0, before, group)]
+        spread = Spread(ranks=before, shapes={MODEL: {"x": (length,)}, TRAINING: {}}, group=group)
+        assert spread.parts == len(parts)
         assert Spread.of({"spread": spread.to_json()}) == spread
         for rank in range(after):
             first, stop = rows_of(length, after, rank)
@@ -104,6 +105,16 @@ def test_rows_are_found_whoever_has_written_them() -> None:
             joined = torch.cat(found) if found else tensor[:0]
             assert torch.equal(joined, tensor[first:stop])
     assert part_name(MODEL, 3) == "model-00003.safetensors"
+
+
+def test_groups_of_ranks_keep_to_the_files_that_there_may_be() -> None:
+    assert group_size(1000, 0) == 1
+    for ranks, most in itertools.product((1, 2, 3, 30, 31, 1000, 4096), (5, 6, 7, 64, 9999)):
+        group = group_size(ranks, most)
+        files = 2 * -(-ranks // group) + 3
+        assert files <= most
+        # and no rank has more to take over than that asks for
+        assert group == 1 or 2 * -(-ranks // (group - 1)) + 3 > most
 
 
 @pytest.mark.parametrize(
