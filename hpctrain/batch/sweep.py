@@ -20,9 +20,9 @@ from hpctrain.config.toml import parse, parse_value, split_values, to_value
 from hpctrain.errors import ConfigError, UsageError
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
+from hpctrain.utils.run_folder import SWEEP
 from hpctrain.utils.text import listed, ranges
 
-NAME = "sweep.json"
 _VERSION = 1
 _MOST_POINTS = 10_000
 """More are a slip of the pen: a product of lists grows fast."""
@@ -232,8 +232,8 @@ def with_new_points(folder: Path, command: Sequence[str], asked: Iterable[Pairs]
     before = read_sweep(folder)
     if before is not None and before.command[:1] != tuple(command[:1]):
         raise ConfigError(
-            f"{folder / NAME} is a sweep of {''.join(before.command[:1])}: give this one a name of "
-            "its own, run.name=..."
+            f"{folder / SWEEP} is a sweep of {''.join(before.command[:1])}: give this one a name "
+            "of its own, run.name=..."
         )
     points = list(before.points if before else ())
     known = {frozenset(point.overrides) for point in points}
@@ -255,7 +255,7 @@ def read_sweep(folder: Path) -> Sweep | None:
     Raises:
         ConfigError: if sweep.json is damaged.
     """
-    path = folder / NAME
+    path = folder / SWEEP
     try:
         document = parse_json(read_whole(path, 10 * SMALL))
         points = tuple(
@@ -284,9 +284,9 @@ def write_sweep(sweep: Sweep) -> None:
     content = {"version": _VERSION, "command": sweep.command, "points": points}
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(sweep.folder / NAME, json.dumps(content, indent=1).encode())
+        replace_file(sweep.folder / SWEEP, json.dumps(content, indent=1).encode())
     except OSError as error:
-        raise ConfigError(f"cannot write {sweep.folder / NAME}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {sweep.folder / SWEEP}: {error.strerror}") from error
 
 
 def index_list(numbers: Iterable[int]) -> str:

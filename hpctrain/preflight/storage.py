@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.batch.scheduler import Deadline
+from hpctrain.config.schema import Config
 from hpctrain.errors import CheckpointError
 from hpctrain.preflight.checks import Checks
 from hpctrain.preflight.compute import StepFacts
 from hpctrain.preflight.quotas import Quotas, judge_quotas, read_quotas
 from hpctrain.preflight.report import Finding
+from hpctrain.training.checkpointing.save import group_size
 from hpctrain.training.data.run_data import Data
 from hpctrain.utils.batch_job import Budget, budget
 from hpctrain.utils.files import filesystem_of, sync
+from hpctrain.utils.run_folder import refuse_sweep
 from hpctrain.utils.text import duration, listed, number, plural, size
 
 FOLDER_FIX = (
@@ -36,7 +39,7 @@ _KEPT_FREE_BYTES = 16 * 2**20
 _FLEETING = frozenset({"tmpfs", "ramfs", "overlay"})
 _SHARED_FILES = 4
 """The folder of a checkpoint, training.json, config.toml and meta.json."""
-_FILES_OF_A_RANK = 2
+_FILES_OF_A_WRITER = 2
 """Those of the model and of the training state."""
 _SLOW_SAVE_SECONDS = 300.0
 _LITTLE_SECONDS = 300.0
@@ -58,17 +61,19 @@ def check_storage(checks: Checks, steps: Sequence[StepFacts] | None) -> None:
     checks.add(judge_shared({host: sees for host, sees in seen if sees is not None}, facts.place))
     section = checks.config.checkpoint
     kept = section.keep_last + (section.keep_best is not None)
-    files = checkpoint_files(checks.config.training.strategy, checks.topology.world_size)
+    files = checkpoint_files(checks.config, checks.topology.world_size)
     checks.add(judge_space(facts, checkpoint_bytes, files, kept))
     quotas = checks.gather("quota", FOLDER_FIX, lambda: _quotas_of(checks, Path(facts.place)))
     if quotas is not None and quotas[0] is not None:
         checks.add(judge_quotas(quotas[0], checkpoint_bytes, files, kept))
 
 
-def checkpoint_files(strategy: str, world_size: int) -> int:
+def checkpoint_files(config: Config, world_size: int) -> int:
     """Return how many files and folders a checkpoint is at most."""
-    ranks = world_size if strategy == "fsdp" else 1
-    return _SHARED_FILES + _FILES_OF_A_RANK * ranks
+    writers = 1
+    if config.training.strategy == "fsdp":
+        writers = -(-world_size // group_size(world_size, config.checkpoint.files))
+    return _SHARED_FILES + _FILES_OF_A_WRITER * writers
 
 
 def _quotas_of(checks: Checks, folder: Path) -> Quotas | None:
@@ -166,6 +171,7 @@ def trial_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if that is not possible.
     """
+    refuse_sweep(path)
     folder = nearest_folder(path) / f".hpctrain-check-{secrets.token_hex(8)}"
     try:
         folder.mkdir()

@@ -52,6 +52,7 @@ from hpctrain.utils.permissions import (
     open_to_group,
     open_tree_to_group,
 )
+from hpctrain.utils.run_folder import refuse_sweep
 
 logger = logging.getLogger("hpctrain")
 
@@ -249,7 +250,9 @@ class RunFolder:
 
         Raises:
             CheckpointError: if that is not possible, or another job holds it.
+            ConfigError: if it is the folder of a sweep.
         """
+        refuse_sweep(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._group_writable and not is_open_to_group(self.path):

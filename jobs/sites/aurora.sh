@@ -58,6 +58,13 @@ bind=(--cpu-bind list:1-8:9-16:17-24:25-32:33-40:41-48:53-60:61-68:69-76:77-84:8
 # PBS sends no signal before the limit: hpctrain asks qstat for the time left. Where qstat does not
 # answer on compute nodes, uncomment this: so many seconds from the start of this script.
 # export HPCTRAIN_DEADLINE=$(($(date +%s) - SECONDS + 7200))
+# Elements of a job array would all train this one run; a sweep has a run for each of them.
+if [[ -n ${PBS_ARRAY_INDEX:-} ]]; then
+  echo "error: PBS_ARRAY_INDEX=$PBS_ARRAY_INDEX: an array, and this script trains one run." >&2
+  echo "  A run for each element: python -m hpctrain job CONFIG --sweep KEY=VALUE,VALUE" >&2
+  echo "  Submitted from within an array's element: env -u PBS_ARRAY_INDEX qsub" >&2
+  exit 64
+fi
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
 if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then

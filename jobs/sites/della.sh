@@ -46,6 +46,13 @@ python=(python)
 # Since 22.05 srun does not take it over from sbatch: every rank would get one CPU.
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
+# Elements of a job array would all train this one run; a sweep has a run for each of them.
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  echo "error: SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID: an array, and this script trains one run." >&2
+  echo "  A run for each element: python -m hpctrain job CONFIG --sweep KEY=VALUE,VALUE" >&2
+  echo "  Submitted from within an array's element: env -u SLURM_ARRAY_TASK_ID sbatch" >&2
+  exit 64
+fi
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
 if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then

@@ -59,6 +59,13 @@ export FI_MR_CACHE_MONITOR=userfaultfd
 # HDF5 refuses to open files where the file system does not lock.
 export HDF5_USE_FILE_LOCKING=FALSE
 
+# Elements of a job array would all train this one run; a sweep has a run for each of them.
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  echo "error: SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID: an array, and this script trains one run." >&2
+  echo "  A run for each element: python -m hpctrain job CONFIG --sweep KEY=VALUE,VALUE" >&2
+  echo "  Submitted from within an array's element: env -u SLURM_ARRAY_TASK_ID sbatch" >&2
+  exit 64
+fi
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
 if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then

@@ -45,6 +45,13 @@ python=(python)
 export OMP_NUM_THREADS=7
 # EDIT: The number after -n is nodes x 6.
 # A resource set a rank: 1 task, 1 GPU and its cores, bound to the set.
+# Elements of a job array would all train this one run; a sweep has a run for each of them.
+if [[ ${LSB_JOBINDEX:-0} != 0 ]]; then
+  echo "error: LSB_JOBINDEX=$LSB_JOBINDEX: an array, and this script trains one run." >&2
+  echo "  A run for each element: python -m hpctrain job CONFIG --sweep KEY=VALUE,VALUE" >&2
+  echo "  Submitted from within an array's element: env -u LSB_JOBINDEX bsub" >&2
+  exit 64
+fi
 # The first job's name, and the number of this one among those that go on from it: what the config
 # asks for once, as by checkpoint.resume = "never", only the first of them does.
 if [[ ! ${HPCTRAIN_ATTEMPT:-1} =~ ^[1-9][0-9]{0,5}$ ]]; then

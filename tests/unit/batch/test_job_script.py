@@ -106,6 +106,29 @@ def test_modules_that_bring_the_plug_in(
     assert "u" in last.split()[-1]  # again
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "element", "number"),
+    [
+        ("slurm", "SLURM_ARRAY_TASK_ID", "0"),
+        ("lsf", "LSB_JOBINDEX", "1"),
+        ("pbs", "PBS_ARRAY_INDEX", "0"),
+    ],
+)
+def test_a_script_of_one_run_is_no_job_array(
+    here: Path, scheduler: str, element: str, number: str
+) -> None:
+    """`sbatch --array` of it would have each element continue, and submit again, the same run."""
+    assert job("--scheduler", scheduler, *ASKED, "--output", "job.sh") == 0
+    known = {"SLURM_CPUS_PER_TASK": "1", "PBS_NODEFILE": "nodes", "PBS_O_WORKDIR": str(here)}
+    environment = {"PATH": os.environ["PATH"], **known, element: number}
+    ended = subprocess.run(
+        ["bash", "job.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 64
+    assert f"error: {element}={number}: an array, and this script trains one run" in ended.stderr
+    assert "--sweep" in ended.stderr
+
+
 def test_nothing_else_is_in_jobs_sites() -> None:
     assert {f"jobs/sites/{path.name}" for path in (ROOT / "jobs" / "sites").iterdir()} == {
         path for path in SHIPPED if path.startswith("jobs/sites/")

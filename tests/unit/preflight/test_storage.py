@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.config import load
 from hpctrain.errors import CheckpointError
 from hpctrain.preflight.storage import (
     FolderFacts,
@@ -23,6 +24,7 @@ from hpctrain.preflight.storage import (
 from hpctrain.utils.batch_job import Budget
 from hpctrain.utils.files import filesystem_of
 
+ROOT = Path(__file__).parents[3]
 MB, GB = 10**6, 10**9
 
 
@@ -82,10 +84,18 @@ def test_files_are_counted_as_well_as_bytes(free: int, each: int, status: str) -
 
 
 @pytest.mark.parametrize(
-    ("strategy", "ranks", "files"), [("ddp", 512, 6), ("fsdp", 1, 6), ("fsdp", 512, 1028)]
+    ("strategy", "ranks", "most", "files"),
+    [
+        ("ddp", 512, 0, 6),
+        ("fsdp", 1, 0, 6),
+        ("fsdp", 512, 0, 1028),
+        ("fsdp", 512, 64, 62),
+        ("fsdp", 512, 5, 6),
+    ],
 )
-def test_files_of_a_checkpoint(strategy: str, ranks: int, files: int) -> None:
-    assert checkpoint_files(strategy, ranks) == files
+def test_files_of_a_checkpoint(strategy: str, ranks: int, most: int, files: int) -> None:
+    asked = [f"training.strategy={strategy}", f"checkpoint.files={most}"]
+    assert checkpoint_files(load(str(ROOT / "configs" / "run.toml"), asked), ranks) == files
 
 
 @pytest.mark.parametrize(

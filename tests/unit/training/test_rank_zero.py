@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hpctrain.batch.exit_status import Outcome, State, read_status, write_outcome
+from hpctrain.errors import ConfigError
+from hpctrain.preflight.storage import trial_folder
 from hpctrain.training.rank_zero import RunFolder
+
+
+def test_the_folder_of_a_sweep_is_none_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"holds a sweep .* set another run\.name"):
+        RunFolder(tmp_path).__enter__()
+    with pytest.raises(ConfigError, match="holds a sweep"), trial_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+    with RunFolder(tmp_path / "000"):  # a point is a run
+        pass
 
 
 def test_a_job_that_dies_before_it_resumes_has_gained_nothing(tmp_path: Path) -> None:
