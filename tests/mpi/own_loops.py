@@ -181,6 +181,21 @@ class Counter:
         self.turns, self.mean = state["turns"], state["mean"]
 
 
+class Keep:
+    """A tracker that keeps the steps that it is handed."""
+
+    def __init__(self, api_key: str) -> None:
+        assert api_key == "SECRET"
+
+    def begin_run(self, run: Any) -> None:
+        self.path = run.folder / "kept"
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if "train/other" in metrics:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{step}\n")
+
+
 def train(
     world: Any, folder: Path, strategy: str, steps: int, stop_at: int | None = None
 ) -> tuple[list[Tensor], int]:
@@ -205,6 +220,8 @@ def train(
         steps=steps,
         log_steps=1,
         progress="none",
+        trackers=[{"use": f"{__name__}:Keep", "api_key": "SECRET"}],
+        notify={"command": ["sh", "-c", 'echo "$HPCTRAIN_STATE" >> "$HPCTRAIN_FOLDER/told"']},
     ) as run:
         run.state["counter"] = counter
         for x, y in run.steps():
@@ -244,6 +261,10 @@ def check_a_run_goes_on_bit_for_bit(world: Any, folder: Path) -> None:
         if world.is_rank_zero:
             here, there = (records(folder / f"{strategy}-{name}") for name in ("whole", "parts"))
             assert here == there
+            assert (parts / "told").read_text(encoding="utf-8").split() == ["stop", "end"]
+            kept = (parts / "trackers" / "keep" / "kept").read_text(encoding="utf-8").split()
+            assert kept == [str(each["step"]) for each in there if each["kind"] == "train"]
+            assert "SECRET" not in (parts / "config.toml").read_text(encoding="utf-8")
 
 
 def check_what_is_told(world: Any, folder: Path) -> None:
@@ -257,6 +278,10 @@ def check_what_is_told(world: Any, folder: Path) -> None:
     world.setup(net, optimizer)
     with refused(ConfigError, "set up before"):
         world.setup(net)
+    with refused(ConfigError, "world.run: "):
+        world.run(folder / "x", net, optimizer, steps=1, notify={"on": ["noon"]})
+    with refused(ConfigError, "world.run: "):
+        world.run(folder / "x", net, optimizer, steps=1, trackers=[{"project": "x"}])
     with refused(ConfigError, "how long"):
         world.run(folder / "x", net, optimizer, world.loader(dataset(), 8)).__enter__()
     with refused(ConfigError, 'did you mean "drop_last"|did you mean drop_last'):

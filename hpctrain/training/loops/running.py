@@ -20,6 +20,7 @@ from hpctrain.config.schema import (
     CheckpointSection,
     ComponentSection,
     LoggingSection,
+    NotifySection,
     OptimizerSection,
     RunSection,
     TaskSection,
@@ -59,6 +60,8 @@ class RunOptions:
         max_seconds: `run.max_seconds`.
         checkpoint: what is saved.
         logging: what is reported.
+        trackers: what is handed every line of metrics.
+        notify: what is run when a job ends.
     """
 
     epochs: int | None
@@ -66,6 +69,8 @@ class RunOptions:
     max_seconds: float | None
     checkpoint: CheckpointSection
     logging: LoggingSection
+    trackers: tuple[ComponentSection, ...]
+    notify: NotifySection
 
     @classmethod
     def of(
@@ -76,6 +81,8 @@ class RunOptions:
         max_seconds: float | None,
         log_steps: int,
         progress: str,
+        trackers: Sequence[Mapping[str, Any]],
+        notify: Mapping[str, Any],
         **checkpoint: Any,
     ) -> RunOptions:
         """Check what `World.run` was given.
@@ -90,6 +97,8 @@ class RunOptions:
                 max_seconds=max_seconds,
                 checkpoint=checked(checkpoint, CheckpointSection),
                 logging=checked({"every_steps": log_steps, "progress": progress}, LoggingSection),
+                trackers=tuple(map(_tracker, trackers)),
+                notify=checked(dict(notify), NotifySection),
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"world.run: {error}", everywhere=True) from error
@@ -113,6 +122,12 @@ class RunOptions:
             raise ConfigError("world.run: how long? Give epochs= or steps=")
         if loader is None and self.epochs is not None:
             raise ConfigError("world.run without a loader has no epochs: give steps= alone")
+
+
+def _tracker(table: Mapping[str, Any]) -> ComponentSection:
+    """Return a table of `[[trackers]]` as a config has it."""
+    arguments = {key: value for key, value in table.items() if key != "use"}
+    return checked({"use": table.get("use"), "arguments": arguments}, ComponentSection)
 
 
 def named_models(models: Any) -> dict[str, nn.Module]:
@@ -175,6 +190,8 @@ def config_of(
         ),
         "checkpoint": options.checkpoint,
         "logging": options.logging,
+        "trackers": options.trackers,
+        "notify": options.notify,
     }
     return _without_data(**common) if loader is None else loader.config(**common)
 

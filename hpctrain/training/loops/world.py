@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.config.choices import choices, device_of, precision_of, training_of
@@ -164,6 +165,8 @@ class World(process_group.World):
         log_steps: int = 10,
         progress: Literal["auto", "bar", "lines", "none"] = "auto",
         max_minutes: float | None = None,
+        trackers: Sequence[Mapping[str, Any]] = (),
+        notify: Mapping[str, Any] = MappingProxyType({}),
     ) -> AbstractContextManager[Run]:
         """Hold a run folder in a `with` block, as a job does. Collective: all ranks.
 
@@ -191,6 +194,8 @@ class World(process_group.World):
             log_steps: write a line of metrics after so many steps.
             progress: "bar", "lines" or "none"; "auto": a bar on a terminal.
             max_minutes: save and stop so long after the job began; None: no limit.
+            trackers: as `[[trackers]]` of a config: {"use": "wandb", "project": "digits"}.
+            notify: as `[notify]` of a config: {"command": ["/home/me/bin/tell"], "on": ["end"]}.
 
         Raises:
             ConfigError: on every rank, if an argument makes no sense.
@@ -211,6 +216,8 @@ class World(process_group.World):
             keep_best=keep_best,
             keep_best_mode=keep_best_mode,
             resume=resume,
+            trackers=trackers,
+            notify=notify,
         )
         return running(self, folder, models, optimizers, loader, schedule=schedule, options=options)
 
