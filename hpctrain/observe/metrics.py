@@ -33,7 +33,7 @@ from hpctrain.observe.records import (
     to_line,
     to_row,
 )
-from hpctrain.observe.trackers import Handing
+from hpctrain.observe.trackers import CLOSE_SECONDS, Handing
 from hpctrain.utils import text
 from hpctrain.utils.files import AppendedFile, replacing
 from hpctrain.utils.permissions import follow_folder
@@ -152,7 +152,10 @@ class MetricsWriter:
         for end in self._endings:
             end()
         for handing in self._handings:
-            handing.close(status)
+            handing.end(status)  # all of them, so that several that hang take no longer than one
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for handing in self._handings:
+            handing.close(status, max(0.0, deadline - time.monotonic()))
 
 
 class _Queue:

@@ -127,6 +127,7 @@ class Handing:
         self._num_given_up = 0
         self._status: str | None = None
         self._told: str | None = None
+        self._process = os.getpid()
         # What was handed over before this job is not handed over twice.
         self._known = {} if done is None else dict(done.steps)
         self._thread = threading.Thread(target=self._run, name=f"hpctrain-{name}", daemon=True)
@@ -144,6 +145,12 @@ class Handing:
                 self._num_given_up += 1
             self._changed.notify()
 
+    def end(self, status: str) -> None:
+        """Say that nothing more comes, so that the tracker ends as "success" or "failed"."""
+        with self._changed:
+            self._status = status
+            self._changed.notify()
+
     def close(self, status: str, seconds: float = CLOSE_SECONDS) -> None:
         """Have the rest handed over, and wait for that, but not for ever.
 
@@ -151,9 +158,7 @@ class Handing:
             status: "success" or "failed".
             seconds: to wait.
         """
-        with self._changed:
-            self._status = status
-            self._changed.notify()
+        self.end(status)
         self._thread.join(seconds)
         with self._changed:
             lost = self._num_given_up + len(self._waiting)
@@ -180,12 +185,16 @@ class Handing:
                 if item is None:
                     break
                 self._hand(tracker, item)
+                if os.getpid() != self._process:
+                    os._exit(0)  # a child that the tracker has forked, and let come back
                 with self._changed:
                     # Another may have been given up for want of room.
                     if self._waiting and self._waiting[0] is item:
                         self._waiting.popleft()
                 failing = False
-            except Exception as error:  # noqa: BLE001 - a service's, of any kind
+            except BaseException as error:  # noqa: BLE001 - a service's, sys.exit among them
+                if os.getpid() != self._process:
+                    os._exit(1)
                 if not failing:
                     failing = True
                     _logger.warning(
@@ -201,7 +210,7 @@ class Handing:
             if callable(finalize := getattr(tracker, "finalize", None)):
                 told = finalize(self._status)
                 self._told = told if isinstance(told, str) else None
-        except Exception as error:  # noqa: BLE001 - a service's, of any kind
+        except BaseException as error:  # noqa: BLE001 - a service's, of any kind
             _logger.warning("%s: its end failed: %s", self.name, text.printable(str(error)))
 
     def _tell_skipped(self) -> None:

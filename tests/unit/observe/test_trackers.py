@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
 
-from hpctrain.observe import trackers
+from hpctrain.observe import metrics, trackers
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import Histogram, Image
 from hpctrain.observe.trackers import Handed, Handing, MLflow, TrackedRun, WandB, handing
@@ -174,6 +177,78 @@ def test_what_fails_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixtur
         "moody: OSError: not yet",
         r"moody: ConnectionError: no \x1bnetwork",
     ]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), KeyboardInterrupt()])
+def test_one_that_would_end_its_thread_is_tried_again(
+    caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    errors = iter([error])
+
+    class Exiting(Kept):
+        def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+            for each in errors:
+                raise each
+            super().log_metrics(metrics, step)
+
+    tracker = Exiting()
+    handed = Handing("exiting", lambda: tracker, named=dict, retry_seconds=0.01)
+    handed.put(train(1))
+    wait_for(lambda: len(tracker.got) == 1)
+    handed.close("success")
+    assert f"exiting: {type(error).__name__}: " in caplog.text
+    assert "could not be handed over" not in caplog.text
+
+
+FORKING = """
+import os, sys, warnings
+from hpctrain.observe.trackers import Handing
+
+class Forking:
+    def log_metrics(self, metrics, step):
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+        os.write(1, f"{step} {bool(child)}\\n".encode())
+
+warnings.simplefilter("ignore")
+handed = Handing("forking", Forking, named=dict)
+for step in (1, 2, 3):
+    handed.put({"kind": "train", "step": step})
+handed.close("success", float(sys.argv[1]))
+os.write(1, b"end\\n")
+"""
+
+
+def test_a_child_of_a_tracker_does_not_go_on_as_the_job() -> None:
+    """What it forks and lets come back would hand over the rest a second time."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING, str(JOB_SECONDS)],
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+        check=False,
+    )
+    found = [line.split() for line in ended.stdout.splitlines()]
+    expected = [[str(step), child] for step in (1, 2, 3) for child in ("False", "True")]
+    assert found == [*expected, ["end"]], ended.stderr
+
+
+def test_several_that_hang_take_no_longer_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.5)
+    waited: list[float] = []
+    monkeypatch.setattr(Handing, "close", lambda self, status, seconds: waited.append(seconds))
+    writer = MetricsWriter(tmp_path, None)
+    handings = [Handing(str(i), Kept, named=dict) for i in range(3)]
+    writer.hand_to(handings)
+    writer.close()
+    assert len(waited) == 3
+    assert 0.5 >= waited[0] >= waited[1] >= waited[2]
+    for each in handings:
+        each._thread.join(JOB_SECONDS)  # told of the end, each of them, before any was waited for
+        assert not each._thread.is_alive()
 
 
 def test_one_that_always_fails_ends_with_the_job(caplog: pytest.LogCaptureFixture) -> None:
