@@ -10,7 +10,8 @@ import pytest
 from helpers.environments import ENVIRONMENTS, recorded
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.environment import Claim, ancestors, detect
+from hpctrain.launch.environment import Claim, ancestors, detect, without_rank
+from hpctrain.launch.launchers import LAUNCHERS
 from hpctrain.launch.mpi import check_process_manager, library_family, library_name
 from hpctrain.launch.reporter import may_report
 
@@ -374,3 +375,25 @@ def test_what_a_process_is_called(
 def test_library_names(version: str, name: str | None, family: str) -> None:
     assert name is None or library_name(version) == name
     assert library_family(library_name(version)) == family
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.name)
+def test_no_launcher_is_seen_any_more(launcher: object) -> None:
+    row = LAUNCHERS[LAUNCHERS.index(launcher)]  # type: ignore[arg-type]
+    told = (*row.markers, *row.rank, *row.world_size, *row.local_rank, *row.local_world_size)
+    env = dict.fromkeys(told, "1")
+    assert detect(without_rank(env)).launcher is None
+    assert without_rank(env) == {}
+
+
+def test_what_tools_of_the_job_need_stays() -> None:
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_CONF": "/etc/slurm.conf",
+        "LSB_JOBID": "3",
+        "PBS_JOBID": "4",
+        "OMP_NUM_THREADS": "2",
+        "PATH": "/bin",
+    }
+    protocols = {"PMI_FD": "9", "PMIX_SERVER_URI41": "x", "OMPI_MCA_ess": "y", "SLURM_PROCID": "0"}
+    assert without_rank(job | protocols) == job
