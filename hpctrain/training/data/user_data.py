@@ -17,6 +17,7 @@ from hpctrain.config.data_rules import names_object
 from hpctrain.config.fields import needed_fields
 from hpctrain.config.importing import imported
 from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, looked_at
+from hpctrain.data.loading.map_style.draws import held_generators
 from hpctrain.data.loading.map_style.fetch import Fetcher
 from hpctrain.data.loading.map_style.intake import Intake, in_turn, only_samples, taken_in
 from hpctrain.data.loading.map_style.parcel import Parcel
@@ -31,7 +32,7 @@ from hpctrain.topology import on_all_ranks, raise_together
 from hpctrain.training.components import Brought
 from hpctrain.training.modules.overrides import is_own
 from hpctrain.training.prepare_data import fetching, name_of, prepare_data
-from hpctrain.utils.text import plural
+from hpctrain.utils.text import listed, plural
 
 logger = logging.getLogger("hpctrain")
 
@@ -112,7 +113,14 @@ def served(intake: Intake, config: Config, world: World) -> Served:
     workers, note = _workers(dataset, fetcher)
     names = needed_fields(config)
     reader = PassReader(dataset, fetcher, workers, world.device, names)
-    return Served(dataset=dataset, reader=reader, notes=[note])
+    notes = [note]
+    if held := held_generators(dataset.dataset) if dataset.seeded else ():
+        notes.append(
+            f"{dataset.source}: {dataset.kind} holds generators of its own, {listed(held, 3)}, "
+            "which are not seeded for each sample: what they draw differs with workers, ranks and "
+            "restarts. Seed them in __getitem__ from torch.initial_seed(), or draw from torch's"
+        )
+    return Served(dataset=dataset, reader=reader, notes=notes)
 
 
 def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import user_data
@@ -144,6 +147,27 @@ def test_what_cannot_be_sent_is_read_in_the_process(seeded: str, who: str) -> No
     rows = [name for each in data.train_loader.epoch(0, 0) for name in each.fields["name"]]
     assert sorted(rows) == sorted(f"text {index}" for index in range(23))
     data.close()
+
+
+class Drawing(TensorDataset):
+    """Augments by a generator that it has made, as one inside its transform does."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.rand(9, 2), torch.rand(9, 1))
+        self.transform = SimpleNamespace(steps=[SimpleNamespace(rng=np.random.default_rng(0))])
+        self.random = random.Random(1)
+
+
+def test_generators_that_a_dataset_holds_are_named() -> None:
+    def notes(made_by: str, seeded: str = "true") -> str:
+        train = f'train = "unit.training.test_user_data:{made_by}"'
+        data = opened(f"{train}\nglobal_batch_size = 5\nseed_samples = {seeded}")
+        data.close()
+        return "\n".join(data.notes)
+
+    assert "Drawing holds generators of its own, transform.steps.0.rng, random," in notes("Drawing")
+    assert "generators of its own" not in notes("Drawing", "false")
+    assert "generators of its own" not in notes("make")
 
 
 def test_ranks_with_other_datasets_are_told() -> None:

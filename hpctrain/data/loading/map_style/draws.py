@@ -87,6 +87,34 @@ class Draws:
         return self._torch.get_state()
 
 
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+_DEEPEST, _MOST_ITEMS = 4, 32
+
+
+def held_generators(dataset: Any) -> list[str]:
+    """Return where a Dataset holds generators of its own, such as "transform.rng".
+
+    Nobody but the Dataset seeds these: what they draw depends on who has read what before.
+    """
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def look(thing: Any, path: str, depth: int) -> None:
+        if isinstance(thing, _GENERATORS):
+            found.append(path)
+        elif depth and id(thing) not in seen:
+            seen.add(id(thing))
+            if isinstance(thing, list | tuple) and len(thing) <= _MOST_ITEMS:
+                inside: Iterable[tuple[Any, Any]] = enumerate(thing)
+            else:
+                inside = list(getattr(thing, "__dict__", {}).items())
+            for name, item in inside:
+                look(item, f"{path}.{name}" if path else str(name), depth - 1)
+
+    look(dataset, "", _DEEPEST)
+    return found
+
+
 @contextmanager
 def kept_draws() -> Iterator[None]:
     """Leave the three generators as they were: the rank's own code draws from them too."""
