@@ -39,7 +39,6 @@ from hpctrain.launch.process_group import World
 from hpctrain.observe.goodput import PhaseLog
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
-from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Interval, Position
 from hpctrain.training.profiling import Phases
 from hpctrain.training.rank_zero import RankZero, SaveClock
@@ -187,7 +186,9 @@ class Job:
                 progress=Progress(TOTAL_STEPS, mode="lines", write=lambda _: None),
             )
             self.stop.add(rank_zero.save_clock.bit)
-        data: Any = SimpleNamespace(train_loader=self.samples, stop_at=stop_at(10**9, self.config))
+        data: Any = SimpleNamespace(
+            train_loader=self.samples, stop_at=stop_at(10**9, self.config), place=Position()
+        )
         counters = {
             "data": lambda: self.samples.wait_seconds,
             "communication": self.parts.step.communication_seconds,
@@ -195,8 +196,7 @@ class Job:
         self.place = Position()
         self.run = _Run(
             self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
-            rank_zero=rank_zero, place=self.place, metrics={},
-            stopping=EarlyStopping(self.config.early_stopping, self.config.training),
+            rank_zero=rank_zero, saved={},
         )  # fmt: skip
 
     def __call__(self) -> None:

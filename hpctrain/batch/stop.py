@@ -1,4 +1,4 @@
-"""Stops: signals, the time limit and the file STOP, and one boundary at which all ranks act.
+"""Stops: signals (SIGTERM, ...), the time limit, the file STOP; one boundary where all ranks act.
 
 Signals set a flag, and rank 0 watches the time limit and its run folder; the reasons are bits, on
 which all ranks agree now and then, at no cost a step. A save that is due is agreed on the same way.

@@ -1,4 +1,4 @@
-"""The metrics of a run, in its folder: for programs, for spreadsheets, for TensorBoard.
+"""The metrics of a run: metrics.jsonl for programs, metrics.csv for spreadsheets, TensorBoard.
 
 Training does not end for want of metrics. What cannot be written waits in memory, is told once,
 and is tried again. Each file takes records, all or none.

@@ -27,7 +27,6 @@ from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
 from hpctrain.training.dry_run.step import MOST_ROWS as MOST_SAMPLES
 from hpctrain.training.early_stopping import (
     check_monitored,
-    early_stopping_of,
     ended_early,
 )
 from hpctrain.training.modules.task import ModuleTask
@@ -177,9 +176,7 @@ def _train(
         phases=phases,
         stop=stop,
         rank_zero=rank_zero,
-        stopping=early_stopping_of(config, parts.task, {} if resumed is None else resumed.values),
-        place=place,
-        metrics={} if resumed is None else dict(resumed.values["metrics"]),
+        saved={} if resumed is None else resumed.values,
         profiler=profiler,
         prune=brought.prune,
     )

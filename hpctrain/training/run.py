@@ -26,7 +26,7 @@ from hpctrain.training.checkpointing.save import TogetherSaver
 from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.components import Prune
 from hpctrain.training.data.run_data import Data
-from hpctrain.training.early_stopping import ASKED, STATE, EarlyStopping
+from hpctrain.training.early_stopping import ASKED, STATE, early_stopping_of
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import BadStepPolicy, SpikeWatch, explain, nothing_applied
@@ -75,12 +75,25 @@ class Run:
         phases: Phases,
         stop: StopAgreement,
         rank_zero: RankZero | None,
-        stopping: EarlyStopping,
-        place: Position,
-        metrics: Metrics,
+        saved: Mapping[str, Any],
         profiler: StepProfiler | None = None,
         prune: Prune | None = None,
     ) -> None:
+        """Take up the run where its data say that it goes on.
+
+        Args:
+            config: of the job.
+            world: the ranks.
+            data: of the run.
+            parts: what is trained, restored already.
+            phases: seconds of this rank.
+            stop: the agreement of all ranks to stop.
+            rank_zero: what only rank 0 has; None on the others.
+            saved: values of the checkpoint that the run goes on from; empty: it begins.
+            profiler: of steps to come; None: none.
+            prune: is asked behind each evaluation whether the run ends there; None: nobody is.
+        """
+        place = data.place
         self._config = config
         self._world = world
         self._data = data
@@ -100,8 +113,8 @@ class Run:
         self.rank_zero = self._rank_zero = rank_zero
         self._logged_samples = place.samples_seen
         self._logged_time = time.perf_counter()
-        self.stopping = stopping
-        self.metrics = metrics
+        self.stopping = early_stopping_of(config, parts.task, saved)
+        self.metrics: Metrics = dict(saved.get("metrics", {}))
         self.first_place = self.place = place
         self.reasons = 0
         self._skipped_before = int(parts.step.bad_steps[2].item())

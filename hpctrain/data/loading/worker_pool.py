@@ -1,4 +1,4 @@
-"""Workers that do jobs side by side; and those of `data.sample_transform`."""
+"""Transform workers: started here, for `data.sample_transform` and for jobs side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the samples, and which rank serves which: pure arithmetic, O(1) to any position.
+"""The sampler: order of the samples, each rank's share of a batch; O(1) to any position.
 
 An epoch is one stream of all samples. Position k of it is row k // lanes of lane k % lanes, and a
 global batch is the next `global_batch_size` positions. So a batch is a function of the seed, the

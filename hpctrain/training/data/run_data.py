@@ -214,17 +214,11 @@ def open_data(
             train,
             order,
             options,
-            global_batch_size=section.global_batch_size,
-            drop_last=section.drop_last and not section.sources,
-            begun=begun,
-            begin=place.position,
-            draw=weights,
-            limit=None if section.sources else train_limit(config.training),
             memory=memory,
             preparation=transforms.train,
             decoding=transforms.decoding,
-            micro_batch_size=section.micro_batch_size,
             **in_common,
+            **_epochs_of(config, place, begun, weights),
         )
 
         def evaluation_loader(
@@ -296,15 +290,9 @@ def _open_objects(
             train.dataset,
             order,
             train.reader,
-            global_batch_size=section.global_batch_size,
-            micro_batch_size=section.micro_batch_size,
-            drop_last=section.drop_last,
             rank=topology.rank,
             world_size=topology.world_size,
-            begun=begun,
-            begin=place.position,
-            draw=weights,
-            limit=train_limit(config.training),
+            **_epochs_of(config, place, begun, weights),
         )
 
         def evaluated(of: Served) -> Evaluated:
@@ -337,6 +325,23 @@ def _open_objects(
         evaluations={name: evaluated(each) for name, each in further.items()},
         brought=brought,
     )
+
+
+def _epochs_of(
+    config: Config, place: Position, begun: Mapping[int, Order], weights: Weights | None
+) -> dict[str, Any]:
+    """Return what loaders of files and of objects alike take to serve the epochs of a run."""
+    section = config.data
+    return {
+        "global_batch_size": section.global_batch_size,
+        "micro_batch_size": section.micro_batch_size,
+        # An epoch of a mixture is cut when its order is made.
+        "drop_last": section.drop_last and not section.sources,
+        "limit": None if section.sources else train_limit(config.training),
+        "begun": begun,
+        "begin": place.position,
+        "draw": weights,
+    }
 
 
 def _open_datasets(

@@ -30,7 +30,6 @@ from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainErro
 from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing.resume import restore
-from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, WithoutData, use_of
 from hpctrain.training.loops.run import Run
 from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
@@ -347,9 +346,8 @@ def _begun(
         phases=phases,
         stop=job.stop,
         rank_zero=rank_zero,
-        place=place,
-        metrics={} if resumed is None else dict(resumed.values["metrics"]),
-        stopping=EarlyStopping(config.early_stopping, config.training, "min"),
+        # Of early stopping a loop saves nothing that it goes on with.
+        saved={} if resumed is None else {"metrics": resumed.values["metrics"]},
     )
     run = Run(
         world, step, hooks, Plan.of(config, data), data, loader, is_resumed=resumed is not None
