@@ -293,7 +293,11 @@ def read_status(
         ConfigError: if the folder is not there or holds no run.
         CheckpointError: if exit.json is damaged.
     """
-    if not folder.is_dir():
+    try:
+        is_there = folder.is_dir()
+    except PermissionError as error:
+        raise ConfigError(f"{folder}: {explained(error, folder)}") from error
+    if not is_there:
         raise ConfigError(f"{folder}: no such folder")
     outcome = read_outcome(folder)
     if outcome is None:

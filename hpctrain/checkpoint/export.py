@@ -18,6 +18,7 @@ from hpctrain.checkpoint.format import (
     VALUES,
     Spread,
     evaluations,
+    is_run,
     join,
     newest_first,
     read_file,
@@ -196,7 +197,7 @@ def choose(path: Path, *, best: bool | None) -> tuple[Path, Best | None]:
         CheckpointError: if there is no such.
     """
     found = None
-    if best is not False and (path / CHECKPOINTS).is_dir():
+    if best is not False and is_run(path):
         found = best_of(path)
     elif best:
         raise CheckpointError(

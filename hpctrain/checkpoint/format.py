@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ from hpctrain.utils.json_files import (
     read_whole,
     require_file,
 )
+from hpctrain.utils.permissions import explained
 from hpctrain.utils.run_folder import CHECKPOINTS, LATEST, read_latest, step_of
 from hpctrain.utils.text import printable
 
@@ -289,13 +291,27 @@ def put_back(checkpoints: Path) -> None:
             os.replace(aside, path)
 
 
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is one of a run, with checkpoints in it.
+
+    Raises:
+        UnreadableError: if it may not be looked into.
+    """
+    try:
+        return stat.S_ISDIR((path / CHECKPOINTS).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {explained(error, path)}") from error
+
+
 def resolved(path: Path) -> Path:
     """Return a checkpoint's folder, from that or from a run folder, whose `latest` is meant.
 
     Raises:
         CheckpointError: if a run folder has none.
     """
-    if not (path / CHECKPOINTS).is_dir():
+    if not is_run(path):
         return path
     name = read_latest(path)
     if name is None:

@@ -18,6 +18,7 @@ from hpctrain.checkpoint.format import (
     MODEL,
     TRAINING,
     check_file,
+    is_run,
     newest_first,
     read_file,
     read_meta,
@@ -72,7 +73,7 @@ def verified(path: Path) -> str:
     Raises:
         CheckpointError: naming each that is not.
     """
-    paths = _of_run(path) if (path / CHECKPOINTS).is_dir() else [path]
+    paths = _of_run(path) if is_run(path) else [path]
     good, bad, total = [], [], 0
     for each in paths:
         try:

@@ -24,7 +24,7 @@ from typing import Any
 
 from hpctrain.observe.code import Modules, modules_now, repository_at, root_of, user_modules
 from hpctrain.observe.redacting import is_secret
-from hpctrain.utils.files import replace_file
+from hpctrain.utils.files import names_in, replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
 from hpctrain.utils.permissions import explained, follow_folder
 
@@ -246,8 +246,8 @@ class JobTime:
 def job_times(run_folder: Path) -> list[JobTime]:
     """Return the jobs of a run by number; of a damaged record no time is known."""
     found = []
-    for path in (run_folder / FOLDER).glob("*.json"):
-        if not path.stem.isdecimal():
+    for path in (run_folder / FOLDER / name for name in names_in(run_folder / FOLDER)):
+        if path.suffix != ".json" or not path.stem.isdecimal():
             continue
         number, nodes, begin, end = int(path.stem), 1, 0.0, None
         with suppress(OSError, ValueError, TypeError, KeyError):  # damaged, or not ours to read

@@ -296,6 +296,14 @@ def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
     return os.fdopen(open_regular(path), "rb", buffering)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what lies in a folder, sorted; none where it cannot be listed."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
+
+
 def require_regular(path: str | Path) -> os.stat_result:
     """Return the facts of a file that somebody else is about to open, see `open_regular`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import lines_of
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
+from hpctrain.utils.permissions import explained
 from hpctrain.utils.run_folder import CHECKPOINTS, step_of
 
 LOG = "log.txt"
@@ -72,7 +74,13 @@ class RunFiles:
         Raises:
             ConfigError: if there is no such folder.
         """
-        if not folder.is_dir():
+        try:
+            is_there = stat.S_ISDIR(folder.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError as error:
+            raise ConfigError(f"{folder}: {explained(error, folder)}") from error
+        if not is_there:
             raise ConfigError(f"{folder}: no such folder")
         self.path = folder
         self.name = folder.resolve().name or str(folder)

@@ -21,6 +21,7 @@ from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import WALL_TIME, flat, newest_records, read_records
 from hpctrain.utils import text
 from hpctrain.utils.json_files import SMALL, read_whole
+from hpctrain.utils.permissions import explained
 from hpctrain.watch.run_files import goodput_of, read_object, runs_now
 
 Lives = Callable[[Path], bool | None]
@@ -109,7 +110,7 @@ def _runs_in(folder: Path, levels: int) -> list[Path]:
     with os.scandir(folder) as entries:
         inner = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
     for path in map(Path, inner):
-        if (path / NAME).exists():
+        if os.path.lexists(path / NAME):
             found.append(path)
         elif levels > 1:
             with suppress(OSError):  # somebody's own
@@ -129,7 +130,7 @@ def run_row(
         point: what it has of its own, where it is one of a sweep; it may not have begun.
     """
     step, job, state = 0, None, ""
-    is_begun = point is None or (run / NAME).exists()
+    is_begun = point is None or os.path.lexists(run / NAME)
     try:
         status = read_status(run, {}, lives=runs_now(run, lives(run))) if is_begun else None
         if status is None:
@@ -228,8 +229,12 @@ def compared(one: Path, other: Path, lives: Lives) -> str:
         ConfigError: if one of them is no run.
     """
     for run in (one, other):
-        if not (run / NAME).exists():
-            raise ConfigError(f"{run} holds no run: there is no {NAME} in it")
+        try:
+            (run / NAME).lstat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(f"{run} holds no run: there is no {NAME} in it") from error
+        except OSError as error:
+            raise ConfigError(f"{run} cannot be read: {explained(error, run)}") from error
     names = _names(one, other)
     rows = [run_row(run, lives, name) for run, name in zip((one, other), names, strict=True)]
     now = time.time()

@@ -35,7 +35,7 @@ from typing import Any
 
 from hpctrain.observe.records import WALL_TIME, from_line, lines_of, to_line
 from hpctrain.utils import text
-from hpctrain.utils.files import AppendedFile, open_file
+from hpctrain.utils.files import AppendedFile, names_in, open_file
 from hpctrain.utils.permissions import follow_folder
 
 FOLDER = "machine"
@@ -274,4 +274,5 @@ def signs_of_life(run: Path) -> list[float]:
 
 
 def _files(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("*.jsonl"))
+    names = names_in(run / FOLDER)
+    return [run / FOLDER / name for name in names if name.endswith(".jsonl")]

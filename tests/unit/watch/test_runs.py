@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,62 @@ def test_whatever_files_hold_no_command_fails(
         told = capsys.readouterr()
         assert "Traceback" not in told.err
         assert code == ExitCode.DONE or str(run) in told.err, (command, told.err)
+
+
+COMMANDS = (
+    *("compare {0} {1}", "watch {0}", "report {0} --output {2}", "status {0}"),
+    *("bundle {0} --output {2}", "ckpt ls {0}", "ckpt verify {0}", "ckpt export {0} {2}"),
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is named with its owner, or left out of a table, and the others are shown."""
+    runs = tmp_path / "runs"
+    modes = {"closed": 0o700, "listed": 0o744, "entered": 0o711, "open": 0o755}
+    for name in modes:
+        (made_run(runs / name) / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "new").mkdir(mode=0o777)
+    (tmp_path / "new").chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+        if folder.name.startswith("pytest-of"):
+            break
+
+    def call(command: str, run: Path, index: str) -> None:
+        new = tmp_path / "new" / f"{run.name}-{index}"
+        words = [str(word) for word in command.format(run, runs / "open", new).split()]
+        code = main(words)
+        assert code in (ExitCode.DONE, ExitCode.CONFIG, ExitCode.CHECKPOINT_IO), (words, code)
+
+    for i, command in enumerate(COMMANDS):
+        call(command, runs / "open", f"root-{i}")  # imported while this is still root
+    main(["runs", str(runs / "nowhere")])
+    capfd.readouterr()
+    for name, mode in modes.items():
+        (runs / name).chmod(mode)
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(4321)
+            os.setuid(4321)
+            assert main(["runs", str(runs)]) == ExitCode.DONE
+            for name in modes:
+                for i, command in enumerate(COMMANDS):
+                    call(command, runs / name, str(i))
+            code = 0
+        except BaseException:  # noqa: BLE001 - the parent sees a code only
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    ended = os.waitpid(child, 0)[1]
+    out, err = capfd.readouterr()
+    assert ended == 0, err
+    assert {line.split()[0] for line in out.splitlines()[1:3]} == {"open", "entered"}
+    assert err.count(f"{runs / 'closed'} belongs to ") >= 3
 
 
 def test_nothing_of_this_imports_torch(tmp_path: Path) -> None:
