@@ -331,3 +331,38 @@ def test_ranks_go_on_in_mid_epoch_bit_for_bit(site: Path) -> None:
         )
         assert {"lr", "lr/head"} <= whole[0].keys()
         assert whole == resumed
+    moved_to_other_ranks(site)
+
+
+def moved_to_other_ranks(site: Path) -> None:
+    """The same runs go on in mid-epoch on two ranks, fsdp's with ddp, and that one with fsdp."""
+    words = ["data.global_batch_size=10", "data.shuffle=true"]
+    saves = ["checkpoint.every_steps=3", "checkpoint.keep_last=99"]
+    lines = []
+    for name, config, strategy, source in (
+        ("cycle-moved", "ema.toml", "ddp", "cycle/checkpoints/step-00000003"),
+        ("plateau-moved", "run.toml", "ddp", "plateau/checkpoints/step-00000003"),
+        ("plateau-again", "run.toml", "fsdp", "plateau-moved/checkpoints/step-00000006"),
+    ):
+        schedule = name.partition("-")[0]
+        lines.append(
+            [
+                config,
+                f"model.schedule={schedule}",
+                f"training.strategy={strategy}",
+                *words,
+                *saves,
+                f"checkpoint.resume=runs/{source}",
+                f"run.name={name}",
+            ]
+        )
+    for (*_, name), ended in zip(lines, in_turn(site, 2, *lines), strict=True):
+        assert ended.code == 0, ended.output
+        moved = metrics(site / "runs" / name.partition("=")[2])
+        whole = metrics(site / "runs" / name.partition("=")[2].partition("-")[0])
+        expected = [each for each in whole if each["step"] >= moved[0]["step"]]
+        assert len(moved) == len(expected) > 4
+        for here_now, there in zip(moved, expected, strict=True):
+            for key, value in there.items():
+                if key in ("loss", "lr", "val_loss", "train_loss", "logged", "samples_seen"):
+                    assert here_now[key] == pytest.approx(value, rel=1e-5), (name, key)
