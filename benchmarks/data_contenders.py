@@ -117,7 +117,7 @@ def training(
 def held(dataset: Any) -> Any:
     """Return a dataset in memory, as one rank alone on its node holds it."""
     from hpctrain.data.staging.node_cache import hold_on_node
-    from hpctrain.launch.process_group import SingleCommunicator
+    from hpctrain.launch.communicators import SingleCommunicator
     from hpctrain.topology import Topology
 
     alone = Topology(

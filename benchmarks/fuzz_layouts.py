@@ -50,7 +50,7 @@ from hpctrain.convert.sources.opening import Reading, open_source  # noqa: E402
 from hpctrain.data import Writer  # noqa: E402
 from hpctrain.data.opening.open_datasets import open_for_training  # noqa: E402
 from hpctrain.errors import HpctrainError  # noqa: E402
-from hpctrain.launch.process_group import SingleCommunicator  # noqa: E402
+from hpctrain.launch.communicators import SingleCommunicator  # noqa: E402
 
 OUTCOMES = ("equal", "named", "other values", "unexplained", "no memory", "hung", "crashed")
 LIMIT_SECONDS = 120

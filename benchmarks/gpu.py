@@ -150,7 +150,8 @@ def _world(wishes: Wishes) -> Any:
     """Return a world of one on the device."""
     import torch
 
-    from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
+    from hpctrain.launch.communicators import SingleCommunicator
+    from hpctrain.launch.process_group import Node, World, place
 
     device = torch.device("cuda", 0) if wishes.device == "cuda" else torch.device("cpu")
     return World(

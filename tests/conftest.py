@@ -105,8 +105,8 @@ def messages_are_of_listed_types(
     """Have what passes between ranks be what worlds without MPI can send, on one process too."""
     if "unit" not in Path(request.path).parts or "hpctrain.launch.process_group" not in sys.modules:
         return
+    from hpctrain.launch.communicators import SingleCommunicator
     from hpctrain.launch.messages import encode
-    from hpctrain.launch.process_group import SingleCommunicator
 
     def broadcast(self: SingleCommunicator, value: Any) -> Any:
         encode(value)

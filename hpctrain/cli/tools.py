@@ -181,7 +181,7 @@ def data(arguments: list[str], claim: Claim) -> int:
         if is_collective:
             text = _data_on_all_ranks(parsed, claim, progress)
         else:
-            from hpctrain.launch.process_group import SingleCommunicator
+            from hpctrain.launch.communicators import SingleCommunicator
 
             try:
                 text = parsed.work(parsed, SingleCommunicator(), progress)

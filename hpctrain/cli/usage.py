@@ -231,6 +231,11 @@ class Parser(argparse.ArgumentParser):
         self._command = command
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith(_REQUIRED):
+            # What may be given again and again may be left out; argparse takes it for missing.
+            some = {_shown(action) for action in self._actions if action.nargs == "*"}
+            names = message.removeprefix(_REQUIRED).split(", ")
+            message = _REQUIRED + ", ".join(name for name in names if name not in some)
         message += self._meant(message)
         if self._command is None:
             raise usage_error(message, " ".join(self.format_usage().split()))
@@ -244,14 +249,33 @@ class Parser(argparse.ArgumentParser):
         if words == message or self._command is None:
             return ""
         option = words.split()[0].partition("=")[0]
+        is_ours = f"--{option.lstrip('-')}" in self._option_string_actions
+        takes_config = "config" in {action.dest for action in self._actions}
+        if takes_config and option in _OF_LAUNCHERS and not is_ours:
+            return "; options of mpirun and srun stand before python"
         near = did_you_mean(option, self._option_string_actions)
-        if near or "config" not in {action.dest for action in self._actions}:
+        if near or not takes_config:
             return near
         return "; keys of the config are set without dashes: SECTION.KEY=VALUE"
 
 
 _UNKNOWN = "unrecognized arguments: "
+_REQUIRED = "the following arguments are required: "
+_OF_LAUNCHERS = frozenset(
+    """
+    -n -N -np --n -ppn --ppn -c --ntasks --ntasks-per-node --nodes --oversubscribe --map-by
+    --rank-by --bind-to --cpu-bind --gpu-bind --gpus-per-task --gpus-per-node --cpus-per-task
+    --host -host --hosts --hostfile -hostfile --machinefile -machinefile --mca -mca -x -env -genv
+    --allow-run-as-root --report-bindings --mpi --use-hwthread-cpus --tag-output
+    """.split()  # noqa: SIM905
+)
+"""Of mpirun, mpiexec and srun, which are given after the program by mistake."""
 _CHOICES = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+
+
+def _shown(action: argparse.Action) -> str:
+    """Return how argparse calls an argument in what it says of it."""
+    return action.metavar if isinstance(action.metavar, str) else action.dest
 
 
 def usage_of(command: str) -> str:

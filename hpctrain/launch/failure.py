@@ -29,10 +29,15 @@ from hpctrain.launch.watchdog.coordinator import show_own_stacks
 from hpctrain.launch.watchdog.evidence import Requests, versions, write_report
 from hpctrain.topology import Communicator, Topology
 from hpctrain.utils.streams import finish_out
+from hpctrain.utils.text import listed
 
 _ABORT_SECONDS = 2.0
 _SILENT_SECONDS = 8.0
 _HERE = Path(__file__).parent
+
+_OTHERS_MODULES = frozenset(
+    {"torch", "numpy", "h5py", "mpi4py", "psutil", "xxhash", "safetensors", "jinja2", "hpctrain"}
+)
 
 
 class Guard:
@@ -159,7 +164,29 @@ class Guard:
         while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
             trace = trace.tb_next  # our own context managers are not the story
         lines = traceback.format_exception(type(error), error, trace)
-        return f"hpctrain: {who} failed and ends the job:\n{''.join(lines)}"
+        return f"hpctrain: {who} failed and ends the job:\n{''.join(lines)}{_shadows(error)}"
+
+
+def _shadows(error: BaseException) -> str:
+    """Return a line on files of the user's that Python took for modules of others.
+
+    With `python -m` the working directory is the first place that is searched: its `torch.py` is
+    everybody's torch.
+    """
+    here = Path(sys.path[0] or os.curdir).absolute()
+    run = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    found = [
+        str(path)
+        for path in sorted(here.glob("*.py"))
+        if path.stem in sys.stdlib_module_names | _OTHERS_MODULES
+        and str(path) in run | {getattr(sys.modules.get(path.stem), "__file__", None)}
+    ]
+    if not found:
+        return ""
+    return (
+        f"hpctrain: {listed(found, 4)} was imported in place of the module of that name: rename "
+        "it, or start from another folder\n"
+    )
 
 
 @contextmanager

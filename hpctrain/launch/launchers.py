@@ -236,3 +236,31 @@ LAUNCHERS = (
         local_world_size=("LOCAL_WORLD_SIZE",),
     ),
 )
+
+
+def library_name(version: str) -> str:
+    """Return name and version from what MPI_Get_library_version says, such as "MPICH 5.0.2".
+
+    MPICH goes on with lines about its build, Open MPI with its package and commit.
+    """
+    first = version.strip("\0 \n").splitlines()[0]
+    words = first.replace("Version:", " ").split(",")[0].split()
+    return " ".join(word for word in words if word not in ("Library", "Version"))
+
+
+def library_family(library: str) -> str:
+    """Return the family of an MPI library from its version string, "unknown" if it has none.
+
+    Source: the first words of MPI_Get_library_version of each implementation.
+    """
+    for words, family in (
+        ("Spectrum MPI", "spectrum"),
+        ("Open MPI", "openmpi"),
+        ("Intel(R) MPI", "intel"),
+        ("MVAPICH", "mvapich"),
+        ("CRAY MPICH", "cray"),
+        ("MPICH", "mpich"),
+    ):
+        if words.lower() in library.lower():
+            return family
+    return "unknown"

@@ -35,9 +35,9 @@ from types import TracebackType
 from typing import Any
 
 from hpctrain.errors import ExitCode, LaunchError
+from hpctrain.launch.communicators import MPICommunicator
 from hpctrain.launch.environment import Claim, Environment, ancestors, this_process
-from hpctrain.launch.launchers import Launcher
-from hpctrain.launch.mpi_communicator import MPICommunicator
+from hpctrain.launch.launchers import Launcher, library_family, library_name
 from hpctrain.launch.reporter import IN_MPI_INIT, marked, missing_ranks_message, ranks_of_node
 from hpctrain.launch.waiting import ended_from_outside, limit_seconds
 from hpctrain.topology import closing_together
@@ -217,34 +217,6 @@ def _load() -> Any:
     from mpi4py import MPI
 
     return MPI
-
-
-def library_name(version: str) -> str:
-    """Return name and version from what MPI_Get_library_version says, such as "MPICH 5.0.2".
-
-    MPICH goes on with lines about its build, Open MPI with its package and commit.
-    """
-    first = version.strip("\0 \n").splitlines()[0]
-    words = first.replace("Version:", " ").split(",")[0].split()
-    return " ".join(word for word in words if word not in ("Library", "Version"))
-
-
-def library_family(library: str) -> str:
-    """Return the family of an MPI library from its version string, "unknown" if it has none.
-
-    Source: the first words of MPI_Get_library_version of each implementation.
-    """
-    for words, family in (
-        ("Spectrum MPI", "spectrum"),
-        ("Open MPI", "openmpi"),
-        ("Intel(R) MPI", "intel"),
-        ("MVAPICH", "mvapich"),
-        ("CRAY MPICH", "cray"),
-        ("MPICH", "mpich"),
-    ):
-        if words.lower() in library.lower():
-            return family
-    return "unknown"
 
 
 def _check_library(claim: Claim, library: str) -> None:

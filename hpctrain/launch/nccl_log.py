@@ -203,3 +203,25 @@ def _names(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
+
+
+def prepare_nccl(
+    timeout_seconds: float,
+    *,
+    has_flight_recorder: bool,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Have NCCL's record of collectives kept, and torch's monitor end nothing before ours does.
+
+    What the user has set stays.
+
+    Args:
+        timeout_seconds: of the process group.
+        has_flight_recorder: whether torch calls that record by this name, from 2.9 on; it warns
+            of the older one. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp.
+        environ: to set it in.
+    """
+    names = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE")
+    if not any(name in environ for name in names):
+        environ[names[has_flight_recorder]] = "2000"
+    environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds)))

@@ -9,15 +9,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpctrain.config.choices import is_preparing
 from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import HpctrainError, LaunchError
+from hpctrain.launch.communicators import SingleCommunicator
 from hpctrain.launch.environment import Claim, this_process
 from hpctrain.launch.failure import (
     Guard,
@@ -27,7 +28,7 @@ from hpctrain.launch.failure import (
     standing,
     stands,
 )
-from hpctrain.launch.nccl_log import NcclLog
+from hpctrain.launch.nccl_log import NcclLog, prepare_nccl
 from hpctrain.launch.rendezvous import Meeting, meet
 from hpctrain.launch.reporter import reporting
 from hpctrain.launch.surroundings import (
@@ -39,7 +40,7 @@ from hpctrain.launch.surroundings import (
 from hpctrain.launch.watchdog.client import Pulse
 from hpctrain.launch.watchdog.start import watched
 from hpctrain.topology import Communicator, Topology, closing_together
-from hpctrain.utils.proc import boot_id
+from hpctrain.utils.proc import boot_id, most_open_files, raise_open_files
 from hpctrain.utils.streams import quiet_native_libraries
 from hpctrain.utils.text import listed, printable, ranges
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hpctrain")
 
 _LOOPBACK = Path("/sys/class/net/lo")
+_FEW_FILES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +327,16 @@ def standing_ranks(claim: Claim) -> Iterator[Standing]:
         job_guard.leaving()
 
 
+def _warn_of_few_files() -> None:
+    """Warn where so few files may be open that data or connections may fail for want of them."""
+    most = most_open_files()
+    if most is not None and most < _FEW_FILES:
+        sys.stderr.write(
+            f"hpctrain: a process may open only {most} files here (ulimit -Hn): connections and "
+            "shards of data are files, too. Raise the limit where the job is started\n"
+        )
+
+
 _in_use = threading.Lock()
 
 
@@ -354,6 +366,8 @@ def alone_in_this_process() -> Iterator[None]:
 
 def _placed(topology: Topology) -> Topology:
     """Return the topology, now that this process has its place."""
+    if topology.is_rank_zero:
+        _warn_of_few_files()
     if topology.world_size > 1:
         take_place()
     spare_login_node(topology)
@@ -496,39 +510,6 @@ def loading() -> Iterator[None]:
             gc.enable()
 
 
-def raise_open_files() -> None:
-    """Allow as many open files as the system lets us; every connection is one."""
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def prepare_nccl(
-    timeout_seconds: float,
-    *,
-    has_flight_recorder: bool,
-    environ: MutableMapping[str, str] = os.environ,
-) -> None:
-    """Have NCCL's record of collectives kept, and torch's monitor end nothing before ours does.
-
-    What the user has set stays.
-
-    Args:
-        timeout_seconds: of the process group.
-        has_flight_recorder: whether torch calls that record by this name, from 2.9 on; it warns
-            of the older one. Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp.
-        environ: to set it in.
-    """
-    names = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE")
-    if not any(name in environ for name in names):
-        environ[names[has_flight_recorder]] = "2000"
-    environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds)))
-
-
 def prepare_deterministic(environ: MutableMapping[str, str] = os.environ) -> None:
     """Have cuBLAS sum in the same order every time; to be called before CUDA starts.
 
@@ -538,39 +519,3 @@ def prepare_deterministic(environ: MutableMapping[str, str] = os.environ) -> Non
     Source: docs of torch.use_deterministic_algorithms; NVIDIA's cuBLAS, "Results Reproducibility".
     """
     environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-class SingleCommunicator:
-    """Everybody is here already."""
-
-    rank = 0
-    world_size = 1
-
-    def limit(self, seconds: float | None) -> None:
-        """Nobody is waited for."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Return the value."""
-        return value
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return the one value."""
-        return [value]
-
-    def barrier(self) -> None:
-        """Return at once."""
-
-    def start_max(self, values: Sequence[int]) -> Settled:
-        """Return the values as their own maximum."""
-        return Settled(tuple(values))
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A reduction that has its result."""
-
-    values: tuple[int, ...]
-
-    def wait(self) -> tuple[int, ...]:
-        """Return the elementwise maximum over all ranks."""
-        return self.values

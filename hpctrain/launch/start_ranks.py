@@ -161,7 +161,7 @@ def _of_the_batch_system(num_processes: int, version: str) -> list[str] | None:
     """Return how the batch system of this job starts ranks on one node; None outside of jobs."""
     from shutil import which
 
-    from hpctrain.launch.mpi import library_family
+    from hpctrain.launch.launchers import library_family
 
     srun, mpiexec = which("srun"), which("mpiexec")
     if os.environ.get("SLURM_JOB_ID") and srun is not None:
@@ -221,7 +221,7 @@ def _ask_for_library() -> tuple[str, str]:
 
 def _find(version: str, library: str) -> tuple[Path, Starter]:
     """Return the mpirun that belongs to a library: the one beside it, else one on PATH."""
-    from hpctrain.launch.mpi import library_family
+    from hpctrain.launch.launchers import library_family
 
     family = library_family(version)
     starters = [starter for starter in STARTERS if family in starter.families]

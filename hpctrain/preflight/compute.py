@@ -27,7 +27,8 @@ from hpctrain.data.loading.map_style.passes import CollatedBatch
 from hpctrain.data.loading.nested import moved
 from hpctrain.data.staging.node_cache import host_memory
 from hpctrain.data.view import View
-from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
+from hpctrain.launch.communicators import SingleCommunicator
+from hpctrain.launch.process_group import Node, World, place
 from hpctrain.preflight.checks import CheckError, Checks, ask, failing_together
 from hpctrain.preflight.numbers import STEP_FIX, check_numbers
 from hpctrain.preflight.report import Finding

@@ -41,9 +41,11 @@ def read_whole(path: Path, most_bytes: int) -> bytes:
         OSError: if it cannot be read.
         ValueError: if it is not a regular file, or larger than any of its kind.
     """
-    require_file(path, most_bytes)
+    size = require_file(path, most_bytes)
     with open_file(path) as file:
-        content = file.read(most_bytes + 1)
+        content = file.read(size + 1)  # takes memory for all that is asked for, there or not
+        if len(content) > size:
+            content += file.read(most_bytes - size)
     if len(content) > most_bytes:
         raise ValueError(f"it has grown to more than {most_bytes:,} bytes")
     return content

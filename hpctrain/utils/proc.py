@@ -310,3 +310,24 @@ def _read(path: Path) -> str:
     with suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace").strip()
     return ""
+
+
+def raise_open_files() -> None:
+    """Allow as many open files as the system lets us; every connection is one."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def most_open_files() -> int | None:
+    """Return how many files this process may have open; None: as many as it likes."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if most == resource.RLIM_INFINITY else most

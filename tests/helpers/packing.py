@@ -13,7 +13,7 @@ from hpctrain.convert.parallel import silent
 from hpctrain.data.decoding import decoded_rows, decodings
 from hpctrain.data.files.discovery import open_dataset
 from hpctrain.data.reading.rows import read_rows
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 
 
 def run(*arguments: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hpctrain.launch.process_group import SingleCommunicator, World
+from hpctrain.launch.communicators import SingleCommunicator
+from hpctrain.launch.process_group import World
 from hpctrain.topology import Topology
 
 

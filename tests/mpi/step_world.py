@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
-from hpctrain.launch.process_group import SingleCommunicator, World
+from hpctrain.launch.communicators import SingleCommunicator
+from hpctrain.launch.process_group import World
 from hpctrain.topology import Topology
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model

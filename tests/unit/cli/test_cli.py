@@ -67,6 +67,26 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "submit again (stopped by SIGTERM)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check"], "the following arguments are required: config\n"),
+        (["evaluate"], "the following arguments are required: CONFIG\n"),
+        (["run.toml", "-np", "2"], "did you mean --np?\n"),
+        (["run.toml", "--map-by", "core"], "options of mpirun and srun stand before python\n"),
+        (["run.toml", "--bind-to=none"], "options of mpirun and srun stand before python\n"),
+        (["run.toml", "--lr", "1"], "keys of the config are set without dashes"),
+    ],
+)
+def test_a_usage_error_is_three_lines(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 64
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 3
+
+
 def test_a_usage_error_is_told_once_under_a_launcher() -> None:
     result = subprocess.run(
         ["mpirun", "-np", "2", sys.executable, "-m", "hpctrain", "run.toml", "--bogus"],

@@ -22,7 +22,7 @@ from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.sources.source import Source
 from hpctrain.convert.sources.table import Table
 from hpctrain.errors import DatasetError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 
 Values = dict[str, np.ndarray]
 ROWS = 23

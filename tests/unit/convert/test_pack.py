@@ -21,7 +21,7 @@ from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 
 ALONE = SingleCommunicator()
 DRAW = np.random.default_rng(0)

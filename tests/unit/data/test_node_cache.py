@@ -21,7 +21,7 @@ from hpctrain.data.staging.node_cache import (
     share,
 )
 from hpctrain.errors import ConfigError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 from hpctrain.topology import Topology
 
 SAMPLES = 101

@@ -14,7 +14,7 @@ from hpctrain.data import open_dataset
 from hpctrain.data.dataset import Field
 from hpctrain.data.predictions import PLAN_NAME, Origin, PredictionWriter
 from hpctrain.errors import DatasetError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 
 ORIGIN = Origin(
     checkpoint="runs/a/checkpoints/step-00000010",

@@ -15,7 +15,7 @@ from hpctrain.data import Writer, open_dataset
 from hpctrain.data.files.index import INDEX_VERSION, damaged_shards, sealed
 from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 
 SAMPLES = {
     "x": np.arange(60, dtype="f4").reshape(10, 2, 3),

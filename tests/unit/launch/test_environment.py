@@ -11,8 +11,8 @@ from helpers.environments import ENVIRONMENTS, recorded
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.environment import Claim, ancestors, detect, without_rank
-from hpctrain.launch.launchers import LAUNCHERS
-from hpctrain.launch.mpi import check_process_manager, library_family, library_name
+from hpctrain.launch.launchers import LAUNCHERS, library_family, library_name
+from hpctrain.launch.mpi import check_process_manager
 from hpctrain.launch.reporter import may_report
 
 

@@ -30,14 +30,10 @@ from hpctrain.launch.device import (
 )
 from hpctrain.launch.environment import detect
 from hpctrain.launch.mpi import is_walled_off
-from hpctrain.launch.process_group import (
-    Node,
-    place,
-    prepare_deterministic,
-    prepare_nccl,
-    raise_open_files,
-)
+from hpctrain.launch.nccl_log import prepare_nccl
+from hpctrain.launch.process_group import Node, place, prepare_deterministic
 from hpctrain.launch.rendezvous import Address, candidates
+from hpctrain.utils.proc import raise_open_files
 
 A, B = Node("boot-a", "a"), Node("boot-b", "b")
 

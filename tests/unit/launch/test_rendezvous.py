@@ -12,7 +12,7 @@ import pytest
 from helpers.limits import JOB_SECONDS
 
 from hpctrain.errors import LaunchError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 from hpctrain.launch.rendezvous import meet
 from hpctrain.topology import Topology
 

@@ -10,7 +10,7 @@ from helpers.preflight_tables import topology
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 from hpctrain.preflight import checks
 from hpctrain.preflight.checks import Answer, CheckError, ask, failing_together
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping as Lightnings
 
 from hpctrain.config.schema import EarlyStoppingSection, TrainingSection
 from hpctrain.errors import TrainingError
-from hpctrain.launch.process_group import SingleCommunicator
+from hpctrain.launch.communicators import SingleCommunicator
 from hpctrain.training.early_stopping import EarlyStopping
 from hpctrain.training.position import Position
 

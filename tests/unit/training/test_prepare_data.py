@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from hpctrain.errors import DatasetError
-from hpctrain.launch.process_group import Node, SingleCommunicator, World, place
+from hpctrain.launch.communicators import SingleCommunicator
+from hpctrain.launch.process_group import Node, World, place
 from hpctrain.training.prepare_data import fetching, prepare_data
 
 NODE = [Node("boot", "n1")] * 2 + [Node("boot", "n2")]

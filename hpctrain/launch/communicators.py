@@ -1,4 +1,4 @@
-"""The control plane over MPI: few, small messages from host memory."""
+"""Control planes: over MPI, few and small messages from host memory; of one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pickle
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.launch.waiting import QUIET_SECONDS, RollCall, limit_seconds, program
@@ -124,3 +125,39 @@ def _wait(request: Any) -> None:
     while not request.Test():
         time.sleep(pause)
         pause = min(pause + 2e-5, _LONGEST_PAUSE_SECONDS)
+
+
+class SingleCommunicator:
+    """Everybody is here already."""
+
+    rank = 0
+    world_size = 1
+
+    def limit(self, seconds: float | None) -> None:
+        """Nobody is waited for."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def start_max(self, values: Sequence[int]) -> Settled:
+        """Return the values as their own maximum."""
+        return Settled(tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A reduction that has its result."""
+
+    values: tuple[int, ...]
+
+    def wait(self) -> tuple[int, ...]:
+        """Return the elementwise maximum over all ranks."""
+        return self.values
