@@ -135,6 +135,12 @@ class MetricsWriter:
         for handing in self._handings:
             handing.put(item)
 
+    def write_event(self, event: Any) -> None:
+        """Write an event of TensorBoard's own types, such as its SummaryWriter makes."""
+        if self._tensorboard is not None and not self._is_closed:
+            with suppress(OSError):
+                self._tensorboard.add_event(event)
+
     def close(self, status: str = "success") -> None:
         """Write what still waits, and close the files; a second time does nothing.
 
@@ -418,6 +424,14 @@ class TensorBoard:
             value = self._summary.Value(tag=item.name, histo=histogram)
         summary = self._summary(value=[value])
         self._write([self._event(wall_time=item.wall_time, step=item.step, summary=summary)])
+
+    def add_event(self, event: Any) -> None:
+        """Write an event.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._write([event])
 
     def end(self, status: str) -> None:
         """Write how the job ends, "success" or "failed".

@@ -85,7 +85,9 @@ class RunLogger:
         self._writer: MetricsWriter | None = None
         self._early: list[Callable[[], Any]] = []
         self._writes = writes
-        self.experiment = Experiment(folder / TENSORBOARD_FOLDER, self._act, self._refuse)
+        self.experiment = Experiment(
+            folder / TENSORBOARD_FOLDER, self._act, self._refuse, self._write_event
+        )
 
     def write_to(self, writer: MetricsWriter) -> None:
         """Write from now on, and what has come before; end with these metrics."""
@@ -136,6 +138,10 @@ class RunLogger:
             raise AttributeError(name)
         return self._refuse(f"self.logger.{name}")
 
+    def _write_event(self, event: Any) -> None:
+        if self._writer is not None:
+            self._writer.write_event(event)
+
     def _act(self, act: Callable[[], Any]) -> Any:
         """Do what writes something, now or once the run has its metrics; in a trial never."""
         if not self._writes or self._trainer.sanity_checking:
@@ -172,8 +178,10 @@ class Experiment:
         folder: Path,
         act: Callable[[Callable[[], Any]], Any],
         refuse: Callable[[str], Any],
+        write: Callable[[Any], None],
     ) -> None:
         self.log_dir = str(folder)
+        self._write = write
         self._act = act
         self._refuse = refuse
         self._opened: Any = None
@@ -202,14 +210,52 @@ class Experiment:
 
     def _open(self) -> Any:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            return _summary_writer(self.log_dir, self._write)
         except ImportError:
             logger.warning(
                 "self.logger.experiment: nothing is written, since TensorBoard is not installed "
                 "(pip install tensorboard)"
             )
             return NOTHING
-        return SummaryWriter(self.log_dir)
+
+
+class _Events:
+    """Takes events in the place of a file of their own."""
+
+    def __init__(self, folder: str, write: Callable[[Any], None]) -> None:
+        self._folder = folder
+        self.add_event = write
+
+    def get_logdir(self) -> str:
+        return self._folder
+
+    def reopen(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _summary_writer(folder: str, write: Callable[[Any], None]) -> Any:
+    """Return a SummaryWriter whose events go to the event file of the run.
+
+    Of several files in a folder TensorBoard reads on in the newest alone: with one of its own it
+    would hide what the run writes from then on. And a restart drops the steps that come again.
+
+    Raises:
+        ImportError: without TensorBoard.
+    """
+    from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+    class RunWriter(SummaryWriter):
+        def _get_file_writer(self) -> Any:
+            if self.file_writer is None:
+                writer: Any = FileWriter.__new__(FileWriter)
+                writer.event_writer = _Events(folder, write)
+                vars(self).update(file_writer=writer, all_writers={folder: writer})
+            return self.file_writer
+
+    return RunWriter(folder)
 
 
 def foreign_calls(holders: Sequence[Any]) -> list[str]:

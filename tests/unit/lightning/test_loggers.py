@@ -126,6 +126,9 @@ def test_figures_and_numbers_are_in_the_runs_folder() -> None:
     assert [each.step for each in found.Images("rebuilt")] == [4]  # not those of the dry run
     assert set(found.Tags()["histograms"]) == {"net.weight", "net.bias"}
     assert "about/text_summary" in found.Tags()["tensors"]
+    # Of several files of a folder TensorBoard reads on in the newest alone.
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert "train/seconds/compute" in found.Tags()["scalars"]
     (line,) = metrics(run, "logger")
     assert (line["step"], line["at"]) == (2, 2)
     assert line["logged"]["own"] == pytest.approx(found.Scalars("own")[0].value)
