@@ -94,13 +94,11 @@ def watchdogs_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("mpi", "ranks", "rank", "how", "words"),
     [
-        ("mpich", 3, 2, "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
         ("mpich", 2, 1, "exit", "ended with exit code 3 and without an error message"),
         ("mpich", 3, 0, "stopped", "is stopped (SIGSTOP"),
         ("mpich", 2, 1, "gil", "re/__init__.py"),
-        ("openmpi", 2, 0, "killed", "was killed"),
+        ("openmpi", 2, 0, "killed", "was killed"),  # by SIGKILL, where the kernel still knows it
         ("impi-rt", 2, 0, "segfault", "was killed"),
-        ("impi-rt", 2, 1, "stopped", "is stopped (SIGSTOP"),
     ],
 )
 def test_a_rank_that_cannot_speak_is_named(
@@ -172,11 +170,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("mpi", "ranks", "rank", "moment"),
     [
-        ("mpich", 3, 1, in_a_step),
-        ("mpich", 2, 0, in_a_save),
-        ("openmpi", 2, 1, at_start),
-        ("openmpi", 3, 2, in_a_save),
-        ("impi-rt", 2, 1, at_start),
+        ("mpich", 3, 2, in_a_save),
+        ("openmpi", 3, 1, at_start),
         ("impi-rt", 2, 0, in_a_step),
     ],
 )

@@ -1,4 +1,4 @@
-"""The two programs that every course of Lightning has, and one of graphs, on 1, 2 and 3 ranks."""
+"""The two programs that every course of Lightning has, and two more, on one rank and on three."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers.runs import losses, metrics
 
 SCRIPT = ROOT / "tests" / "programs" / "train_both.py"
 
-pytestmark = pytest.mark.ranks(2)
+pytestmark = pytest.mark.ranks(3)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scripts")
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_digits(folder: Path, ranks: int) -> None:
     """Without dropout a run on several ranks is the run on one."""
     alone, found = trained(1, folder), trained(ranks, folder)
@@ -58,7 +58,7 @@ def test_digits(folder: Path, ranks: int) -> None:
         assert here["predicted"] == found["digits ddp"]["predicted"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_language_model(folder: Path, ranks: int) -> None:
     """With dropout every rank draws its own; the global batch is the same."""
     alone, found = trained(1, folder), trained(ranks, folder)
@@ -69,7 +69,7 @@ def test_language_model(folder: Path, ranks: int) -> None:
         assert here["test"]["test_loss"] == pytest.approx(there["test"]["test_loss"], abs=0.05)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_graphs(folder: Path, ranks: int) -> None:
     """Samples are objects of a class of somebody's, and a rank's share may be one of them."""
     alone, found = trained(1, folder), trained(ranks, folder)
@@ -80,7 +80,7 @@ def test_graphs(folder: Path, ranks: int) -> None:
             assert here["found"][name] == pytest.approx(there["found"][name], abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_several_loaders(folder: Path, ranks: int) -> None:
     """Ranks may have no batch of one of them while others do, also where parameters are spread."""
     alone, found = trained(1, folder)["domains ddp"], trained(ranks, folder)

@@ -35,7 +35,7 @@ def test_killed_at_random_moments_nothing_is_torn(tmp_path: Path) -> None:
     places = [str(BODIES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # for helpers
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
     checkpoints = tmp_path / "checkpoints"
-    for _ in range(3):
+    for _ in range(2):
         job = subprocess.Popen(
             command(2, "sharded_saves.py", str(tmp_path), "save"),
             stdout=subprocess.DEVNULL,

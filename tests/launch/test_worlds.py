@@ -58,7 +58,6 @@ def test_the_control_plane_over_a_store() -> None:
 @pytest.mark.parametrize(
     ("ranks", "failing", "how", "code", "words"),
     [
-        (2, 0, "exception", 70, "ValueError: the story"),
         (3, 2, "exception", 70, "ValueError: the story"),
         (2, 1, "thread", 70, "ValueError: the story"),
         (2, 0, "exit", 3, "SystemExit: 3"),
