@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launching import ROOT, mpirun_command, mpirun_environment
-from helpers.limits import JOB_SECONDS
+from helpers.jobs import here, in_turn
+from helpers.launching import ROOT
 
 pytestmark = pytest.mark.ranks(3)
 
@@ -22,24 +20,6 @@ SECTION = PAGE[PAGE.index("## Datasets") :].split("\n## ")[0]
 
 def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", SECTION, re.DOTALL)
-
-
-def run(site: Path, *command: str) -> str:
-    ended = subprocess.run(
-        command,
-        cwd=site,
-        env=mpirun_environment("mpich") | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=JOB_SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
-    return ended.stdout + ended.stderr
-
-
-def train(site: Path, *overrides: str) -> str:
-    return run(site, *mpirun_command("mpich", "mpich", 3, "-m", "hpctrain", *overrides))
 
 
 def ended(site: Path, name: str) -> tuple[list[dict[str, Any]], bytes]:
@@ -59,24 +39,31 @@ def test_a_dataset_trains_as_the_same_samples_packed(tmp_path: Path) -> None:
     (tmp_path / "my_data.py").write_text(program, encoding="utf-8")
     (tmp_path / "own.toml").write_text(config, encoding="utf-8")
     assert shlex.split(start)[3:] == ["python", "-m", "hpctrain", "own.toml"]
-    told = train(tmp_path, "own.toml", "logging.every_steps=1", "training.max_steps=9")
+    for line in packs.splitlines():
+        words = shlex.split(line)
+        assert words[:3] == ["python", "-m", "hpctrain"]
+        here(tmp_path, *words[3:])
+
+    common = ["own.toml", "logging.every_steps=1"]
+    further = 'data.evaluations.again="my_data:make_validation"'
+    packed = ["run.name=packed", 'data.cache="memory"', 'data.train="data/own/train"']
+    packed += ['data.validation="data/own/validation"']
+    packed += ['data.evaluations.again="data/own/validation"']
+    jobs = in_turn(
+        tmp_path,
+        3,
+        [*common, "training.max_steps=9"],
+        [*common, further],
+        [*common, *packed],
+    )
+    assert [job.code for job in jobs] == [0, 0, 0], [job.output for job in jobs]
+    told = jobs[0].output
     assert "my_data:make_train: Subset of 1,438 samples, read by 1 worker process a rank" in told
     assert "my_data:make_validation: Subset of 359 samples, read by the rank itself" in told
-    further = 'data.evaluations.again="my_data:make_validation"'
-    train(tmp_path, "own.toml", "logging.every_steps=1", further)
-
-    for line in packs.splitlines():
-        run(tmp_path, sys.executable, *shlex.split(line)[1:])
-    train(
-        tmp_path,
-        *("own.toml", "logging.every_steps=1", "run.name=packed", 'data.cache="memory"'),
-        *('data.train="data/own/train"', 'data.validation="data/own/validation"'),
-        'data.evaluations.again="data/own/validation"',
-    )
     metrics, weights = ended(tmp_path, "own")
-    expected, packed = ended(tmp_path, "packed")
+    expected, packed_weights = ended(tmp_path, "packed")
     assert [each for each in metrics if each["kind"] == "train"] == expected[:-2]
     assert metrics[-2:] == expected[-2:]
     assert [each["split"] for each in metrics[-2:]] == ["validation", "again"]
     assert metrics[-1]["loss"] == metrics[-2]["loss"]
-    assert weights == packed
+    assert weights == packed_weights
