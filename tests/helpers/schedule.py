@@ -47,6 +47,8 @@ class SideBySide(LoadFileScheduling):
 
     def _reschedule(self, node: WorkerController) -> None:
         """Give a worker its next file late: it begins a test when it knows the next one."""
+        if node not in self.registered_collections:
+            return  # it takes the place of one that has crashed, and still collects
         if self.workqueue and self._pending_of(self.assigned_work[node]) > 1:
             return
         super()._reschedule(node)
