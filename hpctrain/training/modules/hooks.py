@@ -120,6 +120,15 @@ def refuse_unknown_ways(module: nn.Module) -> None:
         )
 
 
+def no_leaving(module: nn.Module) -> str:
+    """Return why a hook cannot end an epoch, and what can."""
+    return (
+        f"{type(module).__name__}.on_train_batch_start ({place_of(module, 'on_train_batch_start')})"
+        " returned -1, to leave the rest of the epoch out: an epoch is all of its samples. For "
+        "fewer set training.limit_train_batches; an own loop (docs/own-code.md) may leave any time"
+    )
+
+
 def check_loaders(module: nn.Module, step: str, loaders: int) -> None:
     """See that a step takes the number of its loader where there are several, as Lightning does.
 

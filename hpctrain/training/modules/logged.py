@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.errors import TrainingError
+from hpctrain.training.task.task import Direction
 
 Reduction = Literal["mean", "sum", "min", "max"]
 
@@ -168,3 +169,15 @@ def reduced(reduction: Reduction, pairs: list[tuple[float, float]]) -> float:
         return max(there)
     total = math.fsum(there)
     return total / math.fsum(weight for _, weight in pairs) if reduction == "mean" else total
+
+
+_SMALLER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "bits")
+_LARGER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2", "map")
+
+
+def direction_of(name: str) -> Direction | None:
+    """Return which direction of a metric is better, as its name tells; None: it does not."""
+    words = name.lower().replace("/", "_").replace("-", "_")
+    if any(word in words for word in _SMALLER_IS_BETTER):
+        return "min"
+    return "max" if any(word in words for word in _LARGER_IS_BETTER) else None

@@ -20,16 +20,14 @@ from hpctrain.topology import on_rank_zero
 from hpctrain.training.components import Brought
 from hpctrain.training.metrics import COUNT, MetricObjects, Part
 from hpctrain.training.model.attributes import Attributes
-from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
+from hpctrain.training.modules.hooks import Hooks, no_leaving, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs, names_of
-from hpctrain.training.modules.overrides import is_module, is_own, place_of
+from hpctrain.training.modules.logged import direction_of
+from hpctrain.training.modules.overrides import is_module, is_own
 from hpctrain.training.modules.stand_in import TrainerStandIn, attach, tell_device
+from hpctrain.training.modules.step_loss import StepLoss
 from hpctrain.training.position import Position, StopAt
 from hpctrain.training.task.task import Direction
-
-_SMALLER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "bits")
-_LARGER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "iou", "dice", "r2", "map")
-
 
 _HOOK_NAMES = {"validate": "validation", "test": "test"}
 """What hooks of a stage are named after."""
@@ -46,10 +44,10 @@ class ModuleTask:
         trainer: what it knows as `self.trainer`.
         logs: what it logs.
         hooks: its hooks, and those of callbacks.
+        counts_samples: whether a loss is a mean over samples.
         inputs: fields of a batch that are cast to the run's precision; none: all, if that casts
             the model, as Lightning has it.
         metrics: known so far; a first evaluation may give more.
-        counts_samples: whether a loss is a mean over samples.
         samples: of the pass that comes next; whoever calls knows it.
         takes_index: whether a step takes the number of its batch, by name.
         of_loaders: what the newest evaluation gave, for each of its loaders.
@@ -86,13 +84,12 @@ class ModuleTask:
         self.inputs: Sequence[str] = tuple(inputs) + ((target,) if target else ())
         self._known: dict[str, Direction] = {}
         self.metrics: Mapping[str, Direction] = self._known
-        self.counts_samples = True
         self.batch_dependent_loss = batch_dependent_loss
         self.samples = 1
         self.batch_idx = 0
         self._batch = batch
-        self._loss = loss
-        self._checked = False
+        self._loss = StepLoss(loss)
+        self.counts_samples = True
         self._output: Any = None
         self._ready: tuple[Any, Any] = (None, None)
         self._begun = False
@@ -135,6 +132,7 @@ class ModuleTask:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleTask:
         """Return a task of a copy of the module, for trials: it has the same trainer and logs."""
         copied = copy.copy(self)
+        copied._loss = copy.copy(self._loss)
         copied.module = copy.deepcopy(self.module, memo)
         attach(copied.module, self.trainer, self.logs)
         return copied
@@ -202,30 +200,10 @@ class ModuleTask:
             logs.fx = None
         if logs.records:
             logs.samples += samples
-        return self._loss_sum(output, samples)
-
-    def _loss_sum(self, output: Any, samples: int) -> tuple[Tensor, Tensor | int]:
-        weight: Tensor | int | None = None
         self._output = output
-        if isinstance(output, Mapping):
-            loss, weight = output.get("loss"), output.get("weight")
-        else:
-            loss = output
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TrainingError(_no_loss(self.module, output))
-        if loss.ndim:
-            loss = loss.reshape(())
-        if loss.element_size() < 4:
-            loss = loss.float()
-        if weight is None:
-            if not self.counts_samples:
-                raise TrainingError(_other_weight(self.module, "no weight", "one"))
-            return (loss if self._loss == "sum" else loss * samples), samples
-        if self._checked and self.counts_samples:
-            raise TrainingError(_other_weight(self.module, "a weight", "none"))
-        self.counts_samples = False
-        weight = torch.as_tensor(weight, device=loss.device)
-        return (loss if self._loss == "sum" else loss * weight.detach()), weight
+        found = self._loss.sum_of(self.module, output, samples)
+        self.counts_samples = self._loss.counts_samples
+        return found
 
     # What a step does besides.
 
@@ -253,7 +231,7 @@ class ModuleTask:
             self._begun = True
             answer = self.hooks.call("on_train_batch_start", self._ready[1], self.batch_idx)
             if answer == -1:
-                raise TrainingError(_no_leaving(self.module))
+                raise TrainingError(no_leaving(self.module))
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -314,7 +292,7 @@ class ModuleTask:
 
     def end_dry_run(self) -> None:
         """Take note that a loss stays one over samples, or over weights."""
-        self._checked = True
+        self._loss.checked = True
 
     # What a checkpoint holds.
 
@@ -566,53 +544,8 @@ class ModuleTask:
         self.trainer.progress_bar_metrics = self.logs.shown()
 
 
-def direction_of(name: str) -> Direction | None:
-    """Return which direction of a metric is better, as its name tells; None: it does not."""
-    words = name.lower().replace("/", "_").replace("-", "_")
-    if any(word in words for word in _SMALLER_IS_BETTER):
-        return "min"
-    return "max" if any(word in words for word in _LARGER_IS_BETTER) else None
-
-
 def _takes_index(step: Callable[..., Any]) -> bool:
     """Tell whether a step takes a batch and an index, whatever their names."""
     kinds = [item.kind for item in inspect.signature(step).parameters.values()]
     positional = [kind for kind in kinds if kind.name.startswith("POSITIONAL")]
     return len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
-
-
-def _no_loss(module: nn.Module, output: Any) -> str:
-    where = place_of(module, "training_step")
-    kind = type(module).__name__
-    if output is None:
-        return (
-            f"{kind}.training_step ({where}) returned None: a step that is left out on one rank is "
-            "one that the others wait for. Return 0 times a loss, or leave such samples out of the "
-            "data"
-        )
-    if isinstance(output, Mapping):
-        what = f"a dict with {', '.join(map(str, output)) or 'nothing'}"
-    elif isinstance(output, Tensor):
-        what = f"a tensor {tuple(output.shape)}"
-    else:
-        what = type(output).__name__
-    return (
-        f'{kind}.training_step ({where}) returned {what}: expected one number, or {{"loss": mean}} '
-        'and with it "weight" where it is a mean over something else than samples'
-    )
-
-
-def _no_leaving(module: nn.Module) -> str:
-    return (
-        f"{type(module).__name__}.on_train_batch_start ({place_of(module, 'on_train_batch_start')})"
-        " returned -1, to leave the rest of the epoch out: an epoch is all of its samples. For "
-        "fewer set training.limit_train_batches; an own loop (docs/own-code.md) may leave any time"
-    )
-
-
-def _other_weight(module: nn.Module, now: str, before: str) -> str:
-    return (
-        f"{type(module).__name__}.training_step ({place_of(module, 'training_step')}) returned "
-        f"{now}, and {before} in the dry run: a loss is a mean over samples, or over weights, in "
-        "every step"
-    )
