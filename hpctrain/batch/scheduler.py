@@ -1,4 +1,4 @@
-"""What Slurm, LSF and PBS are asked: the time that a job has left, and whether a job is gone."""
+"""What Slurm, LSF, PBS and Flux are asked: the time left of a job, and whether a job is gone."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ _SLURM = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?
 _LSF = re.compile(r"(?P<hours>\d+):(?P<minutes>\d+)(?::(?P<seconds>\d+))?(?:\s*(?P<status>[LEX]))?")
 _CLOCK = re.compile(r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)")
 _PBS_STATE = re.compile(r'"job_state"\s*:\s*"(\w+)"')
+
+_FLUX_UNLIMITED = 2**32 - 1
 
 _FIRST_UNIX_TIME = 1e9
 """September 2001: a larger number is a date, a smaller one a length of time."""
@@ -77,6 +79,18 @@ def time_left_of_qstat(text: str, now: float) -> Answer:
     since = _since(str(job.get("stime", "")), now)
     known = [value for value in (used, since) if value is not None]
     return limit - max(known) if known else None
+
+
+def time_left_of_flux(text: str, _now: float = 0.0) -> Answer:
+    """Read `flux job timeleft`: whole seconds of the job that asks; the largest number: no limit.
+
+    Source: flux-core, doc/man1/flux-job.rst and src/cmd/job/timeleft.c of 2024; not seen on a
+    cluster.
+    """
+    word = text.strip()
+    if not re.fullmatch(r"\d{1,20}", word):
+        return None
+    return math.inf if int(word) >= _FLUX_UNLIMITED else float(word)
 
 
 def _walltime_used(job: Mapping[str, Any]) -> object:
@@ -142,6 +156,11 @@ SCHEDULERS = (
         name="pbs",
         question=lambda job: ("qstat", "-f", "-F", "json", job.name),
         answer=time_left_of_qstat,
+    ),
+    Scheduler(
+        name="flux",
+        question=lambda _: ("flux", "job", "timeleft"),
+        answer=time_left_of_flux,
     ),
 )
 

@@ -15,6 +15,9 @@ _VARIABLES = (
     ("slurm", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"),
     ("lsf", "LSB_JOBID", "", ""),
     ("pbs", "PBS_JOBID", "", ""),
+    # Of a script of `flux batch` and all that it runs; of a plain `flux run`.
+    ("flux", "FLUX_ENCLOSING_ID", "", ""),
+    ("flux", "FLUX_JOB_ID", "", ""),
 )
 """Set in a job's script and in all its ranks. LSF and PBS give a job that they start again another
 id; PBS names its server in the id, LSF its cluster nowhere."""
@@ -25,7 +28,7 @@ class BatchJob:
     """A job of a batch system, and which start of it this is.
 
     Attributes:
-        scheduler: "slurm", "lsf" or "pbs".
+        scheduler: "slurm", "lsf", "pbs" or "flux".
         id: of the job; under LSF that of the whole array.
         element: index in the array where the id is that of the whole: of LSF, and of the one
             element of Slurm's that has the array's own id. Empty elsewhere.

@@ -20,6 +20,7 @@ from hpctrain.batch.scheduler import (
     end_of_user,
     job_is_gone,
     time_left_of_bjobs,
+    time_left_of_flux,
     time_left_of_qstat,
     time_left_of_squeue,
 )
@@ -119,6 +120,30 @@ def test_qstat(text: str, seconds: float | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3599\n", 3599),
+        ("0\n", 0),
+        ("4294967295\n", math.inf),
+        ("flux-job: job has no timelimit\n", None),
+        ("-1", None),
+        ("", None),
+    ],
+)
+def test_flux(text: str, seconds: float | None) -> None:
+    assert time_left_of_flux(text) == seconds
+
+
+def test_a_script_of_flux_and_what_it_runs_are_one_job() -> None:
+    script = batch_job({"FLUX_ENCLOSING_ID": "f1"})
+    rank = batch_job({"FLUX_ENCLOSING_ID": "f1", "FLUX_JOB_ID": "f2"})
+    alone = batch_job({"FLUX_JOB_ID": "f3"})
+    assert script == rank
+    assert alone is not None
+    assert (alone.scheduler, alone.id) == ("flux", "f3")
+
+
+@pytest.mark.parametrize(
     ("text", "end"),
     [
         ("3600", 1_700_003_600),
@@ -148,6 +173,7 @@ def test_what_users_say_wrongly(text: str) -> None:
         ({"LSB_JOBID": "8"}, "bjobs -noheader -o time_left 8"),
         ({"LSB_JOBID": "8", "LSB_JOBINDEX": "3"}, "bjobs -noheader -o time_left 8[3]"),
         ({"PBS_JOBID": "9.head"}, "qstat -f -F json 9.head"),
+        ({"FLUX_JOB_ID": "f2Abc", "FLUX_ENCLOSING_ID": "f1"}, "flux job timeleft"),
     ],
 )
 def test_what_the_schedulers_are_asked(environ: dict[str, str], question: str) -> None:
