@@ -27,7 +27,12 @@ _PACKED = (".tar", ".tar.gz", ".tgz")
 _IMAGE = ".sif"
 _GLOB = re.compile(r"[*?\[]")
 _PASSED_ON = ("HPCTRAIN_*", "SLURM_*", "PMI_*", "PMIX_*", "NCCL_*", "OMP_*", "HDF5_*", "FI_*")
-"""Variables that Podman, which hands on none by itself, is told to: those of job and launcher."""
+"""Variables that Podman, which hands on none by itself, is told to: those of job and launcher.
+
+Its `--mpi` alone hands on SLURM_*, PALS_* and PMI_*, its `--gpu` NVIDIA_VISIBLE_DEVICES; patterns
+are Podman's own. Source: github.com/NERSC/podman-hpc, etc/modules.d/mpich.yaml and gpu.yaml (read
+2026-11-29); not seen on a cluster.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
