@@ -29,7 +29,7 @@ _KEYS = {
     "data.workers": "num_workers n_workers dataloader_num_workers num_proc",
     "model.use": "model.name model.type model.arch model.architecture model.class_path model_name",
     "optimizer.use": "optim optimizer_name optimizer_type optimizer.name optimizer.type",
-    "optimizer.lr": "learning_rate base_lr max_lr peak_lr init_lr",
+    "optimizer.lr": "lr learning_rate base_lr max_lr peak_lr init_lr",
     "optimizer.weight_decay": "weight_decay wd",
     "scheduler.use": (
         "lr_scheduler lr_scheduler_type lr_schedule lr_scheduler_name scheduler_name "

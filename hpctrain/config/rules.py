@@ -7,6 +7,7 @@ passes over a value of the wrong type, of which the schema speaks.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,12 @@ def check_run(source: Source) -> list[Mistake]:
     if not isinstance(directory, str):
         directory = str(RunSection.__dataclass_fields__["directory"].default)
     folder = Path(directory)
+    if re.search(r"^~|\$", directory) and not folder.exists():
+        problem = (
+            "~ and $NAMES are not expanded here, and a folder of this name is not meant: write the "
+            "path, or have the shell replace it: run.directory=$SCRATCH/runs on the command line"
+        )
+        return [source.mistake(("run", "directory"), problem)]
     if not str(folder).isprintable():
         problem = "has characters that no folder should have in its name"
         return [source.mistake(("run", "directory"), problem)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpctrain.config.foreign_keys import instead_of
 from hpctrain.config.messages import (
     NOT_GIVEN,
     KeyPath,
@@ -190,7 +192,21 @@ def _syntax_error(message: str, text: str) -> str:
     else:
         where = f"line {place[1]}, column {place[2]}"
         line = lines[int(place[1]) - 1]
-    return f", {where}: not TOML: {reason}\n  {printable(line[:100])}".rstrip()
+    hint = _meant(line[int(place[2]) - 1 :]) if place[1] is not None else ""
+    return f", {where}: not TOML: {reason}{hint}\n  {printable(line[:100])}".rstrip()
+
+
+def _meant(rest: str) -> str:
+    """Return what TOML has in place of what a line goes on with, where others write it so."""
+    word = re.match(r"[\w.+-]*", rest)
+    text = word[0] if word else ""
+    if text in ("True", "False"):
+        return f"; did you mean {text.lower()}?"
+    if text in ("None", "null", "nil", "~"):
+        return "; TOML has no null: leave the key out"
+    if re.fullmatch(r"[+-]?\.\d+", text):
+        return "; a number has digits on both sides of its point"
+    return "; a string needs quotes" if re.match(r"[A-Za-z/~$\u201c\u2018]", rest) else ""
 
 
 def _neighbour(path: str) -> str:
@@ -290,9 +306,10 @@ def _apply(source: Source, override: str, position: int) -> str | None:
     name = name.strip()
     if any("\ud800" <= char <= "\udfff" for char in override):
         return "not UTF-8, which TOML has to be"  # bytes of a command line in another encoding
-    if not equals or not _KEY.fullmatch(name):
-        return "expected SECTION.KEY=VALUE"
-    key = tuple(name.split("."))
+    key = _key_of(name)
+    if not equals or len(key) < 2:
+        home = instead_of("", name) if equals and key else None
+        return f"expected SECTION.KEY=VALUE{f'; {home}' if home else ''}"
     if len(key) > DEEPEST:
         return f"nested more than {DEEPEST} levels deep"
     try:
@@ -310,6 +327,21 @@ def _apply(source: Source, override: str, position: int) -> str | None:
     return None
 
 
+_QUOTES = 'strings inside of it need quotes: \'key=["a", "b"]\''
+
+
+def _key_of(name: str) -> KeyPath:
+    """Return the parts of a key, quoted ones among them: data.fields."a b".path; () of no key."""
+    if _KEY.fullmatch(name):
+        return tuple(name.split("."))
+    if "=" in name or "\n" in name:
+        return ()
+    try:
+        return max(_paths(tomllib.loads(f"{name} = 0")), key=len)
+    except (ValueError, RecursionError):
+        return ()
+
+
 def parse_value(text: str) -> Any:
     """Return the value of an override.
 
@@ -321,14 +353,21 @@ def parse_value(text: str) -> Any:
     if "\n" in text:
         raise ValueError("more than one line")
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
+        # Of no use as what they are, and 10:00:00 is the limit of a job.
+        return text if isinstance(value, datetime.date | datetime.time) else value
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
     except tomllib.TOMLDecodeError as error:
         if text[0] not in "[{\"'":
             return text
         reason = re.sub(r"\s*\(at [^()]*\)$", "", str(error))
-        raise ValueError(f"not a TOML value: {printable(reason)}") from None
+        hint = (
+            '; strings inside of it need quotes: \'key=["a", "b"]\''
+            if "Invalid value" in reason
+            else ""
+        )
+        raise ValueError(f"not a TOML value: {printable(reason)}{hint}") from None
     except ValueError:
         raise ValueError("a number of thousands of digits") from None
 

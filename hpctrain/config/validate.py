@@ -27,7 +27,7 @@ from hpctrain.config.registry import BUILTINS, OWN
 from hpctrain.config.rules import CHECKS
 from hpctrain.config.schema import ComponentSection, Config
 from hpctrain.config.toml import Source, Table, apply_overrides, read, refuse_depth
-from hpctrain.config.value_types import choices, expectation
+from hpctrain.config.value_types import expectation, remedy
 from hpctrain.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ def validate(source: Source) -> tuple[Config | None, list[Mistake]]:
                 if _is_list(key[0]):
                     mistakes.append(_list_misfit(source, key[0], item["loc"][1:3], missing))
                 elif inner is not None:
-                    problem = f"expected {expectation(inner)}"
-                    if isinstance(value := source.get(*key), str):
-                        problem += did_you_mean(value, choices(inner), quote='"')
+                    problem = f"expected {expectation(inner)}{remedy(inner, source.get(*key))}"
                     mistakes.append(source.mistake(key, problem))
                 elif len(item["loc"]) > 3 and (kind := _item_type(*key)) is not None:
                     mistakes.append(_item_misfit(source, key, kind, item["loc"][2:4], missing))
@@ -287,15 +285,7 @@ def _misfit(source: Source, key: KeyPath, *, missing: bool) -> Mistake:
         near = next(others, None) or nearest(key[1], further)
         slip = "" if near is None else f"; is {key[0]}.{near} a slip for it?"
         return source.mistake(key, f"missing; {problem}{slip}")
-    value = source.get(*key)
-    if isinstance(value, str):
-        problem += did_you_mean(value, choices(annotation), quote='"')
-        if annotation is bool and value.lower() in ("true", "false", "yes", "no", "on", "off"):
-            word = "true" if value.lower() in ("true", "yes", "on") else "false"
-            problem += f"; did you mean {word}?"
-        elif "number" in problem and _is_number(value):
-            problem += "; without quotes it is one"
-    return source.mistake(key, problem)
+    return source.mistake(key, problem + remedy(annotation, source.get(*key)))
 
 
 def _missing_parts(source: Source) -> list[Mistake]:
@@ -370,14 +360,6 @@ def _unknown_in_items(source: Source, key: KeyPath, kind: type, items: list[Any]
         )
         for name, value in found.items()
     ]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _unknown_section(section: str, given: Any) -> str:

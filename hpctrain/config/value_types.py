@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Interval, MinLen
+
+from hpctrain.utils.text import did_you_mean
 
 Count = Annotated[int, Ge(1)]
 CountOrNever = Annotated[int, Ge(0)]
@@ -71,6 +75,56 @@ def choices(annotation: Any) -> tuple[str, ...]:
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
     return tuple(word for inner in typing.get_args(annotation) for word in choices(inner))
+
+
+def remedy(annotation: Any, value: Any) -> str:
+    """Return what was perhaps meant by a value that does not fit; empty, or after a semicolon."""
+    expected = expectation(annotation)
+    whole = "whole number" in expected
+    if isinstance(value, str):
+        return _remedy_of_text(annotation, value, expected)
+    if annotation is bool and value in (0, 1):
+        return f"; did you mean {'true' if value else 'false'}?"
+    if isinstance(value, float) and value.is_integer() and whole and value >= 1:
+        return f"; did you mean {int(value)}?"
+    if isinstance(value, int | float) and expected.endswith("string"):
+        return "; as a string it needs quotes"
+    return ""
+
+
+def _remedy_of_text(annotation: Any, value: str, expected: str) -> str:
+    if near := did_you_mean(value, choices(annotation), quote='"'):
+        return near
+    if value.lower() in _NULLS:
+        return "; TOML has no null: leave the key out"
+    if annotation is bool and value.lower() in _BOOLS:
+        return f"; did you mean {'true' if value.lower() in _TRUE else 'false'}?"
+    if "list of strings" in expected and _WORDS.fullmatch(value):
+        parts = ", ".join(f'"{part.strip()}"' for part in value.strip("[]()").split(","))
+        return f"; did you mean [{parts}]?"
+    if "number" not in expected or not (meant := _number_of(value)):
+        return ""
+    is_written_so = _NUMBER.fullmatch(value) and (meant == value or "whole" not in expected)
+    return "; without quotes it is one" if is_written_so else f"; did you mean {meant}?"
+
+
+_WORDS = re.compile(r"[\w.*/: ,\[\]()-]{1,60}")
+_NULLS = ("none", "null", "nil", "undefined")
+_TRUE = ("true", "yes", "on")
+_BOOLS = (*_TRUE, "false", "no", "off")
+_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+"""A number as TOML writes it: with digits on both sides of the point, and no zeros before it."""
+
+
+def _number_of(text: str) -> str:
+    """Return a number as TOML writes it; empty if a text is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    return str(int(number)) if number.is_integer() and abs(number) < 2**53 else str(number)
 
 
 def _limited(text: str, constraint: Any) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hpctrain.convert.sources.source import ArrayFacts, kept_attributes, reading
 from hpctrain.data.files.contents import datasets_with_rows
-from hpctrain.data.files.index import HDF5_SUFFIXES
+from hpctrain.data.files.index import FURTHER_SUFFIXES, HDF5_SUFFIXES
 from hpctrain.data.files.storage import open_hdf5_file, read_attribute, require_filters
 from hpctrain.data.files.walking import require_sources
 from hpctrain.errors import DatasetError
@@ -32,8 +32,9 @@ _IMAGE_AXES = 3
 
 
 def holds(path: str) -> bool:
-    """Tell whether this is such a file, by its name."""
-    return path.endswith((".npy", ".npz", *HDF5_SUFFIXES)) or is_idx(path)
+    """Tell whether this is such a file, by its name, or as HDF5 knows its files."""
+    is_known = path.endswith((".npy", ".npz", *HDF5_SUFFIXES)) or is_idx(path)
+    return is_known or (path.endswith(FURTHER_SUFFIXES) and h5py.is_hdf5(path))
 
 
 def arrays_in(path: str, key: str | None = None) -> dict[str, ArrayFacts]:

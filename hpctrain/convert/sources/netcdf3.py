@@ -27,7 +27,7 @@ class _Variable:
 
     def __init__(self, file: Any, key: str) -> None:
         self.file = file
-        self._values = file.variables[key].data
+        self._values: Any = file.variables[key].data
         self.shape: tuple[int, ...] = self._values.shape
         self.nbytes: int = self._values.nbytes
 
@@ -37,8 +37,12 @@ class _Variable:
 
     def close(self) -> None:
         """Close the file, once nothing refers to the memory that it is mapped to."""
-        del self._values
+        self._values = None
         self.file.close()
+
+    def __del__(self) -> None:
+        """Close what nobody has: scipy would warn that its memory is referred to."""
+        self.close()
 
 
 def holds(path: str) -> bool:

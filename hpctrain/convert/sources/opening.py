@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from hpctrain.convert.sources import netcdf3, zarr_stores
@@ -21,12 +22,15 @@ from hpctrain.convert.sources.text import DEFAULT_TOKENS, Text
 from hpctrain.data.dataset import WHOLE, require_fields
 from hpctrain.data.files.discovery import in_order
 from hpctrain.data.files.groups import is_pattern
-from hpctrain.data.files.index import HDF5_SUFFIXES
+from hpctrain.data.files.index import FURTHER_SUFFIXES, HDF5_SUFFIXES, shards_in
 from hpctrain.errors import DatasetError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
 _NAMED = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<files>.+)")
-_ENDS = "h5|hdf5|he5|nc|npz|zarr|zarr.zip|parquet|parq|pq|arrow|feather|ipc|jsonl"
+_ENDS = (
+    "h5|hdf5|he5|h5ad|h5mu|loom|nc4?|cdf|mat|hdf|npz|zarr|zarr.zip|parquet|parq|pq|arrow|feather|"
+    "ipc|jsonl"
+)
 _KEYED = re.compile(rf"(?P<pattern>.+\.(?:{_ENDS})/?):(?P<key>[^:]+)")
 
 
@@ -239,10 +243,12 @@ def _find(pattern: str) -> list[str]:
 def _is_hdf5(pattern: str) -> bool:
     path = Path(pattern)
     if path.is_dir():
-        return any(entry.name.endswith(HDF5_SUFFIXES) for entry in path.iterdir())
+        return bool(shards_in(path))
     # What a pattern finds first stands for all: files of two formats would not fit together.
-    first = next(iter(_find(pattern)), "") if pattern.endswith(".nc") else ""
-    return pattern.endswith(HDF5_SUFFIXES) and not netcdf3.holds(first)
+    if pattern.endswith((".nc", *FURTHER_SUFFIXES)):
+        first = next(iter(_find(pattern)), "")
+        return not netcdf3.holds(first) and (pattern.endswith(".nc") or h5py.is_hdf5(first))
+    return pattern.endswith(HDF5_SUFFIXES)
 
 
 def _holds_images(folder: Path) -> bool:

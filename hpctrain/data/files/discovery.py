@@ -20,11 +20,12 @@ from hpctrain.data.files.catalogue import is_catalogue, read_catalogue
 from hpctrain.data.files.contents import Contents, coding_in, look_into
 from hpctrain.data.files.groups import in_groups, is_pattern, look_into_groups
 from hpctrain.data.files.index import (
+    FURTHER_SUFFIXES,
     HDF5_SUFFIXES,
     INDEX_NAME,
     UNFINISHED_NAME,
-    is_shard_name,
     read_index,
+    shards_in,
 )
 from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.forms import Wish
@@ -215,12 +216,10 @@ def find_files(pattern: str, order: FileOrder = "natural") -> list[str]:
     """
     path = Path(pattern)
     if path.is_dir():
-        shards = (str(entry) for entry in path.iterdir() if is_shard_name(entry.name))
-        names = in_order(shards, order)
+        names = in_order(shards_in(path), order)
         if not names:
-            raise DatasetError(
-                f"{path}: there are no HDF5 files in this folder (*{', *'.join(HDF5_SUFFIXES)})"
-            )
+            known = ", *".join([*HDF5_SUFFIXES, *FURTHER_SUFFIXES])
+            raise DatasetError(f"{path}: there are no HDF5 files in this folder (*{known})")
         return names
     if path.exists():
         return [pattern]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import h5py
 import xxhash
 
 from hpctrain.data.coding import Coding, coding_from
@@ -31,6 +32,8 @@ UNFINISHED_NAME = "index.json.unfinished"
 """Lies in a folder as long as its shards are being written."""
 INDEX_VERSION = 2
 HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
+FURTHER_SUFFIXES = (".h5ad", ".h5mu", ".loom", ".nc4", ".cdf", ".mat", ".hdf")
+"""Of files that may be HDF5: looked into, and only in a folder that has none of those above."""
 _REMAKE = "Write the dataset anew, or remove the index to read the files as plain HDF5"
 T = TypeVar("T")
 CHECKSUM = "checksum"
@@ -136,6 +139,14 @@ def damaged_shards(dataset: Dataset) -> list[str]:
 def is_shard_name(name: str) -> bool:
     """Tell whether a file of this name is a shard; hidden ones are still being written."""
     return name.endswith(HDF5_SUFFIXES) and not name.startswith(".")
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Return the HDF5 files of a folder, in any order."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    shards = [str(entry) for entry in entries if is_shard_name(entry.name)]
+    others = (str(entry) for entry in entries if entry.name.endswith(FURTHER_SUFFIXES))
+    return shards or [path for path in others if h5py.is_hdf5(path)]
 
 
 def _layout_json(layout: Layout) -> dict[str, Any]:

@@ -49,7 +49,28 @@ def refusal(path: str) -> str:
     ("content", "expected"),
     [
         (b"a = 1\nb = \n", "c.toml, line 2, column 5: not TOML: Invalid value\n  b ="),
-        (b"a = 1\r\nb = tru\r\n", "c.toml, line 2, column 5: not TOML: Invalid value\n  b = tru"),
+        (
+            b"a = 1\r\nb = tru\r\n",
+            "c.toml, line 2, column 5: not TOML: Invalid value; a string needs quotes\n  b = tru",
+        ),
+        (
+            b"a = True\n",
+            "c.toml, line 1, column 5: not TOML: Invalid value; did you mean true?\n  a = True",
+        ),
+        (
+            b"a = None\n",
+            (
+                "c.toml, line 1, column 5: not TOML: Invalid value; TOML has no null: leave the "
+                "key out\n  a = None"
+            ),
+        ),
+        (
+            b"a = .5\n",
+            (
+                "c.toml, line 1, column 5: not TOML: Invalid value; a number has digits on both "
+                "sides of its point\n  a = .5"
+            ),
+        ),
         (
             b"a = 1\na = 2",
             (

@@ -127,11 +127,15 @@ def test_the_smallest_config_has_every_default() -> None:
             "line 8  data.global_batch_size: missing; expected a whole number from 1",
         ),
         # Types.
-        ('name = "test"', "name = 3", "line 2  run.name = 3: expected a non-empty string"),
+        (
+            'name = "test"',
+            "name = 3",
+            "line 2  run.name = 3: expected a non-empty string; as a string it needs quotes",
+        ),
         (
             'inputs = ["x"]',
             'inputs = "x"',
-            'line 7  task.inputs = "x": expected a non-empty list of strings',
+            'line 7  task.inputs = "x": expected a non-empty list of strings; did you mean ["x"]?',
         ),
         (
             'inputs = ["x"]',
@@ -146,7 +150,10 @@ def test_the_smallest_config_has_every_default() -> None:
         (
             "global_batch_size = 8",
             "global_batch_size = 8.0",
-            "line 10  data.global_batch_size = 8.0: expected a whole number from 1",
+            (
+                "line 10  data.global_batch_size = 8.0: expected a whole number from 1"
+                "; did you mean 8?"
+            ),
         ),
         (
             "global_batch_size = 8",
@@ -169,7 +176,7 @@ def test_the_smallest_config_has_every_default() -> None:
         (
             "max_steps = 5",
             "max_steps = 5\ncompile = 1",
-            "line 16  training.compile = 1: expected true or false",
+            "line 16  training.compile = 1: expected true or false; did you mean true?",
         ),
         (
             "max_steps = 5",
@@ -407,3 +414,36 @@ def test_a_key_of_others_in_place_of_ours_is_one_mistake(ours: str, theirs: str,
         loaded(SMALLEST.replace(ours, theirs))
     assert told in str(raised.value)
     assert str(raised.value).startswith("c.toml: 1 mistake\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lr=.5", "did you mean 0.5?"),
+        ('optimizer.lr="1e-3"', "without quotes it is one"),
+        ("training.max_steps=1e3", "did you mean 1000?"),
+        ('training.max_steps="1e3"', "did you mean 1000?"),
+        ("training.max_steps=007", "did you mean 7?"),
+        ("training.compile=1", "did you mean true?"),
+        ("training.clip_norm=None", "TOML has no null: leave the key out"),
+        ("task.inputs=x, y", 'did you mean ["x", "y"]?'),
+        ("task.inputs=[x]", "strings inside of it need quotes"),
+        ("run.name=1", "as a string it needs quotes"),
+        ("run.directory=~/runs", "are not expanded here"),
+        ("run.directory=$SCRATCH/runs", "are not expanded here"),
+        ("epochs=3", "expected SECTION.KEY=VALUE; did you mean training.max_epochs?"),
+        ("lr=0.1", "expected SECTION.KEY=VALUE; did you mean optimizer.lr?"),
+        ('data.fields."a b".path=/x', 'data.fields."a b"'),
+    ],
+)
+def test_what_was_perhaps_meant(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        loaded(SMALLEST, override)
+    assert told in str(raised.value)
+    assert "1 mistake\n" in str(raised.value)
+
+
+def test_times_and_dates_on_a_command_line_are_words() -> None:
+    config = loaded(SMALLEST, "job.time=10:00:00", "run.name=2026-01-31", "training.max_steps=1_0")
+    assert (config.job.time, config.run.name) == ("10:00:00", "2026-01-31")
+    assert config.training.max_steps == 10

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import xarray as xr
 import zarr
 from helpers.packing import packed_values
 from pyarrow import feather, parquet
+from scipy.io import netcdf_file
 
 from hpctrain.convert.pack import Packing, pack
 from hpctrain.convert.sources.opening import Reading, open_source
 from hpctrain.convert.sources.source import Source
 from hpctrain.convert.sources.table import Table
+from hpctrain.data import open_dataset
 from hpctrain.errors import DatasetError
 from hpctrain.launch.communicators import SingleCommunicator
 
@@ -290,3 +294,33 @@ def test_attributes_are_in_the_shards(tmp_path: Path) -> None:
     with h5py.File(next((tmp_path / "o").glob("shard-*.h5"))) as file:
         assert file["t"].attrs["add_offset"] == 280.0
         assert file["t"].attrs["units"] == "K"
+
+
+def test_classic_files_that_nobody_closes_are_closed_without_a_warning(tmp_path: Path) -> None:
+    with netcdf_file(tmp_path / "x.nc", "w") as file:
+        file.createDimension("time", 5)
+        file.createVariable("t", "i2", ("time",))[:] = np.arange(5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        source = open_source([str(tmp_path / "x.nc")], Reading())
+        assert source.read(np.arange(5))["t"].tolist() == list(range(5))
+        del source
+        gc.collect()
+    assert not told
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".nc4", ".cdf", ".mat", ".hdf", ".loom"])
+def test_hdf5_by_other_names(tmp_path: Path, suffix: str) -> None:
+    """In folders, by patterns, and as a source; not beside shards, nor what is no HDF5."""
+    for number in range(2):
+        with h5py.File(tmp_path / f"{number}{suffix}", "w") as file:
+            file["x"] = np.arange(3) + 3 * number
+    (tmp_path / f"old{suffix}").write_bytes(b"MATLAB 5.0 MAT-file")
+    assert open_dataset(str(tmp_path)).samples == 6
+    assert open_dataset(f"{tmp_path}/[01]{suffix}").samples == 6
+    for source in (str(tmp_path), f"{tmp_path}/[01]{suffix}", f"x={tmp_path}/[01]{suffix}:x"):
+        found = open_source([source], Reading()).read(np.arange(6))
+        assert found["x"].tolist() == list(range(6))
+    with h5py.File(tmp_path / "shard.h5", "w") as file:
+        file["x"] = np.arange(2)
+    assert open_dataset(str(tmp_path)).samples == 2
