@@ -362,11 +362,7 @@ def parse_value(text: str) -> Any:
         if text[0] not in "[{\"'":
             return text
         reason = re.sub(r"\s*\(at [^()]*\)$", "", str(error))
-        hint = (
-            '; strings inside of it need quotes: \'key=["a", "b"]\''
-            if "Invalid value" in reason
-            else ""
-        )
+        hint = f"; {_QUOTES}" if "Invalid value" in reason else ""
         raise ValueError(f"not a TOML value: {printable(reason)}{hint}") from None
     except ValueError:
         raise ValueError("a number of thousands of digits") from None
