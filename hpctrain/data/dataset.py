@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +147,7 @@ class Shard:
             looked, `hpctrain.data.files.contents.with_codings` does.
         group: of the file, which alone this is, such as "data/demo_3"; its fields are called by
             patterns, such as "data/demo_*/actions". Empty: it is the whole file.
+        grows: whether a program was appending to it (SWMR): the rows that were there are read.
     """
 
     path: str
@@ -157,6 +158,7 @@ class Shard:
     sources: tuple[str, ...] = ()
     codings: Mapping[str, Coding] | None = None
     group: str = ""
+    grows: bool = False
 
     @property
     def name(self) -> str:
@@ -297,6 +299,17 @@ class Dataset:
             (self.shards[index], sample - int(stops[index]) + self.shards[index].samples)
             for sample, index in zip(samples.tolist(), indices, strict=True)
         ]
+
+    def in_shards(self, row: int, count: int) -> Iterator[tuple[Shard, int, int]]:
+        """Yield the parts of a run of rows: a shard, the first row in it, and how many."""
+        stops = self.shard_stops
+        index = int(np.searchsorted(stops, row, side="right"))
+        while count:
+            shard = self.shards[index]
+            first = row - int(stops[index]) + shard.samples
+            size = min(count, shard.samples - first)
+            yield shard, first, size
+            row, count, index = row + size, count - size, index + 1
 
     def slow_fields(self) -> dict[str, str]:
         """Return why, for every field that only HDF5 can read in some shard."""

@@ -296,7 +296,7 @@ def _read_spans(
         selection = (*[slice(None)] * part.axis, slice(first, last + 1))
         with reading(f'{part.path}: field "{name}", row {first}'):
             if isinstance(array, h5py.Dataset):
-                sound.require(array, part.axis, first, last + 1)
+                sound.require(array, {part.axis: (first, last + 1)})
             values = array[selection]
         yield slice(begin, stop), np.moveaxis(values, part.axis, 0)[rows[begin:stop] - first]
 

@@ -28,7 +28,7 @@ from hpctrain.data.dataset import (
     require_row,
     require_supported,
 )
-from hpctrain.data.files.form_opening import find_stored, form_in, is_sequence
+from hpctrain.data.files.form_opening import find_stored, form_in, is_categorical, is_sequence
 from hpctrain.data.files.storage import (
     HDF5_FAILURES,
     dtype_of,
@@ -62,6 +62,10 @@ _MOST_MEMBERS = 6
 """Of a compound type or an enumeration that are shown."""
 _DEEPEST = 4
 """Levels of types inside of types that are shown."""
+
+
+class EmptyFileError(DatasetError):
+    """A file, or a group of one, without any row: of several, it is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,7 @@ class Contents:
         modified_ns: when it was last written to.
         checksum: xxh3-64 of the whole file, hexadecimal; None if it was never computed.
         arrays: by path inside of the file.
+        grows: whether a program is appending to it.
     """
 
     path: str
@@ -137,6 +142,7 @@ class Contents:
     modified_ns: int
     checksum: str | None
     arrays: Mapping[str, Array]
+    grows: bool = False
 
     def shard(self, names: Sequence[str] | None, axis: int) -> tuple[Shard, dict[str, Field]]:
         """Return this file as a shard of these fields; None: of all that it holds.
@@ -179,6 +185,7 @@ class Contents:
             layouts=layouts,
             sources=tuple(sources),
             codings=without_plain(codings) if len(codings) == len(arrays) else None,
+            grows=self.grows,
         )
         return shard, fields
 
@@ -197,7 +204,8 @@ class Contents:
     def _common_rows(self, rows: Mapping[str, int]) -> int:
         for name, count in rows.items():
             if count == 0:
-                raise DatasetError(f'{self.path}: field "{name}" has no rows')
+                kind = DatasetError if any(rows.values()) else EmptyFileError
+                raise kind(f'{self.path}: field "{name}" has no rows')
         if len(set(rows.values())) > 1:
             counts = listed([f"{name} {count}" for name, count in rows.items()], 30)
             raise DatasetError(
@@ -243,10 +251,10 @@ def look_into(
                 for name, dataset in (_wanted(file, others) if others != [] else {}).items()
             }
             arrays |= formed
-            found = Path(path).stat()
+            found, grows = Path(path).stat(), bool(file.swmr_mode)
     except HDF5_FAILURES as error:
         raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
-    return Contents(path, found.st_size, found.st_mtime_ns, None, arrays)
+    return Contents(path, found.st_size, found.st_mtime_ns, None, arrays, grows)
 
 
 def _formed(
@@ -263,7 +271,10 @@ def _formed(
             wish = replace(wish, sequence=False)
             if wish.is_plain and not members:
                 found[name] = _array_of_field(wish.path, dataset, path)
-        if dataset is None or (wish.is_plain and not members and not _is_of_arrays(dataset)):
+        is_stored = wish.is_plain and not members and dataset is not None
+        if dataset is None or (
+            is_stored and not _is_of_arrays(dataset) and not is_categorical(file.get(wish.path))
+        ):
             continue
         try:
             form = form_in(file, dataset, members, wish, axis)
@@ -354,7 +365,7 @@ def datasets_with_rows(file: h5py.File) -> dict[str, h5py.Dataset]:
     if not there:
         there = {name: found for name, found in behind_links(file).items() if _holds_rows(found)}
     if not there:
-        raise DatasetError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
+        raise EmptyFileError(f"{file.filename}: there is no HDF5 dataset with rows in this file")
     return there
 
 

@@ -7,6 +7,7 @@ A run keeps the order of files that it began with, so who opens files says which
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import logging
 import re
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from hpctrain.data.coding import PLAIN, Coding, without_plain
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_countable, require_fields
 from hpctrain.data.files.catalogue import is_catalogue, read_catalogue
-from hpctrain.data.files.contents import Contents, coding_in, look_into
+from hpctrain.data.files.contents import Contents, EmptyFileError, coding_in, look_into
 from hpctrain.data.files.groups import in_groups, is_pattern, look_into_groups
 from hpctrain.data.files.index import (
     FURTHER_SUFFIXES,
@@ -72,7 +73,8 @@ def open_dataset(
     if is_catalogue(path):
         files = sorted(read_catalogue(path), key=lambda file: order_key(order)(file.path))
         whole = [_with_unlisted(file, fields) for file in files]
-        return with_codings(fitted(pattern, [file.shard(fields, axis) for file in whole]))
+        found = [(file.path, functools.partial(file.shard, fields, axis)) for file in whole]
+        return with_codings(fitted(pattern, with_rows(pattern, found)))
     if (path / INDEX_NAME).exists() and not axis:
         dataset = _reordered(read_index(path), order)
         return with_codings(_select(dataset, list(fields or dataset.fields)))
@@ -90,8 +92,8 @@ def _of_groups(pattern: str, fields: Sequence[str], axis: int, order: FileOrder)
         files = sorted(read_catalogue(Path(pattern)), key=lambda file: key(file.path))
     else:
         files = [look_into_groups(path, fields) for path in find_files(pattern, order)]
-    shards = [shard for file in files for shard in in_groups(file, fields, axis, key)]
-    return with_codings(fitted(pattern, shards))
+    groups = [group for file in files for group in in_groups(file, fields, axis, key)]
+    return with_codings(fitted(pattern, with_rows(pattern, groups)))
 
 
 def files_of(pattern: str, order: FileOrder) -> list[str]:
@@ -241,7 +243,47 @@ def join_files(
     Raises:
         DatasetError: if one cannot be read, or they do not hold the same.
     """
-    return fitted(source, [inspect_file(path, fields, axis, wishes) for path in paths])
+    found = [(path, functools.partial(inspect_file, path, fields, axis, wishes)) for path in paths]
+    return fitted(source, with_rows(source, found))
+
+
+Found = tuple[Shard, dict[str, Field]]
+
+
+def with_rows(source: str, files: Sequence[tuple[str, Callable[[], Found]]]) -> list[Found]:
+    """Return what those of several files, or groups, hold that have rows; the others are named.
+
+    Args:
+        source: what the user calls the dataset.
+        files: the name of each, and what looks into it.
+
+    Raises:
+        EmptyFileError: if none has rows.
+        DatasetError: as what looks into one does.
+    """
+    found: list[Found] = []
+    empty: list[str] = []
+    for name, look in files:
+        try:
+            found.append(look())
+        except EmptyFileError:
+            if len(empty) + 1 == len(files):
+                raise  # the last of files that are all empty
+            empty.append(name)
+    if empty:
+        _name_empty(source, tuple(empty))
+    return found
+
+
+@functools.cache
+def _name_empty(source: str, names: tuple[str, ...]) -> None:
+    """Name what is left out, once in a process: files are opened for several fields."""
+    logger.warning(
+        "%s: %d without rows, left out: %s",
+        printable(source),
+        len(names),
+        listed([printable(name) for name in names], 10),
+    )
 
 
 def fitted(source: str, files: Sequence[tuple[Shard, Mapping[str, Field]]]) -> Dataset:

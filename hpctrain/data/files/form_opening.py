@@ -11,6 +11,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 from h5py import h5t
 
 from hpctrain.data.dataset import WHOLE
@@ -42,10 +43,35 @@ def find_stored(file: h5py.File, path: str) -> tuple[h5py.Dataset | None, list[s
             found = file.get(place)
         except HDF5_FAILURES:
             continue
+        if is_categorical(found) and count == len(names):
+            return found["codes"], []
         if isinstance(found, h5py.Dataset):
             members = names[count:]
             return (found, members) if not members or _has_members(found) else (None, [])
     return None, []
+
+
+def is_categorical(found: object) -> bool:
+    """Tell whether an object is AnnData's group of codes and the categories that they stand for.
+
+    Source: AnnData's on-disk format, categorical arrays.
+    """
+    if not isinstance(found, h5py.Group) or not {"codes", "categories"} <= found.keys():
+        return False
+    kind = found.attrs.get("encoding-type")
+    return (kind.decode() if isinstance(kind, bytes) else kind) == "categorical"
+
+
+def categories_in(group: h5py.Group) -> npt.NDArray[np.bytes_]:
+    """Return the texts that AnnData's codes stand for.
+
+    Raises:
+        ValueError: if they are no texts.
+    """
+    texts = group["categories"][()]
+    if texts.dtype.kind not in "SO":
+        raise ValueError(f"its categories are {texts.dtype}, and classes are of texts")
+    return np.array([bytes(each) for each in texts.tolist()], np.bytes_)
 
 
 def _has_members(dataset: h5py.Dataset) -> bool:
@@ -75,6 +101,14 @@ def form_in(
         return _sequence_of(dataset, wish)
     shape = _without(dataset.shape, axis)
     dtype = dtype_of(dataset)
+    if is_categorical(group := file.get(wish.path.strip("/"))):
+        if wish.classes is None:
+            raise ValueError(
+                'categories, as AnnData stores them: say classes = "sorted" for their texts, or '
+                f'path = "{wish.path.strip("/")}/codes" for the numbers'
+            )
+        categories_in(group)
+        dtype = np.dtype(object)  # other files may have other codes for a text
     inner, behind = _member(dtype, members)
     picks = [_pick(file, dataset, axis, key, wanted, wish, behind) for key, wanted in wish.select]
     if h5py.check_ref_dtype(inner) is not None:
@@ -240,6 +274,9 @@ def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
                 dataset, members = find_stored(file, place)
                 if dataset is None:
                     raise DatasetError(f'{path}: there is no field "{place}"')
+                if is_categorical(group := file.get(place.strip("/"))):
+                    found |= {*categories_in(group).tolist()}
+                    continue
                 if (names := h5py.check_enum_dtype(dtype_of(dataset))) is not None and not members:
                     found |= {name.encode() for name in names}
                     continue

@@ -6,6 +6,7 @@ To everything that reads and orders, each of them is a shard: rows over groups, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -71,8 +72,10 @@ def _fitting(group: h5py.Group, pattern: str) -> Iterator[str]:
 
 def in_groups(
     file: Contents, patterns: Sequence[str], axis: int, key: Callable[[str], Any]
-) -> list[tuple[Shard, dict[str, Field]]]:
-    """Return each group of a file as a shard of fields that are called by their patterns.
+) -> list[tuple[str, Callable[[], tuple[Shard, dict[str, Field]]]]]:
+    """Return each group of a file by name, and what makes a shard of it.
+
+    Its fields are called by their patterns.
 
     Args:
         file: with the arrays of all groups.
@@ -92,7 +95,7 @@ def in_groups(
                 groups.setdefault("/".join(parts[:depth]), {})[pattern] = array
     if not groups:
         raise DatasetError(f"{file.path}: nothing in this file fits {listed(list(patterns))}")
-    made = []
+    made: list[tuple[str, Callable[[], tuple[Shard, dict[str, Field]]]]] = []
     for group in sorted(groups, key=key):
         arrays = groups[group]
         if missing := [pattern for pattern in patterns if pattern not in arrays]:
@@ -101,9 +104,16 @@ def in_groups(
                 f"{listed(missing)}: name arrays that all groups have"
             )
         own = dataclasses.replace(file, arrays=arrays)
-        shard, fields = own.shard(patterns, axis)
-        made.append((dataclasses.replace(shard, group=group), fields))
+        look = functools.partial(_as_shard, own, group, patterns, axis)
+        made.append((f"{file.path}:{group}", look))
     return made
+
+
+def _as_shard(
+    file: Contents, group: str, patterns: Sequence[str], axis: int
+) -> tuple[Shard, dict[str, Field]]:
+    shard, fields = file.shard(patterns, axis)
+    return dataclasses.replace(shard, group=group), fields
 
 
 def _fits(parts: Sequence[str], pattern: str) -> bool:

@@ -173,12 +173,28 @@ def load_plugins() -> ModuleType | None:
 def open_hdf5_file(path: str | Path) -> h5py.File:
     """Open a file in HDF5 for reading. Of several processes reading, none needs a lock.
 
+    One that a program is appending to, in HDF5's mode of a single writer and many readers (SWMR),
+    is opened in that mode, too; `swmr_mode` of the file says so.
+
     Raises:
         OSError: if the system, or HDF5, refuses; or if it is not a regular file: HDF5 would wait
             for a pipe to be written to, and hold its lock meanwhile.
     """
     require_regular(path)
-    return h5py.File(path, "r", locking=False, driver="sec2")
+    try:
+        return h5py.File(path, "r", locking=False, driver="sec2")
+    except OSError as error:
+        if "already open for write" not in str(error):
+            raise
+        refused = error
+    try:
+        return h5py.File(path, "r", locking=False, driver="sec2", swmr=True)
+    except OSError:
+        raise OSError(
+            "a program has it open for writing, or was killed while it had. Wait until it is "
+            'closed; or append in SWMR mode (libver="latest", then file.swmr_mode = True); or, if '
+            f"nobody writes any more, `h5clear -s {path}` (HDF5's own tool)"
+        ) from refused
 
 
 MOST_ATTRIBUTE_BYTES = 2**16

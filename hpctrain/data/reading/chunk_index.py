@@ -131,6 +131,7 @@ class ChunkedField:
     Attributes:
         field: what a row is.
         samples: rows in all.
+        chunk: shape of each.
         rows: that each chunk has room for.
         pipeline: decodes the filters.
     """
@@ -150,16 +151,16 @@ class ChunkedField:
         if not is_stored_as_in_memory(dataset):
             raise UndecodableError("in a number format that only HDF5 converts")
         self._shape: tuple[int, ...] = dataset.shape
-        self._chunk: tuple[int, ...] = dataset.chunks
+        self.chunk: tuple[int, ...] = dataset.chunks
         self._dtype = dtype_of(dataset)
         self.field = Field(self._shape[1:], self._dtype)
         self.samples = self._shape[0]
-        self.rows = self._chunk[0]
-        self._grid = [-(-a // b) for a, b in zip(self._shape, self._chunk, strict=True)]
+        self.rows = self.chunk[0]
+        self._grid = [-(-a // b) for a, b in zip(self._shape, self.chunk, strict=True)]
         self._row_chunks = math.prod(self._grid[1:])
         if math.prod(self._grid) > MOST_CHUNKS:
             raise UndecodableError(f"in {math.prod(self._grid):,} chunks; `data repack` helps")
-        self._bytes = math.prod(self._chunk) * self._dtype.itemsize
+        self._bytes = math.prod(self.chunk) * self._dtype.itemsize
         self.pipeline = Pipeline(filters_of(dataset), self._bytes)
         self._table = list_chunks(dataset, self._grid, self.pipeline, self._bytes)
         starts: Int64s = self._table[:, 0].reshape(-1, self._row_chunks)
@@ -169,7 +170,7 @@ class ChunkedField:
     def is_plain(self) -> bool:
         """Whether every chunk holds whole rows as memory does."""
         return (
-            self.pipeline.is_plain and self._row_chunks == 1 and self._chunk[1:] == self._shape[1:]
+            self.pipeline.is_plain and self._row_chunks == 1 and self.chunk[1:] == self._shape[1:]
         )
 
     def offsets(self, rows: Int64s) -> Int64s:
@@ -254,7 +255,7 @@ class ChunkedField:
         content = self.pipeline.decode(raw, group.sizes, group.skipped, memory)
         if not len(rows):
             return
-        cells = content.view(self._dtype).reshape(-1, *self._chunk[1:])
+        cells = content.view(self._dtype).reshape(-1, *self.chunk[1:])
         if self._row_chunks == 1:  # rows follow each other
             picked = np.searchsorted(group.chunks, rows // self.rows) * self.rows
             self._put(cells, 0, picked + rows % self.rows, places, output)
@@ -283,19 +284,19 @@ class ChunkedField:
         there: list[slice] = []
         for axis in range(len(self._grid) - 1, 0, -1):
             inner, index = divmod(inner, self._grid[axis])
-            begin = index * self._chunk[axis]
-            there.insert(0, slice(begin, min(begin + self._chunk[axis], self._shape[axis])))
+            begin = index * self.chunk[axis]
+            there.insert(0, slice(begin, min(begin + self.chunk[axis], self._shape[axis])))
         return tuple(there), tuple(slice(0, each.stop - each.start) for each in there)
 
     def in_box(self, box: Sequence[tuple[int, int]]) -> Iterator[BoxPart]:
         """Yield the chunks that hold some of the values within these bounds of every axis."""
         sides = [
             range(first // size, -(-stop // size))
-            for (first, stop), size in zip(box, self._chunk, strict=True)
+            for (first, stop), size in zip(box, self.chunk, strict=True)
         ]
         for place in itertools.product(*sides):
             source, target = [], []
-            for index, size, (first, stop) in zip(place, self._chunk, box, strict=True):
+            for index, size, (first, stop) in zip(place, self.chunk, box, strict=True):
                 begin, end = max(first, index * size), min(stop, (index + 1) * size)
                 source.append(slice(begin - index * size, end - index * size))
                 target.append(slice(begin - first, end - first))
@@ -312,7 +313,7 @@ class ChunkedField:
         """
         _, size, skipped = part.facts
         content = self.pipeline.decode(raw, [size], [skipped], memory)
-        cells: npt.NDArray[Any] = content.view(self._dtype).reshape(self._chunk)[part.source]
+        cells: npt.NDArray[Any] = content.view(self._dtype).reshape(self.chunk)[part.source]
         return cells
 
     def require_sizes(self, group: ChunkGroup) -> None:

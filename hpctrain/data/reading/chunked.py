@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -215,8 +215,8 @@ class SoundChunks:
         self._known: dict[tuple[str, str], _Checked | None] = {}
         self._memory = ThreadMemory()
 
-    def require(self, dataset: h5py.Dataset, axis: int, first: int, stop: int) -> None:
-        """Check the chunks that hold some of these rows along an axis.
+    def require(self, dataset: h5py.Dataset, box: Mapping[int, tuple[int, int]]) -> None:
+        """Check the chunks that hold some values within these bounds, by axis: first and stop.
 
         Raises:
             DamagedChunkError: if one becomes other than its shape and dtype say.
@@ -228,7 +228,8 @@ class SoundChunks:
         if checked is None:
             return
         sides = [range(count) for count in checked.seen.shape]
-        sides[axis] = range(first // dataset.chunks[axis], -(-stop // dataset.chunks[axis]))
+        for axis, (first, stop) in box.items():
+            sides[axis] = range(first // dataset.chunks[axis], -(-stop // dataset.chunks[axis]))
         for place in itertools.product(*sides):
             if not checked.seen[place]:
                 self._check(dataset, checked, place)

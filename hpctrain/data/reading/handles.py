@@ -141,7 +141,8 @@ def open_shard(fields: Mapping[str, Field], shard: Shard, path: str) -> OpenShar
     chunked = [name for name, layout in layouts if layout.offset is None and layout.is_direct]
     opened = OpenShard(shard, path, chunked)
     for name, chunks in opened.chunked.items():
-        if (chunks.samples, chunks.field) != (shard.samples, fields[name]):
+        rows = min(chunks.samples, shard.samples) if shard.grows else chunks.samples
+        if (rows, chunks.field) != (shard.samples, fields[name]):
             opened.close()
             raise DatasetError(
                 f'{path}: field "{name}" has {chunks.samples} rows of {chunks.field.dtype}, of '
@@ -185,7 +186,7 @@ def _close_all(kept: OrderedDict[str, H], close: Callable[[H], Any]) -> None:
 
 
 def _require_size(shard: Shard, path: str, size: int) -> None:
-    if size != shard.size:
+    if size < shard.size or (size != shard.size and not shard.grows):
         raise DatasetError(
             f"{path}: {size} bytes, but {shard.size} when the dataset was opened: the file "
             "was truncated or written anew. Bring it back, or start again with the new one"

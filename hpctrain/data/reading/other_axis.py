@@ -1,9 +1,14 @@
-"""Rows along another axis than the first: their pieces are collected, by HDF5 or without it."""
+"""Boxes of arrays, within bounds of every axis: rows along another axis than the first, selections.
+
+Their pieces are collected by HDF5 or without it, and no chunk is read that holds none of them.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import h5py
@@ -22,6 +27,9 @@ from hpctrain.data.reading.threads import ThreadMemory
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
 
+Box = Sequence[tuple[int, int]]
+"""First and stop along each axis."""
+Values = npt.NDArray[Any]
 READ_BYTES = 32 * 2**20
 """Values that are read at once before they are put in the order of the rows."""
 
@@ -52,17 +60,16 @@ class OtherAxisReader:
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
     ) -> None:
         """Read runs of consecutive rows, as `ShardReader.read_runs` does."""
-        field, stops = self.dataset.fields[name], self.dataset.shard_stops
+        field = self.dataset.fields[name]
+        most = max(1, READ_BYTES // field.row_bytes)
         for row, count, place in zip(rows.tolist(), counts.tolist(), places.tolist(), strict=True):
-            done = 0
-            while done < count:
-                index = int(np.searchsorted(stops, row + done, side="right"))
-                shard = self.dataset.shards[index]
-                first = row + done - int(stops[index]) + shard.samples
-                most = max(1, READ_BYTES // field.row_bytes)
-                size = min(count - done, shard.samples - first, most)
-                self._read(shard, name, field, first, out[place + done : place + done + size])
-                done += size
+            begin = place
+            for shard, first, size in self.dataset.in_shards(row, count):
+                for done in range(0, size, most):
+                    stop = min(done + most, size)
+                    own = out[begin + done : begin + stop]
+                    self._read(shard, name, field, first + done, own)
+                begin += size
 
     def scatter_runs(
         self, name: str, rows: Int64s, counts: Int64s, into: Destinations, places: Int64s
@@ -75,24 +82,57 @@ class OtherAxisReader:
         self._shards.close()
         self._files.close()
 
+    def read_box(self, shard: Shard, name: str, first: int, count: int, bounds: Box) -> Values:
+        """Return rows of a shard within bounds of each axis of a row, (rows, *box)."""
+        field = self.dataset.fields[name]
+        box = (*bounds[: self._axis], (first, first + count), *bounds[self._axis :])
+        values = np.empty([stop - start for start, stop in box], field.dtype.newbyteorder("="))
+        layout = shard.layouts[name]
+        start = layout.base if layout.offset is None else layout.offset
+        with _told(shard, name, first, count):
+            if start is not None:
+                self._read_plain(shard, name, box, start, values)
+            elif not self._read_chunks(shard, name, box, values):
+                self._read_by_hdf5(shard, name, box, values)
+        return np.moveaxis(values, self._axis, 0)
+
+    def chunk_shape(self, shard: Shard, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a row in chunks; None: it is in none, or they are for HDF5 alone."""
+        try:
+            chunks = self._shards.get(shard).chunked.get(name)
+        except HDF5_FAILURES:
+            return None  # who reads it says why
+        if chunks is None:
+            return None
+        return (*chunks.chunk[: self._axis], *chunks.chunk[self._axis + 1 :])
+
     def _read(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         base = shard.layouts[name].base
-        try:
-            if base is not None:
+        if base is not None:
+            with _told(shard, name, first, len(out)):
                 self._read_pieces(shard, name, field, base, first, out)
-                return
-            before, after = field.shape[: self._axis], field.shape[self._axis :]
-            values = np.empty((*before, len(out), *after), field.dtype.newbyteorder("="))
-            if not self._read_chunks(shard, name, field, first, values):
-                self._read_by_hdf5(shard, name, first, values)
-            target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
-            target[:] = np.moveaxis(values, self._axis, 0).reshape(target.shape)
-        except DamagedChunkError as error:
-            last = first + len(out) - 1
-            raise damaged_rows(shard.path, name, (first, last), error) from error
-        except HDF5_FAILURES as error:
-            what = getattr(error, "strerror", None) or error
-            raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
+            return
+        values = self.read_box(shard, name, first, len(out), [(0, size) for size in field.shape])
+        target = out.view(values.dtype).reshape(len(out), math.prod(field.shape))
+        target[:] = values.reshape(target.shape)
+
+    def _read_plain(self, shard: Shard, name: str, box: Box, start: int, values: Values) -> None:
+        """Fill `values` from an array that lies in the file as in memory: HDF5 reads more of it."""
+        field, descriptor = self.dataset.fields[name], self._shards.get(shard).descriptor
+        shape = (*field.shape[: self._axis], shard.samples, *field.shape[self._axis :])
+        steps = [math.prod(shape[axis + 1 :]) * field.dtype.itemsize for axis in range(len(shape))]
+        # What is behind the last axis that is cut follows each other.
+        cut = max(axis for axis, size in enumerate(shape) if box[axis] != (0, size) or not axis)
+        begins = np.array([start + box[cut][0] * steps[cut]])
+        for axis in range(cut):
+            begins = np.add.outer(begins, np.arange(*box[axis]) * steps[axis])
+        size = (box[cut][1] - box[cut][0]) * steps[cut]
+        target, place = values.reshape(-1).data.cast("B"), f'{shard.path}: field "{name}"'
+        for number, offset in enumerate(begins.ravel().tolist()):
+            piece = target[number * size : (number + 1) * size]
+            self._read_rest(descriptor, [piece], offset, place)
+        if not field.dtype.isnative:
+            values.byteswap(inplace=True)
 
     def _read_pieces(
         self, shard: Shard, name: str, field: Field, base: int, first: int, out: Bytes
@@ -129,9 +169,7 @@ class OtherAxisReader:
                 done += count
             offset += done
 
-    def _read_chunks(
-        self, shard: Shard, name: str, field: Field, first: int, values: npt.NDArray[Any]
-    ) -> bool:
+    def _read_chunks(self, shard: Shard, name: str, box: Box, values: npt.NDArray[Any]) -> bool:
         """Fill `values` from compressed chunks, each decoded to its own size and no more.
 
         Returns:
@@ -144,8 +182,6 @@ class OtherAxisReader:
         chunks = opened.chunked.get(name)
         if chunks is None or chunks.pipeline.is_plain:
             return False  # HDF5 reads no more of plain chunks than it is asked for
-        box = [(0, size) for size in values.shape]
-        box[self._axis] = first, first + values.shape[self._axis]
         for part in chunks.in_box(box):
             start, size, _ = part.facts
             if start < 0:
@@ -160,15 +196,26 @@ class OtherAxisReader:
                 return False  # HDF5 meets it again, and says what and where
         return True
 
-    def _read_by_hdf5(self, shard: Shard, name: str, first: int, values: npt.NDArray[Any]) -> None:
+    def _read_by_hdf5(self, shard: Shard, name: str, box: Box, values: npt.NDArray[Any]) -> None:
         dataset = self._files.get(shard)[shard.inside(name)]
-        last = first + values.shape[self._axis]
-        self._sound.require(dataset, self._axis, first, last)
-        read_box(dataset, values, (*(slice(None),) * self._axis, slice(first, last)))
+        self._sound.require(dataset, dict(enumerate(box)))
+        read_box(dataset, values, tuple(slice(*each) for each in box))
+
+
+@contextmanager
+def _told(shard: Shard, name: str, first: int, count: int) -> Iterator[None]:
+    """Say of what cannot be read where it is."""
+    try:
+        yield
+    except DamagedChunkError as error:
+        raise damaged_rows(shard.path, name, (first, first + count - 1), error) from error
+    except HDF5_FAILURES as error:
+        what = getattr(error, "strerror", None) or error
+        raise DatasetError(f'{shard.path}: field "{name}", row {first}: {what}') from error
 
 
 def _open(shard: Shard, path: str) -> OpenShard:
     """Open a shard, and list the chunks of the fields that do not lie in it as in memory."""
-    return OpenShard(
-        shard, path, [name for name, layout in shard.layouts.items() if layout.base is None]
-    )
+    layouts = shard.layouts.items()
+    chunked = [name for name, each in layouts if each.base is None and each.offset is None]
+    return OpenShard(shard, path, chunked)

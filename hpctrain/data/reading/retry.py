@@ -107,6 +107,10 @@ class _Seen(NamedTuple):
         """Return whether the content is the same, as far as one can see."""
         return other is not None and self[:2] == other[:2]
 
+    def is_begun_by(self, other: _Seen) -> bool:
+        """Return whether the other may be this file, appended to."""
+        return other.size >= self.size and other.inode == self.inode
+
 
 class _Watch:
     """The files of the shards that were read, as they were when they were first read."""
@@ -116,6 +120,7 @@ class _Watch:
         self._stops = dataset.shard_stops
         self._is_known = np.zeros(len(dataset.shards), bool)
         self._seen: dict[str, _Seen] = {}
+        self._growing = {each.path for each in dataset.shards if each.grows}
         self._to_check: list[str] = []
         self._next = time.monotonic() + CHECK_SECONDS
 
@@ -151,6 +156,8 @@ class _Watch:
         checked, self._to_check = self._to_check[:number], self._to_check[number:]
         for path in checked:
             now, before = _identify(path), self._seen[path]
+            if path in self._growing and now is not None and before.is_begun_by(now):
+                continue
             if not before.is_same(now):
                 raise DatasetError(
                     f"{path}: this file {_difference(before, now)} while the run reads it: what "

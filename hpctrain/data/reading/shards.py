@@ -304,10 +304,10 @@ class ShardReader:
         rows = out.view(field.dtype.newbyteorder("=")).reshape(len(out), *field.shape)
         dataset = self._files.get(shard)[shard.inside(name)]
         if dataset.shape == field.shape:  # all of it is the one row
-            self._sound.require(dataset, 0, 0, dataset.shape[0] if dataset.shape else 1)
+            self._sound.require(dataset, {})
             rows[0] = dataset[()]
             return
-        self._sound.require(dataset, 0, first, first + len(out))
+        self._sound.require(dataset, {0: (first, first + len(out))})
         read_box(dataset, rows, (slice(first, first + len(out)),))
 
 

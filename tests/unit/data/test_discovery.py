@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import h5py
@@ -12,6 +15,7 @@ import pytest
 
 from hpctrain.data.dataset import Field
 from hpctrain.data.files.discovery import open_dataset
+from hpctrain.data.reading.rows import open_rows, read_rows
 from hpctrain.errors import DatasetError
 
 
@@ -192,3 +196,77 @@ def test_truncated_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(DatasetError, match=r"a\.h5: HDF5 cannot read this file.*truncated"):
         open_dataset(str(path))
+
+
+def test_files_and_groups_without_rows_are_left_out_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of several, such as that of a day without events; all of them are an error."""
+    for number, rows in enumerate([2, 0, 1]):
+        write(tmp_path / f"{number}.h5", x=np.full((rows, 3), number), y=np.zeros(rows))
+    write(tmp_path / "3.h5")
+    for _ in range(2):
+        dataset = open_dataset(str(tmp_path / "*.h5"), ["x", "y"])
+        assert [shard.samples for shard in dataset.shards] == [2, 1]
+    (said,) = [each.getMessage() for each in caplog.records]
+    assert said.endswith(f"2 without rows, left out: {tmp_path / '1.h5'}, {tmp_path / '3.h5'}")
+
+    write(tmp_path / "of_groups.hdf", e0__x=np.ones((2, 3)), e1__x=np.ones((0, 3)))
+    groups = open_dataset(str(tmp_path / "of_groups.hdf"), ["e*/x"])
+    assert [shard.group for shard in groups.shards] == ["e0"]
+    assert caplog.records[-1].getMessage().endswith("of_groups.hdf:e1")
+
+    write(tmp_path / "mixed.hdf", x=np.ones((0, 3)), y=np.ones(2))
+    for pattern, problem in (("[13].h5", "no HDF5 dataset with rows"), ("mixed.hdf", "no rows")):
+        with pytest.raises(DatasetError, match=problem):
+            open_dataset(str(tmp_path / pattern), ["x", "y"])
+
+
+APPENDS = """
+import h5py, numpy as np, sys
+file = h5py.File(sys.argv[1], "w", libver="latest")
+x = file.create_dataset("x", data=np.arange(33).reshape(11, 3), maxshape=(None, 3), chunks=(4, 3),
+    compression="gzip")
+if sys.argv[2] == "swmr":
+    file.swmr_mode = True
+file.flush()
+print("written", flush=True)
+sys.stdin.readline()
+x.resize((50, 3))
+x[11:] = -1
+file.flush()
+print("appended", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", ["swmr", "plain"])
+def test_a_file_that_a_program_appends_to(tmp_path: Path, mode: str) -> None:
+    """In SWMR mode the rows that were there are read, also when there are more; else refused."""
+    path, way = tmp_path / "a.h5", subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", APPENDS, path, mode], stdin=way, stdout=way, text=True
+    ) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "written\n"
+        if mode == "plain":
+            with pytest.raises(DatasetError, match=r"has it open for writing.*h5clear -s"):
+                open_dataset(str(path))
+            writer.kill()
+            return
+        dataset = open_dataset(str(path))
+        rows = np.arange(11)
+        with closing(open_rows(dataset)) as reader:
+            for said in ("", "appended\n"):
+                if said:
+                    writer.stdin.write("\n")
+                    writer.stdin.flush()
+                    assert writer.stdout.readline() == said
+                    reader.close()
+                out = np.zeros((11, 24), np.uint8)
+                reader.read_runs("x", np.zeros(1, int), np.full(1, 11), out, np.zeros(1, int))
+                assert np.array_equal(out.view(int), np.arange(33).reshape(11, 3))
+                assert np.array_equal(read_rows(dataset, rows)["x"], np.arange(33).reshape(11, 3))
+        assert open_dataset(str(path)).samples == 50
+        writer.kill()

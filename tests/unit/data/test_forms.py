@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,11 @@ from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_tr
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import ConfigError, DatasetError, UsageError
 from hpctrain.training.data.recorded import FORMS, forms_to_record, refuse_other_forms
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import anndata
+    import pandas
 
 ROWS = 24
 
@@ -198,6 +204,56 @@ def test_selections_by_index(tmp_path: Path, axis: int, chunks: bool | None) -> 
     ):
         with pytest.raises(DatasetError, match=problem):
             delivered(select=select)
+
+
+def _bytes_read() -> int:
+    """Return the bytes that this process has read so far, by whatever library."""
+    return int(Path("/proc/self/io").read_text("utf-8").split()[1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {},
+        {"chunks": (2, 2, 1, 30, 40)},
+        {"chunks": (2, 2, 1, 30, 40), "compression": "gzip", "shuffle": True},
+    ],
+    ids=["contiguous", "chunks", "gzip"],
+)
+def test_no_more_is_read_than_what_is_selected(
+    tmp_path: Path, storage: dict[str, Any], axis: int
+) -> None:
+    """One of twelve levels: of rows that can be cut there, about a twelfth of the bytes."""
+    values = np.random.default_rng(1).normal(size=(6, 4, 12, 30, 40)).astype(">f4")
+    path = _write(tmp_path / "a.h5", values, **storage)
+    whole = np.moveaxis(values, axis, 0)
+    before = _bytes_read()
+    some = _delivered(path, path="v", axis=axis, select={"1": [7]})
+    assert _bytes_read() - before < values.nbytes / 12 + 2**18
+    np.testing.assert_array_equal(some, whole[:, :, 7:8])
+    apart = _delivered(path, path="v", axis=axis, select={"1": [9, 7], "3": "5:20:3"})
+    np.testing.assert_array_equal(apart, whole[:, :, [9, 7]][..., 5:20:3])
+
+
+def test_categories_of_anndata_are_classes(tmp_path: Path) -> None:
+    """By their texts, which are the same numbers in files that number them differently."""
+    for name, kinds in (("a", ["B", "T", "NK"]), ("b", ["T", "B"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cells = pandas.Categorical(["T", "B", "T"], categories=kinds)
+            obs = pandas.DataFrame({"cell": cells}, index=["1", "2", "3"])
+            anndata.AnnData(np.ones((3, 2), "f4"), obs=obs).write_h5ad(tmp_path / f"{name}.h5ad")
+    files = tmp_path / "*.h5ad"
+    assert _delivered(files, path="obs/cell", classes="sorted").tolist() == [2, 0, 2, 2, 0, 2]
+    assert _delivered(files, path="obs/cell", classes=("T", "B")).tolist() == [0, 1, 0, 0, 1, 0]
+    assert _delivered(files, path="obs/cell/codes").tolist() == [1, 0, 1, 0, 1, 0]
+    with pytest.raises(DatasetError, match=r'categories, as.*classes = "sorted".*obs/cell/codes'):
+        _delivered(files, path="obs/cell")
+    with h5py.File(tmp_path / "b.h5ad", "r+") as file:
+        file["obs/cell/codes"][1] = -1
+    with pytest.raises(DatasetError, match="row 1 has no category"):
+        _delivered(files, path="obs/cell", classes="sorted")
 
 
 def test_selections_by_value_are_those_of_xarray(tmp_path: Path) -> None:
