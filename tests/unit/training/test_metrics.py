@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from helpers.worlds import world_of_one
-from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from hpctrain.data.loading.batch import Batch, Rows
@@ -99,6 +98,8 @@ def rehearsed(
 def test_sums_and_rows_make_the_metrics_that_others_compute(
     world: World, model: nn.Module, fields: dict[str, Tensor]
 ) -> None:
+    from sklearn import metrics as reference
+
     class Task(Returning):
         metrics: ClassVar = dict.fromkeys(("f1", "mcc", "auroc", "ap", "n"), "max")
 
@@ -436,6 +437,8 @@ def test_torchmetrics_that_take_means_over_ranks_are_refused() -> None:
 
 
 def test_the_example_of_the_docs(world: World, model: nn.Module, fields: dict[str, Tensor]) -> None:
+    from sklearn import metrics as reference
+
     pytest.importorskip("torchmetrics")
     docs = Path(__file__).parents[3] / "docs" / "training.md"
     section = docs.read_text(encoding="utf-8").split("## Metrics")[1]
