@@ -11,7 +11,7 @@ TASK = """
 import time
 from pathlib import Path
 
-from hpctrain.training.task.task import Classification
+from hpctrain.training.task import Classification
 
 
 def wait(name):

@@ -35,7 +35,7 @@ import os
 import time
 from pathlib import Path
 
-from hpctrain.training.task.task import Classification
+from hpctrain.training.task import Classification
 
 calls = 0
 

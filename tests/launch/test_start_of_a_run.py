@@ -43,7 +43,7 @@ import gc
 
 import torch
 
-from hpctrain.training.task.task import Classification
+from hpctrain.training.task import Classification
 
 
 class Counting(Classification):

@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpctrain.training.task.task import Classification
+from hpctrain.training.task import Classification
 
 
 class Slow(Classification):

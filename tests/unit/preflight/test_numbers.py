@@ -105,7 +105,7 @@ def test_a_metric_of_batches_fails_the_check_too(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "root_task.py").write_text(
-        "from hpctrain.training.task.task import Regression\n"
+        "from hpctrain.training.task import Regression\n"
         "class Root(Regression):\n"
         "    metrics = {'rmse': 'min'}\n"
         "    def evaluate(self, model, fields):\n"
