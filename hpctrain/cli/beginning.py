@@ -127,8 +127,7 @@ def _script(name: str, scheduler: str) -> str:
 def config(arguments: list[str]) -> int:
     """Print a config as it is resolved, and where each value comes from."""
     parser = Parser("config")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser.take_config()
     parsed = parser.parse_intermixed_args(arguments)
 
     from hpctrain.config import load

@@ -147,8 +147,7 @@ def _parsed(
     """
     _check_is_no_program(arguments)
     _check_is_option(arguments)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser.take_config()
     parser.add_argument("--code", type=Path)
     declare_processes(parser)
     # Overrides may stand before and after options.
@@ -265,8 +264,7 @@ def _metrics(name: str, stage: Stage, split: str, arguments: list[str], claim: C
 
 def _inference_parser(name: str, split: str) -> Parser:
     parser = Parser(name, prog=f"{PROGRAM} {name}", add_help=True, description=_ABOUT_INFERENCE)
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+    parser.take_config()
     parser.add_argument("--checkpoint", metavar="best|last|PATH")
     parser.add_argument("--split", metavar="|".join((*SPLITS, "NAME")), default=split)
     declare_processes(parser)

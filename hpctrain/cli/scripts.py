@@ -110,8 +110,7 @@ def prepare(arguments: list[str]) -> int:
 
 def _prepare_config(arguments: Sequence[str]) -> int:
     parser = Parser("prepare")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser.take_config()
     parsed = parser.parse_intermixed_args(arguments)
 
     from hpctrain.config import load

@@ -86,8 +86,7 @@ def _job_parser() -> Parser:
     from hpctrain.config.schema import CONTAINERS
 
     parser = Parser("job")
-    parser.add_argument("config", nargs="?")
-    parser.add_argument("overrides", nargs="*")
+    parser.take_config(may_lack=True)
     parser.add_argument("--scheduler", choices=SCHEDULERS)
     parser.add_argument("--container", choices=CONTAINERS)
     for option in ("site", "site-file", "account", "queue", "qos", "constraint", "memory", "mail"):

@@ -230,6 +230,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{**ours, **options})
         self._command = command
 
+    def take_config(self, *, may_lack: bool = False) -> None:
+        """Take a config as `config`, and what overrides it as `overrides`.
+
+        Args:
+            may_lack: whether the command has something to do without one.
+        """
+        count: dict[str, Any] = {"nargs": "?"} if may_lack else {}
+        self.add_argument("config", metavar="CONFIG", **count)
+        self.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+
     def error(self, message: str) -> NoReturn:
         if message.startswith(_REQUIRED):
             # What may be given again and again may be left out; argparse takes it for missing.

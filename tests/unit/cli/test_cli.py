@@ -41,7 +41,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "a config file or a command is needed"),
         (["run.toml", "--epochs=3"], "unrecognized arguments: --epochs=3"),
-        (["check"], "the following arguments are required: config"),
+        (["check"], "the following arguments are required: CONFIG"),
         (["check", "run.toml", "--jsn"], "unrecognized arguments: --jsn"),
         (["status"], "the following arguments are required: run"),
         (["data", "unpack"], "invalid choice: 'unpack'"),
@@ -70,7 +70,7 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check"], "the following arguments are required: config\n"),
+        (["check"], "the following arguments are required: CONFIG\n"),
         (["evaluate"], "the following arguments are required: CONFIG\n"),
         (["run.toml", "-np", "2"], "did you mean --np?\n"),
         (["run.toml", "--map-by", "core"], "options of mpirun and srun stand before python\n"),
