@@ -30,8 +30,7 @@ from hpctrain.data.loading.map_style.fetch import Fetcher
 from hpctrain.data.loading.map_style.loaders import MapTrainLoader
 from hpctrain.data.loading.map_style.parcel import Parcel
 from hpctrain.data.loading.map_style.passes import PassReader
-from hpctrain.data.loading.map_style.service import Travelling
-from hpctrain.data.loading.map_style.workers import processes
+from hpctrain.data.loading.map_style.workers import Travelling, processes
 from hpctrain.data.order.order import Order, sample_keys
 
 COSTS = (0, 20, 100, 1000)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from hpctrain.convert.parallel import Progress, silent
 from hpctrain.data.arrays import Bytes
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.buffers import BufferPool, MemoryPlan, new_bytes
-from hpctrain.data.loading.prefetch import Prefetch
+from hpctrain.data.loading.prefetch import BufferPool, MemoryPlan, Prefetch, new_bytes
 from hpctrain.data.loading.sources import BlockSource, Group, RowSource, Source
 from hpctrain.data.order.epochs import Epoch
 from hpctrain.data.order.order import Order

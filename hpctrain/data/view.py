@@ -1,7 +1,7 @@
 """A dataset whose samples are made of rows of other datasets: chosen, joined, windows of several.
 
 To partition, shuffle and loader it is a dataset like any other: N samples. Only who reads its rows
-(`hpctrain.data.reading.views`) knows what a sample is made of.
+(`hpctrain.data.reading.rows`) knows what a sample is made of.
 """
 
 from __future__ import annotations

@@ -19,12 +19,11 @@ from hpctrain.config import Config
 from hpctrain.config.registry import OWN
 from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.batch import Batch, ShareOfBatch, TrainBatches, cut, repeated
+from hpctrain.data.loading.batch import Batch, ShareOfBatch, TrainBatches, cut, moved, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform, Constants, keys_on
 from hpctrain.data.loading.decoder import torch_dtype_of
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch
-from hpctrain.data.loading.nested import moved
 from hpctrain.data.staging.node_cache import host_memory
 from hpctrain.data.view import View
 from hpctrain.launch.communicators import SingleCommunicator

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.data.loading.batch import Samples, ShareOfBatch
-from hpctrain.data.loading.nested import named_tensors
+from hpctrain.data.loading.batch import Samples, ShareOfBatch, named_tensors
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import Checks, failing_together
 from hpctrain.preflight.report import Finding

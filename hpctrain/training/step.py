@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters, Json
 from hpctrain.config.schema import TrainingSection
-from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut
-from hpctrain.data.loading.nested import map_tensors
+from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut, map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.dry_run.step import Explain, dry_run, find_coupling

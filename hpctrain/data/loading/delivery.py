@@ -20,18 +20,18 @@ from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import Batch, Rows, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.buffers import (
+from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
+from hpctrain.data.loading.images import ImagePreparation
+from hpctrain.data.loading.prefetch import (
     ALIGNMENT_BYTES,
     DEVICE_ALIGNMENT_BYTES,
     GROUPS_IN_USE,
     GROUPS_IN_USE_BY_COPIES,
     BufferPool,
     MemoryPlan,
+    Prefetch,
     new_bytes,
 )
-from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
-from hpctrain.data.loading.images import ImagePreparation
-from hpctrain.data.loading.prefetch import Prefetch
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values, documents_of
 from hpctrain.data.loading.sources import (
@@ -46,9 +46,8 @@ from hpctrain.data.loading.sources import (
 from hpctrain.data.loading.values import HostValues, ValuePool, ValueSource
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.retry import READ_RETRIES
-from hpctrain.data.reading.rows import open_rows, read_rows
+from hpctrain.data.reading.rows import ViewReader, open_rows, read_rows
 from hpctrain.data.reading.threads import Helpers
-from hpctrain.data.reading.views import ViewReader
 from hpctrain.data.view import View
 from hpctrain.utils.text import printable
 

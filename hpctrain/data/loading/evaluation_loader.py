@@ -10,7 +10,6 @@ from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import Batch, Samples
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
     Delivery,
@@ -19,6 +18,7 @@ from hpctrain.data.loading.delivery import (
     groups_in_use,
     sample_bytes,
 )
+from hpctrain.data.loading.prefetch import MemoryPlan
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import Group, RowSource, group_bounds
 from hpctrain.data.order.order import sample_keys

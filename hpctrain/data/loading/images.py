@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.buffers import BufferPool, new_bytes
+from hpctrain.data.loading.prefetch import BufferPool, new_bytes
 from hpctrain.data.loading.sources import Group, HostGroup, RowSource, Source
 from hpctrain.data.loading.values import HostValues, ValuePool, ValueSource
-from hpctrain.data.reading.rows import open_rows
+from hpctrain.data.reading.rows import ViewReader, open_rows
 from hpctrain.data.reading.threads import Helpers
-from hpctrain.data.reading.views import ViewReader
 from hpctrain.data.view import View
 from hpctrain.errors import DatasetError
 

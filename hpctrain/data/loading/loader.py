@@ -15,7 +15,6 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.decoding import decoded_rows
 from hpctrain.data.loading.batch import Batch, Samples, repeated
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import (
     Delivery,
@@ -24,6 +23,7 @@ from hpctrain.data.loading.delivery import (
     groups_in_use,
     sample_bytes,
 )
+from hpctrain.data.loading.prefetch import MemoryPlan
 from hpctrain.data.loading.ragged import RaggedBatch
 from hpctrain.data.loading.sources import (
     BlockSource,

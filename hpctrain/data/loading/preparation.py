@@ -14,12 +14,10 @@ import numpy.typing as npt
 from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.decoding import FieldDecoding, decoded_rows
-from hpctrain.data.loading.buffers import BufferPool, new_bytes
-from hpctrain.data.loading.sample_transform import Arrays, SampleError, SampleRunner
+from hpctrain.data.loading.prefetch import BufferPool, new_bytes
 from hpctrain.data.loading.sources import Group, HostGroup, Source
-from hpctrain.data.loading.worker import Slot, SlotLayout
-from hpctrain.data.loading.worker_pool import Job, WorkerPool
-from hpctrain.data.loading.worker_process import WorkerError
+from hpctrain.data.loading.worker import Arrays, SampleError, SampleRunner, Slot, SlotLayout
+from hpctrain.data.loading.worker_pool import Job, WorkerError, WorkerPool
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import TrainingError
 

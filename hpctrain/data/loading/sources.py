@@ -13,7 +13,7 @@ import numpy as np
 
 from hpctrain.data.arrays import Bytes, Int64s, UInt64s, within
 from hpctrain.data.decoding import FieldDecoding, Numbers
-from hpctrain.data.loading.buffers import BufferPool
+from hpctrain.data.loading.prefetch import BufferPool
 from hpctrain.data.loading.values import HostValues, ValueSource
 from hpctrain.data.order.read_ahead import Ahead, Arrivals
 from hpctrain.data.reading.scatter import Destinations, RowReader

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hpctrain.data.arrays import Bytes, Int64s, groups_of, within
+from hpctrain.data.reading.rows import ViewReader
 from hpctrain.data.reading.scatter import LEAST_DIRECT_BYTES
-from hpctrain.data.reading.views import ViewReader
 from hpctrain.data.view import View
 
 STAGED_BYTES = 4 * 2**20

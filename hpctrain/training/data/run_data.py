@@ -20,8 +20,7 @@ from hpctrain.data.loading.decoder import Decoding
 from hpctrain.data.loading.delivery import Preparation
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
-from hpctrain.data.loading.map_style.dataset import MapDataset
-from hpctrain.data.loading.map_style.intake import Intake
+from hpctrain.data.loading.map_style.dataset import Intake, MapDataset
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
 from hpctrain.data.opening.open_datasets import open_datasets, open_named
 from hpctrain.data.opening.weights import Weights, read_weights, weights_of_file

@@ -16,14 +16,19 @@ from hpctrain.config import Config
 from hpctrain.config.data_rules import names_object
 from hpctrain.config.fields import needed_fields
 from hpctrain.config.importing import imported
-from hpctrain.data.loading.map_style.dataset import MapDataset, fingerprint_of, looked_at
-from hpctrain.data.loading.map_style.draws import held_generators
-from hpctrain.data.loading.map_style.fetch import Fetcher
-from hpctrain.data.loading.map_style.intake import Intake, in_turn, only_samples, taken_in
+from hpctrain.data.loading.map_style.dataset import (
+    Intake,
+    MapDataset,
+    fingerprint_of,
+    in_turn,
+    looked_at,
+    only_samples,
+    taken_in,
+)
+from hpctrain.data.loading.map_style.fetch import Fetcher, held_generators
 from hpctrain.data.loading.map_style.parcel import Parcel
 from hpctrain.data.loading.map_style.passes import PassReader
-from hpctrain.data.loading.map_style.service import Travelling
-from hpctrain.data.loading.map_style.workers import FetchThread, PassJob, processes
+from hpctrain.data.loading.map_style.workers import FetchThread, PassJob, Travelling, processes
 from hpctrain.data.loading.worker_pool import Workers
 from hpctrain.errors import ConfigError, DatasetError
 from hpctrain.launch.environment import without_rank

@@ -13,9 +13,9 @@ from torch import nn
 
 from hpctrain.config import Config
 from hpctrain.config.limits import limited
-from hpctrain.data.loading.map_style.intake import Intake
+from hpctrain.data.loading.batch import map_tensors
+from hpctrain.data.loading.map_style.dataset import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
-from hpctrain.data.loading.nested import map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together

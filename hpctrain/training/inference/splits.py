@@ -20,8 +20,7 @@ from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import EvaluationBatches
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions
-from hpctrain.data.loading.map_style.dataset import MapDataset
-from hpctrain.data.loading.map_style.intake import Intake
+from hpctrain.data.loading.map_style.dataset import Intake, MapDataset
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training, open_named

@@ -18,9 +18,8 @@ from hpctrain.config.fields import Normalization, stored_fields
 from hpctrain.config.registry import resolve_listed
 from hpctrain.config.semantics import semantics_of
 from hpctrain.data.dataset import Dataset, Field
-from hpctrain.data.loading.batch import EvaluationBatches
+from hpctrain.data.loading.batch import EvaluationBatches, map_tensors
 from hpctrain.data.loading.map_style.dataset import MapDataset
-from hpctrain.data.loading.nested import map_tensors
 from hpctrain.data.predictions import Origin, PredictionWriter
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World

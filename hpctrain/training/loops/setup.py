@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from hpctrain.config.capabilities import Combination, unsupported
 from hpctrain.config.schema import Precision, TrainingSection
-from hpctrain.data.loading.nested import map_tensors
+from hpctrain.data.loading.batch import map_tensors
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together

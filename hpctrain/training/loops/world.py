@@ -261,7 +261,7 @@ class World(process_group.World):
             value: numbers, texts, arrays, tensors, and containers of these; tensors come back on
                 the host.
         """
-        from hpctrain.data.loading.nested import map_tensors
+        from hpctrain.data.loading.batch import map_tensors
         from hpctrain.training.evaluation import gather_at_rank_zero
 
         return gather_at_rank_zero(map_tensors(lambda item: item.detach().cpu(), value), self)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.config.schema import Precision
-from hpctrain.data.loading.nested import map_tensors
+from hpctrain.data.loading.batch import map_tensors
 from hpctrain.training.nonfinite import FORGIVEN
 
 

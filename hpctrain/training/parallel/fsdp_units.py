@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from hpctrain.data.loading.nested import moved
+from hpctrain.data.loading.batch import moved
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.model.precision import real_view

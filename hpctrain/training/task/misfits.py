@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.config import Config
-from hpctrain.data.loading.batch import TrainBatches
-from hpctrain.data.loading.nested import named_tensors
+from hpctrain.data.loading.batch import TrainBatches, named_tensors
 from hpctrain.errors import ConfigError, HpctrainError, TrainingError
 from hpctrain.training.nonfinite import listed_rows
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.lib.array_utils import byte_bounds
 
 from hpctrain.data.dataset import Field
-from hpctrain.data.loading.buffers import (
+from hpctrain.data.loading.prefetch import (
     ALIGNMENT_BYTES,
     MOST_PADDED,
     BufferPool,

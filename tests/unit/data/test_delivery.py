@@ -19,15 +19,15 @@ from hpctrain.accelerator import Streams
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.buffers import (
+from hpctrain.data.loading.delivery import MOST_COPIES, DeviceCopies
+from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.prefetch import (
     BufferPool,
     MemoryPlan,
     new_bytes,
     power_of_two,
     slabs_in_powers_of_two,
 )
-from hpctrain.data.loading.delivery import MOST_COPIES, DeviceCopies
-from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.order.order import Order
 
 SAMPLES = 600

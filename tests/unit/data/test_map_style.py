@@ -31,15 +31,13 @@ from torch.utils.data import (
     random_split,
 )
 
-from hpctrain.data.loading.map_style.dataset import MapDataset, length_of, looked_at
+from hpctrain.data.loading.batch import named_tensors
+from hpctrain.data.loading.map_style.dataset import MapDataset, length_of, looked_at, taken_in
 from hpctrain.data.loading.map_style.fetch import Fetcher
-from hpctrain.data.loading.map_style.intake import taken_in
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
 from hpctrain.data.loading.map_style.parcel import Parcel, packed, unpacked
 from hpctrain.data.loading.map_style.passes import PassReader
-from hpctrain.data.loading.map_style.service import Travelling
-from hpctrain.data.loading.map_style.workers import processes
-from hpctrain.data.loading.nested import named_tensors
+from hpctrain.data.loading.map_style.workers import Travelling, processes
 from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError, DatasetError, HpctrainError, TrainingError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpctrain.data.loading.nested import map_tensors, moved, named_tensors
+from hpctrain.data.loading.batch import map_tensors, moved, named_tensors
 from hpctrain.training.model.precision import NumberFormat
 
 

@@ -22,8 +22,8 @@ from helpers.waiting import wait_for
 
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.buffers import MemoryPlan
 from hpctrain.data.loading.loader import TrainLoader
+from hpctrain.data.loading.prefetch import MemoryPlan
 from hpctrain.data.loading.preparation import SamplePreparation
 from hpctrain.data.loading.worker_pool import WorkerPool
 from hpctrain.data.order.order import Order

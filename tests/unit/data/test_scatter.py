@@ -12,7 +12,7 @@ import pytest
 
 from hpctrain.data import open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.buffers import BufferPool, new_bytes
+from hpctrain.data.loading.prefetch import BufferPool, new_bytes
 from hpctrain.data.reading import scatter as scattering
 from hpctrain.data.reading.rows import open_rows
 from hpctrain.data.reading.scatter import Destinations

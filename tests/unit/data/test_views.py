@@ -221,7 +221,7 @@ def test_windows(folder: Path, seed: int) -> None:
 def test_overlapping_windows_read_every_row_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpctrain.data.reading import views
+    from hpctrain.data.reading import rows as views
 
     train, _ = open_datasets(
         section(folder, {"x": MAPS_FIELD | {"steps": 4}}, across_files=True), ["x"]

@@ -26,7 +26,7 @@ from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.convert.stats import measure
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
-from hpctrain.data.loading.sample_transform import SampleRunner
+from hpctrain.data.loading.worker import SampleRunner
 from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.data.stats import STATS_NAME, write_stats
 from hpctrain.errors import ConfigError, DatasetError

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.arrays import Int64s
-from hpctrain.data.loading.batch import count_passes
+from hpctrain.data.loading.batch import count_passes, map_tensors, named_tensors
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.passes import CollatedBatch, Fetched, PassReader, Share
-from hpctrain.data.loading.nested import map_tensors, named_tensors
 from hpctrain.data.order.epochs import Draw, Epochs
 from hpctrain.data.order.order import Order, sample_keys
 

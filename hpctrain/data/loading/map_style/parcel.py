@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hpctrain.data.arrays import Bytes
-from hpctrain.data.loading.buffers import ALIGNMENT_BYTES
-from hpctrain.data.loading.nested import bytes_of
+from hpctrain.data.loading.batch import bytes_of
+from hpctrain.data.loading.prefetch import ALIGNMENT_BYTES
 from hpctrain.data.loading.worker import new_file
 
 Spans = Sequence[tuple[int, int]]

@@ -15,17 +15,13 @@ from torch import Tensor
 
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.arrays import Int64s, UInt64s
-from hpctrain.data.loading.batch import cut
-from hpctrain.data.loading.buffers import ALIGNMENT_BYTES
+from hpctrain.data.loading.batch import cut, map_tensors, moved
 from hpctrain.data.loading.delivery import DeviceCopies
 from hpctrain.data.loading.map_style.dataset import MapDataset
-from hpctrain.data.loading.map_style.draws import kept_draws
-from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError
+from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError, kept_draws
 from hpctrain.data.loading.map_style.workers import PassJob
-from hpctrain.data.loading.nested import map_tensors, moved
-from hpctrain.data.loading.prefetch import Prefetch
-from hpctrain.data.loading.worker_pool import Workers
-from hpctrain.data.loading.worker_process import WorkerError
+from hpctrain.data.loading.prefetch import ALIGNMENT_BYTES, Prefetch
+from hpctrain.data.loading.worker_pool import WorkerError, Workers
 from hpctrain.errors import ConfigError, TrainingError
 
 BATCHES_READY = 1
