@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -278,10 +279,19 @@ def unpacked(slurm: Any) -> list[str]:
 
 
 def test_the_same_script_checks_and_trains_nothing(slurm_lab: Any, site: Path) -> None:
-    """And each node has a copy of the packed environment for as long as the job runs."""
+    """What it would cost, and what room there is, is in the report.
+
+    Each node has a copy of the packed environment for as long as the job runs.
+    """
     submit(slurm_lab, site, "--environment", pack_environment(site), HPCTRAIN_CHECK="1")
     wait_for(site, lambda: len(unpacked(slurm_lab)) == 2, "copies")
     wait_for(site, lambda: "\nready: " in logs(site), "report")
     assert not (site / "runs").exists()
+    for name, fact in (
+        ("cost", "all steps on 2 nodes: about .* node-hours"),
+        ("disk space", ".* free"),
+        ("quota", ""),
+    ):
+        assert re.search(rf"^(pass|warn|skip) +{name} +{fact}", logs(site), re.MULTILINE), name
     wait_for(site, lambda: not unpacked(slurm_lab), "end of the copies")
     assert "may still be" not in logs(site)
