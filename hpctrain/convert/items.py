@@ -28,7 +28,7 @@ from hpctrain.data.files.contents import (
 )
 from hpctrain.data.files.coordinates import scales_of
 from hpctrain.data.files.form_opening import whole_number
-from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of, require_sound_heap
 from hpctrain.data.forms import COMPLEX_PAIRS
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import number
@@ -320,6 +320,8 @@ def _inner(kind: h5t.TypeID) -> Any:
 def peek_of(item: Item, dataset: h5py.Dataset) -> Item:
     """Return an array with what a look at some of its values tells."""
     try:
+        if dataset.shape:
+            require_sound_heap(dataset, slice(MOST_TEXTS))
         members = tuple(
             replace(each, peek=_of_texts(_member_texts(dataset, each.path[len(item.path) + 1 :])))
             if each.kind == "text" and each.shape == dataset.shape

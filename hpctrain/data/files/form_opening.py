@@ -16,7 +16,7 @@ from h5py import h5t
 
 from hpctrain.data.dataset import WHOLE
 from hpctrain.data.files.coordinates import Values, find_coordinate, values_of
-from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, open_hdf5_file
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, open_hdf5_file, require_sound_heap
 from hpctrain.data.files.walking import require_files_behind
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
 from hpctrain.errors import DatasetError
@@ -281,6 +281,7 @@ def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
                     found |= {name.encode() for name in names}
                     continue
                 for start in range(0, dataset.shape[0], _TEXTS_AT_ONCE):
+                    require_sound_heap(dataset, slice(start, start + _TEXTS_AT_ONCE))
                     rows = dataset.fields(members[0]) if members else dataset
                     values = rows[start : start + _TEXTS_AT_ONCE]
                     for member in members[1:]:

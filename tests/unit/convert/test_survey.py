@@ -22,6 +22,7 @@ from hpctrain.convert.items import Item
 from hpctrain.convert.survey import survey
 from hpctrain.data import open_dataset
 from hpctrain.data.files import walking
+from hpctrain.data.files.form_opening import all_texts
 from hpctrain.errors import DatasetError
 
 if sys.version_info >= (3, 11):
@@ -339,3 +340,18 @@ def test_lists_of_scales_that_are_none(tmp_path: Path, damage: str) -> None:
             del file["time"]
     found = {item.path: item for item in survey(str(tmp_path / "x.h5")).items}
     assert found["t"].axes == ("", "")
+
+
+def test_texts_in_a_zeroed_heap_are_no_endless_loop(tmp_path: Path) -> None:
+    """A page of zeros, as a disk leaves it: HDF5 reads on in such a heap for ever."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("name", data=["cat", "dog"] * 9, dtype=h5py.string_dtype())
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"GCOL")
+    content[begin + 64 : begin + 4096] = bytes(4096 - 64)
+    path.write_bytes(content)
+    (item,) = survey(str(path)).items
+    assert item.peek.texts == 0
+    with pytest.raises(DatasetError, match=r"x\.h5.*heap at byte"):
+        all_texts([str(path)], "name")
