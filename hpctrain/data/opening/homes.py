@@ -217,7 +217,9 @@ def _columns_of(group: object, path: str) -> int:
     kind = there.get("encoding-type", there.get("h5sparse_format"))
     kind = kind.decode() if isinstance(kind, bytes) else kind
     if kind is None and isinstance(shape := group.get("shape"), h5py.Dataset):
-        rows, columns = shape[1], shape[0]
+        if shape.shape != (2,):
+            raise ValueError(f'"{path}/shape" has shape {shape.shape}: expected rows and columns')
+        columns, rows = shape[()]
     elif kind in ("csr_matrix", "csr"):
         rows, columns = there.get("shape", there.get("h5sparse_shape"))
     elif kind in ("csc_matrix", "csc"):

@@ -111,6 +111,15 @@ def test_cells_of_anndata(folder: Path, sparse: str, world_size: int) -> None:
     assert len(set(seen)) == len(seen) == sum(CELLS) - 16
 
 
+def test_a_matrix_without_two_sides_is_named(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for name in ("data", "indices", "indptr"):
+            file[f"matrix/{name}"] = np.zeros(3, np.int32)
+        file["matrix/shape"] = [2]
+    with pytest.raises(DatasetError, match=r"x\.h5.*matrix/shape.*expected rows and columns"):
+        opened(tmp_path, m={"path": "matrix", "sparse": "csr"})
+
+
 def test_cells_of_10x_genomics(tmp_path: Path) -> None:
     """They keep genes x barcodes by columns, which are the barcodes: cells."""
     cells = matrix(30, "i4")
