@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 
 
 class Net(nn.Module):

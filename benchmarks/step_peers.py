@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from hpctrain.launch.process_group import World
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 
 STEPS, LOG_EVERY, TOTAL_STEPS = 50, 10, 10**6
 LIGHTNING = "Lightning, CSV logger"

@@ -18,8 +18,8 @@ OWN = "module"
 
 BUILTINS: Mapping[str, Mapping[str, str]] = {
     "model": {
-        "convnet": "hpctrain.models.small:ConvNet",
-        "mlp": "hpctrain.models.small:MLP",
+        "convnet": "hpctrain.models.convnet:ConvNet",
+        "mlp": "hpctrain.models.mlp:MLP",
         "resnet18": "hpctrain.models.resnet:resnet18",
         "resnet20": "hpctrain.models.resnet:resnet20",
         "resnet50": "hpctrain.models.resnet:resnet50",

@@ -19,7 +19,7 @@ from hpctrain.checkpoint.save import HostCopies
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.data.loading.loader import Batch
 from hpctrain.launch.process_group import World
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model

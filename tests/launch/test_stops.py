@@ -45,7 +45,7 @@ os.preadv, os.fsync = slow_preadv, slow_fsync
 
 # torch.compile at work, until it is told to go on.
 COMPILED = """
-from hpctrain.models.small import ConvNet
+from hpctrain.models.convnet import ConvNet
 
 
 def backend(graph, inputs):

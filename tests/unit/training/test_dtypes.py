@@ -16,7 +16,7 @@ from hpctrain.checkpoint.load import load
 from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config.schema import Precision, TrainingSection
 from hpctrain.errors import ConfigError
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 from hpctrain.training.checkpointing.initialize import read_weights
 from hpctrain.training.checkpointing.resume import restore, share
 from hpctrain.training.checkpointing.snapshot import capture

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hpctrain.checkpoint.format import MODEL, TRAINING, Spread, part_name, rows_of
 from hpctrain.errors import ConfigError
+from hpctrain.models.convnet import ConvNet
 from hpctrain.models.resnet import resnet18
-from hpctrain.models.small import ConvNet
 from hpctrain.models.transformer import Transformer
 from hpctrain.training.checkpointing.save import group_size
 from hpctrain.training.optim.optimizer import refuse_whole_tensors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpctrain.config import Config, load, to_toml
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 from hpctrain.training.checkpointing.initialize import choose, read_weights
 from hpctrain.training.rank_zero import SAVE_DUE, SaveClock
 from hpctrain.training.record import reported_changes

@@ -13,7 +13,7 @@ from torch import nn
 
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 from hpctrain.training.nonfinite import (
     MOST_ROLLBACKS,
     RECENT_STEPS,

@@ -14,7 +14,7 @@ from hpctrain.config import load, to_toml
 from hpctrain.config.registry import BUILTINS, OWN, resolve
 from hpctrain.config.schema import ComponentSection, ParameterGroup
 from hpctrain.errors import ConfigError
-from hpctrain.models.small import ConvNet
+from hpctrain.models.convnet import ConvNet
 from hpctrain.training.optim.optimizer import build_optimizer, set_learning_rate
 
 

@@ -16,7 +16,7 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.data.order.epochs import Epochs
 from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError
-from hpctrain.models.small import ConvNet
+from hpctrain.models.convnet import ConvNet
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import prepare_model
 

@@ -24,7 +24,7 @@ from hpctrain.config.schema import Precision
 from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.models.small import MLP
+from hpctrain.models.mlp import MLP
 from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.model.precision import LossScale, NumberFormat
 from hpctrain.training.nonfinite import FORGIVEN, BadSteps

@@ -13,7 +13,8 @@ from torch import nn
 
 import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.models.small import MLP, ConvNet
+from hpctrain.models.convnet import ConvNet
+from hpctrain.models.mlp import MLP
 from hpctrain.training.optim.schedules import cosine, linear
 from hpctrain.training.task.regression import Regression
 from hpctrain.training.task.task import Classification
