@@ -68,10 +68,7 @@ def names_of(module: str) -> set[str] | None:
 
 
 def test_what_tests_import_is_there() -> None:
-    """The bodies that run on ranks are collected by nothing, and mypy sees no tests.
-
-    No test imports from another: what two of them need is a helper.
-    """
+    """The bodies that run on ranks are collected by nothing, and mypy sees no tests."""
     wrong = []
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -82,8 +79,6 @@ def test_what_tests_import_is_there() -> None:
                 there = names_of(module) or ()
                 lacks = [alias.name for alias in node.names if alias.name not in there]
                 wrong += [f"{place}: {module} has no {name}" for name in lacks]
-            elif any(part.startswith("test_") for part in module.split(".")):
-                wrong.append(f"{place}: {module} is a test")
     assert not wrong, "\n".join(wrong)
 
 
@@ -151,6 +146,28 @@ def test_no_test_imports_from_another() -> None:
     paths = list((ROOT / "tests").rglob("*.py"))
     assert len(paths) > 100
     assert [str(path) for path in paths if imported.search(path.read_text("utf-8"))] == []
+
+
+def test_the_tour_has_every_file_of_the_package() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+?)(?:\.py)?`", tour))
+    files = [path for path in (ROOT / "hpctrain").rglob("*.py") if path.stem[:2] != "__"]
+    assert len(files) > 200
+    parts = [path.relative_to(ROOT / "hpctrain").with_suffix("").parts for path in files]
+    known = [any("/".join(each[start:]) in named for start in range(len(each))) for each in parts]
+    assert [path for path, there in zip(files, known, strict=True) if not there] == []
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    there = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {
+        (path.name, test)
+        for path in documents
+        for test in re.findall(r"test_\w+\.py", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    assert sorted(each for each in named if each[1] not in there) == []
 
 
 def test_long_files_begin_first_and_units_beside_jobs() -> None:
