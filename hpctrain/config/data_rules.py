@@ -18,6 +18,7 @@ from hpctrain.config.toml import Source
 from hpctrain.utils.text import printable
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+UNEXPANDED = re.compile(r"^~|\$\{?[A-Za-z_]")
 
 
 _SPLITS = ("train", "test", "validation")
@@ -64,7 +65,7 @@ def check_paths(source: Source) -> list[Mistake]:
 def absence(value: str, *, may_be_pattern: bool) -> str | None:
     """Return in which way a path leads nowhere, None if it leads somewhere."""
     here = printable(str(Path.cwd()))
-    hint = "; ~ and $NAMES are not expanded here" if re.search(r"^~|\$", value) else ""
+    hint = "; ~ and $NAMES are not expanded here" if UNEXPANDED.search(value) else ""
     try:
         if Path(value).exists():
             return None

@@ -7,7 +7,6 @@ passes over a value of the wrong type, of which the schema speaks.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from hpctrain.config.capabilities import Combination, records_graphs, unsupported
 from hpctrain.config.data_rules import (
     PLAIN_NAME,
+    UNEXPANDED,
     absence,
     check_batch_sizes,
     check_evaluations,
@@ -48,7 +48,7 @@ def check_run(source: Source) -> list[Mistake]:
     if not isinstance(directory, str):
         directory = str(RunSection.__dataclass_fields__["directory"].default)
     folder = Path(directory)
-    if re.search(r"^~|\$", directory) and not folder.exists():
+    if UNEXPANDED.search(directory) and not folder.exists():
         problem = (
             "~ and $NAMES are not expanded here, and a folder of this name is not meant: write the "
             "path, or have the shell replace it: run.directory=$SCRATCH/runs on the command line"

@@ -154,7 +154,7 @@ def test_a_list_of_points(here: Path, name: str, text: str) -> None:
     [
         [],
         ["--pack", "2", "--chain", "2"],
-        ["--pack", "2", "--max-node-hours", "1000", "run.directory=it's $here"],
+        ["--pack", "2", "--max-node-hours", "1000", "run.directory=it's $(here)"],
         ["--sweep", HOSTILE, "run.name=other"],
     ],
     ids=["plain", "chain", "pack", "hostile"],
