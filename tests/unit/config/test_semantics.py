@@ -122,6 +122,7 @@ AS_BEFORE = {
     "run.group_writable": "the folder is the user's, as before",
     "training.keep_compiled": "nothing is kept, as before",
     "training.cudnn_benchmark": "no algorithm is timed, as before",
+    "checkpoint.files": "every rank writes its own file, as before",
     "checkpoint.keep_best_count": "one best checkpoint is kept, as before",
     "data.evaluations": "there are no further ones, as before",
     "training.detect_anomaly": "nothing looks at gradients, as before",
