@@ -10,6 +10,7 @@ The folder of a sweep has sweep.json, and in it the folders of its runs, 000, 00
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def refuse_sweep(run: Path) -> None:
     Raises:
         ConfigError: if it is one.
     """
-    if (run / SWEEP).is_file():
+    # A folder that is closed to this user is for its writers to name.
+    if os.path.isfile(run / SWEEP):  # noqa: PTH113 - Path.is_file raises where the folder is closed
         raise ConfigError(
             f"{run} holds a sweep ({SWEEP}), whose runs are in its folders 000, 001 and so on, and "
             "this run would mix with them: set another run.name; one of the points goes on with "
