@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# A child that has become another user cannot import it where Python lies in a closed home.
+import _strptime  # noqa: F401
 import dataclasses
 import errno
 import os
