@@ -11,7 +11,6 @@ A process a rank is not started for nothing: only where HPCTRAIN_LOG or NCCL_DEB
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from hpctrain.utils.files import open_regular
 from hpctrain.utils.permissions import follow_folder
+from hpctrain.utils.process_aside import start_aside
 from hpctrain.utils.text import printable
 
 WORD = "native"
@@ -32,13 +32,6 @@ MOST_BYTES = 2**20
 _LONGEST_LINE = 2000
 _STDERR = 2
 _END_SECONDS = 1.0
-_SOURCE = Path(__file__).parents[2]
-# As the watchdog: isolated and without site-packages, it starts in a few ms.
-_SCRIPT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from hpctrain.observe.native import relay; relay(*sys.argv[2:])"
-)
-_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "LD_LIBRARY_PATH")
 
 _still_open: list[subprocess.Popen[bytes]] = []
 """Relays of jobs whose child processes go on, and may print."""
@@ -93,21 +86,14 @@ def tagged(path: Path, who: str) -> Iterator[None]:
 def _start_relay(path: Path, who: str) -> tuple[subprocess.Popen[bytes], int]:
     """Start the process, and return it with the end of the pipe to write to."""
     reader, writer = os.pipe()
-    # Signals of a scheduler go to all processes of a job: this one ends with those that print.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _SCRIPT, str(_SOURCE), str(path.absolute()), who],
-            stdin=reader,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+        process = start_aside(
+            "hpctrain.observe.native", "relay", str(path.absolute()), who, stdin=reader
         )
     except OSError:
         os.close(writer)
         raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(reader)
     return process, writer
 

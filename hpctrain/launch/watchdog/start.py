@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -37,6 +35,7 @@ from hpctrain.utils.proc import (
     pid_namespace,
     start_time,
 )
+from hpctrain.utils.process_aside import start_aside
 
 FRONT_ENDS = frozenset(
     {
@@ -50,15 +49,6 @@ FRONT_ENDS = frozenset(
 Daemon = tuple[int, str, str, bool]
 """Process id, start time (ids are used again), name, and whether it started the ranks itself."""
 
-_SOURCE = Path(__file__).parents[3]
-# Isolated and without site-packages: it starts in a few ms, and nothing of the user's runs in it.
-_SCRIPT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from hpctrain.launch.watchdog.process import main; main()"
-)
-_COMMAND = (sys.executable, "-I", "-S", "-c", _SCRIPT, str(_SOURCE))
-# Variables of launchers stay behind: it is no rank. LD_PRELOADed profilers neither belong in it.
-_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "LD_LIBRARY_PATH")
 _LEAVE_SECONDS = 5.0
 # Strangers on this node may connect too, and are sent away one by one.
 _BACKLOG = 128
@@ -200,23 +190,13 @@ def _start(orders: Orders, host: str) -> subprocess.Popen[bytes]:
     descriptors = [
         number for number in (orders.ranks_fd, orders.coordinator_fd) if number is not None
     ]
-    # The watchdog inherits that every signal is blocked: those of a scheduler go to all processes
-    # of a job.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        process = subprocess.Popen(
-            _COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=descriptors,
-            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+        process = start_aside(
+            "hpctrain.launch.watchdog.process", "main", stdin=subprocess.PIPE, pass_fds=descriptors
         )
         assert process.stdin is not None
         with process.stdin as stdin:
             stdin.write(json.dumps(asdict(orders)).encode())
     except OSError as error:
         raise LaunchError(f"no watchdog can be started on {host}: {error.strerror}") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return process
