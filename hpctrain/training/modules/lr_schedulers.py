@@ -2,7 +2,7 @@
 
 Source: lightning.pytorch.loops 2.6, `_TrainingEpochLoop.advance`, `on_advance_end`,
 `_update_learning_rates` and `_FitLoop.on_advance_end`; compared in
-tests/unit/training/test_module_schedulers.py.
+tests/unit/training/modules/test_module_schedulers.py.
 """
 
 from __future__ import annotations

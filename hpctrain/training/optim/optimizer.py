@@ -23,7 +23,7 @@ _ELEMENTWISE = {
     *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 }
-# The same of others' packages; compared in tests/unit/training/test_fsdp.py.
+# The same of others' packages; compared in tests/unit/training/parallel/test_fsdp.py.
 _ELEMENTWISE_OF_OTHERS = {
     ("schedulefree", name) for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 }
@@ -187,7 +187,7 @@ def make_fused(optimizer: Optimizer) -> None:
     what it would do had it been built with `fused=True`.
 
     Source: the constructors of torch.optim, read in 2.6 to 2.13; compared in
-    tests/unit/training/test_fused.py.
+    tests/unit/training/optim/test_fused.py.
     """
     kind = type(optimizer)
     groups = optimizer.param_groups
@@ -319,7 +319,7 @@ class FusedKernels:
         device: type of device.
         dtypes: of the parameters.
         measured: versions of torch whose kernels were compared with the plain optimizers, see
-            tests/unit/training/test_fused.py.
+            tests/unit/training/optim/test_fused.py.
         read: first and last version of torch whose source was read, and not run.
     """
 

@@ -160,7 +160,7 @@ class Drawing(TensorDataset):
 
 def test_generators_that_a_dataset_holds_are_named() -> None:
     def notes(made_by: str, seeded: str = "true") -> str:
-        train = f'train = "unit.training.test_user_data:{made_by}"'
+        train = f'train = "unit.training.data.test_user_data:{made_by}"'
         data = opened(f"{train}\nglobal_batch_size = 5\nseed_samples = {seeded}")
         data.close()
         return "\n".join(data.notes)

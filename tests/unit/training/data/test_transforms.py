@@ -139,7 +139,7 @@ def test_a_transform_that_is_refused(
 
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
     text = page.partition("## Normalise and transform")[2]
     code = text.partition("```python\n")[2].partition("```")[0]
     (tmp_path / "my_transforms.py").write_text(code, encoding="utf-8")

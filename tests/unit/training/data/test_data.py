@@ -30,7 +30,7 @@ from hpctrain.training.checkpointing.resume import values_to_go_on_from
 from hpctrain.training.data import recorded
 from hpctrain.training.data.recorded import decoding_to_record, refuse_other_decoding
 
-RELEASE = Path(__file__).parents[2] / "data" / "0.1.0"
+RELEASE = Path(__file__).parents[3] / "data" / "0.1.0"
 
 
 def config(folder: Path, *, allow_data_change: bool = False, **data: Any) -> Config:

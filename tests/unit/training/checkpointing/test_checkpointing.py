@@ -16,7 +16,7 @@ from hpctrain.config import load
 from hpctrain.errors import CheckpointError
 from hpctrain.training.checkpointing.resume import find_checkpoint
 
-CONFIG = str(Path(__file__).parents[3] / "configs" / "run.toml")
+CONFIG = str(Path(__file__).parents[4] / "configs" / "run.toml")
 WORLD = world_of_one("none")
 
 
