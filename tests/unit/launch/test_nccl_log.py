@@ -69,6 +69,28 @@ VM-16-64-ubuntu:28471:28471 [0] NCCL INFO NET/IB : No device found.
 job-worker-0:5663:5809 [0] NCCL INFO Channel 04/0 : 0[0] -> 7[7] via P2P/CUMEM
 myles:6742:6767 [1] NCCL INFO Channel 01/0 : 1[1] -> 0[0] via P2P/direct pointer
 """
+# As libnccl.so.2 of 2.32.3 (nvidia-nccl-cu12 of PyPI) words them.
+NEW = """\
+n0:11733:11733 [0] NCCL INFO Bootstrap: Using eth0:192.0.2.2<0>
+n0:11733:11733 [0] NCCL INFO NCCL version 2.32.3+cuda12.9
+n0:11733:11774 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; \
+OOB eth0:192.0.2.2<0>
+n0:11733:11774 [0] NCCL INFO Initialized NET plugin IB
+n0:11733:11774 [0] NCCL INFO Assigned NET plugin IB to comm
+n0:11733:11774 [0] NCCL INFO Using network IB
+n0:11733:11774 [0] NCCL INFO Channel 00/0 : 0[0] -> 4[0] [send] via NET/IB/0/GDRDMA
+n0:11733:11774 [0] NCCL INFO Channel 00/0 : 4[0] -> 0[0] [receive] via NET/IB/0/GDRDMA
+n0:11733:11774 [0] NCCL INFO Channel 01 : 0[0] -> 1[1] via SHM/direct
+"""
+# What that version prints, with INFO, where there is no GPU.
+WITHOUT_GPU = """\
+n0:11733:11733 [0] NCCL INFO ENV/Plugin: Could not find: libnccl-env.so
+n0:11733:11733 [0] NCCL INFO Bootstrap: Using eth0:192.0.2.2<0>
+
+[2026-11-29 17:28:15] n0:11733:11733 [0] init.cc:2955 (ncclCommInitRank) NCCL WARN Cuda failure \
+'CUDA driver version is insufficient for CUDA runtime version'
+n0:11733:11774 [0] NCCL INFO Socket handshake magic 0x564ab9f2fc4b9d6c (built-in default)
+"""
 AMD = """\
 g1064:11143:11143 [0] NCCL INFO RCCL version 2.13.4+hip5.2 HEAD:6b8d2b0
 g1072:1263985:1264007 [0] NCCL INFO Channel 02/0 : 1[c6000] -> 4[c1000] [receive] via NET/Socket/1 \
@@ -101,6 +123,12 @@ nRanks 08
         (FELL_BACK, 2, "between nodes Socket (eth0)"),
         (ONE_NODE, 1, "NCCL 2.29.2; inside a node P2P/CUMEM, P2P/direct pointer"),
         (AMD, 2, "RCCL 2.13.4; between nodes Socket, without GPUDirect; inside a node P2P/IPC"),
+        (
+            NEW,
+            2,
+            "NCCL 2.32.3; between nodes IB (mlx5_0, mlx5_1), GPUDirect; inside a node SHM/direct",
+        ),
+        (WITHOUT_GPU, 2, ""),
         ("", 2, ""),
     ],
 )

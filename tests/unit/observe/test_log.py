@@ -319,8 +319,19 @@ def test_native_libraries_are_quiet_unless_asked(environ: dict[str, str], expect
     assert environ == {"TORCH_CPP_LOG_LEVEL": expected}
 
 
+# Of NCCL 2.32.3 as nvidia-nccl-cu12 of PyPI has it, with NCCL_DEBUG=INFO on a node without a GPU;
+# the names of host and network are ours. It prints to stdout, what it warns of too.
+NCCL = """\
+n0:11733:11733 [0] NCCL INFO ENV/Plugin: Could not find: libnccl-env.so
+n0:11733:11733 [0] NCCL INFO Bootstrap: Using eth0:192.0.2.2<0>
+
+[2026-11-29 17:28:15] n0:11733:11733 [0] misc/cudawrap.cc:329 (initOnceFunc) NCCL WARN Cuda \
+failure 'CUDA driver version is insufficient for CUDA runtime version'
+n0:11733:11774 [0] NCCL INFO Socket handshake magic 0x564ab9f2fc4b9d6c (built-in default)
+"""
+
 NATIVE = """
-import os, signal, subprocess, sys
+import ctypes, os, signal, subprocess, sys
 from pathlib import Path
 from hpctrain.observe import log
 
@@ -330,6 +341,12 @@ with log.start(Path(sys.argv[1]), is_reporter=False, who="rank 3 on n0"):
     os.write(2, b" a line\\n")
     script = "echo of a child >&2; yes filler | head -n $0 >&2"
     subprocess.run(["sh", "-c", script, sys.argv[2]])
+    print("of Python, too")
+    libc = ctypes.CDLL(None)
+    for line in sys.argv[4].encode().splitlines():
+        libc.puts(line)
+        libc.fflush(None)
+    os.write(1, b"no line feed, " + b"x" * 5000)
     os.write(2, b"Fatal error in MPI_Recv")
     if sys.argv[3] != "0":
         os.kill(os.getpid(), int(sys.argv[3]))
@@ -352,7 +369,15 @@ def test_what_c_libraries_print_is_tagged(
 ) -> None:
     """With rank and host, in ranks.log as on stderr, to the last byte before a rank is killed."""
     ended = subprocess.run(
-        [sys.executable, "-c", NATIVE, str(tmp_path), "300000" if number else "3", str(number)],
+        [
+            sys.executable,
+            "-c",
+            NATIVE,
+            str(tmp_path),
+            "300000" if number else "3",
+            str(number),
+            NCCL,
+        ],
         env={"PATH": os.environ["PATH"], variable: value},
         capture_output=True,
         text=True,
@@ -364,17 +389,26 @@ def test_what_c_libraries_print_is_tagged(
     assert {"of Python", "NCCL WARN no route\x1b[31m", "half of a line", "of a child"} < set(lines)
     assert lines.count("filler") == (300_000 if number else 3)
     assert "Fatal error in MPI_Recv" in ended.stderr
+    unended = f"no line feed, {'x' * 5000}"
+    assert f"{NCCL}{unended}" in ended.stdout
     path = tmp_path / log.RANKS_FILE
     if not is_tagged:
         assert not path.exists()
         return
     assert path.stat().st_size < 1_100_000
     found = path.read_text(encoding="utf-8").splitlines()
-    assert all(re.match(r"\S+ \S+  rank 3 on n0: stderr: ", line) for line in found)
-    tagged = [line.partition(" stderr: ")[2] for line in found]
-    assert tagged[:3] == [r"NCCL WARN no route\x1b[31m", "half of a line", "of a child"]
+    assert all(re.match(r"\S+ \S+  rank 3 on n0: std(out|err): ", line) for line in found)
+    errors, out = (
+        [part[1] for line in found if (part := line.split(name, 1))[1:]]
+        for name in (" stderr: ", " stdout: ")
+    )
+    assert errors[:3] == [r"NCCL WARN no route\x1b[31m", "half of a line", "of a child"]
     if number:
-        assert tagged[-1] == "no more than 1,048,576 bytes of a rank"
-    else:
-        assert tagged[3:] == ["filler"] * 3 + ["Fatal error in MPI_Recv"]
-        assert lines[-2:] == ["afterwards", "of Python afterwards"]
+        assert found[-1].endswith("no more than 1,048,576 bytes of a rank")
+        return
+    assert errors[3:] == ["filler"] * 3 + ["Fatal error in MPI_Recv"]
+    assert {"afterwards", "of Python afterwards"} < set(lines)
+    told = [line for line in NCCL.splitlines() if line]
+    assert out[: len(told)] == told
+    assert "".join(out[len(told) :]) == unended
+    assert max(map(len, out)) <= 2000
