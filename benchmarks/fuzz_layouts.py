@@ -329,7 +329,8 @@ def digest_of(layout: Layout, path: Path) -> str:
     if layout.fields is None:
         pattern = str(path) if path.name != "x.h5" else f"{path}:e"
         source = open_source([pattern], Reading())
-        for name, each in source.read(np.arange(source.samples)).items():
+        for name, read in source.read(np.arange(source.samples)).items():
+            each = np.asarray(read)
             digest.update(f"{name} {each.dtype} {each.shape}".encode() + each.tobytes())
         return digest.hexdigest()
     section = DataSection(

@@ -27,6 +27,11 @@ DIGITS = ["digits"]
 MOST_PROBLEMS = 20
 """Told in one message; the number of all of them is told as well."""
 
+HOW_TO_DECODE = (
+    'Train with [data.fields] image = {counts = "image_counts", image = [224, 224]}: its rows and '
+    "columns"
+)
+
 Work = Callable[[argparse.Namespace, Communicator, Progress], str]
 
 
@@ -64,7 +69,10 @@ def pack(parsed: argparse.Namespace, communicator: Communicator, progress: Progr
     listing = on_rank_zero(communicator, lambda: to_copy(parsed.source))
     if listing is None:
         return _pack_files(parsed, communicator, progress)
-    identity = f"{listing.identity} {_reading(parsed)} {parsed.tokenizer} {parsed.end_of_text}"
+    encoded = " encoded" if parsed.encoded else ""
+    identity = (
+        f"{listing.identity} {_reading(parsed)} {parsed.tokenizer} {parsed.end_of_text}{encoded}"
+    )
     there = on_rank_zero(
         communicator, lambda: packing.whole(parsed.folder, _packing(parsed), identity)
     )
@@ -87,10 +95,18 @@ def _pack_files(
     if parsed.tokenizer is not None:
         return _pack_tokens(parsed, communicator, progress, called)
 
+    if parsed.encoded and _reading(parsed) != Reading(encoded=True):
+        raise UsageError(
+            "--encoded keeps files of images as they are, without --axis, --dtype, --size, --grey "
+            "and --tokens: sizes and channels are said in the config, [data.fields.image]",
+            everywhere=True,
+        )
+
     def source() -> Source:
         return called(open_source(parsed.source, _reading(parsed)))
 
-    return packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
+    told = packing.pack(source, parsed.folder, _packing(parsed), communicator, progress)
+    return f"{told}. {HOW_TO_DECODE}" if parsed.encoded else told
 
 
 def _object(texts: Sequence[str]) -> str | None:
@@ -109,7 +125,7 @@ def _pack_object(
     if _reading(parsed) != Reading():
         raise UsageError(
             f"data pack dataset={reference}: samples are packed as the Dataset gives them, "
-            "without --axis, --dtype, --size, --grey and --tokens",
+            "without --axis, --dtype, --size, --grey, --encoded and --tokens",
             everywhere=True,
         )
     with ExitStack() as stack:
@@ -192,6 +208,7 @@ def _reading(parsed: argparse.Namespace) -> Reading:
         size=parsed.size,
         grey=parsed.grey,
         tokens=parsed.tokens,
+        encoded=parsed.encoded,
     )
 
 

@@ -187,6 +187,11 @@ def _declare_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=pixels, help="scale images, such as 224x224")
     parser.add_argument("--grey", action="store_true", help="images in one channel")
     parser.add_argument(
+        "--encoded",
+        action="store_true",
+        help="keep the bytes of files of images, to be decoded beside the training",
+    )
+    parser.add_argument(
         "--tokens",
         type=count,
         help="tokens of text in one sample (1025), bytes without --tokenizer; any file is text",

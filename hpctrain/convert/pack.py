@@ -31,10 +31,12 @@ from hpctrain.data.files.index import (
 )
 from hpctrain.data.files.storage import Storage
 from hpctrain.data.order.permutation import derive_key, permutation
+from hpctrain.data.ragged import ragged_in, stored_fields
 from hpctrain.data.writer import (
     SHARD_BYTES,
     cannot_write,
     inspect_shard,
+    require_stored_apart,
     require_vacant,
     rows_of_shard,
     shard_name,
@@ -170,6 +172,7 @@ def prepare(source: Source, folder: Path, packing: Packing) -> Plan:
         DatasetError: if a filter is not installed, or something else is in one of the folders.
     """
     packing.storage.require_available()
+    require_stored_apart(source.fields, ragged_in(source.fields), source.name)
     sizes = split_sizes(source.samples, packing.splits) if packing.splits else {"": source.samples}
     shard_rows = packing.shard_rows or rows_of_shard(
         source.fields, packing.shard_bytes, packing.storage
@@ -341,13 +344,15 @@ def _kept(path: Path, source: Source, samples: int) -> Shard | None:
     """Return the shard that an interrupted packer left, if it is what is wanted."""
     if not path.exists():
         return None
+    wanted, values = stored_fields(source.fields), ragged_in(source.fields)
     try:
-        shard, fields = inspect_file(str(path), list(source.fields))
+        shard, fields = inspect_file(str(path), list(wanted))
+        fields_of_values = {name: inspect_file(str(path), [name])[1][name] for name in values}
     except DatasetError:
         return None
-    if shard.samples != samples or fields != source.fields:
+    if shard.samples != samples or fields != wanted or fields_of_values != values:
         return None
-    return inspect_shard(path, list(source.fields))
+    return inspect_shard(path, list(wanted))
 
 
 def _finish(plan: Plan, folder: Path, written: Sequence[Written]) -> str:
@@ -358,7 +363,7 @@ def _finish(plan: Plan, folder: Path, written: Sequence[Written]) -> str:
             continue
         dataset = Dataset(
             str(output.folder),
-            plan.source.fields,
+            stored_fields(plan.source.fields),
             tuple(shards[number] for number in range(output.shards)),
         )
         try:

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from hpctrain.data import random
     from hpctrain.data.files.discovery import open_dataset
     from hpctrain.data.files.storage import Storage
+    from hpctrain.data.ragged import Ragged
     from hpctrain.data.writer import Writer
 
-__all__ = ["Storage", "Writer", "open_dataset", "random"]
+__all__ = ["Ragged", "Storage", "Writer", "open_dataset", "random"]
 
-_HOMES = {"Storage": "files.storage", "Writer": "writer", "open_dataset": "files.discovery"}
+_HOMES = {
+    "Ragged": "ragged",
+    "Storage": "files.storage",
+    "Writer": "writer",
+    "open_dataset": "files.discovery",
+}
 _PUBLIC_BEFORE = {
     "Dataset": "dataset",
     "Field": "dataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpctrain.data.dataset import Dataset, Field, Shard, require_supported
+from hpctrain.data.dataset import Dataset, Field, Shard, require_fields, require_supported
 from hpctrain.data.files.discovery import inspect_file
 from hpctrain.data.files.index import (
     HDF5_SUFFIXES,
@@ -22,6 +22,7 @@ from hpctrain.data.files.index import (
     write_index,
 )
 from hpctrain.data.files.storage import Storage
+from hpctrain.data.ragged import COUNTS, Ragged, Shelf, stored_fields
 from hpctrain.errors import DatasetError
 from hpctrain.topology import Communicator, on_all_ranks, on_rank_zero
 from hpctrain.utils.files import file_checksum, publish, temporary_name
@@ -49,6 +50,17 @@ class Writer:
     The first sample decides the shapes and dtypes of the fields; every later one must fit. One
     shard is held in memory until it is full, then written under a hidden name, synced and renamed.
 
+    Fields named in `ragged` have samples of unequal length, such as sentences, graphs or the bytes
+    of images: their values are stored one after the other, and how many each sample has beside
+    them, as NAME_counts. A config reads them by `counts`:
+
+        with Writer("data/train", ragged=["tokens"]) as writer:
+            writer.append({"tokens": np.array([5, 7, 2], "u2"), "label": 1})
+
+        [data.fields.tokens]
+        counts = "tokens_counts"
+        batch = "pad"
+
     With a communicator all ranks write to one dataset, each its own samples: those of rank 0 come
     first, then those of rank 1, and so on. To enter and to leave are then collective; `append` and
     `extend` are not. An exception on one rank has to end the job, as `hpctrain.connect` sees to,
@@ -68,6 +80,7 @@ class Writer:
         storage: Storage | None = None,
         attributes: Attributes | None = None,
         communicator: Communicator | None = None,
+        ragged: Sequence[str] = (),
     ) -> None:
         """Prepare; the folder is made when the body begins.
 
@@ -78,6 +91,7 @@ class Writer:
             storage: such as `Storage("gzip")`; None: contiguous, which reads fastest.
             attributes: by field, HDF5 attributes such as {"units": "kelvin"}.
             communicator: of all ranks that write; None: this process alone.
+            ragged: fields whose samples have values of unequal number, along their first axis.
 
         Raises:
             DatasetError: if the filter of `storage` is not installed.
@@ -90,6 +104,8 @@ class Writer:
         self._communicator = communicator
         self._attributes = {name: dict(values) for name, values in (attributes or {}).items()}
         self._fields: dict[str, Field] = {}
+        self._ragged = frozenset([ragged] if isinstance(ragged, str) else ragged)
+        self._shelf = Shelf(self._ragged, shard_bytes, shard_rows)
         self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._rows = 0
         self._shard_rows = 0
@@ -126,33 +142,63 @@ class Writer:
         """Add one sample.
 
         Args:
-            sample: by field, an array of the field's shape.
+            sample: by field, an array of the field's shape; of fields of unequal length, (its
+                values, *shape).
 
         Raises:
             DatasetError: if it does not fit the first one, or a dtype cannot become a tensor.
         """
         self.extend({name: np.asarray(value)[None] for name, value in sample.items()})
 
-    def extend(self, samples: Mapping[str, npt.ArrayLike]) -> None:
+    def extend(self, samples: Mapping[str, npt.ArrayLike | Ragged]) -> None:
         """Add several samples.
 
         Args:
-            samples: by field, (samples, *shape).
+            samples: by field, (samples, *shape); of fields of unequal length a list of arrays, or
+                `Ragged`.
 
         Raises:
             DatasetError: if they do not fit the first ones, or a dtype cannot become a tensor.
         """
-        arrays = {name: np.asarray(values) for name, values in samples.items()}
+        arrays = {name: self._array(name, values) for name, values in samples.items()}
         count = self._require_fit(arrays)
+        if self._ragged:
+            each = [a.samples() if isinstance(a, Ragged) else list(a) for a in arrays.values()]
+            for values in zip(*each, strict=True):
+                for rows in self._shelf.add(dict(zip(arrays, values, strict=True))):
+                    self._write_shard(rows)
+            return
         done = 0
         while done < count:
             step = min(count - done, self._shard_rows - self._rows)
             for name, array in arrays.items():
+                assert not isinstance(array, Ragged)
                 self._buffers[name][self._rows : self._rows + step] = array[done : done + step]
             self._rows += step
             done += step
             if self._rows == self._shard_rows:
-                self._write_shard()
+                self._write_buffers()
+
+    def _array(self, name: str, values: npt.ArrayLike | Ragged) -> npt.NDArray[Any] | Ragged:
+        """Return the values of a field as they are kept, always in this machine's byte order.
+
+        Raises:
+            DatasetError: if they are of unequal length, and the field is not, or no samples.
+        """
+        if name not in self._ragged:
+            if isinstance(values, Ragged):
+                raise DatasetError(
+                    f'{self._folder}: the samples of field "{name}" are of unequal length: name it '
+                    f'in Writer(..., ragged=["{name}"])'
+                )
+            return np.asarray(values)
+        try:
+            if not isinstance(values, Ragged):
+                values = Ragged.of(list(values))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f'{self._folder}: field "{name}": {error}') from error
+        native = values.values.dtype.newbyteorder("=")
+        return Ragged(values.values.astype(native, copy=False), values.counts)
 
     @property
     def _marker(self) -> Path:
@@ -167,16 +213,21 @@ class Writer:
         except OSError as error:
             raise cannot_write(self._folder, error) from error
 
-    def _require_fit(self, arrays: Mapping[str, npt.NDArray[Any]]) -> int:
+    def _require_fit(self, arrays: Mapping[str, npt.NDArray[Any] | Ragged]) -> int:
         """Return how many samples these are, if they are what the first ones were."""
-        counts = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+        counts = {
+            name: len(array) if isinstance(array, Ragged) or array.ndim else 0
+            for name, array in arrays.items()
+        }
         if not counts or len(set(counts.values())) != 1:
             raise DatasetError(
                 f"{self._folder}: the fields have different numbers of samples: {counts}"
             )
         # Always this machine's byte order: numpy's scalars have no other either.
         fields = {
-            name: Field(array.shape[1:], array.dtype.newbyteorder("="))
+            name: Field(array.values.shape[1:], array.values.dtype, mean_rows=1)
+            if isinstance(array, Ragged)
+            else Field(array.shape[1:], array.dtype.newbyteorder("="))
             for name, array in arrays.items()
         }
         if not self._fields:
@@ -188,30 +239,35 @@ class Writer:
                     f"{self._folder}: attributes for {', '.join(sorted(unknown))}, which no sample "
                     f"has. The fields are: {', '.join(fields)}"
                 )
+            require_stored_apart(fields, self._ragged, str(self._folder))
             self._fields = fields
-            self._shard_rows = self._wanted_rows or rows_of_shard(
-                fields, self._shard_bytes, self._storage
-            )
-            self._buffers = {
-                name: np.empty((self._shard_rows, *field.shape), field.dtype)
-                for name, field in fields.items()
-            }
+            if not self._ragged:
+                self._shard_rows = self._wanted_rows or rows_of_shard(
+                    fields, self._shard_bytes, self._storage
+                )
+                self._buffers = {
+                    name: np.empty((self._shard_rows, *field.shape), field.dtype)
+                    for name, field in fields.items()
+                }
         if fields != self._fields:
+            before = sum(shard.samples for shard in self._shards) + self._rows + len(self._shelf)
             raise DatasetError(
-                f"{self._folder}: sample {len(self._shards) * self._shard_rows + self._rows} has "
+                f"{self._folder}: sample {before} has "
                 f"{_describe(fields)}; the first one had {_describe(self._fields)}. "
                 "Give all samples the same fields, shapes and dtypes"
             )
         return next(iter(counts.values()))
 
-    def _write_shard(self) -> None:
+    def _write_buffers(self) -> None:
+        self._write_shard({name: buffer[: self._rows] for name, buffer in self._buffers.items()})
+        self._rows = 0
+
+    def _write_shard(self, rows: Mapping[str, npt.NDArray[Any] | Ragged]) -> None:
         numbers = [len(self._shards)]
         if self._communicator is not None:
             numbers.insert(0, self._communicator.rank)
-        rows = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
         path = self._folder / shard_name(*numbers)
         self._shards.append(write_shard(path, rows, self._attributes, self._storage))
-        self._rows = 0
 
     def _finish(self) -> None:
         if self._communicator is None:
@@ -224,14 +280,22 @@ class Writer:
     def _write_rest(self) -> tuple[dict[str, Field], list[Shard]]:
         """Write the last, shorter shard and return what this process has written."""
         if self._rows:
-            self._write_shard()
+            self._write_buffers()
+        if len(self._shelf):
+            if lacking := self._shelf.lacking:
+                raise DatasetError(
+                    f'{self._folder}: field "{min(lacking)}" has no value in any of the '
+                    f"{len(self._shelf)} samples: leave it out"
+                )
+            self._write_shard(self._shelf.rest())
         return self._fields, self._shards
 
     def _write_index(self, fields: Mapping[str, Field], shards: Sequence[Shard]) -> None:
         if not shards:
             raise DatasetError(f"{self._folder}: no sample was written")
         try:
-            write_index(Dataset(str(self._folder), fields, tuple(shards)), self._folder)
+            dataset = Dataset(str(self._folder), stored_fields(fields), tuple(shards))
+            write_index(dataset, self._folder)
             self._marker.unlink()
         except OSError as error:
             raise cannot_write(self._folder, error) from error
@@ -282,7 +346,25 @@ def _joined(
 
 
 def _describe(fields: Mapping[str, Field]) -> str:
-    return ", ".join(f"{name} {field.dtype} {field.shape}" for name, field in fields.items())
+    return ", ".join(
+        f"{name} {field.dtype} {f'(any, *{field.shape})' if field.mean_rows else field.shape}"
+        for name, field in fields.items()
+    )
+
+
+def require_stored_apart(fields: Mapping[str, Field], ragged: Iterable[str], place: str) -> None:
+    """Check that fields of unequal length are there, and no other field is called as their counts.
+
+    Raises:
+        DatasetError: if not.
+    """
+    require_fields(ragged, fields, place)
+    for name in ragged:
+        if f"{name}{COUNTS}" in fields:
+            raise DatasetError(
+                f'{place}: how many values the samples of "{name}" have is stored as '
+                f'"{name}{COUNTS}", and there is such a field: give it another name'
+            )
 
 
 def shard_name(*numbers: int) -> str:
@@ -299,7 +381,7 @@ def rows_of_shard(fields: Mapping[str, Field], shard_bytes: int, storage: Storag
 
 def write_shard(
     path: Path,
-    fields: Mapping[str, npt.NDArray[Any]],
+    fields: Mapping[str, npt.NDArray[Any] | Ragged],
     attributes: Attributes,
     storage: Storage,
 ) -> Shard:
@@ -311,7 +393,8 @@ def write_shard(
     temporary = temporary_name(path)
     try:
         write_hdf5(temporary, fields, attributes, storage)
-        shard = inspect_shard(temporary, list(fields))
+        names = [f"{k}{COUNTS}" if isinstance(v, Ragged) else k for k, v in fields.items()]
+        shard = inspect_shard(temporary, names)
         publish(temporary, path)
     except OSError as error:
         raise cannot_write(path.parent, error) from error
@@ -333,7 +416,7 @@ def cannot_write(place: Path, error: OSError) -> DatasetError:
 
 def write_hdf5(
     path: Path,
-    fields: Mapping[str, npt.NDArray[Any]],
+    fields: Mapping[str, npt.NDArray[Any] | Ragged],
     attributes: Attributes,
     storage: Storage,
 ) -> None:
@@ -341,17 +424,34 @@ def write_hdf5(
 
     Args:
         path: of the new file.
-        fields: by name, (samples, *shape).
+        fields: by name, (samples, *shape), or samples of unequal length.
         attributes: by field.
         storage: of each field.
     """
-    threshold, interval = _alignment([array.nbytes for array in fields.values()])
-    about = {name: Field(array.shape[1:], array.dtype) for name, array in fields.items()}
-    keywords = storage.keywords(about, len(next(iter(fields.values()))))
+    values = {name: each.values for name, each in fields.items() if isinstance(each, Ragged)}
+    rows = {
+        f"{name}{COUNTS}" if isinstance(each, Ragged) else name: each.counts
+        if isinstance(each, Ragged)
+        else each
+        for name, each in fields.items()
+    }
+    keywords = _keywords(rows, storage)
+    for name, array in values.items():
+        keywords |= _keywords({name: array}, storage)
+    arrays = {**values, **rows}
+    threshold, interval = _alignment([array.nbytes for array in arrays.values()])
     with h5py.File(path, "w", alignment_threshold=threshold, alignment_interval=interval) as file:
-        for name, array in fields.items():
+        for name, array in arrays.items():
             dataset = file.create_dataset(name, data=array, track_times=False, **keywords[name])
             dataset.attrs.update(attributes.get(name, {}))
+
+
+def _keywords(
+    arrays: Mapping[str, npt.NDArray[Any]], storage: Storage
+) -> dict[str, dict[str, Any]]:
+    """Return the arguments of h5py's create_dataset, by array; all have as many rows."""
+    about = {name: Field(array.shape[1:], array.dtype) for name, array in arrays.items()}
+    return storage.keywords(about, len(next(iter(arrays.values()))))
 
 
 def _alignment(sizes: Sequence[int]) -> tuple[int, int]:

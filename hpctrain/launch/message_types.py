@@ -29,7 +29,7 @@ _NAMES = {
     "data.view": "Part Column View",
     "data.order.ragged": "Heap Lengths Packing Raggedness",
     "data.order.selection": "Spans SampleSelection",
-    "convert.sources.images": "ImageFolder",
+    "convert.sources.images": "EncodedImages ImageFolder",
     "convert.sources.indexed": "Indexed",
     "convert.sources.objects": "ObjectSource SpooledStream",
     "convert.sources.remote": "Copy Fetched Listing",

@@ -34,6 +34,16 @@ def main(folder: Path) -> None:
                 values += file["x"][:, 0].tolist()
         assert values == list(range(dataset.samples))
 
+        with Writer(folder / "ragged", ragged=["x"], communicator=communicator) as writer:
+            for number in range(begin, begin + SHARES[rank]):
+                writer.append({"x": np.full(number % 3 + 1, number)})
+        expected = [number for number in range(sum(SHARES[:size])) for _ in range(number % 3 + 1)]
+        values = []
+        for shard in open_dataset(str(folder / "ragged")).shards:
+            with h5py.File(shard.path) as file:
+                values += file["x"][()].tolist()
+        assert values == expected
+
         # What does not fit together, and what is in the way, is told to all ranks.
         def write(name: str, value: object) -> str:
             try:

@@ -28,7 +28,7 @@ NAMES = {
     "train",
 }
 OF_LIGHTNING = {"Trainer"}
-OF_DATA = {"Storage", "Writer", "open_dataset"}
+OF_DATA = {"Ragged", "Storage", "Writer", "open_dataset"}
 
 WITHOUT_ANYTHING_HEAVY = """
 import sys

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from hpctrain.convert.sources import netcdf3, zarr_stores
-from hpctrain.convert.sources.images import ImageFolder, images_in
+from hpctrain.convert.sources.images import SUFFIXES, EncodedImages, ImageFolder, images_in
 from hpctrain.convert.sources.indexed import Indexed, require_no_keys
 from hpctrain.convert.sources.remote import Listing, listed, public
 from hpctrain.convert.sources.source import Converted, Source, is_url
@@ -45,6 +45,7 @@ class Reading:
         size: rows and columns that images are scaled to.
         grey: images in one channel rather than three.
         tokens: bytes of text in one sample; given, any file is text.
+        encoded: images as the bytes of their files, in place of pixels.
     """
 
     axes: Mapping[str, int | None] = field(default_factory=dict)
@@ -52,6 +53,8 @@ class Reading:
     size: tuple[int, int] | None = None
     grey: bool = False
     tokens: int | None = None
+    # Not shown where it is not asked for: packings that were begun know how files were read.
+    encoded: bool = field(default=False, repr=False)
 
     def axis(self, name: str) -> int | None:
         """Return the axis of the samples of a field; None: there is none."""
@@ -138,12 +141,18 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
     name = " ".join(texts)
     if len(items) == 1 and items[0].is_plain and reading.tokens is None:
         pattern = items[0].pattern
+        if reading.encoded:
+            return _encoded(pattern)
         if _is_hdf5(pattern) and not reading.axes:
             whole = Indexed.open(pattern, to_decode=reading.dtypes)
             require_no_keys(whole.dataset)
             return whole
         if Path(pattern).is_dir() and _holds_images(Path(pattern)):
             return ImageFolder.open(pattern, reading.size, reading.grey)
+    if reading.encoded:
+        raise DatasetError(
+            f"{name}: --encoded packs one folder, or one pattern of files, of images"
+        )
     if any(item.names_groups for item in items):
         return _in_groups(name, items, reading)
     files = [(item, _find(item.pattern)) for item in items]
@@ -156,6 +165,24 @@ def _open(texts: Sequence[str], items: Sequence[Item], reading: Reading) -> Sour
             for field_name, part in _parts(item, path, reading):
                 columns.setdefault(field_name, []).append(part)
     return Table(name, columns, frozenset(reading.dtypes))
+
+
+def _encoded(pattern: str) -> EncodedImages:
+    """Return the images of a folder, or those that fit a pattern, as they are.
+
+    Raises:
+        DatasetError: if there are none, or other files among them.
+    """
+    if Path(pattern).is_dir():
+        return EncodedImages.open(pattern)
+    paths = _find(pattern)
+    other = [path for path in paths if not path.lower().endswith(SUFFIXES)]
+    if other:
+        raise DatasetError(
+            f"{other[0]}: --encoded packs files of images (*{', *'.join(SUFFIXES)}): leave it out "
+            "for others, whose encoded images train as they are ([data.fields.NAME] image = ...)"
+        )
+    return EncodedImages.of_files(pattern, paths)
 
 
 def _in_groups(name: str, items: Sequence[Item], reading: Reading) -> Indexed:

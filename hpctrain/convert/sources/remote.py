@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import xxhash
 
 from hpctrain.convert.parallel import Progress
-from hpctrain.convert.sources.source import Arrays, Source, is_url, optional
+from hpctrain.convert.sources.source import Samples, Source, is_url, optional
 from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field
 from hpctrain.errors import DatasetError
@@ -100,7 +100,7 @@ class Fetched:
     def attributes(self) -> Mapping[str, Mapping[str, Any]]:
         return self.source.attributes
 
-    def read(self, rows: Int64s) -> Arrays:
+    def read(self, rows: Int64s) -> Samples:
         """Return samples, as `Source.read` does."""
         return self.source.read(rows)
 

@@ -19,11 +19,13 @@ import xxhash
 
 from hpctrain.data.arrays import Int64s
 from hpctrain.data.dataset import Field, require_fields, require_supported
+from hpctrain.data.ragged import Ragged
 from hpctrain.errors import DatasetError, HpctrainError
 from hpctrain.utils.files import require_regular
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Arrays = dict[str, npt.NDArray[Any]]
+Samples = Mapping[str, npt.NDArray[Any] | Ragged]
 
 
 class ArrayFacts(NamedTuple):
@@ -56,7 +58,7 @@ class Source(Protocol):
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        """In this machine's byte order."""
+        """In this machine's byte order; `mean_rows` is given of samples of unequal length."""
         ...
 
     @property
@@ -69,11 +71,11 @@ class Source(Protocol):
         """Changes when a file of the source does."""
         ...
 
-    def read(self, rows: Int64s) -> Arrays:
+    def read(self, rows: Int64s) -> Samples:
         """Return the samples of these numbers, in any order, each at most once.
 
         Returns:
-            By field, (rows, *shape).
+            By field, (rows, *shape); or `Ragged`, where samples are of unequal length.
 
         Raises:
             DatasetError: naming file, field and row that cannot be read.
@@ -257,15 +259,17 @@ class Converted:
         dtypes = {name: dtype.str for name, dtype in sorted(self.dtypes.items())}
         return f"{self.source.identity} {dtypes}"
 
-    def read(self, rows: Int64s) -> Arrays:
+    def read(self, rows: Int64s) -> Samples:
         """Return samples, as `Source.read` does.
 
         Raises:
             DatasetError: also if a value does not fit its new dtype.
         """
-        arrays = self.source.read(rows)
+        arrays = dict(self.source.read(rows))
         for name, dtype in self.dtypes.items():
-            arrays[name] = self._convert(name, arrays[name], dtype, rows)
+            values = arrays[name]
+            assert not isinstance(values, Ragged), "encoded images have no --dtype"
+            arrays[name] = self._convert(name, values, dtype, rows)
         return arrays
 
     def _convert(

@@ -164,14 +164,17 @@ def _select(dataset: Dataset, names: Sequence[str]) -> Dataset:
     files = []
     for shard in known.shards:
         more, fields = inspect_file(shard.path, asked)
-        if more.samples != shard.samples:
+        # Values of samples of unequal length have other rows, and alone are what the file says.
+        if known.fields and more.samples != shard.samples:
             raise DatasetError(
                 f'{shard.path}: field "{asked[0]}" has {more.samples} rows, and {INDEX_NAME} lists '
                 f"{shard.samples}. Name fields that belong together"
             )
         codings = None if shard.codings is None else {**shard.codings, **(more.codings or {})}
         layouts = {**shard.layouts, **more.layouts}
-        whole = dataclasses.replace(shard, layouts=layouts, sources=more.sources, codings=codings)
+        whole = dataclasses.replace(
+            shard, samples=more.samples, layouts=layouts, sources=more.sources, codings=codings
+        )
         files.append((whole.select(names), {**known.fields, **fields}))
     return fitted(dataset.source, files).select(names)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_public_names() -> None:
-    assert hpctrain.data.__all__ == ["Storage", "Writer", "open_dataset", "random"]
+    assert hpctrain.data.__all__ == ["Ragged", "Storage", "Writer", "open_dataset", "random"]
     for name in hpctrain.data.__all__:
         assert getattr(hpctrain.data, name).__name__.rpartition(".")[2] == name
     with pytest.raises(AttributeError, match="has no attribute 'anything'"):

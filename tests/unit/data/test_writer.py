@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from helpers.loaders import evaluation_loader
 
-from hpctrain.data import Writer, open_dataset
+from hpctrain.config.schema_data import DataSection, FieldTable
+from hpctrain.data import Ragged, Writer, open_dataset
 from hpctrain.data.files.index import INDEX_VERSION, damaged_shards, sealed
 from hpctrain.data.files.storage import Storage
+from hpctrain.data.opening.open_datasets import open_datasets
 from hpctrain.errors import DatasetError
 from hpctrain.launch.communicators import SingleCommunicator
 
@@ -255,3 +259,103 @@ def test_large_fields_are_aligned(tmp_path: Path) -> None:
     shard = open_dataset(str(tmp_path / "data")).shards[0]
     assert shard.layouts["x"].offset == 2**20
     assert shard.size < 1.07 * 5 * 2**22
+
+
+LENGTHS = (0, 0, 3, 1, 0, 7, 2, 0, 0, 5, 4, 0)
+SENTENCES = [np.arange(n, dtype=">u2") + 10 * i for i, n in enumerate(LENGTHS)]
+ATOMS = [np.full((n % 3 + 1, 3), i, "f4") for i, n in enumerate(LENGTHS)]
+
+
+def delivered(folder: Path, fields: list[str]) -> dict[str, list[list[Any]]]:
+    """Return the samples of a folder by our own fields of unequal length."""
+    tables = {
+        name: FieldTable(counts=f"{name}_counts", batch="concat") for name in fields if name != "y"
+    }
+    section = DataSection(train=str(folder), global_batch_size=5, fields=tables)
+    loader = evaluation_loader(open_datasets(section, fields)[0], fields=fields, batch_size=5)
+    found: dict[str, list[list[Any]]] = {name: [] for name in fields}
+    for batch in loader:
+        for name in fields:
+            values = batch.fields[name]
+            if name in tables:
+                offsets = batch.fields[f"{name}.offsets"].tolist()
+                values = [values[a:b] for a, b in itertools.pairwise(offsets)]
+            found[name] += [each.tolist() for each in values]
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("how", ["append", "lists", "Ragged"])
+@pytest.mark.parametrize(
+    ("size", "num_shards"),
+    [({"shard_rows": 1}, 6), ({"shard_rows": 4}, 3), ({"shard_bytes": 60}, 5), ({}, 1)],
+)
+def test_samples_of_unequal_length(
+    tmp_path: Path, how: str, size: dict[str, int], num_shards: int
+) -> None:
+    """Every shard has values, also where samples have none, and every sample its own."""
+    samples = {"words": SENTENCES, "atoms": ATOMS, "y": list(range(len(LENGTHS)))}
+    with Writer(tmp_path / "out", ragged=["words", "atoms"], **size) as writer:
+        if how == "append":
+            for i in range(len(LENGTHS)):
+                writer.append({name: each[i] for name, each in samples.items()})
+        else:
+            of = Ragged.of if how == "Ragged" else list
+            for part in (slice(0, 5), slice(5, None)):
+                writer.extend(
+                    {
+                        name: np.array(each[part]) if name == "y" else of(each[part])
+                        for name, each in samples.items()
+                    }
+                )
+    found = delivered(tmp_path / "out", ["words", "atoms", "y"])
+    assert found == {name: [np.asarray(x).tolist() for x in v] for name, v in samples.items()}
+    shards = open_dataset(str(tmp_path / "out")).shards
+    assert len(shards) == num_shards
+    with h5py.File(shards[0].path) as file:
+        assert file["words"].dtype == np.dtype("=u2")
+
+
+def test_bytes_of_unequal_samples_do_not_depend_on_how_they_came(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        with Writer(tmp_path / name, ragged="words", shard_rows=4) as writer:
+            if name == "one":
+                writer.extend({"words": SENTENCES})
+            else:
+                for sentence in SENTENCES:
+                    writer.append({"words": sentence})
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_unequal_samples_that_do_not_fit(tmp_path: Path) -> None:
+    def written(*samples: dict[str, Any], ragged: tuple[str, ...] = ("x",)) -> None:
+        with Writer(tmp_path / "out", ragged=ragged) as writer:
+            for sample in samples:
+                writer.extend(sample)
+
+    for message, arguments in {
+        r"has x float32 \(any, \*\(\)\); the first one had x float64 \(any": (
+            {"x": [np.zeros(3)]},
+            {"x": [np.zeros(2, "f4")]},
+        ),
+        r'name it in Writer\(\.\.\., ragged=\["y"\]\)': ({"y": Ragged.of([np.zeros(3)])},),
+        r'there is no field "x"': ({"y": np.zeros(3)},),
+        r'stored as "x_counts", and there is such a field': (
+            {"x": [np.zeros(3)], "x_counts": np.zeros(1)},
+        ),
+        r'field "x" has no value in any of the 2 samples': ({"x": [np.zeros(0), np.zeros(0)]},),
+        r'field "x": give samples of unequal length as arrays of one dtype': (
+            {"x": [np.zeros(2), np.zeros(2, "i4")]},
+        ),
+        r"different numbers of samples: \{'x': 1, 'y': 2\}": (
+            {"x": [np.zeros(2)], "y": np.zeros(2)},
+        ),
+    }.items():
+        with pytest.raises(DatasetError, match=message):
+            written(*arguments)
+        assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="the counts make 5 values, but there are 4"):
+        Ragged(np.zeros(4), np.array([2, 3]))
+    with pytest.raises(ValueError, match="fewer than 0"):
+        Ragged(np.zeros(1), np.array([2, -1]))
