@@ -20,7 +20,7 @@ from hpctrain.data.order.epochs import source_epochs
 from hpctrain.data.view import View
 from hpctrain.launch.nccl_log import Transport, combine, describe, find_trouble
 from hpctrain.launch.process_group import World
-from hpctrain.observe.machine.log import energy_line, energy_of, read_hosts
+from hpctrain.observe.machine.log import energy_line, energy_since
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.report import Best, HeaderFacts, SummaryFacts, header, summary
 from hpctrain.training.build import Parts
@@ -33,9 +33,6 @@ from hpctrain.training.run import Run
 from hpctrain.utils.text import metric, plural
 
 logger = logging.getLogger("hpctrain")
-
-_TAIL_BYTES = 2**22
-"""Of each host's file of machine figures: a line a minute for days."""
 
 
 def header_text(
@@ -102,7 +99,7 @@ def summary_text(
     folder = Path(config.run.directory, config.run.name)
     began = psutil.Process().create_time()
     node_seconds = world.topology.num_nodes * max(0.0, time.time() - began)
-    energy = energy_of(read_hosts(folder, _TAIL_BYTES), since=began)
+    energy = energy_since(folder, began)
     return summary(
         SummaryFacts(
             run=config.run.name,

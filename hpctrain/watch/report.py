@@ -139,14 +139,15 @@ def _machines(run: RunFiles, most_bytes: int) -> dict[str, list[dict[str, Any]]]
     """Return the lines of machine figures by host, evenly thinned; those of slow ranks all stay."""
     files = [each for each in run.growing() if each.name.startswith(f"{MACHINE}/")]
     every = -(-sum(each.size for each in files) // most_bytes) or 1
-    return {
-        Path(each.name).stem: [
-            record
-            for i, record in enumerate(_records(run, each.name))
-            if i % every == 0 or record["kind"] != "machine"
-        ]
-        for each in files
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in files:
+        kept = found[Path(each.name).stem] = []
+        for i, (_, line) in enumerate(run.lines(each.name)):
+            # What does not stay is not parsed either: of a long run of many hosts next to all.
+            stays = i % every == 0 or b"straggler" in line
+            if stays and (record := from_line(line)) is not None:
+                kept.append(record)
+    return found
 
 
 def _records(run: RunFiles, name: str = JSONL_FILE) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hpctrain.observe.goodput import PARTS, Goodput, end_of_outcome, goodput, re
 from hpctrain.observe.job_record import FOLDER as JOBS
 from hpctrain.observe.job_record import JobTime
 from hpctrain.observe.machine.log import FOLDER as MACHINE
-from hpctrain.observe.machine.log import energy_of, read_hosts, signs_of_life
+from hpctrain.observe.machine.log import energy_between, signs_of_life
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import lines_of
 from hpctrain.utils.files import open_regular
@@ -354,17 +353,15 @@ def energy_of_run(run: Path, jobs: Sequence[JobTime]) -> dict[str, Any] | None:
         run: its folder.
         jobs: of the run, by number.
     """
-    hosts = read_hosts(run)
-    whole = energy_of(hosts)
+    whole, *parts = energy_between(run, [job.begin for job in jobs])
     if whole is None:
         return None
     used = 0.0 if any(job.end is None for job in jobs) else sum(job.node_seconds for job in jobs)
     # A job's last line is written as it ends, its record's time is in whole seconds.
-    ends = [job.begin for job in jobs[1:]] + [inf] * bool(jobs)
-    of_jobs = {}
-    for job, end in zip(jobs, ends, strict=True):
-        found = energy_of(hosts, job.begin, end)
-        of_jobs[str(job.number)] = None if found is None else found.to_json(None)["kwh"]
+    of_jobs = {
+        str(job.number): None if found is None else found.to_json(None)["kwh"]
+        for job, found in zip(jobs, parts, strict=True)
+    }
     return {**whole.to_json(used or None), "jobs": of_jobs}
 
 

@@ -17,7 +17,7 @@ from hpctrain.observe.machine.log import FOLDER as MACHINE
 from hpctrain.observe.metrics import JSONL_FILE
 from hpctrain.observe.records import WALL_TIME, flat, from_line
 from hpctrain.utils import text
-from hpctrain.watch.run_files import LOG, RunFiles
+from hpctrain.watch.run_files import LOG, GrowingFile, RunFiles
 
 EVERY_SECONDS = 2.0
 
@@ -28,6 +28,8 @@ _FIRST_BYTES = 32 * 2**20
 
 _TAIL_BYTES = 2**15
 """Of a log and of a host's figures."""
+_HOSTS_BYTES = 2**21
+"""Of the figures of all hosts together."""
 
 _MOST_POINTS = 2000
 _PIPE_COLUMNS, _LOG_LINES = 100, 10
@@ -137,6 +139,15 @@ class _Tail:
     place: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What is shown of a host, for as long as its file does not grow."""
+
+    size: int
+    cells: tuple[str, ...] | None
+    slow: list[dict[str, Any]]
+
+
 @dataclass(slots=True)
 class RunView:
     """What is drawn of one run; it remembers what it has read."""
@@ -146,6 +157,7 @@ class RunView:
     _series: dict[str, list[float]] = field(default_factory=dict)
     _pace: list[tuple[int, float]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
+    _hosts: dict[str, _Host] = field(default_factory=dict)
 
     def lines(self, columns: int, rows: int | None, style: Style) -> list[str]:
         """Return the picture of the run.
@@ -211,12 +223,13 @@ class RunView:
         files = [each for each in self.run.growing() if each.name.startswith(f"{MACHINE}/")]
         found, slow = [], []
         for each in files:
-            records = list(self._tail_records(each.name, each.size))
-            slow += [record for record in records if record["kind"] == "straggler"]
-            newest = next((one for one in reversed(records) if one["kind"] == "machine"), None)
-            if newest is not None:
-                host = each.name.removeprefix(f"{MACHINE}/").removesuffix(".jsonl")
-                found.append((text.printable(host), *_figures(newest)))
+            known = self._hosts.get(each.name)
+            if known is None or known.size != each.size:
+                most = min(_TAIL_BYTES, _HOSTS_BYTES // len(files))
+                known = self._hosts[each.name] = self._host(each, most)
+            slow += known.slow
+            if known.cells is not None:
+                found.append(known.cells)
         if not found:
             return []
         most = len(found) if rows is None else max(2, rows // 4)
@@ -230,6 +243,17 @@ class RunView:
             drawn.append(style.painted(_cut(text.printable(words), columns), "33"))
         return drawn
 
+    def _host(self, file: GrowingFile, most_bytes: int) -> _Host:
+        """Return what the end of a host's figures says."""
+        records = list(self._tail_records(file.name, file.size, most_bytes))
+        newest = next((one for one in reversed(records) if one["kind"] == "machine"), None)
+        host = file.name.removeprefix(f"{MACHINE}/").removesuffix(".jsonl")
+        return _Host(
+            size=file.size,
+            cells=None if newest is None else (text.printable(host), *_figures(newest)),
+            slow=[record for record in records if record["kind"] == "straggler"],
+        )
+
     def _log(self, columns: int, count: int) -> list[str]:
         size = next((each.size for each in self.run.growing() if each.name == LOG), 0)
         try:
@@ -239,9 +263,9 @@ class RunView:
         lines = content.decode("utf-8", "replace").splitlines()
         return [_cut(text.printable(line), columns) for line in lines[-count:]]
 
-    def _tail_records(self, name: str, size: int) -> Iterator[dict[str, Any]]:
+    def _tail_records(self, name: str, size: int, most_bytes: int) -> Iterator[dict[str, Any]]:
         try:
-            content = self.run.piece(name, max(0, size - _TAIL_BYTES), _TAIL_BYTES)
+            content = self.run.piece(name, max(0, size - most_bytes), most_bytes)
         except OSError:
             return
         for line in content.split(b"\n"):

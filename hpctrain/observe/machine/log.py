@@ -26,7 +26,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
@@ -51,7 +52,16 @@ MOST_HOSTS = 256
 MOST_RANKS = 16
 """Of a node that have numbers of their own in a line."""
 
+TOTAL_BYTES = 2**26
+"""That are read of all hosts together: more than a week's, and some seconds of work.
+
+Of a longer run the newest are, and energy tells which part of the node-hours it covers.
+"""
+
 _WEEK_SECONDS = 7 * 86_400.0
+
+_LIFE_BYTES = 2**28
+"""That are searched for moments alone."""
 
 _BURST, _STEADY = 0.1, 0.7
 """Shares of a week's bytes: at once, and evenly. The rest is for jobs on ever other hosts."""
@@ -155,21 +165,44 @@ class MachineLog:
         self._file.close()
 
 
-def read_hosts(run: Path, most_bytes: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def read_hosts(
+    run: Path, most_bytes: int | None = None, *, total_bytes: int = TOTAL_BYTES
+) -> dict[str, list[dict[str, Any]]]:
     """Return the lines of every host that can be read, by host; none where there are no figures.
 
     Args:
         run: its folder.
         most_bytes: of the end of each file; None: all of it.
+        total_bytes: of the ends of all files together.
     """
-    found = {}
-    for path in _files(run):
-        with suppress(OSError), open_file(path) as file:
-            if most_bytes is not None:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
-            lines = map(from_line, lines_of(file))
-            found[path.name.removesuffix(".jsonl")] = [line for line in lines if line is not None]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for host, line in lines_of_hosts(run, most_bytes, total_bytes=total_bytes):
+        if (record := from_line(line)) is not None:
+            found.setdefault(host, []).append(record)
     return found
+
+
+def lines_of_hosts(
+    run: Path, most_bytes: int | None = None, *, total_bytes: int = TOTAL_BYTES
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the lines of every host, each with its host, see `read_hosts`; not yet parsed."""
+    names = [name for name in names_in(run / FOLDER) if name.endswith(".jsonl")]
+    sizes: dict[str, int] = {}
+    for name in names:
+        with suppress(OSError):
+            sizes[name] = (run / FOLDER / name).stat().st_size
+    left = total_bytes
+    # The small ones first: what they do not need is for the others.
+    for i, name in enumerate(sorted(sizes, key=sizes.__getitem__)):
+        share = min(left // (len(sizes) - i), most_bytes or left)
+        with suppress(OSError), open_file(run / FOLDER / name) as file:
+            start = max(0, os.fstat(file.fileno()).st_size - share)
+            file.seek(start)
+            for line in lines_of(file):
+                if file.tell() - start > share:  # it has grown meanwhile
+                    break
+                yield name.removesuffix(".jsonl"), line
+            left -= min(share, file.tell() - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,31 +246,55 @@ def energy_line(energy: Mapping[str, Any] | None) -> str:
     )
 
 
-def energy_of(
-    hosts: Mapping[str, Sequence[Mapping[str, Any]]], since: float = 0.0, until: float = inf
-) -> Energy | None:
-    """Return the energy of lines of machine figures; None where none tells any.
+class EnergySum:
+    """Energy, added up line by line."""
+
+    def __init__(self) -> None:
+        self._joules = self._covered = 0.0
+        self._parts: dict[str, None] = {}
+        self._sources: dict[str, None] = {}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add what a line of machine figures tells."""
+        seconds = _positive(line.get("seconds"))
+        if line["kind"] != "machine" or not seconds:
+            return
+        told = _of_line(line, seconds)
+        self._joules += sum(amount for _, _, amount in told)
+        self._covered += seconds if told else 0.0
+        self._parts |= dict.fromkeys(part for part, _, _ in told)
+        self._sources |= dict.fromkeys(source for _, source, _ in told)
+
+    def energy(self) -> Energy | None:
+        """Return all of it; None where no line has told any."""
+        if not self._parts:
+            return None
+        return Energy(self._joules, self._covered, tuple(self._parts), tuple(self._sources))
+
+
+def energy_between(run: Path, bounds: Sequence[float]) -> list[Energy | None]:
+    """Return the energy of a run and of stretches of its time, each line read once.
 
     Args:
-        hosts: lines of each, see `read_hosts`.
-        since: seconds since 1970 before which no line counts.
-        until: seconds since 1970 after which none does.
+        run: its folder.
+        bounds: seconds since 1970 at which the stretches begin, rising.
+
+    Returns:
+        Of the whole run, then of each stretch; None where no line tells any.
     """
-    joules = covered = 0.0
-    parts: dict[str, None] = {}
-    sources: dict[str, None] = {}
-    for line in (line for lines in hosts.values() for line in lines):
-        seconds, moment = _positive(line.get("seconds")), _positive(line.get(WALL_TIME))
-        if line["kind"] != "machine" or not seconds or not since <= moment <= until:
+    sums = [EnergySum() for _ in range(len(bounds) + 1)]
+    for _, line in lines_of_hosts(run):
+        if (record := from_line(line)) is None:
             continue
-        told = _of_line(line, seconds)
-        joules += sum(amount for _, _, amount in told)
-        covered += seconds if told else 0.0
-        parts |= dict.fromkeys(part for part, _, _ in told)
-        sources |= dict.fromkeys(source for _, source, _ in told)
-    if not parts:
-        return None
-    return Energy(joules, covered, tuple(parts), tuple(sources))
+        sums[0].add(record)
+        if place := bisect_right(bounds, _positive(record.get(WALL_TIME))):
+            sums[place].add(record)
+    return [each.energy() for each in sums]
+
+
+def energy_since(run: Path, moment: float) -> Energy | None:
+    """Return the energy of what is measured since a moment, in seconds since 1970."""
+    return energy_between(run, [moment])[1]
 
 
 def _of_line(line: Mapping[str, Any], seconds: float) -> list[tuple[str, str, float]]:
@@ -266,13 +323,5 @@ def _positive(value: object) -> float:
 
 def signs_of_life(run: Path) -> list[float]:
     """Return the moments at which any host has written a line, without looking into the lines."""
-    found: list[float] = []
-    for path in _files(run):
-        with suppress(OSError), open_file(path) as file:
-            found += (float(moment) for line in lines_of(file) for moment in _MOMENT.findall(line))
-    return found
-
-
-def _files(run: Path) -> list[Path]:
-    names = names_in(run / FOLDER)
-    return [run / FOLDER / name for name in names if name.endswith(".jsonl")]
+    lines = lines_of_hosts(run, total_bytes=_LIFE_BYTES)
+    return [float(moment) for _, line in lines for moment in _MOMENT.findall(line)]

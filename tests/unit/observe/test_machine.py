@@ -23,8 +23,8 @@ from hpctrain.observe.machine.log import (
     WEEK_BYTES,
     Allowance,
     MachineLog,
+    energy_between,
     energy_line,
-    energy_of,
     file_of,
     is_recorded,
     read_hosts,
@@ -250,9 +250,18 @@ def machine_line(moment: float, **more: object) -> dict[str, Any]:
     ],
 )
 def test_energy_of_lines(
-    lines: list[dict[str, Any]], kwh: float | None, scope: list[str], source: list[str]
+    tmp_path: Path,
+    lines: list[dict[str, Any]],
+    kwh: float | None,
+    scope: list[str],
+    source: list[str],
 ) -> None:
-    found = energy_of({"n1": lines, "n2": []})
+    tree(
+        tmp_path,
+        {"machine/n2.jsonl": "", "machine/n1.jsonl": b"".join(map(to_line, lines)).decode()},
+    )
+    found, later = energy_between(tmp_path, [1000.0])
+    assert later is None
     if kwh is None:
         assert found is None
         return
@@ -261,7 +270,30 @@ def test_energy_of_lines(
     assert told["kwh"] == pytest.approx(kwh)
     assert (told["scope"], told["source"]) == (scope, source)
     assert told["coverage"] == len(lines) / 4
-    assert energy_of({"n1": lines}, since=1000.0) is None
+
+
+def test_of_many_hosts_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
+    """What small files do not need, large ones get; of each its end, which is the newest."""
+    sizes = {"n0": 0, "n1": 300, **{f"n{i}": 2000 for i in range(2, 64)}}
+    for host, count in sizes.items():
+        lines = (f'{{"kind": "machine", "step": {i}}}\n' for i in range(count))
+        tree(tmp_path, {f"machine/{host}.jsonl": "".join(lines)})
+    before = bytes_read()
+    hosts = read_hosts(tmp_path, total_bytes=2**20)
+    taken = bytes_read() - before
+    assert 0.9 * 2**20 < taken < 2**20 + 64 * 2**14
+    assert len(hosts["n1"]) == 300
+    assert {lines[-1]["step"] for host, lines in hosts.items() if host != "n1"} == {1999}
+    assert 400 < len(hosts["n2"]) < 600
+    before = bytes_read()
+    assert len(read_hosts(tmp_path, 2**9)["n1"]) < 20
+    assert bytes_read() - before < 64 * 2**14
+    assert len(read_hosts(tmp_path)["n2"]) == 2000
+
+
+def bytes_read() -> int:
+    """All that this process has read, by the kernel's count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_energy_of_a_run_and_its_jobs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -119,6 +120,28 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(
     terminal = Terminal()
     show([opened(made_run(tmp_path / "run"))], terminal, sleep=interrupted)
     assert terminal.sent().endswith("\x1b[?25h\x1b[?1049l")
+
+
+def test_figures_of_many_hosts_are_read_once(tmp_path: Path) -> None:
+    """Their ends, and again only once they have grown: 256 hosts would cost a core otherwise."""
+    run = made_run(tmp_path / "run")
+    append_machines(run, 64, 200)
+    at = [bytes_read()]
+
+    def look(seconds: float) -> None:
+        at.append(bytes_read())
+
+    terminal = Terminal()
+    show([opened(run)], terminal, sleep=look, frames=3)
+    first, second, third = (after - before for before, after in itertools.pairwise(at))
+    assert 2**20 < first < 2**21 + 2**19
+    assert max(second, third) < 2**19
+    assert frames(terminal.sent())[2] == frames(terminal.sent())[0]
+
+
+def bytes_read() -> int:
+    """All that this process has read, by the kernel's count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_metrics_that_a_resume_has_cut_back_do_not_stay(
