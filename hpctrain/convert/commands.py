@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain.config.importing import is_reference
 from hpctrain.convert import pack as packing
@@ -22,6 +22,9 @@ from hpctrain.data.files.storage import Storage
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.topology import Communicator, on_rank_zero
 from hpctrain.utils.text import first_lines, plural
+
+if TYPE_CHECKING:
+    from hpctrain.convert.info import Look
 
 DIGITS = ["digits"]
 MOST_PROBLEMS = 20
@@ -218,22 +221,46 @@ def info(parsed: argparse.Namespace, _: Communicator, __: Progress) -> str:
 
     parts = parts_of(parsed.dataset)
     if not parts:
-        told = _told(parsed.dataset, parsed.fields, as_json=parsed.json)
+        told = _told(parsed.dataset, parsed.fields, as_json=parsed.json)[0]
         return told if isinstance(told, str) else json.dumps(told, indent=1)
-    each = {part: _told(part, parsed.fields, as_json=parsed.json) for part in parts}
+    return _told_of_splits(parsed, parts)
+
+
+def _told_of_splits(parsed: argparse.Namespace, parts: Sequence[str]) -> str:
+    """Tell what the folders of a folder hold, and how to train on them together."""
+    from hpctrain.convert.info import look
+    from hpctrain.convert.splits import for_training, joint, joint_facts, joint_text
+
+    train = for_training(parts) if parsed.fields is None else None
+    found = {
+        part: _told(part, parsed.fields, as_json=parsed.json, is_part=train is not None)
+        for part in parts
+    }
+    told = {part: said for part, (said, _) in found.items()}
+    about = None
+    if train is not None:
+        looks = {part: seen or look(part, None) for part, (_, seen) in found.items()}
+        about = joint(looks, train)
     if parsed.json:
-        return json.dumps({"source": parsed.dataset, "parts": each}, indent=1)
-    return "\n\n".join(map(str, each.values()))
+        together = {} if about is None else {"joint": joint_facts(about)}
+        return json.dumps({"source": parsed.dataset, "parts": told} | together, indent=1)
+    together_text = [] if about is None else [f"{parsed.dataset}: {joint_text(about)}"]
+    return "\n\n".join([*map(str, told.values()), *together_text])
 
 
-def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str | dict[str, Any]:
+def _told(
+    pattern: str, fields: Sequence[str] | None, *, as_json: bool, is_part: bool = False
+) -> tuple[str | dict[str, Any], Look | None]:
+    """Return what a dataset holds, and what a look into its files has found, if there was one."""
     from hpctrain.convert.info import (
         describe,
         description,
+        holds_more,
         is_made,
         look,
         look_facts,
         look_text,
+        more_text,
     )
 
     facts, problem = None, None
@@ -243,14 +270,21 @@ def _told(pattern: str, fields: Sequence[str] | None, *, as_json: bool) -> str |
         if fields is not None or (is_made(pattern) and not is_catalogue(Path(pattern))):
             raise
         problem = error
-    if facts is not None and (fields is not None or is_made(pattern)):
-        return facts if as_json else description(facts)
+    if facts is not None and fields is not None:
+        return (facts if as_json else description(facts)), None
+    if facts is not None and is_made(pattern):
+        if not holds_more(pattern, facts["fields"]):
+            return (facts if as_json else description(facts)), None
+        about = look(pattern, None)
+        if as_json:
+            return {**facts, "sets": look_facts(about)["sets"]}, about
+        more = [] if is_part else [more_text(about, facts["fields"])]
+        return "\n".join([description(facts), *filter(None, more)]), about
     about = look(pattern, problem)
     if as_json:
-        return {**look_facts(about), **(facts or {})}
-    return "\n".join(
-        [*([description(facts, with_fields=False)] if facts else []), look_text(about)]
-    )
+        return {**look_facts(about), **(facts or {})}, about
+    text = look_text(about, with_config=not is_part)
+    return "\n".join([*([description(facts, with_fields=False)] if facts else []), text]), about
 
 
 def index(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:

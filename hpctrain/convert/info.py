@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,15 +238,20 @@ def _refused(pattern: str, fields: FieldSet) -> dict[str, Use]:
 
 def _problem_of(pattern: str, uses: Sequence[Use]) -> str | None:
     """Return why fields cannot be opened in all files; None: they can."""
+    found = opened(pattern, uses)
+    return found if isinstance(found, str) else None
+
+
+def opened(pattern: str, uses: Sequence[Use]) -> Dataset | str:
+    """Return fields of all files, or why they cannot be opened."""
     tables = {
-        name: FieldTable(path=use.path, **_quick(use.keys)) for name, use in _named(uses).items()
+        name: FieldTable(path=use.path, **_quick(use.keys)) for name, use in named(uses).items()
     }
     section = DataSection(train=pattern, global_batch_size=1, fields=tables)
     try:
-        open_for_training(section, list(tables))
+        return open_for_training(section, list(tables))
     except HpctrainError as error:
         return str(error).splitlines()[0].removesuffix(OR_CHOOSE)
-    return None
 
 
 def _quick(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +280,7 @@ def look_facts(about: Look) -> dict[str, Any]:
             for item in with_members(about.found.items)
         ],
         "sets": [
-            {"samples": each.samples, "fields": [_table_of(use) for use in each.uses]}
+            {"samples": each.samples, "fields": [table_of(use) for use in each.uses]}
             for each in about.sets
         ],
         "cut": about.found.cut,
@@ -286,8 +291,8 @@ def look_facts(about: Look) -> dict[str, Any]:
 _NOTHING = Use(path="")
 
 
-def look_text(about: Look) -> str:
-    """Return what was found as text, several lines."""
+def look_text(about: Look, *, with_config: bool = True) -> str:
+    """Return what was found as text, several lines; perhaps without the tables to copy."""
     others = f", the first of {plural(about.files, 'file')}" if about.files > 1 else ""
     lines = [f"{printable(about.found.path)}: HDF5{others}"]
     rows = [("array", "type", "shape", "stored", "", "")]
@@ -296,7 +301,7 @@ def look_text(about: Look) -> str:
     lines += [f"  {head}", *first_lines(body, MOST_ITEMS, "  ", "array")]
     if about.found.cut:
         lines.append(f"  {about.found.cut}")
-    return "\n".join([*lines, *_ways(about)])
+    return "\n".join([*lines, *_ways(about, with_config=with_config)])
 
 
 def _row(item: Item, uses: Mapping[str, Use]) -> tuple[str, str, str, str, str, str]:
@@ -320,7 +325,28 @@ def _said(use: Use) -> str:
     return f"needs {keys}" if keys else "trains"
 
 
-def _ways(about: Look) -> list[str]:
+def holds_more(pattern: str, known: Container[str]) -> bool:
+    """Tell whether the first file of a folder with an index has arrays that it does not list."""
+    if is_catalogue(Path(pattern)):
+        return False
+    return any(item.path not in known for item in survey(find_files(pattern)[0]).items)
+
+
+def more_text(about: Look, known: Container[str]) -> str:
+    """Return how to train on arrays that an index does not list; empty: there are none.
+
+    It lists those with a row for each sample, and not the values of samples of unequal length.
+    """
+    uses = about.sets[0].uses[:MOST_FIELDS] if about.sets else ()
+    unlisted = [use for use in uses if use.path not in known]
+    if not unlisted:
+        return ""
+    told = [f"  {printable(use.path)}: {printable(_said(use))}" for use in unlisted]
+    lines = [f"  {line}" for line in config_lines({"train": about.pattern}, uses)]
+    return "\n".join([*told, "to train on it, copy what is wanted:", *lines])
+
+
+def _ways(about: Look, *, with_config: bool) -> list[str]:
     """Return how to train on a part of what there is."""
     lines = []
     if about.problem is not None:
@@ -332,25 +358,41 @@ def _ways(about: Look) -> list[str]:
         lines.append(f"{plural(each.samples, 'sample')}: {listed(names, MOST_FIELDS)} ({data})")
     if not about.sets:
         return [*lines, "nothing here has rows of numbers that could train as they are"]
+    if not with_config:
+        return lines
     first = about.sets[0].uses[:MOST_FIELDS]
     pattern = printable(shlex.quote(about.pattern))
     fields = shlex.quote(printable(",".join(use.path for use in first)))
     return [
         *lines,
         "to train on the first of these sets, copy what is wanted of it:",
-        *(f"  {line}" for line in config_lines(about.pattern, first)),
+        *(f"  {line}" for line in config_lines({"train": about.pattern}, first)),
         f"  # python -m hpctrain data verify {pattern} --fields {fields}",
     ]
 
 
-def config_lines(pattern: str, uses: Sequence[Use]) -> list[str]:
-    """Return the tables of a config that name these arrays, as TOML."""
-    named = _named(uses).items()
-    fields = [f"{name} = {{{_table_text(_table_of(use))}}}" for name, use in named]
-    return ["[data]", f"train = {_toml(pattern)}", "[data.fields]", *fields]
+def config_lines(
+    data: Mapping[str, str], uses: Sequence[Use], evaluations: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the tables of a config that name these arrays, as TOML.
+
+    Args:
+        data: keys of `[data]`, and the files that each names.
+        uses: the fields.
+        evaluations: further files to evaluate with, by name.
+    """
+    lines = ["[data]", *(f"{key} = {_toml(pattern)}" for key, pattern in data.items())]
+    lines += ["[data.fields]"]
+    lines += [f"{name} = {{{_table_text(table_of(use))}}}" for name, use in named(uses).items()]
+    others = [f"{_key(name)} = {_toml(path)}" for name, path in (evaluations or {}).items()]
+    return [*lines, *(["[data.evaluations]"] if others else []), *others]
 
 
-def _named(uses: Sequence[Use]) -> dict[str, Use]:
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def named(uses: Sequence[Use]) -> dict[str, Use]:
     """Return fields by names that TOML takes as they are: the last part of each path, if it can."""
     named: dict[str, Use] = {}
     for use in uses:
@@ -364,7 +406,8 @@ def _named(uses: Sequence[Use]) -> dict[str, Use]:
     return named
 
 
-def _table_of(use: Use) -> dict[str, Any]:
+def table_of(use: Use) -> dict[str, Any]:
+    """Return the table of a field in a config."""
     return {"path": use.path, **use.keys}
 
 
