@@ -23,6 +23,7 @@ from hpctrain.config.schema import OptimizerSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import loading
 from hpctrain.observe.code import user_modules
+from hpctrain.training.compiler import leave_out_compiler
 from hpctrain.utils.text import listed
 
 Prune = Callable[[int, Mapping[str, float]], object]
@@ -109,7 +110,8 @@ def resolve_components(
     Raises:
         ConfigError: with all mistakes of all components, or if code is not that of the snapshot.
     """
-    # The user's packages, and by the first optimizer that is made torch._dynamo: 330,000 objects.
+    leave_out_compiler()
+    # The user's packages.
     without = {*given, *(["optimizer"] if config.optimizer.use == OWN else [])}
     with loading():
         components = resolve_all(

@@ -19,6 +19,7 @@ from hpctrain.data.loading.batch import Samples
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
+from hpctrain.training.compiler import as_written
 from hpctrain.training.dry_run.replay import Replay
 from hpctrain.training.dry_run.step import Explain, explained
 from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
@@ -83,7 +84,7 @@ def rehearse(
     rehearsal = _Rehearsal(model, task, rows, world, number_format, call)
     together = world.communicator
     with (
-        torch.compiler.set_stance("force_eager") if eager else nullcontext(),
+        as_written() if eager else nullcontext(),
         torch.no_grad(),
         kept_generators(world.device),
         kept_model(model, task=task),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hpctrain.data.loading.batch import Samples
 from hpctrain.errors import HpctrainError, TrainingError
 from hpctrain.topology import Communicator, raise_together
+from hpctrain.training.compiler import as_written
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import (
     Disturbance,
@@ -226,7 +227,7 @@ def find_coupling(
     count = rows.size
     with (
         torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),  # three sizes of batches would be compiled
+        as_written(),  # three sizes of batches would be compiled
         kept_model(wrapped.model, task=task),
         evaluating(wrapped.model.modules()),
     ):

@@ -351,7 +351,10 @@ def connect(
     training = chosen.training if strategy is None else training_of(strategy)
     number_format = chosen.precision if precision is None else precision_of(precision)
     with process_group.connect(section, communicator=communicator) as world:
+        from hpctrain.training.compiler import leave_out_compiler
         from hpctrain.training.loops.registry import Setups
+
+        leave_out_compiler()
 
         if seed is not None:
             from hpctrain.training.model.undisturbed import seed_generators

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hpctrain.batch.stop import END_DUE
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
+from hpctrain.training.compiler import is_loaded
 from hpctrain.training.modules.overrides import inner_modules
 from hpctrain.training.modules.run_logger import RunLogger
 from hpctrain.training.position import Position, StopAt
@@ -258,7 +258,7 @@ def attach(module: nn.Module, trainer: TrainerStandIn, logs: Any) -> None:
     """Give a module, and those inside it, its trainer, `self.log`, and what is like it."""
     names = ("log", "log_dict", "log_image", "log_histogram")
     given = {name: getattr(logs, name) for name in names}
-    if "torch._dynamo" in sys.modules:
+    if is_loaded():
         # Steps that are compiled leave their graph for it: what it adds up is no constant of one.
         given = {name: torch.compiler.disable(each) for name, each in given.items()}
     for each in inner_modules(module):

@@ -12,8 +12,8 @@ import json
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from hpctrain.checkpoint.optimizer_state import OWN, OptimizerState, SavedOptimi
 from hpctrain.checkpoint.state import HasParameters, UnsavableError
 from hpctrain.config.schema import ParameterGroup, SchedulerSection
 from hpctrain.errors import CheckpointError, ConfigError
+from hpctrain.training.compiler import as_written
 from hpctrain.training.model.undisturbed import kept_generators
 from hpctrain.training.optim.ema import EvaluationWeights, has_modes
 from hpctrain.training.optim.optimizer import OF_CONFIG
@@ -147,7 +148,7 @@ def try_optimizer(
     stand_ins = StandIns.of(model, group_of)
     device = next(iter(stand_ins.parameters.values())).device
     # What it prints when it is built was printed when the run's own was.
-    with kept_generators(device), _without_compiler(), redirect_stdout(io.StringIO()):
+    with kept_generators(device), as_written(), redirect_stdout(io.StringIO()):
         try:
             optimizer = build(stand_ins)
         except ConfigError:
@@ -314,14 +315,6 @@ def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 def _rates(optimizer: Optimizer) -> list[float]:
     return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Run compiled functions as they are written: stand-ins are not worth a compilation."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    with nullcontext() if stance is None else stance("force_eager"):
-        yield
 
 
 _LONGEST, _FEWEST = 64, 4

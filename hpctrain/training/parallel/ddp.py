@@ -18,6 +18,7 @@ from hpctrain.checkpoint.tensors import checksum, tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
+from hpctrain.training.compiler import compiler_unasked
 from hpctrain.training.model.wrappers import Call, Method, PlainNames, UnhookedCallee, call_directly
 from hpctrain.training.parallel.unused_parameters import UnusedParameters, reaching_all, unreduced
 from hpctrain.utils.text import listed
@@ -188,13 +189,14 @@ class DDPModel:
 
     def _wrap(self, *, static_graph: bool = False) -> None:
         # Without device_ids: inputs are on the device, DDP need not look for some to move.
-        self._ddp = DistributedDataParallel(
-            UnhookedCallee(self.model),
-            bucket_cap_mb=self._bucket_mb,
-            gradient_as_bucket_view=True,
-            static_graph=static_graph,
-            find_unused_parameters=self.unused.allowed,
-        )
+        with compiler_unasked():
+            self._ddp = DistributedDataParallel(
+                UnhookedCallee(self.model),
+                bucket_cap_mb=self._bucket_mb,
+                gradient_as_bucket_view=True,
+                static_graph=static_graph,
+                find_unused_parameters=self.unused.allowed,
+            )
         self.call = self._ddp
         if self._compress_gradients != "none":
             self._ddp.register_comm_hook(None, _COMPRESSIONS[self._compress_gradients])

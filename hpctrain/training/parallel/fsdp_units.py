@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hpctrain.data.loading.batch import moved
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
+from hpctrain.training.compiler import as_written
 from hpctrain.training.model.precision import real_view
 from hpctrain.training.model.preparation import fitting_modules
 from hpctrain.training.model.undisturbed import kept_generators
@@ -208,9 +208,7 @@ def _real(model: nn.Module, task: Task, fields: Any) -> Findings:
 
 def _watched(model: nn.Module, task: Task, fields: Any, *, passes: int) -> Findings:
     watch = _Watch(model)
-    # What is compiled would be compiled for the watch as well.
-    compiles = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiles else nullcontext(), watch:
+    with as_written(), watch:  # what is compiled would be compiled for the watch as well
         for _ in range(passes):
             task.loss(model, fields)
             watch.end_pass()
