@@ -326,13 +326,20 @@ def verify(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> s
         progress=progress,
     )
     if verdict.problems:
-        raise DatasetError(*_problems(verdict.source, verdict.problems))
+        raise DatasetError(
+            *_problems(verdict.source, verdict.problems),
+            *([verdict.not_looked_at] if verdict.not_looked_at else []),
+        )
     compared = "" if verdict.has_checksums else " (there are no checksums to compare with)"
     return (
         f"{verdict.source}: {plural(verdict.samples, 'sample')} in "
         f"{plural(verdict.shards, 'shard')}, {plural(verdict.size, 'byte')}, all as they should "
-        f"be{compared}"
+        f"be{compared}" + _further(verdict.not_looked_at)
     )
+
+
+def _further(not_looked_at: str) -> str:
+    return f"\n{not_looked_at}" if not_looked_at else ""
 
 
 def _problems(source: str, problems: Sequence[str]) -> list[str]:
@@ -343,6 +350,7 @@ def _problems(source: str, problems: Sequence[str]) -> list[str]:
 def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
     """Measure values and write them down."""
     from hpctrain.convert.stats import measure, summary
+    from hpctrain.convert.unseen import not_looked_at_in
     from hpctrain.data.stats import STATS_NAME, write_stats
 
     dataset = open_dataset(parsed.dataset, parsed.fields)
@@ -351,7 +359,9 @@ def stats(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     path = parsed.out or Path(dataset.shards[0].path).parent / STATS_NAME
     stats = measure(dataset, parsed.jobs, progress)
     write_stats(stats, path)
-    return f"{summary(stats)}\nwritten to {path}"
+    complex_ = [name for name in dataset.fields if name not in stats["fields"]]
+    rest = not_looked_at_in(dataset, parsed.dataset, [f"{name} (complex)" for name in complex_])
+    return f"{summary(stats)}\nwritten to {path}{_further(rest)}"
 
 
 def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> str:
@@ -359,10 +369,13 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
     import dataclasses
 
     from hpctrain.convert.bench import bench
+    from hpctrain.convert.unseen import not_looked_at_in
     from hpctrain.data.reading.threads import reading_threads
 
+    dataset = open_dataset(parsed.dataset, parsed.fields)
+    rest = not_looked_at_in(dataset, parsed.dataset)
     speed = bench(
-        open_dataset(parsed.dataset, parsed.fields),
+        dataset,
         global_batch_size=parsed.batch,
         seconds=parsed.seconds,
         cold=parsed.cold,
@@ -371,5 +384,7 @@ def bench(parsed: argparse.Namespace, _: Communicator, progress: Progress) -> st
         progress=progress,
     )
     if parsed.json:
-        return json.dumps({**dataclasses.asdict(speed), "ratio": speed.ratio})
-    return f"{parsed.dataset}: {speed}"
+        return json.dumps(
+            {**dataclasses.asdict(speed), "ratio": speed.ratio, "not_looked_at": rest}
+        )
+    return f"{parsed.dataset}: {speed}{_further(rest)}"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.convert.parallel import Progress, blocks_of, for_each, one_shard, silent
+from hpctrain.convert.unseen import not_looked_at, unseen_arrays, unseen_files
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Shard, require_fields
 from hpctrain.data.decoding import decodings
@@ -39,6 +40,7 @@ class Verdict:
         problems: each names its shard, and field and row where it has them; none: all is well.
         shards, samples, size: what was looked at, `size` in bytes.
         has_checksums: whether the index has checksums to compare with.
+        not_looked_at: arrays and files whose values nobody looked at, in words; empty: none.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Verdict:
     samples: int
     size: int
     has_checksums: bool
+    not_looked_at: str
 
 
 class _Task(NamedTuple):
@@ -75,6 +78,7 @@ class _Found:
 
     problems: list[str] = field(default_factory=list)
     fields: dict[str, Field] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)
     samples: int = 0
     size: int = 0
 
@@ -146,6 +150,11 @@ def verify(
         samples=sum(each_.samples for each_ in found),
         size=sum(each_.size for each_ in found),
         has_checksums=has_checksums,
+        not_looked_at=not_looked_at(
+            {name for each_ in found for name in each_.unseen},
+            unseen_files(pattern),
+            has_checksums=has_checksums,
+        ),
     )
 
 
@@ -172,6 +181,7 @@ def check_shard(task: _Task) -> _Found:
         dataset = one_shard(shard, found.fields)
         if task.as_stored:
             dataset = dataset.as_stored(found.fields)
+        found.unseen = unseen_arrays(task.path, task.names or found.fields)
         for name in task.names or found.fields:
             found.problems += _bad_values(dataset, name, task)
     except DatasetError as error:
