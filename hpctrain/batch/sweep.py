@@ -20,6 +20,7 @@ from hpctrain.config.toml import parse, parse_value, split_values, to_value
 from hpctrain.errors import ConfigError, UsageError
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole
+from hpctrain.utils.permissions import explained
 from hpctrain.utils.run_folder import SWEEP
 from hpctrain.utils.text import listed, ranges
 
@@ -269,6 +270,8 @@ def read_sweep(folder: Path) -> Sweep | None:
         command = tuple(map(str, document["command"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise ConfigError(f"{path} cannot be read: {explained(error, path)}") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; remove it to begin anew") from error
     return Sweep(folder=folder, command=command, points=points)

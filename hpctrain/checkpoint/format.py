@@ -167,7 +167,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
     except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"{path} cannot be read: {explained(error, path)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if meta.pop("xxh3_64") != checksum_of_meta(meta):
@@ -228,7 +228,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"{path} cannot be read: {explained(error, path)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -253,7 +253,8 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UnreadableError(f"{checkpoints} cannot be listed: {error.strerror}") from error
+        why = explained(error, checkpoints)
+        raise UnreadableError(f"{checkpoints} cannot be listed: {why}") from error
     steps = [(step, path) for path in found if (step := step_of(path.name)) is not None]
     for _, path in sorted(steps, reverse=True):
         yield path

@@ -21,6 +21,7 @@ from typing import Any
 from hpctrain.errors import ConfigError, OutputError
 from hpctrain.observe.redacting import redact
 from hpctrain.utils.files import open_regular
+from hpctrain.utils.permissions import explained
 from hpctrain.utils.text import printable, size, table
 
 MOST_BYTES = 4_500_000
@@ -77,7 +78,7 @@ def bundle(run: Path, target: Path, *, status: str, more: tuple[Path, ...] = ())
     try:
         folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ConfigError(f"{run}: {error.strerror}") from error
+        raise ConfigError(f"{run}: {explained(error, run)}") from error
     try:
         items = [*_items_of(folder), *(_more(path) for path in more)]
         if not any(item.content is not None for item in items):

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hpctrain.batch.exit_status import NAME as OUTCOME
 from hpctrain.batch.exit_status import read_status
 from hpctrain.errors import ConfigError, HpctrainError
 from hpctrain.observe.goodput import FILE as PHASES
@@ -37,7 +38,7 @@ PIECE_BYTES = 2**20
 """Of a file, in one answer."""
 
 _GROWING = re.compile(rf"{re.escape(JSONL_FILE)}|{re.escape(LOG)}|{MACHINE}/[\w.-]{{1,255}}\.jsonl")
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC  # one may be entered, and not be listed
 _MOST_MACHINES = 256
 _MOST_JOBS = 1000
 _RECORD_BYTES = 4 * 2**20
@@ -71,7 +72,7 @@ class RunFiles:
             lives: tells whether the process that holds a run's folder lives; None: not from here.
 
         Raises:
-            ConfigError: if there is no such folder.
+            ConfigError: if there is no such folder, or it is closed to this user.
         """
         try:
             is_there = stat.S_ISDIR(folder.stat().st_mode)
@@ -89,6 +90,20 @@ class RunFiles:
         self._found_best: dict[str, Any] | None = None
         self._phases_size = -1
         self._found_spent: dict[str, Any] = {}
+        self._require_open()
+
+    def _require_open(self) -> None:
+        """Refuse a run that shows nothing since it is closed to this user."""
+        for name in (OUTCOME, JSONL_FILE):
+            try:
+                with self._opened(name):
+                    pass
+            except PermissionError as error:
+                path = self.path / name
+                why = explained(PermissionError(error.errno, error.strerror), path)
+                raise ConfigError(f"{self.path} cannot be read: {why}") from error
+            except OSError:  # not there yet, or not a file: it is left out
+                continue
 
     def growing(self) -> list[GrowingFile]:
         """Return the files that grow, those that are there."""
@@ -323,7 +338,7 @@ def runs_now(run: Path, lives: bool | None = None, clock: Callable[[], float] = 
             to say it.
         clock: seconds since 1970.
     """
-    if lives is not None or read_object(run / "exit.json").get("code") is not None:
+    if lives is not None or read_object(run / OUTCOME).get("code") is not None:
         return bool(lives)
     beat = heartbeat(run)
     return beat is not None and clock() - beat < BEAT_SECONDS
@@ -336,7 +351,7 @@ def goodput_of(run: Path, *, runs: bool | None = None) -> Goodput | None:
         run: its folder.
         runs: whether a job runs, see `runs_now`.
     """
-    outcome = read_object(run / "exit.json")
+    outcome = read_object(run / OUTCOME)
     beat = heartbeat(run)
     return goodput(
         read_phases(run),

@@ -102,7 +102,8 @@ def find_runs(folder: Path) -> list[Path]:
     try:
         return _runs_in(folder, 2)
     except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}: name the folder of your runs") from error
+        why = explained(error, folder)
+        raise ConfigError(f"{folder}: {why}: name the folder of your runs") from error
 
 
 def _runs_in(folder: Path, levels: int) -> list[Path]:
@@ -140,7 +141,8 @@ def run_row(
         if status is not None and status.state == State.RUNNING.value:
             step = max(step, _newest_step(run))
     except HpctrainError as error:
-        state = f"damaged: {error}".splitlines()[0][:60]
+        what = "closed" if isinstance(error.__cause__, PermissionError) else "damaged"
+        state = _shown(f"{what}: {error}".splitlines()[0])
     metrics = _evaluated(run)
     best: dict[str, float] = {}
     with suppress(HpctrainError, OSError):

@@ -118,7 +118,7 @@ COMMANDS = (
 def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each is named with its owner, or left out of a table, and the others are shown."""
     runs = tmp_path / "runs"
-    modes = {"closed": 0o700, "listed": 0o744, "entered": 0o711, "open": 0o755}
+    modes = {"closed": 0o700, "listed": 0o744, "entered": 0o711, "inside": 0o755, "open": 0o755}
     for name in modes:
         (made_run(runs / name) / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "new").mkdir(mode=0o777)
@@ -128,11 +128,12 @@ def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixtu
         if folder.name.startswith("pytest-of"):
             break
 
-    def call(command: str, run: Path, index: str) -> None:
+    def call(command: str, run: Path, index: str) -> ExitCode | int:
         new = tmp_path / "new" / f"{run.name}-{index}"
         words = [str(word) for word in command.format(run, runs / "open", new).split()]
         code = main(words)
         assert code in (ExitCode.DONE, ExitCode.CONFIG, ExitCode.CHECKPOINT_IO), (words, code)
+        return code
 
     for i, command in enumerate(COMMANDS):
         call(command, runs / "open", f"root-{i}")  # imported while this is still root
@@ -140,6 +141,8 @@ def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixtu
     capfd.readouterr()
     for name, mode in modes.items():
         (runs / name).chmod(mode)
+    for path in (runs / "inside").rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
     if (child := os.fork()) == 0:
         code = 1
         try:
@@ -149,7 +152,9 @@ def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixtu
             assert main(["runs", str(runs)]) == ExitCode.DONE
             for name in modes:
                 for i, command in enumerate(COMMANDS):
-                    call(command, runs / name, str(i))
+                    code = call(command, runs / name, str(i))
+                    shows = code == ExitCode.DONE
+                    assert not (shows and name in ("closed", "listed", "inside")), (command, name)
             code = 0
         except BaseException:  # noqa: BLE001 - the parent sees a code only
             traceback.print_exc()
@@ -160,8 +165,12 @@ def test_the_closed_folders_of_others(tmp_path: Path, capfd: pytest.CaptureFixtu
     ended = os.waitpid(child, 0)[1]
     out, err = capfd.readouterr()
     assert ended == 0, err
-    assert {line.split()[0] for line in out.splitlines()[1:3]} == {"open", "entered"}
-    assert err.count(f"{runs / 'closed'} belongs to ") >= 3
+    assert {line.split()[0] for line in out.splitlines()[1:4]} == {"open", "entered", "inside"}
+    assert "inside  closed: " in out
+    told = [line for line in err.splitlines() if str(runs / "closed") in line]
+    assert len(told) == len(COMMANDS)
+    assert [line for line in told if f"{runs / 'closed'} belongs to " not in line] == []
+    assert out.count("train loss") >= 2, "one that can be entered is shown, though not listed"
 
 
 def test_nothing_of_this_imports_torch(tmp_path: Path) -> None:
