@@ -39,6 +39,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.observe.goodput import PhaseLog
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.progress import Progress
+from hpctrain.training.components import NOTHING
 from hpctrain.training.position import Interval, Position
 from hpctrain.training.profiling import Phases
 from hpctrain.training.rank_zero import RankZero, SaveClock
@@ -187,7 +188,11 @@ class Job:
             )
             self.stop.add(rank_zero.save_clock.bit)
         data: Any = SimpleNamespace(
-            train_loader=self.samples, stop_at=stop_at(10**9, self.config), place=Position()
+            config=self.config,
+            brought=NOTHING,
+            train_loader=self.samples,
+            stop_at=stop_at(10**9, self.config),
+            place=Position(),
         )
         counters = {
             "data": lambda: self.samples.wait_seconds,
@@ -195,7 +200,7 @@ class Job:
         }
         self.place = Position()
         self.run = _Run(
-            self.config, world, data, self.parts, phases=Phases(counters), stop=self.stop,
+            world, data, self.parts, phases=Phases(counters), stop=self.stop,
             rank_zero=rank_zero, saved={},
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ from hpctrain.training.build import Parts, build_parts
 from hpctrain.training.components import Components
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.dry_run.evaluation import MOST_ROWS, rehearse
-from hpctrain.training.metrics import MetricObjects, Part, Totals
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals
 from hpctrain.training.model.undisturbed import evaluating, kept_generators
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.nonfinite import listed_rows

@@ -15,7 +15,8 @@ from hpctrain.data.loading.batch import EvaluationBatches, ShareOfBatch
 from hpctrain.launch.messages import decode, encode
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.metrics import MetricObjects, Part, Totals, combine
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals, combine
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, kept_tensors
 from hpctrain.training.model.wrappers import Call, call_directly

@@ -169,7 +169,6 @@ def _train(
         stop.add(ReadTrouble(data.train_loader).bit)
         phases = Phases(_counters(parts, data, rank_zero))
     run = Run(
-        config,
         world,
         data,
         parts,
@@ -178,7 +177,6 @@ def _train(
         rank_zero=rank_zero,
         saved={} if resumed is None else resumed.values,
         profiler=profiler,
-        prune=brought.prune,
     )
     plan = Plan.of(config, data)
     run.begin(place)

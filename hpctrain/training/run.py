@@ -6,25 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hpctrain.batch.stop import END_DUE, SAVE_DUE, Boundary, StopAgreement
-from hpctrain.checkpoint.load import Loaded, load_newest
-from hpctrain.checkpoint.save import Snapshot, try_snapshot
-from hpctrain.config import Config
 from hpctrain.data.loading.batch import EvaluationBatches
 from hpctrain.data.order.epochs import source_epochs
-from hpctrain.data.order.state import to_state
 from hpctrain.launch.process_group import World
-from hpctrain.observe.redacting import toml_for_others
-from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
-from hpctrain.training.checkpointing.resume import reading, roll_back
-from hpctrain.training.checkpointing.save import TogetherSaver
-from hpctrain.training.checkpointing.snapshot import capture
-from hpctrain.training.components import Prune
 from hpctrain.training.data.run_data import Data
 from hpctrain.training.early_stopping import ASKED, STATE, early_stopping_of
 from hpctrain.training.evaluation import Turn, evaluate
@@ -34,7 +23,7 @@ from hpctrain.training.parallel.ddp import check_equal_parameters
 from hpctrain.training.position import Position
 from hpctrain.training.profiling import Phases, StepProfiler, note_figures
 from hpctrain.training.rank_zero import RankZero
-from hpctrain.training.record import made_by
+from hpctrain.training.saver import Saver
 from hpctrain.training.task.misfits import look_at_ranges
 from hpctrain.training.task.task import learns_progress
 from hpctrain.utils.text import metric
@@ -45,8 +34,6 @@ Metrics = dict[str, float]
 
 
 VALIDATION = "validation"
-
-
 """What the data are called whose metrics have no name before theirs."""
 
 
@@ -67,7 +54,6 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
         world: World,
         data: Data,
         parts: Parts,
@@ -77,24 +63,21 @@ class Run:
         rank_zero: RankZero | None,
         saved: Mapping[str, Any],
         profiler: StepProfiler | None = None,
-        prune: Prune | None = None,
     ) -> None:
         """Take up the run where its data say that it goes on.
 
         Args:
-            config: of the job.
             world: the ranks.
-            data: of the run.
+            data: of the run, and its config.
             parts: what is trained, restored already.
             phases: seconds of this rank.
             stop: the agreement of all ranks to stop.
             rank_zero: what only rank 0 has; None on the others.
             saved: values of the checkpoint that the run goes on from; empty: it begins.
             profiler: of steps to come; None: none.
-            prune: is asked behind each evaluation whether the run ends there; None: nobody is.
         """
         place = data.place
-        self._config = config
+        self._config = config = data.config
         self._world = world
         self._data = data
         self._parts = parts
@@ -128,18 +111,15 @@ class Run:
         self._save_due = 0
         self._confirmed = False
         self._profiler = profiler
-        self._prune = prune
+        self._prune = data.brought.prune
         self._looks = False
-        self._together: TogetherSaver | None = None
-        if parts.step.sharded is not None:
-            store = rank_zero.store if rank_zero else None
-            self._together = TogetherSaver(world, stop, store, config.checkpoint.files)
+        self._saver = Saver(config, world, data, parts.step, stop=stop, rank_zero=rank_zero)
         self._spikes = SpikeWatch()
         self._policy = BadStepPolicy(
             config.training,
             skipped=self._skipped_before,
             explain=self._explain,
-            roll_back=self._roll_back,
+            roll_back=self._saver.roll_back,
             tell=self.warn,
         )
 
@@ -359,8 +339,7 @@ class Run:
         self._refuse_idle_end(place)
         if self._config.training.fast_dev_run:
             return  # a trial has shown already that it can be saved
-        with self._world.pulse.long_phase():
-            self._save(place, metrics)
+        self._saver.save(place, metrics, self._memory())
 
     def begin(self, place: Position) -> None:
         """See that the ranks are equal and the run can be saved. Collective: all ranks."""
@@ -384,47 +363,7 @@ class Run:
         Raises:
             CheckpointError: on every rank, naming what could not be saved.
         """
-        with self._world.pulse.long_phase():
-            snapshot = self._capture(place, None)
-            with raise_together(self._world.communicator):
-                if snapshot is not None:
-                    try_snapshot(snapshot)
-
-    def _save(self, place: Position, metrics: Metrics | None) -> None:
-        snapshot = self._capture(place, metrics)
-        if self._rank_zero is not None:
-            assert snapshot is not None
-            job = self._rank_zero.folder.record
-            snapshot = replace(snapshot, made_by=made_by(job, self._world))
-            self._rank_zero.save_clock.saved()
-        if self._together is not None:
-            assert snapshot is not None
-            self._together.save(snapshot)
-            return
-        with raise_together(self._world.communicator):
-            if self._rank_zero is not None and snapshot is not None:
-                self._rank_zero.store.save(snapshot)
-
-    def _capture(self, place: Position, metrics: Metrics | None) -> Snapshot | None:
-        """Return what this rank has to save. Collective: all ranks."""
-        return capture(
-            self._world,
-            self._step,
-            place,
-            data=self._place_in_data(place),
-            extra=self._memory(),
-            config_toml=toml_for_others(self._config),
-            metrics=metrics,
-        )
-
-    def _place_in_data(self, place: Position) -> dict[str, Any]:
-        """Return what the next batch follows from."""
-        return to_state(
-            self._data.train_loader.order_of(place.epoch),
-            place.epoch,
-            place.position,
-            self._data.train.fingerprint,
-        )
+        self._saver.attempt(place, self._memory())
 
     def agreed(self, boundary: Boundary = Boundary.STEP) -> int:
         """Return what all ranks have agreed on here: reasons to stop, SAVE_DUE, or 0.
@@ -434,8 +373,7 @@ class Run:
         """
         if not self.reasons:
             agreed = self._stop.boundary(boundary)
-            if self._together is not None:
-                self._together.look()
+            self._saver.look()
             if agreed:
                 self._save_due |= agreed & SAVE_DUE
                 if agreed & END_DUE:
@@ -463,14 +401,9 @@ class Run:
                 logger.exception("on_exception has failed itself; what it was called for follows")
             raise
 
-    @contextmanager
-    def saves_finished(self) -> Iterator[None]:
-        """Finish the last save, of which ranks write parts, after the body.
-
-        Collective: all ranks.
-        """
-        with nullcontext() if self._together is None else self._together.finished_after():
-            yield
+    def saves_finished(self) -> AbstractContextManager[None]:
+        """Return the context after which the last save is finished. Collective: all ranks."""
+        return self._saver.finished()
 
     def _memory(self) -> Mapping[str, Any]:
         """Return what a run that goes on should know of this one."""
@@ -535,26 +468,6 @@ class Run:
     def _explain(self, step: int) -> str:
         """Return what is known of the newest bad steps. Collective: all ranks."""
         return explain(self._step.bad_batches(step), self._data.train_loader, self._world)
-
-    def _roll_back(self) -> int:
-        """Put the parameters of the newest checkpoint back. Collective: all ranks."""
-        with self._world.pulse.long_phase():
-            return roll_back(self._world, self._step, self._load_newest)
-
-    def _load_newest(self) -> Loaded | None:
-        """Read the newest checkpoint on rank 0. Collective: all ranks."""
-        if self._together is not None:
-            self._together.finish()
-        loaded = None
-        with (
-            raise_together(self._world.communicator),
-            reading(self._world, together=self._together is not None) as read,
-        ):
-            if self._rank_zero is not None:
-                store = self._rank_zero.store
-                store.finish()
-                loaded = load_newest(store.folder, self.warn, read)
-        return loaded
 
     def warn(self, text: str) -> None:
         """Say on rank 0 what a user should know."""

@@ -256,7 +256,8 @@ def test_an_evaluation_is_that_of_all_samples(world: World) -> None:
 def test_batches_of_an_evaluation_wait_for_nothing(
     world: World, request: pytest.FixtureRequest
 ) -> None:
-    from hpctrain.training.metrics import MetricObjects, Totals
+    from hpctrain.training.metric_objects import MetricObjects
+    from hpctrain.training.metrics import Totals
 
     model, _ = build(world)
     task = Classification(["x"], "y")

@@ -33,7 +33,7 @@ from hpctrain.data.stats import read_stats, write_stats
 from hpctrain.data.writer import Writer
 from hpctrain.errors import CheckpointError, ConfigError, DatasetError, HpctrainError
 from hpctrain.observe.records import from_line
-from hpctrain.training.checkpointing.snapshot import check_values
+from hpctrain.training.checkpointing.values import check_values
 from hpctrain.utils.json_files import read_checked
 
 CONTENTS: dict[str, bytes] = {

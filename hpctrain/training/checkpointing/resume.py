@@ -31,7 +31,6 @@ from hpctrain.training.checkpointing.snapshot import (
     BAD_STEPS,
     GENERATORS,
     OPTIMIZER,
-    check_values,
     is_extra,
     model_tensors,
     own_state,
@@ -39,6 +38,7 @@ from hpctrain.training.checkpointing.snapshot import (
     put_weights,
     restore_extra_states,
 )
+from hpctrain.training.checkpointing.values import check_values
 from hpctrain.training.model.preparation import is_spread
 from hpctrain.training.model.wrappers import adopt_buffers, plain_state
 from hpctrain.training.optim.optimizer import prepare_momentum

@@ -26,7 +26,7 @@ from hpctrain.data.opening.open_datasets import open_datasets, open_named
 from hpctrain.data.opening.weights import Weights, read_weights, weights_of_file
 from hpctrain.data.order.mixture import Terms
 from hpctrain.data.order.order import Order, Sampling, served_samples
-from hpctrain.data.order.state import block_rows_of, from_state
+from hpctrain.data.order.state import block_rows_of, from_state, to_state
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.staging.node_cache import hold_on_node
 from hpctrain.errors import ConfigError
@@ -126,6 +126,11 @@ class Data:
             NORMALIZATION: normalizations_to_record(config, self.normalizations),
             FIELDS: fields_to_record(self.train, self.units),
         }
+
+    def state(self, place: Position) -> dict[str, Any]:
+        """Return what a checkpoint says of the place in the data, which the next batch follows."""
+        order = self.train_loader.order_of(place.epoch)
+        return to_state(order, place.epoch, place.position, self.train.fingerprint)
 
     def stage(self, config: Config, world: World) -> None:
         """Begin to copy the shards to each node's disk, if asked for. Collective: all ranks."""

@@ -22,7 +22,8 @@ from hpctrain.topology import raise_together
 from hpctrain.training.compiler import as_written
 from hpctrain.training.dry_run.replay import Replay
 from hpctrain.training.dry_run.step import Explain, explained
-from hpctrain.training.metrics import MetricObjects, Part, Totals, combine, quotient
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Part, Totals, combine, quotient
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import (
     evaluating,

@@ -355,13 +355,16 @@ class WithoutData:
     """Stands for the data of a run that has none: each step counts as one sample.
 
     Attributes:
+        config: of the run.
         place: where the run goes on.
         stop_at: how long it is.
     """
 
+    brought = NOTHING
     validations: Sequence[Any] = ()
 
     def __init__(self, config: Config, resumed: Resumed | None) -> None:
+        self.config = config
         self.place = Position() if resumed is None else resumed.place
         self.stop_at = StopAt(
             max_epochs=None,
@@ -376,6 +379,10 @@ class WithoutData:
     def record(self, config: Config) -> dict[str, Any]:
         """Return the rules of the run."""
         return {SEMANTICS: NEWEST.to_json()}
+
+    def state(self, place: Position) -> dict[str, Any]:
+        """Return nothing: the next step follows from no data."""
+        return {}
 
     def close(self) -> None:
         """Do nothing: there is nothing open."""

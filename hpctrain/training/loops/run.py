@@ -22,7 +22,8 @@ from hpctrain.training.loops.loader import Loader, Samples
 from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
 from hpctrain.training.loops.stepper import Stepper
 from hpctrain.training.loops.world import World
-from hpctrain.training.metrics import MetricObjects, Totals, quotient
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Totals, quotient
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, seed_generators
 from hpctrain.training.position import Position
 from hpctrain.training.run import Run as JobRun

@@ -207,16 +207,11 @@ def _without_data(**sections: Any) -> Config:
 class _Hooks(JobRun):
     """What a job does between two steps, for an own loop."""
 
-    @property
-    def _has_data(self) -> bool:
-        data: object = self._data
-        return not isinstance(data, WithoutData)
-
-    def _place_in_data(self, place: Position) -> dict[str, Any]:
-        return super()._place_in_data(place) if self._has_data else {}
-
     def _explain(self, step: int) -> str:
-        return super()._explain(step) if self._has_data else "see the losses in metrics.jsonl"
+        data: object = self._data
+        if isinstance(data, WithoutData):
+            return "see the losses in metrics.jsonl"
+        return super()._explain(step)
 
 
 class _Task:
@@ -306,10 +301,10 @@ def _begun(
     """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
     folder = job.folder
     resumed, semantics, changes = find_beginning(config, world, folder)
-    data: Any = (
-        WithoutData(config, resumed) if loader is None else loader.open(config, semantics, resumed)
-    )
+    data: Any = WithoutData(config, resumed)
     if loader is not None:
+        # What is saved is the config as the loop gave it, whatever a DataLoader says besides.
+        data = replace(loader.open(config, semantics, resumed), config=config)
         step.grad_accum_steps = loader.count_passes()
     place = data.place
     if folder is not None:
@@ -339,7 +334,6 @@ def _begun(
         stall = (lambda: rank_zero.store.stall_seconds) if rank_zero is not None else (lambda: 0.0)
         phases = Phases({"data": lambda: data.train_loader.wait_seconds, "checkpoint": stall})
     hooks = _Hooks(
-        config,
         world,
         data,
         parts,

@@ -22,7 +22,7 @@ from hpctrain.training.optim.ema import EvaluationWeights, has_modes
 from hpctrain.training.parallel.ddp import (
     take_buffers_of_rank_zero,
 )
-from hpctrain.training.step import Update
+from hpctrain.training.update import Update
 
 
 class WholeModel:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from hpctrain.errors import TrainingError
 from hpctrain.topology import Communicator
-from hpctrain.training.metrics import Gather
 from hpctrain.training.modules.logged import (
     OF_LOADER,
     Entry,
     Reduction,
     Total,
+    for_task,
     forked,
     joined,
     loggable,
@@ -320,32 +320,9 @@ class Logs:
         returned, self.objects = dict(self.objects), {}
         for name, values in self._batch.items():
             reduction = self.entries[self.stage, name].reduction
-            pairs = [(torch.as_tensor(v, dtype=torch.float64), w) for v, w in values if w]
-            if not pairs:
-                continue
-            if reduction == "mean":
-                total = pairs[0][0] * pairs[0][1]
-                for value, weight in pairs[1:]:
-                    total = total + value * weight
-                returned[name] = (total, sum(weight for _, weight in pairs))
-            elif reduction == "sum":
-                returned[f"sum{_MARK}{name}"] = torch.stack([value for value, _ in pairs]).sum(0)
-            else:
-                rows = torch.stack([value for value, _ in pairs])
-                returned[f"{reduction}{_MARK}{name}"] = Gather(rows)
+            returned |= for_task(name, reduction, values)
         self._batch = {}
         return returned
-
-    @staticmethod
-    def finish(sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return sums, and smallest and largest values, of a whole evaluation."""
-        found = {}
-        for key, tensor in sums.items():
-            reduction, _, name = key.partition(_MARK)
-            picks: dict[str, Callable[[Tensor], Tensor]]
-            picks = {"sum": torch.sum, "min": torch.min, "max": torch.max}
-            found[name] = float(picks[reduction](tensor))
-        return found
 
     def _gathered(self, mine: Mapping[str, tuple[Reduction, float, float]]) -> dict[str, float]:
         everyone = self._communicator.all_gather(dict(mine))
@@ -486,10 +463,6 @@ class Logs:
                 "on_step=False, on_epoch=True"
             )
         self._step.setdefault(name, []).append((loggable(name, newest), weight))
-
-
-_MARK = "\n"
-"""Separates a reduction from a name that is summed or gathered: no name has it."""
 
 
 def names_of(logs: Logs, stage: str) -> list[str]:

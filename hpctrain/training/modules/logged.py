@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.errors import TrainingError
+from hpctrain.training.metrics import Gather
 from hpctrain.training.task.task import Direction
 
 Reduction = Literal["mean", "sum", "min", "max"]
@@ -169,6 +171,45 @@ def reduced(reduction: Reduction, pairs: list[tuple[float, float]]) -> float:
         return max(there)
     total = math.fsum(there)
     return total / math.fsum(weight for _, weight in pairs) if reduction == "mean" else total
+
+
+_MARK = "\n"
+"""Separates a reduction from a name that is summed or gathered: no name has it."""
+
+
+def for_task(
+    name: str, reduction: Reduction, values: Sequence[tuple[Tensor | float, float]]
+) -> dict[str, Any]:
+    """Return what was logged of a batch as `Task.evaluate` returns it; `finish_sums` has the rest.
+
+    Args:
+        name: that it was logged under.
+        reduction: of that name.
+        values: with their weights; those without weight do not count.
+    """
+    pairs = [(torch.as_tensor(v, dtype=torch.float64), w) for v, w in values if w]
+    if not pairs:
+        return {}
+    if reduction == "mean":
+        total = pairs[0][0] * pairs[0][1]
+        for value, weight in pairs[1:]:
+            total = total + value * weight
+        return {name: (total, sum(weight for _, weight in pairs))}
+    stacked = torch.stack([value for value, _ in pairs])
+    if reduction == "sum":
+        return {f"sum{_MARK}{name}": stacked.sum(0)}
+    return {f"{reduction}{_MARK}{name}": Gather(stacked)}
+
+
+def finish_sums(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return sums, and smallest and largest values, of a whole evaluation."""
+    found = {}
+    for key, tensor in sums.items():
+        reduction, _, name = key.partition(_MARK)
+        picks: dict[str, Callable[[Tensor], Tensor]]
+        picks = {"sum": torch.sum, "min": torch.min, "max": torch.max}
+        found[name] = float(picks[reduction](tensor))
+    return found
 
 
 _SMALLER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "bits")

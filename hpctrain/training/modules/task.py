@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hpctrain.checkpoint.state import Json, decode, encode
-from hpctrain.config import Config
 from hpctrain.errors import ConfigError, TrainingError
-from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
-from hpctrain.training.components import Brought
-from hpctrain.training.metrics import COUNT, MetricObjects, Part
+from hpctrain.training.metric_objects import COUNT, MetricObjects
+from hpctrain.training.metrics import Part
 from hpctrain.training.model.attributes import Attributes
-from hpctrain.training.modules.hooks import Hooks, no_leaving, refuse_unknown_ways
-from hpctrain.training.modules.log import Logs, names_of
-from hpctrain.training.modules.logged import direction_of
-from hpctrain.training.modules.overrides import is_module, is_own
-from hpctrain.training.modules.stand_in import TrainerStandIn, attach, tell_device
+from hpctrain.training.modules.bound import BoundModule
+from hpctrain.training.modules.hooks import no_leaving
+from hpctrain.training.modules.log import names_of
+from hpctrain.training.modules.logged import direction_of, finish_sums
+from hpctrain.training.modules.stand_in import attach
 from hpctrain.training.modules.step_loss import StepLoss
-from hpctrain.training.position import Position, StopAt
+from hpctrain.training.position import Position
 from hpctrain.training.task.task import Direction
 
 _HOOK_NAMES = {"validate": "validation", "test": "test"}
 """What hooks of a stage are named after."""
 
 
-class ModuleTask:
+class ModuleTask(BoundModule):
     """The Task contract around a module.
 
     A `training_step` returns the mean loss of its samples, or `{"loss": mean, "weight": n}` where
     it is one over something else, such as tokens. Names of metrics are those that `self.log` gets.
 
     Attributes:
-        module: the bare one.
-        trainer: what it knows as `self.trainer`.
-        logs: what it logs.
-        hooks: its hooks, and those of callbacks.
         counts_samples: whether a loss is a mean over samples.
-        inputs: fields of a batch that are cast to the run's precision; none: all, if that casts
-            the model, as Lightning has it.
         metrics: known so far; a first evaluation may give more.
         samples: of the pass that comes next; whoever calls knows it.
-        takes_index: whether a step takes the number of its batch, by name.
         of_loaders: what the newest evaluation gave, for each of its loaders.
     """
 
@@ -81,13 +70,13 @@ class ModuleTask:
                 f'[task] batch = "{batch}", loss = "{loss}": expected "dict" or "tuple", and '
                 '"mean" or "sum"'
             )
-        self.inputs: Sequence[str] = tuple(inputs) + ((target,) if target else ())
+        super().__init__(batch)
+        self.inputs = tuple(inputs) + ((target,) if target else ())
         self._known: dict[str, Direction] = {}
         self.metrics: Mapping[str, Direction] = self._known
         self.batch_dependent_loss = batch_dependent_loss
         self.samples = 1
         self.batch_idx = 0
-        self._batch = batch
         self._loss = StepLoss(loss)
         self.counts_samples = True
         self._output: Any = None
@@ -96,91 +85,11 @@ class ModuleTask:
         self._loaders = 1
         self.of_loaders: Sequence[Mapping[str, float]] = ()
 
-    def bind(self, module: nn.Module, config: Config, world: World, stop_at: StopAt) -> None:
-        """Take the module, and give it its trainer and its hooks.
-
-        Raises:
-            ConfigError: if it is none, or does what cannot be done here.
-        """
-        if not is_module(module):
-            raise ConfigError(
-                f"model.use: {type(module).__name__} has no training_step of its own, so what to "
-                "train it for has to be said: by [task] and [optimizer], or by a training_step"
-            )
-        refuse_unknown_ways(module)
-        self.module = module
-        self.trainer = TrainerStandIn(config, world, stop_at, module)
-        self.logs = Logs(world.communicator, world.device)
-        self.hooks = Hooks(module, self.trainer, self.logs)
-        self._world = world
-        self._stop_at = stop_at
-        attach(module, self.trainer, self.logs)
-        self.takes_index = {
-            name: _takes_index(getattr(module, name))
-            for name in ("training_step", "validation_step", "test_step", "predict_step")
-            if callable(getattr(module, name, None))
-        }
-
-    def know(self, brought: Brought) -> None:
-        """Have the module know by its trainer what was brought."""
-        self.trainer.know_loggers(brought.shown_loggers)
-        # A module that makes its loaders itself is no datamodule.
-        is_own = getattr(brought.datamodule, "of_module", False)
-        self.trainer.datamodule = None if is_own else brought.datamodule
-        self.trainer.know_loaders(brought.given)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleTask:
-        """Return a task of a copy of the module, for trials: it has the same trainer and logs."""
-        copied = copy.copy(self)
+        """Return a task of a copy of the module, which learns of its own loss what that is."""
+        copied: ModuleTask = super().__deepcopy__(memo)
         copied._loss = copy.copy(self._loss)
-        copied.module = copy.deepcopy(self.module, memo)
-        attach(copied.module, self.trainer, self.logs)
         return copied
-
-    def set_up(self, stage: str = "fit") -> None:
-        """Have the module make what it makes by itself: `setup`, `configure_model`."""
-        hooks = self.hooks
-        hooks.call("setup", stage)
-        hooks.trial = True  # until the training proper begins
-        hooks.call("configure_model")
-        # Layers may have come that know neither their trainer nor where to log.
-        attach(self.module, self.trainer, self.logs)
-
-    def prepare_data(self) -> None:
-        """Have the module fetch what it needs. On one rank of each node, or of all."""
-        self.hooks.call("prepare_data")
-
-    @property
-    def prepare_data_per_node(self) -> bool:
-        """Whether each node fetches for itself."""
-        return bool(getattr(self.module, "prepare_data_per_node", True))
-
-    @property
-    def scheduler_step(self) -> Callable[[Any, Any], None] | None:
-        """How an LR scheduler is stepped; None: as torch's are."""
-        if not self.hooks.has("lr_scheduler_step"):
-            return None
-        return lambda scheduler, metric: self.hooks.call("lr_scheduler_step", scheduler, metric)
-
-    def begin(self, optimizer: Optimizer, uses: Sequence[Any] = ()) -> None:
-        """Take note of what was built, before the first pass.
-
-        Args:
-            optimizer: the one that trains the module.
-            uses: its LR schedulers.
-        """
-        self.trainer.optimizers = [optimizer]
-        self.trainer.lr_scheduler_configs = list(uses)
-        self.trainer.strategy._lightning_optimizers = [optimizer]
-        tell_device(self.module, self._world.device)
-        self.objects = MetricObjects(self, self._world.device)
-        self.objects.keep_local()
-        self.hooks.call("on_fit_start")
-
-    @property
-    def validates(self) -> bool:
-        """Whether there is a `validation_step`."""
-        return is_own(self.module, "validation_step")
 
     # What a step calls.
 
@@ -494,7 +403,7 @@ class ModuleTask:
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the sums and the smallest and largest values that were logged."""
-        return self.logs.finish(sums)
+        return finish_sums(sums)
 
     def _evaluation_step(self, model: nn.Module, name: str, batch: Any, index: int) -> Any:
         self.logs.fx = name
@@ -510,20 +419,6 @@ class ModuleTask:
     def loader_arguments(self) -> tuple[int, ...]:
         """What steps and hooks get of a loader's number: it, where there are several."""
         return () if self.logs.loader is None else (self.logs.loader,)
-
-    def batch(self, fields: Any) -> Any:
-        """Return a batch as the module's steps take it."""
-        batch: Any = fields
-        if self._batch == "tuple":
-            batch = tuple(fields[name] for name in self.inputs or fields)
-        hooks, loader = self.hooks, self.logs.loader or 0
-        if hooks.has("on_before_batch_transfer"):
-            batch = hooks.call("on_before_batch_transfer", batch, loader)
-        if hooks.has("transfer_batch_to_device"):
-            batch = hooks.call("transfer_batch_to_device", batch, self._world.device, loader)
-        if hooks.has("on_after_batch_transfer"):
-            batch = hooks.call("on_after_batch_transfer", batch, loader)
-        return batch
 
     # What the job asks.
 
@@ -542,10 +437,3 @@ class ModuleTask:
         self.trainer.callback_metrics = tensors
         self.trainer.logged_metrics = {name: tensors[name] for name in self.logs.logged()}
         self.trainer.progress_bar_metrics = self.logs.shown()
-
-
-def _takes_index(step: Callable[..., Any]) -> bool:
-    """Tell whether a step takes a batch and an index, whatever their names."""
-    kinds = [item.kind for item in inspect.signature(step).parameters.values()]
-    positional = [kind for kind in kinds if kind.name.startswith("POSITIONAL")]
-    return len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds

@@ -20,7 +20,8 @@ from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.training.dry_run.evaluation import rehearse
 from hpctrain.training.evaluation import Turn, evaluate
-from hpctrain.training.metrics import Gather, MetricObjects
+from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.metrics import Gather
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.task.regression import Regression
@@ -410,7 +411,7 @@ def test_torchmetrics_begin_anew_in_every_evaluation(
 
 def test_torchmetrics_that_take_means_over_ranks_are_refused() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
-    from hpctrain.training.metrics import MetricObjects
+    from hpctrain.training.metric_objects import MetricObjects
 
     class Mean(torchmetrics.Metric):
         def __init__(self) -> None:

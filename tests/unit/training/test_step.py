@@ -25,14 +25,15 @@ from hpctrain.data.loading.batch import count_passes, cut
 from hpctrain.data.loading.loader import Batch
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.models.mlp import MLP
+from hpctrain.training import update
 from hpctrain.training.checkpointing.snapshot import capture
 from hpctrain.training.model.precision import LossScale, NumberFormat
 from hpctrain.training.nonfinite import FORGIVEN, BadSteps
 from hpctrain.training.optim.optimizer import build_optimizer, refuses_on_device
 from hpctrain.training.position import Position
-from hpctrain.training.step import Update
 from hpctrain.training.task.regression import Regression
 from hpctrain.training.task.task import Classification
+from hpctrain.training.update import Update
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_refused_first_step_leaves_nothing_behind(
     """
     results = []
     for ahead, poisoned in itertools.product((False, True), (False, True)):
-        monkeypatch.setattr("hpctrain.training.step.runs_ahead", lambda device, ahead=ahead: ahead)
+        monkeypatch.setattr(update, "runs_ahead", lambda device, ahead=ahead: ahead)
         torch.manual_seed(0)
         step = make_step(MLP(6, 3), optimizer=optimizer, arguments=arguments)
         assert refuses_on_device(step.optimizer) == on_device == (not step.syncs)
@@ -427,7 +428,7 @@ def test_no_step_waits_for_the_device(
     """All that may be on: several passes, weights from the data, clipping, a moving average."""
     # Fused SGD is wrong there on the CPU, which stands in for a device here.
     waits = waits or (optimizer is torch.optim.SGD and precision == "bf16-true")
-    monkeypatch.setattr("hpctrain.training.step.runs_ahead", lambda device: True)
+    monkeypatch.setattr(update, "runs_ahead", lambda device: True)
     step = make_step(
         MLP(6, 3, [4]),
         precision=precision,
