@@ -7,12 +7,7 @@ number of samples, and gives predictions in the unit of the target.
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +19,8 @@ from hpctrain.checkpoint.export import RECIPE, Weights, choose
 from hpctrain.checkpoint.tensors import tensors_from_raw
 from hpctrain.errors import CheckpointError
 from hpctrain.training.inference.loaded_model import LoadedModel, load_weights, made_of
+from hpctrain.training.inference.program_file import SUFFIX, quiet_torch
 from hpctrain.utils.files import replacement
-from hpctrain.utils.text import listed
-
-SUFFIX = ".pt2"
-
-_KNOWN = re.compile(
-    r"(data/(weights|sample_inputs)/.*|data/constants/(tensor_\d+|\w+_config\.json)|models/.*\.json"
-    r"|extra/.*|\.data/.*|archive_format|archive_version|byteorder|version)"
-)
-"""Records of a program and its tensors."""
 
 _SAMPLES = 3, 1, 5
 """Of the trace, and of those that have to come out the same as without one."""
@@ -73,7 +60,7 @@ def export_program(path: Path, target: Path, *, average: bool = False, best: boo
     _check_same(program, loaded, inputs[1:], target)
     facts = {RECIPE: json.dumps(asdict(made_by)), "weights": weights.which}
     try:
-        with replacement(target) as temporary, _quiet():
+        with replacement(target) as temporary, quiet_torch():
             # Its name has to have the ending.
             file = temporary.with_name(f"{temporary.name}{SUFFIX}")
             torch.export.save(program, file, extra_files=facts)
@@ -85,60 +72,6 @@ def export_program(path: Path, target: Path, *, average: bool = False, best: boo
         f"{target}: a program of torch.export for any number of samples of {shapes}, "
         f"{weights.which} weights of step {weights.step:,}"
     )
-
-
-def load_program(path: Path) -> tuple[Any, str]:
-    """Return a program that `export_program` has written, and what it says of its making.
-
-    Tensors alone are read of it: torch would take other objects from a file by pickle, and
-    libraries that were compiled, both of which run whatever their maker liked.
-
-    Raises:
-        CheckpointError: if it is none, or holds such objects.
-    """
-    facts = {RECIPE: ""}
-    _refuse_objects(path)
-    try:
-        with _quiet(), _tensors_only():
-            program = torch.export.load(path, extra_files=facts)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not facts[RECIPE]:
-        raise CheckpointError(
-            f"{path} does not say what it takes: write it by `python -m hpctrain ckpt export RUN "
-            f"FILE{SUFFIX}`, or load it by torch.export.load"
-        )
-    return program.module(), facts[RECIPE]
-
-
-def _refuse_objects(path: Path) -> None:
-    """Refuse a file with more in it than a program and tensors.
-
-    Raises:
-        CheckpointError: naming what it holds, or if it cannot be read.
-    """
-    try:
-        records = torch._C.PyTorchFileReader(str(path)).get_all_records()
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if strange := [name for name in records if not _KNOWN.fullmatch(name)]:
-        raise CheckpointError(
-            f"{path} holds {listed(strange, 3)}, which could run any code when it is read: only "
-            "programs and tensors are read here. Where you trust its maker, torch.export.load does"
-        )
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Have torch refuse in the body what pickle alone could read; it falls back to that."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    os.environ[names[0]] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[names[0]]
-        os.environ.update(before)
 
 
 def _examples(loaded: LoadedModel, made_by: Any, target: Path) -> list[list[Tensor]]:
@@ -188,7 +121,7 @@ def _traced(whole: nn.Module, inputs: Sequence[Tensor], target: Path) -> Any:
     """
     samples = torch.export.Dim("samples", min=1)
     try:
-        with _quiet():
+        with quiet_torch():
             return torch.export.export(
                 whole, tuple(inputs), dynamic_shapes=(tuple({0: samples} for _ in inputs),)
             )
@@ -221,16 +154,3 @@ def _check_same(
                 f"{target}: the traced program differs from the model for {len(given[0])} samples "
                 f"({reason}): FILE.safetensors holds it as it is"
             ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from telling of its own insides."""
-    level = logging.getLogger("torch").level
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch").setLevel(level)

@@ -29,6 +29,7 @@ from hpctrain.data.dataset import Field
 from hpctrain.data.loading.batch_transform import Scale
 from hpctrain.errors import CheckpointError, ConfigError
 from hpctrain.training.checkpointing.initialize import read_weights
+from hpctrain.training.inference.program_file import SUFFIX, load_program
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.model.wrappers import load_checked
@@ -205,10 +206,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         source, _ = choose(path, best=None)
         weights = Weights.read(source, average=None)
         return load_weights(made_of(source), tensors_from_raw(weights.tensors), path, where)
-    if path.suffix == ".pt2":
-        # Its reader takes its time to load.
-        from hpctrain.training.inference.exported_program import load_program
-
+    if path.suffix == SUFFIX:
         program, said = load_program(path)
         return Program(program, _checked(said.encode(), path), where)
     return load_weights(_checked(_recipe_of_export(path), path), read_weights(path), path, where)

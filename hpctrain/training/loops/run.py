@@ -18,10 +18,10 @@ from hpctrain.data.order.permutation import derive_key
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.evaluation import gather_at_rank_zero
+from hpctrain.training.loops.base import LoopWorld
 from hpctrain.training.loops.loader import Loader, Samples
 from hpctrain.training.loops.step import Counted, LoopStep, NamedStates, summed
 from hpctrain.training.loops.stepper import Stepper
-from hpctrain.training.loops.world import World
 from hpctrain.training.metric_objects import MetricObjects
 from hpctrain.training.metrics import Totals, quotient
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, seed_generators
@@ -46,7 +46,7 @@ class Run:
 
     def __init__(
         self,
-        world: World,
+        world: LoopWorld,
         step: LoopStep,
         hooks: JobRun,
         plan: Plan,

@@ -30,10 +30,10 @@ from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainErro
 from hpctrain.topology import raise_together
 from hpctrain.training.build import Parts
 from hpctrain.training.checkpointing.resume import restore
+from hpctrain.training.loops.base import LoopWorld
 from hpctrain.training.loops.loader import DEFAULT_SEED, Loader, WithoutData, use_of
 from hpctrain.training.loops.run import Run
 from hpctrain.training.loops.step import RATES, SCHEDULE, LearningRates, LoopStep, ScheduleState
-from hpctrain.training.loops.world import World
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.position import Position
 from hpctrain.training.profiling import Phases, figures_recorded
@@ -152,7 +152,7 @@ def named_models(models: Any) -> dict[str, nn.Module]:
 
 
 def config_of(
-    world: World,
+    world: LoopWorld,
     folder: Path,
     models: Mapping[str, nn.Module],
     step: LoopStep,
@@ -245,7 +245,7 @@ class _Schedule:
 
 @contextmanager
 def running(
-    world: World,
+    world: LoopWorld,
     folder: str | Path,
     models: Any,
     optimizers: Any,
@@ -296,7 +296,7 @@ def running(
 
 
 def _begun(
-    world: World, config: Config, step: LoopStep, loader: Loader | None, job: Session
+    world: LoopWorld, config: Config, step: LoopStep, loader: Loader | None, job: Session
 ) -> tuple[Run, _Hooks, Any]:
     """Return the run where it stands, with all that it knew put back. Collective: all ranks."""
     folder = job.folder
@@ -361,7 +361,7 @@ def _signals() -> Iterator[SignalFlag]:
         yield flag
 
 
-def _check_optimizers(world: World, step: LoopStep, optimizers: Any) -> None:
+def _check_optimizers(world: LoopWorld, step: LoopStep, optimizers: Any) -> None:
     given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
     for optimizer in given:
         world.setups.stepper_of(optimizer)

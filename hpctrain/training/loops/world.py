@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.config.choices import choices, device_of, precision_of, training_of
-from hpctrain.config.schema import LaunchSection, Precision
+from hpctrain.config.schema import LaunchSection
 from hpctrain.errors import ConfigError
 from hpctrain.launch import process_group
+from hpctrain.training.loops.base import LoopWorld
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -24,45 +25,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from hpctrain.training.loops.loader import Loader
-    from hpctrain.training.loops.registry import Setups
     from hpctrain.training.loops.run import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World(process_group.World):
-    """A proven world, ready to train in; made by `connect`.
-
-    Attributes:
-        seed: of weights, data and draws; None: nothing was seeded.
-        precision: of models that are set up without another one.
-        training: the same of the strategy, as keys of `[training]`.
-        setups: what was set up in it.
-    """
-
-    seed: int | None = None
-    precision: Precision = "32-true"
-    training: Mapping[str, Any] = field(default_factory=dict)
-    setups: Setups = field(repr=False)
-
-    @property
-    def rank(self) -> int:
-        """Of this process, 0 to world_size - 1."""
-        return self.topology.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.topology.world_size
-
-    @property
-    def local_rank(self) -> int:
-        """Of this process among those of its node."""
-        return self.topology.local_rank
-
-    @property
-    def is_rank_zero(self) -> bool:
-        """Whether this is the rank that prints and writes."""
-        return self.topology.is_rank_zero
+class World(LoopWorld):
+    """A proven world, ready to train in; made by `connect`."""
 
     def setup(
         self,
