@@ -138,14 +138,10 @@ def _trouble_of_evaluation(config: Config, parts: Parts, opened: Data, world: Wo
     """Rehearse an evaluation, and return which row led to a metric that is not finite."""
     first, *others = [each.loader.examples(MOST_ROWS) for each in opened.validations]
     rehearse(
-        parts.model,
-        parts.task,
+        parts.step.runner,
         first,
         world,
-        parts.number_format,
-        call=parts.step.call,
         further=others,
-        eager=parts.step.graphs,
         explain=lambda error, given: explain_misfit(error, given, config),
     )
     found = [
@@ -203,7 +199,7 @@ def _evaluated(parts: Parts, rows: Mapping[str, Tensor], world: World) -> Part:
         parts.number_format.arithmetic(),
     ):
         fields = parts.number_format.cast(rows, parts.task.inputs)
-        totals.add(parts.step.call(parts.task.evaluate, fields))
+        totals.add(parts.step.runner.call(parts.task.evaluate, fields))
     return totals.part()
 
 

@@ -49,8 +49,9 @@ from hpctrain.training.optim.trial import TriedOptimizer, by_pattern, try_optimi
 from hpctrain.training.parallel.ddp import broadcast_model, check_equal_shapes
 from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import fetching, prepare_data
-from hpctrain.training.step import Shapes, TrainStep
+from hpctrain.training.step import Shapes, StepOptions, TrainStep
 from hpctrain.training.task.misfits import explain_misfit, ranges_checked
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Task, adopt_task
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -147,16 +148,17 @@ def build_parts(
             watch_metrics(config, task, schedule, validates=bool(validation_batches))
     check_equal_shapes(model, world)
     step = TrainStep(
-        model,
-        task,
+        TaskRunner(
+            model,
+            task,
+            number_format,
+            graphs=_records_graphs(config) and world.device.type == "cuda",
+        ),
         optimizer,
         world,
-        training=training,
-        number_format=number_format,
+        options=StepOptions.of(config, shapes),
         shapes=shapes,
         example=example,
-        micro_batch_size=shapes.largest_pass or config.data.micro_batch_size,
-        graphs=_records_graphs(config) and world.device.type == "cuda",
         sharded=sharded,
     )
     if found is not None:

@@ -17,11 +17,10 @@ from hpctrain.launch.process_group import World
 from hpctrain.topology import on_rank_zero
 from hpctrain.training.metric_objects import MetricObjects
 from hpctrain.training.metrics import Part, Totals, combine
-from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, kept_generators, kept_tensors
-from hpctrain.training.model.wrappers import Call, call_directly
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.parallel.ddp import broadcast_buffers
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Task
 
 
@@ -49,14 +48,10 @@ class Turn:
 
 
 def evaluate(
-    model: nn.Module,
-    task: Task,
+    runner: TaskRunner,
     turns: Sequence[Turn],
     world: World,
-    number_format: NumberFormat,
     *,
-    call: Call | None = None,
-    reused: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     stage: Literal["validate", "test"] = "validate",
 ) -> dict[str, float] | None:
@@ -67,15 +62,11 @@ def evaluate(
     plain attributes are the module's own.
 
     Args:
-        model: the bare module, its parameters the same on all ranks. Where ranks have buffers of
-            their own, such as batch statistics, those of rank 0 count: a checkpoint holds them.
-        task: computes the metrics.
+        runner: the task, and the bare module, its parameters the same on all ranks. Where ranks
+            have buffers of their own, such as batch statistics, those of rank 0 count: a checkpoint
+            holds them.
         turns: the data; several of a module only, which tells its metrics apart by their number.
         world: the ranks.
-        number_format: of parameters and arithmetic.
-        call: runs a method of the task on the model; None: directly. Under FSDP, where parameters
-            have to be gathered around it, collective: all ranks.
-        reused: whether the model's outputs lie where its next ones will, as under CUDA graphs.
         stopping: asked after every batch, as often on every rank, so that it may communicate; True
             on all ranks in the same round.
         stage: which of a module's steps and hooks are called.
@@ -83,10 +74,9 @@ def evaluate(
     Raises:
         TrainingError: if the task breaks its contract, or gives other metrics than it declares.
     """
+    model, task = runner.model, runner.task
     module = task if isinstance(task, ModuleTask) else None
-    evaluation = _Evaluation(
-        model, task, world, number_format, call or call_directly(model), stopping, reused=reused
-    )
+    evaluation = _Evaluation(runner, world, stopping)
     objects = evaluation.objects
     try:
         with (
@@ -131,25 +121,15 @@ class _Evaluation:
         objects: the torchmetrics objects of the task.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        world: World,
-        number_format: NumberFormat,
-        call: Call,
-        stopping: Callable[[], bool],
-        *,
-        reused: bool,
-    ) -> None:
+    def __init__(self, runner: TaskRunner, world: World, stopping: Callable[[], bool]) -> None:
+        self._task = task = runner.task
         self.objects = MetricObjects(task, world.device)
-        self._task = task
         self._module = task if isinstance(task, ModuleTask) else None
         self._world = world
-        self._format = number_format
-        self._call = call
+        self._format = runner.number_format
+        self._call = runner.call
         self._stopping = stopping
-        self._reused = reused
+        self._reused = runner.graphs
 
     def run(self, turn: Turn) -> Part | None:
         """Return what the batches of this rank add up to, None if stopped."""

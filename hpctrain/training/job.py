@@ -230,14 +230,10 @@ def _build(
         step = parts.step
         with ranges_checked(parts.task):
             rehearse(
-                parts.model,
-                parts.task,
+                step.runner,
                 rows,
                 world,
-                parts.number_format,
-                call=step.call,
                 further=further,
-                eager=step.graphs,
                 explain=lambda error, fields: explain_misfit(error, fields, config),
             )
         step.settle()

@@ -304,13 +304,9 @@ class Run:
         """Return the metrics of some data, None if stopped. Collective: all ranks."""
         step = self._step
         metrics = evaluate(
-            self._parts.model,
-            self._parts.task,
+            step.runner,
             [Turn.of(each, accompanies=step.sharded is not None) for each in loaders],
             self._world,
-            self._parts.number_format,
-            call=step.call,
-            reused=step.graphs,
             stopping=lambda: bool(self.agreed(Boundary.EVALUATION_BATCH) & ~SAVE_DUE),
         )
         step.settle()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,22 +18,23 @@ from torch.optim import Optimizer
 
 from hpctrain.checkpoint.optimizer_state import OptimizerState
 from hpctrain.checkpoint.state import HasParameters, Json
+from hpctrain.config import Config
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.batch import Samples, ShareOfBatch, count_passes, cut, map_tensors
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.dry_run.step import Explain, dry_run, find_coupling
-from hpctrain.training.model.precision import LossScale, NumberFormat
+from hpctrain.training.model.precision import LossScale
 from hpctrain.training.model.registered_state import RegisteredState
 from hpctrain.training.model.undisturbed import Disturbance
-from hpctrain.training.model.wrappers import Call
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.modules.task_log import TaskLog
 from hpctrain.training.nonfinite import RECENT_STEPS, BadBatch, bad_among
 from hpctrain.training.optim.ema import EvaluationWeights, WeightAverage, has_modes
 from hpctrain.training.parallel.ddp import DDPModel
 from hpctrain.training.passes import OwnGradients, Passes
-from hpctrain.training.task.task import Task, check_task
+from hpctrain.training.task.runner import TaskRunner
+from hpctrain.training.task.task import check_task
 from hpctrain.training.update import Update
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
@@ -62,6 +64,25 @@ class Shapes(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """What a config says of a step.
+
+    Attributes:
+        training: clipping, moving average, and how DDP reduces gradients.
+        micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
+    """
+
+    training: TrainingSection
+    micro_batch_size: int | None = None
+
+    @classmethod
+    def of(cls, config: Config, shapes: Shapes) -> StepOptions:
+        """Return those of a config; where values of samples bound a pass, its bound is theirs."""
+        size = shapes.largest_pass or config.data.micro_batch_size
+        return cls(training=config.training, micro_batch_size=size)
+
+
 class TrainStep:
     """Forward, backward, clip, update; call it with a batch and a learning rate.
 
@@ -84,37 +105,30 @@ class TrainStep:
         task_log: what a hand-written task logs; None: it does not.
         syncs: whether every step waits for the device, because the optimizer cannot refuse a bad
             update by itself.
-        graphs: whether the model runs as CUDA graphs.
+        runner: the task and the model, as an evaluation runs them.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        task: Task,
+        runner: TaskRunner,
         optimizer: Optimizer,
         world: World,
         *,
-        training: TrainingSection,
-        number_format: NumberFormat,
+        options: StepOptions,
         shapes: Shapes,
         example: Any,
-        micro_batch_size: int | None = None,
-        graphs: bool = False,
         sharded: ShardedModel | None = None,
     ) -> None:
         """Wrap the model. Collective: all ranks.
 
         Args:
-            model: on the device, in the dtype of `number_format`, identical on all ranks.
-            task: computes the loss.
+            runner: the task that computes the loss, and the model: on the device, in the dtype of
+                its `number_format`, identical on all ranks.
             optimizer: of the model's parameters.
             world: the ranks.
-            training: of the config: clipping, moving average, and what DDP is told.
-            number_format: of parameters and arithmetic.
+            options: what the config says of a step.
             shapes: of the batches to come.
             example: one sample of them, on the device, as a pass has it.
-            micro_batch_size: at most so many samples in one pass; None: a rank's whole share.
-            graphs: whether the model is compiled to CUDA graphs, not where it is spread.
             sharded: the model where its parameters are spread over the ranks, and the optimizer's
                 are those of `sharded`; None: every rank has all of them.
 
@@ -122,10 +136,12 @@ class TrainStep:
             ConfigError: if the task is none, a model with SyncBatchNorm would meet a pass without
                 samples, or weights were to be averaged twice.
         """
+        model, task, number_format = runner.model, runner.task, runner.number_format
+        training, graphs = options.training, runner.graphs
         check_task(task)
         self._module = task if isinstance(task, ModuleTask) else None
         self.task_log = None if self._module else TaskLog.of(task, world)
-        self.grad_accum_steps = count_passes(shapes.largest_share, micro_batch_size)
+        self.grad_accum_steps = count_passes(shapes.largest_share, options.micro_batch_size)
         if shapes.smallest_share < self.grad_accum_steps and world.topology.world_size > 1:
             _refuse_synchronised_statistics(model)
         self.model = model
@@ -159,7 +175,7 @@ class TrainStep:
             reused=graphs,
             task_log=self.task_log,
         )
-        self.graphs = graphs
+        self.runner = replace(runner, call=self._wrapped.call_alone)
         self._own_gradients: OwnGradients | None = None
         if graphs and (self.grad_accum_steps > 1 or shapes.largest_pass is not None):
             self._own_gradients = OwnGradients(self._wrapped.parameters)
@@ -197,11 +213,6 @@ class TrainStep:
     def held(self) -> HasParameters:
         """What this rank holds of the parameters, and updates."""
         return self._wrapped
-
-    @property
-    def call(self) -> Call:
-        """Runs a method of the task on the model, without gradients, as an evaluation does."""
-        return self._wrapped.call_alone
 
     @property
     def idle_row(self) -> Any:

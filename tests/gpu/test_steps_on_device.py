@@ -24,7 +24,8 @@ from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 ROWS, WIDTH, CLASSES, LR = 48, 32, 10, 0.05
@@ -69,18 +70,18 @@ def build(
     if mode is not None:
         model.compile(mode=mode)
     step = TrainStep(
-        model,
-        Classification(["x"], "y"),
+        TaskRunner(
+            model, Classification(["x"], "y"), number_format, graphs=mode == "reduce-overhead"
+        ),
         build_optimizer(optimizer, model, LR, arguments),
         world,
-        training=TrainingSection(clip_norm=clip_norm),
-        number_format=number_format,
+        options=StepOptions(
+            training=TrainingSection(clip_norm=clip_norm), micro_batch_size=ROWS // passes
+        ),
         shapes=OneSample(
             {name: row[:1] for name, row in batches(world.device, 1)[0].fields.items()}, ROWS
         ),
         example={name: row[:1] for name, row in batches(world.device, 1)[0].fields.items()},
-        micro_batch_size=ROWS // passes,
-        graphs=mode == "reduce-overhead",
     )
     return model, step
 
@@ -236,12 +237,14 @@ def test_an_evaluation_is_that_of_all_samples(world: World) -> None:
     data = batches(world.device, 5)
     model, step = build(world, "64-true")
     found = evaluate(
-        model,
-        Classification(["x"], "y"),
+        TaskRunner(
+            model,
+            Classification(["x"], "y"),
+            NumberFormat.of("64-true", world.device),
+            call=step.runner.call,
+        ),
         [Turn(batches=data)],
         world,
-        NumberFormat.of("64-true", world.device),
-        call=step.call,
     )
     whole = {name: torch.cat([each.fields[name] for each in data]) for name in ("x", "y")}
     with torch.no_grad():

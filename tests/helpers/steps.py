@@ -12,7 +12,8 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 from .one_sample import OneSample
@@ -52,13 +53,12 @@ def make_step(
     number_format = number_format.for_model(model)
     example = example or fields(1)
     return TrainStep(
-        model,
-        task or Classification(["x"], "y"),
+        TaskRunner(model, task or Classification(["x"], "y"), number_format),
         build_optimizer(optimizer, model, 0.02, arguments or {}),
         WORLD,
-        training=TrainingSection(**training),
-        number_format=number_format,
+        options=StepOptions(
+            training=TrainingSection(**training), micro_batch_size=micro_batch_size
+        ),
         shapes=OneSample(example, largest_share, smallest_share),
         example=example,
-        micro_batch_size=micro_batch_size,
     )

@@ -19,7 +19,8 @@ from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 # Of the last, ranks beyond the first have no sample.
@@ -54,12 +55,10 @@ def build(world: World, model: nn.Module, precision: Any, *, sharded: bool) -> T
         findings = try_out(world, model, task, number_format.cast(example, task.inputs))
         spread = ShardedModel(model, SECTION, number_format, world, findings)
     step = TrainStep(
-        model,
-        task,
+        TaskRunner(model, task, number_format),
         build_optimizer(torch.optim.AdamW, spread or model, 0.01, {}),
         world,
-        training=TrainingSection(clip_norm=0.5, ema_decay=0.5),
-        number_format=number_format,
+        options=StepOptions(training=TrainingSection(clip_norm=0.5, ema_decay=0.5)),
         shapes=OneSample(example, -(-35 // world.topology.world_size)),
         example=example,
         sharded=spread,
@@ -133,8 +132,12 @@ def check_evaluation_leaves_no_trace(world: World, step: TrainStep) -> None:
     assert step.average is not None
     with step.average.in_model():
         metrics = evaluate(
-            step.model,
-            Classification(["features"], "label"),
+            TaskRunner(
+                step.model,
+                Classification(["features"], "label"),
+                NumberFormat.of("32-true", world.device).for_model(step.model),
+                call=step.runner.call,
+            ),
             [
                 Turn(
                     batches=[batch_of(alone(), mine)] if len(mine["label"]) else [],
@@ -143,8 +146,6 @@ def check_evaluation_leaves_no_trace(world: World, step: TrainStep) -> None:
                 )
             ],
             world,
-            NumberFormat.of("32-true", world.device).for_model(step.model),
-            call=step.call,
         )
         step.settle()
     assert metrics is not None

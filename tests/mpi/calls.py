@@ -24,7 +24,8 @@ from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.parallel.fsdp import ShardedModel
 from hpctrain.training.parallel.fsdp_units import Findings, try_out
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 
 LARGEST = 13
 COUNTS = (LARGEST, 1, 12)
@@ -77,15 +78,15 @@ def make_step(
         unfit = try_out(world, model, task, models.fields_of(1, 99)) if tried else Findings()
         sharded = ShardedModel(model, section, number_format, world, unfit)
     step = TrainStep(
-        model,
-        task,
+        TaskRunner(model, task, number_format),
         build_optimizer(torch.optim.AdamW, sharded or model, 0.01, {}),
         world,
-        training=TrainingSection(static_graph=strategy == "static", unused_parameters=unused),
-        number_format=number_format,
+        options=StepOptions(
+            training=TrainingSection(static_graph=strategy == "static", unused_parameters=unused),
+            micro_batch_size=micro,
+        ),
         shapes=OneSample(models.fields_of(1, 99), LARGEST // world.topology.world_size + 1),
         example=models.fields_of(1, 99),
-        micro_batch_size=micro,
         sharded=sharded,
     )
     step.dry_run()
@@ -121,10 +122,13 @@ def check_a_task_has_the_bare_model(world: World) -> None:
 
 def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
     number_format = NumberFormat.of("64-true", world.device)
-    rehearse(step.model, task, Rows(models.fields_of(4, 7)), world, number_format, call=step.call)
+    rehearse(
+        TaskRunner(step.model, task, number_format, call=step.runner.call),
+        Rows(models.fields_of(4, 7)),
+        world,
+    )
     metrics = evaluate(
-        step.model,
-        task,
+        TaskRunner(step.model, task, number_format, call=step.runner.call),
         [
             Turn(
                 batches=[item for item in [share(world, models.fields_of(9, 77))] if item.size],
@@ -133,8 +137,6 @@ def evaluated(world: World, step: TrainStep, task: Any) -> dict[str, float]:
             )
         ],
         world,
-        number_format,
-        call=step.call,
     )
     step.settle()
     assert metrics is not None

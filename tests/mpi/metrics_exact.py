@@ -20,6 +20,7 @@ from hpctrain.training import evaluation
 from hpctrain.training.dry_run.evaluation import rehearse
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
+from hpctrain.training.task.runner import TaskRunner
 
 BATCH = 4
 
@@ -47,15 +48,16 @@ def check_metrics_that_are_no_quotient(world: World) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics: few samples have not all classes
                 rehearse(
-                    step.model, task, Rows(samples(8, seed=3)), world, number_format, call=step.call
+                    TaskRunner(step.model, task, number_format, call=step.runner.call),
+                    Rows(samples(8, seed=3)),
+                    world,
                 )
                 step.settle()
                 for count in (38, 2):
                     fields = samples(count, seed=6)
                     fields["label"][0], fields["label"][1] = 0, 1
                     ours = evaluate(
-                        step.model,
-                        task,
+                        TaskRunner(step.model, task, number_format, call=step.runner.call),
                         [
                             Turn(
                                 batches=shares(world, fields),
@@ -64,13 +66,11 @@ def check_metrics_that_are_no_quotient(world: World) -> None:
                             )
                         ],
                         world,
-                        number_format,
-                        call=step.call,
                     )
                     step.settle()
                     whole = shares(alone(), fields, count)
                     theirs = evaluate(
-                        reference, other, [Turn(batches=whole)], alone(), number_format
+                        TaskRunner(reference, other, number_format), [Turn(batches=whole)], alone()
                     )
                     assert ours is not None
                     assert theirs is not None
@@ -91,7 +91,7 @@ def check_a_metric_of_batches_is_refused(world: World) -> None:
     rows = samples(9, seed=world.topology.rank)
     number_format = NumberFormat.of("32-true", world.device)
     try:
-        rehearse(Tower(), BatchF1(), Rows(rows), world, number_format)
+        rehearse(TaskRunner(Tower(), BatchF1(), number_format), Rows(rows), world)
     except TrainingError as error:
         assert error.everywhere
         assert 'BatchF1.evaluate: the metric "f1" depends on how the data are cut' in str(error)
@@ -129,11 +129,9 @@ def check_a_mistake_at_the_end_is_told_by_all(world: World) -> None:
 
     try:
         evaluate(
-            Tower().double(),
-            Undeclared(),
+            TaskRunner(Tower().double(), Undeclared(), NumberFormat.of("64-true", world.device)),
             [Turn(batches=shares(world, samples(20)))],
             world,
-            NumberFormat.of("64-true", world.device),
         )
     except TrainingError as error:
         assert error.everywhere

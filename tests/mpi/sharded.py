@@ -24,6 +24,7 @@ from hpctrain.launch.process_group import World
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.step import TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 # A batch of one sample leaves all ranks but one without any.
@@ -206,8 +207,7 @@ def check_evaluation(world: World) -> None:
         largest = -(-count // size)
         with averaged(step):
             metrics = evaluate(
-                step.model,
-                task,
+                TaskRunner(step.model, task, number_format, call=step.runner.call),
                 [
                     Turn(
                         batches=batches(whole, rank, size, batch_size),
@@ -216,8 +216,6 @@ def check_evaluation(world: World) -> None:
                     )
                 ],
                 world,
-                number_format,
-                call=step.call,
             )
             step.settle()
         after = full(world, step)
@@ -226,11 +224,9 @@ def check_evaluation(world: World) -> None:
         with averaged(step):
             reference.load_state_dict(world.communicator.broadcast(full(world, step)))
         expected = evaluate(
-            reference,
-            task,
+            TaskRunner(reference, task, number_format),
             [Turn(batches=batches(whole, 0, 1, count), rounds=1)],
             alone(),
-            number_format,
         )
         assert metrics is not None
         assert expected is not None

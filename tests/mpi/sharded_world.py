@@ -15,7 +15,8 @@ from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model, checkpoint_activations
 from hpctrain.training.optim.optimizer import build_optimizer
 from hpctrain.training.parallel.fsdp import ShardedModel
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 SECTION = TrainingSection(max_steps=1, strategy="fsdp")
@@ -76,16 +77,19 @@ def build(
     if sharded and world.topology.world_size > 1:
         spread = ShardedModel(model, section, number_format, world)
     step = TrainStep(
-        model,
-        task if task is not None else Classification(["features"], "label"),
+        TaskRunner(
+            model,
+            task if task is not None else Classification(["features"], "label"),
+            number_format,
+        ),
         build_optimizer(optimizer, spread or model, 0.01, arguments or {}),
         world,
-        training=TrainingSection(clip_norm=0.5, **training),
-        number_format=number_format,
+        options=StepOptions(
+            training=TrainingSection(clip_norm=0.5, **training), micro_batch_size=micro_batch_size
+        ),
         shapes=OneSample(samples(1, seed=99), -(-35 // world.topology.world_size)),
         example=samples(1, seed=99),
         sharded=spread,
-        micro_batch_size=micro_batch_size,
     )
     if prime:
         step.dry_run()

@@ -19,7 +19,8 @@ from hpctrain.launch.process_group import World
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 FEATURES, CLASSES = 6, 4
@@ -56,15 +57,16 @@ def make_step(
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> TrainStep:
     step = TrainStep(
-        model,
-        task or Classification(["x"], "y"),
+        TaskRunner(
+            model, task or Classification(["x"], "y"), NumberFormat.of("64-true", world.device)
+        ),
         build_optimizer(optimizer, model, 0.01, {}),
         world,
-        training=TrainingSection(clip_norm=clip_norm),
-        number_format=NumberFormat.of("64-true", world.device),
+        options=StepOptions(
+            training=TrainingSection(clip_norm=clip_norm), micro_batch_size=micro_batch_size
+        ),
         shapes=OneSample(global_batch(1, 99), largest_share),
         example=global_batch(1, 99),
-        micro_batch_size=micro_batch_size,
     )
     step.dry_run()
     return step
@@ -180,15 +182,12 @@ def check_every_precision_trains(world: World) -> None:
         model = make_model().float()
         cast_model(model, number_format, None)
         step = TrainStep(
-            model,
-            Classification(["x"], "y"),
+            TaskRunner(model, Classification(["x"], "y"), number_format),
             build_optimizer(torch.optim.AdamW, model, 0.01, {}),
             world,
-            training=TrainingSection(clip_norm=1.0),
-            number_format=number_format,
+            options=StepOptions(training=TrainingSection(clip_norm=1.0), micro_batch_size=4),
             shapes=OneSample(global_batch(1, 99), 8),
             example=global_batch(1, 99),
-            micro_batch_size=4,
         )
         step.dry_run()
         losses = []

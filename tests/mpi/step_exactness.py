@@ -18,6 +18,7 @@ from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.parallel.ddp import check_equal_parameters, check_equal_shapes
 from hpctrain.training.step import TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 CASES = [
@@ -195,7 +196,9 @@ def check_evaluation(world: World) -> None:
             np.random.seed(rank)  # noqa: NPY002
             before = _state(model)
             metrics = evaluate(
-                model, task, [Turn(batches=shares(world, fields, 4))], world, number_format
+                TaskRunner(model, task, number_format),
+                [Turn(batches=shares(world, fields, 4))],
+                world,
             )
             assert _state(model) == before
 
@@ -203,7 +206,9 @@ def check_evaluation(world: World) -> None:
             tensors = world.communicator.broadcast(model.state_dict())
             reference.load_state_dict(tensors)
             whole = shares(alone(), fields, count)
-            expected = evaluate(reference, task, [Turn(batches=whole)], alone(), number_format)
+            expected = evaluate(
+                TaskRunner(reference, task, number_format), [Turn(batches=whole)], alone()
+            )
             assert metrics.keys() == expected.keys() == task.metrics.keys()
             assert metrics["accuracy"] == expected["accuracy"]
             assert abs(metrics["loss"] - expected["loss"]) <= 1e-12 * expected["loss"]

@@ -16,7 +16,8 @@ from hpctrain.topology import Topology
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.optim.optimizer import build_optimizer
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 FEATURES, CLASSES = 12, 5
@@ -99,20 +100,24 @@ def step_of(
     cast_model(model, number_format, None)
     number_format = number_format.for_model(model)
     step = TrainStep(
-        model,
-        task if task is not None else Classification(["features"], "label"),
+        TaskRunner(
+            model,
+            task if task is not None else Classification(["features"], "label"),
+            number_format,
+        ),
         build_optimizer(optimizer, model, lr, arguments or {}),
         world,
-        training=TrainingSection(
-            clip_norm=clip_norm,
-            bucket_mb=bucket_mb,
-            compress_gradients=compress_gradients,
-            static_graph=static_graph,
+        options=StepOptions(
+            training=TrainingSection(
+                clip_norm=clip_norm,
+                bucket_mb=bucket_mb,
+                compress_gradients=compress_gradients,
+                static_graph=static_graph,
+            ),
+            micro_batch_size=micro_batch_size,
         ),
-        number_format=number_format,
         shapes=OneSample(samples(1, seed=99 + world.topology.rank), largest_share),
         example=samples(1, seed=99 + world.topology.rank),
-        micro_batch_size=micro_batch_size,
     )
     if prime:
         step.dry_run()

@@ -20,6 +20,7 @@ from hpctrain.models.transformer import Transformer
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.task.language_modeling import LanguageModeling
+from hpctrain.training.task.runner import TaskRunner
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +139,7 @@ def test_a_text_is_learnt() -> None:
     for _ in range(120):
         step(batch, 0.01)
     number_format = NumberFormat.of("32-true", torch.device("cpu"))
-    metrics = evaluate(model, task, [Turn(batches=[batch])], WORLD, number_format)
+    metrics = evaluate(TaskRunner(model, task, number_format), [Turn(batches=[batch])], WORLD)
     assert metrics["bits_per_token"] < 1.0
     assert metrics["accuracy"] > 0.8
 

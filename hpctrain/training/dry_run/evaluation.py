@@ -24,7 +24,6 @@ from hpctrain.training.dry_run.replay import Replay
 from hpctrain.training.dry_run.step import Explain, explained
 from hpctrain.training.metric_objects import MetricObjects
 from hpctrain.training.metrics import Part, Totals, combine, quotient
-from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import (
     evaluating,
     kept_generators,
@@ -33,6 +32,7 @@ from hpctrain.training.model.undisturbed import (
 )
 from hpctrain.training.model.wrappers import Call, call_directly
 from hpctrain.training.modules.task import ModuleTask
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Task
 
 logger = logging.getLogger("hpctrain")
@@ -51,29 +51,20 @@ _FLOOR = 1e-6
 
 
 def rehearse(
-    model: nn.Module,
-    task: Task,
+    runner: TaskRunner,
     rows: Samples,
     world: World,
-    number_format: NumberFormat,
     *,
-    call: Call | None = None,
     further: Sequence[Samples] = (),
-    eager: bool = False,
     explain: Explain = lambda error, fields: None,
 ) -> None:
     """Evaluate some rows, and leave no trace. Collective: all ranks.
 
     Args:
-        model: the bare model.
-        task: computes the metrics.
+        runner: the bare model, and the task that computes the metrics.
         rows: real ones, as many on every rank.
         world: the ranks.
-        number_format: of parameters and arithmetic.
-        call: as `evaluate` takes it.
         further: those of a module's other loaders.
-        eager: run a compiled model as it is written: outputs are kept and compared, and those of a
-            CUDA graph lie where its next ones will.
         explain: as `dry_run` takes it.
 
     Raises:
@@ -81,11 +72,12 @@ def rehearse(
             depends on how the data are cut into batches. What model or task raise themselves comes
             out as it is.
     """
-    call = call or call_directly(model)
-    rehearsal = _Rehearsal(model, task, rows, world, number_format, call)
+    model, task = runner.model, runner.task
+    rehearsal = _Rehearsal(runner, rows, world)
     together = world.communicator
     with (
-        as_written() if eager else nullcontext(),
+        # Outputs are kept and compared, and those of a CUDA graph lie where its next ones will.
+        as_written() if runner.graphs else nullcontext(),
         torch.no_grad(),
         kept_generators(world.device),
         kept_model(model, task=task),
@@ -98,7 +90,7 @@ def rehearse(
                 task.rehearse(1 + len(further))
                 for number, each in enumerate((rows, *further)):
                     if number:
-                        rehearsal = _Rehearsal(model, task, each, world, number_format, call)
+                        rehearsal = _Rehearsal(runner, each, world)
                     task.begin_loader(number)
                     task.samples = each.size
                     with explained(explain, rehearsal.fields):
@@ -131,25 +123,18 @@ class _Rehearsal:
         fields: all of them, cast.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        rows: Samples,
-        world: World,
-        number_format: NumberFormat,
-        call: Call,
-    ) -> None:
+    def __init__(self, runner: TaskRunner, rows: Samples, world: World) -> None:
+        task = runner.task
         self.objects = MetricObjects(task, world.device)
         self.count = rows.size
-        self.fields = number_format.cast(rows.part(0, rows.size), task.inputs)
+        self.fields = runner.number_format.cast(rows.part(0, rows.size), task.inputs)
         self._task = task
-        self._model = model
-        self._call = call
+        self._model = runner.model
+        self._call = runner.call
         self._rows = rows
-        self._format = number_format
+        self._format = runner.number_format
         self._device = world.device
-        self._replay = Replay(model, self.count)
+        self._replay = Replay(runner.model, self.count)
         # Both even where there are enough: some tasks take rows in pairs.
         self._first = self.count // 6 * 2 or 1
         self._whole = Part()

@@ -42,11 +42,12 @@ from hpctrain.training.inference.stage import (
 from hpctrain.training.inference.weights import choose_checkpoint
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, seed_generators
-from hpctrain.training.model.wrappers import call_directly, load_checked
+from hpctrain.training.model.wrappers import load_checked
 from hpctrain.training.modules.callbacks import with_those_of_module
 from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.prepare_data import prepare_data
+from hpctrain.training.task.runner import TaskRunner
 
 ANY = ""
 """The best weights of a run where it keeps some, else its last."""
@@ -93,12 +94,9 @@ def module_metrics(
     """
     with _ready(config, world, brought, stage, weights, limit) as ready:
         evaluate(
-            ready.model,
-            ready.task,
+            TaskRunner(ready.model, ready.task, ready.number_format),
             [Turn.of(each) for each in ready.loaders],
             world,
-            ready.number_format,
-            call=call_directly(ready.model),
             stage=stage,
         )
         return [ready.task.logs.full(stage, each) for each in ready.task.of_loaders]

@@ -60,6 +60,7 @@ from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import prepare_data
 from hpctrain.training.task.misfits import ranges_checked
 from hpctrain.training.task.regression import Regression, in_unit
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Fields, adopt_task
 from hpctrain.utils.text import printable
 
@@ -158,11 +159,9 @@ class Trained:
         try:
             with ranges_checked(self._task):
                 metrics = evaluate(
-                    self._model,
-                    self._task,
+                    TaskRunner(self._model, self._task, self._number_format),
                     [Turn.of(each) for each in loaders],
                     self._world,
-                    self._number_format,
                     stage="test" if self._stage == "test" else "validate",
                 )
         finally:

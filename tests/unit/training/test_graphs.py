@@ -21,7 +21,8 @@ from hpctrain.data.loading.loader import Batch
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.metrics import Gather
 from hpctrain.training.model.precision import NumberFormat
-from hpctrain.training.step import TrainStep
+from hpctrain.training.step import StepOptions, TrainStep
+from hpctrain.training.task.runner import TaskRunner
 
 CPU = torch.device("cpu")
 WORLD = world_of_one("test")
@@ -121,16 +122,15 @@ def batches(count: int) -> list[Batch]:
 def trained(*, recorded: bool, graphs: bool, passes: int) -> tuple[Net, list[dict[str, float]]]:
     model = Net(recorded=recorded)
     step = TrainStep(
-        model,
-        OwnLoss(),  # type: ignore[arg-type]
+        TaskRunner(model, OwnLoss(), NumberFormat.of("32-true", CPU), graphs=graphs),
         torch.optim.SGD(model.parameters(), lr=0.01),
         WORLD,
-        training=TrainingSection(clip_norm=1.0, unused_parameters="allow"),
-        number_format=NumberFormat.of("32-true", CPU),
+        options=StepOptions(
+            training=TrainingSection(clip_norm=1.0, unused_parameters="allow"),
+            micro_batch_size=ROWS // passes,
+        ),
         shapes=OneSample({"x": torch.ones(1, WIDTH)}, ROWS),
         example={"x": torch.ones(1, WIDTH)},
-        micro_batch_size=ROWS // passes,
-        graphs=graphs,
     )
     numbers = []
     for each in batches(4):
@@ -163,12 +163,9 @@ def metrics(*, recorded: bool, reused: bool, dtype: torch.dtype) -> dict[str, fl
     model = Net(recorded=recorded).to(dtype)
     number_format = NumberFormat.of("64-true" if dtype == torch.float64 else "32-true", CPU)
     return evaluate(
-        model,
-        OwnLoss(),  # type: ignore[arg-type]
+        TaskRunner(model, OwnLoss(), number_format, graphs=reused),
         [Turn(batches=batches(3))],
         WORLD,
-        number_format,
-        reused=reused,
     )
 
 
@@ -199,12 +196,11 @@ class Ranked(OwnLoss):
 def test_lists_of_torchmetrics_are_their_own() -> None:
     found = [
         evaluate(
-            Net(recorded=recorded),
-            Ranked(),  # type: ignore[arg-type]
+            TaskRunner(
+                Net(recorded=recorded), Ranked(), NumberFormat.of("32-true", CPU), graphs=reused
+            ),
             [Turn(batches=batches(3))],
             WORLD,
-            NumberFormat.of("32-true", CPU),
-            reused=reused,
         )
         for recorded, reused in ((False, False), (True, True), (True, False))
     ]

@@ -25,6 +25,7 @@ from hpctrain.training.metrics import Gather
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.task.regression import Regression
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 CLASSES, FEATURES, COUNT = 4, 6, 50
@@ -81,7 +82,9 @@ def measured(
         )
         for start in range(0, COUNT, batch)
     ]
-    metrics = evaluate(model, task, [Turn(batches=batches)], world, NumberFormat.of("32-true", CPU))
+    metrics = evaluate(
+        TaskRunner(model, task, NumberFormat.of("32-true", CPU)), [Turn(batches=batches)], world
+    )
     assert metrics is not None
     return metrics
 
@@ -93,7 +96,7 @@ def rehearsed(
     if precision in ("bf16-true", "64-true"):
         model = model.to(torch.float64 if precision == "64-true" else torch.bfloat16)
     rows = {name: item[:16] for name, item in fields.items()}
-    rehearse(model, task, Rows(rows), world, number_format)
+    rehearse(TaskRunner(model, task, number_format), Rows(rows), world)
 
 
 def test_sums_and_rows_make_the_metrics_that_others_compute(

@@ -22,6 +22,7 @@ from hpctrain.errors import TrainingError
 from hpctrain.training.evaluation import Turn, evaluate
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import kept_model
+from hpctrain.training.task.runner import TaskRunner
 from hpctrain.training.task.task import Classification
 
 
@@ -161,11 +162,9 @@ def test_an_evaluation_leaves_no_trace_but_in_plain_attributes() -> None:
     model = Restless()
     before = picture(model, plain=False)
     evaluate(
-        model,
-        Classification(["x"], "y"),
+        TaskRunner(model, Classification(["x"], "y"), NumberFormat.of("32-true", CPU)),
         [Turn(batches=[batch()])],
         WORLD,
-        NumberFormat.of("32-true", CPU),
     )
     after = picture(model, plain=False)
     # What is kept for later passes goes with attributes, which stay.
@@ -195,7 +194,11 @@ def test_a_cache_that_grew_in_an_evaluation_fits_the_attribute_that_knows_of_it(
     model = Cached()
     task = Classification(["x"], "y")
     for _ in range(2):
-        evaluate(model, task, [Turn(batches=[batch()])], WORLD, NumberFormat.of("32-true", CPU))
+        evaluate(
+            TaskRunner(model, task, NumberFormat.of("32-true", CPU)),
+            [Turn(batches=[batch()])],
+            WORLD,
+        )
     assert len(model.table) == model.length == 8
 
 
