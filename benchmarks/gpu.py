@@ -151,7 +151,8 @@ def _world(wishes: Wishes) -> Any:
     import torch
 
     from hpctrain.launch.communicators import SingleCommunicator
-    from hpctrain.launch.process_group import Node, World, place
+    from hpctrain.launch.placement import Node, place
+    from hpctrain.launch.process_group import World
 
     device = torch.device("cuda", 0) if wishes.device == "cuda" else torch.device("cpu")
     return World(

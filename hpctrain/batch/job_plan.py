@@ -14,7 +14,8 @@ from hpctrain.batch.job_script import Job
 from hpctrain.batch.sites import Site, find_site, load_site, longest_hours
 from hpctrain.batch.stop import reserve_seconds
 from hpctrain.batch.sweep import Sweep
-from hpctrain.config.schema import SCHEDULERS, Config, JobSection
+from hpctrain.config.schema import Config
+from hpctrain.config.schema_job import SCHEDULERS, JobSection
 from hpctrain.errors import ConfigError, UsageError
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")

@@ -23,7 +23,7 @@ from hpctrain.batch.quoting import (
 )
 from hpctrain.batch.sites import Because, Site
 from hpctrain.batch.sweep import Point, Sweep, index_list
-from hpctrain.config.toml import to_value
+from hpctrain.config.writing import to_value
 from hpctrain.errors import UsageError
 from hpctrain.utils.text import plural
 

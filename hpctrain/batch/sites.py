@@ -23,7 +23,7 @@ from annotated_types import Ge, Gt, MinLen
 
 from hpctrain.batch.quoting import plain_value, require_line
 from hpctrain.config.messages import dotted
-from hpctrain.config.schema import Scheduler
+from hpctrain.config.schema_job import Scheduler
 from hpctrain.config.toml import Source as Toml
 from hpctrain.config.toml import parse, read
 from hpctrain.errors import ConfigError, UsageError

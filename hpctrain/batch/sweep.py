@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpctrain.config.toml import parse, parse_value, split_values, to_value
+from hpctrain.config.toml import parse, parse_value, split_values
+from hpctrain.config.writing import to_value
 from hpctrain.errors import ConfigError, UsageError
 from hpctrain.utils.files import replace_file
 from hpctrain.utils.json_files import SMALL, parse_json, read_whole

@@ -131,7 +131,8 @@ def config(arguments: list[str]) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     from hpctrain.config import load
-    from hpctrain.config.toml import apply_overrides, read, to_explained_toml
+    from hpctrain.config.toml import apply_overrides, read
+    from hpctrain.config.writing import to_explained_toml
 
     resolved = load(parsed.config, parsed.overrides)
     source = read(parsed.config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.cli.usage import PROGRAM, Parser, count, hours, number
-from hpctrain.config.schema import SCHEDULERS
+from hpctrain.config.schema_job import SCHEDULERS
 from hpctrain.errors import ConfigError, ExitCode, UsageError
 from hpctrain.utils.streams import write_out
 from hpctrain.utils.text import listed, plural
@@ -83,7 +83,7 @@ def job(arguments: list[str]) -> int:
 
 
 def _job_parser() -> Parser:
-    from hpctrain.config.schema import CONTAINERS
+    from hpctrain.config.schema_job import CONTAINERS
 
     parser = Parser("job")
     parser.take_config(may_lack=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hpctrain.config.schema import Config
-    from hpctrain.config.toml import to_toml
     from hpctrain.config.validate import load
+    from hpctrain.config.writing import to_toml
 
 __all__ = ["Config", "load", "to_toml"]
 
-_HOMES = {"Config": "schema", "load": "validate", "to_toml": "toml"}
+_HOMES = {"Config": "schema", "load": "validate", "to_toml": "writing"}
 
 
 def __getattr__(name: str) -> object:

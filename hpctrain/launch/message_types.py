@@ -18,8 +18,9 @@ _NAMES = {
     "config.schema": (
         "RunSection ComponentSection TaskSection ParameterGroup OptimizerSection SchedulerSection "
         "TrainingSection CheckpointSection LaunchSection LoggingSection EarlyStoppingSection "
-        "ProfileSection JobSection NotifySection Config"
+        "ProfileSection NotifySection Config"
     ),
+    "config.schema_job": "JobSection",
     "config.schema_data": "FieldTable SamplesTable SourceTable DataSection",
     "config.semantics": "Semantics",
     "data.coding": "Coding",
@@ -42,7 +43,7 @@ _NAMES = {
         "TrainingError"
     ),
     "launch.device": "Cores Place Owner",
-    "launch.process_group": "Node",
+    "launch.placement": "Node",
     "launch.rendezvous": "Address",
     "preflight.checks": "Answer",
     "preflight.compute": "StepFacts",

@@ -30,7 +30,7 @@ from hpctrain.checkpoint.manager import CheckpointManager, Retention
 from hpctrain.config import Config
 from hpctrain.config.registry import resolve_listed
 from hpctrain.config.schema import NotifySection
-from hpctrain.config.toml import flat_config
+from hpctrain.config.writing import flat_config
 from hpctrain.errors import CheckpointError, ConfigError, ExitCode, HpctrainError
 from hpctrain.observe.goodput import PhaseLog
 from hpctrain.observe.job_record import JobRecord

@@ -31,5 +31,6 @@ class TaskRunner:
     graphs: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.call is None:
+        given: object = self.call
+        if given is None:
             object.__setattr__(self, "call", call_directly(self.model))

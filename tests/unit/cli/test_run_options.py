@@ -12,7 +12,7 @@ from hpctrain.cli.processes import Wanted, check_world, read_wanted
 from hpctrain.cli.scripts import parse_run
 from hpctrain.config import load
 from hpctrain.errors import LaunchError, UsageError
-from hpctrain.launch.process_group import Node, place
+from hpctrain.launch.placement import Node, place
 from hpctrain.launch.start_ranks import Nodes, nodes_of
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.config.toml import parse, to_toml
+from hpctrain.config.toml import parse
 from hpctrain.config.validate import load, validate
+from hpctrain.config.writing import to_toml
 from hpctrain.errors import ConfigError
 
 CONFIG = """

@@ -31,7 +31,7 @@ from hpctrain.data.order.selection import Spans
 from hpctrain.errors import CheckpointError, DatasetError, ExitCode, HpctrainError, LaunchError
 from hpctrain.launch.message_types import NAMES
 from hpctrain.launch.messages import MOST_DEPTH, DecodingError, decode, encode
-from hpctrain.launch.process_group import Node
+from hpctrain.launch.placement import Node
 from hpctrain.launch.rendezvous import Address
 from hpctrain.launch.store import StoreCommunicator
 from hpctrain.preflight.checks import Answer
@@ -176,12 +176,12 @@ def named(tag: bytes, name: bytes, content: bytes = b"") -> bytes:
         named(b"o", b"hpctrain.errors:enum"),
         named(b"o", b"hpctrain.cli:main"),
         named(b"o", b"hpctrain.errors:ExitCode"),
-        named(b"o", b"hpctrain.launch.process_group:Node"),
+        named(b"o", b"hpctrain.launch.placement:Node"),
         named(b"e", b"hpctrain.errors:ExitCode", encode("SECRET")),
-        named(b"e", b"hpctrain.launch.process_group:Node", encode("x")),
+        named(b"e", b"hpctrain.launch.placement:Node", encode("x")),
         named(b"x", b"hpctrain.errors:ExitCode", encode((1, 2, 3))),
         named(b"x", b"hpctrain.errors:DatasetError", encode(("", True))),
-        named(b"n", b"hpctrain.launch.process_group:Node", encode(1)),
+        named(b"n", b"hpctrain.launch.placement:Node", encode(1)),
         named(b"o", b"\xff:\xff"),
         b"a" + encode((2**40, 2**40)) + encode("<f8") + encode(b""),
         b"a" + encode((2,)) + encode("O") + encode(b"\0" * 16),

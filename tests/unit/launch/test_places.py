@@ -31,7 +31,8 @@ from hpctrain.launch.device import (
 from hpctrain.launch.environment import detect
 from hpctrain.launch.mpi import is_walled_off
 from hpctrain.launch.nccl_log import prepare_nccl
-from hpctrain.launch.process_group import Node, place, prepare_deterministic
+from hpctrain.launch.placement import Node, place
+from hpctrain.launch.process_group import prepare_deterministic
 from hpctrain.launch.rendezvous import Address, candidates
 from hpctrain.utils.proc import raise_open_files
 

@@ -11,7 +11,7 @@ from helpers.environments import recorded
 
 from hpctrain.errors import LaunchError
 from hpctrain.launch.environment import detect, launchers_in
-from hpctrain.launch.process_group import Node, place
+from hpctrain.launch.placement import Node, place
 from hpctrain.launch.reporter import IN_MPI_INIT, Seen, missing_ranks_message
 from hpctrain.launch.surroundings import (
     alone_in,

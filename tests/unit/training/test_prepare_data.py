@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule
 
 from hpctrain.errors import DatasetError
 from hpctrain.launch.communicators import SingleCommunicator
-from hpctrain.launch.process_group import Node, World, place
+from hpctrain.launch.placement import Node, place
+from hpctrain.launch.process_group import World
 from hpctrain.training.prepare_data import fetching, prepare_data
 
 NODE = [Node("boot", "n1")] * 2 + [Node("boot", "n2")]
