@@ -17,8 +17,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.overrides import has_torch_function
 
 _COMPILER = "torch._dynamo"
 _MARK = "__dynamo_disable"
@@ -125,6 +127,19 @@ class _Absent:
             if name == "get_optimize_ddp_mode":
                 return lambda: "ddp_optimizer"  # as torch._dynamo.config comes
         return getattr(importlib.import_module(self._name), name)
+
+
+def backward(loss: Tensor, seed: Tensor) -> None:
+    """Run backward from `loss`, (), whose own gradient is `seed`, (), of the same dtype.
+
+    `torch.autograd.backward` compares the two shapes by what the compiler knows of symbols, for
+    which it imports sympy; and then calls this.
+    """
+    run = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    if run is None or has_torch_function((loss,)) or loss.shape != seed.shape:
+        torch.autograd.backward(loss, seed)
+    else:
+        run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from hpctrain.errors import ConfigError, TrainingError
+from hpctrain.training.compiler import backward
 
 if TYPE_CHECKING:  # a world is made faster without
     from hpctrain.training.loops.setup import Setup
@@ -133,7 +134,7 @@ class Setups:
         for held in self.held():
             if held.spread:
                 held.count_uses(not self.is_idle)
-        torch.autograd.backward(loss, seed)
+        backward(loss, seed)
 
     def _backward_of_none(self, loss: Tensor) -> None:
         """Run a backward pass that leaves no gradients, as a mean over all ranks' rows needs it."""
@@ -141,7 +142,7 @@ class Setups:
         kept = [item.grad for item in parameters]
         for item in parameters:
             item.grad = None
-        torch.autograd.backward(loss, torch.zeros_like(loss))
+        backward(loss, torch.zeros_like(loss))
         for item, gradient in zip(parameters, kept, strict=True):
             item.grad = gradient
 

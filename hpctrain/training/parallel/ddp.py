@@ -18,7 +18,7 @@ from hpctrain.checkpoint.tensors import checksum, tensor_bytes
 from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
-from hpctrain.training.compiler import compiler_unasked
+from hpctrain.training.compiler import backward, compiler_unasked
 from hpctrain.training.model.wrappers import Call, Method, PlainNames, UnhookedCallee, call_directly
 from hpctrain.training.parallel.unused_parameters import UnusedParameters, reaching_all, unreduced
 from hpctrain.utils.text import listed
@@ -124,7 +124,7 @@ class DDPModel:
 
     def backward(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
         """Run backward from `loss`, (), whose own gradient is `seed`, ()."""
-        torch.autograd.backward(loss, seed)
+        backward(loss, seed)
 
     def backward_and_reduce(self, loss: torch.Tensor, seed: torch.Tensor) -> None:
         """Run backward from `loss` and average the gradients. Collective: all ranks.
@@ -133,7 +133,7 @@ class DDPModel:
             TrainingError: on this rank, if DDP still waits for a gradient of it: it has averaged
                 none of that bucket.
         """
-        torch.autograd.backward(loss, seed)
+        backward(loss, seed)
         if self._ddp is not None:
             self._clock.stop()
             if missing := unreduced(self._ddp._check_reducer_finalized, self._names):

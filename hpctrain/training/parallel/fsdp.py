@@ -25,6 +25,7 @@ from hpctrain.config.schema import TrainingSection
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import Communicator
+from hpctrain.training.compiler import backward
 from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.wrappers import Call, Callee, Method, PlainNames
 from hpctrain.training.parallel.ddp import take_buffers_of_rank_zero
@@ -190,11 +191,11 @@ class ShardedModel:
 
     def backward(self, loss: Tensor, seed: Tensor) -> None:
         """Run backward from `loss`, (), whose own gradient is `seed`, (). Collective: all ranks."""
-        torch.autograd.backward(loss, seed)
+        backward(loss, seed)
 
     def backward_and_reduce(self, loss: Tensor, seed: Tensor) -> None:
         """Run backward from `loss` and average the gradients. Collective: all ranks."""
-        torch.autograd.backward(loss, seed)
+        backward(loss, seed)
         self._whole.reduce()
 
     def reduce_whole(self) -> None:

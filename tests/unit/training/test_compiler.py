@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from hpctrain.training.compiler import as_written, leave_out_compiler
+from hpctrain.training.compiler import as_written, backward, leave_out_compiler
 
 WITHOUT_AND_WITH = """
 import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from hpctrain.training.compiler import as_written, compiler_unasked, leave_out_compiler
+from hpctrain.training.compiler import as_written, backward, compiler_unasked, leave_out_compiler
 
 def is_loaded():
     return "torch._dynamo" in sys.modules
@@ -26,7 +28,8 @@ def stepped(step_of):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        net(torch.ones(4, 3)).square().sum().backward()
+        loss = net(torch.ones(4, 3)).square().sum()
+        backward(loss, torch.full_like(loss, 2))
         step_of(optimizer)()
     optimizer.load_state_dict(optimizer.state_dict())
     assert not [value for value in net.parameters() if value.grad is None]
@@ -40,7 +43,7 @@ with compiler_unasked():
 assert "_dynamo" not in vars(torch)
 with as_written(), compiler_unasked():
     without = stepped(lambda optimizer: optimizer.step)
-assert not is_loaded()
+assert not is_loaded() and "sympy" not in sys.modules
 marked = torch.optim.Optimizer.zero_grad.__wrapped__
 late = vars(marked)["__dynamo_disable"]
 
@@ -88,3 +91,27 @@ def test_what_is_compiled_in_a_trial_runs_as_it_is_written() -> None:
         assert not compilations
     compiled(torch.ones(3))
     assert len(compilations) == 1
+
+
+def test_a_backward_pass_is_torchs() -> None:
+    """Also where something watches calls, and for a loss that has none."""
+    passes = [torch.autograd.backward, backward]
+    gradients = []
+    for run in passes:
+        x = torch.arange(6.0).requires_grad_()
+        run(x.square().sum().sqrt(), torch.tensor(0.3))
+        gradients.append(x.grad)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            run(torch.tensor(1.0), torch.tensor(1.0))
+    assert torch.equal(*gradients)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    loss = torch.ones((), requires_grad=True) * 2
+    with Watch():
+        backward(loss, torch.tensor(1.0))
+    assert torch.autograd.backward in seen
