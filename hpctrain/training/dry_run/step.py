@@ -210,8 +210,9 @@ def find_coupling(
 ) -> str | None:
     """Return how the loss of a sample depends on the others in its pass, None if it does not.
 
-    Without dropout, batch statistics or gradients, and without leaving a trace. What draws at
-    random all the same is not judged. Under FSDP, collective: all ranks.
+    Without dropout or batch statistics, and without leaving a trace; a loss may itself be made of
+    gradients, such as those by an input. What draws at random all the same is not judged. Under
+    FSDP, collective: all ranks.
 
     Args:
         wrapped: of the model.
@@ -226,7 +227,6 @@ def find_coupling(
     comparison = _Comparison(wrapped, task, number_format, device)
     count = rows.size
     with (
-        torch.no_grad(),
         as_written(),  # three sizes of batches would be compiled
         kept_model(wrapped.model, task=task),
         evaluating(wrapped.model.modules()),
@@ -285,8 +285,10 @@ class _Comparison:
         with self._arithmetic, kept_generators(self._device):
             torch.manual_seed(seed)
             loss_sum, weight = self._wrapped.call_alone(self._task.loss, fields)
+            found = {"loss": float(loss_sum.detach()), "weight": float(weight)}
+            del loss_sum, weight  # and the graph with them
         self._wrapped.settle()
-        return {"loss": float(loss_sum), "weight": float(weight)}
+        return found
 
     def same(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         """Tell whether both are equal but for rounding, or no numbers."""

@@ -62,6 +62,18 @@ def wants_four(out: Tensor, fields: Any) -> Tensor:
     return out.reshape(8, -1).square().sum()
 
 
+class Slope(Mine):
+    """A loss made of gradients by the input, as physics-informed losses and penalties are."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def loss(self, model: nn.Module, fields: Any) -> tuple[Tensor, Any]:
+        x = fields["x"].clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (slope.norm(dim=1) - 1).square().sum(), len(x)
+
+
 def said(task: Any, model: nn.Module | None = None, precision: Any = "32-true") -> str | None:
     step = make_step(model or network(), task=task, example=rows(1), precision=precision)
     return step.find_coupling(Rows(rows()))
@@ -77,6 +89,7 @@ def said(task: Any, model: nn.Module | None = None, precision: Any = "32-true") 
         Regression(["x"], "z", loss="mae"),
         mean_of(),
         Mine(lambda out, f: (out + torch.randn_like(out)).square().sum()),  # cannot be told
+        Slope(),
     ],
 )
 def test_sums_over_samples(task: Any, precision: Any) -> None:
