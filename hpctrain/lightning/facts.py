@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from hpctrain.config import Config
+from hpctrain.config.choices import choices
+from hpctrain.errors import ConfigError
 from hpctrain.launch.environment import Claim
-from hpctrain.lightning.arguments import Mapped, TrainerArguments
+from hpctrain.lightning.arguments import Mapped, TrainerArguments, mapped
 from hpctrain.lightning.folders import Checkpoints
 from hpctrain.topology import Topology
+from hpctrain.training.modules.trainer_state import State
 
 _OF_ARGUMENTS = (
     *("accumulate_grad_batches", "check_val_every_n_epoch", "fast_dev_run", "gradient_clip_val"),
@@ -19,6 +23,9 @@ _OF_ARGUMENTS = (
     *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams", "barebones", "profiler"),
 )
 """Attributes that are the arguments themselves."""
+
+_FIXED = frozenset(each.name for each in fields(TrainerArguments)) - {"callbacks"} | {"loggers"}
+"""What a Trainer is made with, and what nothing would come of if a script set it later."""
 
 _BEFORE = {
     "callback_metrics": {},
@@ -50,22 +57,51 @@ class Facts:
         datamodule: of the last call.
     """
 
-    def __init__(self, claim: Claim, mapped: Mapped, given: TrainerArguments) -> None:
+    def __init__(self, claim: Claim, found: Mapped, given: TrainerArguments) -> None:
         self._given = given
         self._claim = claim
         self._topology: Topology | None = None
         self._config: Config | None = None
-        self.callbacks: list[Any] = [*mapped.callbacks, *mapped.checkpoints, *mapped.stoppings]
-        self._shown_loggers = mapped.shown_loggers
-        self.loggers: list[Any] = [each for each in mapped.shown_loggers if each is not None]
+        self._show_callbacks(found)
+        self._shown_loggers = found.shown_loggers
+        self.loggers: list[Any] = [each for each in found.shown_loggers if each is not None]
         self.model: Any = None
         self.datamodule: Any = None
-        self.precision = mapped.keys.get("training.precision", "32-true")
-        self.checkpoint_callbacks: list[Any] = list(mapped.checkpoints)
-        if not self.checkpoint_callbacks and given.enable_checkpointing is not False:
+        self.precision = found.keys.get("training.precision", "32-true")
+        self.max_epochs = found.keys.get("training.max_epochs", -1)
+        self._state = State()
+        self._is_made = True
+
+    def _show_callbacks(self, found: Mapped) -> None:
+        self.callbacks: list[Any] = [*found.callbacks, *found.checkpoints, *found.stoppings]
+        self._callbacks_before = list(self.callbacks)
+        self.checkpoint_callbacks: list[Any] = list(found.checkpoints)
+        if not self.checkpoint_callbacks and self._given.enable_checkpointing is not False:
             self.checkpoint_callbacks = [Checkpoints()]
-        self.early_stopping_callbacks: list[Any] = list(mapped.stoppings)
-        self.max_epochs = mapped.keys.get("training.max_epochs", -1)
+        self.early_stopping_callbacks: list[Any] = list(found.stoppings)
+
+    def _understand_callbacks(self) -> Mapped | None:
+        """Return what the arguments come to with what a script has done to `callbacks` since.
+
+        Returns:
+            None: it has done nothing.
+
+        Raises:
+            ConfigError: if one of them cannot be had.
+        """
+        before, now = self._callbacks_before, self.callbacks
+        if [*map(id, before)] == [*map(id, now)]:
+            return None
+        gone = {id(each) for each in before} - {id(each) for each in now}
+        given = self._given.callbacks
+        listed = [] if given is None else given if isinstance(given, list | tuple) else [given]
+        kept = [each for each in listed if id(each) not in gone]
+        known = {id(each) for each in (*listed, *before)}
+        added = [each for each in now if id(each) not in known]
+        self._given = replace(self._given, callbacks=[*kept, *added])
+        found = mapped(self._given, choices())
+        self._show_callbacks(found)
+        return found
 
     @property
     def lightning_module(self) -> Any:
@@ -78,6 +114,11 @@ class Facts:
     @property
     def early_stopping_callback(self) -> Any:
         return self.early_stopping_callbacks[0] if self.early_stopping_callbacks else None
+
+    @property
+    def state(self) -> State:
+        of_run = stand_in_of(self.model)
+        return self._state if of_run is None else of_run.state
 
     @property
     def logger(self) -> Any:
@@ -145,9 +186,25 @@ class Facts:
         self.model, self.datamodule = model, datamodule
         self._config, self._topology = config, topology
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_is_made" in self.__dict__:
+            argument = "logger" if name == "loggers" else name
+            raise ConfigError(
+                f"trainer.{name} is set where the Trainer is made: Trainer({argument}=...), a new "
+                "one for another fit",
+                everywhere=True,
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") and not name.endswith("_connector"):
             raise AttributeError(name)
+        if name.startswith("_"):
+            raise AttributeError(
+                f"trainer.{name} is of the inside of Lightning's Trainer, and so is whatever asks "
+                "for it: in place of Tuner.scale_batch_size `python -m hpctrain check` tells "
+                "whether a batch fits into memory"
+            )
         if name in _OF_ARGUMENTS:
             return getattr(self._given, name)
         # What modules see as `self.trainer` knows the run, and still does after its end.

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,21 @@ class Checkpoints:
         self.dirpath: str | None = None
 
 
-def export_for_scripts(run: Path, module: Any, objects: Iterable[Any]) -> dict[str, float | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exports:
+    """The files that a run has left for the script.
+
+    Attributes:
+        scores: paths, the best one first, each with its metric; that of the last weights at the
+            end, without one.
+        sources: the checkpoint that each was made of.
+    """
+
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def export_for_scripts(run: Path, module: Any, objects: Iterable[Any]) -> Exports:
     """Write the best weights of a run, and its last, as the files that a script loads afterwards.
 
     For rank 0.
@@ -164,28 +178,29 @@ def export_for_scripts(run: Path, module: Any, objects: Iterable[Any]) -> dict[s
             whether more than one of the best is.
 
     Returns:
-        Paths and the metric of each, the best one first, and that of the last weights at the end,
-        without one; none where the run has saved nothing.
+        The files; none where the run has saved nothing.
 
     Raises:
         CheckpointError: if a checkpoint is damaged, or a file cannot be written.
     """
+    from hpctrain.checkpoint.format import resolved
     from hpctrain.checkpoint.lightning_file import export_lightning
 
     if read_latest(run) is None:
-        return {}
+        return Exports()
     files: dict[str, float | None] = {}
+    sources: dict[str, str] = {}
     tops = [getattr(each, "save_top_k", 1) for each in objects]
     wanted = None if -1 in tops else max([1, *tops])
     for number, best in enumerate(best_ones(run)[:wanted]):
         target = run / (BEST if not number else f"best-{number + 1}.ckpt")
         source = run / CHECKPOINTS / folder_name(best.step)
         export_lightning(source, target, average=None, module=module)
-        files[str(target)] = best.value
+        files[str(target)], sources[str(target)] = best.value, str(source)
     if not files or any(getattr(each, "save_last", False) for each in objects):
         export_lightning(run, run / LAST, average=None, module=module)
-        files[str(run / LAST)] = None
-    return files
+        files[str(run / LAST)], sources[str(run / LAST)] = None, str(resolved(run))
+    return Exports(scores=files, sources=sources)
 
 
 def report_files(objects: Iterable[Any], run: Path, files: Mapping[str, float | None]) -> None:

@@ -33,6 +33,7 @@ from hpctrain.lightning.bring import (
 )
 from hpctrain.lightning.facts import Facts, run_folder
 from hpctrain.lightning.folders import (
+    Exports,
     Fit,
     choose_version,
     export_for_scripts,
@@ -89,6 +90,7 @@ class Trainer(Facts):
                 )
         super().__init__(self._claim, self._mapped, self._given)
         self._notes = [*self._mapped.notes, *([] if idle is None else [idle])]
+        self._sources: dict[str, str] = {}
         self._fits = 0
 
     def fit(
@@ -119,6 +121,7 @@ class Trainer(Facts):
         """
         del weights_only
         with _told():
+            self._mapped = self._understand_callbacks() or self._mapped
             train_dataloaders, datamodule = apart(train_dataloaders, datamodule)
             handed = hand(
                 model,
@@ -183,14 +186,15 @@ class Trainer(Facts):
         """Have callbacks of Lightning's classes know the end of a run. Collective: all ranks."""
         if not (self.checkpoint_callbacks or self.early_stopping_callbacks):
             return
-        found: tuple[dict[str, float | None], Mapping[str, Any]] | None = None
+        found: tuple[Any, Any, Mapping[str, Any]] | None = None
         run, objects = run_folder(config), self.checkpoint_callbacks
         with raise_together(job.communicator):
             if job.topology.is_rank_zero:
-                files = export_for_scripts(run, self.model, objects) if objects else {}
-                found = files, stopping_state(run)
-        files, state = job.communicator.broadcast(found)
-        report_files(objects, run, files)
+                files = export_for_scripts(run, self.model, objects) if objects else Exports()
+                found = files.scores, files.sources, stopping_state(run)
+        scores, sources, state = job.communicator.broadcast(found)
+        report_files(objects, run, scores)
+        self._sources |= sources
         report_stopping(self.early_stopping_callbacks, state, self.current_epoch - 1)
 
     def _make_config(self, job: Started, keys: Keys, *, is_last: bool) -> Config:
@@ -290,9 +294,12 @@ class Trainer(Facts):
     ) -> Any:
         """Run a stage in a world of its own. Collective: all ranks."""
         with _told():
+            self._mapped = self._understand_callbacks() or self._mapped
             if model is None and self.model is None:
                 raise ConfigError(f"trainer.{stage}: which module? Give it one")
             weights = None if ckpt_path is None else os.fspath(ckpt_path)
+            # A file for scripts has what a module was made with, which may be no plain data.
+            weights = self._sources.get(weights or "", weights)
             if model is None and weights is None and self._config is not None:
                 weights = ""
             if loader is None and datamodule is None:

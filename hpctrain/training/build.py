@@ -36,7 +36,7 @@ from hpctrain.training.modules.callbacks import (
     register,
     with_those_of_module,
 )
-from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders
+from hpctrain.training.modules.hooks import OWN_STATE, OwnState, check_loaders, notes_of_module
 from hpctrain.training.modules.lr_schedulers import ModuleSchedule
 from hpctrain.training.modules.optimizers import configure, tried
 from hpctrain.training.modules.overrides import is_module, is_own, place_of, uncompiled
@@ -56,6 +56,7 @@ from hpctrain.training.task.task import Task, adopt_task
 
 if TYPE_CHECKING:  # torch takes its time to load what only sharded runs need
     from hpctrain.training.parallel.fsdp import ShardedModel
+    from hpctrain.training.parallel.fsdp_units import Findings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +128,8 @@ def build_parts(
     if is_spread(training, world.topology.world_size):
         broadcast_model(world, model)  # else parts of different models could mix
         from hpctrain.training.parallel.fsdp import ShardedModel
-        from hpctrain.training.parallel.fsdp_units import try_out
 
-        findings = try_out(world, model, task, number_format.cast(example, task.inputs))
-        if isinstance(task, ModuleTask):
-            task.logs.forget_names()
+        findings = _tried_out(world, model, task, number_format.cast(example, task.inputs))
         with raise_together(world.communicator):
             sharded = ShardedModel(model, training, number_format, world, findings)
     with raise_together(world.communicator):
@@ -181,6 +179,20 @@ def build_parts(
         callbacks=callbacks,
         notes=notes,
     )
+
+
+def _tried_out(world: World, model: nn.Module, task: Task, fields: Any) -> Findings:
+    """Return what FSDP has to know of a model. Collective: all ranks."""
+    from hpctrain.training.parallel.fsdp_units import try_out
+
+    if not isinstance(task, ModuleTask):
+        return try_out(world, model, task, fields)
+    state = task.trainer.state
+    before, state.stage = state.stage, "sanity_check"
+    findings = try_out(world, model, task, fields)
+    state.stage = before
+    task.logs.forget_names()
+    return findings
 
 
 def watch_metrics(config: Config, task: Task, schedule: Schedule, *, validates: bool) -> None:
@@ -233,7 +245,7 @@ def _register(callbacks: TaskCallbacks, task: Task, step: TrainStep) -> list[str
     if not isinstance(task, ModuleTask):
         return [*notes_of(callbacks.items), *callbacks.notes()]
     register(task.hooks.callbacks, step.registered, task.trainer, step.model)
-    notes = notes_of(task.hooks.callbacks)
+    notes = [*notes_of_module(task.module), *notes_of(task.hooks.callbacks)]
     if isinstance(task.trainer.logger, RunLogger):
         calls = foreign_calls([task.module, *task.hooks.callbacks])
         notes += [f"{call}: only another logger has it; here it is left out" for call in calls]

@@ -35,7 +35,10 @@ from hpctrain.launch.environment import without_rank
 from hpctrain.launch.process_group import World
 from hpctrain.topology import on_all_ranks, raise_together
 from hpctrain.training.components import Brought
+from hpctrain.training.modules.data_trainer import DataTrainer, introduce
 from hpctrain.training.modules.overrides import is_own
+from hpctrain.training.modules.stand_in import TrainerStandIn
+from hpctrain.training.position import StopAt
 from hpctrain.training.prepare_data import fetching, name_of, prepare_data
 from hpctrain.utils.text import listed, plural
 
@@ -65,7 +68,7 @@ def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, B
     Raises:
         HpctrainError: on every rank, if they cannot be made, or not be served in the one order.
     """
-    datamodule, made = _made(config, world, brought)
+    datamodule, made, told = _made(config, world, brought)
     further = config.data.evaluations
     with raise_together(world.communicator):
         made |= {
@@ -78,6 +81,7 @@ def take_data(config: Config, world: World, brought: Brought) -> tuple[Config, B
         if "train" not in taken:
             raise ConfigError("the datamodule has no train_dataloader: nothing to train with")
         config, notes = _settled(config, taken["train"], brought.accumulated)
+        notes += told
     brought = dataclasses.replace(
         brought,
         train=taken["train"],
@@ -128,8 +132,11 @@ def served(intake: Intake, config: Config, world: World) -> Served:
     return Served(dataset=dataset, reader=reader, notes=notes)
 
 
-def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str, Any]]:
-    """Return the datamodule, and what to train and evaluate with. Collective: all ranks."""
+def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str, Any], list[str]]:
+    """Return the datamodule, what to train and evaluate with, and lines for the header.
+
+    Collective: all ranks.
+    """
     from hpctrain.training.model.undisturbed import seed_generators
 
     # Splits that are drawn at random are then the same on all ranks.
@@ -139,8 +146,10 @@ def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str
         with raise_together(world.communicator):
             datamodule = built_object("data.use", section.use, section.arguments)
     if datamodule is not None:
+        trainer = _introduced(datamodule, config, world, "fit", brought.model)
         prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
-        return datamodule, _of_datamodule(datamodule)
+        made = _of_datamodule(datamodule)
+        return datamodule, made, [] if trainer is None else trainer.notes()
     found = {"train": brought.train, "validation": brought.validation}
     named: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
         "train": (section.train, section.train_arguments),
@@ -150,7 +159,17 @@ def _made(config: Config, world: World, brought: Brought) -> tuple[Any, dict[str
         for name, (reference, arguments) in named.items():
             if found[name] is None and brought.train is None and names_object(reference):
                 found[name] = built_object(f"data.{name}", reference, arguments)
-    return None, {name: each for name, each in found.items() if each is not None}
+    return None, {name: each for name, each in found.items() if each is not None}, []
+
+
+def _introduced(
+    datamodule: Any, config: Config, world: World, stage: str, model: Any = None
+) -> DataTrainer | None:
+    """Give a datamodule its trainer, before the run is there of which it tells."""
+    facts = TrainerStandIn(config, world, StopAt.of(config.training, 1, 1), model)
+    facts.state.begin(stage)
+    facts.datamodule = datamodule
+    return introduce(datamodule, facts, is_bound=False)
 
 
 def made_for(config: Config, world: World, name: str, stage: str) -> Any:
@@ -178,6 +197,7 @@ def made_for(config: Config, world: World, name: str, stage: str) -> Any:
             return built_object(f"data.{name}", reference, arguments)
     with raise_together(world.communicator):
         datamodule = built_object("data.use", section.use, section.arguments)
+    _introduced(datamodule, config, world, stage)
     prepare_data([datamodule], world, seconds=config.launch.prepare_timeout_seconds)
     with raise_together(world.communicator):
         set_up(datamodule, "fit" if name == "train" else stage)

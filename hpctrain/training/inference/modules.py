@@ -44,6 +44,7 @@ from hpctrain.training.model.precision import NumberFormat
 from hpctrain.training.model.undisturbed import evaluating, seed_generators
 from hpctrain.training.model.wrappers import load_checked
 from hpctrain.training.modules.callbacks import with_those_of_module
+from hpctrain.training.modules.data_trainer import introduce
 from hpctrain.training.modules.hooks import check_loaders
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.prepare_data import prepare_data
@@ -179,8 +180,9 @@ def _ready(
     task = ModuleTask()
     with raise_together(world.communicator):
         _require_step(model, stage)
-        bind(task, model, config, world)
+        bind(task, model, config, world, stage)
         task.hooks.set_callbacks(with_those_of_module(brought.callbacks, model))
+        introduce(brought.datamodule, task.trainer, is_bound=True)
     owners = [owner for owner in (brought.datamodule, model) if owner is not None]
     prepare_data(owners, world, seconds=config.launch.prepare_timeout_seconds)
     loaders = _loaders(config, world, brought, stage, task, limit)
@@ -193,7 +195,7 @@ def _ready(
             made, number_format, _ = finish_model(model, config, world)
         begin(task, made, world)
         yield _Ready(model=made, task=task, number_format=number_format, loaders=loaders)
-        task.hooks.call("teardown", stage)
+        task.end(stage)
     finally:
         for loader in loaders:
             loader.close()

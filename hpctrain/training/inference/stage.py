@@ -42,7 +42,7 @@ def missing_step(model: nn.Module, stage: Stage) -> str | None:
     return None if has_step and (stage == "predict" or is_own(model, step)) else step
 
 
-def bind(task: ModuleTask, model: nn.Module, config: Config, world: World) -> None:
+def bind(task: ModuleTask, model: nn.Module, config: Config, world: World, stage: Stage) -> None:
     """Give a module its trainer and its hooks, for a stage without an end of its own.
 
     One that was trained in this process still knows its step and its epoch.
@@ -52,6 +52,7 @@ def bind(task: ModuleTask, model: nn.Module, config: Config, world: World) -> No
     """
     before = trainer_of(model)
     task.bind(model, config, world, StopAt.of(config.training, 1, 1))
+    task.trainer.state.begin(stage)
     if isinstance(before, TrainerStandIn):
         trainer = task.trainer
         trainer.global_step, trainer.current_epoch = before.global_step, before.current_epoch

@@ -96,7 +96,7 @@ class Trained:
             self._task = build_task(config, components)
             if isinstance(self._task, ModuleTask):
                 _require_step(self._model, stage, len(splits))
-                bind(self._task, self._model, config, world)
+                bind(self._task, self._model, config, world, stage)
                 _set_callbacks(self._task, self._model, config)
             adopt_task(self._model, self._task, world.device)
             self._callbacks = self._callbacks_of_task(config)
@@ -174,7 +174,7 @@ class Trained:
     def _tear_down(self, metrics: Mapping[str, float]) -> None:
         self._callbacks.end_stage(self._stage, metrics)
         if isinstance(self._task, ModuleTask):
-            self._task.hooks.call("teardown", self._stage)
+            self._task.end(self._stage)
 
     def predict(
         self, folder: Path, origin: Origin, stopping: Callable[[], bool]

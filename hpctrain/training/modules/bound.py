@@ -16,6 +16,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.training.components import Brought
 from hpctrain.training.metric_objects import MetricObjects
+from hpctrain.training.modules.data_trainer import DataTrainer
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.modules.overrides import is_module, is_own
@@ -61,6 +62,7 @@ class BoundModule:
         refuse_unknown_ways(module)
         self.module = module
         self.trainer = TrainerStandIn(config, world, stop_at, module)
+        self.trainer.state.begin("fit")
         self.logs = Logs(world.communicator, world.device)
         self.hooks = Hooks(module, self.trainer, self.logs)
         self._world = world
@@ -78,6 +80,9 @@ class BoundModule:
         # A module that makes its loaders itself is no datamodule.
         is_own = getattr(brought.datamodule, "of_module", False)
         self.trainer.datamodule = None if is_own else brought.datamodule
+        introduced = getattr(brought.datamodule, "trainer", None)
+        if isinstance(introduced, DataTrainer):
+            introduced.bind(self.trainer)
         self.trainer.know_loaders(brought.given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -125,6 +130,7 @@ class BoundModule:
         tell_device(self.module, self._world.device)
         self.objects = MetricObjects(self, self._world.device)
         self.objects.keep_local()
+        self.trainer.state.stage = "train"
         self.hooks.call("on_fit_start")
 
     @property

@@ -328,6 +328,8 @@ class TaskCallbacks:
 
     def set_up(self, stage: str = "fit") -> None:
         """Begin the job, before the model goes to its device."""
+        if self.items:
+            self.trainer.state.begin(stage)
         self._call("setup", stage)
 
     def check_stage(self, stage: str) -> list[str]:
@@ -366,7 +368,7 @@ class TaskCallbacks:
         self._know(metrics)
         for when in ("epoch_end", "end"):
             self._call(f"on_{_STAGE_NAMES[stage]}_{when}")
-        self._call("teardown", stage)
+        self._tear_down(stage)
 
     def _know(self, metrics: Mapping[str, float]) -> None:
         known = {name: torch.tensor(value) for name, value in metrics.items()}
@@ -439,11 +441,17 @@ class TaskCallbacks:
         self.trainer.current_epoch = epoch
         for name in ("on_train_end", "on_fit_end"):
             self._call(name)
-        self._call("teardown", "fit")
+        self._tear_down("fit")
+
+    def _tear_down(self, stage: str) -> None:
+        self._call("teardown", stage)
+        self.trainer.state.end()
 
     def fail(self, error: BaseException) -> None:
         """Tell of what ends the job."""
         self._call("on_exception", error)
+        if self.items:
+            self.trainer.state.end(failed=True)
 
     def _call(self, name: str, *args: Any) -> None:
         for item in self.items:

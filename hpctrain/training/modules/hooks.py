@@ -11,15 +11,18 @@ from torch import nn
 
 from hpctrain.checkpoint.state import UnsavableError
 from hpctrain.errors import CheckpointError, ConfigError
-from hpctrain.training.modules.callbacks import has_hook
+from hpctrain.training.modules.callbacks import CALLED, has_hook
 from hpctrain.training.modules.log import Logs
-from hpctrain.training.modules.overrides import is_own, place_of
+from hpctrain.training.modules.overrides import is_base, is_own, place_of
 from hpctrain.training.modules.stand_in import TrainerStandIn
+from hpctrain.utils.text import did_you_mean
 
 _OWN_LOOP = (
     "A step here is one optimizer's, over all ranks, by its own order; what a loop has to do "
     "otherwise is an own loop: docs/own-code.md, hpctrain.connect"
 )
+
+_OF_LIGHTNING_1 = "A module keeps what it needs of its steps, and uses it in"
 
 REFUSED = {
     "optimizer_step": _OWN_LOOP,
@@ -29,8 +32,23 @@ REFUSED = {
         "Gradients are clipped by training.clip_norm and training.clip_value"
     ),
     "configure_sharded_model": "Build the model in configure_model",
+    "training_epoch_end": f"{_OF_LIGHTNING_1} on_train_epoch_end",
+    "validation_epoch_end": f"{_OF_LIGHTNING_1} on_validation_epoch_end",
+    "test_epoch_end": f"{_OF_LIGHTNING_1} on_test_epoch_end",
 }
 """Methods of a module that are not called, and the way out."""
+
+_OF_MODULES = frozenset(
+    {
+        *("on_before_batch_transfer", "on_after_batch_transfer"),
+        *(
+            f"on_{stage}_model_{what}"
+            for stage in ("validation", "test", "predict")
+            for what in ("zero_grad", "eval", "train")
+        ),
+    }
+)
+"""Hooks that modules have and callbacks have not."""
 
 
 class Hooks:
@@ -112,12 +130,50 @@ def refuse_unknown_ways(module: nn.Module) -> None:
             raise ConfigError(
                 f"model.use: {kind}.{name} ({place_of(module, name)}) is not called here. {way}"
             )
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:  # type: ignore[arg-type]
+    takes = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
+    if "dataloader_iter" in takes:
         raise ConfigError(
             f"model.use: {kind}.training_step ({place_of(module, 'training_step')}) takes a "
             "dataloader_iter: batches come one by one here, in the one order of the data. Take "
             "(batch, batch_idx)"
         )
+    _refuse_further_arguments(module, list(takes.values()))
+
+
+def _refuse_further_arguments(module: nn.Module, takes: Sequence[inspect.Parameter]) -> None:
+    """Refuse a `training_step` that waits for what Lightning 1 gave it."""
+    ways = {"optimizer_idx": "several optimizers are", "hiddens": "what is carried over batches is"}
+    is_named = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for item in takes[2:]:
+        if item.default is inspect.Parameter.empty and item.kind not in is_named:
+            way = ways.get(item.name, "what needs more is")
+            raise ConfigError(
+                f"model.use: {type(module).__name__}.training_step "
+                f"({place_of(module, 'training_step')}) takes {item.name}, which nobody gives it: "
+                f"a step gets (batch, batch_idx), and {way} an own loop: docs/own-code.md, "
+                "hpctrain.connect"
+            )
+
+
+def notes_of_module(module: nn.Module) -> list[str]:
+    """Return what the header should say of methods that only look like hooks."""
+    known = CALLED | _OF_MODULES
+    strange = {
+        name
+        for kind in type(module).__mro__
+        if not is_base(kind)
+        for name, value in vars(kind).items()
+        if name.startswith("on_") and inspect.isfunction(value) and name not in known
+    }
+    kind, notes = type(module).__name__, []
+    for name in sorted(strange):
+        of_training = f"on_train_{name.removeprefix('on_')}"  # as Lightning 1 had it of all stages
+        meant = [of_training] if of_training in known else sorted(known)
+        notes.append(
+            f"{kind}.{name} ({place_of(module, name)}) is not called: it is the name of no hook"
+            f"{did_you_mean(name, meant)}"
+        )
+    return notes
 
 
 def no_leaving(module: nn.Module) -> str:

@@ -19,16 +19,8 @@ from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.training.compiler import is_loaded
 from hpctrain.training.modules.overrides import inner_modules
 from hpctrain.training.modules.run_logger import RunLogger
+from hpctrain.training.modules.trainer_state import State
 from hpctrain.training.position import Position, StopAt
-
-
-class State:
-    """The stage of a run, by the names that Lightning has for it."""
-
-    def __init__(self) -> None:
-        self.fn = "fit"
-        self.stage: str | None = None
-        self.status = "running"
 
 
 class Strategy:
@@ -121,6 +113,18 @@ class PredictLoop:
             self._kept[loader].append(output)
 
 
+_STEERING = frozenset(
+    {
+        *("max_epochs", "max_steps", "min_epochs", "min_steps", "precision", "fast_dev_run"),
+        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+        *("check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"),
+        *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"),
+        *("num_training_batches", "reload_dataloaders_every_n_epochs"),
+    }
+)
+"""What Lightning's loops look at while they run, and what is settled here when a run begins."""
+
+
 class TrainerStandIn:
     """Facts of the run for a module: what is not here cannot be asked, and says so.
 
@@ -173,6 +177,15 @@ class TrainerStandIn:
         self.callback_metrics: Mapping[str, Tensor] = {}
         self.logged_metrics: Mapping[str, Tensor] = {}
         self.progress_bar_metrics: Mapping[str, float] = {}
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STEERING and "_is_made" in self.__dict__:
+            raise AttributeError(
+                f"self.trainer.{name} cannot be set: what a run does is settled when it begins, by "
+                "its config or the Trainer's arguments; self.trainer.should_stop = True ends it"
+            )
+        super().__setattr__(name, value)
 
     def know_loaders(self, given: Mapping[str, Any]) -> None:
         """Take the loaders as the user has made them, which modules ask for their datasets."""

@@ -173,6 +173,7 @@ class ModuleTask(BoundModule):
     def fail(self, error: BaseException) -> None:
         """Tell of what ends the job."""
         self.hooks.call("on_exception", error)
+        self.trainer.state.end(failed=True)
 
     def stepped(self) -> None:
         """Take note of an update, before LR schedulers do."""
@@ -377,7 +378,12 @@ class ModuleTask(BoundModule):
         self.trainer.current_epoch = epoch
         self.hooks.call("on_train_end")
         self.hooks.call("on_fit_end")
-        self.hooks.call("teardown", "fit")
+        self.end("fit")
+
+    def end(self, stage: str) -> None:
+        """End the job, or an evaluation that is one."""
+        self.hooks.call("teardown", stage)
+        self.trainer.state.end()
 
     def evaluate(self, model: nn.Module, fields: Any) -> dict[str, Any]:
         """Run `validation_step` with its hooks, and return what was logged."""
