@@ -23,6 +23,7 @@ import hpctrain
 from hpctrain.errors import ConfigError, TrainingError
 from hpctrain.training.loops import gradients
 from hpctrain.training.model.undisturbed import seed_generators
+from hpctrain.training.modules.stand_in import Strategy
 
 STRATEGIES = ("ddp", "fsdp")
 SAMPLES, BATCH = 130, 16
@@ -336,10 +337,30 @@ def check_rows_of_all_ranks(world: Any, folder: Path) -> None:
     assert world.reduce(float(world.rank), "sum").item() == sum(range(world.world_size))
     assert world.broadcast({"from": world.rank}) == {"from": 0}
     assert world.broadcast(torch.tensor([world.rank])).item() == 0
+    check_rows_of_a_module(Strategy(world), rows)
     gathered = world.gather({"rank": world.rank})
     expected = [{"rank": rank} for rank in range(world.world_size)]
     assert gathered == (expected if world.is_rank_zero else None)
     dist.barrier()
+
+
+def check_rows_of_a_module(strategy: Strategy, rows: Tensor) -> None:
+    """What a module's `self.all_gather` is made of, where ranks have seen other numbers of rows."""
+    size = strategy.world_size
+    every = [float(rank) for rank in range(size) for _ in range(rank + 1)]
+    for sync_grads in (False, True):
+        found = strategy.all_gather(rows, sync_grads=sync_grads)
+        assert found.reshape(-1, 2)[:, 0].tolist() == every
+        assert found.requires_grad == (sync_grads or size == 1)
+        equal = strategy.all_gather(rows[:1], sync_grads=sync_grads)
+        assert equal.shape == ((size, 1, 2) if size > 1 else (1, 2))
+    if size > 1:
+        try:
+            strategy.all_gather(torch.ones(1, 1 + strategy.global_rank))
+        except TrainingError as error:
+            assert "(1, 1), (1, 2)" in str(error), error
+        else:
+            raise AssertionError("nobody was told")
 
 
 class Deep(nn.Module):

@@ -1,4 +1,4 @@
-"""Collectives of an own loop: all_gather with gradients, all_reduce, broadcast."""
+"""Collectives of an own loop: all_reduce and broadcast."""
 
 from __future__ import annotations
 
@@ -20,48 +20,6 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
-
-
-def all_gather(world: World, tensor: Tensor) -> Tensor:
-    """Return the rows of all ranks, in rank order, with their gradients. Collective: all ranks.
-
-    Args:
-        world: the ranks.
-        tensor: (rows, ...); ranks may have different numbers of rows. A number, (), is one row.
-
-    Returns:
-        (rows of all ranks, ...). In a backward pass the rows of this rank get the sum of the
-        gradients that all ranks give them.
-    """
-    rows = tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
-    if world.topology.world_size == 1:
-        return rows
-    result: Tensor = _AllGather.apply(world, rows)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, world: World, rows: Tensor) -> Tensor:
-        ranks, rank = world.topology.world_size, world.topology.rank
-        count = torch.tensor([len(rows)], device=rows.device)
-        counts = [torch.empty_like(count) for _ in range(ranks)]
-        dist.all_gather(counts, count)
-        sizes = [int(item) for item in torch.cat(counts).tolist()]
-        # All ranks send equally many rows: gloo and NCCL know no others.
-        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        ctx.first = sum(sizes[:rank])
-        ctx.stop = ctx.first + sizes[rank]
-        return torch.cat([item[:size] for item, size in zip(gathered, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return None, gradient[ctx.first : ctx.stop]
 
 
 def reduce(world: World, value: Tensor | float, how: str) -> Tensor:

@@ -240,9 +240,9 @@ class World(LoopWorld):
         Args:
             tensor: (rows, ...), of which ranks may have different numbers; a number is one row.
         """
-        from hpctrain.training.loops.collectives import all_gather
+        from hpctrain.training.parallel.gather_rows import gather_rows
 
-        return all_gather(self, tensor)
+        return gather_rows(self, tensor)
 
     def reduce(
         self, value: Tensor | float, how: Literal["mean", "sum", "min", "max"] = "mean"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hpctrain.batch.stop import END_DUE
 from hpctrain.config import Config
+from hpctrain.errors import TrainingError
 from hpctrain.launch.process_group import World
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.training.compiler import is_loaded
@@ -47,9 +48,18 @@ class Strategy:
         return self._world.communicator.broadcast(value)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return the tensors of all ranks, stacked; on one rank the tensor itself."""
+        """Return the tensors of all ranks, stacked; on one rank the tensor itself.
+
+        Ranks may have other numbers of rows, since every sample is seen once: then it is one tensor
+        of all rows, (1, rows of all ranks, ...), which is flattened to the same as a stack is.
+
+        Raises:
+            TrainingError: on every rank, if the tensors differ in more than their rows.
+        """
         if self.world_size == 1:
             return tensor
+        if group is None:
+            return self._of_all_ranks(tensor, sync_grads=sync_grads)
         if sync_grads:
             from torch.distributed.nn.functional import all_gather
 
@@ -57,6 +67,22 @@ class Strategy:
         pieces = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
         dist.all_gather(pieces, tensor.contiguous(), group)
         return torch.stack(pieces)
+
+    def _of_all_ranks(self, tensor: Tensor, *, sync_grads: bool) -> Tensor:
+        from hpctrain.training.parallel.gather_rows import gather_rows
+
+        shapes = self._world.communicator.all_gather(list(tensor.shape))
+        given = tensor if sync_grads else tensor.detach()
+        if all(shape == shapes[0] for shape in shapes):
+            return gather_rows(self._world, given.unsqueeze(0), [1] * len(shapes))
+        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            listed = ", ".join(str(tuple(shape)) for shape in shapes)
+            raise TrainingError(
+                f"all_gather: the ranks have tensors of other shapes, {listed}: what is gathered "
+                "may differ in its rows, the first axis, alone",
+                everywhere=True,
+            )
+        return gather_rows(self._world, given, [shape[0] for shape in shapes]).unsqueeze(0)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the mean, or the sum, of a tensor over the ranks."""
