@@ -49,9 +49,12 @@ def main() -> None:
     epochs = asked.epochs or EPOCHS[asked.program]
     if asked.by:
         trainer = importlib.import_module(asked.by).Trainer
-        found = [train(asked.program, epochs, trainer, seed + 1) for seed in range(asked.seeds)]
-        if found[0] is not None:
-            asked.output.write_text(json.dumps(found), encoding="utf-8")
+        found = []
+        for seed in range(1, 1 + asked.seeds):
+            numbers = train(asked.program, epochs, trainer, seed)
+            if numbers is not None:
+                found.append(numbers)
+                asked.output.write_text(json.dumps(found), encoding="utf-8")
         return
     print(f"{asked.program}, {epochs} epochs, seeds 1 to {asked.seeds}", flush=True)
     for name, (package, launcher) in WAYS.items():

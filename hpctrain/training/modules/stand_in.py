@@ -58,7 +58,7 @@ class Strategy:
         """
         if self.world_size == 1:
             return tensor
-        if group is None:
+        if group is None or group is dist.group.WORLD:
             return self._of_all_ranks(tensor, sync_grads=sync_grads)
         if sync_grads:
             from torch.distributed.nn.functional import all_gather
