@@ -9,7 +9,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import lightning_itself
-from programs.shapes import PROGRAMS
+from programs.language_model import WORDS, LanguageModel, Text
+from programs.lit_mnist import DigitsDataModule, LitMNIST
+from programs.shapes import PROGRAMS, Program
+from torch.utils.data import DataLoader
 
 from hpctrain.lightning import Trainer
 
@@ -36,6 +39,19 @@ class Seeds(pl.Callback):
     on_test_batch_start = on_validation_batch_start
 
 
+def digits() -> Program:
+    """The chapter's, with its dropout and its Adadelta, from the same weights in the same order."""
+    return LitMNIST(), DigitsDataModule(batch_size=32, samples=96, shuffle=False), []
+
+
+def words() -> Program:
+    """The tutorial's transformer, likewise."""
+    return LanguageModel(WORDS), [DataLoader(Text(60), 20), DataLoader(Text(25), 20)], []
+
+
+ALL = {**PROGRAMS, "digits": digits, "words": words}
+
+
 class Ran(NamedTuple):
     """What came of a program: losses of the steps, the newest metrics, and those of a test."""
 
@@ -46,7 +62,7 @@ class Ran(NamedTuple):
 
 def run(make: Any, name: str) -> Ran:
     torch.manual_seed(7)
-    module, data, callbacks = PROGRAMS[name]()
+    module, data, callbacks = ALL[name]()
     seeds = Seeds()
     trainer = make(callbacks=[*callbacks, seeds], **OPTIONS)
     trainer.fit(module, *(data if isinstance(data, list) else [data]))
@@ -55,7 +71,7 @@ def run(make: Any, name: str) -> Ran:
     return Ran(seeds.losses, logged, tested)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_program_of_this_shape(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
