@@ -6,11 +6,13 @@ Long curves become short ones that look the same.
 from __future__ import annotations
 
 import re
+import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpctrain.errors import OutputError
 from hpctrain.observe.machine.log import FOLDER as MACHINE
@@ -21,7 +23,7 @@ from hpctrain.utils.permissions import explained
 from hpctrain.utils.text import printable
 from hpctrain.version import __version__
 from hpctrain.watch import page
-from hpctrain.watch.run_files import LOG, PIECE_BYTES, RunFiles
+from hpctrain.watch.run_files import LOG, PIECE_BYTES, GrowingFile, RunFiles
 
 NAME = "report.html"
 
@@ -37,8 +39,15 @@ _FEWEST, _MOST = 60, 4000
 _OF_THE_LINE = frozenset({"kind", "split", "step", "epoch", "samples_seen", WALL_TIME})
 _DIGITS = 7
 
-MACHINE_BYTES = 400_000
-"""Of lines of machine figures in a report; of more every second stays, or every third."""
+MACHINE_BYTES = 600_000
+"""Of machine figures in a report; of more, those of some minutes become one line."""
+
+_COLUMNS = 240
+"""Of a host, at most: as many as the page's map of ranks has."""
+_HOST_BYTES = 2**21
+"""Of a host that are looked at: of more, every second line, or every third."""
+_END_BYTES = 2**14
+_END_OF_TIME = 1e11
 
 _LOG_BYTES = 200_000
 """Of a log, its end."""
@@ -136,18 +145,147 @@ def _plain(name: str) -> str:
 
 
 def _machines(run: RunFiles, most_bytes: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of machine figures by host, evenly thinned; those of slow ranks all stay."""
+    """Return the machine figures of every host; the lines of slow ranks all stay.
+
+    Where they do not fit, those of a stretch of time are one, the same stretches for all hosts, so
+    that none is left without: means, and of each rank the longest time.
+    """
     files = [each for each in run.growing() if each.name.startswith(f"{MACHINE}/")]
-    every = -(-sum(each.size for each in files) // most_bytes) or 1
-    found: dict[str, list[dict[str, Any]]] = {}
-    for each in files:
-        kept = found[Path(each.name).stem] = []
-        for i, (_, line) in enumerate(run.lines(each.name)):
-            # What does not stay is not parsed either: of a long run of many hosts next to all.
-            stays = i % every == 0 or b"straggler" in line
-            if stays and (record := from_line(line)) is not None:
-                kept.append(record)
-    return found
+    begun = {each.name: _first_figures(run, each.name) for each in files}
+    begun = {name: lines for name, lines in begun.items() if lines}
+    if not begun:
+        return {Path(each.name).stem: [] for each in files}
+    line_bytes = sum(len(page.as_json(of_line([lines[0]]))) for lines in begun.values())
+    most_lines = min(_COLUMNS, max(2, most_bytes // line_bytes))
+    first = min(line[WALL_TIME] for lines in begun.values() for line in lines)
+    last = max((_last_time(run, each) for each in files), default=first)
+    spacing = statistics.median(
+        [b[WALL_TIME] - a[WALL_TIME] for lines in begun.values() for a, b in pairwise(lines)] or [0]
+    )
+    width = max((last - first) / most_lines, 1.5 * spacing, 1.0)
+    fits = last - first < most_lines * spacing
+    return {
+        Path(each.name).stem: _stretches(run, each, None if fits else width, first)
+        for each in files
+    }
+
+
+def _stretches(
+    run: RunFiles, file: GrowingFile, width: float | None, first: float
+) -> list[dict[str, Any]]:
+    """Return the figures of a host, a line for each stretch of so many seconds; None: every one."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    told = []
+    every = -(-file.size // _HOST_BYTES) or 1
+    for i, (_, line) in enumerate(run.lines(file.name)):
+        # What does not stay is not parsed either: of a run of months next to all.
+        if i % every and b"straggler" not in line:
+            continue
+        if (record := from_line(line)) is None:
+            continue
+        if record["kind"] != "machine":
+            told.append(record)
+        elif (moment := _moment(record)) is not None:
+            stretch = i if width is None else int(max(0.0, moment - first) / width)
+            found.setdefault(stretch, []).append(record)
+    lines = []
+    for stretch, records in sorted(found.items()):
+        merged = of_line(records)
+        if width is not None:
+            merged[WALL_TIME] = round(first + (stretch + 0.5) * width, 1)
+        lines.append(merged)
+    return [*lines, *told]
+
+
+def of_line(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the page draws of lines of machine figures, as one line."""
+    devices, memory = _parts(records, "devices"), _parts(records, "memory")
+    own: dict[Any, float] = {}
+    for ranks in _parts(records, "ranks"):
+        named, steps, others = (ranks.get(key) for key in ("rank", "step", "others"))
+        if isinstance(named, list) and isinstance(steps, list):
+            waited = others if isinstance(others, list) else []
+            for rank, step, other in zip_longest(named, steps, waited):
+                if _is_number(rank) and _is_number(step):
+                    mine = step - (other if _is_number(other) else 0.0)
+                    own[rank] = max(own.get(rank, mine), mine)
+    mean = statistics.fmean
+    figures: dict[str, Any] = {
+        "cpu": {"busy": _mean([_known(each.get("busy"), mean) for each in _parts(records, "cpu")])},
+        "memory": {
+            key: _mean([_known(each.get(key), mean) for each in memory]) for key in ("used", "job")
+        },
+        "disk": {"all": _mean([_known(each, sum) for each in _parts(records, "disk")])},
+        "network": {"all": [_mean([_known(each, sum) for each in _parts(records, "network")])]},
+        "devices": {
+            key: [_mean([_known(each.get(key), act) for each in devices])]
+            for key, act in (("busy", mean), ("memory", sum), ("watts", sum), ("celsius", max))
+        },
+        "ranks": {"rank": list(own), "step": [_short(each) for each in own.values()]},
+    }
+    line: dict[str, Any] = {"kind": "machine", "step": records[-1]["step"]}
+    for key, values in figures.items():
+        known = {name: each for name, each in values.items() if each not in (None, [None], [])}
+        if known:
+            line[key] = known
+    return {**line, WALL_TIME: records[-1].get(WALL_TIME)}
+
+
+def _parts(records: Iterable[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    return [part for each in records if isinstance(part := each.get(key), Mapping)]
+
+
+def _known(value: object, act: Callable[[list[float]], float]) -> float | None:
+    """Return what a function makes of the numbers in a value; None where there are none."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    found: list[float] = []
+    for each in value if isinstance(value, list) else [value]:
+        found += [one for one in (each if isinstance(each, list) else [each]) if _is_number(one)]
+    try:
+        return float(act(found)) if found else None
+    except OverflowError:  # not of ours
+        return None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _short(sum(known) / len(known)) if known else None
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first_figures(run: RunFiles, name: str) -> list[dict[str, Any]]:
+    """Return the first lines of machine figures of a host, a few of them."""
+    records = (from_line(line) for _, line in islice(run.lines(name), 20))
+    return [
+        record
+        for record in records
+        if record is not None and record["kind"] == "machine" and _moment(record) is not None
+    ]
+
+
+def _last_time(run: RunFiles, file: GrowingFile) -> float:
+    """Return when a host wrote for the last time, in seconds since 1970; 0: nobody knows."""
+    try:
+        content = run.piece(file.name, max(0, file.size - _END_BYTES), _END_BYTES)
+    except OSError:
+        return 0.0
+    records = map(from_line, content.splitlines(keepends=True))
+    moments = (_moment(record) for record in records if record is not None)
+    return max((moment for moment in moments if moment is not None), default=0.0)
+
+
+def _moment(record: Mapping[str, Any]) -> float | None:
+    """Return when a line was written; None where that is not a time of this world."""
+    moment = record.get(WALL_TIME)
+    return float(moment) if _is_number(moment) and 0 < moment < _END_OF_TIME else None
 
 
 def _records(run: RunFiles, name: str = JSONL_FILE) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,14 @@
 // Okabe and Ito's, without black and yellow, which need a background of their own.
 const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#9a6a00", "#5a5a5a"];
 const DARK = ["#56b4e9", "#e69f00", "#2fbf8f", "#e59cc4", "#8fc7ff", "#f0e442", "#bdbdbd"];
+// What the seconds of a run went into, each in a colour of its own; waiting is hatched.
+const PARTS = {trained: 0, read: 1, evaluated: 2, saved: 3, recomputed: 4, started: 5, ended: 6};
+function ofPart(name, i) {
+  if (name === "waited") return "repeating-linear-gradient(135deg, var(--line) 0 4px, var(--quiet) 4px 5px)";
+  if (name === "unattributed") return "var(--line)";
+  if (name === "hung") return "repeating-linear-gradient(135deg, var(--bad) 0 4px, var(--card) 4px 6px)";
+  return colour(PARTS[name] ?? i);
+}
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [4, 2]];
 
 const isDark = () => document.documentElement.dataset.theme === "dark";
@@ -20,12 +28,6 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-function svg(tag, attributes = {}, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
 
 // A plot in a card: told once what it is, then data as often as they change.
 class Plot {
@@ -71,19 +73,21 @@ class Plot {
       cursor: {sync: {key: "hpctrain-" + x}, focus: {prox: 24}, points: {size: 6}},
       scales: {x: {time: x === "time"}, y: {distr: log ? 3 : 1, range: log ? undefined : range ?? paddedRange}},
       axes: [
-        {...axis, size: 32, values: x === "time" ? undefined : (_, ticks) => ticks.map(short)},
-        {...axis, size: 56, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(tick))},
+        {...axis, size: 32, values: x === "time" ? undefined : (_, ticks) => shortAll(ticks)},
+        {...axis, size: 56, values: (_, ticks) => shortAll(ticks)},
       ],
       bands: lines.flatMap((line, i) => line.band === undefined ? [] : [{series: [i + 1, line.band + 1], fill: faded(line.colour, 0.18)}]),
       series: [
-        {label: x, value: x === "time" ? undefined : (_, value) => short(value)},
+        // Where nobody points, the legend tells the last.
+        {label: x, value: (plot, value) => (x === "time" ? moment : x === "step" || x === "samples" ? (each) => whole(Math.round(each)) : short)(value ?? lastOf(plot.data[0]))},
         ...lines.map((line) => ({
           label: printable(line.label), stroke: line.colour, dash: line.dash, fill: line.fill,
           width: line.hidden ? 0 : 1.6, points: {show: line.points ?? false, size: 5, fill: line.colour},
-          spanGaps: line.spanGaps ?? true, value: (_, value) => short(value) + (this.unit ?? ""),
+          spanGaps: line.spanGaps ?? true, value: (plot, _, i, at) => short(this._value(plot, line, i, at)) + (this.unit ?? ""),
         })),
       ],
-      legend: {live: true, isolate: true},
+      legend: {live: true, isolate: true, markers: {width: 2, stroke: (_, i) => lines[i - 1]?.colour,
+        dash: (_, i) => lines[i - 1]?.dash?.length ? (lines[i - 1].dash[0] > 3 ? "dashed" : "dotted") : "solid", fill: () => "transparent"}},
       hooks: {draw: [(plot) => this._drawMarks(plot)]},
     };
   }
@@ -111,6 +115,13 @@ class Plot {
       }
     }
     ctx.restore();
+  }
+
+  // What the legend tells of a line: of layers that are stacked the layer's own part.
+  _value(plot, line, i, at) {
+    const of = (k) => at === null || at === undefined ? lastOf(plot.data[k]) : plot.data[k][at];
+    const value = of(i);
+    return line.stacked && i > 1 && Number.isFinite(value) ? value - of(i - 1) : value;
   }
 
   _width() { return Math.max(200, this.frame.clientWidth || 320); }
@@ -157,8 +168,8 @@ function paddedRange(_, low, high) {
 // Rows of cells, such as ranks over time: dark is little, bright is much.
 const HEAT = ["#0b1d51", "#23468f", "#2f7fb8", "#48b3a5", "#a8d68a", "#f7f06d"];
 function heatMap(parent, title, labels, columns, rows, name) {
-  const cell = Math.max(4, Math.min(16, Math.floor(400 / Math.max(rows.length, 1))));
-  const canvas = element("canvas", {width: Math.max(columns.length, 1), height: Math.max(rows.length, 1), className: "heat"});
+  const cell = Math.max(2, Math.min(16, Math.floor(400 / Math.max(rows.length, 1))));
+  const canvas = element("canvas", {width: Math.max(columns.length, 1), height: Math.max(rows.length, 1), className: "heat", tabIndex: 0});
   canvas.style.height = `${Math.max(rows.length, 1) * cell}px`;
   canvas.setAttribute("role", "img");
   const values = rows.flat().filter((value) => value !== null && Number.isFinite(value));
@@ -170,13 +181,43 @@ function heatMap(parent, title, labels, columns, rows, name) {
     ctx.fillStyle = HEAT[Math.min(HEAT.length - 1, Math.floor(part * HEAT.length))];
     ctx.fillRect(x, y, 1, 1);
   }));
-  canvas.setAttribute("aria-label", `${title}: ${rows.length} rows, from ${short(low)} to ${short(high)}`);
-  const told = element("p", {className: "hint"}, `dark ${name(low)}, bright ${name(high)}`);
+  canvas.setAttribute("aria-label", `${title}: ${rows.length} rows, from ${short(low)} to ${short(high)}; arrow keys read a cell`);
+  const scale = element("span", {className: "scale"});
+  scale.style.background = `linear-gradient(to right, ${HEAT.flatMap((each, i) => [`${each} ${100 * i / HEAT.length}%`, `${each} ${100 * (i + 1) / HEAT.length}%`]).join(", ")})`;
+  const told = element("span", {role: "status"}, "");
+  const place = {x: columns.length - 1, y: 0};
+  const tell = (x, y) => {
+    place.x = Math.max(0, Math.min(columns.length - 1, x));
+    place.y = Math.max(0, Math.min(rows.length - 1, y));
+    const value = rows[place.y]?.[place.x] ?? null;
+    told.textContent = printable(`${labels[place.y]}, ${columns[place.x]}: ${value === null ? "no figures" : name(value)}`);
+  };
   canvas.addEventListener("mousemove", (event) => {
     const box = canvas.getBoundingClientRect();
-    const x = Math.min(columns.length - 1, Math.floor((event.clientX - box.left) / box.width * columns.length));
-    const y = Math.min(rows.length - 1, Math.floor((event.clientY - box.top) / box.height * rows.length));
-    if (rows[y]) told.textContent = printable(`${labels[y]}, ${columns[x]}: ${rows[y][x] === null ? "–" : name(rows[y][x])}`);
+    tell(Math.floor((event.clientX - box.left) / box.width * columns.length), Math.floor((event.clientY - box.top) / box.height * rows.length));
   });
-  parent.replaceChildren(element("figure", {className: "card wide"}, element("figcaption", {}, title), canvas, told));
+  canvas.addEventListener("keydown", (event) => {
+    const [right, down] = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key] ?? [0, 0];
+    if (!right && !down) return;
+    event.preventDefault();
+    tell(place.x + right, place.y + down);
+  });
+  const ends = (first, last) => [element("span", {}, printable(first)), element("span", {}, printable(last))];
+  parent.replaceChildren(element("figure", {className: "card wide"}, element("figcaption", {}, title),
+    element("p", {className: "hint"}, name(low), " ", scale, " ", name(high), "  ", told),
+    element("div", {className: "ends"}, element("span", {}, printable(labels[0] ?? ""))), canvas,
+    element("div", {className: "ends"}, element("span", {}, printable(labels[labels.length - 1] ?? ""))),
+    element("div", {className: "ends"}, ...ends(columns[0] ?? "", columns[columns.length - 1] ?? ""))));
+}
+
+// Parts of a line in time, as shares of its width: {from, to, className, text, said}.
+function timeline(parts, said) {
+  const line = element("div", {className: "timeline", role: "img", ariaLabel: printable(said)});
+  for (const {from, to, className, text = "", said: title} of parts) {
+    const piece = element("span", {className, title: printable(title)}, printable(text));
+    piece.style.left = `${100 * from}%`;
+    piece.style.width = `${Math.max(0, 100 * (to - from))}%`;
+    line.append(piece);
+  }
+  return line;
 }

@@ -171,13 +171,19 @@ function ownSeconds(row) {
   return rank.map((each, i) => [each, step[i] - (others?.[i] ?? 0)]).filter(([, value]) => Number.isFinite(value));
 }
 
+// Seconds between two lines of a host, usually; a report has fewer than the files.
+function spacing(machines) {
+  const gaps = [...machines.values()].flatMap((lines) => lines.slice(1).map((line, i) => line.wall_time - lines[i].wall_time)).filter((gap) => gap > 0);
+  return Math.max(60, gaps.sort((a, b) => a - b)[gaps.length >> 1] ?? 60);
+}
+
 // Ranks over time as rows of a map: labels, moments, values.
 function rankMap(machines, columns) {
   const rows = [...machines].flatMap(([host, lines]) => lines.map((line) => ({host, line}))).filter(({line}) => line.wall_time && line.ranks);
   if (!rows.length) return null;
   const times = rows.map(({line}) => line.wall_time);
   const first = times.reduce((a, b) => Math.min(a, b)), last = times.reduce((a, b) => Math.max(a, b));
-  const count = Math.max(1, Math.min(columns, Math.round((last - first) / 60) + 1)), width = (last - first) / count || 1;
+  const count = Math.max(1, Math.min(columns, Math.round((last - first) / spacing(machines)) + 1)), width = (last - first) / count || 1;
   const found = new Map();
   for (const {host, line} of rows) {
     const column = Math.min(count - 1, Math.floor((line.wall_time - first) / width));
@@ -190,7 +196,7 @@ function rankMap(machines, columns) {
   const ranks = [...found.keys()].sort((a, b) => a - b);
   return {
     labels: ranks.map((rank) => `rank ${rank} on ${found.get(rank).host}`),
-    columns: Array.from({length: count}, (_, i) => new Date((first + (i + 0.5) * width) * 1000).toLocaleString()),
+    columns: Array.from({length: count}, (_, i) => moment(first + (i + 0.5) * width)),
     rows: ranks.map((rank) => found.get(rank).values),
   };
 }
@@ -232,6 +238,24 @@ function short(value) {
   if (size && (size < 1e-3 || size >= 1e12)) return value.toExponential(2);
   for (const [unit, letter] of UNITS) if (size >= unit * (letter === "k" ? 10 : 1)) return Number((value / unit).toPrecision(4)) + letter;
   return String(Number(value.toPrecision(4)));
+}
+
+// Numbers of an axis, all in the same unit: 8k, 10k.
+function shortAll(values) {
+  const most = values.reduce((high, value) => Math.max(high, Math.abs(value ?? 0)), 0);
+  const unit = UNITS.find(([size, letter]) => most >= size * (letter === "k" ? 10 : 1) && most < 1e12);
+  if (!unit) return values.map((value) => value === null ? "" : short(value));
+  return values.map((value) => value === null ? "" : value === 0 ? "0" : Number((value / unit[0]).toPrecision(6)) + unit[1]);
+}
+
+// Counts in full, as 12,000.
+const whole = (value) => Number.isFinite(value) ? value.toLocaleString("en-US") : String(value ?? "–");
+
+// A time in the reader's zone, the same in every country.
+function moment(seconds) {
+  const date = new Date(seconds * 1000), two = (value) => String(value).padStart(2, "0");
+  if (Number.isNaN(date.getTime())) return "–";
+  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${two(date.getHours())}:${two(date.getMinutes())}`;
 }
 
 function duration(seconds) {

@@ -79,7 +79,7 @@ class Served {
         (lines) => { for (const line of lines) { const record = parsed(line); if (record) run.curves.add(record); } },
         () => { run.curves = new Curves(); });
     } else if (name === "log.txt") {
-      made = new Followed(run, name, (lines) => run.log.push(...lines), () => { run.log.length = 0; });
+      made = new Followed(run, name, (lines) => { for (const line of lines) run.log.push(line); }, () => { run.log.length = 0; });
     } else {
       const host = name.replace(/^machine\//, "").replace(/\.jsonl$/, "");
       const rows = [];
@@ -153,13 +153,13 @@ function showStates(runs) {
     const parts = [
       element("h3", {}, runs.length > 1 ? swatch(colour(run.index)) : "", " ", printable(run.name)),
       fact("state", element("span", {className: "badge " + (GOOD[facts.state] ?? "wait")}, printable(facts.state ?? "–"))),
-      fact("step", short(steps[steps.length - 1] ?? facts.step ?? 0) + (facts.max_steps ? ` of ${short(facts.max_steps)}` : "")),
-      fact("saved", facts.checkpoint ? `step ${short(facts.step)}` : "nothing yet"),
+      fact("step", whole(steps[steps.length - 1] ?? facts.step ?? 0) + (facts.max_steps ? ` of ${whole(facts.max_steps)}` : "")),
+      fact("saved", facts.checkpoint ? `step ${whole(facts.step)}` : "nothing yet"),
     ];
-    if (facts.best) parts.push(fact("best", printable(`${facts.best.metric} ${short(facts.best.value)} at step ${short(facts.best.step)}`)));
+    if (facts.best) parts.push(fact("best", printable(`${facts.best.metric} ${short(facts.best.value)} at step ${whole(facts.best.step)}`)));
     for (const [label, split, key] of [["loss", "train", "loss"], ["speed", "train", "samples_per_second"]]) {
       const value = lastValue(run, split, key);
-      if (value !== null) parts.push(fact(label, short(value) + (key === "loss" ? "" : " samples/s")));
+      if (value !== null) parts.push(fact(label, key === "loss" ? short(value) : `${whole(Number(value.toPrecision(4)))} samples/s`));
     }
     const newest = facts.jobs?.[facts.jobs.length - 1];
     if (newest) parts.push(fact("ranks", `${newest.ranks ?? "–"} on ${newest.nodes ?? "–"} node${newest.nodes === 1 ? "" : "s"}`));
@@ -189,9 +189,11 @@ function showCharts(runs) {
   const order = (key) => { const i = FIRST.indexOf(key); return i < 0 ? FIRST.length : i; };
   const keys = [...groups.keys()].sort((a, b) => order(a) - order(b) || a.localeCompare(b));
   const present = new Set();
+  // A split has its colour or its dashes in every plot, training the first.
+  const splits = [...new Set([...groups.values()].flat().map(({series}) => series.split))]
+    .sort((a, b) => (a === "train" ? 0 : 1) - (b === "train" ? 0 : 1) || a.localeCompare(b));
   for (const key of keys) {
     const lines = [], tables = [];
-    const splits = [...new Set(groups.get(key).map(({series}) => series.split))].sort();
     for (const {run, series} of groups.get(key)) {
       const xs = run.curves.along(view.axis, series.step);
       if (xs === null) continue;
@@ -262,7 +264,7 @@ function showPhases(runs) {
     if (xs === null) continue;
     const totals = steps.map((_, i) => sums.reduce((total, each) => total + each[i], 0)), below = steps.map(() => 0);
     const stacked = sums.map((each) => each.map((value, i) => totals[i] ? 100 * (below[i] += value) / totals[i] : null));
-    const lines = all.map((series, k) => ({label: series.key.slice(8), colour: colour(k), dash: [], band: k ? k - 1 : undefined,
+    const lines = all.map((series, k) => ({label: series.key.slice(8), colour: colour(k), dash: [], stacked: true, band: k ? k - 1 : undefined,
       fill: k ? undefined : faded(colour(0), 0.18)}));
     const tables = stacked.map((ys) => ascending(xs, ys));
     const name = "phases " + run.index;
@@ -281,27 +283,22 @@ function showJobsBar(runs) {
   if (!all.length) return $("jobs-bar").replaceChildren();
   const ends = all.map((job) => job.end ?? job.seen ?? job.start);
   const begin = Math.min(...all.map((job) => job.start)), end = Math.max(...ends, begin + 1);
-  const rowHeight = 30, height = runs.length * rowHeight + 20, place = (time) => (time - begin) / (end - begin) * 1000;
-  const drawing = svg("svg", {viewBox: `0 0 1000 ${height}`, preserveAspectRatio: "none", height, role: "img",
-    "aria-label": `Jobs: ${all.length}, over ${duration(end - begin)}`});
-  runs.forEach((run, row) => {
-    const y = row * rowHeight + 4;
-    drawing.append(svg("rect", {x: 0, y: y + 9, width: 1000, height: 2, fill: "var(--line)"}));
-    for (const job of run.facts.jobs ?? []) {
-      if (!job.start) continue;
-      const x = place(job.start), width = Math.max(1.5, place(job.end ?? job.seen ?? job.start) - x);
-      const said = `job ${job.number}: ${job.reason ?? "no end is known"}, ${duration((job.end ?? job.seen ?? job.start) - job.start)}`;
-      drawing.append(svg("rect", {x, y, width, height: 20, rx: 2, fill: `var(--${{good: "good", busy: "accent", wait: "wait", bad: "bad"}[endOf(job)]})`, "fill-opacity": 0.8},
-        svg("title", {}, printable(said))));
-    }
-    for (const {time} of run.facts.checkpoints ?? []) {
-      if (time >= begin && time <= end) drawing.append(svg("rect", {x: place(time), y: y + 20, width: 1.5, height: 5, fill: "var(--text)"}, svg("title", {}, "checkpoint")));
-    }
+  const place = (time) => (time - begin) / (end - begin), said = {good: "complete", busy: "running", wait: "stopped", bad: "failed"};
+  const rows = runs.flatMap((run) => {
+    const jobs = (run.facts.jobs ?? []).filter((job) => job.start).map((job) => {
+      const until = job.end ?? job.seen ?? job.start, how = endOf(job);
+      return {from: place(job.start), to: place(until), className: `job ${how}`, text: `${job.number} ${said[how]}`,
+        said: `job ${job.number}: ${job.reason ?? "no end is known"}, ${duration(until - job.start)}`};
+    });
+    const saved = (run.facts.checkpoints ?? []).filter(({time}) => time >= begin && time <= end)
+      .map(({step, time}) => ({from: place(time), to: place(time), className: "tick", said: `checkpoint of step ${whole(step)}`}));
+    const line = timeline([...jobs, ...saved], `${run.name}: ${jobs.map((job) => job.said).join("; ")}`);
+    return runs.length > 1 ? [element("span", {className: "hint"}, printable(run.name)), line] : [line];
   });
   $("jobs-bar").replaceChildren(element("figure", {className: "card"},
     element("figcaption", {}, "Jobs"),
-    drawing,
-    element("p", {className: "hint"}, `${new Date(begin * 1000).toLocaleString()} to ${new Date(end * 1000).toLocaleString()}: ${duration(end - begin)}; ticks below are checkpoints, the gaps are waiting`)));
+    ...rows,
+    element("p", {className: "hint"}, `${moment(begin)} to ${moment(end)}: ${duration(end - begin)}; ticks below are checkpoints, the gaps are waiting`)));
 }
 
 // Of all seconds since the first job, what they went into.
@@ -313,11 +310,10 @@ function showGoodput(runs) {
     const keys = element("ul", {className: "keys"});
     parts.forEach(([name, seconds], i) => {
       const piece = element("span", {title: `${name}: ${duration(seconds)}`});
-      piece.style.background = colour(i);
+      piece.style.background = ofPart(name, i);
       piece.style.width = `${100 * seconds / total}%`;
-      if (i >= LIGHT.length) piece.style.opacity = 0.55;
       bar.append(piece);
-      keys.append(element("li", {}, swatch(colour(i)), printable(name.replaceAll("_", " ")), element("b", {}, `${(100 * seconds / total).toFixed(1)} %`), duration(seconds)));
+      keys.append(element("li", {}, swatch(ofPart(name, i)), printable(name.replaceAll("_", " ")), element("b", {}, `${(100 * seconds / total).toFixed(1)} %`), duration(seconds)));
     });
     const title = runs.length > 1 ? `${run.name}: goodput` : "Goodput";
     return element("figure", {className: "card wide"},
@@ -332,9 +328,9 @@ function table(head, rows) { return element("div", {className: "scroll"}, elemen
 function showJobs(runs) {
   const rows = runs.flatMap((run) => (run.facts.jobs ?? []).map((job) => [
     ...(runs.length > 1 ? [run.name] : []), String(job.number), job.job ?? "–",
-    job.start ? new Date(job.start * 1000).toLocaleString() : "–",
+    job.start ? moment(job.start) : "–",
     job.start ? duration((job.end ?? job.seen ?? job.start) - job.start) : "–",
-    `${job.ranks ?? "–"} / ${job.nodes ?? "–"}`, `${job.first_step ?? "–"} to ${job.step ?? "–"}`,
+    `${job.ranks ?? "–"} / ${job.nodes ?? "–"}`, `${whole(job.first_step)} to ${whole(job.step)}`,
     element("span", {className: endOf(job)}, printable(job.reason ?? "no end is known")),
     element("details", {}, element("summary", {}, "command"), element("pre", {}, printable(job.command ?? "")), ...(job.changes?.length ? [element("pre", {className: "changed"}, printable(job.changes.join("\n")))] : [])),
   ]));
@@ -435,7 +431,7 @@ function showRanks(runs) {
   const slow = runs.flatMap((run) => [...run.machines.values()].flat().filter((row) => row.kind === "straggler"));
   const told = slow.map((row) => element("p", {className: "bad"}, printable(
     `rank ${row.rank} on ${row.host}${row.device >= 0 ? `, device ${row.device}` : ""}: ${short(row.seconds)} s of a step, ` +
-    `the others ${short(row.usual_seconds)} s, since ${new Date(row.since * 1000).toLocaleString()}${row.why ? `: ${row.why}` : ""}`)));
+    `the others ${short(row.usual_seconds)} s, since ${moment(row.since)}${row.why ? `: ${row.why}` : ""}`)));
   $("ranks").replaceChildren(...boxes, ...told);
 }
 
@@ -479,7 +475,7 @@ async function serve() {
   const data = $("data");
   if (data) {
     const given = JSON.parse(data.textContent), runs = reportedRuns(given);
-    $("footer").textContent = `Written by hpctrain ${given.version} at ${new Date(given.time * 1000).toLocaleString()}.`;
+    $("footer").textContent = `Written by hpctrain ${given.version} at ${moment(given.time)}.`;
     listen(() => runs);
   } else serve();
 }

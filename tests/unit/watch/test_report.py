@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
 import sys
@@ -9,11 +11,12 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from helpers.made_runs import append, made_run, record
+from helpers.made_runs import BEGIN, append, append_machines, made_run, record
 
 from hpctrain.cli import main
 from hpctrain.errors import ExitCode
-from hpctrain.watch.report import curves, thinned
+from hpctrain.watch.report import curves, gathered, thinned, write_report
+from hpctrain.watch.run_files import RunFiles
 
 
 @pytest.mark.parametrize("count", [1, 4, 50, 100, 101, 100_000])
@@ -86,3 +89,45 @@ def test_plots_as_images(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*command, str(images)]) != ExitCode.DONE
     assert "pip install 'hpctrain[plots]'" in capsys.readouterr().err
+
+
+def test_figures_of_hosts_are_put_together_where_they_do_not_fit(tmp_path: Path) -> None:
+    """The same stretches for all, without a gap; the slowest minute of a rank stays."""
+    run = made_run(tmp_path / "run")
+    append_machines(run, 8, 3000)
+    path = run / "machine" / "nid002.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    slow = json.loads(lines[1501])
+    slow["ranks"]["step"][1] = 9.0
+    path.write_text("".join([*lines[:1501], json.dumps(slow) + "\n", *lines[1502:]]), "utf-8")
+    found = gathered([RunFiles(run, lambda _: None)])["runs"][0]["machines"]
+    times = {
+        tuple(line["wall_time"] for line in lines if line["kind"] == "machine")
+        for lines in found.values()
+    }
+    assert len(found) == 8
+    assert len(times) == 1
+    moments = times.pop()
+    assert len(moments) > 100
+    assert len({round(b - a) for a, b in itertools.pairwise(moments)}) == 1
+    slowest = [line["ranks"]["step"][1] for line in found["nid002"]]
+    assert max(slowest) == pytest.approx(8.7)
+    assert sorted(slowest)[-2] == pytest.approx(0.2)
+    assert [line["kind"] for line in found["nid007"]].count("straggler") == 1
+    assert found["nid001"][0]["network"] == {"all": [150.0]}
+
+
+@pytest.mark.parametrize("moment", [0, 1e308, -1e308, None, BEGIN])
+def test_figures_that_are_not_ours(tmp_path: Path, moment: float | None) -> None:
+    values: list[object] = [[], 5, "x", None, {"busy": [1e308, 1e308], "watts": [1e308] * 3}]
+    values += [{"used": 1e308, "rank": [[], "x", 1], "step": [1e308, None, True], "others": 3}]
+    kinds = ("cpu", "memory", "disk", "network", "devices", "ranks")
+    run = made_run(tmp_path / "run")
+    (run / "machine").mkdir()
+    with (run / "machine" / "h.jsonl").open("w", encoding="utf-8") as file:
+        for value in values:
+            line = {"kind": "machine", "step": 1, "wall_time": moment}
+            file.write(json.dumps(line | dict.fromkeys(kinds, value)) + "\n")
+    write_report([RunFiles(run, lambda _: None)], tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_bytes().partition(b'id="data">')[2]
+    assert b"Infinity" not in content.partition(b"</script>")[0]
