@@ -275,17 +275,27 @@ def _job(content: bytes) -> dict[str, Any]:
         "number": int(record["number"]),
         "start": _seconds(record.get("start")),
         "end": _seconds(record.get("end")),
-        "first_step": steps.get("first"),
-        "step": steps.get("last"),
-        "reason": record.get("reason"),
-        "code": record.get("exit_code"),
-        "ranks": record.get("world_size"),
+        "first_step": _whole(steps.get("first")),
+        "step": _whole(steps.get("last")),
+        "reason": _words(record.get("reason")),
+        "code": _whole(record.get("exit_code")),
+        "ranks": _whole(record.get("world_size")),
         "nodes": len(record.get("nodes") or []) or None,
-        "job": record.get("job"),
-        "launcher": record.get("launcher"),
+        "job": _words(record.get("job")),
+        "launcher": _words(record.get("launcher")),
         "command": " ".join(map(str, command)),
         "changes": [str(line) for line in record.get("changes") or []],
     }
+
+
+def _whole(value: object) -> int | None:
+    """Return a whole number of a record; None for what is none."""
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+def _words(value: object) -> str | None:
+    """Return text of a record; None for what is none."""
+    return value if isinstance(value, str) else None
 
 
 def _seconds(moment: object) -> float | None:

@@ -76,6 +76,21 @@ def test_into_a_pipe_once(
     assert "\x1b" not in terminal.sent()
 
 
+@pytest.mark.parametrize("value", ["\x1b[2J", -1.5, [], {}, True, 10**400])
+def test_records_of_other_types(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: object
+) -> None:
+    run = made_run(tmp_path / "run")
+    path = run / "jobs" / "2.json"
+    record = json.loads(path.read_text())
+    keys = ("world_size", "job", "launcher", "reason", "exit_code", "start", "end")
+    path.write_text(json.dumps(record | dict.fromkeys(keys, value)))
+    assert main(["watch", str(run)]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "job 2" in told
+    assert "\x1b" not in told
+
+
 @pytest.mark.parametrize("size", [(60, 24), (200, 60), (40, 10)])
 def test_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
