@@ -164,6 +164,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         for name in meta["files"]:
             if "/" in name or not name.isprintable() or name in ("", ".", ".."):
                 raise ValueError(f"{printable(name[:60])!r} is not the name of a file beside it")
+        if meta.get("spread") is not None:
+            _require_spread(meta["spread"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not whole: it has no {META}") from error
     except OSError as error:
@@ -173,6 +175,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.pop("xxh3_64") != checksum_of_meta(meta):
         raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
     return meta
+
+
+def _require_spread(spread: Mapping[str, Any]) -> None:
+    """Refuse a spread that lacks a number or a file, or has rows of what has no dimension."""
+    for key in ("ranks", *(["group"] if "group" in spread else [])):
+        if not isinstance(spread.get(key), int):
+            raise ValueError(f"spread.{key} is not a number")
+    for file in (MODEL, TRAINING):
+        shapes = spread.get(file)
+        if not isinstance(shapes, dict) or not all(shapes.values()):
+            raise ValueError(f"spread.{file} does not hold the shapes of its tensors")
 
 
 def read_file(folder: Path, name: str, meta: Mapping[str, Any]) -> bytes:

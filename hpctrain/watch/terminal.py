@@ -119,10 +119,12 @@ class Style:
         means = []
         for i in range(count):
             part = values[i * len(values) // count : (i + 1) * len(values) // count]
-            means.append(sum(part) / len(part))
+            means.append(sum(value / len(part) for value in part))
         low, high = min(means), max(means)
-        scale = (len(marks) - 1) / (high - low) if high > low else 0.0
-        return "".join(marks[round((mean - low) * scale)] for mean in means)
+        # Halves, as the distance of the largest numbers is none.
+        height = high / 2 - low / 2
+        parts = ((mean / 2 - low / 2) / height if height else 0.0 for mean in means)
+        return "".join(marks[round(part * (len(marks) - 1))] for part in parts)
 
     def bar(self, share: float, columns: int) -> str:
         """Return how much of something is done."""

@@ -244,6 +244,27 @@ def test_names_that_a_checkpoint_does_not_have(checkpoint: Path, tmp_path: Path)
         export(checkpoint, tmp_path / "weights.safetensors")
 
 
+@pytest.mark.parametrize(
+    "spread",
+    [
+        {"ranks": 2},
+        {"ranks": 2, "model.safetensors": {}},
+        {"ranks": 2, "model.safetensors": 3, "training.safetensors": {}},
+        {"ranks": 2, "model.safetensors": {"weight": []}, "training.safetensors": {}},
+        {"ranks": {}, "model.safetensors": {}, "training.safetensors": {}},
+        {"ranks": 2, "group": {}, "model.safetensors": {}, "training.safetensors": {}},
+    ],
+)
+def test_a_spread_that_is_not_whole(checkpoint: Path, tmp_path: Path, spread: Any) -> None:
+    meta = json.loads((checkpoint / "meta.json").read_bytes())
+    meta["spread"] = spread
+    (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
+    target = tmp_path / "weights.safetensors"
+    for read in (lambda: load(checkpoint), lambda: export(checkpoint, target)):
+        with pytest.raises(CheckpointError, match=r"meta\.json is damaged: spread"):
+            read()
+
+
 def test_training_json(checkpoint: Path) -> None:
     path = checkpoint / "training.json"
     meta = json.loads((checkpoint / "meta.json").read_bytes())

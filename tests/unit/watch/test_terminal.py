@@ -182,6 +182,7 @@ def test_a_curve_in_a_line() -> None:
     assert style.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert style.sparkline([5, 5], 10) == "▁▁"
     assert style.sparkline(list(range(1000)), 4) == "▁▃▆█"
+    assert style.sparkline([-1e308, 0, 1e308, 1e308], 3) == "▁▅█"
     assert style.sparkline([], 4) == style.sparkline([1.0], 0) == ""
     assert Style(colours=False, blocks=False).sparkline([0, 1], 2) == "_#"
     assert style.bar(0.5, 4) == "██░░"
