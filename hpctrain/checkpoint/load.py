@@ -31,7 +31,7 @@ from hpctrain.checkpoint.format import (
 from hpctrain.checkpoint.tensors import joined_pairs, tensors_of
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_json
-from hpctrain.utils.text import first_lines, plural
+from hpctrain.utils.text import first_lines, plural, printable
 
 _SHOWN = 8
 _ANEW = 'or begin anew with checkpoint.resume = "never", which keeps them under another name'
@@ -107,7 +107,9 @@ class Rows:
                         found = {name: opened[number].get_slice(name)[begin:end]}
                         pieces[called].append(joined_pairs(found, opened[number].metadata())[name])
                     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-                        raise CheckpointError(f"{part} cannot be read: {error}") from error
+                        raise CheckpointError(
+                            f"{part} cannot be read: {printable(str(error))}"
+                        ) from error
         return {name: torch.cat(rows) for name, rows in pieces.items() if rows}
 
 

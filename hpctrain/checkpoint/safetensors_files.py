@@ -21,6 +21,7 @@ from safetensors import SafetensorError, deserialize
 
 from hpctrain.errors import CheckpointError
 from hpctrain.utils.json_files import parse_json
+from hpctrain.utils.text import printable
 
 _NUMPY = {
     "BOOL": "bool",
@@ -81,7 +82,9 @@ def raw_tensors(content: bytes, where: object) -> dict[str, RawTensor]:
     try:
         found: list[tuple[str, Mapping[str, Any]]] = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise CheckpointError(f"{where} is not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{where} is not a safetensors file: {printable(str(error))}"
+        ) from error
     tensors = {
         name: RawTensor(facts["dtype"], tuple(facts["shape"]), bytes(facts["data"]))
         for name, facts in found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpctrain.checkpoint.safetensors_files import RawTensor, paired_names, texts_of
 from hpctrain.errors import CheckpointError
+from hpctrain.utils.text import printable
 
 # As safetensors calls them, see `RawTensor`.
 _NAMES = {
@@ -96,7 +97,9 @@ def tensors_of(content: bytes, path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load(content)
         return joined_pairs(tensors, texts_of(content))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a safetensors file: {printable(str(error))}"
+        ) from error
 
 
 def joined_pairs(tensors: dict[str, Tensor], texts: Mapping[str, str] | None) -> dict[str, Tensor]:

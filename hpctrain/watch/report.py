@@ -36,6 +36,8 @@ PHASES = "seconds."
 _STRETCHES = 240
 
 _FEWEST, _MOST = 60, 4000
+MOST_SERIES = MOST_POINTS // _FEWEST
+"""Curves of a report; it says how many more there are."""
 _OF_THE_LINE = frozenset({"kind", "split", "step", "epoch", "samples_seen", WALL_TIME})
 _DIGITS = 7
 
@@ -341,11 +343,13 @@ def curves(records: Iterable[Mapping[str, Any]], most: int = MOST_POINTS) -> dic
 
     Returns:
         {"axis": {"step", "samples", "epoch", "time": lists of the same length}, "series":
-        [{"split", "key", "step", "value"}]}: numbers of seven digits, None for gaps. Seconds of
-        phases are added up over stretches of lines, so that their sums stay what they were.
+        [{"split", "key", "step", "value"}], "left_out": how many more there are}:
+        numbers of seven digits, None for gaps. Seconds of phases are added up over stretches of
+        lines, so that their sums stay what they were.
     """
     axis: list[tuple[int, Any, Any, Any]] = []
     series: dict[tuple[str, str], tuple[list[int], list[float | None]]] = {}
+    left_out: set[int] = set()
     for record in records:
         step = record["step"]
         if not axis or step > axis[-1][0]:
@@ -358,7 +362,11 @@ def curves(records: Iterable[Mapping[str, Any]], most: int = MOST_POINTS) -> dic
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if key in _OF_THE_LINE or not (is_number or value is None):
                 continue
-            steps, values = series.setdefault((split, key.removeprefix("logged.")), ([], []))
+            name = split, key.removeprefix("logged.")
+            if name not in series and len(series) >= MOST_SERIES:
+                left_out.add(hash(name))
+                continue
+            steps, values = series.setdefault(name, ([], []))
             if steps and steps[-1] == step:
                 values[-1] = value
             else:
@@ -366,6 +374,7 @@ def curves(records: Iterable[Mapping[str, Any]], most: int = MOST_POINTS) -> dic
                 values.append(value)
     each = min(_MOST, max(_FEWEST, most // max(len(series), 1)))
     return {
+        "left_out": len(left_out),
         "axis": _columns(axis, each),
         "series": [
             _series(split, key, steps, values, each)

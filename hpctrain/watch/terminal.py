@@ -32,6 +32,8 @@ _HOSTS_BYTES = 2**21
 """Of the figures of all hosts together."""
 
 _MOST_POINTS = 2000
+_MOST_SERIES = 2000
+"""That are kept; a terminal shows some dozens of them."""
 _PIPE_COLUMNS, _LOG_LINES = 100, 10
 """Where nothing says how much room there is."""
 
@@ -296,7 +298,10 @@ class RunView:
         for key, value in flat(record).items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and key not in _OF_THE_LINE and not key.startswith("seconds."):
-                values = self._series.setdefault(f"{group} {key}", [])
+                name = f"{group} {key}"
+                if name not in self._series and len(self._series) >= _MOST_SERIES:
+                    continue
+                values = self._series.setdefault(name, [])
                 values.append(float(value))
                 if len(values) > _MOST_POINTS:
                     del values[:-1:2]  # every second one is enough for a line of a terminal

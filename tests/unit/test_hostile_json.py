@@ -34,6 +34,7 @@ from hpctrain.data.writer import Writer
 from hpctrain.errors import CheckpointError, ConfigError, DatasetError, HpctrainError
 from hpctrain.observe.records import from_line
 from hpctrain.training.checkpointing.values import check_values
+from hpctrain.training.inference.loaded_model import load_model
 from hpctrain.utils.json_files import read_checked
 
 CONTENTS: dict[str, bytes] = {
@@ -242,6 +243,15 @@ def test_names_that_a_checkpoint_does_not_have(checkpoint: Path, tmp_path: Path)
     (checkpoint / "meta.json").write_text(json.dumps(signed_meta(meta)), encoding="utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
         export(checkpoint, tmp_path / "weights.safetensors")
+
+
+def test_no_escape_of_a_header_is_printed(tmp_path: Path) -> None:
+    header = b'{"a": {"dtype": "\\u001b[2J", "shape": [1], "data_offsets": [0, 4]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_model(path)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

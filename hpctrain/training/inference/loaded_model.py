@@ -35,6 +35,7 @@ from hpctrain.training.model.preparation import cast_model
 from hpctrain.training.model.wrappers import load_checked
 from hpctrain.training.task.regression import in_unit
 from hpctrain.utils.json_files import parse_checked
+from hpctrain.utils.text import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +271,7 @@ def _recipe_of_export(path: Path) -> bytes:
         with safe_open(path, framework="pt") as file:
             text: str | None = (file.metadata() or {}).get(RECIPE)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {printable(str(error))}") from error
     if text is None:
         raise CheckpointError(
             f"{path} does not say how its model is made: write it by `python -m hpctrain ckpt "

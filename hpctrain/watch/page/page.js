@@ -27,6 +27,7 @@ function reportedRuns(data) {
     const run = new Run(given.name, index);
     run.facts = given.facts;
     run.curves = Curves.of(given.curves);
+    run.leftOut = given.curves.left_out;
     run.log = given.log;
     for (const [host, rows] of Object.entries(given.machines)) run.machines.set(host, rows);
     run.version = 1;
@@ -165,6 +166,7 @@ function showStates(runs) {
     if (newest) parts.push(fact("ranks", `${newest.ranks ?? "–"} on ${newest.nodes ?? "–"} node${newest.nodes === 1 ? "" : "s"}`));
     parts.push(fact("jobs", String(facts.jobs?.length ?? 0)));
     if (facts.node_hours !== undefined && facts.node_hours !== null) parts.push(fact("node-hours", short(facts.node_hours)));
+    if (run.leftOut) parts.push(fact("not in this report", `${whole(run.leftOut)} more curves: watch has them`));
     if (facts.energy) parts.push(fact("energy", printable(facts.energy)));
     if (facts.explanation && facts.explanation !== facts.state) parts.push(fact("that is", printable(facts.explanation)));
     if (facts.reason && ![facts.state, "running"].includes(facts.reason)) parts.push(fact("reason", printable(facts.reason)));

@@ -15,7 +15,7 @@ from helpers.made_runs import BEGIN, append, append_machines, made_run, record
 
 from hpctrain.cli import main
 from hpctrain.errors import ExitCode
-from hpctrain.watch.report import curves, gathered, thinned, write_report
+from hpctrain.watch.report import MOST_SERIES, curves, gathered, thinned, write_report
 from hpctrain.watch.run_files import RunFiles
 
 
@@ -131,3 +131,11 @@ def test_figures_that_are_not_ours(tmp_path: Path, moment: float | None) -> None
     write_report([RunFiles(run, lambda _: None)], tmp_path / "report.html")
     content = (tmp_path / "report.html").read_bytes().partition(b'id="data">')[2]
     assert b"Infinity" not in content.partition(b"</script>")[0]
+
+
+def test_a_report_has_a_bound_of_curves_and_says_what_it_left_out() -> None:
+    records = [record(step, **{f"k{step}-{i}": 1.0 for i in range(500)}) for step in range(1, 21)]
+    made = curves(records)
+    assert len(made["series"]) == MOST_SERIES
+    assert made["left_out"] + MOST_SERIES == 20 * 500 + 4
+    assert made["series"][0]["key"] == "loss"
