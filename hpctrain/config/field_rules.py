@@ -12,6 +12,7 @@ from typing import Any
 from hpctrain.config.fields import problems_of
 from hpctrain.config.importing import is_reference
 from hpctrain.config.messages import Mistake
+from hpctrain.config.schema_data import FieldTable
 from hpctrain.config.toml import Source
 from hpctrain.utils.text import did_you_mean
 
@@ -33,6 +34,7 @@ def check_fields(source: Source) -> list[Mistake]:
             problem = "is the distance of the rows of a sample, of which `steps` makes several"
             mistakes.append(source.mistake((*key, "every"), problem))
         mistakes += _check_static(source, name, table)
+        mistakes += _check_attribute(source, name, table)
         mistakes += _check_files(source, name, table)
         mistakes += _check_form(source, name, table)
     return mistakes
@@ -67,6 +69,25 @@ def _check_static(source: Source, name: str, table: dict[str, Any]) -> list[Mist
         problem = f"weighs numbers that are compared with numbers, and {use} has none of these"
         return [source.mistake((*key, "weight"), problem)]
     return []
+
+
+_OF_ATTRIBUTES = frozenset(
+    ("attribute", "path", "train", "validation", "dtype", "squeeze", "classes")
+)
+"""Keys that an attribute may have."""
+
+
+def _check_attribute(source: Source, name: str, table: dict[str, Any]) -> list[Mistake]:
+    """Check what is said of a field that is one value for each group or file."""
+    if table.get("attribute") is None:
+        return []
+    usual = FieldTable()
+    problem = "is of rows, and this field is an attribute, one value for each group or file"
+    return [
+        source.mistake(("data", "fields", name, key), problem)
+        for key in table
+        if key not in _OF_ATTRIBUTES and table[key] != getattr(usual, key, None)
+    ]
 
 
 def _is_needed(source: Source, name: str, known: list[str]) -> bool:

@@ -21,6 +21,10 @@ class FieldTable:
     """HDF5 dataset in every file, such as "/group/temperature", or one in each of many groups of
     it, "data/demo_*/actions"; none: named as the field is."""
 
+    attribute: Text | None = None
+    """Attribute of each group that the samples are in, or of each file, in place of an HDF5
+    dataset; `path` names other groups or HDF5 datasets that have it. "/" is the file."""
+
     axis: Annotated[int, Ge(0)] | Literal["none"] = 0
     """Axis of that HDF5 dataset that counts its rows, from 0; "none": all of it is one row, of its
     group or file."""

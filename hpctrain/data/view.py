@@ -35,6 +35,8 @@ class Part:
         lengths: which of these rows make a row of the view, where that is not one each.
         documents: (documents,) int64, the first row of each, where samples are cut from them.
         heap: where the values are that the rows only count, of variable-length HDF5 datasets.
+        constants: by field, (shards, *shape), the value of all rows of each shard; None: rows are
+            in the files.
     """
 
     dataset: Dataset
@@ -42,6 +44,7 @@ class Part:
     lengths: Lengths | None = None
     documents: Int64s | None = None
     heap: Heap | None = None
+    constants: Mapping[str, npt.NDArray[Any]] | None = None
 
     @property
     def samples(self) -> int:
@@ -317,6 +320,8 @@ def _lengths_of(part: Part) -> list[str]:
     found = [] if part.lengths is None else [part.lengths.fingerprint]
     if part.documents is not None:
         found.append(xxhash.xxh3_64_hexdigest(part.documents.tobytes()))
+    for name, values in sorted((part.constants or {}).items()):
+        found.append(f"{name} {_hash_of(values)}")
     return found
 
 
@@ -354,6 +359,7 @@ def join_sources(named: Mapping[str, Dataset]) -> Dataset:
                 part.dataset,
                 shards=tuple(shard for each in views for shard in each.parts[index].dataset.shards),
             ),
+            constants=_joined_constants([each.parts[index] for each in views]),
         )
         for index, part in enumerate(views[0].parts)
     ]
@@ -373,6 +379,14 @@ def join_sources(named: Mapping[str, Dataset]) -> Dataset:
         notes=notes,
         static=_same_static(dict(zip(ordered, views, strict=True))),
     )
+
+
+def _joined_constants(parts: Sequence[Part]) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the values of all shards of the same part of several sources."""
+    constants = [part.constants for part in parts if part.constants is not None]
+    if not constants:
+        return None
+    return {name: np.concatenate([each[name] for each in constants]) for name in constants[0]}
 
 
 def _same_static(named: Mapping[str, View]) -> Mapping[str, npt.NDArray[Any]]:

@@ -24,9 +24,10 @@ class Net(torch.nn.Module):
         self.genes = torch.nn.Linear(9, 5)
         self.last = torch.nn.Linear(5, 1)
 
-    def forward(self, jets, there, cells):
+    def forward(self, jets, there, cells, gain):
         found = torch.tanh(self.each(jets[..., None].to(there.dtype))) * there[..., None]
-        return self.last(found.sum(1) + torch.tanh(self.genes(cells.to_dense())))
+        found = found.sum(1) * gain[:, None].to(found.dtype)
+        return self.last(found + torch.tanh(self.genes(cells.to_dense())))
 """
 
 CONFIG = """
@@ -36,7 +37,7 @@ directory = "runs"
 use = "nets:Net"
 [task]
 use = "regression"
-inputs = ["jets", "there", "cells"]
+inputs = ["jets", "there", "cells", "gain"]
 target = "y"
 [data]
 train = "train-*.h5"
@@ -48,6 +49,8 @@ batch = "pad"
 mask = "there"
 [data.fields.cells]
 sparse = "csr"
+[data.fields.gain]
+attribute = "gain"
 [data.normalize]
 jets = {mean = 3.0, std = 2.0}
 [optimizer]
@@ -73,6 +76,7 @@ def write(path: Path, samples: int) -> None:
         group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", cells.shape
         for name in ("data", "indices", "indptr"):
             group[name] = getattr(cells, name)
+        file.attrs["gain"] = samples / 50  # of each file another
         file["y"] = draw.standard_normal((samples, 1)).astype("f4")
 
 

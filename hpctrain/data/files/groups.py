@@ -55,6 +55,24 @@ def look_into_groups(path: str, patterns: Sequence[str]) -> Contents:
     return look_into(path, named)
 
 
+def objects_fitting(file: h5py.File, pattern: str) -> Iterator[str]:
+    """Yield the names of the groups and datasets of a file that fit a pattern; "" is the file."""
+    if not pattern:
+        yield ""
+        return
+    parent, _, last = pattern.rpartition("/")
+    for name in objects_fitting(file, parent):
+        group = file[name] if name else file
+        if not isinstance(group, h5py.Group):
+            continue
+        keys = [key for key in group if isinstance(key, str)] if "*" in last else [last]
+        for key in keys:
+            if _fits_part(key, last):
+                require_files_behind(group, key)
+                if isinstance(group.get(key), h5py.Group | h5py.Dataset):
+                    yield f"{name}/{key}" if name else key
+
+
 def _fitting(group: h5py.Group, pattern: str) -> Iterator[str]:
     """Yield the names of the datasets below a group that fit a pattern."""
     head, _, rest = pattern.partition("/")

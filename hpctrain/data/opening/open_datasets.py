@@ -15,6 +15,7 @@ from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.files.form_opening import all_texts
 from hpctrain.data.files.groups import is_pattern
 from hpctrain.data.forms import Wish, frozen
+from hpctrain.data.opening.attributes import attribute_parts
 from hpctrain.data.opening.homes import Home, find_sparse, part_of
 from hpctrain.data.opening.sample_rows import Purpose, borders_of, choose_rows
 from hpctrain.data.opening.static import read_latitude_weights, read_static
@@ -99,7 +100,7 @@ def open_for_evaluation(
 def _all_fields(section: DataSection, semantics: Semantics) -> list[str]:
     """Return the fields of the training files, and those that the config finds elsewhere."""
     if any(
-        table.batch or table.static or is_pattern(table.path or "")
+        table.batch or table.static or table.attribute or is_pattern(table.path or "")
         for table in section.fields.values()
     ):
         # Whose values, offsets and edges have other numbers of rows, and groups many names: what
@@ -212,6 +213,8 @@ def _join(
     source_of_classes: str,
 ) -> tuple[list[Part], dict[str, Column]]:
     """Open the files of every field, those that several are in only once."""
+    attributes = {name: table for name, table in tables.items() if table.attribute is not None}
+    tables = {name: table for name, table in tables.items() if name not in attributes}
     columns_of = {}
     for name, table in list(tables.items()):
         if table.sparse is not None:
@@ -259,6 +262,12 @@ def _join(
         part = parts[column.part]
         _require_lengths(name, tables[name], part, source)
         _tell_cut(name, column, part)
+    files_of_field = {n: getattr(table, files) or source for n, table in attributes.items()}
+    for part, names in attribute_parts(
+        attributes, files_of_field, source_of_classes, order, list(zip(apart, parts, strict=True))
+    ):
+        columns |= {name: Column(part=len(parts), name=name) for name in names}
+        parts.append(part)
     return parts, columns
 
 

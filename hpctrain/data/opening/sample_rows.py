@@ -233,7 +233,8 @@ class _Rows:
         self.source = source
         self.count = parts[0].samples
         # What the files of the samples say counts before what joined files do.
-        self._parts = sorted(parts, key=lambda part: part.dataset.source != source)
+        rows = [part for part in parts if part.constants is None] or parts
+        self._parts = sorted(rows, key=lambda part: part.dataset.source != source)
         self._semantics = semantics
         self._values: dict[str, Values] = {}
 

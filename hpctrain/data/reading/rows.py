@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hpctrain.data.arrays import Bytes, Int64s, groups_of, within
 from hpctrain.data.dataset import Dataset
+from hpctrain.data.reading.constants import ConstantReader
 from hpctrain.data.reading.formed import FormedReader
 from hpctrain.data.reading.handles import Locate, where_it_is
 from hpctrain.data.reading.heaps import HeapReader
@@ -197,6 +198,8 @@ def open_rows(
 
     def open_part(part: Part) -> Retrying:
         dataset, axis = part.dataset, part.axis
+        if part.constants is not None:
+            return Retrying(ConstantReader(part), retries)
         if part.heap is not None:
             return Retrying(HeapReader(part, locate, helpers), retries)
         if all(field.form is None for field in dataset.fields.values()):

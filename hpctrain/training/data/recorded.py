@@ -78,7 +78,7 @@ FORMS = "forms"
 
 
 _DECIDES = (
-    *("offsets", "counts", "batch", "max_length", "pad", "shift_by", "sparse"),
+    *("attribute", "offsets", "counts", "batch", "max_length", "pad", "shift_by", "sparse"),
     *("image", "crop", "grey"),
 )
 

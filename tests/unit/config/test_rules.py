@@ -534,6 +534,10 @@ def test_tables_become_what_the_schema_says(file: Path) -> None:
         ),
         ('[data.fields.state]\naxis = "nine"', r'axis = "nine": expected'),
         (
+            '[data.fields.state]\nattribute = "year"\nsteps = 2',
+            r"state\.steps = 2: is of rows, and this field is an attribute, one value for each",
+        ),
+        (
             '[data.fields.state]\nsparse = "dense"\nsteps = 2',
             r"state\.steps = 2: is not for the rows of a sparse matrix",
         ),
