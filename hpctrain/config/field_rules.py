@@ -42,7 +42,7 @@ def check_fields(source: Source) -> list[Mistake]:
 
 _OF_ROWS = (
     *("steps", "lead", "every", "axis", "offsets", "counts", "batch", "max_length", "image"),
-    *("mask", "weight", "classes", "sparse"),
+    *("mask", "weight", "classes", "missing", "sparse"),
 )
 
 
@@ -72,7 +72,7 @@ def _check_static(source: Source, name: str, table: dict[str, Any]) -> list[Mist
 
 
 _OF_ATTRIBUTES = frozenset(
-    ("attribute", "path", "train", "validation", "dtype", "squeeze", "classes")
+    ("attribute", "path", "train", "validation", "dtype", "squeeze", "classes", "missing", "mask")
 )
 """Keys that an attribute may have."""
 
@@ -136,6 +136,9 @@ def _check_form(source: Source, name: str, table: dict[str, Any]) -> list[Mistak
     elif classes is not None and isinstance(dtype, str) and dtype not in ("int32", "int64"):
         problem = "classes are delivered as int64, or int32"
         mistakes.append(source.mistake((*key, "dtype"), problem))
+    if table.get("missing") is not None and classes is None and not _is_whole(dtype):
+        problem = 'is of classes, or of NaN among numbers delivered as whole ones: dtype = "int64"'
+        mistakes.append(source.mistake((*key, "missing"), problem))
     if isinstance(classes, list) and len({str(each) for each in classes}) < len(classes):
         mistakes.append(source.mistake((*key, "classes"), "has one of them twice"))
     select = table.get("select")
@@ -148,6 +151,10 @@ def _check_form(source: Source, name: str, table: dict[str, Any]) -> list[Mistak
             )
             mistakes.append(source.mistake((*key, "select", part), problem))
     return mistakes
+
+
+def _is_whole(dtype: object) -> bool:
+    return isinstance(dtype, str) and re.fullmatch(r"u?int\d+", dtype) is not None
 
 
 def _can_select(part: str, wanted: object) -> bool:
@@ -169,7 +176,7 @@ def _check_missing(
     mask = table.get("mask")
     mistakes = []
     stored = table.get("decode", source.get("data", "decode")) == "none"
-    if stored and (given := [each for each in ("fill", "mask") if each in table]):
+    if stored and (given := [each for each in ("fill", "mask", "missing") if each in table]):
         problem = 'nothing is missing among numbers taken as stored, by decode = "none"'
         mistakes.append(source.mistake((*key, given[0]), problem))
     if "fill" in table and mask is None and name == source.get("task", "target"):
@@ -346,7 +353,7 @@ def _problems_of_whole(table: dict[str, Any]) -> dict[str, str]:
     if table.get("axis") != "none":
         return {}
     problem = 'is of rows, and with axis = "none" an array is one sample, as it is stored'
-    of_rows = ("dtype", "squeeze", "select", "classes", "batch", "image", *_OF_EQUAL)
+    of_rows = ("dtype", "squeeze", "select", "classes", "missing", "batch", "image", *_OF_EQUAL)
     return dict.fromkeys(table.keys() & set(of_rows), problem)
 
 

@@ -90,7 +90,11 @@ def integer_fields(config: Config) -> frozenset[str]:
     numbers, between which there may be others.
     """
     tables = config.data.fields
-    said = {name for name, table in tables.items() if table.decode == "integers"}
+    said = {
+        name
+        for name, table in tables.items()
+        if table.decode == "integers" or table.classes is not None or table.missing is not None
+    }
     meant = set(filter(None, [config.task.target]))
     if config.task.use == "language_modeling":
         meant |= set(config.task.inputs)

@@ -51,6 +51,10 @@ class FieldTable:
     classes: Literal["sorted"] | tuple[Text, ...] | None = None
     """Texts or names of an enumeration that become 0, 1, 2 and so on; "sorted": those there are."""
 
+    missing: int | None = None
+    """Number of what is none of the classes, or empty, or NaN where `dtype` is of whole numbers:
+    what a mask marks, or `task.ignore_index`; none: such a row is refused."""
+
     steps: Count | None = None
     """Rows that one sample holds, along a first axis of their own; none: one, without that axis."""
 

@@ -21,6 +21,10 @@ Rows = npt.NDArray[Any]
 Pick = tuple[int, ...] | None
 """Indices that are taken of an axis; None: all."""
 BYTES = "bytes"
+_OR_MISSING = (
+    ": name it, or say what stands for such values: a mask, or missing = -100 that is "
+    "task.ignore_index as well"
+)
 _TEXT = re.compile(r"S([1-9]\d{0,6})")
 COMPLEX_PAIRS = (("r", "i"), ("real", "imag"))
 """Members of compound types that stand for complex numbers: h5py's, and MATLAB's."""
@@ -49,6 +53,8 @@ class Wish:
         select: by axis of a sample, or the name of its coordinate: indices, a slice, or values.
         nearest: take what is nearest to a value of a coordinate, not only what is equal.
         classes: what texts or names of an enumeration stand for 0, 1, 2 and so on.
+        missing: number of what is none of the classes, and of NaN among whole numbers; None: such
+            a row is refused.
         sequence: take rows of variable length, numbers or the bytes of texts, as they are.
     """
 
@@ -58,6 +64,7 @@ class Wish:
     select: tuple[tuple[str, Any], ...] = ()
     nearest: bool = False
     classes: tuple[str, ...] | None = None
+    missing: int | None = None
     sequence: bool = False
 
     @property
@@ -79,6 +86,7 @@ class Form:
         squeeze: leave axes of length 1 out.
         dtype: as in Wish.
         classes: as in Wish.
+        missing: as in Wish.
         codes: of an enumeration, the number of each class.
         sequence: a row is of variable length, and `shape` and `stored` are those of its values.
         whole: how bytes that numpy has no type for make a whole number, such as "<i3" for signed
@@ -93,6 +101,7 @@ class Form:
     squeeze: bool = False
     dtype: str | None = None
     classes: tuple[str, ...] | None = None
+    missing: int | None = None
     codes: tuple[int, ...] | None = None
     sequence: bool = False
     whole: str = ""
@@ -157,13 +166,13 @@ class Form:
         elif values.dtype.names is not None:
             made = _as_complex(values).astype(dtype, copy=False)
         else:
-            made = _cast(values, dtype)
+            made = _cast(self._without_nan(values), dtype)
         return made.reshape(len(rows), *shape)
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides values, for the record of a run."""
         usual = {each.name: each.default for each in dataclasses.fields(self)}
-        kept = ("members", "picks", "dtype", "classes", "sequence")
+        kept = ("members", "picks", "dtype", "classes", "missing", "sequence")
         said = {key: getattr(self, key) for key in kept}
         return {key: _listed(value) for key, value in said.items() if value != usual[key]}
 
@@ -189,8 +198,18 @@ class Form:
         order = np.argsort(known, kind="stable")
         at = np.minimum(np.searchsorted(known, given, sorter=order), len(known) - 1)
         found = order[at]
-        _require(known[found] == given, given, "is none of the classes")
+        is_known = known[found] == given
+        if self.missing is None:
+            _require(is_known, given, f"is none of the classes{_OR_MISSING}")
+        else:
+            found = np.where(is_known, found, self.missing)
         return found.astype(self.delivered()[1])
+
+    def _without_nan(self, values: Rows) -> Rows:
+        """Return numbers with what is missing in place of NaN, if that is a number."""
+        if self.missing is None or values.dtype.kind != "f":
+            return values
+        return np.where(np.isnan(values), values.dtype.type(self.missing), values)
 
 
 def frozen(wanted: object) -> object:
@@ -232,6 +251,7 @@ def form_of(
         squeeze=wish.squeeze,
         dtype=wish.dtype,
         classes=wish.classes,
+        missing=wish.missing,
         whole=whole,
     )
     kind, inner = form._inner()
@@ -242,7 +262,13 @@ def form_of(
     if wish.classes is not None:
         codes = _codes(wish.classes, kind, names)
     form = dataclasses.replace(form, picks=picks, codes=codes)
-    form.delivered()
+    _, dtype = form.delivered()
+    if wish.missing is not None:
+        if dtype.kind not in "iu":
+            raise ValueError("missing is for classes, and for numbers in whole ones (dtype)")
+        about = np.iinfo(dtype)
+        if not about.min <= wish.missing <= about.max:
+            raise ValueError(f"missing = {wish.missing} is not a number of {dtype}")
     return form
 
 
@@ -419,11 +445,17 @@ def _cast(values: Rows, dtype: np.dtype[Any]) -> Rows:
     with np.errstate(over="ignore", invalid="ignore"):
         made = values.astype(dtype)
         if made.dtype.kind in "iub":
-            _require(made == values, values, f"is not a number of {dtype}")
+            _require(made == values, values, f"is not a number of {dtype}{_nan_hint(values)}")
         elif made.dtype.kind == "f" and not np.can_cast(values.dtype, dtype):
             grown = np.isinf(made) & ~np.isinf(values)
             _require(~grown, values, f"is too large for {dtype}")
     return made
+
+
+def _nan_hint(values: Rows) -> str:
+    """Return what to do about NaN that is to be a whole number."""
+    has_nan = values.dtype.kind == "f" and bool(np.isnan(values).any())
+    return ": say what stands for NaN: a mask, or missing = -100" if has_nan else ""
 
 
 def _require(is_right: npt.NDArray[np.bool_], values: Rows, problem: str) -> None:

@@ -278,10 +278,28 @@ def _formed(
             continue
         try:
             form = form_in(file, dataset, members, wish, axis)
+            coding = _coding_of_formed(dataset, members, form)
         except ValueError as error:
             raise DatasetError(f'{path}: field "{name}" is {type_of(dataset)}: {error}') from None
-        found[name] = replace(array_of(dataset, path), form=form)
+        found[name] = replace(array_of(dataset, path), form=form, coding=coding)
     return found
+
+
+def _coding_of_formed(dataset: h5py.Dataset, members: Sequence[str], form: Form) -> Coding:
+    """Return how the numbers that are delivered stand for values.
+
+    Raises:
+        ValueError: if attributes speak of numbers that are to become others.
+    """
+    stored = coding_in(dataset)
+    if form.classes is None and form.missing is not None and not (members or stored.is_plain):
+        raise ValueError(
+            "its attributes tell already which numbers are missing, and their format: leave dtype "
+            "and missing out"
+        )
+    if form.missing is not None:
+        return Coding(missing=(form.missing,))
+    return stored if form.classes is None else PLAIN
 
 
 def _is_of_arrays(dataset: h5py.Dataset) -> bool:

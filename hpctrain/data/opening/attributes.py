@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpctrain.config.schema_data import FieldTable
+from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
 from hpctrain.data.files.discovery import FileOrder, files_of
 from hpctrain.data.files.form_opening import MOST_CLASSES
@@ -87,6 +88,14 @@ class AttributePlace:
         return "/".join([*group[: len(parts)], *parts[len(group) :]])
 
 
+def missing_of(table: FieldTable) -> int | None:
+    """Return the number that stands for what is none of the classes; None: such is refused."""
+    if table.missing is None and table.mask is not None and not table.batch:
+        is_whole = table.dtype is not None and np.dtype(table.dtype).kind == "i"
+        return -1 if table.classes is not None or is_whole else None
+    return table.missing
+
+
 def attribute_parts(
     tables: Mapping[str, FieldTable],
     files: Mapping[str, str],
@@ -117,7 +126,14 @@ def attribute_parts(
         classes = table.classes
         if classes == "sorted":
             classes = attribute_texts(place, files_of(table.train or source_of_classes, order))
-        wish = Wish(path=place.path, dtype=table.dtype, squeeze=table.squeeze, classes=classes)
+            classes = classes if missing_of(table) is None else tuple(filter(None, classes))
+        wish = Wish(
+            path=place.path,
+            dtype=table.dtype,
+            squeeze=table.squeeze,
+            classes=classes,
+            missing=missing_of(table),
+        )
         fields.setdefault((files[name], place.path), {})[name] = place, wish
     return [
         (attribute_part(own, source, order, others[source]), list(own))
@@ -153,11 +169,16 @@ def attribute_part(
     shards = _shards_like(fitting[0]) if fitting else _files(files, order)
     found: dict[str, Field] = {}
     values: dict[str, Values] = {}
-    raw = _read(shards, [each for each, _ in fields.values()])
+    raw = _read(shards, fields)
     for name, (each, wish) in fields.items():
-        found[name], values[name] = _delivered(each, wish, raw[each], shards)
+        found[name], values[name] = _delivered(each, wish, raw[name], shards)
     layouts = dict.fromkeys(fields, Layout(0))  # no reader goes there
-    shards = [dataclasses.replace(shard, layouts=layouts, codings={}) for shard in shards]
+    codings = {
+        name: Coding(missing=(wish.missing,))
+        for name, (_, wish) in fields.items()
+        if wish.missing is not None
+    }
+    shards = [dataclasses.replace(shard, layouts=layouts, codings=codings) for shard in shards]
     dataset = Dataset(source=files, fields=found, shards=tuple(shards))
     return Part(dataset, constants=values)
 
@@ -212,16 +233,21 @@ def _files(files: str, order: FileOrder) -> list[Shard]:
 
 
 def _read(
-    shards: Sequence[Shard], places: Sequence[AttributePlace]
-) -> dict[AttributePlace, list[Values]]:
-    """Return the value of every shard of each attribute, as it is stored; each file opened once."""
-    found: dict[AttributePlace, list[Values]] = {place: [] for place in places}
+    shards: Sequence[Shard], fields: Mapping[str, tuple[AttributePlace, Wish]]
+) -> dict[str, list[Values]]:
+    """Return the value of every shard of each field, as it is stored; each file opened once."""
+    found: dict[str, list[Values]] = {name: [] for name in fields}
     for path, own in groupby(shards, lambda shard: shard.path):
         try:
             with open_hdf5_file(path) as file:
                 for shard in own:
-                    for place, values in found.items():
-                        values.append(_value(file, place.inside(shard), place.name))
+                    for name, (place, wish) in fields.items():
+                        inside = place.inside(shard)
+                        is_class = wish.classes is not None and wish.missing is not None
+                        if is_class and place.name not in _object(file, inside).attrs:
+                            found[name].append(np.array(b"", object))  # it has none of them
+                        else:
+                            found[name].append(_value(file, inside, place.name))
         except HDF5_FAILURES as error:
             raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
     return found

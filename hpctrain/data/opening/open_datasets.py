@@ -12,10 +12,10 @@ from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, S
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
-from hpctrain.data.files.form_opening import all_texts
+from hpctrain.data.files.form_opening import all_texts, in_order_of_bytes
 from hpctrain.data.files.groups import is_pattern
 from hpctrain.data.forms import Wish, frozen
-from hpctrain.data.opening.attributes import attribute_parts
+from hpctrain.data.opening.attributes import attribute_parts, missing_of
 from hpctrain.data.opening.homes import Home, find_sparse, part_of
 from hpctrain.data.opening.sample_rows import Purpose, borders_of, choose_rows
 from hpctrain.data.opening.static import read_latitude_weights, read_static
@@ -56,6 +56,7 @@ def open_for_training(
     """Return the samples to train with, see `open_datasets`; of several sources all, joined."""
     fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
+    section = _with_common_classes(section, fields, semantics)
     if not section.sources:
         return _open(section, fields, "train", semantics).as_stored(stored)
     return join_sources(
@@ -76,6 +77,35 @@ def _of_source(section: DataSection, source: SourceTable) -> DataSection:
     return dataclasses.replace(section, train=source.train, samples=samples, sources=())
 
 
+def _with_common_classes(
+    section: DataSection, fields: Sequence[str], semantics: Semantics
+) -> DataSection:
+    """Return what the config says, with the classes of all sources in place of "sorted".
+
+    A text has the same number in all of them, and in every evaluation.
+    """
+    named = [
+        name
+        for name in fields
+        if section.sources and section.fields.get(name, FieldTable()).classes == "sorted"
+    ]
+    if not named:
+        return section
+    found: dict[str, set[str]] = {name: set() for name in named}
+    for each in section.sources:
+        opened = _open(_of_source(section, each), fields, "train", semantics)
+        for name, texts in found.items():
+            home, inside = opened.home(name)
+            form = home.fields[inside].form
+            assert form is not None
+            texts |= {*(form.classes or ())}
+    tables = {
+        name: dataclasses.replace(section.fields[name], classes=in_order_of_bytes(texts))
+        for name, texts in found.items()
+    }
+    return dataclasses.replace(section, fields={**section.fields, **tables})
+
+
 def open_for_evaluation(
     section: DataSection, fields: Sequence[str], semantics: Semantics = NEWEST
 ) -> Dataset | None:
@@ -85,6 +115,7 @@ def open_for_evaluation(
         return None
     fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
+    section = _with_common_classes(section, fields, semantics)
     if section.validation is None and section.sources:  # a part of each of them
         return join_sources(
             {
@@ -125,6 +156,7 @@ def open_named(
     named = dataclasses.replace(section, validation=section.evaluations[name], samples=samples)
     fields = fields or _all_fields(section, semantics)
     stored = _stored(section, fields, semantics)
+    named = _with_common_classes(named, fields, semantics)
     return _open(named, fields, "validation", semantics).as_stored(stored)
 
 
@@ -293,8 +325,8 @@ def _wish(
     sequence: bool = False,
 ) -> Wish:
     """Return what is delivered of a field as it is stored."""
-    said = (table.dtype, table.squeeze, table.select, table.classes)
-    if is_pattern(path) and said != (None, False, {}, None):
+    said = (table.dtype, table.squeeze, table.select, table.classes, table.missing)
+    if is_pattern(path) and said != (None, False, {}, None, None):
         raise DatasetError(
             f'{source}: data.fields.{name}.path = "{path}" names groups, whose arrays are '
             "delivered as they are stored: leave dtype, squeeze, select and classes out, or write "
@@ -303,9 +335,11 @@ def _wish(
     classes = table.classes
     if classes == "sorted":
         # An evaluation has the classes of the training.
-        classes = all_texts(files_of(table.train or source, order), path)
+        texts = all_texts(files_of(table.train or source, order), path)
+        classes = texts if missing_of(table) is None else tuple(filter(None, texts))
     return Wish(
         path=path,
+        missing=missing_of(table),
         sequence=sequence,
         dtype=table.dtype,
         squeeze=table.squeeze,
@@ -322,6 +356,8 @@ def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) 
         DatasetError: if they are decoded, to a format that their attributes tell.
     """
     is_packed = not all(each.is_plain for each in dataset.codings(key))
+    if missing_of(table) is not None:
+        return  # which is what is known of them
     if table.dtype is not None and table.decode != "none" and is_packed:
         raise DatasetError(
             f'{dataset.source}: data.fields.{name}.dtype = "{table.dtype}", and the attributes of '

@@ -238,7 +238,7 @@ class FormedReader:
                 try:
                     dataset = self._files.get(shard)[form.path]
                     if isinstance(dataset, h5py.Group):
-                        dataset = _Categories(dataset)
+                        dataset = _Categories(dataset, form.missing)
                     of = dataset
                     if form.stored.hasobject and form.members:
                         of = dataset.fields(form.members[0])
@@ -255,15 +255,20 @@ class FormedReader:
 class _Categories:
     """Texts, read by the codes that a file has for them."""
 
-    def __init__(self, group: h5py.Group) -> None:
+    def __init__(self, group: h5py.Group, missing: int | None) -> None:
         self._codes, self._texts = group["codes"], categories_in(group)
+        self._may_lack = missing is not None
 
     def __getitem__(self, rows: tuple[slice, ...]) -> Rows:
         codes = self._codes[rows]
-        if (codes < 0).any():
-            row = (rows[-1].start or 0) + int(np.argmax(codes < 0))
-            raise ValueError(f"row {row} has no category, a missing value: leave such rows out")
-        texts: Rows = self._texts[codes]
+        lacking = codes < 0
+        if lacking.any() and not self._may_lack:
+            row = (rows[-1].start or 0) + int(np.argmax(lacking))
+            raise ValueError(
+                f"row {row} has no category, a missing value: leave such rows out, or say what "
+                "stands for them: a mask, or missing = -100 that is task.ignore_index as well"
+            )
+        texts: Rows = np.where(lacking, b"", self._texts[codes])
         return texts
 
 
