@@ -140,6 +140,12 @@ def recipe(source: Path) -> dict[str, Any] | None:
         numbers, fields = values.get("normalization", {}), values.get("fields", {})
         used = (*config.task.inputs, config.task.target) if config is not None else ()
         fields = {name: each for name, each in fields.items() if name in used}
+        forms = values.get("forms", {})
+        classes = {
+            name: each["classes"]
+            for name, each in forms.items()
+            if name in used and each.get("classes")
+        }
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from error
     except ConfigError:
@@ -163,6 +169,7 @@ def recipe(source: Path) -> dict[str, Any] | None:
         "sample_transform": config.data.sample_transform,
         "normalize": normalize,
         "fields": fields,
+        "classes": classes,
         "fill": {
             name: table.fill for name, table in config.data.fields.items() if table.fill is not None
         },

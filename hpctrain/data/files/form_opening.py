@@ -296,9 +296,23 @@ def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
                         )
         except HDF5_FAILURES as error:
             raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
-    return tuple(each.decode(errors="surrogateescape") for each in sorted(found))
+    return as_classes(found, f'field "{place}"')
 
 
-def in_order_of_bytes(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return texts in the order of their bytes, as `all_texts` does."""
-    return tuple(sorted(texts, key=lambda text: text.encode(errors="surrogateescape")))
+def as_classes(found: Iterable[bytes], what: str) -> tuple[str, ...]:
+    """Return texts as names of classes, in the order of their bytes.
+
+    Args:
+        found: the texts.
+        what: they are of, for messages.
+
+    Raises:
+        DatasetError: if one is no text, which no config and no checkpoint could name.
+    """
+    try:
+        return tuple(each.decode() for each in sorted(found))
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{what}: {error.object!r:.60} is not UTF-8, and classes have names: deliver the "
+            'bytes of its texts, dtype = "S20", or write them as UTF-8'
+        ) from None

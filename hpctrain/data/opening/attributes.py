@@ -20,7 +20,7 @@ from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, require_supported
 from hpctrain.data.files.discovery import FileOrder, files_of
-from hpctrain.data.files.form_opening import MOST_CLASSES
+from hpctrain.data.files.form_opening import MOST_CLASSES, as_classes
 from hpctrain.data.files.groups import objects_fitting, stem
 from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file, read_attribute
 from hpctrain.data.files.walking import require_files_behind
@@ -210,7 +210,7 @@ def attribute_texts(place: AttributePlace, files: Sequence[str]) -> tuple[str, .
                 f'{path}: attribute "{place.name}" has more than {MOST_CLASSES:,} different texts, '
                 'which are no classes: deliver them as bytes, dtype = "S20"'
             )
-    return tuple(each.decode(errors="surrogateescape") for each in sorted(found))
+    return as_classes(found, f'attribute "{place.name}"')
 
 
 def _shards_like(part: Part) -> list[Shard]:

@@ -12,7 +12,7 @@ from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable, S
 from hpctrain.config.semantics import NEWEST, Semantics
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
-from hpctrain.data.files.form_opening import all_texts, in_order_of_bytes
+from hpctrain.data.files.form_opening import all_texts, as_classes
 from hpctrain.data.files.groups import is_pattern
 from hpctrain.data.forms import Wish, frozen
 from hpctrain.data.opening.attributes import attribute_parts, missing_of
@@ -100,7 +100,9 @@ def _with_common_classes(
             assert form is not None
             texts |= {*(form.classes or ())}
     tables = {
-        name: dataclasses.replace(section.fields[name], classes=in_order_of_bytes(texts))
+        name: dataclasses.replace(
+            section.fields[name], classes=as_classes(map(str.encode, texts), name)
+        )
         for name, texts in found.items()
     }
     return dataclasses.replace(section, fields={**section.fields, **tables})

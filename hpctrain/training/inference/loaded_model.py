@@ -76,6 +76,7 @@ class _Recipe:
     sample_transform: str | None = None
     normalize: dict[str, _Numbers] = field(default_factory=dict)
     fields: dict[str, _Field] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
     fill: dict[str, float] = field(default_factory=dict)
 
 
@@ -91,6 +92,7 @@ class LoadedModel:
             of its own, and takes what its `forward` does.
         target: name of the field that it was trained to predict, if there is one.
         units: of these fields, as the training data's files say them.
+        classes: texts that the classes 0, 1, 2 of the target stand for, where files hold texts.
         notes: what of its preprocessing is not done here, such as the user's own transforms.
     """
 
@@ -99,6 +101,7 @@ class LoadedModel:
         self.inputs = tuple(made_by.task.inputs)
         self.target = made_by.task.target
         self.units = {name: each.units for name, each in made_by.fields.items() if each.units}
+        self.classes = tuple(made_by.classes.get(self.target or "", ()))
         self.notes = tuple(
             f"{key} = {use!r} is not applied: give the model what it returns"
             for key, use in (
