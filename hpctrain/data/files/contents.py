@@ -281,7 +281,10 @@ def _formed(
             coding = _coding_of_formed(dataset, members, form)
         except ValueError as error:
             raise DatasetError(f'{path}: field "{name}" is {type_of(dataset)}: {error}') from None
-        found[name] = replace(array_of(dataset, path), form=form, coding=coding)
+        array = replace(array_of(dataset, path), form=form, coding=coding)
+        # One sequence is that of its group, or file.
+        is_single = form.sequence and not array.shape
+        found[name] = replace(array, shape=(1,)) if is_single else array
     return found
 
 

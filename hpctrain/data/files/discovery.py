@@ -67,7 +67,7 @@ def open_dataset(
     path = Path(pattern)
     require_finished(path)
     if fields is not None and any(map(is_pattern, fields)):
-        return _of_groups(pattern, fields, axis, order)
+        return _of_groups(pattern, fields, axis, order, wishes or {})
     if wishes:
         return join_files(pattern, files_of(pattern, order), fields, axis, wishes)
     if is_catalogue(path):
@@ -81,17 +81,23 @@ def open_dataset(
     return join_files(pattern, find_files(pattern, order), fields, axis)
 
 
-def _of_groups(pattern: str, fields: Sequence[str], axis: int, order: FileOrder) -> Dataset:
+def _of_groups(
+    pattern: str,
+    fields: Sequence[str],
+    axis: int,
+    order: FileOrder,
+    wishes: Mapping[str, Wish],
+) -> Dataset:
     """Find out what the groups of files hold, each of which is a shard.
 
     Raises:
         DatasetError: as `open_dataset` does.
     """
     key = order_key(order)
-    if is_catalogue(Path(pattern)):
+    if is_catalogue(Path(pattern)) and not wishes:
         files = sorted(read_catalogue(Path(pattern)), key=lambda file: key(file.path))
     else:
-        files = [look_into_groups(path, fields) for path in find_files(pattern, order)]
+        files = [look_into_groups(path, fields, wishes) for path in files_of(pattern, order)]
     groups = [group for file in files for group in in_groups(file, fields, axis, key)]
     return with_codings(fitted(pattern, with_rows(pattern, groups)))
 

@@ -95,6 +95,8 @@ def form_in(
     """
     if axis == WHOLE:
         raise ValueError('with axis = "none" an array is delivered as it is stored')
+    if wish.sequence and not dataset.shape:
+        return _sequence_of(dataset, wish)
     if axis is not None and (not dataset.shape or axis >= len(dataset.shape)):
         raise ValueError(f"it has the shape {dataset.shape}, and no axis {axis}")
     if wish.sequence:
@@ -156,7 +158,7 @@ def _sequence_of(dataset: h5py.Dataset, wish: Wish) -> Form:
     Raises:
         ValueError: saying what cannot be.
     """
-    if dataset.ndim != 1:
+    if dataset.ndim > 1:
         raise ValueError(f"of shape {dataset.shape}: one sequence a row can be batched")
     if wish != Wish(path=wish.path, sequence=True):
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -16,6 +16,7 @@ import h5py
 from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.files.contents import Contents, look_into
 from hpctrain.data.files.walking import MOST_OBJECTS, require_files_behind
+from hpctrain.data.forms import Wish
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import listed
 
@@ -35,15 +36,28 @@ def stem(pattern: str) -> str:
     return "/".join(parts[: wild[-1] + 1]) if wild else ""
 
 
-def look_into_groups(path: str, patterns: Sequence[str]) -> Contents:
+def look_into_groups(
+    path: str, patterns: Sequence[str], wishes: Mapping[str, Wish] | None = None
+) -> Contents:
     """Return what HDF5 says of all arrays of a file whose names fit.
+
+    Args:
+        path: of the file.
+        patterns: of names.
+        wishes: what is delivered of the arrays of a pattern, where that is not what is stored.
 
     Raises:
         DatasetError: if it cannot be read, or none fits.
     """
+    pattern_of: dict[str, str] = {}
+    wish_of: dict[str, Wish] = {}
 
     def named(file: h5py.File) -> list[str]:
-        names = [name for each in patterns for name in _fitting(file, each)]
+        found = {each: list(_fitting(file, each)) for each in patterns}
+        for each, wish in (wishes or {}).items():
+            pattern_of.update(dict.fromkeys(found[each], each))
+            wish_of.update((name, dataclasses.replace(wish, path=name)) for name in found[each])
+        names = [name for each in patterns for name in found[each]]
         if len(names) > MOST_OBJECTS:
             raise DatasetError(
                 f"{path}: {len(names):,} arrays fit {listed(list(patterns))}, and at most "
@@ -52,7 +66,13 @@ def look_into_groups(path: str, patterns: Sequence[str]) -> Contents:
             )
         return names
 
-    return look_into(path, named)
+    about = look_into(path, named, wish_of)
+    arrays = dict(about.arrays)
+    for name, array in about.arrays.items():
+        if array.form is not None:  # in all groups the same, called by the pattern
+            form = dataclasses.replace(array.form, path=pattern_of[name])
+            arrays[name] = dataclasses.replace(array, form=form)
+    return dataclasses.replace(about, arrays=arrays)
 
 
 def objects_fitting(file: h5py.File, pattern: str) -> Iterator[str]:

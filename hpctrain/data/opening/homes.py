@@ -13,8 +13,9 @@ import numpy as np
 
 from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.dataset import WHOLE, Dataset, Layout
-from hpctrain.data.files.discovery import FileOrder, open_dataset
-from hpctrain.data.files.groups import stem
+from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
+from hpctrain.data.files.form_opening import is_sequence
+from hpctrain.data.files.groups import objects_fitting, stem
 from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
 from hpctrain.data.files.walking import require_files_behind
 from hpctrain.data.order.ragged import (
@@ -60,8 +61,12 @@ class Home(NamedTuple):
     sequence: str
 
     @classmethod
-    def of(cls, table: FieldTable, path: str, files: str) -> Home:
-        """Return that of a field."""
+    def of(cls, table: FieldTable, path: str, files: str, order: FileOrder) -> Home:
+        """Return that of a field; of arrays in groups a look at the first one tells what they are.
+
+        Raises:
+            DatasetError: if there are no files.
+        """
         offsets, counts = (table.offsets or "").strip("/"), (table.counts or "").strip("/")
         groups = stem(path)
         is_ragged = bool(table.batch or table.image) and not offsets and not counts
@@ -74,8 +79,22 @@ class Home(NamedTuple):
             groups=groups,
             group_is_sample=bool(groups) and is_ragged,
             packs=packs,
-            sequence=path if is_ragged and not groups else "",
+            sequence=path
+            if is_ragged and (not groups or _are_sequences(files, path, order))
+            else "",
         )
+
+
+def _are_sequences(files: str, pattern: str, order: FileOrder) -> bool:
+    """Tell whether the array of the first group of a pattern is of variable-length rows."""
+    first = files_of(files, order)[0]
+    try:
+        with open_hdf5_file(first) as file:
+            name = next(objects_fitting(file, pattern), None)
+            found = None if name is None else file[name]
+            return isinstance(found, h5py.Dataset) and is_sequence(found)
+    except HDF5_FAILURES:
+        return False  # who opens the files says what is wrong
 
 
 def part_of(home: Home, dataset: Dataset, order: FileOrder) -> Part:
@@ -101,7 +120,7 @@ def _in_heaps(dataset: Dataset) -> tuple[Dataset, Heap]:
     ((key, field),) = dataset.fields.items()
     assert field.form is not None
     name, begin = field.form.path, time.perf_counter()
-    found = [find_rows(shard, field) for shard in dataset.shards]
+    found = find_rows(dataset.shards, field)
     values = [int(rows.counts.sum()) for rows in found]
     if not sum(values):
         raise DatasetError(f'{dataset.source}: field "{name}" has no values in any row')

@@ -257,7 +257,7 @@ def _join(
             tables = {**tables, **_as_ragged(name, table)}
     paths = {name: (table.path or name).strip("/") for name, table in tables.items()}
     homes = {
-        name: Home.of(table, paths[name], getattr(table, files) or source)
+        name: Home.of(table, paths[name], getattr(table, files) or source, order)
         for name, table in tables.items()
     }
     wished = {
@@ -268,7 +268,8 @@ def _join(
     }
     # One HDF5 dataset may become several fields.
     keys = {
-        name: path if wished[name] is None else f"{path} as {name}" for name, path in paths.items()
+        name: path if wished[name] is None or is_pattern(path) else f"{path} as {name}"
+        for name, path in paths.items()
     }
     apart = list(dict.fromkeys(homes.values()))
     parts = []

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import h5py
@@ -68,30 +70,41 @@ class Rows(NamedTuple):
     objects: npt.NDArray[np.uint32]
 
 
-def find_rows(shard: Shard, field: Field) -> Rows:
-    """Look at all rows of a variable-length dataset, and not at their values.
+def find_rows(shards: Sequence[Shard], field: Field) -> list[Rows]:
+    """Look at all rows of variable-length datasets, and not at their values.
 
     Args:
-        shard: the file.
+        shards: the files, or groups; a file whose groups follow each other is opened once.
         field: its values, with the form that says where it is.
 
     Raises:
         DatasetError: if it cannot be read, or a row says what cannot be.
     """
+    found = []
+    for path, own in groupby(shards, lambda shard: shard.path):
+        try:
+            with open_hdf5_file(path) as file:
+                found += [_rows_in(file, shard, field) for shard in own]
+        except HDF5_FAILURES as error:
+            raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error
+    return found
+
+
+def _rows_in(file: h5py.File, shard: Shard, field: Field) -> Rows:
+    """Return what the rows of a dataset say of their values."""
     assert field.form is not None
-    path, name = shard.path, field.form.path
+    path, name = shard.path, shard.inside(field.form.path)
     try:
-        with open_hdf5_file(path) as file:
-            dataset = file[name]
-            stored, unknown = _descriptors(dataset, path, field)
-            counts = stored["count"].astype(np.int64)
-            collections = stored["collection"].astype(np.int64)
-            _count_by_hdf5(dataset, counts, unknown)
-            if unknown.any() and not field.dtype.isnative:
-                raise ValueError(
-                    f"its values are {field.dtype.str}, and h5py does not swap their bytes: write "
-                    "them anew in the byte order of this machine"
-                )
+        dataset = file[name]
+        stored, unknown = _descriptors(dataset, path, field)
+        counts = stored["count"].astype(np.int64)
+        collections = stored["collection"].astype(np.int64)
+        _count_by_hdf5(dataset, counts, unknown)
+        if unknown.any() and not field.dtype.isnative:
+            raise ValueError(
+                f"its values are {field.dtype.str}, and h5py does not swap their bytes: write "
+                "them anew in the byte order of this machine"
+            )
     except (*HDF5_FAILURES, DamagedChunkError) as error:
         raise DatasetError(f'{path}: field "{name}": {error}') from error
     collections[unknown] = _BY_HDF5
@@ -114,7 +127,7 @@ def _descriptors(
     dataset: h5py.Dataset, path: str, field: Field
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     """Return all rows as they are stored, and which of them only HDF5 can read."""
-    rows = dataset.shape[0]
+    rows = dataset.size
     stored = np.zeros(rows, _DESCRIPTOR)
     unknown = np.ones(rows, bool)
     if not _is_plain(dataset, path, field):
@@ -185,7 +198,8 @@ def _count_by_hdf5(dataset: h5py.Dataset, counts: Int64s, unknown: npt.NDArray[n
     for start in range(0, len(counts), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         if unknown[rows].any():
-            lengths = np.fromiter(map(len, dataset[rows]), np.int64)
+            values = dataset[rows] if dataset.ndim else [dataset[()]]
+            lengths = np.fromiter(map(len, values), np.int64)
             counts[rows] = np.where(unknown[rows], lengths, counts[rows])
 
 
@@ -311,14 +325,17 @@ class HeapReader:
                 at = [places.get(number, (-1, 0)) for number in self._heap.objects[own].tolist()]
                 offsets, stored = np.array(at, np.int64).T
             except OSError as error:
-                path = self.dataset.shards[index].path
-                raise DatasetError(f'{path}: field "{name}": {error}') from error
+                shard = self.dataset.shards[index]
+                raise DatasetError(
+                    f'{shard.path}: field "{shard.inside(name)}": {error}'
+                ) from error
             wrong = np.flatnonzero((offsets < 0) | (stored < sizes))
             if len(wrong):
                 ((shard, row),) = self._places(own[wrong[:1]])
                 raise DatasetError(
-                    f'{shard.path}: field "{name}", row {row}: its values are not where the row '
-                    f"says (global heap at byte {collection:,}): the file is damaged. Bring it back"
+                    f'{shard.path}: field "{shard.inside(name)}", row {row}: its values are not '
+                    f"where the row says (global heap at byte {collection:,}): the file is "
+                    "damaged. Bring it back"
                 )
             self._offsets[own] = offsets
 
@@ -375,7 +392,9 @@ class HeapReader:
             raise OSError(f"the file ends after {got} of {size} bytes, at byte {offset + got}")
         except OSError as error:
             what = error.strerror or error
-            raise DatasetError(f'{shard.path}: field "{name}", row {row}: {what}') from error
+            raise DatasetError(
+                f'{shard.path}: field "{shard.inside(name)}", row {row}: {what}'
+            ) from error
 
     def _read_by_hdf5(
         self, name: str, field: Field, pieces: _Pieces, shards: Int64s, out: Bytes
@@ -385,9 +404,12 @@ class HeapReader:
         places = self._places(pieces.rows)
         for (shard, row), (_, first, count, to) in zip(places, pieces.listed(), strict=True):
             try:
-                values = self._files.get(shard)[name][row]
+                dataset = self._files.get(shard)[shard.inside(name)]
+                values = dataset[row] if dataset.ndim else dataset[()]
             except HDF5_FAILURES as error:
-                raise DatasetError(f'{shard.path}: field "{name}", row {row}: {error}') from error
+                raise DatasetError(
+                    f'{shard.path}: field "{shard.inside(name)}", row {row}: {error}'
+                ) from error
             if isinstance(values, str | bytes):
                 values = np.frombuffer(values.encode() if isinstance(values, str) else values, "u1")
             made[to : to + count] = np.asarray(values)[first : first + count]
