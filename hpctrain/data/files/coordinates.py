@@ -243,6 +243,14 @@ class Values:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def grown_to(self, rows: int) -> Values:
+        """Return so many values, the further ones missing, as netCDF has what was never written."""
+        if rows <= len(self):
+            return self
+        more = rows - len(self)
+        numbers = np.concatenate([self.numbers, np.zeros(more, self.numbers.dtype)])
+        return Values(numbers, self.calendar, np.append(self.is_there, np.zeros(more, bool)))
+
     def only(self, which: Any) -> Values:
         """Return some of them, by index or mask."""
         return Values(self.numbers[which], self.calendar, self.is_there[which])
@@ -322,6 +330,16 @@ class _Single:
     last: Any
 
 
+_NEVER_WRITTEN: Mapping[str, float | int] = {
+    "i2": -32767,
+    "i4": -2147483647,
+    "i8": -9223372036854775806,
+    "f4": float(np.float32(9.969209968386869e36)),
+    "f8": 9.969209968386869e36,
+}
+"""What netCDF fills times with that were never written. Source: NC_FILL_* of netcdf.h."""
+
+
 def values_of(coordinate: h5py.Dataset) -> Values:
     """Return the values of a coordinate, decoded as its attributes say. Reads it.
 
@@ -361,6 +379,8 @@ def decoded(stored: npt.NDArray[Any], said: Mapping[str, Any]) -> Values:
         return Values(numbers, None, is_there)
     if numbers.dtype == np.int64:  # xarray writes numpy's NaT as it is, and no _FillValue
         is_there &= numbers != MISSING
+    if "_FillValue" not in said and numbers.dtype.str[1:] in _NEVER_WRITTEN:
+        is_there &= numbers != _NEVER_WRITTEN[numbers.dtype.str[1:]]
     times = clock.times(np.where(is_there, numbers, 0).astype(numbers.dtype))
     times[~is_there] = MISSING
     return Values(times, clock.calendar, is_there)

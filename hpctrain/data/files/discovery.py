@@ -29,6 +29,7 @@ from hpctrain.data.files.index import (
     shards_in,
 )
 from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.strangers import NotHDF5Error, others_like_it
 from hpctrain.data.forms import Wish
 from hpctrain.data.view import Part, View
 from hpctrain.errors import DatasetError
@@ -279,9 +280,26 @@ def with_rows(source: str, files: Sequence[tuple[str, Callable[[], Found]]]) -> 
             if len(empty) + 1 == len(files):
                 raise  # the last of files that are all empty
             empty.append(name)
+        except DatasetError as error:
+            if not isinstance(error.__cause__, NotHDF5Error):
+                raise
+            behind = [other for other, _ in files[len(found) + len(empty) + 1 :]]
+            raise _with_others_like_it(error, behind) from error.__cause__
     if empty:
         _name_empty(source, tuple(empty))
     return found
+
+
+def _with_others_like_it(error: DatasetError, paths: Sequence[str]) -> DatasetError:
+    """Return an error of a file that is no HDF5 which names others of the same pattern, too."""
+    others = [f"{path}: {what}" for path, what in others_like_it(paths)]
+    if not others:
+        return error
+    more = listed([printable(each) for each in others], 5)
+    return DatasetError(
+        f"{error}. The same of {len(others):,} other {'file' if len(others) == 1 else 'files'}: "
+        f'{more}. Move them away, or give a pattern that they do not fit, such as "*.h5"'
+    )
 
 
 @functools.cache

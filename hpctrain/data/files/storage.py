@@ -18,6 +18,7 @@ import numpy.typing as npt
 from h5py import h5t
 
 from hpctrain.data.dataset import Field
+from hpctrain.data.files.strangers import as_told
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.utils.files import require_regular
 
@@ -186,7 +187,7 @@ def open_hdf5_file(path: str | Path) -> h5py.File:
         return h5py.File(path, "r", locking=False, driver="sec2")
     except OSError as error:
         if "already open for write" not in str(error):
-            raise
+            raise as_told(path, error) from error
         refused = error
     try:
         return h5py.File(path, "r", locking=False, driver="sec2", swmr=True)

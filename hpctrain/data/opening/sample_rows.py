@@ -302,6 +302,7 @@ class _Rows:
         if not found:
             raise DatasetError(f"{problem}, by which {key} says what are samples")
         (first, values), *others = found
+        _tell_missing(name, values, first)
         for part, other in others:
             _tell_different(name, values, other, first.dataset, part.dataset)
         self._values[name] = values
@@ -310,6 +311,22 @@ class _Rows:
 
 def _listed(ranges: Sequence[Any]) -> str:
     return str([list(each) if isinstance(each, tuple) else each for each in ranges])
+
+
+def _tell_missing(name: str, values: Values, part: Part) -> None:
+    """Warn where rows have no value of a coordinate, as those that were never written have none."""
+    missing = np.flatnonzero(~values.is_there)
+    if len(missing):
+        ((shard, row),) = part.places(missing[:1])
+        logger.warning(
+            'coordinate "%s": %s of %s without a value, which no range has: the first one is row '
+            "%s of %s. Rows of netCDF that were never written are such",
+            name,
+            plural(len(missing), "row"),
+            f"{len(values):,}",
+            f"{row:,}",
+            shard.path,
+        )
 
 
 def _tell_different(name: str, one: Values, two: Values, first: Dataset, second: Dataset) -> None:
@@ -352,7 +369,13 @@ def _of_files(part: Part, name: str) -> Iterator[Values]:
 def _of_file(shard: Shard, inside: str, axis: int, name: str, rows: int) -> Values:
     try:
         with open_hdf5_file(shard.path) as file:
-            return values_of(coordinate_of_rows(file[inside], axis, name, rows))
+            coordinate = coordinate_of_rows(file[inside], axis, name, rows)
+            values = values_of(coordinate)
+            if len(values) > rows or (len(values) < rows and coordinate.maxshape != (None,)):
+                raise ValueError(
+                    f'"{name}" has {len(values):,} values, and there are {rows:,} rows'
+                )
+            return values.grown_to(rows)
     except ValueError:
         raise
     except HDF5_FAILURES as error:
