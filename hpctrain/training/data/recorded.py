@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,9 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
     if isinstance(train, View):
         column = train.columns[name]
         part = train.parts[column.part]
+        if part.constants is not None:
+            rows = [shard.samples for shard in part.dataset.shards]
+            return _stats_of_constants(part.constants[column.name], rows, name)
         if word == "channel_stats" and (column.steps is not None or part.axis > 0):
             raise ConfigError(
                 f'data.normalize.{name} = "channel_stats": the first axis of a sample is no axis '
@@ -243,6 +246,34 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
     path = Path(train.shards[0].path).parent / STATS_NAME
     found: Mapping[str, Any] = read_stats(path, train, [name], {name: record})[name]
     return found
+
+
+def _stats_of_constants(
+    values: npt.NDArray[Any], rows: Sequence[int], name: str
+) -> Mapping[str, Any]:
+    """Return the statistics of an attribute, each value as often as there are rows with it."""
+    if values.dtype.kind == "c":
+        raise ConfigError(f"data.normalize.{name}: there is no mean of {values.dtype}")
+    numbers = values.astype(np.float64).reshape(
+        len(values), values.shape[1] if values.ndim > 1 else 1, -1
+    )
+    weights = np.broadcast_to(np.array(rows, np.float64)[:, None, None], numbers.shape)
+    weights = np.where(np.isnan(numbers), 0.0, weights)
+    known = np.nan_to_num(numbers)
+
+    def of(axes: tuple[int, ...]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        count = np.maximum(weights.sum(axes, keepdims=True), 1)
+        mean = (known * weights).sum(axes, keepdims=True) / count
+        squares = ((known - mean) ** 2 * weights).sum(axes, keepdims=True) / count
+        return mean.ravel(), np.sqrt(squares).ravel()
+
+    (mean,), (std,) = of((0, 1, 2))
+    means, stds = of((0, 2))
+    return {
+        "mean": float(mean),
+        "std": float(std),
+        "channels": {"mean": means.tolist(), "std": stds.tolist()},
+    }
 
 
 def _stats_of_one(values: npt.NDArray[Any], name: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -20,6 +21,7 @@ from hpctrain.data.opening.open_datasets import open_datasets, open_for_training
 from hpctrain.data.order.order import Order
 from hpctrain.data.reading.rows import read_rows
 from hpctrain.errors import DatasetError
+from hpctrain.training.data.recorded import find_normalizations
 
 LENGTHS = (3, 5, 2, 7, 4, 3, 6, 2, 5, 3, 4)
 TASKS = ("lift", "can", "größe")
@@ -127,6 +129,25 @@ def test_every_sample_of_an_episode_has_its_attributes(
     found = np.concatenate([batch.fields["goal"] for batch in evaluated])
     evaluated.close()
     np.testing.assert_array_equal(found, np.array(wanted["goal"])[owners])
+
+
+def test_statistics_are_those_of_the_rows_that_have_them(episodes: Path) -> None:
+    """Measured of what is known already: there is no stats.json of attributes."""
+    dataset = opened(
+        episodes,
+        joint={"path": "data/demo_*/obs/joint"},
+        mass={"attribute": "mass"},
+        goal={"attribute": "goal"},
+    )
+    config: Any = SimpleNamespace(
+        data=SimpleNamespace(normalize={"mass": "stats", "goal": "channel_stats"})
+    )
+    found = find_normalizations(config, dataset, {})
+    rows = {name: values_of(dataset, name).astype(np.float64) for name in ("mass", "goal")}
+    np.testing.assert_allclose(found["mass"].mean, rows["mass"].mean())
+    np.testing.assert_allclose(found["mass"].std, rows["mass"].std())
+    np.testing.assert_allclose(found["goal"].mean, rows["goal"].mean(0))
+    np.testing.assert_allclose(found["goal"].std, rows["goal"].std(0))
 
 
 def test_an_index_a_catalogue_and_mixed_sources_have_the_same(tmp_path: Path) -> None:
