@@ -28,6 +28,14 @@ class Online(LightningDataModule):
         socket.getaddrinfo("no-such-host.invalid", 80)
 
 
+class Hub(LightningDataModule):
+    def prepare_data(self):
+        from huggingface_hub import snapshot_download
+
+        there = "http://no-such-host.invalid"
+        snapshot_download("us/data", repo_type="dataset", endpoint=there, local_dir="data")
+
+
 class Net(LightningModule):
     def __init__(self):
         super().__init__()
@@ -63,6 +71,14 @@ assert "mpi4py" not in sys.modules
 trainer = Trainer(max_epochs=1, devices=4, accelerator="cpu")
 trainer.fit(Net(), datamodule=Files())
 print("accuracy", trainer.callback_metrics["accuracy"])
+"""
+
+HUB = """
+from mine import Hub, Net
+
+from hpctrain.lightning import Trainer
+
+Trainer(max_epochs=1, devices=4, accelerator="cpu").fit(Net(), datamodule=Hub())
 """
 
 LOOP = """
@@ -115,6 +131,7 @@ CASES: dict[str, tuple[int, str, set[str]]] = {
     "train.py": (0, "train.py ended by KeyError after that", {"fetched", "weights"}),
     "loop.py": (0, "prepared up to hpctrain.connect()", {"fetched"}),
     "online.toml": (65, "prepare_data of Online failed with gaierror", set()),
+    "hub.py": (65, "prepare_data of Hub failed with LocalEntryNotFoundError", set()),
     "calls.py": (0, "prepare_data of Files, prepare_data of Net", {"fetched", "weights"}),
 }
 
@@ -141,7 +158,8 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         (folder / "mine.py").write_text(MODULES, encoding="utf-8")
         for name, data in (("run.toml", "Files"), ("online.toml", "Online")):
             (folder / name).write_text(CONFIG.format(data=data), encoding="utf-8")
-        for name, text in (("train.py", SCRIPT), ("calls.py", CALLS), ("loop.py", LOOP)):
+        scripts = {"train.py": SCRIPT, "calls.py": CALLS, "loop.py": LOOP, "hub.py": HUB}
+        for name, text in scripts.items():
             (folder / name).write_text(text, encoding="utf-8")
     (site / "forks.py").write_text(FORKS, encoding="utf-8")
     ended = run(site, "forks.py", *CASES)
