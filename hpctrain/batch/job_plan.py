@@ -239,6 +239,16 @@ def _refuse_foreign(scheduler: str, site: Site | None, asked: Mapping[str, Any])
             raise UsageError("--qos: Slurm alone has a quality of service; take --directive")
         if site is not None and site.queue_option == "--qos":
             raise UsageError(f"--qos: on {site.name} that is what --queue names")
+    if scheduler == "flux":
+        instead = {
+            "memory": "Flux shares out nodes, cores and GPUs, no memory",
+            "mail": "Flux itself sends none; where the site's does, --directive=--setattr=...",
+            "throttle": "Flux has no job arrays, so each point is a job of its own; --pack N, or "
+            "fewer values of --sweep at a time",
+        }
+        for key, reason in instead.items():
+            if asked[key] is not None:
+                raise UsageError(f"--{key}: {reason}")
     if asked["constraint"] is not None and scheduler == "pbs" and "=" not in asked["constraint"]:
         raise UsageError("--constraint: PBS wants RESOURCE=VALUE, such as system=polaris")
 

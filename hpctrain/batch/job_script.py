@@ -69,6 +69,18 @@ _SET_BY_SCRIPT: dict[str, dict[str, str]] = {
         "-J": "--sweep",
         **dict.fromkeys(("-o", "-e", "-j", "-r", "-u", "-S"), ""),
     },
+    "flux": {
+        **dict.fromkeys(("-N", "--nodes", "-n", "--nslots"), "--nodes"),
+        **dict.fromkeys(("-c", "--cores-per-slot"), "--ranks-per-node and --cpus-per-rank"),
+        **dict.fromkeys(("-g", "--gpus-per-slot"), "--gpus-per-node"),
+        **dict.fromkeys(("-t", "--time-limit"), "--time"),
+        **dict.fromkeys(("-B", "--bank"), "--account"),
+        **dict.fromkeys(("-q", "--queue"), "--queue"),
+        "--requires": "--constraint",
+        "--job-name": "run.name",
+        **dict.fromkeys(("--output", "--error", "--input", "--cwd"), ""),
+        **dict.fromkeys(("--signal", "--dependency", "--wrap", "--dry-run"), ""),
+    },
 }
 """Options of schedulers that a script sets itself, and by what they are asked for."""
 
@@ -174,7 +186,7 @@ class Job:
         option = words[0].partition("=")[0]
         known = _SET_BY_SCRIPT[self.scheduler]
         found = {option, f"{option} {words[1].partition('=')[0]}" if len(words) > 1 else option}
-        if not option.startswith("--") and self.scheduler == "slurm":
+        if not option.startswith("--") and self.scheduler in ("slurm", "flux"):
             found.add(option[:2])  # -N4
         for name in found & known.keys():
             instead = known[name]
@@ -363,6 +375,10 @@ def _directives(job: Job) -> list[tuple[str, str]]:
             pairs.append(("Memory of each node.", f'-R "rusage[mem={job.memory}B/host]"'))
         if job.mail:
             pairs += [("Whom it tells of the end.", f"-u {job.mail}"), ("And that it does.", "-N")]
+    elif job.scheduler == "flux":
+        if job.constraint:
+            # Quoted: Flux reads its directives as a shell does, which ends words at & and |.
+            pairs.append(("What the nodes have to have.", f'--requires="{job.constraint}"'))
     else:
         extra = _selection(job) if job.site else ""
         pairs = [

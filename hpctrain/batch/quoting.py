@@ -26,7 +26,7 @@ _DIRECTIVE = re.compile(r"-[\x20-\x7e]+", re.ASCII)
 _WORDS = re.compile(r"[A-Za-z0-9_./:=@%+,-]+( [A-Za-z0-9_./:=@%+,-]+)*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _OURS = re.compile(
-    r"(HPCTRAIN_(TOKEN|ATTEMPT|CHECK|POINT|MAX_JOBS|(MAX_)?NODE_HOURS)|SLURM_|PBS_|LSB_|BASH).*"
+    r"(HPCTRAIN_(TOKEN|ATTEMPT|CHECK|POINT|MAX_JOBS|(MAX_)?NODE_HOURS)|SLURM_|PBS_|LSB_|FLUX_|BASH).*"
 )
 """Variables that scripts or schedulers set themselves, and those that are bash's own."""
 _SHOWN = 60

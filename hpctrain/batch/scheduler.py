@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from hpctrain.errors import ConfigError
-from hpctrain.utils.batch_job import BatchJob, batch_job
+from hpctrain.utils.batch_job import BatchJob, ascii_id, batch_job
 
 _DEADLINE_VARIABLE = "HPCTRAIN_DEADLINE"
 ASK_EVERY_SECONDS = 600.0
@@ -285,7 +285,7 @@ def job_is_gone(job: str, cluster: str, host: str, environ: Mapping[str, str]) -
         question = ("bjobs", "-noheader", "-o", "stat exec_host delimiter='^'", job)
         return _gone_by_bjobs(*ask(question, environ, limit), host)
     if not cluster or cluster != own.cluster:
-        return None
+        return None  # also of Flux, whose ids name no cluster
     if own.scheduler == "slurm":
         return _gone_by_squeue(*ask(("squeue", "-h", "-j", job, "-o", "%T"), environ, limit))
     return _gone_by_qstat(*ask(("qstat", "-f", "-F", "json", job), environ, limit))
@@ -360,14 +360,23 @@ def _live_by_qstat(text: str) -> Iterator[str]:
     return (name for name, job in jobs.items() if job["job_state"] not in ("F", "X"))
 
 
+def _live_by_flux(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        job, _, state = line.partition(" ")
+        if state.strip() not in ("", "INACTIVE"):
+            yield ascii_id(job)
+
+
 _LIVE: dict[str, tuple[tuple[str, ...], Callable[[str], Iterable[str]]]] = {
     "slurm": (("squeue", "-h", "-r", "-o", "%i", "-j"), str.split),
     "lsf": (("bjobs", "-noheader", "-o", "jobid jobindex stat delimiter='^'"), _live_by_bjobs),
     "pbs": (("qstat", "-t", "-f", "-F", "json"), _live_by_qstat),
+    # Of a job that it knows no more it says so beside the list, and ends with code 0.
+    "flux": (("flux", "jobs", "-n", "-o", "{id.f58} {state}"), _live_by_flux),
 }
 """How each is asked for the elements of a job that are not over, and how its answer is read."""
 
-_GONE = re.compile("Invalid job id|is not found|Unknown Job Id|has finished")
+_GONE = re.compile("Invalid job id|is not found|Unknown Job Id|has finished|JobID .* unknown")
 """What schedulers answer on jobs that have been over for a while."""
 
 

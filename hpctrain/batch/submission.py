@@ -12,6 +12,7 @@ from pathlib import Path
 from hpctrain.batch.job_script import Job
 from hpctrain.batch.quoting import path_word
 from hpctrain.errors import LaunchError, UsageError
+from hpctrain.utils.batch_job import ascii_id
 from hpctrain.utils.text import ranges
 
 
@@ -69,6 +70,13 @@ _SUBMISSIONS = {
         telling=lambda variables: ("-v", variables),
         job=re.compile(r"^(\d+\S*)$", re.MULTILINE),
     ),
+    "flux": _Submission(
+        command=("flux", "batch"),
+        after=lambda jobs: tuple(f"--dependency=afterany:{job}" for job in jobs),
+        telling=lambda variables: tuple(f"--env={each}" for each in variables.split(",")),
+        # A jobid in base 58, whose f has a hook where the locale has it.
+        job=re.compile(r"^([f\u0192]\w+)$", re.MULTILINE),
+    ),
 }
 
 
@@ -90,9 +98,11 @@ class Array:
 def arrays_of(job: Job, elements: Sequence[int]) -> list[Array]:
     """Return the submissions that have these elements of a sweep's array, and no others.
 
-    PBS has ranges of indices only: what stands alone is a job by itself.
+    PBS has ranges of indices only: what stands alone is a job by itself. Flux has no arrays.
     """
     every = tuple(sorted(elements))
+    if job.scheduler == "flux":
+        return [_alone(element) for element in every]
     if job.scheduler == "slurm":
         return [Array(options=(f"--array={job.array(every)}",), elements=every)]
     if job.scheduler == "lsf":
@@ -105,8 +115,13 @@ def arrays_of(job: Job, elements: Sequence[int]) -> list[Array]:
             held = tuple(range(int(first), int(last) + 1))
             arrays.append(Array(options=("-J", part + limit), elements=held))
         else:
-            arrays.append(Array(variables=(f"HPCTRAIN_POINT={part}",), elements=(int(part),)))
+            arrays.append(_alone(int(part)))
     return arrays
+
+
+def _alone(element: int) -> Array:
+    """Return the submission of one element as a job by itself."""
+    return Array(variables=(f"HPCTRAIN_POINT={element}",), elements=(element,))
 
 
 def element_jobs(scheduler: str, arrays: Sequence[Array], jobs: Sequence[str]) -> dict[int, str]:
@@ -181,7 +196,7 @@ def _submit_once(
     else:
         found = submission.job.search(result.stdout)
         if result.returncode == 0 and found is not None:
-            return found[1]
+            return ascii_id(found[1])
         problem = (result.stderr or result.stdout).strip() or f"code {result.returncode}"
     before = f" (submitted before: {' '.join(taken)})" if taken else ""
     raise LaunchError(f"cannot submit {script} by {' '.join(command)}{before}: {problem}")

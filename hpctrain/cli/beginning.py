@@ -12,7 +12,12 @@ from hpctrain.cli.usage import PROGRAM, USAGES, Parser, options_of
 from hpctrain.errors import ExitCode, LaunchError, UsageError
 from hpctrain.utils.streams import write_out
 
-_SUBMITS = {"slurm": ("sbatch", "sbatch"), "lsf": ("bsub", "bsub <"), "pbs": ("qsub", "qsub")}
+_SUBMITS = {
+    "slurm": ("sbatch", "sbatch"),
+    "lsf": ("bsub", "bsub <"),
+    "pbs": ("qsub", "qsub"),
+    "flux": ("flux", "flux batch"),
+}
 """By scheduler: the command that is there, and how it takes a script."""
 
 _MODEL = '''\

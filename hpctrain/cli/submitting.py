@@ -282,7 +282,7 @@ def _answered(config: Config, wishes: dict[str, Any], arguments: list[str]) -> d
     here = site_of_host(sites.values())
     usual = {"site": here.name if here else "slurm", "nodes": "1", "time": "1:00:00"}
     words = {
-        "site": f"Site or scheduler ({', '.join((*sites, 'slurm', 'lsf', 'pbs'))})",
+        "site": f"Site or scheduler ({', '.join((*sites, *SCHEDULERS))})",
         "nodes": "Nodes",
         "time": "Time of each job, hours:minutes:seconds",
     }

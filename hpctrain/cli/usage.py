@@ -75,8 +75,8 @@ commands:
                     75 submit again, 1 neither (the file STOP is there, no step was gained
                     in the last job, or it was the N-th), else that of the failure
   job CONFIG        print a job script, and refuse what cannot run
-                    --scheduler slurm|lsf|pbs, --site NAME or --site-file FILE; --sites lists
-                    those that are known, --lint-site FILE says what a file lacks
+                    --scheduler slurm|lsf|pbs|flux, --site NAME or --site-file FILE; --sites
+                    lists those that are known, --lint-site FILE says what a file lacks
                     --nodes N  --time H:MM:SS  --account NAME  --queue NAME  --qos NAME
                     --ranks-per-node N  --cpus-per-rank N  --gpus-per-node N (0: none)
                     --memory 64G  --constraint WHAT  --mail ADDRESS  --directive=OPTION

@@ -135,7 +135,7 @@ _SECTIONS = {
     "checkpoint": "checkpoints checkpointing ckpt model_checkpoint",
     "model": "net network module arch",
     "logging": "log",
-    "job": "slurm sbatch cluster resources pbs lsf",
+    "job": "slurm sbatch cluster resources pbs lsf flux",
     "launch": "distributed dist",
     "profile": "profiler",
     "task": "loss criterion",

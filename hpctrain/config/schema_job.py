@@ -12,7 +12,7 @@ from annotated_types import Gt
 
 from hpctrain.config.value_types import Count, CountOrNever, Text
 
-Scheduler = Literal["slurm", "lsf", "pbs"]
+Scheduler = Literal["slurm", "lsf", "pbs", "flux"]
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 Container = Literal["apptainer", "pyxis", "podman-hpc", "shifter"]
 CONTAINERS: tuple[str, ...] = get_args(Container)

@@ -54,6 +54,14 @@ class BatchJob:
         )
 
 
+def ascii_id(job: str) -> str:
+    """Return a job's id in ASCII: Flux begins its own with an f that may have a hook.
+
+    It takes both, and prints the one or the other by the locale of the moment.
+    """
+    return job.replace("\u0192", "f")
+
+
 def batch_job(environ: Mapping[str, str]) -> BatchJob | None:
     """Return the job that a process with this environment is of, None outside of any."""
     for scheduler, id_variable, restart_variable, cluster_variable in _VARIABLES:
@@ -64,7 +72,7 @@ def batch_job(environ: Mapping[str, str]) -> BatchJob | None:
                 index = environ.get("SLURM_ARRAY_TASK_ID", "")
             return BatchJob(
                 scheduler=scheduler,
-                id=job,
+                id=ascii_id(job),
                 element="" if scheduler == "lsf" and index == "0" else index,
                 restart=int(restart) if restart.isdecimal() else 0,
                 cluster=environ.get(cluster_variable, "") or job.partition(".")[2],

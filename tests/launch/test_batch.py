@@ -152,10 +152,38 @@ class Held(Slow):
         return super().loss(model, fields)
 """
 
-# The commands of LSF and PBS, with their output and what they set for a job. Real are the script,
-# the ranks, and that one job follows another. The first job is told that its time is nearly over
-# once it has come to step 30; from the second on there is time for all.
+# The commands of LSF, PBS and Flux, with their output and what they set for a job. Real are the
+# script, the ranks, and that one job follows another. The first job is told that its time is nearly
+# over once it has come to step 30; from the second on there is time for all.
+FLUX = Path(__file__).parent / "shims" / "flux"
 SHIMS = {
+    "flux": f"""\
+[[ $1 != --parent ]] || {{ shift; FLUX_DEPTH=; }}
+case "${{FLUX_DEPTH:-}} $1 $2" in
+  " batch "*)
+    while [[ $2 == --*=* ]]; do
+      case $2 in
+        --dependency=afterany:f*) ;;  # the lock below sees to it
+        --env=*) export "${{2#*=}}" ;;
+        *) exit 2 ;;
+      esac
+      shift
+    done
+    id=$(($(cat jobs-so-far 2>/dev/null || echo 0) + 1)); echo $id >jobs-so-far
+    cp "$2" spool.$id
+    FLUX_DEPTH=1 FLUX_ENCLOSING_ID=ƒ$id setsid flock -o lock bash spool.$id >log.$id 2>&1 &
+    echo ƒ$id
+    ;;
+  "1 getattr size") echo 1 ;;
+  "1 getattr jobid") echo $FLUX_ENCLOSING_ID ;;
+  "1 job timeleft")
+    [[ $FLUX_ENCLOSING_ID == ƒ1 ]] || {{ echo 7200; exit; }}
+{WAIT_UNTIL_STEP}
+    echo 5
+    ;;
+  *) exec {FLUX} "$@" ;;
+esac
+""",
     "bsub": """\
 id=$(($(cat jobs-so-far 2>/dev/null || echo 0) + 1)); echo $id >jobs-so-far
 cat >spool.$id
@@ -220,12 +248,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[
     return undisturbed_metrics(site, *SCRIPTED)
 
 
-@pytest.mark.parametrize(("scheduler", "submits"), [("lsf", "bsub"), ("pbs", "qsub")])
+@pytest.mark.parametrize(
+    ("scheduler", "submits", "job"),
+    [("lsf", "bsub", "1"), ("pbs", "qsub", "1.head"), ("flux", "flux", "f1")],
+)
 def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
     site: Path,
     undisturbed: list[dict[str, Any]],
     scheduler: str,
     submits: str,
+    job: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (site / "held").touch()
@@ -250,7 +282,7 @@ def test_the_script_of_a_scheduler_brings_a_run_to_its_end(
         text=True,
         check=False,
     )
-    assert submitted.stdout == ("1\n" if scheduler == "lsf" else "1.head\n"), submitted.stderr
+    assert submitted.stdout == f"{job}\n", submitted.stderr
     run = site / "runs" / "digits"
 
     def logs() -> str:

@@ -1,4 +1,4 @@
-"""jsrun and PALS mpiexec as shims: real ranks whose variables are named as those launchers do."""
+"""jsrun, PALS mpiexec and flux run as shims: real ranks whose variables are named as those do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LAUNCHERS = {
     # the command for two ranks, the folder of the MPI below it, and what hpctrain calls it
     "jsrun": (["jsrun", "-n", "2", "-r", "2", "-a", "1", "-g", "0", "-c", "1"], OPEN_MPI, "jsrun"),
     "pals": (["mpiexec-pals", "-n", "2", "--ppn", "2"], MPICH, "PALS mpiexec"),
+    "flux": (["flux", "run", "--nodes=1", "--ntasks=2"], MPICH, "flux run"),
 }
 
 
@@ -43,7 +44,7 @@ def start(
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("launcher", ["jsrun", "pals"])  # under flux test_batch.py has it
 def test_the_main_job(launcher: str, tmp_path: Path) -> None:
     pack_digits(tmp_path / "data" / "digits")
     config = str(ROOT / "configs" / "run.toml")
@@ -54,7 +55,7 @@ def test_the_main_job(launcher: str, tmp_path: Path) -> None:
     assert "run digits complete" in output
 
 
-@pytest.mark.parametrize(("launcher", "failing"), [("jsrun", 1), ("pals", 0)])
+@pytest.mark.parametrize(("launcher", "failing"), [("jsrun", 1), ("pals", 0), ("flux", 1)])
 def test_a_crash_ends_the_job(launcher: str, failing: int) -> None:
     code, output = start(launcher, FAILING, str(failing), "exception")
     assert code == 70, output

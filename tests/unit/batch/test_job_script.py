@@ -22,7 +22,7 @@ from hpctrain.errors import LaunchError, UsageError
 
 ROOT = Path(__file__).parents[3]
 SITES = tuple(built_in_sites())
-GENERIC = ("slurm", "lsf", "pbs")
+GENERIC = ("slurm", "lsf", "pbs", "flux")
 SHIPPED = {f"jobs/{name}.sh": ["--scheduler", name] for name in GENERIC} | {
     f"jobs/sites/{site.name}.sh": ["--site", site.name] for site in SITES
 }
@@ -169,6 +169,7 @@ def test_other_scripts_are_sound(
         ("slurm", "#SBATCH --ntasks-per-node=8"),
         ("pbs", "#PBS -l select=2:ncpus=64:mpiprocs=8:ngpus=8"),
         ("lsf", '#BSUB -R "span[ptile=8] affinity[core(8)]"'),
+        ("flux", "#flux: --gpus-per-slot=8"),
     ],
 )
 def test_eight_gpus_are_eight_ranks(
@@ -263,6 +264,11 @@ COMMANDS = {
         "-w ended(41) -env all,VARIABLES",
     ),
     "pbs": ("qsub", "echo 4$(wc -l <calls).head", "-W depend=afterany:41.head -v VARIABLES job.sh"),
+    "flux": (
+        "flux",
+        "echo ƒ4$(wc -l <calls)",
+        "batch --dependency=afterany:f41 --env=VARIABLES job.sh",
+    ),
 }
 
 
@@ -278,11 +284,12 @@ def test_chains_are_submitted(
     (tmp_path / "job.sh").write_text("#!/bin/bash\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    suffix = ".head" if scheduler == "pbs" else ""
+    prefix, suffix = "f" * (scheduler == "flux"), ".head" * (scheduler == "pbs")
     ids = submit(Path("job.sh"), scheduler, chain=3)
-    assert ids == [f"4{number}{suffix}" for number in (1, 2, 3)]
+    assert ids == [f"{prefix}4{number}{suffix}" for number in (1, 2, 3)]
     calls = Path("calls").read_text(encoding="utf-8").splitlines()
-    told = [re.search(r"HPCTRAIN_TOKEN=(chain-\w+),HPCTRAIN_ATTEMPT=(\d)", call) for call in calls]
+    variables = r"HPCTRAIN_TOKEN=(chain-\w+)(?:,| --env=)HPCTRAIN_ATTEMPT=(\d)"
+    told = [re.search(variables, call) for call in calls]
     assert [found[2] for found in told if found] == ["1", "2", "3"]
     assert len({found[1] for found in told if found}) == 1
     assert "afterany" not in calls[0]

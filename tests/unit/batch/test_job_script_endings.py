@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.flux import write_flux
 from helpers.limits import JOB_SECONDS
 
 from hpctrain.batch.exit_status import Outcome, write_outcome
@@ -28,6 +29,7 @@ JOBS = {
         "echo 'Job <8> is submitted to queue <q9>.'",
     ),
     "pbs": ({"PBS_JOBID": "7.head"}, "mpiexec", "qsub", "echo 8.head"),
+    "flux": ({"FLUX_ENCLOSING_ID": "ƒ7"}, "flux-run", "flux-batch", "echo $* >again; echo ƒ8"),
 }
 TWO_NODES = r"Node-hours used: 0\.\d{3} \(2 x 0:00:\d\d\)\.$"
 
@@ -53,6 +55,7 @@ def log_of(here: Path, scheduler: str, *, launcher: str, python: str | None = No
     """Return the lines of a job's log; its launcher does what is given."""
     variables, launches, submits, answer = JOBS[scheduler]
     command(here, launches, launcher)
+    write_flux(here / "bin")
     command(here, submits, answer)
     command(here, "python", python or f'exec {sys.executable} "$@"')
     asked = ["--scheduler", scheduler, "--nodes", "2", "--time", "2:00:00", "--output", "job.sh"]
@@ -90,7 +93,12 @@ def leave(code: int | None, reason: str, job: str, **changes: int) -> None:
 
 @pytest.mark.parametrize(
     ("scheduler", "name", "known_as"),
-    [("slurm", "slurm 7.0", "7"), ("lsf", "lsf 7.0", "8"), ("pbs", "pbs 7.head.0", "8.head")],
+    [
+        ("slurm", "slurm 7.0", "7"),
+        ("lsf", "lsf 7.0", "8"),
+        ("pbs", "pbs 7.head.0", "8.head"),
+        ("flux", "flux f7.0", "ƒ8"),
+    ],
 )
 def test_a_healthy_stop_reads_as_one(here: Path, scheduler: str, name: str, known_as: str) -> None:
     leave(75, "stopped by the time limit", name)
@@ -100,6 +108,19 @@ def test_a_healthy_stop_reads_as_one(here: Path, scheduler: str, name: str, know
         rf"{re.escape(known_as)}\. Exit code 75 is no failure\. {TWO_NODES}",
         lines[-1],
     )
+    if scheduler == "flux":
+        assert (here / "again").read_text(encoding="utf-8") == "--dependency=afterany:f7 job.sh\n"
+
+
+@pytest.mark.parametrize("name", ["USR1", "HUP"])
+def test_a_signal_to_the_script_alone_goes_to_the_ranks_by_flux(here: Path, name: str) -> None:
+    """`flux run` of before 2025 would have died of it. HUP is a job that is canceled."""
+    leave(75, "stopped by SIGUSR1", "flux f7.0")
+    command(here, "flux-job", 'echo "$*" >asked')
+    waits = "until [[ -e asked ]]; do sleep 0.05; done; exit 75"
+    last = log_of(here, "flux", launcher=f"kill -s {name} $PPID; {waits}")[-1]
+    assert (here / "asked").read_text(encoding="utf-8") == "killall --force --signal=SIGUSR1\n"
+    assert ("somebody has ended this job" in last) == (name == "HUP")
 
 
 @pytest.mark.parametrize(

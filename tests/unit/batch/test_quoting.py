@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.flux import write_flux
 from helpers.limits import JOB_SECONDS
 
 from hpctrain.batch.job_script import Job, render
@@ -21,7 +22,7 @@ from hpctrain.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
 STRANGER = 65533
-GENERIC = ("slurm", "lsf", "pbs")
+GENERIC = ("slurm", "lsf", "pbs", "flux")
 EVERYWHERE = [["--scheduler", name] for name in GENERIC] + [
     ["--site", site.name] for site in built_in_sites()
 ]
@@ -186,7 +187,7 @@ def test_scripts_of_every_site_hold_any_name(here: Path, where: list[str]) -> No
     checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     text = script.read_text(encoding="utf-8")
-    directives = [line for line in text.splitlines() if re.match(r"#(SBATCH|PBS|BSUB)", line)]
+    directives = [line for line in text.splitlines() if re.match(r"#(SBATCH|PBS|BSUB|flux:)", line)]
     assert not any("uid" in line or "pwned" in line for line in directives)
 
 
@@ -230,9 +231,10 @@ class Shell:
     def __init__(self, here: Path, programs: Path) -> None:
         self.here = here
         programs.mkdir()
-        for name in ("srun", "mpirun", "mpiexec"):
+        write_flux(programs)
+        for name in ("srun", "mpirun", "mpiexec", "flux-run"):
             self._program(programs / name, LAUNCHER)
-        for name in ("scontrol", "bsub", "qsub"):
+        for name in ("scontrol", "bsub", "qsub", "flux-batch"):
             self._program(programs / name, "#!/bin/bash\ntouch submitted\n")
         tree = programs / "tree" / "bin"
         tree.mkdir(parents=True)
@@ -287,7 +289,7 @@ def test_nothing_in_a_name_is_executed(
     assert said[:3] == ["-m", "hpctrain", config]
     assert said[3:7] == ["-m", "hpctrain", "status", "runs/digits"]
     for line in (here / "unpacked").read_text(encoding="utf-8").splitlines():
-        assert re.fullmatch(rf"700 {re.escape(str(place))}/hpctrain-7\w*-[0-9a-f]{{32}}", line)
+        assert re.fullmatch(rf"700 {re.escape(str(place))}/hpctrain-f?7\w*-[0-9a-f]{{32}}", line)
     assert (here / "submitted").exists()
     assert not list(place.iterdir())
     assert not list(tmp_path.rglob("pwned"))

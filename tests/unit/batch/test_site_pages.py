@@ -15,6 +15,7 @@ from hpctrain.cli.usage import USAGES
 ROOT = Path(__file__).parents[3]
 PAGES = sorted((ROOT / "docs" / "sites").glob("*.md"))
 SUBMITS = {"sbatch": "echo 41", "bsub": "echo 'Job <41> is submitted.'", "qsub": "echo '41[].s'"}
+SUBMITS["flux"] = "[[ $1 != batch ]] || echo f41"
 
 
 def commands(page: Path) -> list[str]:
@@ -60,7 +61,9 @@ def test_the_commands_of_a_page(
 
 def test_there_is_a_page_for_each_family() -> None:
     index = (ROOT / "docs" / "sites.md").read_text(encoding="utf-8")
-    assert [page.stem for page in PAGES] == ["lsf", "pbs-pals", "slurm-cray", "slurm-nvidia"]
+    assert [page.stem for page in PAGES] == [
+        *("flux", "lsf", "pbs-pals", "slurm-cray", "slurm-nvidia")
+    ]
     for page in PAGES:
         assert f"docs/sites/{page.name}" in index
         text = page.read_text(encoding="utf-8")

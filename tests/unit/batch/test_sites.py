@@ -20,7 +20,7 @@ from hpctrain.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 SITES = tuple(built_in_sites())
 STRANGER = 65533
-EVERYWHERE = [("--scheduler", name) for name in ("slurm", "lsf", "pbs")]
+EVERYWHERE = [("--scheduler", name) for name in ("slurm", "lsf", "pbs", "flux")]
 EVERYWHERE += [("--site", site.name) for site in SITES]
 NASTY = "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned & # --uid=0 \\ %x {{ job }} *é"
 
@@ -76,6 +76,7 @@ def test_each_fact_of_a_built_in_site_has_its_source() -> None:
         assert missing_sources(site) == []
     names = {site.name for site in SITES}
     assert {"clariden", "jupiter", "leonardo", "isambard-ai", "aurora", "summit"} <= names
+    assert {site.scheduler for site in SITES} == {"slurm", "lsf", "pbs", "flux"}
     assert [site.name for site in SITES if site.retired] == ["summit"]
 
 
@@ -210,6 +211,10 @@ env = { NCCL_DEBUG = "INFO", B = "1" }
         (["--scheduler", "lsf", "--qos", "x"], "Slurm alone"),
         (["--site", "perlmutter", "--qos", "x"], "that is what --queue names"),
         (["--scheduler", "pbs", "--constraint", "x"], "RESOURCE=VALUE"),
+        (["--scheduler", "flux", "--memory", "8G"], "--memory: Flux shares out"),
+        (["--scheduler", "flux", "--mail", "me@x.org"], "--mail: Flux itself sends none"),
+        (["--scheduler", "flux", "--throttle", "2"], "--throttle: Flux has no job arrays"),
+        (["--site", "el-capitan", "--directive=-N4"], "ask for it by --nodes"),
         (["--scheduler", "slurm", "--conda", "a", "--venv", "venv"], "one of them"),
         (["--scheduler", "slurm", "--container", "pyxis"], "go together"),
         (["--scheduler", "pbs", "--container", "pyxis", "--image", "x"], "a part of Slurm"),
@@ -263,10 +268,11 @@ def test_images_see_the_folders_of_the_run(
     assert any(f"{elsewhere}:{elsewhere}" in line for line in lines)
 
 
-def everything(kind: list[str]) -> list[str]:
+def everything(kind: list[str], is_flux: bool = False) -> list[str]:
     asked = ["--nodes", "10", "--time", "0:30:00", "data.lanes=1000", "--account", "me"]
     asked += ["--env", f"X={NASTY}", "--setup", f"echo {NASTY!r}", "--setup", "source /x/y.sh"]
-    asked += ["--module", "torch/2.8", "--memory", "8G", "--mail", "me@x.org"]
+    asked += ["--module", "torch/2.8"]
+    asked += [] if is_flux else ["--memory", "8G", "--mail", "me@x.org"]
     return [*asked, "--constraint", "a=b", "--max-node-hours", "40", *kind]
 
 
@@ -280,7 +286,8 @@ def test_scripts_of_every_site_hold_any_wish(here: Path) -> None:
     ]
     for number, where in enumerate(EVERYWHERE):
         kind = kinds[number % len(kinds)]
-        assert job(*where, *everything(kind), "--output", f"{number}.sh") == 0
+        is_flux = where[1] in ("flux", "el-capitan")
+        assert job(*where, *everything(kind, is_flux), "--output", f"{number}.sh") == 0
     for number, kind in enumerate([*kinds, ["--container", "pyxis", *image]]):
         asked = everything(kind)
         assert job("--scheduler", "slurm", *asked, "--output", f"kind-{number}.sh") == 0
@@ -289,7 +296,9 @@ def test_scripts_of_every_site_hold_any_wish(here: Path) -> None:
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
         lines = Path(script).read_text(encoding="utf-8").splitlines()
-        directives = [line for line in lines if line.startswith(("#SBATCH", "#PBS", "#BSUB"))]
+        directives = [
+            line for line in lines if line.startswith(("#SBATCH", "#PBS", "#BSUB", "#flux:"))
+        ]
         assert not any("uid" in line or "pwned" in line for line in directives)
     if shutil.which("shellcheck"):
         found = subprocess.run(

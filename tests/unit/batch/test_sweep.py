@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.flux import write_flux
 from helpers.limits import JOB_SECONDS
 
 from hpctrain.batch.exit_status import Outcome, write_outcome
@@ -20,9 +21,11 @@ from hpctrain.cli import main
 from hpctrain.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
-SWEEP = ["--sweep", "optimizer.lr=1e-3,3e-4", "--sweep", "run.seed=1,2,3", "--throttle", "2"]
+SWEEP = ["--sweep", "optimizer.lr=1e-3,3e-4", "--sweep", "run.seed=1,2,3"]
+THROTTLED = {name: [*SWEEP, "--throttle", "2"] for name in ("slurm", "lsf", "pbs")}
+THROTTLED["flux"] = SWEEP  # it has no arrays
 ASKED = ["--nodes", "2", "--ranks-per-node", "2", "--time", "2:00:00", "--output", "job.sh"]
-SCHEDULERS = ("slurm", "lsf", "pbs")
+SCHEDULERS = tuple(THROTTLED)
 HOSTILE = """task.inputs=['a`b'],["$(touch pwned) 'x"]"""
 
 
@@ -34,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "data" / "digits" / part).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
+    write_flux(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.delenv("HPCTRAIN_CHECK", raising=False)
     return tmp_path
@@ -160,7 +164,7 @@ def test_a_list_of_points(here: Path, name: str, text: str) -> None:
     ids=["plain", "chain", "pack", "hostile"],
 )
 def test_scripts_are_sound(here: Path, scheduler: str, options: list[str]) -> None:
-    job("--scheduler", scheduler, *SWEEP, *options, *ASKED, "--gpus-per-node", "0")
+    job("--scheduler", scheduler, *THROTTLED[scheduler], *options, *ASKED, "--gpus-per-node", "0")
     checked = [["bash", "-n", "job.sh"]]
     if shutil.which("shellcheck"):
         checked.append(["shellcheck", "job.sh"])
@@ -173,6 +177,7 @@ ELEMENTS: dict[str, tuple[str, dict[str, str]]] = {
     "slurm": ("srun", {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4"}),
     "lsf": ("mpirun", {"LSB_JOBID": "7", "LSB_JOBINDEX": "5", "LSB_MCPU_HOSTS": "n1 2 n2 2"}),
     "pbs": ("mpiexec", {"PBS_JOBID": "7[4].head", "PBS_ARRAY_INDEX": "4"}),
+    "flux": ("flux-run", {"FLUX_ENCLOSING_ID": "ƒ7", "HPCTRAIN_POINT": "4"}),
 }
 COMMON = {"SLURM_CPUS_PER_TASK": "1", "LSB_DJOB_NUMPROC": "4"}
 SAYS = 'printf "<%s>" "$@" >>called; echo >>called; exit 75'
@@ -195,11 +200,11 @@ def run_script(here: Path, variables: dict[str, str]) -> subprocess.CompletedPro
 def test_an_element_trains_its_point(here: Path, scheduler: str) -> None:
     """And is submitted again by itself alone."""
     launcher, variables = ELEMENTS[scheduler]
-    job("--scheduler", scheduler, *SWEEP, *ASKED)
+    job("--scheduler", scheduler, *THROTTLED[scheduler], *ASKED)
     command(here, launcher, SAYS)
     command(here, "python", 'echo "$*" >>asked; exit 75')
     command(here, "scontrol", 'echo "$*" >>again')
-    for name in ("bsub", "qsub"):
+    for name in ("bsub", "qsub", "flux-batch"):
         command(here, name, 'echo "$*" >>again; echo 8')
     result = run_script(here, variables)
     assert result.returncode == 75, result.stderr
@@ -215,19 +220,30 @@ def test_an_element_trains_its_point(here: Path, scheduler: str) -> None:
             "slurm": "requeue 7_4",
             "lsf": "-J digits[5]",
             "pbs": "-v HPCTRAIN_TOKEN=pbs-7[4].head,HPCTRAIN_ATTEMPT=2,HPCTRAIN_POINT=4 job.sh",
+            "flux": "--dependency=afterany:f7 --env=HPCTRAIN_POINT=4 job.sh",
         }[scheduler]
     )
-    none = run_script(here, {name: "" for name in variables if name.endswith(("INDEX", "TASK_ID"))})
+    index = ("INDEX", "TASK_ID", "POINT")
+    none = run_script(here, {name: "" for name in variables if name.endswith(index)})
     assert none.returncode == 64
     assert "not an element of the sweep's job array" in none.stderr
 
 
-@pytest.mark.parametrize("scheduler", ["lsf", "pbs"])
+@pytest.mark.parametrize("scheduler", ["lsf", "pbs", "flux"])
 def test_points_side_by_side_have_hosts_of_their_own(here: Path, scheduler: str) -> None:
     """The second of three groups; its second point is complete already."""
     launcher, variables = ELEMENTS[scheduler]
-    changed = {"LSB_JOBINDEX": "2"} if scheduler == "lsf" else {"PBS_ARRAY_INDEX": "1"}
-    job("--scheduler", scheduler, *SWEEP, "--pack", "2", *ASKED, "--gpus-per-node", "0")
+    changed = {"LSB_JOBINDEX": "2", "PBS_ARRAY_INDEX": "1", "HPCTRAIN_POINT": "1"}
+    job(
+        "--scheduler",
+        scheduler,
+        *THROTTLED[scheduler],
+        "--pack",
+        "2",
+        *ASKED,
+        "--gpus-per-node",
+        "0",
+    )
     command(here, launcher, SAYS)
     command(here, "python", 'echo "$*" >>asked; [[ $* == *003* ]] || exit 70')
     command(here, "bsub", "exit 1")
@@ -237,7 +253,8 @@ def test_points_side_by_side_have_hosts_of_their_own(here: Path, scheduler: str)
     result = run_script(here, variables | changed)
     called = Path("called").read_text(encoding="utf-8").splitlines()
     assert len(called) == 1
-    assert "hosts><n1>" in called[0]
+    alone = "<--exclusive><--nodes=1>" if scheduler == "flux" else "hosts><n1>"
+    assert alone in called[0]
     assert '<run.name="002">' in called[0]
     assert (
         "1 of 2 points complete; failed or given up: 002 (code 70). Exit code 70" in result.stdout
@@ -284,6 +301,13 @@ SUBMITTED: dict[str, dict[str, Any]] = {
         "second": ["-v HPCTRAIN_POINT=1 job.sh", "-J 3-4%2 job.sh"],
         "job": "41[3].head",
     },
+    "flux": {
+        "command": ("flux-batch", "echo ƒ4$(wc -l <calls)"),
+        "ask": ("flux-jobs", "[[ $* == *f46* ]] && echo 'ƒ46 SCHED'; echo 'f44 INACTIVE'"),
+        "first": [f"--env=HPCTRAIN_POINT={number} job.sh" for number in range(6)],
+        "second": [f"--env=HPCTRAIN_POINT={number} job.sh" for number in (1, 3, 4)],
+        "job": "f44",
+    },
 }
 
 
@@ -296,7 +320,7 @@ def test_what_is_incomplete_is_submitted_again(
     name, body = known["command"]
     command(here, name, f'echo "$*" >>calls; {body}')
     command(here, *known["ask"])
-    asked = ["--scheduler", scheduler, *SWEEP, *ASKED, "--submit"]
+    asked = ["--scheduler", scheduler, *THROTTLED[scheduler], *ASKED, "--submit"]
     job(*asked)
     assert Path("calls").read_text(encoding="utf-8").splitlines() == known["first"]
     Path("calls").unlink()
@@ -325,11 +349,13 @@ def test_schedulers_that_do_not_answer(here: Path) -> None:
         "squeue": "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
         "bjobs": "echo 'Job <7> is not found' >&2; exit 255",
         "qstat": "echo 'qstat: 7.head Job has finished, use -x' >&2; exit 35",
+        "flux-jobs": "echo 'JobID f7 unknown' >&2; exit 1",
     }.items():
         command(here, name, answer)
-    for scheduler, gone in {"slurm": "7_1", "lsf": "7[1]", "pbs": "7[1].head"}.items():
+    ids = {"slurm": "7_1", "lsf": "7[1]", "pbs": "7[1].head", "flux": "f7"}
+    for scheduler, gone in ids.items():
         assert live_jobs(scheduler, [gone], os.environ) == set()
-    for name in ("squeue", "bjobs", "qstat"):
+    for name in ("squeue", "bjobs", "qstat", "flux-jobs"):
         command(here, name, "echo busy >&2; exit 1")
     for scheduler in SCHEDULERS:
         assert live_jobs(scheduler, ["7"], os.environ) is None
