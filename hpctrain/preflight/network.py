@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import statistics
 import time
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from hpctrain.accelerator import synchronize
-from hpctrain.launch.nccl_log import Transport, describe, find_trouble
+from hpctrain.launch.nccl_log import Transport, describe, fast_cards, find_trouble
 from hpctrain.launch.process_group import World
 from hpctrain.preflight.checks import HOST_FIX, Checks
+from hpctrain.preflight.plugins import Plugin, find_plugin, judge_plugin
 from hpctrain.preflight.rank_facts import RankFacts, Ranks
 from hpctrain.preflight.reductions import judge_reductions, time_reductions
 from hpctrain.preflight.report import Finding
@@ -40,14 +42,17 @@ def check_network(checks: Checks, world: World) -> None:
     if speeds is not None:
         checks.add(judge_speed(speeds, hosts))
     if checks.topology.world_size == 1:
-        checks.skip(["all-reduce", "clocks", "barrier"], "one process")
+        checks.skip(["all-reduce", "transport", "clocks", "barrier"], "one process")
         return
     table = checks.gather("all-reduce", _FIX, lambda: time_reductions(world))
     transport = gather_transport(world)  # by now it is connected
     if table is not None:
         carrier = _carrier(checks, world, transport)
         checks.add(judge_reductions(table, world.backend or "", hosts, carrier))
-    if transport is not None:
+    if transport is None:
+        checks.add(judge_sockets(world.backend or "", checks.ranks))
+    else:
+        _check_plugin(checks)
         checks.add(judge_transport(transport, checks.topology.num_nodes))
     offsets = checks.gather("clocks", HOST_FIX, lambda: clock_offset(checks.communicator))
     if offsets is not None:
@@ -72,6 +77,24 @@ def _check_names(checks: Checks) -> None:
     agreed = checks.ranks[0].addresses if topology.num_nodes > 1 else ()
     checks.add(judge_names([each for each in lookups if each is not None], agreed))
     checks.add(judge_interface(checks.ranks))
+
+
+def _check_plugin(checks: Checks) -> None:
+    """Look for NCCL's plug-in on every node. Collective: all ranks."""
+
+    def look_here() -> Plugin | None:
+        if checks.topology.local_rank != 0:
+            return None
+        return find_plugin(os.environ, fast_cards(), is_rocm=torch.version.hip is not None)
+
+    found = checks.gather("plug-in", HOST_FIX, look_here)
+    if found is None or not checks.ranks:
+        return
+    plugins = {
+        host: each for host, each in zip(checks.hosts, found, strict=True) if each is not None
+    }
+    nccl = checks.ranks[0].versions.get("NCCL", "")
+    checks.add(judge_plugin(plugins, nccl, checks.topology.num_nodes))
 
 
 def _carrier(checks: Checks, world: World, transport: Transport | None) -> str:
@@ -226,6 +249,13 @@ def judge_interface(ranks: Ranks) -> Finding:
                 fix=f'launch.interface = "{fastest}", if all nodes reach each other over it',
             )
     return Finding(name="interface", status="pass", fact=f"{where}: reached from every node")
+
+
+def judge_sockets(backend: str, ranks: Ranks) -> Finding:
+    """Tell the way of a backend that has no log of it: gloo goes over sockets."""
+    over = ", ".join(sorted({rank.interface for rank in ranks if rank.interface}))
+    fact = f"{backend}, over sockets" + (f" of {over}" if over else "")
+    return Finding(name="transport", status="pass", fact=fact)
 
 
 def judge_transport(transport: Transport, num_nodes: int) -> Finding:

@@ -279,7 +279,7 @@ def unpacked(slurm: Any) -> list[str]:
 
 
 def test_the_same_script_checks_and_trains_nothing(slurm_lab: Any, site: Path) -> None:
-    """What it would cost, and what room there is, is in the report.
+    """Cost, room, quota, the way between nodes and the image are in the report.
 
     Each node has a copy of the packed environment for as long as the job runs.
     """
@@ -291,6 +291,8 @@ def test_the_same_script_checks_and_trains_nothing(slurm_lab: Any, site: Path) -
         ("cost", "all steps on 2 nodes: about .* node-hours"),
         ("disk space", ".* free"),
         ("quota", ""),
+        ("transport", "gloo, over sockets of "),
+        ("image", "(no container|.*; in it MPI)"),
     ):
         assert re.search(rf"^(pass|warn|skip) +{name} +{fact}", logs(site), re.MULTILINE), name
     wait_for(site, lambda: not unpacked(slurm_lab), "end of the copies")
