@@ -7,6 +7,8 @@ Every failure that a user can act on is an `HpctrainError`. Its class says whose
 from __future__ import annotations
 
 import enum
+import errno
+import resource
 from typing import ClassVar
 
 
@@ -35,6 +37,35 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+_LIMIT = "ulimit -n"
+_LONGEST_CHAIN = 20
+
+
+def _open_files(error: BaseException) -> str:
+    """Return what to do where a failure came of too many open files, wherever; else nothing.
+
+    Shards, checkpoints and connections are files, and the system's own words name no limit.
+    """
+    cause: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if cause is None:
+            return ""
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
+            break
+        cause = cause.__cause__ or cause.__context__
+    else:
+        return ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    fix = (
+        f"{_LIMIT} {most} in the job script"
+        if soft != hard
+        else f"the site can raise the hard one ({_LIMIT} in the job script goes no further), or "
+        "start fewer ranks on a node"
+    )
+    return f"; open files: soft limit {soft}, hard limit {most}: {fix}"
+
+
 class HpctrainError(Exception):
     """Root of all failures that hpctrain explains itself.
 
@@ -51,6 +82,10 @@ class HpctrainError(Exception):
         super().__init__(message)
         self.everywhere = everywhere
         self.reported = False
+
+    def __str__(self) -> str:
+        text = "\n".join(map(str, self.args))
+        return text + (_open_files(self) if _LIMIT not in text else "")
 
 
 class UsageError(HpctrainError):
@@ -87,9 +122,6 @@ class DatasetError(HpctrainError):
     def __init__(self, message: str, *lines: str, everywhere: bool = False) -> None:
         super().__init__(message, everywhere=everywhere)
         self.args = tuple(one_line(each) for each in (message, *lines))
-
-    def __str__(self) -> str:
-        return "\n".join(self.args)
 
 
 class CheckpointError(HpctrainError):

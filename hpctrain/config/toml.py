@@ -24,7 +24,7 @@ from hpctrain.config.messages import (
 )
 from hpctrain.errors import ConfigError
 from hpctrain.utils.files import open_file
-from hpctrain.utils.text import did_you_mean, printable
+from hpctrain.utils.text import did_you_mean, listed, printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -207,14 +207,19 @@ def _meant(rest: str) -> str:
 
 
 def _neighbour(path: str) -> str:
-    """Suggest a file beside the one that is not there."""
+    """Tell where a file is not, as the current directory is often another, and what is there."""
     wanted = Path(path)
+    where = printable(str(wanted.parent.absolute()))
     try:
-        names = [item.name for item in wanted.parent.iterdir() if item.suffix == ".toml"]
+        names = sorted(item.name for item in wanted.parent.iterdir() if item.suffix == ".toml")
+    except FileNotFoundError:
+        return f", nor the folder {where}"
     except (OSError, ValueError):
         return ""
     folder = "" if str(wanted.parent) == "." else f"{printable(str(wanted.parent))}/"
-    return did_you_mean(wanted.name, names, prefix=folder)
+    near = did_you_mean(wanted.name, [printable(name) for name in names], prefix=folder)
+    others = listed([printable(name) for name in names]) if names else "no TOML file"
+    return f" in {where}{near or f', which has {others}'}"
 
 
 def locate_keys(text: str) -> dict[KeyPath, int]:
