@@ -14,6 +14,7 @@ from typing import Any
 import hdf5plugin  # noqa: F401
 import pytest
 from helpers.rank_budget import room_for
+from helpers.rooms import belongs, room_of
 from hypothesis import settings
 
 # Examples take longer on a busy machine, which is no fault of theirs.
@@ -71,6 +72,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from helpers.schedule import SideBySide
 
     return SideBySide(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker which room it works in."""
+    if node.config.getvalue("dist") == "loadfile":
+        arguments, workers = node.config.args, len(node.config.getvalue("tx"))
+        node.workerinput["room"] = room_of(node.gateway.id, arguments, workers)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the rooms of other workers."""
+    room = getattr(config, "workerinput", {}).get("room")
+    return None if belongs(collection_path, room) else True
 
 
 @pytest.hookimpl(wrapper=True)

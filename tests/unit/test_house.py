@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.rooms import belongs, room_of
 from helpers.schedule import FIRST, next_file
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,23 @@ def test_tests_that_documents_name_are_there() -> None:
     }
     assert len(named) > 20
     assert sorted(each for each in named if each[1] not in there) == []
+
+
+def test_a_worker_collects_its_room_where_all_tests_run() -> None:
+    tests = str(ROOT / "tests")
+    assert [room_of(f"gw{number}", [tests], 8) for number in (0, 1, 4, 7)] == [
+        *("unit", "jobs", "unit", "jobs")
+    ]
+    assert room_of("gw8", [tests], 8) is None  # in the place of any
+    assert room_of("gw1", [f"{tests}/unit"], 8) is None
+    assert room_of("gw1", [tests], 3) is None
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    for path in (ROOT / "tests", *folders, ROOT / "tests/conftest.py"):
+        assert belongs(path, None)
+        both = [belongs(path, "unit"), belongs(path, "jobs")]
+        assert both == (
+            [path.name == "unit", path.name != "unit"] if path in folders else [True] * 2
+        )
 
 
 def test_long_files_begin_first_and_units_beside_jobs() -> None:
