@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
-
-def trainer(**arguments: Any) -> lightning.Trainer:
+def trainer(**arguments: Any) -> Any:
     """Return a quiet one on the CPU that does not ask mpi4py where it is.
 
     It would start MPI in this process, and whatever a later test starts from here would be the
     child of a rank.
     """
+    import lightning
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
     quiet = {
         "accelerator": "cpu",
         "logger": False,

@@ -9,14 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
-import zarr
 from helpers.jobs import in_turn
 from helpers.limits import JOB_SECONDS
 from helpers.waiting import wait_for
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 pytestmark = pytest.mark.ranks(3)
 
@@ -99,6 +96,10 @@ def test_packing_survives_a_killed_rank(tmp_path: Path) -> None:
 
 def test_sources_of_other_tools_survive_a_killed_rank(tmp_path: Path) -> None:
     """Two ranks, one of them killed; three go on; the bytes are those of one process alone."""
+    import pandas as pd
+    import zarr
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     zarr.create_array(
         tmp_path / "x.zarr", data=np.arange(90_000).reshape(900, 100), chunks=(7, 100)
     )

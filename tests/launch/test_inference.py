@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import xarray as xr
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
 from safetensors import safe_open
@@ -389,6 +388,8 @@ class Grid(nn.Module):
 
 def test_predictions_lie_on_the_coordinates_of_their_source(tmp_path: Path) -> None:
     """Packed netCDF-4 by xarray, in months with units of their own and a calendar of 365 days."""
+    import xarray as xr
+
     (tmp_path / "sst").mkdir()
     generator = np.random.default_rng(0)
     for month in ("02", "03"):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from helpers import lightning_itself
@@ -239,16 +238,6 @@ progress = "none"
 """
 
 
-class Steps(L.Callback):
-    """Keeps the loss of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with module_site(
@@ -259,9 +248,15 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
     """Return the losses of a run of Lightning's, and what it has logged last."""
+    import lightning
     import lit_modules
 
-    steps = Steps()
+    losses: list[float] = []
+
+    class Steps(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+
     with lightning_itself.quietly():
         torch.manual_seed(1234)
         module = getattr(lit_modules, name)()
@@ -270,10 +265,10 @@ def by_lightning(name: str) -> tuple[list[float], dict[str, float]]:
             devices=1,
             enable_checkpointing=False,
             num_sanity_val_steps=0,
-            callbacks=[steps],
+            callbacks=[Steps()],
         )
         trainer.fit(module, *loaders(ROWS, BATCH))
-    return steps.losses, {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return losses, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
 @pytest.mark.parametrize("name", ["Lit", "Nested"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import scipy.sparse
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
 
@@ -66,6 +65,8 @@ progress = "none"
 
 
 def write(path: Path, samples: int) -> None:
+    import scipy.sparse
+
     draw = np.random.default_rng(samples)
     with h5py.File(path, "w") as file:
         jets = file.create_dataset("jets", (samples,), h5py.vlen_dtype("f4"), chunks=(7,))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray as xr
 from helpers.jobs import here, in_turn
 from helpers.runs import metrics
 
@@ -80,6 +79,8 @@ LEVELS = [500, 850]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import xarray as xr
+
     site = tmp_path_factory.mktemp("weather")
     (site / "era").mkdir()
     (site / "weather_nets.py").write_text(MODULE, encoding="utf-8")
@@ -106,6 +107,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_by_date_and_latitude_on_any_number_of_ranks(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import xarray as xr
+
     said = here(site, "run.toml")
     assert "train: time 2000-01-01 to 2001-01-05T18:00, 80 rows of 120" in said
     assert "validation: time 2001-01-06 to 2001-01-10T18:00, 20 rows of 120" in said

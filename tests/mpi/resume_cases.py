@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import tomli_w
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
@@ -131,6 +130,8 @@ class Logged(Noisy):
     log: Any
 
     def __init__(self) -> None:
+        import torchmetrics
+
         super().__init__()
         self.right = torchmetrics.Accuracy("multiclass", num_classes=5)
         self.valid = torchmetrics.Accuracy("multiclass", num_classes=5)
