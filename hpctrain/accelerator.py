@@ -2,7 +2,7 @@
 
 Everything here is asked of a device that a rank has taken. To ask torch.cuda in general, whether it
 is there or for its generator, would open a context on the node's first GPU, also in a run on CPUs,
-and in every thread that has not been told its device.
+and in every thread that has not set its device.
 """
 
 from __future__ import annotations

@@ -70,10 +70,10 @@ class HpctrainError(Exception):
     """Root of all failures that hpctrain explains itself.
 
     Attributes:
-        everywhere: True once all ranks hold this same error, so that one of them may speak for
+        everywhere: True once all ranks hold this same error, so that one of them may report it for
             all and every rank may leave by the normal path. False means that only this rank
-            knows, and that the others have to be told by ending the job.
-        reported: True once the user has been told, on whatever rank.
+            knows, and that the others learn of by the end of the job.
+        reported: True once it was reported to the user, on whatever rank.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.BUG

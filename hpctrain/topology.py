@@ -4,8 +4,8 @@ Frozen facts and a protocol; `hpctrain.launch` finds the facts and implements th
 MPI, over a torch.distributed store, and for one process. Everything below it receives them as
 arguments.
 
-A failure of one rank is told to all of them by `raise_together`, `on_rank_zero` or `on_all_ranks`,
-so that one speaks and all leave in order, rather than by a rank that others wait for in vain.
+A failure of one rank becomes known to all by `raise_together`, `on_rank_zero` or `on_all_ranks`, so
+that one reports it and all leave in order, rather than by a rank that others wait for in vain.
 """
 
 from __future__ import annotations

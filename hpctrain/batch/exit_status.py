@@ -283,7 +283,7 @@ def read_status(
         folder: the run's folder.
         environ: the caller's environment; a job script asks about its own job.
         max_tries: jobs after which the run is given up; None: as the last job's script has it.
-        lives: whether the process that holds the folder lives; None: that cannot be told from here.
+        lives: whether the process that holds the folder lives; None: that is not known from here.
         metrics: see `Status`.
         goodput: see `Status`.
         used: node-hours, and the number of jobs without an end.
@@ -355,7 +355,7 @@ def judge(
         held: a file STOP is in the folder.
         job: the caller, if it is a batch job; the last report has to be from it.
         max_tries: jobs after which the run is given up.
-        lives: whether the process that holds the folder lives; None: that cannot be told from here.
+        lives: whether the process that holds the folder lives; None: that is not known from here.
     """
     if job is not None and outcome.job != job:
         why = f"the job that asks ({job}) has not come as far as this folder: see its own messages"

@@ -269,7 +269,7 @@ def end_of_user(text: str, began: float) -> float:
 
 
 def job_is_gone(job: str, cluster: str, host: str, environ: Mapping[str, str]) -> bool | None:
-    """Tell whether another job has ended, with all its processes; None if that cannot be told.
+    """Tell whether another job has ended, with all its processes; None if that is not known.
 
     Args:
         job: id of the other job, as its own environment had it.

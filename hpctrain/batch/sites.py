@@ -263,7 +263,7 @@ def missing_sources(site: Site) -> list[str]:
         if not _DATE.fullmatch(source.date):
             problems.append(f'sources: date "{source.date}" is not one such as "2026-05"')
         problems += [
-            f"sources: {fact} is no fact of a site{did_you_mean(fact, known)}"
+            f"sources: {fact} is not a fact of a site{did_you_mean(fact, known)}"
             for fact in source.facts
             if fact not in known
         ]

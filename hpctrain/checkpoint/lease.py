@@ -56,7 +56,7 @@ _LONGEST_CHAIN = 1000
 _MADE_TOGETHER_SECONDS = 5.0
 
 JobIsGone = Callable[[str, str, str], bool | None]
-"""Whether a scheduler's job is gone, by its id, cluster and host; None: that cannot be told."""
+"""Whether a scheduler's job is gone, by its id, cluster and host; None: that is not known."""
 
 
 class Lease:
@@ -292,7 +292,7 @@ class Lease:
 def holder_lives(folder: Path) -> bool | None:
     """Tell whether the process that holds the lease on a folder lives.
 
-    None where nobody holds it, or that cannot be told from here: it is on another host, or in a
+    None where nobody holds it, or that is not known from here: it is on another host, or in a
     container with process ids of its own.
     """
     try:
@@ -323,7 +323,7 @@ class _Found:
         return self.holder.nonce
 
     def lives(self) -> bool | None:
-        """Tell whether the holder's process lives; None if that cannot be told from here."""
+        """Tell whether the holder's process lives; None if that cannot be determined from here."""
         if not self.damage:
             return lives_here(self.holder)
         gone = [lives_here(maker) is False for maker in self.makers]

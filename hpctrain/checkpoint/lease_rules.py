@@ -70,7 +70,7 @@ class Verdict(enum.Enum):
     HOLDS = "holds"
     STALE = "stale"
     WATCH = "watch"
-    """It cannot be told by looking once: stale if its heartbeat stands still for long enough."""
+    """Not decided by one look: stale if its heartbeat stands still for long enough."""
 
 
 def judge(
@@ -88,7 +88,7 @@ def judge(
         own: job that wants it.
         age: seconds since the last heartbeat, by the clock of the file system; negative: it is in
             the future.
-        lives: whether the holder's process lives; None: that cannot be told from here.
+        lives: whether the holder's process lives; None: that cannot be determined from here.
         job_is_gone: question to the scheduler about the holder's job; None: it does not say.
     """
     if age > STALE_SECONDS:
@@ -145,7 +145,7 @@ def began_together(holder: Holder, own: Holder) -> bool:
 
 
 def lives_here(holder: Holder) -> bool | None:
-    """Tell whether a holder's process lives; None if that cannot be told from here.
+    """Tell whether a holder's process lives; None if that cannot be determined from here.
 
     So it is on another host, and in another PID namespace, where the same ids are of others.
     """

@@ -109,8 +109,8 @@ def started(path: str, overrides: Sequence[str], claim: Claim) -> Iterator[Job]:
     Collective: all ranks.
 
     Raises:
-        HpctrainError: if the config is wrong, or the ranks form no world; told already where all
-            ranks hold it.
+        HpctrainError: if the config is wrong, or the ranks form no world; reported already where
+            all ranks hold it.
     """
     from hpctrain.launch.failure import guard
     from hpctrain.launch.process_group import control_plane
@@ -274,12 +274,12 @@ def _inference_parser(name: str, split: str) -> Parser:
 def _inference_arguments(
     command: str, parser: Parser, arguments: list[str], claim: Claim
 ) -> argparse.Namespace | None:
-    """Return what a command is told; None: it is its help that was asked for."""
+    """Return what a command is given; None: it is its help that was asked for."""
     if not {"-h", "--help"}.isdisjoint(arguments) and claim.rank not in (None, 0):
         return None
     try:
         parsed = parser.parse_intermixed_args(arguments)
-    except SystemExit:  # argparse has told it
+    except SystemExit:  # argparse has printed it
         return None
     given = vars(parsed)
     options = [

@@ -97,7 +97,7 @@ def read_wanted(
 
     Args:
         given: the text of each, by its name with dashes; None or missing: not given.
-        command: whose usage is told.
+        command: whose usage is printed.
         env: the environment, where it may tell of several nodes.
 
     Raises:
@@ -232,7 +232,7 @@ def _num_gpus() -> int:
 
 
 def declare_processes(parser: Parser) -> None:
-    """Let a command that takes a config be told how many processes to start, and with what."""
+    """Let a command that takes a config say how many processes to start, and with what."""
     for option in OPTIONS:
         parser.add_argument(option)
 
@@ -285,7 +285,7 @@ def start(
     inner = ["-m", "hpctrain", *words]
     if wanted.nodes is not None:
         nodes = wanted.nodes
-        start_ranks.tell(
+        start_ranks.report(
             f"{plural(count, 'process', 'processes')} on node {nodes.rank} of {nodes.count} under "
             f"torch's elastic agent, which meets the others at {nodes.address}:{nodes.port}"
         )
@@ -295,7 +295,7 @@ def start(
     except LaunchError as error:
         if not without_mpi:
             raise
-        start_ranks.tell(f"{count} processes under torch's elastic agent, for: {error}")
+        start_ranks.report(f"{count} processes under torch's elastic agent, for: {error}")
         start_on_this_node(count, inner)
     start_ranks.become(launch, [sys.executable, *inner])
 

@@ -119,7 +119,7 @@ def _prepare_config(arguments: Sequence[str]) -> int:
     from hpctrain.training.program import fetch  # brings torch
 
     made = fetch(config, parsed.config, parsed.overrides)
-    _tell(parsed.config, made)
+    _report(parsed.config, made)
     return ExitCode.DONE
 
 
@@ -140,11 +140,11 @@ def _prepare_script(program: Program) -> int:
             return show_failure(error)
         what = type(error).__name__
         write_out(f"{program.name} ended by {what} after that: nothing was trained here\n")
-    _tell(program.name, [])
+    _report(program.name, [])
     return ExitCode.DONE
 
 
-def _tell(what: str, made: Sequence[str]) -> None:
+def _report(what: str, made: Sequence[str]) -> None:
     called = [f"prepare_data of {name}" for name in _prepared()]
     done = ", ".join([*made, *called]) or "no prepare_data was called"
     write_out(f"{what}: {done}\n")

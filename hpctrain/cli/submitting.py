@@ -221,10 +221,10 @@ def _elements_to_submit(wanted: Job, study: _Study) -> list[int]:
         is_complete = outcome is not None and outcome.code == ExitCode.DONE
         state = "waiting or running" if each in wait else "to submit"
         states["complete" if is_complete else state].append(each)
-    told = [f"{len(numbers)} {state}" for state, numbers in states.items() if numbers]
+    counts = [f"{len(numbers)} {state}" for state, numbers in states.items() if numbers]
     names = listed([sweep.points[each].name for each in states["to submit"]])
     last = f" ({names})" if names else "; nothing is submitted"
-    _note(f"{plural(len(study.numbers), 'point')}: {', '.join(told)}{last}")
+    _note(f"{plural(len(study.numbers), 'point')}: {', '.join(counts)}{last}")
     return sorted({each // wanted.pack for each in states["to submit"]})
 
 

@@ -62,14 +62,14 @@ def status(arguments: list[str]) -> int:
         energy=energy_of_run(parsed.run, jobs),
     )
     try:
-        told = to_text(
+        shown = to_text(
             parsed.run,
             found,
             for_script=parsed.exit_code,
             goodput=None if spent is None else spent.line(),
             energy=energy_line(found.energy) if jobs else None,
         )
-        text = printable_lines(told)
+        text = printable_lines(shown)
         write_out(to_json(found) if parsed.json else text)
     except OutputError:
         if not parsed.exit_code:  # a script branches on the code, and its log may be full
@@ -88,7 +88,7 @@ def _lives(run: Path, wait_seconds: float) -> bool | None:
 
 
 def bundle(arguments: list[str]) -> int:
-    """Pack what tells how a run went, for a support desk."""
+    """Pack what shows how a run went, for a support desk."""
     parser = Parser("bundle")
     parser.add_argument("run", type=Path)
     parser.add_argument("more", type=Path, nargs="*")
@@ -172,7 +172,7 @@ def data(arguments: list[str], claim: Claim) -> int:
             parsed = tools[arguments[0]].parse_intermixed_args(arguments[1:])
         else:
             parsed = parser.parse_args(arguments)
-    except SystemExit:  # argparse has told its help
+    except SystemExit:  # argparse has printed its help
         return ExitCode.DONE
 
     from hpctrain.observe.progress import ToolProgress

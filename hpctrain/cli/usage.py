@@ -116,9 +116,9 @@ commands:
                     first, a key of a sweep, or a column; --reverse
   compare RUN RUN   two runs side by side: config, records of their jobs, seconds, curves
   bundle RUN [FILE ...]
-                    pack what tells how the run went for a support desk, below 5 MB, and list it:
+                    pack what shows how the run went for a support desk, below 5 MB, and list it:
                     config, job records, ends, stacks, the last of the log; no data, no weights,
-                    no secrets that can be told by their look. FILE: more, such as a job's log
+                    no secrets that can be known by their look. FILE: more, such as a job's log
 
   completion bash|zsh|fish
                     print what completes `hpctrain` in a shell
@@ -206,7 +206,7 @@ def _about(command: str) -> str:
     is_about = False
     for line in lines:
         if line[2:3] != " " and line.startswith("  "):
-            # What `test` takes is told with `evaluate`.
+            # What `test` takes is described with `evaluate`.
             is_about = line.split()[0] == command or f"; {command}:" in line
         if is_about:
             found.append(line)
@@ -223,7 +223,7 @@ class Parser(argparse.ArgumentParser):
         """Take nothing yet.
 
         Args:
-            command: one of USAGES; None: a tool that tells its own usage.
+            command: one of USAGES; None: a tool that prints its own usage.
             options: of argparse.
         """
         ours = {"prog": PROGRAM, "add_help": False, "allow_abbrev": False}
@@ -289,7 +289,7 @@ def _shown(action: argparse.Action) -> str:
 
 
 def usage_of(command: str) -> str:
-    """Return the line that tells what a command takes."""
+    """Return the line that says what a command takes."""
     return f"usage: {PROGRAM} {USAGES[command]}"
 
 
@@ -297,9 +297,9 @@ def usage_error(message: str, usage: str = usage_of("")) -> UsageError:
     """Return the failure of a command line that does not fit: fact, usage, and where more is."""
     words = usage.removeprefix(f"usage: {PROGRAM} ").split()
     command = f" {words[0]}" if words and words[0] in USAGES else ""
-    more = f"{PROGRAM}{command} --help tells more, with examples"
+    more = f"{PROGRAM}{command} --help has more, with examples"
     if not command:
-        more = f"{PROGRAM} --help tells of all commands and options"
+        more = f"{PROGRAM} --help lists all commands and options"
     # Every rank was given the same words.
     return UsageError(f"{message}\n{usage}\n{more}", everywhere=True)
 

@@ -224,7 +224,7 @@ def unsupported(asked: Combination, torch: str | None = None) -> tuple[str, str]
         torch: its version, such as "2.8.0+cpu"; None while that is not known.
 
     Returns:
-        The key to change and the reason; None if nothing is known to speak against it.
+        The key to change and the reason; None if nothing is known against it.
     """
     for hole in _HOLES:
         holds = all(getattr(hole, name) in (None, getattr(asked, name)) for name in _ASKED)

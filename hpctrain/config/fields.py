@@ -153,5 +153,5 @@ def _problem(key: str, value: Any) -> str | None:
     if not values or not all(type(each) in (int, float) for each in values):
         return expected
     if not all(math.isfinite(each) for each in values):
-        return None  # told already, of any number in the file
+        return None  # reported already, of any number in the file
     return expected if key == "std" and min(values) <= 0 else None

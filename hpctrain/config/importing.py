@@ -189,14 +189,14 @@ def has_method(reference: str, method: str) -> bool | None:
     """Tell whether a class defines or may inherit a method, without importing it.
 
     Returns:
-        None where its source does not tell: a function, a class with other bases, no source.
+        None where its source does not say: a function, a class with other bases, no source.
     """
     module, _, name = reference.partition(":")
     try:
         spec = _locate(module)
         tree = None if spec is None else _tree(spec)
     except (LookupError, SyntaxError):
-        return None  # of which `problem_of` speaks
+        return None  # which `problem_of` reports
     body = [] if tree is None else tree.body
     found = [item for item in body if isinstance(item, ast.ClassDef) and item.name == name]
     if len(found) != 1:

@@ -60,7 +60,7 @@ class Mistake:
 
 
 def config_error(path: str, mistakes: Sequence[Mistake]) -> ConfigError:
-    """Return one error that tells all mistakes: those of the file by line, then the overrides'."""
+    """Return one error with all mistakes: those of the file by line, then the overrides'."""
     ordered = sorted(
         mistakes,
         key=lambda item: (

@@ -166,7 +166,7 @@ def resolve_listed(
 def placed_error(
     mistakes: Sequence[Mistake], path: str | None, overrides: Sequence[str]
 ) -> ConfigError:
-    """Return one error that tells mistakes with their lines.
+    """Return one error with the mistakes and their lines.
 
     Args:
         mistakes: of a config.

@@ -1,7 +1,7 @@
 """What no schema can say of a config: keys that contradict each other, and what is not there.
 
-Every check looks at the values as given, so that it speaks also where other keys are wrong, and
-passes over a value of the wrong type, of which the schema speaks.
+Every check looks at the values as given, so that it reports also where other keys are wrong, and
+passes over a value of the wrong type, which the schema reports.
 """
 
 from __future__ import annotations

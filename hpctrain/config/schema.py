@@ -339,7 +339,7 @@ class LaunchSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingSection:
-    """What is told, and how often."""
+    """What is reported, and how often."""
 
     every_steps: Count = 10
     """Write a line of metrics after so many steps."""
@@ -359,7 +359,7 @@ class LoggingSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotifySection:
-    """A command that tells how a job of the run has ended."""
+    """A command that is run when a job of the run has ended."""
 
     command: tuple[Text, ...] = ()
     """Program and arguments, without a shell; the variables HPCTRAIN_RUN, HPCTRAIN_FOLDER,

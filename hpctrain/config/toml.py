@@ -140,7 +140,7 @@ def read(path: str) -> Source:
     except FileNotFoundError:
         raise ConfigError(f"{name}: no such file{_neighbour(path)}") from None
     except IsADirectoryError:
-        raise ConfigError(f"{name}: is a folder; name the TOML file in it") from None
+        raise ConfigError(f"{name}: is a directory; name the TOML file in it") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ConfigError(f"{name}: cannot be read: {reason_of(error)}") from None
     if len(data) > _LARGEST_BYTES:

@@ -169,7 +169,7 @@ def _item_type(section: str, key: str) -> type | None:
 
 
 def _place(where: KeyPath) -> tuple[KeyPath, Any]:
-    """Return the key that pydantic speaks of, and what it expects if it is inside of a table."""
+    """Return the key that pydantic means, and what it expects if it is inside of a table."""
     if len(where) < 3 or where[1] not in (fields := _fields(where[0])):
         return where[:2], None
     within, inner = _inside(fields[where[1]], where[2:])

@@ -34,7 +34,7 @@ ATTRIBUTES = (
     "scale_factor",
     "add_offset",
 )
-"""What says how numbers are stored. `units` tells times, which are left as they are."""
+"""What says how numbers are stored. `units` marks times, which are left as they are."""
 MOST_NUMBERS = 64
 """Of one attribute: each number that stands for missing values is looked for in all values."""
 _SHOWN = 100

@@ -142,7 +142,7 @@ class Form:
         return shape, _number_format(self.dtype, np.dtype(np.int64) if self.whole else dtype)
 
     def make(self, rows: Rows) -> Rows:
-        """Return delivered rows, of the shape and dtype that `delivered` tells.
+        """Return delivered rows, of the shape and dtype that `delivered` gives.
 
         Args:
             rows: (rows, *shape), of `stored`; of objects with the first member taken.
@@ -314,7 +314,7 @@ def _codes(
     if names is not None:
         unknown = [each for each in classes if each not in names]
         if unknown:
-            raise ValueError(f'"{unknown[0]}" is no name of its numbers: {listed(list(names))}')
+            raise ValueError(f'"{unknown[0]}" is not a name of its numbers: {listed(list(names))}')
         return tuple(names[each] for each in classes)
     if kind.kind not in "SO":
         raise ValueError(f"classes are of texts or of an enumeration, and it is {kind}")

@@ -78,7 +78,7 @@ class Column:
         every: rows from one of them to the next.
         is_stored: whether numbers stand for themselves, whatever their files say.
         ragged: how samples of unequal length are put into a batch; None: all are of one shape.
-        packing: what is told of the documents that samples are cut from; None: of none.
+        packing: facts of the documents that samples are cut from; None: of none.
     """
 
     part: int
@@ -151,7 +151,7 @@ class View(Dataset):
 
     @cached_property
     def shard_stops(self) -> npt.NDArray[np.int64]:
-        """A sample may be made of rows of several shards; `places` tells one."""
+        """A sample may be made of rows of several shards; `places` gives one."""
         raise TypeError("the samples of a view do not follow its shards")
 
     @cached_property

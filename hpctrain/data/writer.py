@@ -410,7 +410,7 @@ def inspect_shard(path: Path, names: Sequence[str]) -> Shard:
 
 
 def cannot_write(place: Path, error: OSError) -> DatasetError:
-    """Return what to tell about a file system that refuses."""
+    """Return the message about a file system that refuses."""
     return DatasetError(f"{place}: cannot write here: {error.strerror or error}")
 
 

@@ -101,7 +101,7 @@ def choose_device(
         return torch.device("cpu")
     _check_places(kind, places, share=section.share_device)
     if topology.is_rank_zero:
-        _tell_idle(kind, places)
+        _warn_idle(kind, places)
     index = device_index(
         here.visible[kind], here.local_rank, here.local_world_size, share=section.share_device
     )
@@ -183,7 +183,7 @@ def _check_places(kind: str, places: Sequence[Place], *, share: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """A rank's host, and what tells its device apart.
+    """A rank's host, and what distinguishes its device.
 
     Attributes:
         uuid: of the device, or of its MIG instance; None where torch does not say it.
@@ -243,7 +243,7 @@ def _check_instances(owners: Sequence[Owner]) -> None:
             )
 
 
-def _tell_idle(kind: str, places: Sequence[Place]) -> None:
+def _warn_idle(kind: str, places: Sequence[Place]) -> None:
     """Warn of devices that no rank takes."""
     idle = {
         place.host: place.visible[kind] - place.local_world_size
@@ -282,7 +282,7 @@ def torch_sees(kind: str) -> bool:
 
 
 def _owner(host: str, device: torch.device) -> Owner:
-    """Return what tells this rank's device apart from all others."""
+    """Return what distinguishes this rank's device from all others."""
     properties = _module(device.type).get_device_properties(device)
     uuid = getattr(properties, "uuid", None)
     # Not every torch says it.

@@ -4,7 +4,7 @@ A launcher's claim is a pure function of the environment, over the table of
 `hpctrain.launch.launchers`. It is not believed: where MPI is there, it is compared with MPI's own
 world before anything else communicates.
 
-Variables are inherited through any number of launchers; only the process tree tells which of them
+Variables are inherited through any number of launchers; only the process tree shows which of them
 is the innermost. What a process is called is an alias there: Open MPI 4 forks its ranks from a
 process that bears the name it was called by, such as mpiexec, and sites put scripts of that name
 before any launcher. Its executable counts where it can be read.
@@ -253,7 +253,7 @@ def _claim(launcher: Launcher, env: Environment) -> Claim:
         if variable is not None:
             reasons[name] = f"{variable}={env[variable]}"
     rank, world_size = values["rank"], values["world_size"]
-    if rank is None or (world_size is None and launcher.tells_size):
+    if rank is None or (world_size is None and launcher.sets_size):
         missing = launcher.rank[0] if rank is None else launcher.world_size[0]
         raise LaunchError(
             f"{launcher.label} started this process, but {missing} is not set.", everywhere=True
@@ -264,7 +264,7 @@ def _claim(launcher: Launcher, env: Environment) -> Claim:
             raise LaunchError(
                 f"{launcher.label} started this process, but {reasons.get(part, part)} and "
                 f"{reasons[whole]} contradict each other: {part} has to be below {whole}. {_STALE}",
-                # The first rank that is too high speaks for those above it.
+                # The first rank that is too high reports those above it.
                 everywhere=part == "rank" and rank > outer,
             )
     per_pod = env.get("PET_NPROC_PER_NODE", "1")
@@ -308,7 +308,7 @@ def _number(launcher: Launcher, env: Environment, variable: str) -> int:
         raise LaunchError(
             f"{launcher.label} started this process, but {variable}={text!r} is not a whole "
             f"number from 0. {_STALE}",
-            # What all processes share rank 0 tells.
+            # What all processes share rank 0 reports.
             everywhere=variable in launcher.world_size,
         )
     return int(text)
@@ -319,7 +319,7 @@ def ancestors(process: int | None = None, proc: Path = PROC) -> tuple[str, ...]:
 
     An executable is followed by what the process calls itself, if that is another name, and by what
     it runs if it is an interpreter: a script, or the module of `python -m`.
-    Empty where the system does not tell: not Linux, or above the first process of a container.
+    Empty where the system does not say: not Linux, or above the first process of a container.
     """
     above = processes_above(process, proc)
     return tuple(name for pid in above for name in names_of(pid, proc))
@@ -341,12 +341,12 @@ def names_of(pid: int, proc: Path = PROC) -> list[str]:
         name = called if is_cut or is_script else title
     # Debian's slurmstepd runs slurmstepd-wlm.
     others = [title, *_script(words)] if _is_interpreter(name) else [title]
-    told = [
+    others = [
         other
         for other in others
         if not _COMMAND_OF_LAUNCHER.fullmatch(other) and not _is_interpreter(other)
     ]
-    return list(dict.fromkeys([_plain(name), *told]))
+    return list(dict.fromkeys([_plain(name), *others]))
 
 
 def _is_interpreter(name: str) -> bool:

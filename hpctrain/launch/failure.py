@@ -1,4 +1,4 @@
-"""What happens when one rank fails and the others do not know: its story once, then the end.
+"""What happens when one rank fails and the others do not know: it is reported once, then the end.
 
 No collective runs on this path: the others may be anywhere. MPI_Abort, or the launcher that sees a
 process die, ends them.
@@ -45,14 +45,14 @@ class Guard:
 
     Attributes:
         pulse: heartbeats of this rank.
-        leave_word: is told the failure that ends the job, by the rank that tells it.
-        notify: is told its reason and exit code then, once there is a report of it.
+        on_failure: takes the failure that ends the job, on the rank that reports it.
+        notify: takes its reason and exit code then, once there is a report of it.
         notify_seconds: that it may take.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.pulse = Pulse()
-        self.leave_word: Callable[[BaseException], None] | None = None
+        self.on_failure: Callable[[BaseException], None] | None = None
         self.notify: Callable[[str, int], None] | None = None
         self.notify_seconds = 0.0
         self._topology = topology
@@ -62,7 +62,7 @@ class Guard:
         self._about: dict[str, object] = {"mpi": topology.mpi}
 
     def watched_by(self, client: WatchdogClient) -> None:
-        """Have the watchdog decide from here on which rank tells how the job failed."""
+        """Have the watchdog decide from here on which rank reports how the job failed."""
         self._client = client
 
     def wait_until_watched(self) -> None:
@@ -90,7 +90,7 @@ class Guard:
         """Take note of the run folder, where reports go."""
         self._folder = folder
         if self._client is not None and self._topology.is_rank_zero:
-            self._client.tell_folder(folder)
+            self._client.send_folder(folder)
         if self._client is None and self._topology.world_size == 1:
             self._requests = show_own_stacks(folder)
 
@@ -103,7 +103,7 @@ class Guard:
         """Take note of the device, for the report."""
         self._about = {"device": device, "mpi": self._topology.mpi, "versions": versions()}
         if self._client is not None:
-            self._client.tell_about(self._about)
+            self._client.send_about(self._about)
 
     def end_job(self, error: BaseException, trace: TracebackType | None) -> None:
         """Tell what failed, write the crash report, and end all ranks. Does not return.
@@ -119,7 +119,7 @@ class Guard:
         may_be_echo = isinstance(error, RuntimeError)
         client = self._client
         if client is not None and not client.ask_to_speak(code, may_be_echo=may_be_echo):
-            # Another rank tells the story, and the watchdog ends this one.
+            # Another rank reports it, and the watchdog ends this one.
             time.sleep(_SILENT_SECONDS)
             os._exit(code)
         # Whatever MPI_Abort or a full disk does: this process is gone soon.
@@ -127,9 +127,9 @@ class Guard:
         timer.daemon = True
         timer.start()
         text = self._story(error, trace)
-        if self.leave_word is not None:
+        if self.on_failure is not None:
             with suppress(OSError):
-                self.leave_word(error)
+                self.on_failure(error)
         finish_out()
         with suppress(OSError):
             sys.stderr.write(text)
@@ -147,7 +147,7 @@ class Guard:
         if self.notify is not None:
             with suppress(Exception):
                 self.notify(text.strip().splitlines()[-1], code)
-        # Time for the launcher to carry the story out before it ends everybody.
+        # Time for the launcher to pass the report on before it ends everybody.
         time.sleep(0.2)
         abort(code)
         os._exit(code)
@@ -162,7 +162,7 @@ class Guard:
             said = f"{error.code}\n" if isinstance(error.code, str) else ""
             return f"{said}hpctrain: {who} exited with {exit_code(error)} and ends the job\n"
         while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _HERE:
-            trace = trace.tb_next  # our own context managers are not the story
+            trace = trace.tb_next  # our own context managers are not of interest
         lines = traceback.format_exception(type(error), error, trace)
         return f"hpctrain: {who} failed and ends the job:\n{''.join(lines)}{_shadows(error)}"
 

@@ -83,8 +83,8 @@ def launch(
         strategy: "ddp", "fsdp", ..., the same.
 
     Raises:
-        LaunchError: if the ranks cannot be started, one of them ends without a word, or this
-            process is a rank itself.
+        LaunchError: if the ranks cannot be started, one of them ends without an error message, or
+            this process is a rank itself.
         Exception: that the function has raised on a rank, whose traceback is its cause.
     """
     _refuse_within_a_world(np)
@@ -270,7 +270,7 @@ def _outcome(handover: Handover, code: int, said: str) -> Any:
     """Return what came of the ranks.
 
     Raises:
-        LaunchError: if they ended without a word of their own.
+        LaunchError: if they ended without an error message of their own.
         Exception: that the function has raised on a rank.
     """
     failures = handover.failures()
@@ -282,8 +282,8 @@ def _outcome(handover: Handover, code: int, said: str) -> Any:
     if code == 0 and result is not None:
         return pickle.loads(result)
     lines = [line for line in said.splitlines() if line.startswith("hpctrain: ")]
-    story = "\n".join((lines or said.splitlines())[-_STORY_LINES:])
-    raise LaunchError(f"the ranks have ended with exit code {code}:\n{story}")
+    report = "\n".join((lines or said.splitlines())[-_STORY_LINES:])
+    raise LaunchError(f"the ranks have ended with exit code {code}:\n{report}")
 
 
 def _as_exception(failed: Failed) -> BaseException:

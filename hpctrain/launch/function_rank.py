@@ -177,7 +177,7 @@ def main() -> None:
     with standing_ranks(claim) as ranks:
         rank = ranks.topology.rank
         # What ends the job from within connect() comes to no handler of ours.
-        ranks.guard.leave_word = lambda error: _record(handover, rank, error)
+        ranks.guard.on_failure = lambda error: _record(handover, rank, error)
         _call(handover, rank, is_alone=False)
 
 

@@ -6,7 +6,7 @@ with a proof of its own. The secret itself never travels. What is signed names t
 purpose, the caller, the address that it dialled and a nonce of either end: a proof that was seen
 elsewhere, or is sent back, or is passed on by another host, is worth nothing.
 
-Standard library only: the watchdog speaks this too.
+Standard library only: the watchdog uses this too.
 """
 
 from __future__ import annotations

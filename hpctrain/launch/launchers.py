@@ -1,4 +1,4 @@
-"""The launchers that hpctrain knows: a table, one row each, of how it tells a process its place."""
+"""The launchers that hpctrain knows: a table, one row each, of how a process learns its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """How one launcher tells a process its place.
+    """How a process learns its place from one launcher.
 
     Attributes:
         markers: variables that are all set in its processes, and together in nobody else's.
@@ -17,7 +17,7 @@ class Launcher:
         processes: executables, or scripts of an interpreter, that start its ranks. Of several rows
             that have one name the first counts.
         foreign: variables that in its processes are another launcher's, and confuse MPI_Init.
-        tells_size: whether it always sets one of `world_size`; otherwise only MPI knows.
+        sets_size: whether it always sets one of `world_size`; otherwise only MPI knows.
         fix: what to do when MPI does not see the world that this launcher claims.
     """
 
@@ -31,7 +31,7 @@ class Launcher:
     mpi_families: frozenset[str] = frozenset()
     processes: frozenset[str] = frozenset()
     foreign: tuple[str, ...] = ()
-    tells_size: bool = True
+    sets_size: bool = True
     fix: str = ""
 
 
@@ -172,10 +172,10 @@ LAUNCHERS = (
         local_world_size=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
         mpi_families=MPICH_ABI,
         processes=frozenset({"palsd"}),
-        tells_size=False,
+        sets_size=False,
         fix="load the site's Cray MPICH or MPICH module, and its mpi4py or MPI4PY_LIBMPI",
     ),
-    # Cray's ALPS on XC and XE systems tells the rank alone, and PMI by files.
+    # Cray's ALPS on XC and XE systems gives the rank alone, and PMI by files.
     # Source: libfabric, prov/gni/test; HPX, its parcelport's variables. Not seen on a cluster.
     Launcher(
         name="alps",
@@ -185,7 +185,7 @@ LAUNCHERS = (
         world_size=(),
         mpi_families=MPICH_ABI,
         processes=frozenset({"apinit"}),
-        tells_size=False,
+        sets_size=False,
         fix="load the site's Cray MPICH module, and its mpi4py or MPI4PY_LIBMPI",
     ),
     # PRRTE's own prterun and prun: PMIx without Open MPI's variables.
@@ -197,7 +197,7 @@ LAUNCHERS = (
         world_size=(),
         mpi_families=MPICH_ABI | OPEN_MPI,
         processes=frozenset({"prterun", "prted", "prte"}),
-        tells_size=False,
+        sets_size=False,
         fix="start the job with the mpirun of the bound library, or bind mpi4py to a library that "
         "speaks PMIx, such as Open MPI",
     ),

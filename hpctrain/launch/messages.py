@@ -313,9 +313,9 @@ class _Reader:
         kind, _ = CLASSES.find(self.data())
         if not issubclass(kind, HpctrainError):
             raise DecodingError(f"not a message of hpctrain: {kind.__name__} is not an error")
-        message, everywhere, told = self.value(depth)
+        message, everywhere, reported = self.value(depth)
         error = kind(printable_lines(str(message)), everywhere=bool(everywhere))
-        error.reported = bool(told)
+        error.reported = bool(reported)
         return error
 
     def dataclass(self, depth: int) -> Any:

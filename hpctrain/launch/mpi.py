@@ -56,7 +56,7 @@ WITHOUT_SHARED_MEMORY = {"MPIR_CVAR_NOLOCAL": "1", "OMPI_MCA_btl": "^sm,vader"}
 # Source: PROC_PID_INIT_INO of the Linux kernel's include/linux/proc_ns.h.
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 
-# By then the first rank to speak has ended the job, where anything can.
+# By then the first rank to report has ended the job, where anything can.
 _HEAD_START_SECONDS = 5.0
 # The thread that watches needs the interpreter; this does not.
 _BACKSTOP_SECONDS = 60.0
@@ -275,7 +275,7 @@ def check_process_manager(launcher: Launcher, env: Environment, version: str) ->
     """
     if launcher.name == "srun":
         _check_step(env)
-    # MPICH tells how it was built; what is derived from it does not.
+    # MPICH says how it was built; what is derived from it does not.
     built = next((line for line in version.splitlines() if "MPICH configure" in line), None)
     if built is not None and "pmix" not in built and "PMIX_RANK" in env and "PMI_RANK" not in env:
         raise LaunchError(
@@ -323,16 +323,21 @@ def _check_step(env: Environment) -> None:
         "PMIX_NAMESPACE": namespace if namespace.startswith(_PMIX_OF_SLURM) else None,
     }
     job, step = env.get("SLURM_JOB_ID"), env["SLURM_STEP_ID"]
-    told = {
+    given = {
         variable: value.removeprefix(_PMIX_OF_SLURM)
         for variable, value in named.items()
         if value is not None
     }
     # Cray's plugin names the job alone; the parts of a heterogeneous job have several ids.
     ours = (job, f"{job}.{step}")
-    if job is None or "SLURM_HET_SIZE" in env or not told or any(v in ours for v in told.values()):
+    if (
+        job is None
+        or "SLURM_HET_SIZE" in env
+        or not given
+        or any(v in ours for v in given.values())
+    ):
         return
-    variable, other = next(iter(told.items()))
+    variable, other = next(iter(given.items()))
     raise LaunchError(
         f"this is step {job}.{step} of Slurm, but {variable} is of step {other}: the variables of "
         "another step were inherited by this job. Submit jobs from within a step by sbatch "
@@ -389,7 +394,7 @@ def _call_mpi_init(MPI: Any) -> None:  # noqa: N803
 
 
 def _say_who_is_missing(claim: Claim, seconds: float, asked: str | None) -> str | None:
-    """Say why this process ends, and who is missing; one rank of a node speaks.
+    """Say why this process ends, and who is missing; one rank of a node reports.
 
     Args:
         claim: of this process.
@@ -434,7 +439,7 @@ def check_shared_memory(claim: Claim, family: str, library: str, shared: Path = 
         shared: where shared memory is.
 
     Raises:
-        LaunchError: if it does not; of several ranks on a node one tells it.
+        LaunchError: if it does not; of several ranks on a node one reports it.
     """
     try:
         found = os.statvfs(shared)

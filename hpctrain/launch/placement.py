@@ -1,4 +1,4 @@
-"""Which rank is where: nodes told apart, and a rank's place among all."""
+"""Which rank is where: nodes distinguished, and a rank's place among all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("hpctrain")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What tells two nodes apart.
+    """What distinguishes two nodes.
 
     The host name alone does not: containers and cloned images share names. Nor does the boot id
     alone: two containers on one machine with their own names may not share memory or network.

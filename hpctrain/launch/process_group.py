@@ -62,7 +62,7 @@ class World:
             your own calls `world.pulse.step_done(step)` after every step, or never.
         nccl_log: what NCCL says of its way; None where it does not run, or the user has said how it
             is to log.
-        guard: ends the job for a failure of this rank alone, and is told the run folder.
+        guard: ends the job for a failure of this rank alone, and learns the run folder.
     """
 
     topology: Topology
@@ -273,7 +273,7 @@ def connect(
             alone_in_this_process(),
             control_plane(part=communicator) as (topology, messages),
             guard(topology, is_callers=True) as job_guard,
-            # One process tells nothing: its failure may be caught.
+            # One process reports nothing: its failure may be caught.
             reporting(topology.is_rank_zero) if topology.world_size > 1 else nullcontext(),
             gathering(topology, messages, section, job_guard) as meeting,
             process_group(topology, messages, section, meeting, job_guard) as world,

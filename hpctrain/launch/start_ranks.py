@@ -77,7 +77,7 @@ STARTERS = (
 )
 
 
-# What each family speaks, the likeliest first; as `srun --mpi=list` names it.
+# The protocols of each family, the likeliest first; as `srun --mpi=list` names it.
 _MPI_OF_SRUN = {
     "cray": ("cray_shasta", "pmi2"),
     "openmpi": ("pmix",),
@@ -121,7 +121,7 @@ def become(launch: Launch, command: Sequence[str]) -> NoReturn:
 
     Its signals and its exit code are the launcher's from here on.
     """
-    tell(launch.note)
+    report(launch.note)
     # mpirun would take the lines of a loop around it for its first rank.
     _leave_stdin()
     os.execve(launch.program, [*launch.arguments, *command], dict(launch.environment))
@@ -183,7 +183,7 @@ def _of_the_batch_system(num_processes: int, version: str) -> list[str] | None:
     return None
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     """Say on stderr what is started."""
     print(f"hpctrain: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -302,7 +302,7 @@ def nodes_of(
     address: str | None = None,
     port: int | None = None,
 ) -> Nodes | None:
-    """Return the nodes that a command line and the environment tell of; None: this one alone.
+    """Return the nodes that a command line and the environment name; None: this one alone.
 
     What is given stands before NODE_RANK, WORLD_SIZE, which counts nodes only here, MASTER_ADDR and
     MASTER_PORT.

@@ -29,7 +29,7 @@ from hpctrain.launch.waiting import (
     HEAD_START_SECONDS,
     ended_from_outside,
     limit_seconds,
-    tell_missing,
+    missing_text,
 )
 from hpctrain.topology import closing_together
 
@@ -301,7 +301,7 @@ class Exchange:
             there = {rank: 0 for rank, key in enumerate(keys) if self._store.check([key])}
             if self._rank != min(there):
                 time.sleep(HEAD_START_SECONDS)
-            raise LaunchError(tell_missing(there, len(keys), seconds)) from error
+            raise LaunchError(missing_text(there, len(keys), seconds)) from error
 
     def _decoded(self, number: int, rank: int, first: bytes) -> Any:
         try:

@@ -1,6 +1,6 @@
 """Where this process is: in an allocation that has more, below a rank, in a shell, on a login node.
 
-One process where a batch system has given more is told what was forgotten, and what to start
+One process where a batch system has given more is warned of what was forgotten, and what to start
 instead: one process of a job of four tasks is often meant. Where several of them would train alone,
 each as if it were the only one, it is refused.
 """
@@ -81,12 +81,12 @@ def look_around_alone(launcher: Launcher | None = None) -> None:
 
 
 def check_own_place(launcher: Launcher, world_size: int | None) -> None:
-    """Check that the place in the world that the environment tells is this process's own.
+    """Check that the place in the world that the environment gives is this process's own.
 
     Raises:
         LaunchError: if it is that of a rank above this process, or of an interactive shell.
     """
-    if not launcher.processes:  # by hand: nothing tells where those processes begin
+    if not launcher.processes:  # by hand: nothing shows where those processes begin
         return
     rank = rank_above(launcher)
     if rank is not None:
@@ -216,7 +216,7 @@ class Allocation:
 
     Attributes:
         job: the batch system and the job, for messages.
-        hosts: its nodes, the one of the job script first; empty where they are not told.
+        hosts: its nodes, the one of the job script first; empty where they are not known.
         num_nodes: their number.
         tasks: processes that were asked for; None where it is cores that are counted.
         command: what starts them.
@@ -305,7 +305,7 @@ def _adopted(read: Callable[[str], str]) -> Alone | None:
     if adopted is None:
         return None
     return Alone(
-        f"this is one process, which has come by ssh into job {adopted[1]} of Slurm; ssh tells "
+        f"this is one process, which has come by ssh into job {adopted[1]} of Slurm; ssh passes "
         "nobody of others. For several in one run: "
         f"srun --jobid={adopted[1]} --overlap -n N python -m hpctrain ...",
         is_refused=False,
@@ -313,7 +313,7 @@ def _adopted(read: Callable[[str], str]) -> Alone | None:
 
 
 def other_hosts(env: Environment) -> list[str]:
-    """Return the hosts of this process's step or job but its own; empty where they are not told."""
+    """Return the hosts of this process's step or job but its own; empty where none are known."""
     hosts = expand(env.get("SLURM_STEP_NODELIST", ""))
     if not hosts:
         found = _allocation(env, read_text)
@@ -350,7 +350,7 @@ def _in_a_step(
 
 
 def _allocation(env: Environment, read: Callable[[str], str]) -> Allocation | None:
-    """Return what the batch system of this process tells of its job; None if there is none."""
+    """Return what the batch system of this process says of its job; None if there is none."""
     if job := env.get("SLURM_JOB_ID"):
         hosts = expand(env.get("SLURM_JOB_NODELIST", ""))
         num_nodes = _count(env, "SLURM_JOB_NUM_NODES") or _count(env, "SLURM_NNODES")
@@ -367,7 +367,7 @@ def _allocation(env: Environment, read: Callable[[str], str]) -> Allocation | No
         return Allocation(
             job=f"job {job} of PBS",
             hosts=hosts,
-            # Torque tells the number; neither shows every node the list.
+            # Torque gives the number; neither shows every node the list.
             num_nodes=len(hosts) or _count(env, "PBS_NUM_NODES") or 1,
             tasks=len(lines) or None,
             command=f"mpiexec -n {len(lines) or 'N'}",

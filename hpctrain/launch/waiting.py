@@ -42,9 +42,9 @@ QUIET_SECONDS = 1.0
 """A wait of this length is looked at more closely."""
 
 HEAD_START_SECONDS = 10.0
-"""By then the rank that speaks for all has ended the job."""
+"""By then the rank that reports for all has ended the job."""
 
-# Mostly somebody reads a cold file system: a note tells who is waited for.
+# Mostly somebody reads a cold file system: a note names who is waited for.
 _NOTE_SECONDS = 60.0
 _NOTED_RANKS = 256
 _TAG = 18512
@@ -62,7 +62,9 @@ def limit_seconds(world_size: int | None) -> float:
 
 
 @contextmanager
-def ended_from_outside(seconds: float, tell: Callable[[str | None], str | None]) -> Iterator[None]:
+def ended_from_outside(
+    seconds: float, report: Callable[[str | None], str | None]
+) -> Iterator[None]:
     """End the process where the body does not return in time, or not soon after a signal.
 
     SIGINT and SIGTERM end it a second later, if somebody handles them: those that nobody handles
@@ -70,7 +72,7 @@ def ended_from_outside(seconds: float, tell: Callable[[str | None], str | None])
 
     Args:
         seconds: limit.
-        tell: returns what to say at the end, None for nothing, given the name of the signal, or
+        report: returns what to say at the end, None for nothing, given the name of the signal, or
             None for the limit. It may take its time.
     """
     reader, writer = os.pipe()
@@ -79,7 +81,7 @@ def ended_from_outside(seconds: float, tell: Callable[[str | None], str | None])
     with suppress(ValueError):  # in another thread than the main one: signals are not ours
         wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(
-        target=_watch, args=(reader, seconds, tell), name="hpctrain-start", daemon=True
+        target=_watch, args=(reader, seconds, report), name="hpctrain-start", daemon=True
     )
     thread.start()
     try:
@@ -92,7 +94,7 @@ def ended_from_outside(seconds: float, tell: Callable[[str | None], str | None])
         os.close(reader)
 
 
-def _watch(reader: int, seconds: float, tell: Callable[[str | None], str | None]) -> None:
+def _watch(reader: int, seconds: float, report: Callable[[str | None], str | None]) -> None:
     """End the process unless the other end of the pipe is closed in time."""
     poll = select.poll()
     poll.register(reader, select.POLLIN)
@@ -110,7 +112,7 @@ def _watch(reader: int, seconds: float, tell: Callable[[str | None], str | None]
         if ending and not asked:
             asked = ending[0]
             end = min(end, time.monotonic() + _GRACE_SECONDS)
-    text = tell(signal.Signals(asked).name if asked else None)
+    text = report(signal.Signals(asked).name if asked else None)
     if text is not None:
         with suppress(OSError):
             sys.stderr.write(f"hpctrain: error: {text}\n")
@@ -124,7 +126,7 @@ class RollCall:
 
     Args:
         communicator: mpi4py's, of all ranks that are meant to come.
-        step: number of the step, by which answers of steps before are told apart.
+        step: number of the step, by which answers of steps before are recognized.
         limit_seconds: how long to wait before others are asked.
     """
 
@@ -158,10 +160,10 @@ class RollCall:
             return
         seconds = limit + _ANSWER_SECONDS + (0.0 if is_reporter else HEAD_START_SECONDS)
         if waited_seconds > seconds:
-            raise LaunchError(tell_missing(self._programs, communicator.Get_size(), limit))
+            raise LaunchError(missing_text(self._programs, communicator.Get_size(), limit))
         if is_reporter and not self._has_noted and waited_seconds < limit:
             self._has_noted = True
-            text = tell_missing(self._programs, communicator.Get_size(), waited_seconds)
+            text = missing_text(self._programs, communicator.Get_size(), waited_seconds)
             logger.warning("%s This is an error after %.0f s.", text, limit)
 
     def _answer(self) -> None:
@@ -169,19 +171,19 @@ class RollCall:
 
         status = MPI.Status()
         while self._communicator.Iprobe(MPI.ANY_SOURCE, _TAG, status):
-            told = array("i", [0, 0])
+            answer = array("i", [0, 0])
             rank = status.Get_source()
-            self._communicator.Recv(told, rank, _TAG)
+            self._communicator.Recv(answer, rank, _TAG)
             # One that is further on has been here.
-            if told[0] >= self._step:
-                self._programs[rank] = told[1]
+            if answer[0] >= self._step:
+                self._programs[rank] = answer[1]
             self._send(rank)
 
     def _send(self, rank: int) -> None:
         if rank not in self._sent and rank != self._communicator.Get_rank():
-            told = array("i", [self._step, self._program])
+            answer = array("i", [self._step, self._program])
             # Never waited for: the other may not come. The buffer is kept.
-            self._sent[rank] = (told, self._communicator.Isend(told, rank, _TAG))
+            self._sent[rank] = (answer, self._communicator.Isend(answer, rank, _TAG))
 
 
 def program() -> int:
@@ -192,7 +194,7 @@ def program() -> int:
     return number if isinstance(number, int) and number > 0 else 0
 
 
-def tell_missing(programs: Mapping[int, int], world_size: int, seconds: float) -> str:
+def missing_text(programs: Mapping[int, int], world_size: int, seconds: float) -> str:
     """Return a message that names who has not come.
 
     Args:

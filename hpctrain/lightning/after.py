@@ -56,7 +56,7 @@ class AfterFit:
         self._model.cpu()
 
 
-def tell_rank(rank: int) -> None:
+def note_rank(rank: int) -> None:
     """Let Lightning's `rank_zero_only` know the rank, where a script has imported it.
 
     Functions that a script or a logger decorates with it run on rank 0 then: under mpirun there is

@@ -320,7 +320,7 @@ def evaluation_keys(given: TrainerArguments, batches: int | None) -> Keys:
 def _every_steps(batches: int, accumulated: int) -> Keys:
     if batches % accumulated:
         raise ConfigError(
-            f"val_check_interval={batches} batches are no whole number of steps of "
+            f"val_check_interval={batches} batches are not a whole number of steps of "
             f"accumulate_grad_batches={accumulated}"
         )
     return {
@@ -347,7 +347,7 @@ def _limits(given: TrainerArguments) -> Keys:
             continue
         if name != "limit_val_batches" and isinstance(accumulated, int) and value % accumulated:
             raise ConfigError(
-                f"{name}={value!r} batches are no whole number of steps of "
+                f"{name}={value!r} batches are not a whole number of steps of "
                 f"accumulate_grad_batches={accumulated}"
             )
         keys[key] = int(value) // (1 if name == "limit_val_batches" else accumulated)
@@ -413,7 +413,7 @@ def _profile(profiler: Any) -> Keys:
     )
 
 
-def _told(given: TrainerArguments) -> Keys:
+def _logging(given: TrainerArguments) -> Keys:
     every = given.log_every_n_steps
     keys: Keys = {"logging.every_steps": 50 if every is None else every or NEVER}
     if given.enable_progress_bar is False:
@@ -471,7 +471,7 @@ _RULES: tuple[Callable[[TrainerArguments], Keys], ...] = (
     _limits,
     _clipping,
     _arithmetic,
-    _told,
+    _logging,
     _checkpoints,
     _plugins,
     _refused,

@@ -130,7 +130,7 @@ class Facts:
             return of_run.logger
         from hpctrain.training.modules.run_logger import RunLogger
 
-        # There is no run yet: it takes what a script tells it, and writes nothing.
+        # There is no run yet: it takes what a script sets, and writes nothing.
         return RunLogger(Path(self.default_root_dir), writes=False, trainer=self)
 
     @property

@@ -2,7 +2,7 @@
 
 As with Lightning a script that is started again begins anew, in `version_N`. A batch job that its
 scheduler or its script starts again is the same job: it goes on where it stood. The fits of a
-script are told apart by their number and the command, which version.json in each folder holds.
+script are known by their number and the command, which version.json in each folder holds.
 """
 
 from __future__ import annotations

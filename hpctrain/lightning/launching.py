@@ -109,7 +109,7 @@ def _become(num_processes: int) -> None:
     """Replace this process by an mpirun of the same command; does not return."""
     if not _is_a_script():
         raise LaunchError(
-            f"devices={num_processes}: this is no script that could be started again as "
+            f"devices={num_processes}: this is not a script that could be started again as "
             f"{num_processes} processes: hpctrain.launch(function, np={num_processes}) starts a "
             "function from a notebook",
             everywhere=True,

@@ -66,7 +66,7 @@ def sorted_callbacks(given: Any) -> Sorted:
 def name_of(callback: Any) -> str | None:
     """Return the name of one of Lightning's own callbacks; None for a class of the user's.
 
-    A subclass is what it inherits from, with other arguments; `own_methods` tells what else it is.
+    A subclass is what it inherits from, with other arguments; `own_methods` says what else it is.
     """
     for base in type(callback).__mro__:
         if base.__module__.startswith(_PACKAGES):
@@ -193,7 +193,7 @@ _DONE_ANYWAY = {
     "OnExceptionCheckpoint": "the newest checkpoint is whole, whatever ends the job",
     "ProgressBar": "logging.progress shows where the run is",
     "RichModelSummary": _SUMMARY,
-    "SpikeDetection": "a loss far above the last ones is told in the log",
+    "SpikeDetection": "a loss far above the last ones is reported in the log",
     "ThroughputMonitor": "metrics.jsonl has samples_per_second in every line",
 }
 _OTHER_WEIGHTS = (
@@ -206,7 +206,7 @@ _REFUSED = {
     "with ckpt_path of the first's weights",
     "BaseFinetuning": "a run has one set of trained parameters: freeze in two runs, the second "
     "with ckpt_path of the first's weights",
-    "BatchSizeFinder": "`python -m hpctrain check` tells whether a batch size fits into memory",
+    "BatchSizeFinder": "`python -m hpctrain check` shows whether a batch size fits into memory",
     "Checkpoint": "checkpoints are the run's own: ModelCheckpoint says which are kept",
     "EMAWeightAveraging": _OTHER_WEIGHTS,
     "LearningRateFinder": "give the learning rate; short runs with max_steps compare several",
@@ -233,7 +233,7 @@ _OF_FSDP = (
     *("auto_wrap_policy", "use_orig_params", "limit_all_gathers", "sync_module_states"),
     *("forward_prefetch", "backward_prefetch"),
 )
-"""What FSDP is told there: the first is understood, the others change nothing that is computed."""
+"""What FSDP is given there: the first is understood, the others change nothing that is computed."""
 _OF_DDP: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "find_unused_parameters": lambda value: {"unused_parameters": "allow" if value else "error"},
     "static_graph": lambda value: {"static_graph": bool(value)},

@@ -21,7 +21,7 @@ from hpctrain.errors import ConfigError, ExitCode, HpctrainError
 from hpctrain.launch.environment import this_process
 from hpctrain.launch.failure import end_quietly_if_uncaught
 from hpctrain.launch.process_group import gathering, loading, process_group
-from hpctrain.lightning.after import AfterFit, tell_rank
+from hpctrain.lightning.after import AfterFit, note_rank
 from hpctrain.lightning.arguments import evaluation_keys, mapped, parse
 from hpctrain.lightning.bring import (
     Handed,
@@ -76,7 +76,7 @@ class Trainer(Facts):
         Raises:
             HpctrainError: if one of them cannot be had, or the ranks cannot.
         """
-        with _told():
+        with _mistakes_reported():
             self._given = parse(arguments)
             self._mapped = mapped(self._given, choices())
             self._claim = this_process()
@@ -120,7 +120,7 @@ class Trainer(Facts):
             HpctrainError: on every rank.
         """
         del weights_only
-        with _told():
+        with _mistakes_reported():
             self._mapped = self._understand_callbacks() or self._mapped
             train_dataloaders, datamodule = apart(train_dataloaders, datamodule)
             handed = hand(
@@ -140,7 +140,7 @@ class Trainer(Facts):
         model = handed.brought.model
         with started(self._claim) as job:
             compare(job.topology, self._mapped.devices, self._mapped.num_nodes)
-            tell_rank(job.topology.rank)
+            note_rank(job.topology.rank)
             config = self._make_config(job, keys, is_last=ckpt_path == "last")
             self.begins(model, datamodule, config, job.topology)
             ending = self._train(job, config, handed)
@@ -293,7 +293,7 @@ class Trainer(Facts):
         ckpt_path: str | os.PathLike[str] | None,
     ) -> Any:
         """Run a stage in a world of its own. Collective: all ranks."""
-        with _told():
+        with _mistakes_reported():
             self._mapped = self._understand_callbacks() or self._mapped
             if model is None and self.model is None:
                 raise ConfigError(f"trainer.{stage}: which module? Give it one")
@@ -318,7 +318,7 @@ class Trainer(Facts):
             self._prepare(handed)
             return []
         with started(self._claim, stops=False) as job:
-            tell_rank(job.topology.rank)
+            note_rank(job.topology.rank)
             self._topology = job.topology
             found = self._in_world(job, config, handed, stage, weights)
         self.model, self.datamodule = handed.brought.model, handed.brought.datamodule
@@ -435,7 +435,7 @@ def _start(ckpt_path: str | os.PathLike[str] | None) -> Keys:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _mistakes_reported() -> Iterator[None]:
     """Have a mistake that the script does not catch end it by its message and exit code.
 
     Not collective: every rank runs the script, and makes the same mistake.

@@ -1,1 +1,1 @@
-"""What a run tells: the log, the progress, the metrics files, the header and the summary."""
+"""What a run reports: the log, the progress, the metrics files, the header and the summary."""

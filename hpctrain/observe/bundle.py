@@ -1,4 +1,4 @@
-"""A run packed for a support desk: what tells how it went, and neither data nor weights.
+"""A run packed for a support desk: what shows how it went, and neither data nor weights.
 
 A run folder may be of another user, in use, or damaged. What cannot be read is listed with the
 reason; no link is followed, nothing but plain files is opened, and of long ones the end is taken.
@@ -60,7 +60,7 @@ class Item:
 
 
 def bundle(run: Path, target: Path, *, status: str, more: tuple[Path, ...] = ()) -> list[str]:
-    """Pack what tells how a run went.
+    """Pack what shows how a run went.
 
     Args:
         run: its folder.
@@ -82,7 +82,7 @@ def bundle(run: Path, target: Path, *, status: str, more: tuple[Path, ...] = ())
     try:
         items = [*_items_of(folder), *(_more(path) for path in more)]
         if not any(item.content is not None for item in items):
-            raise ConfigError(f"{run} holds no run: nothing in it can be read that tells of one")
+            raise ConfigError(f"{run} holds no run: nothing in it can be read that is of one")
         listing = _listing(folder)
     finally:
         os.close(folder)

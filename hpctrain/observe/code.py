@@ -69,7 +69,7 @@ def _user_modules() -> Iterator[tuple[str, Path]]:
         file = getattr(module, "__dict__", {}).get("__file__")
         if not isinstance(file, str) or not file or name == "__mp_main__":  # main's other name
             continue
-        # Thousands are told by their names; links are followed, name by name, for the rest.
+        # Thousands are known by their names; links are followed, name by name, for the rest.
         if file.startswith(beginnings) or any(folder in file for folder in installed):
             continue
         path = Path(os.path.realpath(file))
@@ -93,7 +93,7 @@ def modules_now() -> dict[str, dict[str, str]]:
 def module_changes(then: Modules, now: Modules, step: int) -> list[str]:
     """Return how the user's modules differ from those of the job that saved a step.
 
-    A module that only one of the two has imported is told too: it may do what another did before.
+    A module that only one of the two has imported is listed too: it may do what another did before.
     """
     changed = [now[name]["file"] for name in now if name in then and _differs(then, now, name)]
     lines = {
@@ -123,7 +123,7 @@ class Repository:
         dirty: whether files that git knows differ from it; None: unknown.
         diff: how they differ, as `git apply` takes it.
         diff_is_cut: there is more of it than is kept.
-        untracked: files and folders that git does not know and was not told to ignore.
+        untracked: files and folders that git does not know and does not ignore.
         note: why something is unknown.
     """
 

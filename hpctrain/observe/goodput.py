@@ -41,7 +41,7 @@ _free_since: float | None = None
 
 
 class PhaseLog:
-    """Writes phases.jsonl; for rank 0, which holds the folder. What fails is told once."""
+    """Writes phases.jsonl; for rank 0, which holds the folder. What fails is reported once."""
 
     def __init__(self, run_folder: Path, now: Callable[[], float] = time.time) -> None:
         self._path = run_folder / FILE
@@ -241,7 +241,7 @@ class _Job:
     ended: bool = False
 
     def reach(self, moment: float, part: str) -> None:
-        """Count the time from the last sign of life up to a moment as a part."""
+        """Count the time from the last heartbeat up to a moment as a part."""
         spent = max(0.0, moment - self.last_sign)
         self.tail[part] = self.tail.get(part, 0.0) + spent
         self.last_sign = max(self.last_sign, moment)
@@ -373,7 +373,7 @@ def _sum(jobs: Sequence[_Job], now: float | None) -> Goodput:
 
 
 def end_of_outcome(code: int | None, reason: str, time: str) -> tuple[int, str, float] | None:
-    """Return the end that exit.json tells; None where it tells none."""
+    """Return the end that exit.json names; None where it names none."""
     if code is None:
         return None
     try:

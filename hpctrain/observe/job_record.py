@@ -271,7 +271,7 @@ def node_hours(jobs: Sequence[JobTime]) -> tuple[float, int] | None:
 
 
 def _started(*works: Callable[[], None]) -> threading.Thread | None:
-    """Do works in a thread that the job may leave behind; where one fails, that is only told.
+    """Do works in a thread that the job may leave behind; where one fails, that is only reported.
 
     Returns:
         The thread; None where there can be no more of them.

@@ -1,6 +1,6 @@
-"""The log: one rank speaks, to stderr and to log.txt; what others warn of is in ranks.log.
+"""The log: one rank reports, to stderr and to log.txt; what others warn of is in ranks.log.
 
-Warnings of libraries come through here as well, so that each is told once, on one line, with its
+Warnings of libraries come through here as well, so that each is logged once, on one line, with its
 origin. HPCTRAIN_LOG asks for more: "debug", "json", "native", or several with commas.
 """
 
@@ -51,8 +51,8 @@ MEANINGLESS_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 Whoever asks Python for warnings, by -W or PYTHONWARNINGS, sees these as well.
 """
 
-_TOLD_PER_PLACE = 3
-"""A line of code whose warnings differ each time, as by a number in the text, is told so often."""
+_LOGGED_PER_PLACE = 3
+"""Warnings of a line of code that differ each time, as by a number in the text, at most."""
 
 _logger = logging.getLogger(__name__)
 _warnings_logger = logging.getLogger("hpctrain.warnings")
@@ -181,7 +181,7 @@ class JsonFormatter(logging.Formatter):
 class RanksHandler(logging.Handler):
     """ranks.log, which many processes append to: a message at once, or not at all.
 
-    It is opened for the first message. What cannot be written is lost: the rank that speaks has a
+    It is opened for the first message. What cannot be written is lost: the rank that reports has a
     log of its own.
     """
 
@@ -288,11 +288,11 @@ def _file_handler(path: Path, formatter: logging.Formatter) -> logging.Handler:
 
 
 @contextmanager
-def _attached(handlers: list[logging.Handler], told: int) -> Iterator[None]:
+def _attached(handlers: list[logging.Handler], level: int) -> Iterator[None]:
     """Let the root logger have these handlers, and hpctrain's loggers tell what is asked for."""
     root, package = logging.getLogger(), logging.getLogger("hpctrain")
     level = package.level
-    package.setLevel(told)
+    package.setLevel(level)
     for handler in handlers:
         root.addHandler(handler)
     try:
@@ -341,7 +341,7 @@ def _warnings_to(show: Show) -> Iterator[None]:
 
 
 def _report_warning_once() -> Show:
-    """Return a function that logs a warning on one line, unless it has been told before."""
+    """Return a function that logs a warning on one line, unless it has been logged before."""
     texts: set[str] = set()
     places: Counter[tuple[str, int]] = Counter()
 
@@ -355,7 +355,7 @@ def _report_warning_once() -> Show:
     ) -> None:
         text = " ".join(str(message).split())
         places[filename, lineno] += 1
-        if text in texts or places[filename, lineno] > _TOLD_PER_PLACE:
+        if text in texts or places[filename, lineno] > _LOGGED_PER_PLACE:
             return
         texts.add(text)
         origin = f"{short_path(filename)}:{lineno}"
@@ -365,7 +365,7 @@ def _report_warning_once() -> Show:
 
 
 def _drop_warning(*arguments: object, **keywords: object) -> None:
-    """Show nothing: another rank tells it."""
+    """Show nothing: another rank reports it."""
 
 
 def short_path(filename: str) -> str:

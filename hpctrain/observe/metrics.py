@@ -1,6 +1,6 @@
 """The metrics of a run: metrics.jsonl for programs, metrics.csv for spreadsheets, TensorBoard.
 
-Training does not end for want of metrics. What cannot be written waits in memory, is told once,
+Training does not end for want of metrics. What cannot be written waits in memory, is reported once,
 and is tried again. Each file takes records, all or none.
 """
 
@@ -102,7 +102,7 @@ class MetricsWriter:
         self._queues = [_Queue(sink, clock) for sink in sinks]
         self._endings: list[Callable[[], None]] = []
         self._handings: list[Handing] = []
-        self._is_closed = self._told_no_media = False
+        self._is_closed = self._warned_of_media = False
 
     def at_close(self, end: Callable[[], None]) -> None:
         """Have something else end with this."""
@@ -123,10 +123,10 @@ class MetricsWriter:
     def write_media(self, item: Image | Histogram) -> None:
         """Write an image or a histogram, for TensorBoard and trackers."""
         if self._tensorboard is not None:
-            with suppress(OSError):  # the next line of metrics tells that nothing can be written
+            with suppress(OSError):  # the next line of metrics reports that nothing can be written
                 self._tensorboard.add_media(item)
-        elif not self._handings and not self._told_no_media:
-            self._told_no_media = True
+        elif not self._handings and not self._warned_of_media:
+            self._warned_of_media = True
             _logger.warning(
                 "%s and what else is logged as images and histograms goes nowhere: they are for "
                 "TensorBoard (pip install 'hpctrain[tensorboard]') and [[trackers]]",

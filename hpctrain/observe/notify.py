@@ -1,6 +1,6 @@
-"""`[notify]`: a user's command is told how a job ends. Whatever it does, the job ends as it would.
+"""`[notify]`: a user's command learns how a job ends. Whatever it does, the job ends as it would.
 
-The command is run as it is written, without a shell: what it is told is in environment variables
+The command is run as it is written, without a shell: what it learns is in environment variables
 alone, where nothing takes it for a part of a command.
 """
 
@@ -54,13 +54,13 @@ class Notifier:
         self.crash_seconds = min(section.timeout_seconds, _CRASH_SECONDS) if section.command else 0
         self._section = section
         self._folder = run_folder
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def tell_beside(self, state: str, reason: str, *, step: int) -> None:
+    def notify_beside(self, state: str, reason: str, *, step: int) -> None:
         """Do so while training goes on."""
-        if state not in self._told:
+        if state not in self._reported:
             thread = threading.Thread(
-                target=self.tell,
+                target=self.notify,
                 args=(state, reason),
                 kwargs={"step": step},
                 name="hpctrain-notify",
@@ -69,7 +69,7 @@ class Notifier:
             with suppress(RuntimeError):  # a limit of processes
                 thread.start()
 
-    def tell(
+    def notify(
         self,
         state: str,
         reason: str,
@@ -78,7 +78,7 @@ class Notifier:
         code: int | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Run the command, if it is to be told this, once a state and job; wait with a bound.
+        """Run the command, if it is to learn this, once a state and job; wait with a bound.
 
         Args:
             state: "end", "failure", "stop" or "nonfinite".
@@ -88,9 +88,9 @@ class Notifier:
             seconds: to wait; None: as the config says.
         """
         section = self._section
-        if not section.command or state not in section.on or state in self._told:
+        if not section.command or state not in section.on or state in self._reported:
             return
-        self._told.add(state)
+        self._reported.add(state)
         facts = {
             "RUN": self._folder.name,
             "FOLDER": str(self._folder.resolve()),
@@ -126,7 +126,7 @@ def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | 
         return str(error)
     with process:
         try:
-            told = _end_of_stderr(process, time.monotonic() + seconds)
+            written = _end_of_stderr(process, time.monotonic() + seconds)
         except subprocess.TimeoutExpired:
             with suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -135,7 +135,7 @@ def _run(command: list[str], facts: Mapping[str, str], seconds: float) -> str | 
             process.stderr.close()
             return f"it took longer than {seconds:g} s (notify.timeout_seconds) and was ended"
     if process.returncode:
-        last = told.decode("utf-8", "replace").strip().splitlines()[-1:]
+        last = written.decode("utf-8", "replace").strip().splitlines()[-1:]
         return f"it ended with {process.returncode}{': ' if last else ''}{printable(''.join(last))}"
     return None
 

@@ -1,13 +1,13 @@
 """How far training or a tool is: a bar where a person watches, else a plain line now and then.
 
 Every step calls `Progress.update`, so it only notes two numbers and looks at the clock; text is
-made when some is due. Plain lines obey an allowance of bytes that grows with time, so that a log
+made when some is due. Plain lines keep to an allowance of bytes that grows with time, so that a log
 stays small whatever the interval: many lines in the first minutes, when somebody looks, and
 fewer and fewer in a job that runs for days.
 
 Whether a person watches, a rank's own streams do not tell. MPICH gives its ranks pipes also where
 the job was started at a terminal; Open MPI gives them pipes and a pseudo-terminal as stdout, also
-where all its output goes to a file. What tells is the stderr of the launcher itself, further up
+where all its output goes to a file. What decides is the stderr of the launcher itself, further up
 among the ancestors.
 """
 
@@ -104,9 +104,9 @@ def progress_text(
 
 
 class Progress:
-    """The progress of one run, told by the rank that speaks.
+    """The progress of one run, shown by the rank that reports.
 
-    `close` tells the last state and, on a terminal, ends the bar's line.
+    `close` shows the last state and, on a terminal, ends the bar's line.
 
     Args:
         total_steps: the step at which the run is complete.
@@ -139,7 +139,7 @@ class Progress:
         self._step, self._epoch = start_step, 0
         self._loss: float | None = None
         self._samples_per_second: float | None = None
-        self._told_step = start_step
+        self._shown_step = start_step
         self._written_bytes = 0
         self._start = clock()
         # Time left is reckoned from the end of the first step, which is not like the others.
@@ -163,8 +163,8 @@ class Progress:
         Args:
             step: steps done.
             epoch: the epoch that it belongs to, from 0.
-            loss: told from now on; None: the last one stays.
-            samples_per_second: told from now on; None: the last one stays.
+            loss: shown from now on; None: the last one stays.
+            samples_per_second: shown from now on; None: the last one stays.
         """
         self._step = step
         self._epoch = epoch
@@ -178,7 +178,7 @@ class Progress:
     def note(self, line: str) -> None:
         """Write a line between the others, such as the result of an evaluation.
 
-        It is left out where the allowance is spent; what it tells is in the metrics as well.
+        It is left out where the allowance is spent; what it says is in the metrics as well.
         """
         if self._due < math.inf and self._allowed(line):
             self._spend(line)
@@ -192,7 +192,7 @@ class Progress:
             with suppress(OSError):
                 self._bar.show(self._step, self._line())
                 self._bar.close()
-        elif self._step != self._told_step:
+        elif self._step != self._shown_step:
             self._write(self._line())
 
     def _report(self) -> None:
@@ -209,7 +209,7 @@ class Progress:
             line = self._line()
             if self._allowed(line):
                 self._spend(line)
-                self._told_step = self._step
+                self._shown_step = self._step
             allowed = self._start + seconds_until_allowed(self._written_bytes + _cost(line))
             self._due = max(now + self._every_seconds, allowed)
         if self._first is None:
@@ -360,12 +360,12 @@ def _columns(descriptor: int) -> int | None:
 
 
 class ToolProgress:
-    """The progress of one command, told on stderr. Call it; `close` ends the bar's line.
+    """The progress of one command, shown on stderr. Call it; `close` ends the bar's line.
 
     Args:
         what: is done, such as "verify".
         clock: seconds, monotonic.
-        stream: where it is told; None is stderr.
+        stream: where it is shown; None is stderr.
         columns: width of the terminal; None: nobody watches.
     """
 

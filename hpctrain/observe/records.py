@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 """A JSON object with at least "kind" and "step"; values are JSON, or floats that are not finite."""
 
 NONFINITE = "nonfinite"
-"""Key of a line that tells which of its nulls stand for what: {"seconds.data": "inf"}."""
+"""Key of a line that says which of its nulls stand for what: {"seconds.data": "inf"}."""
 
 WALL_TIME = "wall_time"
 """Key of the second since 1970 at which a record was written, as TensorBoard calls it."""

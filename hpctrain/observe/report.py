@@ -91,7 +91,7 @@ class SummaryFacts:
         last: the newest metrics of the evaluation, or of training if there was none.
         best: None where no best is kept, or nothing was evaluated.
         samples_per_second: of all ranks together; None if no step was done.
-        seconds: by phase, in the order to show; told with their shares in the sum.
+        seconds: by phase, in the order to show; with their shares in the sum.
         node_hours: of this job, from the start of its processes.
         energy: of this job, in words.
         checkpoint: the newest, None if there is none.

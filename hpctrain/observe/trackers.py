@@ -78,7 +78,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told of the run.
+    """What a tracker gets to know of the run.
 
     Attributes:
         name: of the run.
@@ -126,7 +126,7 @@ class Handing:
         self._changed = threading.Condition()
         self._num_given_up = 0
         self._status: str | None = None
-        self._told: str | None = None
+        self._final_text: str | None = None
         self._process = os.getpid()
         # What was handed over before this job is not handed over twice.
         self._known = {} if done is None else dict(done.steps)
@@ -171,8 +171,8 @@ class Handing:
             )
         elif self._thread.is_alive():
             _logger.warning("%s has not come to its end within %g s", self.name, seconds)
-        elif self._told:
-            _logger.info("%s: %s", self.name, self._told)
+        elif self._final_text:
+            _logger.info("%s: %s", self.name, self._final_text)
 
     def _run(self) -> None:
         tracker, failing = None, False
@@ -180,7 +180,7 @@ class Handing:
             try:
                 if tracker is None:
                     tracker = self._begin()
-                    self._tell_skipped()
+                    self._log_skipped()
                 item = self._next()
                 if item is None:
                     break
@@ -208,12 +208,12 @@ class Handing:
                     return
         try:
             if callable(finalize := getattr(tracker, "finalize", None)):
-                told = finalize(self._status)
-                self._told = told if isinstance(told, str) else None
+                text_of_end = finalize(self._status)
+                self._final_text = text_of_end if isinstance(text_of_end, str) else None
         except BaseException as error:  # noqa: BLE001 - a service's, of any kind
             _logger.warning("%s: its end failed: %s", self.name, text.printable(str(error)))
 
-    def _tell_skipped(self) -> None:
+    def _log_skipped(self) -> None:
         if self._known:
             step = max(self._known.values())
             _logger.info("%s has the run up to step %s, and goes on there", self.name, f"{step:,}")
@@ -228,7 +228,7 @@ class Handing:
             return self._waiting[0]
 
     def _pause(self) -> bool:
-        """Wait for another try; tell whether there is to be one: the end of a job is the last."""
+        """Wait for another try; return whether there is to be one: the end of a job is the last."""
         with self._changed:
             if self._status is not None:
                 return False

@@ -75,7 +75,7 @@ def ask(topology: Topology, communicator: Communicator, measure: Callable[[], T]
     Args:
         topology: of this rank.
         communicator: of all ranks.
-        measure: what it raises is told as a finding, whatever it is: users' own models and
+        measure: what it raises becomes a finding, whatever it is: users' own models and
             datasets run in here. Where it communicates, it has to fail on all ranks or on none.
 
     Raises:

@@ -83,11 +83,11 @@ def read_quotas(folder: Path, environ: Mapping[str, str] = os.environ) -> Quotas
     if mount.filesystem == "gpfs":
         text, problem = ask(("mmlsquota", "-Y"), environ)
         device = Path(mount.source).name
-        return _told("mmlsquota", quotas_of_mmlsquota(text, device), problem)
+        return _reported("mmlsquota", quotas_of_mmlsquota(text, device), problem)
     # With the numbers of grace no column is ever empty, and no line is cut in two.
     question = ("quota", "-w", "-p", "-u", "-g", "-f", mount.place)
     text, problem = ask(question, environ, codes=(0, _OVER))
-    return _told("quota", quotas_of_table(text, (mount.source, mount.place)), problem)
+    return _reported("quota", quotas_of_table(text, (mount.source, mount.place)), problem)
 
 
 def quotas_of_table(text: str, filesystems: tuple[str, ...] = ()) -> Iterator[Quota]:
@@ -227,10 +227,10 @@ def _of_lustre(folder: Path, user: str, place: str, environ: Mapping[str, str]) 
         text, problem = ask(("lfs", "quota", option, name, place), environ)
         found += quotas_of_table(text)
         problems += [problem] if problem else []
-    return _told("lfs quota", iter(found), problems[0] if len(problems) == len(whose) else None)
+    return _reported("lfs quota", iter(found), problems[0] if len(problems) == len(whose) else None)
 
 
-def _told(command: str, found: Iterator[Quota], problem: str | None) -> Quotas:
+def _reported(command: str, found: Iterator[Quota], problem: str | None) -> Quotas:
     if problem is not None:
         return Quotas(command=command, problem=f"{command} {problem}")
     return Quotas(command=command, found=tuple(quota for quota in found if quota.has_limit))

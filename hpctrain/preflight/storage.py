@@ -96,14 +96,14 @@ def check_walltime(checks: Checks, opened: Data | None, steps: Sequence[StepFact
         deadline.refresh()
         return deadline.seconds_left(), problems[0] if problems else None
 
-    told = checks.gather("walltime", WALLTIME_FIX, ask_here)
-    if told is None or told[0] is None:
+    left = checks.gather("walltime", WALLTIME_FIX, ask_here)
+    if left is None or left[0] is None:
         return
     needed = None
     if opened is not None and steps is not None:
         count = opened.stop_at.total_steps(opened.place)
         needed = count * max(step.seconds for step in steps)
-    checks.add(judge_walltime(*told[0], needed))
+    checks.add(judge_walltime(*left[0], needed))
     checks.add(judge_cost(checks.topology.num_nodes, needed, budget(os.environ)))
 
 
@@ -337,7 +337,7 @@ def judge_cost(num_nodes: int, needed_seconds: float | None, bounds: Budget) -> 
 
     Args:
         num_nodes: of this job.
-        needed_seconds: of all steps of the run, as far as one step tells; None: it is unknown.
+        needed_seconds: of all steps of the run, as far as one step shows; None: it is unknown.
         bounds: that the job's script has set.
     """
     name, most = "cost", bounds.max_node_hours
@@ -372,7 +372,7 @@ def judge_walltime(
     Args:
         seconds_left: infinite where no end is known.
         problem: why the scheduler of this job does not say; None where it does, or there is none.
-        needed_seconds: of all steps of the run, as far as one step tells; None: it is unknown.
+        needed_seconds: of all steps of the run, as far as one step shows; None: it is unknown.
     """
     name = "walltime"
     run = "" if needed_seconds is None else f"; all steps take about {duration(needed_seconds)}"

@@ -65,7 +65,7 @@ def evaluate(
         runner: the task, and the bare module, its parameters the same on all ranks. Where ranks
             have buffers of their own, such as batch statistics, those of rank 0 count: a checkpoint
             holds them.
-        turns: the data; several of a module only, which tells its metrics apart by their number.
+        turns: the data; several of a module only, which keeps its metrics apart by their number.
         world: the ranks.
         stopping: asked after every batch, as often on every rank, so that it may communicate; True
             on all ranks in the same round.

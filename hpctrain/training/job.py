@@ -95,7 +95,7 @@ def train(
 
 
 class Stages:
-    """Tells in the log, where it is asked for details, how long each stage of a start took."""
+    """Logs, where details are asked for, how long each stage of a start took."""
 
     def __init__(self) -> None:
         self._then = time.perf_counter()
@@ -264,7 +264,7 @@ def _couplings(world: World, parts: Parts, data: Data) -> list[str]:
     if rows.size < 2:
         return []
     found = step.find_coupling(rows)
-    return [] if found is None else [f"the loss is no sum over samples: {found}"]
+    return [] if found is None else [f"the loss is not a sum over samples: {found}"]
 
 
 def _stopped_early(reasons: int, data: Data) -> tuple[ExitCode, str]:

@@ -36,7 +36,7 @@ class BadStepPolicy:
         skipped: int = 0,
         explain: Callable[[int], str],
         roll_back: Callable[[], int],
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         """Take the policy from the config.
 
@@ -46,13 +46,13 @@ class BadStepPolicy:
             explain: says what is known of the bad steps up to a step. Collective: all ranks.
             roll_back: puts parameters and optimizer back to the newest checkpoint and returns its
                 step. Collective: all ranks.
-            tell: is told what a user should know; does nothing on most ranks.
+            warn: takes what a user should know; does nothing on most ranks.
         """
         self._most = section.max_bad_steps
         self._policy = section.on_bad_steps
         self._explain = explain
         self._roll_back = roll_back
-        self._tell = tell
+        self._warn = warn
         self._skipped = skipped
         self._warn_at = self._most
         self._rollbacks: dict[int, int] = {}
@@ -70,7 +70,7 @@ class BadStepPolicy:
                 if bad
                 else "overflowed in float16, so that the loss scale fell,"
             )
-            self._tell(
+            self._warn(
                 f"step {place.step:,}: {skipped - self._skipped} of the last steps {what} and were "
                 f"not applied, {skipped} so far"
             )
@@ -84,14 +84,14 @@ class BadStepPolicy:
             f"which was applied: {self._explain(place.step)}"
         )
         if self._policy == "skip":
-            self._warn_at = 2 * bad  # an endless row is not told at every look at it
-            self._tell(f"{fact}. They are skipped, as training.on_bad_steps says")
+            self._warn_at = 2 * bad  # an endless row is not reported at every check
+            self._warn(f"{fact}. They are skipped, as training.on_bad_steps says")
             return
         if self._policy == "rollback":
             step = self._roll_back()
             self._rollbacks[step] = self._rollbacks.get(step, 0) + 1
             if self._rollbacks[step] <= MOST_ROLLBACKS:
-                self._tell(
+                self._warn(
                     f"{fact}. Parameters and optimizer are those of step {step:,} again; the data "
                     f"go on ({self._rollbacks[step]} of {MOST_ROLLBACKS} returns to it)"
                 )
@@ -204,15 +204,15 @@ def explain(batches: Sequence[BadBatch], loader: TrainBatches, world: World) -> 
         f"first in step {first.step} (epoch {first.epoch}, samples {first.start + 1} to "
         f"{first.start + first.global_size} of it)"
     )
-    told = [
-        f"rank {rank} on {found[0]}: {found[1]}"
-        for rank, found in enumerate(stories)
-        if found is not None
+    found = [
+        f"rank {rank} on {known[0]}: {known[1]}"
+        for rank, known in enumerate(stories)
+        if known is not None
     ]
-    if not told:
+    if not found:
         return f"{where}; the loss was finite on every rank, the gradient overflowed"
-    more = f"; and on {len(told) - _SHOWN_RANKS} more ranks" if told[_SHOWN_RANKS:] else ""
-    return f"{where}; the loss was not finite on {'; '.join(told[:_SHOWN_RANKS])}{more}"
+    more = f"; and on {len(found) - _SHOWN_RANKS} more ranks" if found[_SHOWN_RANKS:] else ""
+    return f"{where}; the loss was not finite on {'; '.join(found[:_SHOWN_RANKS])}{more}"
 
 
 def _suspects(batch: BadBatch, loader: TrainBatches) -> str:

@@ -1,8 +1,8 @@
 """`prepare_data`: what a module and its data fetch before any of them is used.
 
 In a job one rank of a node calls it while the others wait, so it has a limit. Compute nodes mostly
-have no way to the internet: what fails for that is told with the command that fetches the same on
-a login node, in one process.
+have no way to the internet: what fails for that is reported with the command that fetches the same
+on a login node, in one process.
 """
 
 from __future__ import annotations

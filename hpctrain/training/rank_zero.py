@@ -382,7 +382,7 @@ class RunFolder:
         if code == ExitCode.DONE and self._has_report:
             _write_report(self.path)
         if code is not None:
-            self.notifier.tell(state_of(code), reason, step=self.step, code=code)
+            self.notifier.notify(state_of(code), reason, step=self.step, code=code)
 
 
 def _write_report(run: Path) -> None:

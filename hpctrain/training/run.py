@@ -120,7 +120,7 @@ class Run:
             skipped=self._skipped_before,
             explain=self._explain,
             roll_back=self._saver.roll_back,
-            tell=self.warn,
+            warn=self.warn,
         )
 
     def advanced(self, place: Position) -> None:
@@ -176,7 +176,7 @@ class Run:
         self._write_media()
         logged: dict[str, Any] = {}
         if self._module is not None:
-            self._module.tell_metrics()
+            self._module.show_metrics()
             if written := self._written("train", self._module.logs.step_values):
                 logged = {"logged": written}
         elif self._task_log is not None and self._task_log.logs.step_values:
@@ -254,14 +254,14 @@ class Run:
         with self.phases.measure("evaluation"), self._step.evaluation_weights():
             self._callbacks.begin_evaluation()
             for name, sets in split.items():
-                self._tell_task(place, name)
+                self._show_task(place, name)
                 if self._media is not None:
                     self._media.open(name, place.step)
                 metrics = self._evaluated([each.loader for each in sets])
                 self._write_media()
                 if metrics is None:
                     self.evaluation_owed = True
-                    self._tell_task(place, "train")
+                    self._show_task(place, "train")
                     self._callbacks.end_evaluation(None)
                     return None
                 found[name] = metrics
@@ -274,7 +274,7 @@ class Run:
         if self._media is not None:
             self._expect_media(place.step + 1)
         self._ask_all()
-        self._tell_task(place, "train")
+        self._show_task(place, "train")
         self._parts.schedule.observe(self.metrics)
         self.stopping.observe(self.metrics, place)
         self.write_evaluation(place, epoch, found)
@@ -344,12 +344,12 @@ class Run:
         self._callbacks.begin_training(place)
         if self._media is not None:
             self._expect_media(place.step + 1)
-        self._tell_task(place, "train")
+        self._show_task(place, "train")
         self.check(place)
         self.try_save(place)
 
-    def _tell_task(self, place: Position, stage: str) -> None:
-        """Say where the run stands to a task that wants to know."""
+    def _show_task(self, place: Position, stage: str) -> None:
+        """Report where the run stands to a task that wants to know."""
         if self._task_learns is not None:
             self._task_learns(place.step, place.epoch, stage)
 
@@ -430,7 +430,7 @@ class Run:
             what = "the gradient was not finite"
         if what:
             assert self._rank_zero is not None
-            self._rank_zero.folder.notifier.tell_beside(
+            self._rank_zero.folder.notifier.notify_beside(
                 "nonfinite", f"step {place.step:,}: {what}", step=place.step
             )
 

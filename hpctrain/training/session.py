@@ -114,11 +114,11 @@ def session(
 def _failures_notified(guard: Guard, notifier: Notifier) -> Iterator[None]:
     """Have a failure of one rank alone, which ends the job there, reported as well."""
 
-    def tell(reason: str, code: int) -> None:
+    def report(reason: str, code: int) -> None:
         seconds = notifier.crash_seconds
-        notifier.tell("failure", reason, step=guard.pulse.step or 0, code=code, seconds=seconds)
+        notifier.notify("failure", reason, step=guard.pulse.step or 0, code=code, seconds=seconds)
 
-    guard.notify, guard.notify_seconds = tell, notifier.crash_seconds
+    guard.notify, guard.notify_seconds = report, notifier.crash_seconds
     try:
         yield
     except Exception:

@@ -353,5 +353,5 @@ def transport_notes(world: World) -> list[str]:
     num_nodes = world.topology.num_nodes
     if world.topology.is_rank_zero and (trouble := find_trouble(transport, num_nodes)):
         logger.warning(trouble)
-    told = describe(transport, num_nodes)
-    return [f"gradients: {told}"] if told else []
+    way = describe(transport, num_nodes)
+    return [f"gradients: {way}"] if way else []

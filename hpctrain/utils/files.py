@@ -357,8 +357,8 @@ class Mount:
     """What holds a path.
 
     Attributes:
-        filesystem: its type, "unknown" where nobody tells.
-        source: device, or what is exported; empty where nobody tells.
+        filesystem: its type, "unknown" where that is not known.
+        source: device, or what is exported; empty where that is not known.
         place: where it is mounted.
     """
 
@@ -368,7 +368,7 @@ class Mount:
 
 
 def filesystem_of(path: Path) -> str:
-    """Return the type of the file system that holds a path, "unknown" where nobody tells."""
+    """Return the type of the file system that holds a path, "unknown" where that is not known."""
     return mount_of(path).filesystem
 
 

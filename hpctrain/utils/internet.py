@@ -1,6 +1,6 @@
 """Whether a failure is that of a network: compute nodes have no way to the internet.
 
-Libraries that download wrap what failed in errors of their own, or tell it in words alone. So an
+Libraries that download wrap what failed in errors of their own, or say it in words alone. So an
 error is looked at with all that caused it.
 
 Standard library only.

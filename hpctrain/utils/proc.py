@@ -1,4 +1,4 @@
-"""What the kernel tells: of processes in /proc, and what the control groups of this one allow it.
+"""What the kernel reports: of processes in /proc, and what the control groups of this one allow it.
 
 A scheduler sets a limit on the group of a job, a container runtime on that of a pod: somewhere
 above the group of this process, which is free itself. So every level counts, of version 2 and of
@@ -119,7 +119,7 @@ def shows_own_processes() -> bool:
 
 
 def lives(pid: int, started: str | None) -> bool | None:
-    """Tell whether a process of this PID namespace lives; None if that cannot be told.
+    """Tell whether a process of this PID namespace lives; None if that cannot be determined.
 
     Args:
         pid: its id, which may be that of another process by now.

@@ -84,7 +84,7 @@ def quiet_native_libraries(environ: MutableMapping[str, str] = os.environ) -> No
     """Ask torch's C++ side for errors only, where the user has not set a level.
 
     It writes its warnings to stderr by itself, once per rank. Those seen at start-up concern what
-    hpctrain has settled: "Unable to resolve hostname ... using the loopback address" (gloo).
+    hpctrain has dealt with: "Unable to resolve hostname ... using the loopback address" (gloo).
     Torch reads this when it is imported, so it has to be called before.
     """
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

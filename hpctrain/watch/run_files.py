@@ -69,7 +69,7 @@ class RunFiles:
 
         Args:
             folder: of the run.
-            lives: tells whether the process that holds a run's folder lives; None: not from here.
+            lives: returns whether the process that holds a run's folder lives; None: not from here.
 
         Raises:
             ConfigError: if there is no such folder, or it is closed to this user.
@@ -344,7 +344,7 @@ def runs_now(run: Path, lives: bool | None = None, clock: Callable[[], float] = 
 
     Args:
         run: the folder.
-        lives: whether its process lives; None: that cannot be told from here, and its heartbeat is
+        lives: whether its process lives; None: that is not known from here, and its heartbeat is
             to say it.
         clock: seconds since 1970.
     """

@@ -25,7 +25,7 @@ from hpctrain.utils.permissions import explained
 from hpctrain.watch.run_files import goodput_of, read_object, runs_now
 
 Lives = Callable[[Path], bool | None]
-"""Whether the process that holds a run's folder lives; None: that cannot be told from here."""
+"""Whether the process that holds a run's folder lives; None: that is not known from here."""
 
 _HEAD = ("run", "state", "step", "last", "best", "age", "job", "host", "size")
 
@@ -126,7 +126,7 @@ def run_row(
 
     Args:
         run: its folder.
-        lives: tells whether its process lives.
+        lives: returns whether its process lives.
         name: that it is shown by; None: that of its folder.
         point: what it has of its own, where it is one of a sweep; it may not have begun.
     """

@@ -58,7 +58,7 @@ class Door:
         """Begin with one token.
 
         Args:
-            say: is told the token of the next browser, whenever one was used.
+            say: takes the token of the next browser, whenever one was used.
         """
         self._say = say
         self._lock = threading.Lock()
@@ -93,14 +93,14 @@ class Watched:
         self.runs = runs
         self._clock = clock
         self._lock = threading.Lock()
-        self._told: dict[str, Any] = {}
-        self._told_at = -_LOOKED_SECONDS
+        self._shown: dict[str, Any] = {}
+        self._shown_at = -_LOOKED_SECONDS
 
     def overview(self) -> dict[str, Any]:
         """Return the facts and the growing files of all runs."""
         with self._lock:
-            if self._clock() - self._told_at >= _LOOKED_SECONDS:
-                self._told = {
+            if self._clock() - self._shown_at >= _LOOKED_SECONDS:
+                self._shown = {
                     "runs": [
                         {
                             "name": run.name,
@@ -110,8 +110,8 @@ class Watched:
                         for run in self.runs
                     ]
                 }
-                self._told_at = self._clock()
-            return self._told
+                self._shown_at = self._clock()
+            return self._shown
 
 
 class Server(ThreadingHTTPServer):
@@ -134,7 +134,7 @@ class Server(ThreadingHTTPServer):
         Args:
             address: host and port, or the path of a Unix socket that is not there yet.
             watched: the runs.
-            say: is told the token of the next browser.
+            say: takes the token of the next browser.
             clock: seconds, monotonic.
 
         Raises:

@@ -164,7 +164,7 @@ class RunView:
     _hosts: dict[str, _Host] = field(default_factory=dict)
 
     def lines(self, columns: int, rows: int | None, style: Style) -> list[str]:
-        """Return the picture of the run.
+        """Return the screen of the run.
 
         Args:
             columns: width of it.

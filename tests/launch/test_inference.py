@@ -327,7 +327,7 @@ def test_files_of_others_are_refused(site: Path) -> None:
         said = json.loads(recipe["hpctrain"])
         said["model"] = {"use": use, "arguments": {argument: "touch ran"}}
         save_file(tensors, site / "evil.safetensors", {"hpctrain": json.dumps(said)})
-        with pytest.raises(CheckpointError, match=f"said to be {use}, which is none"):
+        with pytest.raises(CheckpointError, match=f"said to be {use}, which makes none"):
             load_model(site / "evil.safetensors")
 
 

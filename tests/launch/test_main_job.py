@@ -52,7 +52,7 @@ def test_the_documented_run(site: Path) -> None:
     for word in ("digits", "2 ranks", "MPICH", "gloo", "1,438", "64", "parameters", "accuracy"):
         assert word in output
     assert "Warning" not in output
-    assert output.count("1,438 samples in") == 1  # one rank speaks
+    assert output.count("1,438 samples in") == 1  # one rank reports
 
     again = here(site, "run.toml")
     assert "complete" in again

@@ -226,7 +226,7 @@ def test_a_failure_of_another_rank_is_told(site: Path) -> None:
 def test_what_is_told_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     section = NotifySection(command=("sh", "-c", 'printf %s "$HPCTRAIN_REASON" > told', "$(id)"))
-    Notifier(section, tmp_path).tell("failure", "$(touch owned); `touch owned`\x1b]0;x\n", step=1)
+    Notifier(section, tmp_path).notify("failure", "$(touch owned); `touch owned`\x1b]0;x\n", step=1)
     assert (tmp_path / "told").read_text() == r"$(touch owned); `touch owned`\x1b]0;x\n"
     assert not (tmp_path / "owned").exists()
 
@@ -247,10 +247,10 @@ def test_a_command_that_fails_is_no_failure(
 ) -> None:
     section = NotifySection(command=tuple(command), timeout_seconds=0.2)
     notifier = Notifier(section, tmp_path)
-    notifier.tell("end", "complete", step=1, code=0)
+    notifier.notify("end", "complete", step=1, code=0)
     assert problem in caplog.text
     caplog.clear()
-    notifier.tell("end", "complete", step=1, code=0)
+    notifier.notify("end", "complete", step=1, code=0)
     assert not caplog.text
 
 
@@ -260,7 +260,7 @@ def test_a_command_that_says_without_end_is_kept_the_end_of(
     command = ("sh", "-c", "yes | head -c 50000000 >&2; echo lost >&2; exit 3")
     tracemalloc.start()
     try:
-        Notifier(NotifySection(command=command, timeout_seconds=300), tmp_path).tell(
+        Notifier(NotifySection(command=command, timeout_seconds=300), tmp_path).notify(
             "end", "complete", step=1
         )
         assert tracemalloc.get_traced_memory()[1] < 2_000_000

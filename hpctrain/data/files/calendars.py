@@ -298,7 +298,7 @@ class Clock:
             unit = 365 * DAY
         if not unit:
             raise ValueError(
-                f'units "{units}": {word} differ in length, or are no unit of time; expected '
+                f'units "{units}": {word} differ in length, or are not units of time; expected '
                 "seconds, minutes, hours or days"
             )
         return cls(known, unit, parse_date(found[2], known).first, divisor)

@@ -57,7 +57,7 @@ OR_CHOOSE = (
 LEAST_PIECE_BYTES = 1024
 """Rows that lie in smaller pieces, along a last axis or so, are better collected by HDF5."""
 _BARE = "This is a netCDF dimension but not a netCDF variable"
-"""Source: netCDF-4's own files; its documentation tells of the attribute NAME only."""
+"""Source: netCDF-4's own files; its documentation has the attribute NAME only."""
 _MOST_MEMBERS = 6
 """Of a compound type or an enumeration that are shown."""
 _DEEPEST = 4
@@ -471,7 +471,7 @@ def type_of(dataset: h5py.Dataset) -> str:
 
 
 def type_text(kind: h5t.TypeID, depth: int = 0) -> str:
-    """Return an HDF5 type in words. Never fails: of what is not known, its size is told.
+    """Return an HDF5 type in words. Never fails: of what is not known it gives the size.
 
     Args:
         kind: the type as stored.

@@ -146,7 +146,7 @@ def latitudes_of(file: h5py.File, dataset: h5py.Dataset) -> tuple[int, npt.NDArr
     It is found by the attributes that CF names, or by its own name.
 
     Raises:
-        ValueError: if there is none, or several, or its values are no latitudes of a grid.
+        ValueError: if there is none, or several, or its values are not latitudes of a grid.
     """
     there = list(scales_of(dataset))
     found = [(number, scale) for number, scale in there if _is_latitude(scale)]
@@ -314,7 +314,7 @@ class Values:
             return parse_date(given, self.calendar)
         is_text = self.numbers.dtype.kind in "US"
         if isinstance(given, str) != is_text:
-            what = "texts" if is_text else "numbers, in units that tell no date"
+            what = "texts" if is_text else "numbers, in units that give no date"
             raise ValueError(f"has {given!r}, and it holds {what}")
         if self.numbers.dtype.kind == "f":
             # A coordinate of 32 bits holds 0.1 as the nearest number that it has.

@@ -111,7 +111,7 @@ def files_of(pattern: str, order: FileOrder) -> list[str]:
 
 
 def _with_unlisted(file: Contents, fields: Sequence[str] | None) -> Contents:
-    """Return what a catalogue says of a file, with the fields that only the file can tell of."""
+    """Return what a catalogue says of a file, with the fields that only the file has."""
     names = list(file.arrays if fields is None else fields)
     known = {name: array for name, array in file.arrays.items() if not array.is_elsewhere}
     asked = [name for name in names if name not in known]
@@ -155,7 +155,7 @@ def _select(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """Return fields of an index, and of its files what it does not list or cannot know.
 
     It has one name of each array, and HDF5 finds arrays by others, too. And of values that are in
-    files that it does not list, it cannot tell whether they are still there.
+    files that it does not list, it does not know whether they are still there.
 
     Raises:
         DatasetError: if a field is not in a file either.

@@ -66,7 +66,7 @@ def categories_in(group: h5py.Group) -> npt.NDArray[np.bytes_]:
     """Return the texts that AnnData's codes stand for.
 
     Raises:
-        ValueError: if they are no texts.
+        ValueError: if they are not texts.
     """
     texts = group["categories"][()]
     if texts.dtype.kind not in "SO":
@@ -229,7 +229,7 @@ def _pick(
 def _indices(wanted: Any, size: int | None) -> tuple[int, ...]:
     if isinstance(wanted, str):
         if size is None:
-            return (0,)  # the missing axis is told by who knows the shape
+            return (0,)  # the missing axis is reported where the shape is known
         bounds = [int(part) if part else None for part in wanted.split(":")]
         return tuple(range(size)[slice(*bounds)])
     return tuple(wanted)
@@ -294,7 +294,7 @@ def all_texts(paths: Iterable[str], place: str) -> tuple[str, ...]:
                     if len(found) > MOST_CLASSES:
                         raise DatasetError(
                             f'{path}: field "{place}" has more than {MOST_CLASSES:,} different '
-                            "texts, which are no classes: deliver them as bytes"
+                            "texts, which are not classes: deliver them as bytes"
                         )
         except HDF5_FAILURES as error:
             raise DatasetError(f"{path}: HDF5 cannot read this file: {error}") from error

@@ -97,7 +97,7 @@ def parse_index(folder: Path) -> Dataset:
 
 
 def read_origin(folder: Path) -> object:
-    """Return where the samples of a folder come from, None if its index does not tell.
+    """Return where the samples of a folder come from, None if its index does not say.
 
     Raises:
         DatasetError: if the index cannot be read.

@@ -213,7 +213,7 @@ def read_attribute(attributes: h5py.AttributeManager, name: str) -> Any:
     """
     about = attributes.get_id(name)
     length = 0 if about.shape is None else math.prod(about.shape) * about.dtype.itemsize
-    # Of an attribute without values HDF5 tells no size, but an error.
+    # Of an attribute without values HDF5 reports no size, but an error.
     if length and max(length, about.get_storage_size()) > MOST_ATTRIBUTE_BYTES:
         raise ValueError(f"of {length:,} bytes, too large to be read")
     return attributes[name]

@@ -136,7 +136,7 @@ def _text(path: bytes) -> str | bytes:
 def require_files_behind(group: h5py.Group, path: str, most: int = MOST_LINKS) -> None:
     """Check that what the links of a path name in other files are files.
 
-    What is not there is no matter of this function.
+    What is not there does not concern this function.
 
     Raises:
         OSError: if something else is there, such as a pipe, or the links lead on and on.

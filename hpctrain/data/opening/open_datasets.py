@@ -296,7 +296,7 @@ def _join(
     for name, column in columns.items():
         part = parts[column.part]
         _require_lengths(name, tables[name], part, source)
-        _tell_cut(name, column, part)
+        _warn_cut(name, column, part)
     files_of_field = {n: getattr(table, files) or source for n, table in attributes.items()}
     for part, names in attribute_parts(
         attributes, files_of_field, source_of_classes, order, list(zip(apart, parts, strict=True))
@@ -356,7 +356,7 @@ def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) 
     """Check that a number format is asked for of numbers that stand for themselves.
 
     Raises:
-        DatasetError: if they are decoded, to a format that their attributes tell.
+        DatasetError: if they are decoded, to a format that their attributes give.
     """
     is_packed = not all(each.is_plain for each in dataset.codings(key))
     if missing_of(table) is not None:
@@ -364,7 +364,7 @@ def _require_unpacked(name: str, table: FieldTable, dataset: Dataset, key: str) 
     if table.dtype is not None and table.decode != "none" and is_packed:
         raise DatasetError(
             f'{dataset.source}: data.fields.{name}.dtype = "{table.dtype}", and the attributes of '
-            f'"{key}" tell how its numbers are decoded (scale_factor, _FillValue, ...), to floats: '
+            f'"{key}" say how its numbers are decoded (scale_factor, _FillValue, ...), to floats: '
             f'leave the dtype out, or take what is stored: data.fields.{name}.decode = "none"'
         )
 
@@ -432,7 +432,7 @@ def _packed_length(columns: Mapping[str, Column], source: str) -> int | None:
     return length
 
 
-def _tell_cut(name: str, column: Column, part: Part) -> None:
+def _warn_cut(name: str, column: Column, part: Part) -> None:
     """Say how many samples a maximum of their length cuts."""
     if column.ragged is None or part.lengths is None:
         return

@@ -302,9 +302,9 @@ class _Rows:
         if not found:
             raise DatasetError(f"{problem}, by which {key} says what are samples")
         (first, values), *others = found
-        _tell_missing(name, values, first)
+        _warn_missing(name, values, first)
         for part, other in others:
-            _tell_different(name, values, other, first.dataset, part.dataset)
+            _warn_different(name, values, other, first.dataset, part.dataset)
         self._values[name] = values
         return values
 
@@ -313,7 +313,7 @@ def _listed(ranges: Sequence[Any]) -> str:
     return str([list(each) if isinstance(each, tuple) else each for each in ranges])
 
 
-def _tell_missing(name: str, values: Values, part: Part) -> None:
+def _warn_missing(name: str, values: Values, part: Part) -> None:
     """Warn where rows have no value of a coordinate, as those that were never written have none."""
     missing = np.flatnonzero(~values.is_there)
     if len(missing):
@@ -329,7 +329,7 @@ def _tell_missing(name: str, values: Values, part: Part) -> None:
         )
 
 
-def _tell_different(name: str, one: Values, two: Values, first: Dataset, second: Dataset) -> None:
+def _warn_different(name: str, one: Values, two: Values, first: Dataset, second: Dataset) -> None:
     """Warn where joined rows have different values of a coordinate, as those of a shift have."""
     differ = np.flatnonzero(one.numbers != two.numbers) if one.calendar == two.calendar else [0]
     if len(differ):

@@ -1,7 +1,7 @@
 """What is the same for every sample: fields without an axis of samples, and weights of latitudes.
 
 Such are orography, a land mask, or how much a point of a grid counts. They are read once, from all
-files, which have to hold the same; ranks are told them with the dataset.
+files, which have to hold the same; ranks get them with the dataset.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_static(
         if coding.problem:
             raise ValueError(coding.problem)
         if wish.dtype is not None and not coding.is_plain:
-            raise ValueError("its attributes tell its number format: leave dtype out")
+            raise ValueError("its attributes give its number format: leave dtype out")
         try:
             made = form.make(np.asarray(stored)[None])[0]
         except UnfitRowError as error:

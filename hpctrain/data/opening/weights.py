@@ -54,7 +54,7 @@ class Weights:
 
         Args:
             weights: (samples,) numbers, at least 0 and not all 0; they need not add up to 1.
-            what: where they come from, to be told.
+            what: where they come from, for messages.
 
         Raises:
             DatasetError: naming the sample that has none that can be used.

@@ -105,7 +105,7 @@ class Raggedness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """What is told of documents whose values follow each other and are cut into samples.
+    """Facts of documents whose values follow each other and are cut into samples.
 
     Attributes:
         sample: name of a field: of each value the document of the sample, from 0; None: none.
@@ -143,7 +143,7 @@ def as_numbers(stored: npt.NDArray[Any], at: Source) -> Int64s:
     wrong = (stored < 0) | (stored > np.array(2**62).astype(np.uint64))
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise at.problem(row, f"{stored[row]} is no number of rows: the file is damaged")
+        raise at.problem(row, f"{stored[row]} is not a number of rows: the file is damaged")
     return stored.astype(np.int64)
 
 

@@ -57,7 +57,7 @@ class ChunkJob(NamedTuple):
         return Pieces(np.full_like(self.rows, self.shard), self.rows, counts, self.places)
 
     def announce(self) -> None:
-        """Tell the system that the chunks are wanted soon."""
+        """Advise the system that the chunks are wanted soon."""
         for start, size in self.group.extents:
             announce(self.descriptor, start, size)
 

@@ -45,7 +45,7 @@ class ExtentReader:
         self._coldness = Coldness()
 
     def read(self, extents: Extents, target: Target) -> Int64s:
-        """Read all, in their order as far as one thread can tell.
+        """Read all, in their order as far as one thread can know.
 
         Returns:
             Indices of those that could not be read whole, whatever the reason.

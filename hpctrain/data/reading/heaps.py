@@ -292,7 +292,7 @@ class HeapReader:
         extents = Extents(descriptors[order], offsets[order], sizes * field.row_bytes)
         failed = self._read_extents(extents, out, pieces.places * field.row_bytes)
         if len(failed):
-            self._tell_failed(name, field, pieces.only(failed[:1]), shards[failed[:1]])
+            self._raise_failed(name, field, pieces.only(failed[:1]), shards[failed[:1]])
         _make_native(field, pieces, out)
 
     def _descriptors(self, shards: Int64s) -> Int64s:
@@ -378,7 +378,7 @@ class HeapReader:
         )
         return np.unique(np.flatnonzero(wanted)[self._extents.read(among, target)] // 2)
 
-    def _tell_failed(self, name: str, field: Field, piece: _Pieces, shards: Int64s) -> None:
+    def _raise_failed(self, name: str, field: Field, piece: _Pieces, shards: Int64s) -> None:
         """Read what could not be read again, for the reason.
 
         Raises:

@@ -89,7 +89,7 @@ class OtherAxisReader:
         values = np.empty([stop - start for start, stop in box], field.dtype.newbyteorder("="))
         layout = shard.layouts[name]
         start = layout.base if layout.offset is None else layout.offset
-        with _told(shard, name, first, count):
+        with _located(shard, name, first, count):
             if start is not None:
                 self._read_plain(shard, name, box, start, values)
             elif not self._read_chunks(shard, name, box, values):
@@ -109,7 +109,7 @@ class OtherAxisReader:
     def _read(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         base = shard.layouts[name].base
         if base is not None:
-            with _told(shard, name, first, len(out)):
+            with _located(shard, name, first, len(out)):
                 self._read_pieces(shard, name, field, base, first, out)
             return
         values = self.read_box(shard, name, first, len(out), [(0, size) for size in field.shape])
@@ -203,7 +203,7 @@ class OtherAxisReader:
 
 
 @contextmanager
-def _told(shard: Shard, name: str, first: int, count: int) -> Iterator[None]:
+def _located(shard: Shard, name: str, first: int, count: int) -> Iterator[None]:
     """Say of what cannot be read where it is."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Threads that share one job, their memory, and telling the system what is read soon."""
+"""Threads that share one job, their memory, and read-ahead of the system."""
 
 from __future__ import annotations
 
@@ -124,6 +124,6 @@ class Coldness:
 
 
 def announce(descriptor: int, offset: int, size: int) -> None:
-    """Tell the system that these bytes are wanted soon, so that it reads them meanwhile."""
+    """Advise the system that these bytes are wanted soon, so that it reads them meanwhile."""
     with suppress(OSError):  # advice: a file system may refuse it
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)

@@ -46,7 +46,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Copier:
-    """Makes this rank's copies, and tells where every shard is to be read.
+    """Makes this rank's copies, and knows where every shard is to be read.
 
     The thread ends when all is there, with `close`, when the object is collected, and at exit;
     then this rank lets go of the folder.
@@ -59,7 +59,7 @@ class Copier:
         all_copies: Sequence[Copy],
         own_copies: Sequence[Copy],
         done: Callable[[float], None],
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         """Begin to copy.
 
@@ -67,15 +67,15 @@ class Copier:
             folder: joined.
             all_copies: that the ranks of this node make together.
             own_copies: that this one makes.
-            done: is told after how many seconds all of them were there.
-            tell: is told what went wrong.
+            done: takes the seconds after which all of them were there.
+            report: takes what went wrong.
         """
         # The thread must not refer to this object, or it would never be collected.
         self._places: dict[str, str] = {}
         ended = threading.Event()
         self._thread = threading.Thread(
             target=_work,
-            args=(folder, list(all_copies), own_copies, self._places, ended, done, tell),
+            args=(folder, list(all_copies), own_copies, self._places, ended, done, report),
             name="hpctrain-staging",
             daemon=True,
         )
@@ -99,7 +99,7 @@ def _work(
     places: dict[str, str],
     ended: threading.Event,
     done: Callable[[float], None],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     begin = time.monotonic()
     try:
@@ -110,7 +110,7 @@ def _work(
                 if not copy_whole(copy, folder, ended.is_set):
                     return
             except DatasetError as error:
-                tell(str(error))
+                report(str(error))
             awaited = _look(folder, awaited, places)
         wait = _LOOK_SECONDS[0]
         while awaited := _look(folder, awaited, places):
@@ -119,7 +119,9 @@ def _work(
             wait = min(2 * wait, _LOOK_SECONDS[1])
         done(time.monotonic() - begin)
     except OSError as error:
-        tell(f"{folder.path}: {error.strerror or error}; the other shards are read where they are")
+        report(
+            f"{folder.path}: {error.strerror or error}; the other shards are read where they are"
+        )
 
 
 def _look(folder: StageFolder, awaited: list[Copy], places: dict[str, str]) -> list[Copy]:
@@ -137,7 +139,7 @@ def copy_whole(copy: Copy, folder: StageFolder, stopped: Callable[[], bool]) -> 
     Args:
         copy: to make.
         folder: joined.
-        stopped: tells whether to leave off.
+        stopped: returns whether to leave off.
 
     Returns:
         Whether it is there; False if it was stopped.
@@ -349,7 +351,7 @@ def _roots(directory: str, *, make: bool = False) -> Iterator[tuple[int, int]]:
 
 
 def _set_aside(folder: int) -> None:
-    """Take its name from every copy: only a checksum tells whether it survived a crash whole."""
+    """Take its name from every copy: only a checksum shows whether it survived a crash whole."""
     for name in names_in(folder):
         if COPY_NAME.fullmatch(name):
             os.rename(name, f"{LEFT}{name}", src_dir_fd=folder, dst_dir_fd=folder)

@@ -142,12 +142,12 @@ class WatchdogClient:
         """Return once the watchdog has taken this rank in; it has mostly done so long ago."""
         self._watched.wait(_WATCHED_SECONDS)
 
-    def tell_folder(self, folder: Path) -> None:
+    def send_folder(self, folder: Path) -> None:
         """Say where reports go; rank 0's word counts."""
         self._folder = folder
         self._channel.send({"folder": str(folder.absolute())})
 
-    def tell_about(self, about: Mapping[str, object]) -> None:
+    def send_about(self, about: Mapping[str, object]) -> None:
         """Say what a report on this rank should hold if it can no longer write one."""
         self._channel.send({"about": dict(about)})
 

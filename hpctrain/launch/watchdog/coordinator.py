@@ -62,7 +62,7 @@ _SHOWN = 8
 
 
 class Coordinator:
-    """Hears all watchdogs, has the judge decide, and tells user and watchdogs."""
+    """Hears all watchdogs, has the judge decide, and reports to user and watchdogs."""
 
     def __init__(
         self,
@@ -239,8 +239,8 @@ class Coordinator:
 
     def _complain(self, now: float) -> None:
         """Tell of strangers that were refused, once a minute at most."""
-        told, at = self._complained
-        if self._refusals.count > told and (not told or now >= at):
+        reported, at = self._complained
+        if self._refusals.count > reported and (not reported or now >= at):
             self._complained = self._refusals.count, now + _COMPLAINT_SECONDS
             say(f"hpctrain: watchdog on {self._host}: {self._refusals}\n")
 
@@ -256,10 +256,10 @@ class Coordinator:
             elif isinstance(action, AskStacks):
                 self._ask_stacks()
             elif isinstance(action, AskToStop):
-                self._tell(action.reason)
+                self._announce(action.reason)
                 self._post_all({"stop": True})
             elif isinstance(action, Tell):
-                self._tell(action.verdict)
+                self._announce(action.verdict)
             elif isinstance(action, End) and not self._ended:
                 self._ended = True
                 self._post_all({"end": action.code & 0xFF or ExitCode.BUG})
@@ -288,7 +288,7 @@ class Coordinator:
         for leader in sorted(self._groups, reverse=True):
             self._post(leader, message)
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _announce(self, verdict: Verdict) -> None:
         self._close_door()  # the reports below may need its descriptors
         stacks = None if self._stacks is None else str(self._stacks)
         text = story(verdict, stacks)
@@ -331,7 +331,7 @@ def _write_reports(folder: Path, verdict: Verdict, text: str) -> None:
 
 
 class Showing:
-    """Asks all nodes once a request is there, and tells when they have answered."""
+    """Asks all nodes once a request is there, and says when they have answered."""
 
     def __init__(
         self,
@@ -371,7 +371,7 @@ class Showing:
             self._missing += missing
 
     def look(self, now: float) -> str:
-        """Do what is due by the clock, and return what the user is to be told; "" for nothing."""
+        """Do what is due by the clock, and return what to report to the user; "" for nothing."""
         if self._folder is None:
             return ""
         if self._asked.is_set() and self._until == 0.0:
@@ -399,7 +399,7 @@ def show_own_stacks(folder: Path) -> Requests:
 
 
 def answer_text(folder: Path, shown: int, missing: Collection[int]) -> str:
-    """Return what the user is told, as a line."""
+    """Return what is reported to the user, as a line."""
     text = (
         f"hpctrain: wrote the stacks of {plural(shown, 'rank')} to {folder / 'stacks'}, "
         f"as {folder / REQUEST_NAME} asked"

@@ -271,14 +271,14 @@ def write_report(
 ) -> None:
     """Write the crash report of a rank, and into exit.json how the job ended.
 
-    A folder that cannot be written is told on stderr: nothing may raise on the way out.
+    A folder that cannot be written is reported on stderr: nothing may raise on the way out.
 
     Args:
         folder: of the run.
         rank: the one that failed.
         host: its node.
         code: exit code of the job.
-        story: what the user was told.
+        story: what was reported to the user.
         step: the last one that the rank finished; None if it is not known.
         about: more of the rank: its device, versions.
     """
@@ -311,7 +311,7 @@ def write_ending(folder: Path, code: int, reason: str) -> None:
 
 
 def _is_of_this_job(outcome: Outcome) -> bool:
-    """Tell whether a word is of the job of this process, as far as its environment tells.
+    """Tell whether a word is of the job of this process, as far as its environment says.
 
     The next job may have begun while this one finds out how it ended.
     """

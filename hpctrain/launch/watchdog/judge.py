@@ -30,7 +30,7 @@ from hpctrain.launch.watchdog.verdicts import (
 _ECHO_SECONDS = 0.5
 # Launchers whose own process was killed mostly end the ranks of the other nodes, in their own time.
 _LAUNCHER_SECONDS = 2.0
-# The rank that fails tells its story and ends the job itself; after this the coordinator does.
+# The rank that fails reports it and ends the job itself; after this the coordinator does.
 _SPEECH_SECONDS = 5.0
 # Stopped processes answer nothing; the others dump their stacks in milliseconds.
 _STACKS_SECONDS = 2.0
@@ -65,7 +65,7 @@ class Judge:
         self._stands: dict[int, Stand] = {}
 
     def failing(self, rank: int, code: int, may_be_echo: bool, now: float) -> Sequence[Action]:
-        """Take note of a rank that fails and asks to tell its story."""
+        """Take note of a rank that fails and asks to report it."""
         if self._settled:
             return [Reply(rank, may_speak=False)]
         if self._launcher_gone is not None and not self._has_asked_to_stop:
@@ -89,7 +89,7 @@ class Judge:
             return self._condemn(gone)
         if death.signal != "SIGTERM":
             return self._condemn(death)
-        # It was asked to stop, and does not know how to; that has been told.
+        # It was asked to stop, and does not know how to; that has been reported.
         self._settled = True
         return [*self._silence_echoes(), End(gone.code)]
 

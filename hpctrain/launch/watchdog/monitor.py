@@ -351,7 +351,7 @@ class _Show:
 
 
 class Evidence:
-    """Asks the ranks where they are, and tells the coordinator."""
+    """Asks the ranks where they are, and reports to the coordinator."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class Orders:
         coordinator_fd: listening socket for the other watchdogs; None where there are none, and
             elsewhere.
         coordinator_address: host and port of the coordinator; None at the coordinator.
-        reports_its_loss: tells the user if the coordinator is gone.
+        reports_its_loss: reports to the user if the coordinator is gone.
         daemons: the launcher's processes above the ranks of this node: id, start time, name, and
             whether it started the ranks itself.
     """
@@ -166,7 +166,7 @@ class CoordinatorLink:
             secret: of the job.
             group: of this node.
             coordinator: the group of the coordinator.
-            reports_its_loss: this is the one watchdog that tells of the coordinator's end.
+            reports_its_loss: this is the one watchdog that reports the coordinator's end.
             selector: of the process.
         """
         self.obey: Obey

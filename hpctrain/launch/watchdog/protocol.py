@@ -1,6 +1,6 @@
 """Messages of watchdogs, and of ranks with theirs: JSON, one object a line, of a closed set.
 
-Types are checked as messages are taken apart. A sender speaks for the ranks of its own group only,
+Types are checked as messages are taken apart. A sender reports on the ranks of its own group only,
 and its host is the one that is known of it, whatever it says. Numbers are integers of a bounded
 size: the protocol has no others.
 """
@@ -143,7 +143,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Failing:
-    """A rank fails, and asks to tell its story."""
+    """A rank fails, and asks to report it."""
 
     rank: int
     code: int
@@ -225,7 +225,7 @@ def parse_report(message: Message, group: Group) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The coordinator's answer to a rank that asked to tell its story."""
+    """The coordinator's answer to a rank that asked to report its failure."""
 
     rank: int
     may_speak: bool

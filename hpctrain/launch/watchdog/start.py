@@ -1,6 +1,6 @@
 """Starting the watchdogs: one per node, all ranks together.
 
-Each is told which processes of the launcher stand above the ranks of its node: when they are gone
+Each learns which processes of the launcher stand above the ranks of its node: when they are gone
 nobody clears up after the ranks. hydra_pmi_proxy, prted, orted, slurmstepd or an agent of torchrun
 start them, some of these under mpirun itself. Where one is killed its ranks train on: without
 output, beyond the reach of a stop, and in the way of the next job. Shells above them are none of

@@ -160,7 +160,7 @@ Action = Reply | Tell | AskToStop | AskStacks | End
 
 
 def story(verdict: Verdict, stacks_folder: str | None = None) -> str:
-    """Return what the user is told, as whole lines; what came over the network is escaped."""
+    """Return what the user gets to read, as whole lines; what came over the network is escaped."""
     if isinstance(verdict, Death):
         text = _death(verdict)
     elif isinstance(verdict, NodeLost):
@@ -287,7 +287,7 @@ def main_stack(dump: str) -> str:
 
 
 def laggards(stands: Sequence[Stand]) -> list[Stand]:
-    """Return the ranks that the others wait for; none where nothing tells them apart.
+    """Return the ranks that the others wait for; none where nothing distinguishes them.
 
     Stopped processes, whatever they did before; else those with the fewest heartbeats; else
     those that are somewhere else in the program than most.

@@ -48,7 +48,7 @@ class Devices(Protocol):
     """Devices of one maker.
 
     Attributes:
-        source: what tells their power; empty where there are none.
+        source: what measures their power; empty where there are none.
     """
 
     source: str
@@ -91,7 +91,7 @@ _REASONS = (
 
 
 class NvmlDevices:
-    """NVIDIA's GPUs, where nvidia-ml-py and the driver are there; else none, without a word."""
+    """NVIDIA's GPUs, where nvidia-ml-py and the driver are there; else none, and no error."""
 
     source = "NVML"
 

@@ -9,7 +9,7 @@ is about, and what was known of these; means, where it is not said otherwise:
     disk     MB/s: "read", "write"
     network  MB/s by interface: [received, sent]
     joules   "node" by a Cray's counter, else "cpu" by RAPL; of GPUs it is "watts" times "seconds"
-    power    what tells the watts of the devices: "NVML", ...
+    power    what measures the watts of the devices: "NVML", ...
     devices  a list each, an item a device: "name", "busy", "memory" and "memory_total" in MB,
              "watts", "celsius" (highest), "megahertz", "throttled" (why), "errors"
     ranks    a list each, an item a rank: "rank", "device", "step" in seconds, and of these "data"
@@ -55,7 +55,7 @@ MOST_RANKS = 16
 TOTAL_BYTES = 2**26
 """That are read of all hosts together: more than a week's, and some seconds of work.
 
-Of a longer run the newest are, and energy tells which part of the node-hours it covers.
+Of a longer run the newest are, and energy says which part of the node-hours it covers.
 """
 
 _WEEK_SECONDS = 7 * 86_400.0
@@ -213,7 +213,7 @@ class Energy:
         joules: of all that was measured.
         node_seconds: for which it was.
         parts: what was measured: "nodes", "GPUs", "processors".
-        sources: what has told it.
+        sources: what has measured it.
     """
 
     joules: float
@@ -255,18 +255,18 @@ class EnergySum:
         self._sources: dict[str, None] = {}
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add what a line of machine figures tells."""
+        """Add what a line of machine figures says."""
         seconds = _positive(line.get("seconds"))
         if line["kind"] != "machine" or not seconds:
             return
-        told = _of_line(line, seconds)
-        self._joules += sum(amount for _, _, amount in told)
-        self._covered += seconds if told else 0.0
-        self._parts |= dict.fromkeys(part for part, _, _ in told)
-        self._sources |= dict.fromkeys(source for _, source, _ in told)
+        found = _of_line(line, seconds)
+        self._joules += sum(amount for _, _, amount in found)
+        self._covered += seconds if found else 0.0
+        self._parts |= dict.fromkeys(part for part, _, _ in found)
+        self._sources |= dict.fromkeys(source for _, source, _ in found)
 
     def energy(self) -> Energy | None:
-        """Return all of it; None where no line has told any."""
+        """Return all of it; None where no line has any."""
         if not self._parts:
             return None
         return Energy(self._joules, self._covered, tuple(self._parts), tuple(self._sources))
@@ -280,7 +280,7 @@ def energy_between(run: Path, bounds: Sequence[float]) -> list[Energy | None]:
         bounds: seconds since 1970 at which the stretches begin, rising.
 
     Returns:
-        Of the whole run, then of each stretch; None where no line tells any.
+        Of the whole run, then of each stretch; None where no line has any.
     """
     sums = [EnergySum() for _ in range(len(bounds) + 1)]
     for _, line in lines_of_hosts(run):
@@ -303,15 +303,15 @@ def _of_line(line: Mapping[str, Any], seconds: float) -> list[tuple[str, str, fl
     counted = counted if isinstance(counted, Mapping) else {}
     if node := _positive(counted.get("node")):
         return [("nodes", "Cray pm_counters", node)]
-    told = []
+    found = []
     devices = line.get("devices")
     watts = devices.get("watts") if isinstance(devices, Mapping) else None
     known = [_positive(each) for each in watts] if isinstance(watts, list) else []
     if any(known):
-        told.append(("GPUs", str(line.get("power", "NVML")), sum(known) * seconds))
+        found.append(("GPUs", str(line.get("power", "NVML")), sum(known) * seconds))
     if cpu := _positive(counted.get("cpu")):
-        told.append(("processors", "RAPL", cpu))
-    return told
+        found.append(("processors", "RAPL", cpu))
+    return found
 
 
 def _positive(value: object) -> float:

@@ -151,7 +151,7 @@ class Recorder:
         self._named: set[int] = set()
 
     def record_until(self, stop: threading.Event) -> None:
-        """Record until told to stop; the body of the thread. An error ends it, not the job."""
+        """Record until stopped; the body of the thread. An error ends it, not the job."""
         try:
             self._log = MachineLog(self._run, self._host, self._num_nodes)
             self._devices = find_devices(self._kind, self._root)
@@ -161,7 +161,7 @@ class Recorder:
                 self.sample()
                 if time.monotonic() >= due and self.write():
                     due = time.monotonic() + LINE_SECONDS - SAMPLE_SECONDS / 2
-                    self._tell_slow()
+                    self._warn_slow()
             self.sample()
             self.write()
             self._log.close()
@@ -202,7 +202,7 @@ class Recorder:
         del self._device_readings[:-1]
         return True
 
-    def _tell_slow(self) -> None:
+    def _warn_slow(self) -> None:
         """Name ranks that are slow, each once, and again once it was not slow for a while."""
         if not self._names_slow:
             return

@@ -51,13 +51,13 @@ def start_warm(section: CheckpointSection, world: World, step: TrainStep) -> str
             read = read_weights(Path(section.initialize_from))
     weights = broadcast_tensors(world, read)
     with raise_together(world.communicator):
-        fitting, told = choose(
+        fitting, differing = choose(
             step.model, weights, section.initialize_names, strict=section.initialize_strict
         )
         put_weights(step, fitting)
     if step.average is not None:
         step.average.load({})
-    return f"initialized from {section.initialize_from}: {told}"
+    return f"initialized from {section.initialize_from}: {differing}"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -146,19 +146,19 @@ def choose(
         "only in the model": [name for name in here if name not in renamed],
         "of another shape": [name for name in renamed if name in here and name not in fitting],
     }
-    told = "; ".join(
+    text = "; ".join(
         f"{what}: {listed([printable(name) for name in which], _SHOWN)}"
         for what, which in leftover.items()
         if which
     )
-    if told and (strict or not fitting):
+    if text and (strict or not fitting):
         hint = _hint(list(renamed), here)
         relax = ", or set initialize_strict = false" if strict and fitting else ""
         raise ConfigError(
             f"checkpoint.initialize_from: {len(fitting)} of {len(here)} tensors of the model fit "
-            f"({told}). Set checkpoint.initialize_names{hint}{relax}"
+            f"({text}). Set checkpoint.initialize_names{hint}{relax}"
         )
-    return fitting, f"{len(fitting)} of {len(here)} tensors" + (f" ({told})" if told else "")
+    return fitting, f"{len(fitting)} of {len(here)} tensors" + (f" ({text})" if text else "")
 
 
 def _without_task(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

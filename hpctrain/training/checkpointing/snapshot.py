@@ -174,8 +174,8 @@ def _digest_of_optimizer(captured: _Captured) -> str:
         for name, tensor in captured.training.items()
         if name.startswith(OPTIMIZER) and not tensor.ndim and tensor.device.type == "cpu"
     }
-    told = json.dumps([captured.values["optimizer"], counts], sort_keys=True, default=str)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    text = json.dumps([captured.values["optimizer"], counts], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _spread(sharded: ShardedModel, training: Mapping[str, Tensor]) -> Spread:

@@ -238,9 +238,9 @@ def _stats(name: str, train: Dataset, word: str) -> Mapping[str, Any]:
             return _stats_of_constants(part.constants[column.name], rows, name)
         if word == "channel_stats" and (column.steps is not None or part.axis > 0):
             raise ConfigError(
-                f'data.normalize.{name} = "channel_stats": the first axis of a sample is no axis '
-                f"of the rows that `data stats` has seen, by data.fields.{name}: give mean and std "
-                'as lists, or take "stats"'
+                f'data.normalize.{name} = "channel_stats": the first axis of a sample is not an '
+                f"axis of the rows that `data stats` has seen, by data.fields.{name}: give mean "
+                'and std as lists, or take "stats"'
             )
         name, train = column.name, part.dataset
     path = Path(train.shards[0].path).parent / STATS_NAME

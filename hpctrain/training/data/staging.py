@@ -80,7 +80,7 @@ class Staging:
             if stage is not None
         }
         if topology.is_rank_zero:
-            _tell(copies, [stages[node] for node in range(topology.num_nodes)], topology.hosts)
+            _report(copies, [stages[node] for node in range(topology.num_nodes)], topology.hosts)
         mine = stages[topology.node_rank]
         if mine.directory is None or not mine.count:
             return
@@ -108,7 +108,7 @@ class Staging:
                 topology.host,
                 duration(seconds),
             ),
-            tell=lambda problem: self._note(topology.host, problem),
+            report=lambda problem: self._note(topology.host, problem),
         )
 
     def report_problems(self, world: World) -> None:
@@ -164,7 +164,7 @@ def prepare_node(
     )
 
 
-def _tell(copies: Sequence[Copy], stages: Sequence[NodeStage], hosts: Sequence[str]) -> None:
+def _report(copies: Sequence[Copy], stages: Sequence[NodeStage], hosts: Sequence[str]) -> None:
     """Say once, for all nodes, where the copies go and which nodes have no room for them."""
     first = next((stage for stage in stages if stage.count), None)
     if first is not None:

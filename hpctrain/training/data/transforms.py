@@ -213,7 +213,7 @@ class Decodings:
 
         Raises:
             DatasetError: if the attributes of a file cannot be followed.
-            ConfigError: if nothing tells the missing values that are to be masked.
+            ConfigError: if nothing marks the missing values that are to be masked.
         """
         found = decodings(datasets, integer_fields(config))
         missing = {
@@ -290,7 +290,7 @@ class Decodings:
             if made != each.viewed:
                 raise ConfigError(
                     f'data.sample_transform makes {made} of "{name}", which is {each.viewed}: '
-                    "what is missing among them could not be told any more. Return the same dtype"
+                    "what is missing among them could not be known any more. Return the same dtype"
                 )
         decoder = Decoder(marked, self.missing, device)
         return Decoding(on_host=found, on_device=decoder, refused=refused)

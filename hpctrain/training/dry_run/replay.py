@@ -1,7 +1,7 @@
 """A model that answers from a record: the same outputs for a row, whatever batch it comes in.
 
 What a model computes for a row differs in the last bits with the size of its batch, and a count of
-right answers may then differ by one. A record tells that apart from a metric that is none of rows.
+right answers may then differ by one. A record keeps that apart from a metric that is none of rows.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Replay:
     def _answering(self, answer: Callable[[int, Callable[[], Any]], Any]) -> Iterator[None]:
         """Answer calls of the model in the body: in place of its hooks, and of what is compiled.
 
-        `answer` is told how many calls came before, and what runs the model.
+        `answer` gets how many calls came before, and what runs the model.
         """
         model: Any = self._model
         calls = 0

@@ -101,8 +101,8 @@ def explained(explain: Explain, fields: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (told := explain(error, fields)) is not None:
-            raise told from error
+        if (better := explain(error, fields)) is not None:
+            raise better from error
         raise
 
 

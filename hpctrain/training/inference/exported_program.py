@@ -84,7 +84,7 @@ def _examples(loaded: LoadedModel, made_by: Any, target: Path) -> list[list[Tens
     if not loaded.inputs and own is not None:
         given = list(own) if isinstance(own, tuple | list) else [own]
         if not all(isinstance(each, Tensor) and each.ndim for each in given):
-            raise CheckpointError(f"{target}: example_input_array is no tensor of samples")
+            raise CheckpointError(f"{target}: example_input_array is not a tensor of samples")
         return [[_repeated(each, count) for each in given] for count in _SAMPLES]
     missing = [name for name in loaded.inputs if name not in made_by.fields]
     if missing or not loaded.inputs:

@@ -264,8 +264,8 @@ def _refuse_strange(make: Any, use: str, path: Path) -> None:
     package = str(getattr(make, "__module__", None)).partition(".")[0]
     if not is_model and (package in sys.stdlib_module_names or package in _NO_MODELS):
         raise CheckpointError(
-            f"{path}: its model is said to be {use}, which is none: this is no file that `ckpt "
-            "export` has written, and nothing of it was called"
+            f"{path}: its model is said to be {use}, which makes none: this is not a file that "
+            "`ckpt export` has written, and nothing of it was called"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpctrain.config import Config
 from hpctrain.launch.process_group import World
 from hpctrain.training.modules.overrides import is_own
-from hpctrain.training.modules.stand_in import TrainerStandIn, tell_device, trainer_of
+from hpctrain.training.modules.stand_in import TrainerStandIn, note_device, trainer_of
 from hpctrain.training.modules.task import ModuleTask
 from hpctrain.training.position import StopAt
 
@@ -60,7 +60,7 @@ def bind(task: ModuleTask, model: nn.Module, config: Config, world: World, stage
 
 def begin(task: ModuleTask, model: nn.Module, world: World) -> None:
     """Begin a stage, once the model is on its device."""
-    tell_device(model, world.device)
+    note_device(model, world.device)
     task.hooks.trial = False
 
 

@@ -30,7 +30,7 @@ class Reducer:
     Where a backward pass is known to be the last before the update (`expect`), a bucket goes out
     beside it, once all of its gradients are there. When it does is each rank's own affair: ranks
     share the order of the buckets only. So their graphs may differ, and one may have none. The
-    last bucket waits for `reduce`, since it tells which parameters have been used.
+    last bucket waits for `reduce`, since that shows which parameters have been used.
     """
 
     def __init__(

@@ -147,7 +147,9 @@ def named_models(models: Any) -> dict[str, nn.Module]:
             "returned them"
         )
     if wrong := [name for name in named if not name.isidentifier()]:
-        raise ConfigError(f"world.run: {wrong[0]!r} is no name for a model: letters, digits and _")
+        raise ConfigError(
+            f"world.run: {wrong[0]!r} is not a name for a model: letters, digits and _"
+        )
     return named
 
 
@@ -166,7 +168,7 @@ def config_of(
     """
     options.check(loader)
     if not folder.name:
-        raise ConfigError(f"world.run: {str(folder)!r} is no folder of a run")
+        raise ConfigError(f"world.run: {str(folder)!r} is not a directory for a run")
     section = next(
         setup.section
         for setup in world.setups.all

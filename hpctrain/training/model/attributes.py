@@ -72,7 +72,7 @@ class Attributes:
 
     Each object stays the one that it is and gets back what it held, so that those who share one
     still do. One that holds something that cannot be copied, such as a lock or an open file, is
-    left alone as a whole; whether it has changed is told as far as that can be seen.
+    left alone as a whole; whether it has changed is known as far as that can be seen.
 
     Attributes:
         modules: all that were found, those given among them, once each.

@@ -20,7 +20,7 @@ from hpctrain.training.modules.data_trainer import DataTrainer
 from hpctrain.training.modules.hooks import Hooks, refuse_unknown_ways
 from hpctrain.training.modules.log import Logs
 from hpctrain.training.modules.overrides import is_module, is_own
-from hpctrain.training.modules.stand_in import TrainerStandIn, attach, tell_device
+from hpctrain.training.modules.stand_in import TrainerStandIn, attach, note_device
 from hpctrain.training.position import StopAt
 
 
@@ -127,7 +127,7 @@ class BoundModule:
         self.trainer.optimizers = [optimizer]
         self.trainer.lr_scheduler_configs = list(uses)
         self.trainer.strategy._lightning_optimizers = [optimizer]
-        tell_device(self.module, self._world.device)
+        note_device(self.module, self._world.device)
         self.objects = MetricObjects(self, self._world.device)
         self.objects.keep_local()
         self.trainer.state.stage = "train"

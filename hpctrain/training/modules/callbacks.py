@@ -49,7 +49,7 @@ KEYS = {
     "same parameters all the time",
     "BaseFinetuning": "two runs, the second with checkpoint.initialize_from: a run trains the same "
     "parameters all the time",
-    "BatchSizeFinder": "`python -m hpctrain check`, which tells whether a batch fits into memory",
+    "BatchSizeFinder": "`python -m hpctrain check`, which checks whether a batch fits into memory",
     "Checkpoint": "[checkpoint]",
     "DeviceStatsMonitor": "nothing: the summary has device memory, metrics.jsonl the seconds",
     "EMAWeightAveraging": "training.ema_decay",
@@ -65,7 +65,7 @@ KEYS = {
     "ProgressBar": "logging.progress",
     "RichModelSummary": "nothing: the header has the size of the model",
     "RichProgressBar": "logging.progress",
-    "SpikeDetection": "nothing: a loss far above the last ones is told in the log",
+    "SpikeDetection": "nothing: a loss far above the last ones is reported in the log",
     "StochasticWeightAveraging": "training.ema_decay",
     "TQDMProgressBar": "logging.progress",
     "ThroughputMonitor": "nothing: metrics.jsonl has samples_per_second in every line",

@@ -246,7 +246,7 @@ class OwnState:
             given = dict(checkpoint["state_dict"])
             self._module.on_save_checkpoint(checkpoint)  # type: ignore[operator]
             if not _same(given, checkpoint.get("state_dict")):
-                raise UnsavableError(self._told(SAVES))
+                raise UnsavableError(self._refused(SAVES))
         return {key: item for key, item in checkpoint.items() if key not in self._facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,7 +260,7 @@ class OwnState:
             given = dict(checkpoint["state_dict"])
             self._module.on_load_checkpoint(checkpoint)  # type: ignore[operator]
             if not _same(given, checkpoint.get("state_dict")):
-                raise CheckpointError(self._told(LOADS))
+                raise CheckpointError(self._refused(LOADS))
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -269,7 +269,7 @@ class OwnState:
             "state_dict": dict(self._module.state_dict()),
         }
 
-    def _told(self, method: str) -> str:
+    def _refused(self, method: str) -> str:
         return (
             f"{type(self._module).__name__}.{method} ({place_of(self._module, method)}) changes "
             'checkpoint["state_dict"]: a checkpoint holds the tensors of the model as they are. '

@@ -156,7 +156,7 @@ class Logs:
         if first != self.loader:
             raise TrainingError(
                 f'self.log("{name}", add_dataloader_idx=False) was called for loaders {first} and '
-                f"{self.loader}: a name is of one loader. Have the name tell which it is, or leave "
+                f"{self.loader}: a name is of one loader. Have the name say which it is, or leave "
                 "the argument out"
             )
         return name
@@ -208,7 +208,7 @@ class Logs:
         """Put this step's values into numbers that are to be added up over the ranks.
 
         Args:
-            numbers: (width,) float64 zeros. The first tells that this rank has a name that the
+            numbers: (width,) float64 zeros. The first says that this rank has a name that the
                 ranks have not agreed on. Where the smallest or largest is wanted every rank has a
                 place of its own.
         """
@@ -428,8 +428,8 @@ class Logs:
             )
         if OF_LOADER in name and self.loader is None:
             raise TrainingError(
-                f'self.log("{name}"): the ending "{OF_LOADER}N" tells one of several loaders, and '
-                "comes by itself: leave it out, or pass add_dataloader_idx=False in their steps"
+                f'self.log("{name}"): the ending "{OF_LOADER}N" stands for one of several loaders, '
+                "and comes by itself: leave it out, or pass add_dataloader_idx=False in their steps"
             )
         is_metric = all(callable(getattr(value, each, None)) for each in ("update", "compute"))
         if not is_metric:

@@ -65,7 +65,7 @@ OF_LOADER = "/dataloader_idx_"
 
 
 def forked(name: str, ending: str) -> str:
-    """Return a name with an ending, before that which tells the loader, as Lightning has it."""
+    """Return a name with an ending, before that which names the loader, as Lightning has it."""
     base, mark, number = name.partition(OF_LOADER)
     return f"{base}{ending}{mark}{number}"
 
@@ -217,7 +217,7 @@ _LARGER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "iou", 
 
 
 def direction_of(name: str) -> Direction | None:
-    """Return which direction of a metric is better, as its name tells; None: it does not."""
+    """Return which direction of a metric is better, as its name says; None: it does not."""
     words = name.lower().replace("/", "_").replace("-", "_")
     if any(word in words for word in _SMALLER_IS_BETTER):
         return "min"

@@ -186,7 +186,7 @@ def _copy_of(optimizer: Optimizer, names: Mapping[Any, str], stand_ins: HasParam
         raise ConfigError(f"{kind.__name__} cannot be built again: {error}") from error
     for key, item in vars(optimizer).items():
         if isinstance(item, bool | int | float | str) or item is None:
-            setattr(made, key, item)  # what the constructor was told, and no group has
+            setattr(made, key, item)  # what the constructor was given, and no group has
     prepare_momentum(made)
     begin_training(made)
     return made

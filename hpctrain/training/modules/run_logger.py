@@ -2,8 +2,8 @@
 
 Figures and histograms go to TensorBoard's files in the run's folder, numbers to its metrics, both
 from rank 0; on other ranks, and in a dry run, calls do nothing. What only another logger has, such
-as Weights & Biases', is refused in the dry run. Later it is told once and left out: training does
-not end for want of a picture.
+as Weights & Biases', is refused in the dry run. Later it is reported once and left out: training
+does not end for want of an image.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class RunLogger:
         self.name, self.version = folder.parent.name, folder.name
         self.save_dir = self.root_dir = str(folder.parent)
         self.log_dir = str(folder)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._trainer = trainer
         self._writer: MetricsWriter | None = None
         self._early: list[Callable[[], Any]] = []
@@ -157,16 +157,16 @@ class RunLogger:
         Raises:
             ConfigError: in a trial.
         """
-        told = (
+        text = (
             f"{call}: the logger of a run has no such thing; it writes metrics and TensorBoard's "
             "files. Give a script's Trainer the logger that has it, logger=..., or ask "
             "isinstance(self.logger, ...) before"
         )
         if self._trainer.sanity_checking:
-            raise MissingLoggerError(told)
-        if self._writes and call not in self._told:
-            self._told.add(call)
-            logger.warning("%s. It is left out", told)
+            raise MissingLoggerError(text)
+        if self._writes and call not in self._reported:
+            self._reported.add(call)
+            logger.warning("%s. It is left out", text)
         return NOTHING
 
 

@@ -267,7 +267,7 @@ def _said(use: SchedulerUse, state: Mapping[str, Tree]) -> dict[str, Any]:
 
 
 def _functions(value: Any, depth: int) -> Tree:
-    """Return what tells whether the functions of a scheduler are those that they were.
+    """Return what shows whether the functions of a scheduler are those that they were.
 
     That is their names, and the numbers and texts in them: in their code, their closures and
     defaults. Two versions of Python compile them to other bytes.
@@ -348,8 +348,8 @@ def _same(first: Tree, second: Tree) -> bool:
 
 def _print(value: Tree) -> str:
     tensors: dict[str, Tensor] = {}
-    told = encode(value, "", tensors)
-    return json.dumps([told, [(name, item.tolist()) for name, item in tensors.items()]])
+    encoded = encode(value, "", tensors)
+    return json.dumps([encoded, [(name, item.tolist()) for name, item in tensors.items()]])
 
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

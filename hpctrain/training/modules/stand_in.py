@@ -314,7 +314,7 @@ def trainer_of(module: object) -> Any:
     return found if found is not None else getattr(module, "__dict__", {}).get("trainer")
 
 
-def tell_device(module: nn.Module, device: torch.device) -> None:
+def note_device(module: nn.Module, device: torch.device) -> None:
     """Tell modules where their parameters are, as `self.device` has it.
 
     Lightning's base class takes that down when its `to` is called, and nobody calls that here.

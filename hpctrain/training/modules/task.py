@@ -171,7 +171,7 @@ class ModuleTask(BoundModule):
         self.hooks.call("on_before_optimizer_step", self.trainer.optimizers[0])
 
     def fail(self, error: BaseException) -> None:
-        """Tell of what ends the job."""
+        """Report what ends the job."""
         self.hooks.call("on_exception", error)
         self.trainer.state.end(failed=True)
 
@@ -243,7 +243,7 @@ class ModuleTask(BoundModule):
 
         Args:
             stage: what it is for.
-            loaders: that it goes through; with several what is logged is told apart by theirs.
+            loaders: that it goes through; with several what is logged is kept apart by theirs.
             rehearses: names are taken down, and nothing is logged.
         """
         logs, hooks = self.logs, self.hooks
@@ -434,10 +434,10 @@ class ModuleTask(BoundModule):
         named = self.logs.named(stage, metrics)
         for name in named if stage == "validate" else ():
             self._known.setdefault(name, direction_of(name) or "min")
-        self.tell_metrics()
+        self.show_metrics()
         return named
 
-    def tell_metrics(self) -> None:
+    def show_metrics(self) -> None:
         """Have the module's trainer show the newest values."""
         tensors = {name: torch.tensor(value) for name, value in self.logs.last.items()}
         self.trainer.callback_metrics = tensors

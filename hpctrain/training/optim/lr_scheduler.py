@@ -16,7 +16,7 @@ from hpctrain.training.position import Position, StopAt
 
 
 class Schedule(Protocol):
-    """What a run asks of its schedule, and tells it.
+    """What a run asks of its schedule, and reports to it.
 
     Attributes:
         in_groups: whether the learning rates are in the optimizer's groups by themselves, and are

@@ -84,8 +84,8 @@ def build_optimizer(
         plain = len(chosen_groups) == 1 and chosen_groups[0].keys() == {"params", "lr"}
         optimizer = target(parameters if plain else chosen_groups, lr=lr, **chosen)
     except _OF_CONSTRUCTORS as error:
-        told = str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"[optimizer] cannot be built: {told}") from error
+        reason = str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"[optimizer] cannot be built: {reason}") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"[optimizer] use: {type(optimizer).__name__} is not a torch.optim.Optimizer"

@@ -105,11 +105,11 @@ class TriedOptimizer:
 
 
 GroupOf = Callable[[str, nn.Parameter], object]
-"""(name, parameter) to what tells its group from others."""
+"""(name, parameter) to what marks its group."""
 
 
 def by_pattern(groups: Sequence[ParameterGroup]) -> GroupOf:
-    """Return what tells apart the groups of a config."""
+    """Return what marks the groups of a config."""
 
     def group_of(name: str, parameter: nn.Parameter) -> object:
         fits = [fnmatch.fnmatchcase(name, group.pattern) for group in groups]
@@ -134,7 +134,7 @@ def try_optimizer(
     Args:
         build: makes an optimizer as that of the run.
         model: names the parameters of the run.
-        group_of: tells parameters apart that are trained differently.
+        group_of: marks parameters that are trained differently.
         rows: whether a rank holds some rows of each parameter only.
         ranks: that take the same steps.
         place: where the optimizer comes from, for messages.
@@ -432,7 +432,7 @@ class Attributes:
 
 
 def _print(value: Any, seen: set[int], depth: int) -> object:
-    """Return what tells whether a value has changed, as far as its parts can be seen."""
+    """Return what shows whether a value has changed, as far as its parts can be seen."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
     if id(value) in seen or depth > _DEEPEST or isinstance(value, _WITHOUT_STATE):

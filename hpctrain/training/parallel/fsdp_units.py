@@ -147,8 +147,8 @@ def try_out(world: World, model: nn.Module, task: Task, fields: Any) -> Findings
     """Find out what FSDP has to know of a model.
 
     Rank 0 runs the task a few times, if it can without a number being computed, else on the host;
-    on copies of model and task. Where that fails nothing is known: what is wrong is told by the dry
-    run, with its traceback.
+    on copies of model and task. Where that fails nothing is known: what is wrong is reported by the
+    dry run, with its traceback.
 
     Collective: all ranks.
 

@@ -109,7 +109,7 @@ class UnusedParameters:
         """
         self.allowed = policy == "allow" or world_size == 1
         self.at_start: frozenset[str] = frozenset()
-        self._told = False
+        self._reported = False
 
     def met(self, names: Sequence[str], total: int) -> None:
         """Take note of a step in which these had no part, on any rank if it is allowed.
@@ -119,8 +119,8 @@ class UnusedParameters:
         """
         if not self.allowed:
             raise TrainingError(_refusal(names, self.at_start))
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             logger.info(
                 "%d of %s had no part in the loss of a step: %s. In such a step the optimizer "
                 "leaves them as they are",

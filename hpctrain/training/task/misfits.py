@@ -34,9 +34,9 @@ def explain_misfit(error: Exception, fields: Any, config: Config) -> HpctrainErr
     text = str(error)
     for pattern, explain in _KNOWN:
         if match := re.search(pattern, text):
-            told = explain(match, _Given(fields, config))
+            explained = explain(match, _Given(fields, config))
             first_line = text.splitlines()[0]
-            return ConfigError(f"{told} (torch: {first_line})")
+            return ConfigError(f"{explained} (torch: {first_line})")
     return None
 
 
@@ -121,14 +121,14 @@ def _axes(match: re.Match[str], given: _Given) -> str:
 
 
 def _tokens(match: re.Match[str], given: _Given) -> str:
-    told = []
+    found = []
     for name in given.whole_inputs():
         low, high = given.range_of(name)
-        told.append(f"{given.described(name)}, from {low} to {high}")
+        found.append(f"{given.described(name)}, from {low} to {high}")
     return (
         "an embedding of the model has fewer rows than a token asks for, which are counted from 0: "
-        f"{'; '.join(told) or given.all_inputs()}. Make the vocabulary larger (model.vocab_size or "
-        "what it is called in [model]), or correct the data"
+        f"{'; '.join(found) or given.all_inputs()}. Make the vocabulary larger (model.vocab_size "
+        "or what it is called in [model]), or correct the data"
     )
 
 
@@ -336,6 +336,6 @@ def _find(
                 bad &= numbers != ignored
             if bad.any():
                 wrong = numbers[bad]
-                told = out_of_range(field, wrong.min().item(), wrong.max().item(), count)
-                return f"{listed_rows(loader, rows[bad.any(axis=1)])}: {told}"
+                text = out_of_range(field, wrong.min().item(), wrong.max().item(), count)
+                return f"{listed_rows(loader, rows[bad.any(axis=1)])}: {text}"
     return None

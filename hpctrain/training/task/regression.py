@@ -342,7 +342,7 @@ def _instance(
     reduction: LossReduction | None,
     arguments: Mapping[str, Any],
 ) -> Callable[..., Tensor]:
-    """Return a function of (output, target), told to sum where it can be told."""
+    """Return a function of (output, target), made to sum where that can be done."""
     chosen = dict(arguments)
     if _takes_reduction(target) and reduction != "per-sample-mean":
         chosen.setdefault("reduction", "sum")

@@ -22,7 +22,7 @@ from hpctrain.utils.text import listed
 Fields = Mapping[str, Tensor]
 Direction = Literal["min", "max"]
 
-# torch ignores the class -100 unless told another: told this one, every class counts.
+# torch ignores the class -100 unless given another: given this one, every class counts.
 _NO_CLASS = -(2**63)
 
 
@@ -293,7 +293,7 @@ class Classification(Supervised):
 
 
 def learns_progress(task: object) -> Callable[[int, int, str], None] | None:
-    """Return what tells a task steps done, epoch and stage; None: it does not want to know."""
+    """Return what reports step, epoch and stage to a task; None: it does not want to know."""
     method = getattr(task, "set_progress", None)
     return method if callable(method) else None
 

@@ -120,7 +120,7 @@ def test_broken_files(content: bytes, expected: str) -> None:
         ("configs/xyz", "configs/xyz: no such file in HERE/configs, which has run.toml"),
         ("xyz.toml", "xyz.toml: no such file in HERE, which has no TOML file"),
         ("config/run.toml", "config/run.toml: no such file, nor the folder HERE/config"),
-        ("configs", "configs: is a folder; name the TOML file in it"),
+        ("configs", "configs: is a directory; name the TOML file in it"),
         ("configs/run.toml/x", "configs/run.toml/x: cannot be read: Not a directory"),
         ("a\0b", "a\\x00b: cannot be read: embedded null byte"),
         ("a" * 300, "a" * 300 + ": cannot be read: File name too long"),

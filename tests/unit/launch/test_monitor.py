@@ -115,7 +115,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user
 
 def test_a_rank_comes_in_and_then_nobody_else(watchdog: Watchdog) -> None:
     client = watchdog.join()
-    client.tell_about({"device": "cpu"})
+    client.send_about({"device": "cpu"})
     client.leaving()
     watchdog.until(lambda: watchdog.sent)
     assert watchdog.sent == [{"leaving": True, "rank": 3}]

@@ -558,8 +558,8 @@ def test_a_slow_rank_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         log.append(ranks_line(0, [1.0, 1.0, 1.6], 0.0))
     recorder = Recorder(tmp_path, "n0", num_nodes=1, kind="cpu", notes=list, names_slow=True)
     recorder._log = MachineLog(tmp_path, "n0", 1)
-    recorder._tell_slow()
-    recorder._tell_slow()
+    recorder._warn_slow()
+    recorder._warn_slow()
     assert caplog.text.count("rank 2 on n1, device 2 is 60 % slower") == 1
     (line,) = read_hosts(tmp_path)["n0"]
     assert (line["kind"], line["rank"], line["host"]) == ("straggler", 2, "n1")

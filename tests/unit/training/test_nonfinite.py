@@ -39,7 +39,7 @@ class Policy:
             section,
             explain=lambda step: f"what was known at {step}",
             roll_back=self._roll_back,
-            tell=self.told.append,
+            warn=self.told.append,
         )
 
     def _roll_back(self) -> int:

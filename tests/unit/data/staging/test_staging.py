@@ -70,7 +70,7 @@ def copier(folder: StageFolder, copies: tuple[Copy, ...], **told: list[object]) 
         all_copies=copies,
         own_copies=copies,
         done=told.get("done", []).append,
-        tell=told.get("problems", []).append,
+        report=told.get("problems", []).append,
     )
 
 

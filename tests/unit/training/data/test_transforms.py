@@ -105,7 +105,7 @@ def test_the_statistics_of_windows_are_those_of_the_rows(dataset: Dataset) -> No
     found = find_normalizations(config(normalize={"picture": "stats"}), train, {})["picture"]
     assert found.mean == pytest.approx((IMAGES.mean(),))
     assert found.std == pytest.approx((IMAGES.std(),))
-    with pytest.raises(ConfigError, match="the first axis of a sample is no axis of the rows"):
+    with pytest.raises(ConfigError, match="the first axis of a sample is not an axis of the rows"):
         find_normalizations(config(normalize={"picture": "channel_stats"}), train, {})
 
 
