@@ -23,12 +23,11 @@ from hpctrain.data.files.contents import (
     array_of,
     is_bare_dimension,
     text_attribute,
-    type_of,
-    type_text,
 )
 from hpctrain.data.files.coordinates import scales_of
 from hpctrain.data.files.form_opening import whole_number
 from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of, require_sound_heap
+from hpctrain.data.files.type_texts import type_of, type_text
 from hpctrain.data.forms import COMPLEX_PAIRS
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import number

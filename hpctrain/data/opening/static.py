@@ -17,11 +17,12 @@ from hpctrain.config.schema_data import FieldTable
 from hpctrain.data.coding import Coding
 from hpctrain.data.dataset import Field, require_supported
 from hpctrain.data.decoding import decoded_dtype
-from hpctrain.data.files.contents import coding_in, type_of
+from hpctrain.data.files.contents import coding_in
 from hpctrain.data.files.coordinates import latitude_weights, latitudes_of
 from hpctrain.data.files.discovery import FileOrder, files_of
 from hpctrain.data.files.form_opening import find_stored, form_in
 from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.type_texts import type_of
 from hpctrain.data.forms import UnfitRowError, Wish
 from hpctrain.data.view import Column, Part
 from hpctrain.errors import DatasetError
