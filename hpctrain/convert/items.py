@@ -26,7 +26,8 @@ from hpctrain.data.files.contents import (
 )
 from hpctrain.data.files.coordinates import scales_of
 from hpctrain.data.files.form_opening import whole_number
-from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of, require_sound_heap
+from hpctrain.data.files.global_heaps import require_sound_fill, require_sound_heap
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, filters_of
 from hpctrain.data.files.type_texts import type_of, type_text
 from hpctrain.data.forms import COMPLEX_PAIRS
 from hpctrain.errors import DatasetError
@@ -169,6 +170,7 @@ def item_of(path: str, dataset: h5py.Dataset, place: str, *, has_name: bool) -> 
     obstacle = _obstacle_of_shape(dataset) if has_name else "its name is not UTF-8"
     reason = ""
     try:
+        require_sound_fill(dataset)
         if not obstacle:
             array = array_of(dataset, place)
             reason = array.reason
@@ -178,6 +180,8 @@ def item_of(path: str, dataset: h5py.Dataset, place: str, *, has_name: bool) -> 
                 item = replace(item, is_undecodable=bool(array.coding.problem))
     except DatasetError as error:
         obstacle = str(error).removeprefix(f"{place}: ")
+    except OSError as error:
+        obstacle = f"HDF5 cannot tell where its values are: {error}"
     except HDF5_FAILURES:
         obstacle = "HDF5 cannot tell where its values are"
     item = replace(item, stored=_stored(dataset, reason), notes=tuple(notes), obstacle=obstacle)
@@ -252,6 +256,7 @@ def _stored(dataset: h5py.Dataset, reason: str = "") -> str:
         reason: why they are not contiguous, if there are no chunks and somebody has found out.
     """
     try:
+        require_sound_fill(dataset)
         if dataset.chunks is None:
             return reason or "contiguous"
         shape = " x ".join(map(str, dataset.chunks))

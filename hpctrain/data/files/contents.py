@@ -28,6 +28,7 @@ from hpctrain.data.dataset import (
     require_supported,
 )
 from hpctrain.data.files.form_opening import find_stored, form_in, is_categorical, is_sequence
+from hpctrain.data.files.global_heaps import require_sound_fill
 from hpctrain.data.files.storage import (
     HDF5_FAILURES,
     dtype_of,
@@ -343,7 +344,9 @@ def array_of(dataset: h5py.Dataset, path: str) -> Array:
 
     Raises:
         DatasetError: if its chunks went through a filter that is not here.
+        OSError: if its fill value is where HDF5 would read for ever.
     """
+    require_sound_fill(dataset)
     if dataset.chunks is not None:
         require_filters(dataset, path)
     if not is_in(dataset, path):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from hpctrain.data.coding import coding_of
 from hpctrain.data.files.calendars import MISSING, Calendar, Clock, Instants, parse_date
+from hpctrain.data.files.global_heaps import require_sound_heap
 from hpctrain.data.files.storage import HDF5_FAILURES, read_attribute
 from hpctrain.utils.text import listed
 
@@ -346,6 +347,7 @@ def values_of(coordinate: h5py.Dataset) -> Values:
     Raises:
         ValueError: if they cannot be followed.
     """
+    require_sound_heap(coordinate)
     stored = np.atleast_1d(np.asarray(coordinate[()]))
     return decoded(stored, _attributes(coordinate))
 

@@ -16,7 +16,8 @@ from h5py import h5t
 
 from hpctrain.data.dataset import WHOLE
 from hpctrain.data.files.coordinates import Values, find_coordinate, values_of
-from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, open_hdf5_file, require_sound_heap
+from hpctrain.data.files.global_heaps import require_sound_heap
+from hpctrain.data.files.storage import HDF5_FAILURES, dtype_of, open_hdf5_file, read_attribute
 from hpctrain.data.files.walking import require_files_behind
 from hpctrain.data.forms import Form, Pick, Wish, form_of, without_metadata
 from hpctrain.errors import DatasetError
@@ -58,7 +59,8 @@ def is_categorical(found: object) -> bool:
     """
     if not isinstance(found, h5py.Group) or not {"codes", "categories"} <= found.keys():
         return False
-    kind = found.attrs.get("encoding-type")
+    name = "encoding-type"
+    kind = read_attribute(found.attrs, name) if name in found.attrs else None
     return (kind.decode() if isinstance(kind, bytes) else kind) == "categorical"
 
 
@@ -68,6 +70,7 @@ def categories_in(group: h5py.Group) -> npt.NDArray[np.bytes_]:
     Raises:
         ValueError: if they are not texts.
     """
+    require_sound_heap(group["categories"])
     texts = group["categories"][()]
     if texts.dtype.kind not in "SO":
         raise ValueError(f"its categories are {texts.dtype}, and classes are of texts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from h5py import h5t
 
 from hpctrain.data.dataset import Field
+from hpctrain.data.files.global_heaps import require_sound_attribute
 from hpctrain.data.files.strangers import as_told
 from hpctrain.errors import DatasetError, UsageError
 from hpctrain.utils.files import require_regular
@@ -212,50 +212,12 @@ def read_attribute(attributes: h5py.AttributeManager, name: str) -> Any:
         OSError: if it cannot be read.
     """
     about = attributes.get_id(name)
+    require_sound_attribute(attributes, name)
     length = 0 if about.shape is None else math.prod(about.shape) * about.dtype.itemsize
     # Of an attribute without values HDF5 reports no size, but an error.
     if length and max(length, about.get_storage_size()) > MOST_ATTRIBUTE_BYTES:
         raise ValueError(f"of {length:,} bytes, too large to be read")
     return attributes[name]
-
-
-def require_sound_heap(dataset: h5py.Dataset, rows: slice = slice(None)) -> None:
-    """Check the heaps that contiguous values of variable length are in: HDF5 loops in a zeroed one.
-
-    Raises:
-        OSError: if one of them is damaged so, or not there.
-    """
-    base = dtype_of(dataset).base
-    text = h5py.check_string_dtype(base)
-    is_apart = h5py.check_vlen_dtype(base) is not None or (text is not None and text.length is None)
-    offset = dataset.id.get_offset() if is_apart and dataset.chunks is None else None
-    if offset is None or dataset.id.get_storage_size() != dataset.size * _IN_HEAP.itemsize:
-        return
-    start, stop, _ = rows.indices(len(dataset))
-    each = dataset.size // max(1, len(dataset))
-    with Path(dataset.file.filename).open("rb") as file:
-        file.seek(offset + start * each * _IN_HEAP.itemsize)
-        found = np.fromfile(file, _IN_HEAP, max(0, stop - start) * each)
-        for at in np.unique(found["heap"][found["length"] > 0]).tolist():
-            file.seek(at + dataset.file.userblock_size)
-            _require_sound_objects(file.read(_LARGEST_HEAP_BYTES), at)
-
-
-_IN_HEAP = np.dtype([("length", "<u4"), ("heap", "<u8"), ("number", "<u4")])
-"""Source: HDF5's format of values of variable length, and below, of its global heaps."""
-_HEAP, _OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HH4xQ")
-_LARGEST_HEAP_BYTES = 2**16
-
-
-def _require_sound_objects(heap: bytes, place: int) -> None:
-    signature, _, size = _HEAP.unpack_from(heap) if len(heap) >= _HEAP.size else (b"", 0, 0)
-    at, is_sound = _HEAP.size, signature == b"GCOL"
-    while is_sound and at + _OBJECT.size <= min(size, len(heap)):
-        number, _, length = _OBJECT.unpack_from(heap, at)
-        is_sound = bool(number or length)
-        at += length if not number else _OBJECT.size + (length + 7) // 8 * 8
-    if not is_sound:
-        raise OSError(f"the global heap at byte {place:,} is damaged: bring the file back")
 
 
 class Filter(NamedTuple):

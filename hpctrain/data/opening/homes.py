@@ -16,7 +16,7 @@ from hpctrain.data.dataset import WHOLE, Dataset, Layout
 from hpctrain.data.files.discovery import FileOrder, files_of, open_dataset
 from hpctrain.data.files.form_opening import is_sequence
 from hpctrain.data.files.groups import objects_fitting, stem
-from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file
+from hpctrain.data.files.storage import HDF5_FAILURES, open_hdf5_file, read_attribute
 from hpctrain.data.files.walking import require_files_behind
 from hpctrain.data.order.ragged import (
     Heap,
@@ -233,7 +233,8 @@ def _columns_of(group: object, path: str) -> int:
             "data.fields.NAME.sparse out, or name another path (X, layers/counts, raw/X, matrix)"
         )
     there = group.attrs
-    kind = there.get("encoding-type", there.get("h5sparse_format"))
+    names = [name for name in ("encoding-type", "h5sparse_format") if name in there]
+    kind = read_attribute(there, names[0]) if names else None
     kind = kind.decode() if isinstance(kind, bytes) else kind
     if kind is None and isinstance(shape := group.get("shape"), h5py.Dataset):
         if shape.shape != (2,):

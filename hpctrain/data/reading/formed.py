@@ -12,6 +12,7 @@ import numpy as np
 from hpctrain.data.arrays import Bytes, Int64s, groups_of, within
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.files.form_opening import categories_in
+from hpctrain.data.files.global_heaps import require_sound_heap
 from hpctrain.data.files.storage import HDF5_FAILURES
 from hpctrain.data.forms import Form, Rows, UnfitRowError
 from hpctrain.data.reading.handles import Handles, Locate, open_hdf5, where_it_is
@@ -242,6 +243,9 @@ class FormedReader:
                     of = dataset
                     if form.stored.hasobject and form.members:
                         of = dataset.fields(form.members[0])
+                    if form.stored.hasobject and isinstance(dataset, h5py.Dataset):
+                        own = slice(first, first + size) if self._axis == 0 else slice(None)
+                        require_sound_heap(dataset, own)
                     rows = (slice(None),) * self._axis + (slice(first, first + size),)
                     part = of[rows]
                 except HDF5_FAILURES as error:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from hpctrain.data.arrays import Bytes, Int64s, within
 from hpctrain.data.dataset import Dataset, Field, Shard
+from hpctrain.data.files.global_heaps import require_sound_fill, require_sound_heap
 from hpctrain.data.files.storage import HDF5_FAILURES, filters_of, open_hdf5_file
 from hpctrain.data.files.walking import is_in
 from hpctrain.data.reading.chunk_index import list_chunks
@@ -127,6 +128,7 @@ def _descriptors(
     dataset: h5py.Dataset, path: str, field: Field
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     """Return all rows as they are stored, and which of them only HDF5 can read."""
+    require_sound_fill(dataset)
     rows = dataset.size
     stored = np.zeros(rows, _DESCRIPTOR)
     unknown = np.ones(rows, bool)
@@ -198,6 +200,7 @@ def _count_by_hdf5(dataset: h5py.Dataset, counts: Int64s, unknown: npt.NDArray[n
     for start in range(0, len(counts), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         if unknown[rows].any():
+            require_sound_heap(dataset, rows)
             values = dataset[rows] if dataset.ndim else [dataset[()]]
             lengths = np.fromiter(map(len, values), np.int64)
             counts[rows] = np.where(unknown[rows], lengths, counts[rows])
@@ -405,6 +408,7 @@ class HeapReader:
         for (shard, row), (_, first, count, to) in zip(places, pieces.listed(), strict=True):
             try:
                 dataset = self._files.get(shard)[shard.inside(name)]
+                require_sound_heap(dataset, slice(row, row + 1))
                 values = dataset[row] if dataset.ndim else dataset[()]
             except HDF5_FAILURES as error:
                 raise DatasetError(
