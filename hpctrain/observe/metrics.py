@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import itertools
 import logging
 import socket
@@ -20,7 +21,6 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from hpctrain.errors import CheckpointError
-from hpctrain.observe.event_file import framed
 from hpctrain.observe.records import (
     WALL_TIME,
     Histogram,
@@ -370,7 +370,9 @@ class TensorBoard:
     ) -> None:
         from tensorboard.compat.proto import event_pb2, histogram_pb2, summary_pb2
         from tensorboard.plugins.hparams import plugin_data_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self._record_writer = RecordWriter
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
         self._histogram = histogram_pb2.HistogramProto
@@ -479,4 +481,8 @@ class TensorBoard:
         )
 
     def _write(self, events: Sequence[Any]) -> None:
-        self._file.append(b"".join(framed(event.SerializeToString()) for event in events))
+        buffer = io.BytesIO()
+        writer = self._record_writer(buffer)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._file.append(buffer.getvalue())

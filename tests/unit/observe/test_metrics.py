@@ -21,7 +21,6 @@ from google.protobuf.json_format import MessageToDict
 
 from hpctrain.errors import CheckpointError
 from hpctrain.observe import metrics, records
-from hpctrain.observe.event_file import framed
 from hpctrain.observe.metrics import MetricsWriter
 from hpctrain.observe.records import Histogram, Image, from_line, to_line
 from hpctrain.utils import files
@@ -398,14 +397,6 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert losses[2] == pytest.approx(1 / 3)
     assert math.isnan(losses[3])
     assert [event.step for event in accumulator.Scalars("validation/accuracy")] == [2]
-
-
-def test_records_of_event_files_are_tensorboards() -> None:
-    writers = pytest.importorskip("tensorboard.summary.writer.record_writer")
-    for content in (b"", b"123456789", bytes(range(256)) * 5):
-        buffer = io.BytesIO()
-        writers.RecordWriter(buffer).write(content)
-        assert framed(content) == buffer.getvalue()
 
 
 def test_the_table_of_hyperparameters(tmp_path: Path) -> None:
