@@ -87,21 +87,19 @@ def training(
 
     from hpctrain.data import open_dataset
     from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+    from hpctrain.data.order.batches import Batching, Epochs, RankShare
     from hpctrain.data.order.order import Order
 
     dataset = open_dataset(str(folder))
+    batching = Batching(global_batch_size=batch * ranks, drop_last=True)
     order = Order.for_dataset(
         dataset, seed=0, global_batch_size=batch * ranks, is_resident=in_memory
     )
     loader = TrainLoader(
         dataset,
-        order,
+        Epochs(order, dataset.source, batching, RankShare(rank, ranks)),
         LoaderOptions(device=torch.device("cpu"), buffer_mb=512.0, threads=threads),
         fields=list(dataset.fields),
-        global_batch_size=batch * ranks,
-        drop_last=True,
-        rank=rank,
-        world_size=ranks,
         memory=held(dataset) if in_memory else None,
     )
     epochs = iter(range(2**30))

@@ -31,6 +31,7 @@ from hpctrain.data.loading.map_style.loaders import MapTrainLoader
 from hpctrain.data.loading.map_style.parcel import Parcel
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.loading.map_style.workers import Travelling, processes
+from hpctrain.data.order.batches import Batching, Epochs, RankShare
 from hpctrain.data.order.order import Order, sample_keys
 
 COSTS = (0, 20, 100, 1000)
@@ -69,16 +70,8 @@ def ours(dataset: Dataset[Any], samples: int, workers: int, batch: int) -> Any:
     parcel = Parcel.of(Travelling(dataset, None, None))
     pool = processes("benchmark", parcel, workers, dict(os.environ), seeded=True, used=())
     reader = PassReader(found, Fetcher(dataset, None, seeded=True), pool, torch.device("cpu"))
-    return MapTrainLoader(
-        found,
-        order,
-        reader,
-        global_batch_size=batch,
-        micro_batch_size=None,
-        drop_last=False,
-        rank=0,
-        world_size=1,
-    )
+    epochs = Epochs(order, found.source, Batching(global_batch_size=batch), RankShare())
+    return MapTrainLoader(found, epochs, reader)
 
 
 def taken_by(batches: Iterable[Any]) -> Epoch:

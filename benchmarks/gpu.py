@@ -550,22 +550,22 @@ def hdf5(
     """Return a loader of samples that are stored in shards."""
     from hpctrain.data import Writer, open_dataset
     from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+    from hpctrain.data.loading.preprocessing import Preprocessing
+    from hpctrain.data.order.batches import Batching, Epochs, RankShare
     from hpctrain.data.order.order import Order
 
     count = len(next(iter(stored.values())))
     with Writer(folder / "data") as writer:
         writer.extend(stored)
     dataset = open_dataset(str(folder / "data"))
+    order = Order(samples=count, seed=1, lanes=min(64, count), window=4, block_rows=1)
+    batching = Batching(global_batch_size=batch, drop_last=True)
     return TrainLoader(
         dataset,
-        Order(samples=count, seed=1, lanes=min(64, count), window=4, block_rows=1),
+        Epochs(order, dataset.source, batching, RankShare()),
         LoaderOptions(device=world.device, buffer_mb=1024.0, threads=4),
         fields=list(stored),
-        global_batch_size=batch,
-        drop_last=True,
-        rank=0,
-        world_size=1,
-        batch_transform=batch_transform(dataset.fields),
+        preprocessing=Preprocessing(batch_transform=batch_transform(dataset.fields)),
     )
 
 

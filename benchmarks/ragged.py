@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from hpctrain.config.schema_data import DataSection, FieldTable
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.opening.open_datasets import open_datasets
+from hpctrain.data.order.batches import Batching, Epochs, RankShare
 from hpctrain.data.order.order import Order
 
 BATCH = 512
@@ -135,15 +136,12 @@ def ours(path: Path, threads: int, **tables: dict[str, Any]) -> Callable[[], Ite
     fields = {name: FieldTable(**table) for name, table in tables.items()}
     section = DataSection(train=str(path), global_batch_size=BATCH, fields=fields)
     dataset, _ = open_datasets(section, list(fields))
+    order = Order(samples=dataset.samples, seed=0, lanes=64, window=4, block_rows=32)
     loader = TrainLoader(
         dataset,
-        Order(samples=dataset.samples, seed=0, lanes=64, window=4, block_rows=32),
+        Epochs(order, dataset.source, Batching(global_batch_size=BATCH), RankShare()),
         LoaderOptions(device=torch.device("cpu"), buffer_mb=256.0, threads=threads),
         fields=list(fields),
-        global_batch_size=BATCH,
-        drop_last=False,
-        rank=0,
-        world_size=1,
     )
     epochs = iter(range(1000))
     return lambda: (batch.fields for batch in loader.epoch(next(epochs)))

@@ -28,7 +28,9 @@ from hpctrain.config.schema_data import DataSection, FieldTable, SamplesTable
 from hpctrain.data.decoding import decodings
 from hpctrain.data.loading.decoder import Decoder, Decoding
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.loading.preprocessing import Preprocessing
 from hpctrain.data.opening.open_datasets import open_for_training
+from hpctrain.data.order.batches import Batching, Epochs, RankShare
 from hpctrain.data.order.order import Order
 
 LEVELS, LATITUDES, LONGITUDES = 3, 91, 180
@@ -99,16 +101,13 @@ def ours(folder: Path, batch: int, threads: int) -> TrainLoader:
     names = ["state", "target"]
     dataset = open_for_training(section, names)
     decoder = Decoder(decodings([dataset])[0], {}, torch.device("cpu"))
+    order = Order.for_dataset(dataset, seed=1, global_batch_size=batch)
     return TrainLoader(
         dataset,
-        Order.for_dataset(dataset, seed=1, global_batch_size=batch),
+        Epochs(order, dataset.source, Batching(global_batch_size=batch), RankShare()),
         LoaderOptions(device=torch.device("cpu"), buffer_mb=512.0, threads=threads),
         fields=names,
-        global_batch_size=batch,
-        drop_last=False,
-        rank=0,
-        world_size=1,
-        decoding=Decoding(on_device=decoder),
+        preprocessing=Preprocessing(decoding=Decoding(on_device=decoder)),
     )
 
 

@@ -45,7 +45,7 @@ def open_and_check(checks: Checks, world: World) -> Data | None:
     if opened is None:
         checks.skip(["shards", "HDF5 file locking"], "the dataset cannot be opened")
         return None
-    decoded = {name: described(each) for name, each in opened.transforms.decoding.all.items()}
+    decoded = {name: described(each) for name, each in opened.transforms.train.decoding.all.items()}
     if isinstance(opened.train, MapDataset):
         checks.add(_judge_objects(opened))
         return opened

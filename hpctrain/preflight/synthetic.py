@@ -48,8 +48,8 @@ def stand_in(opened: Data, world: World) -> StandIn:
         largest_share=loader.largest_share,
         smallest_share=loader.smallest_share,
         device=world.device,
-        batch_transform=opened.transforms.batch_transform,
-        constants=opened.transforms.decoding.constants,
+        batch_transform=opened.transforms.train.batch_transform,
+        constants=opened.transforms.train.decoding.constants,
     )
 
 

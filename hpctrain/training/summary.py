@@ -228,7 +228,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     notes += _served(config, data)
-    for name, each in data.transforms.decoding.all.items():
+    for name, each in data.transforms.train.decoding.all.items():
         table = config.data.fields.get(name, FieldTable())
         is_left = (table.fill, table.mask) == (None, None)
         is_nan = each.marks and not each.keeps_numbers and is_left

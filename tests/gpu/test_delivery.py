@@ -18,7 +18,7 @@ from hpctrain.accelerator import Streams
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.delivery import Copying
+from hpctrain.data.loading.device_copies import Copying
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.prefetch import DEVICE_ALIGNMENT_BYTES
 from hpctrain.data.order.order import Order

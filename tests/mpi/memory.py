@@ -11,6 +11,7 @@ import torch
 import hpctrain
 from hpctrain.data import Storage, Writer, open_dataset
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
+from hpctrain.data.order.batches import Batching, Epochs, RankShare
 from hpctrain.data.order.order import Order
 from hpctrain.data.staging.node_cache import SHARED, hold_on_node
 from hpctrain.errors import DatasetError, HpctrainError
@@ -40,13 +41,9 @@ def main(folder: Path) -> None:
         def batches(held: object) -> list[bytes]:
             loader = TrainLoader(
                 dataset,
-                order,
+                Epochs(order, "data", Batching(global_batch_size=50), RankShare(rank, size)),
                 LoaderOptions(device=torch.device("cpu"), buffer_mb=1.0),
                 fields=["image", "id"],
-                global_batch_size=50,
-                drop_last=False,
-                rank=rank,
-                world_size=size,
                 memory=held,  # type: ignore[arg-type]
             )
             found = [

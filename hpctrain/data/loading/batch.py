@@ -63,6 +63,17 @@ def repeated(rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: torch.cat([tensor] * count) for name, tensor in rows.items()}
 
 
+def finite(tensor: Tensor) -> Tensor:
+    """Return numbers with 0 where there is none; what are no floats stays as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.layout == torch.sparse_csr:
+        made = tensor.clone()
+        made.values().nan_to_num_(0.0, 0.0, 0.0)
+        return made
+    return torch.nan_to_num(tensor, 0.0, 0.0, 0.0)
+
+
 class ShareOfBatch(Protocol):
     """This rank's share of a global batch.
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,18 @@ from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.arrays import Bytes, Int64s
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch import Batch, Rows, Samples
-from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.decoder import Decoding, torch_dtype_of
+from hpctrain.data.loading.decoder import torch_dtype_of
+from hpctrain.data.loading.device_copies import DeviceCopies, pinned_bytes
 from hpctrain.data.loading.images import ImagePreparation
 from hpctrain.data.loading.prefetch import (
     ALIGNMENT_BYTES,
     DEVICE_ALIGNMENT_BYTES,
-    GROUPS_IN_USE,
-    GROUPS_IN_USE_BY_COPIES,
     BufferPool,
     MemoryPlan,
     Prefetch,
     new_bytes,
 )
-from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.preprocessing import Preprocessing
 from hpctrain.data.loading.ragged import RaggedBatch, RaggedRows, Values, documents_of
 from hpctrain.data.loading.sources import (
     Group,
@@ -51,14 +49,7 @@ from hpctrain.data.reading.threads import Helpers
 from hpctrain.data.view import View
 from hpctrain.utils.text import printable
 
-MOST_COPIES = 2
-"""Groups on their way to the device at once."""
-
 logger = logging.getLogger(__name__)
-
-
-Preparation = SamplePreparation | ImagePreparation
-"""What is done to every sample on the host."""
 
 
 def _nothing() -> None:
@@ -114,10 +105,8 @@ class Delivery:
         rows: int,
         memory: MemoryPlan,
         options: LoaderOptions,
+        preprocessing: Preprocessing,
         *,
-        preparation: Preparation | None,
-        decoding: Decoding,
-        batch_transform: BatchTransform,
         training: bool,
     ) -> None:
         """Prepare; no file is opened yet.
@@ -127,9 +116,7 @@ class Delivery:
             rows: the most samples of a group.
             memory: how host memory is spent.
             options: how to read, and where the batches go.
-            preparation: what is done to every sample on the host; None: nothing.
-            decoding: what is decoded.
-            batch_transform: what is done to batches on the device.
+            preprocessing: what is done to samples.
             training: False in an evaluation.
         """
         device = options.device
@@ -140,9 +127,9 @@ class Delivery:
             locate=options.locate,
             helpers=self.helpers,
         )
-        self._preparation = preparation
-        self._decoding = decoding
-        self._batch_transform = batch_transform
+        self._preparation = preparation = preprocessing.preparation
+        self._decoding = preprocessing.decoding
+        self._batch_transform = preprocessing.batch_transform
         self._training = training
         self._fields = dataset.fields if preparation is None else preparation.fields
         self._dtypes = {name: torch_dtype_of(field.dtype) for name, field in self._fields.items()}
@@ -152,7 +139,7 @@ class Delivery:
         self._alignment = ALIGNMENT_BYTES if device.type == "cpu" else DEVICE_ALIGNMENT_BYTES
         groups = memory.groups_ready + (memory.groups_ahead if preparation is None else 0)
         aside = device.type in COPIES_ASIDE
-        allocate = _pinned if aside else new_bytes
+        allocate = pinned_bytes if aside else new_bytes
         self._copies = DeviceCopies(Streams(device)) if aside else None
         stored = dataset.ragged if isinstance(dataset, View) else {}
         decoded = preparation.images if isinstance(preparation, ImagePreparation) else {}
@@ -449,88 +436,3 @@ class Delivery:
         if size == 0:
             return torch.empty((0, *shape), dtype=dtype)
         return torch.from_numpy(data).view(dtype).view(size, *shape)
-
-
-def groups_in_use(device: torch.device) -> int:
-    """Return how many groups are in host memory besides those that wait for the consumer."""
-    return GROUPS_IN_USE_BY_COPIES if device.type in COPIES_ASIDE else GROUPS_IN_USE
-
-
-def sample_bytes(dataset: Dataset, preparation: Preparation | None) -> tuple[int, int]:
-    """Return the bytes of a sample as it goes to the device, and those besides before that."""
-    if preparation is None:
-        return dataset.bytes_per_sample, 0
-    return preparation.row_bytes, preparation.staging_bytes
-
-
-def _pinned(size: int) -> Bytes:
-    """Return memory that the device copies from while the host goes on."""
-    array: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-    return array
-
-
-class Copying:
-    """The tensors of one group on their way to the device, or there."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._tensors: list[torch.Tensor] = []
-        self._stream: Any = None
-        self.done: Any = None
-
-    def copy(self, tensor: torch.Tensor, *, pinned: bool) -> torch.Tensor:
-        """Return a copy in the making of a tensor of the host.
-
-        Args:
-            tensor: on the host.
-            pinned: whether the device copies from its memory by itself; else it is put into such
-                memory first, which suits small ones.
-        """
-        here = tensor if pinned else self._streams.pinned(tensor)
-        self._tensors.append(copied := self._streams.copied(here))
-        return copied
-
-    def require(self) -> None:
-        """Have what the caller gives to its current stream from now on wait for the copies.
-
-        The host does not wait.
-        """
-        stream = self._streams.current()
-        if stream == self._stream:
-            return
-        # The consumer may change its stream in the middle of a group.
-        stream.wait_event(self.done)
-        for tensor in self._tensors:
-            # Made on another stream, whose next copy would else take this memory too early.
-            self._streams.lend(tensor, stream)
-        self._stream = stream
-
-
-class DeviceCopies:
-    """Makes copies on a stream of its own, and keeps the host's memory until they are made."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._aside: Any = None  # made with the first copy, in the consumer's thread
-        # Copies that may be under way, and the host memory that they read.
-        self._running: deque[tuple[Any, object]] = deque()
-
-    @contextmanager
-    def of(self, source: object) -> Iterator[Copying]:
-        """Give what copies a group; returns at once, unless two groups are under way already.
-
-        Args:
-            source: what keeps the memory of pinned tensors from being used again; let go of when
-                the copies are made.
-        """
-        running = self._running
-        while running and (len(running) >= MOST_COPIES or running[0][0].query()):
-            # Without a bound a host that runs ahead of its device would take ever more memory.
-            running.popleft()[0].synchronize()
-        if self._aside is None:
-            self._aside = self._streams.new()
-        copying = Copying(self._streams)
-        with self._streams.on(self._aside):
-            yield copying
-            copying.done = self._streams.mark(self._aside)
-        running.append((copying.done, source))

@@ -40,13 +40,6 @@ class Group(NamedTuple):
     cuts: Sequence[Sequence[tuple[int, int]]] | None = None
 
 
-def group_bounds(start: int, stop: int, batch: int, batches: int) -> Iterator[list[int]]:
-    """Cut start to stop into batches, and yield the bounds of so many batches at a time."""
-    for first in range(start, stop, batch * batches):
-        last = min(first + batch * batches, stop)
-        yield [*range(first, last, batch), last]
-
-
 class HostGroup(NamedTuple):
     """The samples of a group in host memory.
 

@@ -16,14 +16,14 @@ from hpctrain.config.semantics import Semantics
 from hpctrain.data.dataset import Dataset, DatasetFacts
 from hpctrain.data.files.discovery import verify_share
 from hpctrain.data.loading.batch import EvaluationBatches, TrainBatches
-from hpctrain.data.loading.decoder import Decoding
-from hpctrain.data.loading.delivery import Preparation
 from hpctrain.data.loading.evaluation_loader import EvaluationLoader
 from hpctrain.data.loading.loader import LoaderOptions, TrainLoader
 from hpctrain.data.loading.map_style.dataset import Intake, MapDataset
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrainLoader
+from hpctrain.data.loading.preprocessing import Preprocessing
 from hpctrain.data.opening.open_datasets import open_datasets, open_named
 from hpctrain.data.opening.weights import Weights, read_weights, weights_of_file
+from hpctrain.data.order.batches import Batching, Begun, Epochs, EvaluationShare, RankShare
 from hpctrain.data.order.mixture import Terms
 from hpctrain.data.order.order import Order, Sampling, served_samples
 from hpctrain.data.order.state import block_rows_of, from_state, to_state
@@ -207,47 +207,34 @@ def open_data(
             read_retries=section.read_retries,
             locate=staging.locate,
         )
-        in_common: Mapping[str, Any] = {
-            "fields": fields,
-            "rank": topology.rank,
-            "world_size": topology.world_size,
-            "batch_transform": transforms.batch_transform,
-            "max_tokens": section.max_tokens,
-        }
+        begun_with = Begun(orders=begun, position=place.position)
         train_loader = TrainLoader(
             train,
-            order,
+            _epochs_of(config, world, train.source, order, begun_with, weights),
             options,
+            fields=fields,
+            preprocessing=transforms.train,
             memory=memory,
-            preparation=transforms.train,
-            decoding=transforms.decoding,
-            **in_common,
-            **_epochs_of(config, place, begun, weights),
         )
 
-        def evaluation_loader(
-            dataset: Dataset, preparation: Preparation | None, decoding: Decoding
-        ) -> EvaluationLoader:
-            return EvaluationLoader(
+        def evaluated(dataset: Dataset, preprocessing: Preprocessing) -> Evaluated:
+            loader = EvaluationLoader(
                 dataset,
+                _evaluation_share(config, world, dataset, train_loader.largest_share),
                 options,
-                batch_size=section.micro_batch_size or train_loader.largest_share,
-                preparation=preparation,
-                decoding=decoding,
-                seed=config.run.seed,
-                samples=evaluated_samples(config, dataset.samples),
-                **in_common,
+                fields=fields,
+                preprocessing=preprocessing,
             )
+            return Evaluated(dataset=dataset, loader=loader)
 
         validations = []
         if validation is not None:
-            loader = evaluation_loader(
-                validation, transforms.validation, transforms.validation_decoding
-            )
-            validations.append(Evaluated(dataset=validation, loader=loader))
+            validations.append(evaluated(validation, transforms.validation))
         evaluations = {
-            name: Evaluated(dataset=dataset, loader=evaluation_loader(dataset, *made))
-            for (name, dataset), made in zip(further.items(), transforms.further, strict=True)
+            name: evaluated(dataset, preprocessing)
+            for (name, dataset), preprocessing in zip(
+                further.items(), transforms.further, strict=True
+            )
         }
     return Data(
         config=config,
@@ -278,7 +265,6 @@ def _open_objects(
     brought: Brought,
 ) -> Data:
     """Serve torch Datasets in place of files. Collective: all ranks."""
-    section, topology = config.data, world.topology
     config, brought, notes = take_data(config, world, brought)
     section, intake = config.data, brought.train
     train = served(intake, config, world)
@@ -290,25 +276,16 @@ def _open_objects(
         order, place, begun = _order_and_place(
             config, train.dataset, resumed, weights, is_resident=True
         )
+        begun_with = Begun(orders=begun, position=place.position)
         train_loader = MapTrainLoader(
             train.dataset,
-            order,
+            _epochs_of(config, world, train.dataset.source, order, begun_with, weights),
             train.reader,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            **_epochs_of(config, place, begun, weights),
         )
 
         def evaluated(of: Served) -> Evaluated:
-            loader = MapEvaluationLoader(
-                of.dataset,
-                of.reader,
-                batch_size=section.micro_batch_size or train_loader.largest_share,
-                rank=topology.rank,
-                world_size=topology.world_size,
-                seed=config.run.seed,
-                samples=evaluated_samples(config, of.dataset.samples),
-            )
+            share = _evaluation_share(config, world, of.dataset, train_loader.largest_share)
+            loader = MapEvaluationLoader(of.dataset, share, of.reader)
             return Evaluated(dataset=of.dataset, loader=loader)
 
     return Data(
@@ -332,20 +309,41 @@ def _open_objects(
 
 
 def _epochs_of(
-    config: Config, place: Position, begun: Mapping[int, Order], weights: Weights | None
-) -> dict[str, Any]:
-    """Return what loaders of files and of objects alike take to serve the epochs of a run."""
+    config: Config,
+    world: World,
+    source: str,
+    order: Order,
+    begun: Begun,
+    weights: Weights | None,
+) -> Epochs:
+    """Return what this rank serves of the epochs of a run, of files and of objects alike."""
     section = config.data
-    return {
-        "global_batch_size": section.global_batch_size,
-        "micro_batch_size": section.micro_batch_size,
+    batching = Batching(
+        global_batch_size=section.global_batch_size,
+        micro_batch_size=section.micro_batch_size,
+        max_tokens=section.max_tokens,
         # An epoch of a mixture is cut when its order is made.
-        "drop_last": section.drop_last and not section.sources,
-        "limit": None if section.sources else train_limit(config.training),
-        "begun": begun,
-        "begin": place.position,
-        "draw": weights,
-    }
+        drop_last=section.drop_last and not section.sources,
+        limit=None if section.sources else train_limit(config.training),
+    )
+    return Epochs(order, source, batching, _rank_share(world), begun=begun, draw=weights)
+
+
+def _evaluation_share(
+    config: Config, world: World, dataset: DatasetFacts, largest_share: int
+) -> EvaluationShare:
+    """Return what this rank serves of an evaluation, in batches as large as those of a pass."""
+    return EvaluationShare(
+        batch_size=config.data.micro_batch_size or largest_share,
+        ranks=_rank_share(world),
+        seed=config.run.seed,
+        samples=evaluated_samples(config, dataset.samples),
+        max_tokens=config.data.max_tokens,
+    )
+
+
+def _rank_share(world: World) -> RankShare:
+    return RankShare(world.topology.rank, world.topology.world_size)
 
 
 def _open_datasets(

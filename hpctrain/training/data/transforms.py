@@ -30,9 +30,9 @@ from hpctrain.data.loading.batch_transform import (
     Transform,
 )
 from hpctrain.data.loading.decoder import Decoder, Decoding
-from hpctrain.data.loading.delivery import Preparation
 from hpctrain.data.loading.images import Decoded, ImagePreparation
 from hpctrain.data.loading.preparation import SamplePreparation
+from hpctrain.data.loading.preprocessing import AS_STORED, Preparation, Preprocessing
 from hpctrain.data.loading.worker_pool import WorkerPool
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.data.view import View
@@ -48,22 +48,16 @@ class Transforms:
     """What becomes of samples between the files and the task.
 
     Attributes:
-        train: what is done to every sample to train with; None: nothing.
-        validation: the same, to evaluate with.
-        batch_transform: what is done to batches on the device.
-        decoding: what is decoded, of what to train with.
-        validation_decoding: the same, of what to evaluate with.
+        train: of samples to train with.
+        validation: of those to evaluate with.
+        further: of each of further data to evaluate with.
         fields: by name, as they are once decoded, of what to train with.
-        further: as `validation` and `validation_decoding`, of further data to evaluate with.
     """
 
-    train: Preparation | None
-    validation: Preparation | None
-    decoding: Decoding
-    validation_decoding: Decoding
-    batch_transform: BatchTransform
+    train: Preprocessing
+    validation: Preprocessing
+    further: Sequence[Preprocessing]
     fields: Mapping[str, Field]
-    further: Sequence[tuple[Preparation | None, Decoding]]
     _worker_pool: WorkerPool | None
 
     @classmethod
@@ -100,8 +94,6 @@ class Transforms:
         images = images_of(config, fields)
 
         def preparation(index: int) -> Preparation | None:
-            if index >= len(datasets):
-                return None
             dataset = datasets[index]
             if images:
                 assert isinstance(dataset, View)
@@ -120,45 +112,35 @@ class Transforms:
             )
 
         def decoding(index: int, prepares: Preparation | None) -> Decoding:
-            if index >= len(datasets):
-                return Decoding()
             prepared = prepares.fields if isinstance(prepares, SamplePreparation) else None
             found = decodings.decoding(config, index, world.device, prepared)
             return dataclasses.replace(found, constants=constants[index])
 
-        prepares, validates = preparation(0), preparation(1)
-        delivered = datasets[0].fields if prepares is None else prepares.fields
-        decoded = decodings.fields(delivered, prepared=isinstance(prepares, SamplePreparation))
+        prepares = [preparation(index) for index in range(len(datasets))]
+        first = prepares[0]
+        delivered = datasets[0].fields if first is None else first.fields
+        decoded = decodings.fields(delivered, prepared=isinstance(first, SamplePreparation))
+        batch_transform = build_batch_transform(
+            config, decoded, decodings.of_floats(decoded), normalizations, world.device
+        )
+        made = [
+            Preprocessing(
+                preparation=each, decoding=decoding(index, each), batch_transform=batch_transform
+            )
+            for index, each in enumerate(prepares)
+        ]
         return cls(
-            train=prepares,
-            validation=validates,
-            decoding=decoding(0, prepares),
-            validation_decoding=decoding(1, validates),
-            batch_transform=build_batch_transform(
-                config, decoded, decodings.of_floats(decoded), normalizations, world.device
-            ),
+            train=made[0],
+            validation=AS_STORED if validation is None else made[1],
+            further=made[len(made) - len(further) :],
             fields=decoded,
-            further=[
-                (prepared, decoding(index, prepared))
-                for index in range(len(datasets) - len(further), len(datasets))
-                for prepared in [preparation(index)]
-            ],
             _worker_pool=worker_pool,
         )
 
     @classmethod
     def none(cls) -> Transforms:
         """Return those of data that come as the task wants them."""
-        return cls(
-            train=None,
-            validation=None,
-            decoding=Decoding(),
-            validation_decoding=Decoding(),
-            batch_transform=BatchTransform(),
-            fields={},
-            further=(),
-            _worker_pool=None,
-        )
+        return cls(train=AS_STORED, validation=AS_STORED, further=(), fields={}, _worker_pool=None)
 
     def close(self) -> None:
         """End all processes; no loader may be at work."""

@@ -16,6 +16,7 @@ from hpctrain.config.limits import limited
 from hpctrain.data.loading.batch import map_tensors
 from hpctrain.data.loading.map_style.dataset import Intake
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
+from hpctrain.data.order.batches import EvaluationShare, RankShare
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
 from hpctrain.topology import raise_together
@@ -240,16 +241,14 @@ def _loader(
     size = intake.batch_size or 1
     ready = served(intake, config, world)
     batches = limited(-(-ready.dataset.samples // size), limit)
-    rank, ranks = world.topology.rank, world.topology.world_size
-    first, stop = (each * batches // ranks for each in (rank, rank + 1))
+    ranks = RankShare(world.topology.rank, world.topology.world_size)
+    first, stop = ranks.bounds(batches)
     samples = min(batches * size, ready.dataset.samples)
-    return MapEvaluationLoader(
-        ready.dataset,
-        ready.reader,
+    share = EvaluationShare(
         batch_size=size,
-        rank=rank,
-        world_size=ranks,
+        ranks=ranks,
         seed=config.run.seed,
         samples=samples,
         rows=np.arange(first * size, min(stop * size, samples), dtype=np.int64),
     )
+    return MapEvaluationLoader(ready.dataset, share, ready.reader)

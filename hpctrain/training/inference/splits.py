@@ -24,6 +24,7 @@ from hpctrain.data.loading.map_style.dataset import Intake, MapDataset
 from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.opening.open_datasets import open_for_evaluation, open_for_training, open_named
+from hpctrain.data.order.batches import EvaluationShare, RankShare
 from hpctrain.data.reading.threads import reading_threads
 from hpctrain.errors import ConfigError
 from hpctrain.launch.process_group import World
@@ -77,17 +78,16 @@ class OfFiles:
         """Return what serves every sample once over all ranks, or these rows on this one."""
         return EvaluationLoader(
             self.dataset,
+            EvaluationShare(
+                batch_size=self.batch_size,
+                ranks=RankShare(world.topology.rank, world.topology.world_size),
+                seed=self.seed,
+                rows=rows,
+                max_tokens=self.max_tokens,
+            ),
             self.options,
             fields=self.fields,
-            rank=world.topology.rank,
-            world_size=world.topology.world_size,
-            batch_size=self.batch_size,
-            preparation=self.transforms.validation,
-            decoding=self.transforms.validation_decoding,
-            batch_transform=self.transforms.batch_transform,
-            seed=self.seed,
-            rows=rows,
-            max_tokens=self.max_tokens,
+            preprocessing=self.transforms.validation,
         )
 
     def close(self) -> None:
@@ -108,15 +108,13 @@ class OfObjects:
 
     def loader(self, world: World, rows: Int64s | None = None) -> MapEvaluationLoader:
         """Return what serves every sample once over all ranks, or these rows on this one."""
-        return MapEvaluationLoader(
-            self.dataset,
-            self.reader,
+        share = EvaluationShare(
             batch_size=self.batch_size,
-            rank=world.topology.rank,
-            world_size=world.topology.world_size,
+            ranks=RankShare(world.topology.rank, world.topology.world_size),
             seed=self.seed,
             rows=rows,
         )
+        return MapEvaluationLoader(self.dataset, share, self.reader)
 
     def close(self) -> None:
         """Do nothing: a loader ends its own workers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from hpctrain.accelerator import COPIES_ASIDE, Streams, enter
 from hpctrain.data.arrays import Int64s, UInt64s
 from hpctrain.data.loading.batch import cut, map_tensors, moved
-from hpctrain.data.loading.delivery import DeviceCopies
+from hpctrain.data.loading.device_copies import DeviceCopies
 from hpctrain.data.loading.map_style.dataset import MapDataset
 from hpctrain.data.loading.map_style.fetch import Fetcher, FetchError, kept_draws
 from hpctrain.data.loading.map_style.workers import PassJob

@@ -19,7 +19,7 @@ from hpctrain.accelerator import Streams
 from hpctrain.data import Writer, open_dataset
 from hpctrain.data.dataset import Dataset, Field
 from hpctrain.data.loading.batch_transform import BatchTransform
-from hpctrain.data.loading.delivery import MOST_COPIES, DeviceCopies
+from hpctrain.data.loading.device_copies import MOST_COPIES, DeviceCopies
 from hpctrain.data.loading.loader import TrainLoader
 from hpctrain.data.loading.prefetch import (
     BufferPool,

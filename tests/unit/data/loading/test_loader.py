@@ -23,6 +23,7 @@ from hpctrain.data import random as random_of_samples
 from hpctrain.data.dataset import Dataset
 from hpctrain.data.loading.batch_transform import BatchTransform, Scale
 from hpctrain.data.loading.loader import Batch, TrainLoader
+from hpctrain.data.order.batches import Begun
 from hpctrain.data.order.epochs import Epoch, plan_epoch
 from hpctrain.data.order.order import Order
 from hpctrain.data.order.state import from_state, to_state
@@ -276,7 +277,7 @@ def test_resume_with_other_lanes_takes_effect_at_the_next_epoch(dataset: Dataset
     whole = [batch.fields["id"].tolist() for batch in make(dataset, begun).epoch(4)]
     state = to_state(begun, 4, 128, dataset.fingerprint)
     order, epoch, position = from_state(state, dataset, wanted, SAMPLES)
-    loader = make(dataset, wanted, begun={epoch: order})
+    loader = make(dataset, wanted, begun=Begun(orders={epoch: order}))
     assert [b.fields["id"].tolist() for b in loader.epoch(epoch, position)] == whole[2:]
     assert loader.order_of(4) == begun
     assert loader.order_of(5) == wanted
@@ -415,7 +416,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(dataset: Dataset) -> 
     with pytest.raises(ConfigError, match=r"data\.lanes = 16, but there are 17 ranks"):
         make(dataset, ORDERS[0], world_size=17)
     with pytest.raises(ConfigError, match=r"epoch 0 was begun with 12 lanes .*start at most 12"):
-        make(dataset, ORDERS[0], world_size=13, begun={0: ORDERS[2]})
+        make(dataset, ORDERS[0], world_size=13, begun=Begun(orders={0: ORDERS[2]}))
     with pytest.raises(DatasetError, match=r"global_batch_size = 1002, but .* only 1001 samples"):
         make(dataset, ORDERS[0], global_batch_size=1002)
     with pytest.raises(DatasetError, match=r'no field "images"\. Did you mean "image"'):

@@ -38,6 +38,7 @@ from hpctrain.data.loading.map_style.loaders import MapEvaluationLoader, MapTrai
 from hpctrain.data.loading.map_style.parcel import Parcel, packed, unpacked
 from hpctrain.data.loading.map_style.passes import PassReader
 from hpctrain.data.loading.map_style.workers import Travelling, processes
+from hpctrain.data.order.batches import Batching, Epochs, EvaluationShare, RankShare
 from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError, DatasetError, HpctrainError, TrainingError
 
@@ -78,13 +79,11 @@ def reader_of(found: MapDataset, workers: int) -> PassReader:
 def loader_of(
     found: MapDataset, workers: int = 0, rank: int = 0, world_size: int = 1, **options: Any
 ) -> MapTrainLoader:
-    chosen: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 3, "drop_last": False}
-    chosen |= options
-    size = chosen["global_batch_size"]
+    batching = Batching(**({"global_batch_size": 8, "micro_batch_size": 3} | options))
+    size = batching.global_batch_size
     order = Order.for_dataset(found, seed=7, global_batch_size=size, is_resident=True)
-    return MapTrainLoader(
-        found, order, reader_of(found, workers), rank=rank, world_size=world_size, **chosen
-    )
+    epochs = Epochs(order, found.source, batching, RankShare(rank, world_size))
+    return MapTrainLoader(found, epochs, reader_of(found, workers))
 
 
 def told(data: Any) -> Any:
@@ -206,13 +205,22 @@ def test_evaluation_serves_every_sample_once() -> None:
     for world_size in (1, 2, 3, 30):
         names: list[str] = []
         for rank in range(world_size):
-            loader = MapEvaluationLoader(
-                found, reader_of(found, 0), batch_size=4, rank=rank, world_size=world_size, seed=1
-            )
+            share = EvaluationShare(batch_size=4, ranks=RankShare(rank, world_size), seed=1)
+            loader = MapEvaluationLoader(found, share, reader_of(found, 0))
             shares = list(loader)
             assert len(shares) == len(loader) <= loader.most_batches
             names += [name for each in shares for name in each.fields["name"]]
         assert names == [f"text {i}" for i in range(23)]
+
+
+def test_a_batch_of_named_samples_begins_at_the_first_of_them() -> None:
+    found = map_dataset(user_data.Texts())
+    rows = np.array([8, 9, 10, 11, 12], np.int64)
+    share = EvaluationShare(batch_size=2, ranks=RankShare(1, 2), rows=rows)
+    loader = MapEvaluationLoader(found, share, reader_of(found, 0))
+    assert [each.start for each in loader] == [8, 10, 12]
+    assert loader.first_batch == 4
+    assert [loader.rows_of(index).tolist() for index in range(3)] == [[8, 9], [10, 11], [12]]
 
 
 def test_examples_are_put_together_as_they_are_asked_for() -> None:

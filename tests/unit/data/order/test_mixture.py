@@ -16,7 +16,8 @@ from helpers.loaders import train_loader
 from hpctrain.config.schema_data import DataSection, SamplesTable, SourceTable
 from hpctrain.data.dataset import Dataset, Field, Layout, Shard, SourceFacts
 from hpctrain.data.opening.open_datasets import open_datasets
-from hpctrain.data.order.epochs import Epochs, MixedEpoch
+from hpctrain.data.order.batches import Batching, Begun, Epochs, RankShare
+from hpctrain.data.order.epochs import MixedEpoch
 from hpctrain.data.order.mixture import Terms, apportioned, spread_step
 from hpctrain.data.order.order import Order
 from hpctrain.data.order.state import block_rows_of, from_state, to_state
@@ -82,11 +83,9 @@ class Job:
         return Epochs(
             self.order,
             "mixed",
-            global_batch_size=self.size,
-            drop_last=False,
-            rank=rank,
-            world_size=world_size,
-            begun=self.begun,
+            Batching(global_batch_size=self.size),
+            RankShare(rank, world_size),
+            begun=Begun(orders=self.begun),
         )
 
     def batches(self, count: int, world_size: int = 1) -> list[np.ndarray]:

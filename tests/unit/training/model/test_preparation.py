@@ -13,7 +13,7 @@ from torch import nn
 from hpctrain.checkpoint.optimizer_state import SavedOptimizer
 from hpctrain.config.schema import TrainingSection
 from hpctrain.data.loading.loader import Batch
-from hpctrain.data.order.epochs import Epochs
+from hpctrain.data.order.batches import Batching, Begun, Epochs, RankShare
 from hpctrain.data.order.order import Order
 from hpctrain.errors import ConfigError
 from hpctrain.models.convnet import ConvNet
@@ -120,12 +120,9 @@ def test_the_smallest_share_of_an_epoch_that_goes_on_in_other_batches(
     epochs = Epochs(
         order,
         "data",
-        global_batch_size=12,
-        drop_last=drop_last,
-        rank=0,
-        world_size=4,
-        begun={3: order},
-        begin=begin,
+        Batching(global_batch_size=12, drop_last=drop_last),
+        RankShare(0, 4),
+        begun=Begun(orders={3: order}, position=begin),
     )
     size = epochs.size
     shares = [
