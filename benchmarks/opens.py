@@ -16,7 +16,7 @@ import numpy as np
 
 from hpctrain.data.order.epochs import Epoch
 from hpctrain.data.order.order import Order, default_block_rows, default_lanes, lanes_of_rank
-from hpctrain.data.reading.shards import MOST_OPEN_FILES
+from hpctrain.data.reading.handles import MOST_OPEN_FILES
 from hpctrain.data.writer import SHARD_BYTES
 
 RANKS = (1, 4, 16, 64, 256, 1024, 4096)

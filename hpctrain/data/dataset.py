@@ -144,7 +144,7 @@ class Shard:
         layouts: by field.
         sources: other files that values come from: of virtual datasets, and external storage.
         codings: of the fields whose numbers do not all stand for themselves; None: nobody has
-            looked, `hpctrain.data.files.contents.with_codings` does.
+            looked, `hpctrain.data.files.discovery.with_codings` does.
         group: of the file, which alone this is, such as "data/demo_3"; its fields are called by
             patterns, such as "data/demo_*/actions". Empty: it is the whole file.
         grows: whether a program was appending to it (SWMR): the rows that were there are read.

@@ -15,10 +15,9 @@ from hpctrain.data.files.form_opening import categories_in
 from hpctrain.data.files.global_heaps import require_sound_heap
 from hpctrain.data.files.storage import HDF5_FAILURES
 from hpctrain.data.forms import Form, Rows, UnfitRowError
-from hpctrain.data.reading.handles import Handles, Locate, open_hdf5, where_it_is
+from hpctrain.data.reading.handles import Locate, handles_in_hdf5, where_it_is
 from hpctrain.data.reading.other_axis import Box, OtherAxisReader
 from hpctrain.data.reading.scatter import Destinations, RowReader, scatter_by_runs
-from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5
 from hpctrain.data.reading.threads import ThreadMemory
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
@@ -133,9 +132,7 @@ class FormedReader:
         self._boxes = OtherAxisReader(Part(stored, axis), locate)
         self._narrowed = {name: narrowed(field.form) for name, field in dataset.fields.items()}
         self._reads_less: dict[tuple[str, str], bool] = {}
-        self._files: Handles[h5py.File] = Handles(
-            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
-        )
+        self._files = handles_in_hdf5(locate)
         self._rows, self._staging = ThreadMemory(), ThreadMemory()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,12 @@ from hpctrain.data.reading.chunk_index import ChunkedField
 from hpctrain.data.reading.damage import UndecodableError
 from hpctrain.errors import DatasetError
 from hpctrain.utils.files import open_regular
+
+MOST_OPEN_FILES = 1024
+"""Open files of one reader, or a quarter of what the system allows a process, if that is less;
+those unused for longest are closed."""
+MOST_OPEN_IN_HDF5 = 16
+"""Of these, HDF5 keeps some MB of memory each."""
 
 H = TypeVar("H")
 Locate = Callable[[str], str]
@@ -79,6 +86,46 @@ class Handles(Generic[H]):
 
     def close(self) -> None:
         _close_all(self._kept, self._close)
+
+
+class OpenFiles(Generic[H]):
+    """The open files of one reader.
+
+    Attributes:
+        shards: to read bytes of.
+        in_hdf5: to have HDF5 read what is left.
+    """
+
+    def __init__(
+        self,
+        open_: Callable[[Shard, str], H],
+        close: Callable[[H], Any],
+        locate: Locate,
+        key: Callable[[Shard, str], str] = lambda shard, path: path,
+    ) -> None:
+        """Begin without any; as `Handles` takes it, how shards are opened to read bytes of."""
+        self.shards: Handles[H] = Handles(open_, close, locate, most_open_files(), key)
+        self.in_hdf5 = handles_in_hdf5(locate)
+
+    @property
+    def opened(self) -> int:
+        """How often a file was opened; at best once for each."""
+        return self.shards.opened + self.in_hdf5.opened
+
+    def close(self) -> None:
+        self.shards.close()
+        self.in_hdf5.close()
+
+
+def handles_in_hdf5(locate: Locate) -> Handles[h5py.File]:
+    """Return files that are open in HDF5: none yet."""
+    return Handles(open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5)
+
+
+def most_open_files() -> int:
+    """Return how many files a reader keeps open."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN_FILES if allowed < 0 else max(1, min(MOST_OPEN_FILES, allowed // 4))
 
 
 class OpenShard:

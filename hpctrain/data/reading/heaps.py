@@ -29,7 +29,7 @@ from hpctrain.data.reading.chunk_index import list_chunks
 from hpctrain.data.reading.contiguous import ExtentReader, Extents
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError
 from hpctrain.data.reading.filters import Pipeline
-from hpctrain.data.reading.handles import Handles, Locate, open_descriptor, open_hdf5, where_it_is
+from hpctrain.data.reading.handles import Locate, OpenFiles, open_descriptor, where_it_is
 from hpctrain.data.reading.scatter import (
     Destinations,
     InPieces,
@@ -39,7 +39,6 @@ from hpctrain.data.reading.scatter import (
     read_vectors,
     scatter_by_runs,
 )
-from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.threads import Helpers, ThreadMemory
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
@@ -224,15 +223,12 @@ class HeapReader:
         self._extents = ExtentReader(self._helpers)
         self._staging = ThreadMemory()
         self._nowhere = np.empty(LARGEST_GAP_BYTES, np.uint8)
-        self._shards: Handles[int] = Handles(open_descriptor, os.close, locate, most_open_files())
-        self._files: Handles[h5py.File] = Handles(
-            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
-        )
+        self._files: OpenFiles[int] = OpenFiles(open_descriptor, os.close, locate)
 
     @property
     def files_opened(self) -> int:
         """How often a file was opened; at best once for each."""
-        return self._shards.opened + self._files.opened
+        return self._files.opened
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
@@ -244,8 +240,8 @@ class HeapReader:
         pieces = self._pieces(rows, counts, places)
         shards = np.searchsorted(self._lengths.stops, pieces.rows, side="right")
         there = np.unique(shards)
-        for start in range(0, len(there), self._shards.most):
-            some = there[start : start + self._shards.most]
+        for start in range(0, len(there), self._files.shards.most):
+            some = there[start : start + self._files.shards.most]
             if len(some) == len(there):
                 self._read(name, field, pieces, shards, out)
             else:
@@ -260,7 +256,6 @@ class HeapReader:
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
-        self._shards.close()
         self._files.close()
         self._helpers.close()
 
@@ -306,7 +301,7 @@ class HeapReader:
 
     def _opened(self, shard: Shard) -> int:
         try:
-            return self._shards.get(shard)
+            return self._files.shards.get(shard)
         except OSError as error:
             raise DatasetError(f"{shard.path}: {error.strerror or error}") from error
 
@@ -407,7 +402,7 @@ class HeapReader:
         places = self._places(pieces.rows)
         for (shard, row), (_, first, count, to) in zip(places, pieces.listed(), strict=True):
             try:
-                dataset = self._files.get(shard)[shard.inside(name)]
+                dataset = self._files.in_hdf5.get(shard)[shard.inside(name)]
                 require_sound_heap(dataset, slice(row, row + 1))
                 values = dataset[row] if dataset.ndim else dataset[()]
             except HDF5_FAILURES as error:

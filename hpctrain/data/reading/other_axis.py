@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -20,9 +19,8 @@ from hpctrain.data.dataset import Field, Shard
 from hpctrain.data.files.storage import HDF5_FAILURES, read_box
 from hpctrain.data.reading.chunked import SoundChunks
 from hpctrain.data.reading.damage import DamagedChunkError, UndecodableError, damaged_rows
-from hpctrain.data.reading.handles import Handles, Locate, OpenShard, open_hdf5, where_it_is
+from hpctrain.data.reading.handles import Locate, OpenFiles, OpenShard, where_it_is
 from hpctrain.data.reading.scatter import MOST_VECTORS, Destinations, scatter_by_runs
-from hpctrain.data.reading.shards import MOST_OPEN_IN_HDF5, most_open_files
 from hpctrain.data.reading.threads import ThreadMemory
 from hpctrain.data.view import Part
 from hpctrain.errors import DatasetError
@@ -44,17 +42,12 @@ class OtherAxisReader:
         self._sound = SoundChunks()
         self._staging = ThreadMemory()
         self._raw, self._decoded = ThreadMemory(), ThreadMemory()
-        self._shards: Handles[OpenShard] = Handles(
-            _open, OpenShard.close, locate, most_open_files()
-        )
-        self._files: Handles[h5py.File] = Handles(
-            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
-        )
+        self._files = OpenFiles(_open, OpenShard.close, locate)
 
     @property
     def files_opened(self) -> int:
         """How often a file was opened; at best once for each."""
-        return self._shards.opened + self._files.opened
+        return self._files.opened
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
@@ -79,7 +72,6 @@ class OtherAxisReader:
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
-        self._shards.close()
         self._files.close()
 
     def read_box(self, shard: Shard, name: str, first: int, count: int, bounds: Box) -> Values:
@@ -99,7 +91,7 @@ class OtherAxisReader:
     def chunk_shape(self, shard: Shard, name: str) -> tuple[int, ...] | None:
         """Return the shape of a row in chunks; None: it is in none, or they are for HDF5 alone."""
         try:
-            chunks = self._shards.get(shard).chunked.get(name)
+            chunks = self._files.shards.get(shard).chunked.get(name)
         except HDF5_FAILURES:
             return None  # who reads it says why
         if chunks is None:
@@ -118,7 +110,7 @@ class OtherAxisReader:
 
     def _read_plain(self, shard: Shard, name: str, box: Box, start: int, values: Values) -> None:
         """Fill `values` from an array that lies in the file as in memory: HDF5 reads more of it."""
-        field, descriptor = self.dataset.fields[name], self._shards.get(shard).descriptor
+        field, descriptor = self.dataset.fields[name], self._files.shards.get(shard).descriptor
         shape = (*field.shape[: self._axis], shard.samples, *field.shape[self._axis :])
         steps = [math.prod(shape[axis + 1 :]) * field.dtype.itemsize for axis in range(len(shape))]
         # What is behind the last axis that is cut follows each other.
@@ -138,7 +130,7 @@ class OtherAxisReader:
         self, shard: Shard, name: str, field: Field, base: int, first: int, out: Bytes
     ) -> None:
         """Read, for each index of the axes before, the pieces of all rows to their places."""
-        descriptor = self._shards.get(shard).descriptor
+        descriptor = self._files.shards.get(shard).descriptor
         pieces = math.prod(field.shape[: self._axis])
         size = field.row_bytes // pieces
         target = memoryview(out.data).cast("B")
@@ -178,7 +170,7 @@ class OtherAxisReader:
         Raises:
             DamagedChunkError: if a chunk becomes other than its shape and dtype say.
         """
-        opened = self._shards.get(shard)
+        opened = self._files.shards.get(shard)
         chunks = opened.chunked.get(name)
         if chunks is None or chunks.pipeline.is_plain:
             return False  # HDF5 reads no more of plain chunks than it is asked for
@@ -197,7 +189,7 @@ class OtherAxisReader:
         return True
 
     def _read_by_hdf5(self, shard: Shard, name: str, box: Box, values: npt.NDArray[Any]) -> None:
-        dataset = self._files.get(shard)[shard.inside(name)]
+        dataset = self._files.in_hdf5.get(shard)[shard.inside(name)]
         self._sound.require(dataset, dict(enumerate(box)))
         read_box(dataset, values, tuple(slice(*each) for each in box))
 

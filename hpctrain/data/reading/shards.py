@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import resource
 
-import h5py
 import numpy as np
 
 from hpctrain.data.arrays import Bytes, Int64s, Pieces
@@ -31,11 +29,10 @@ from hpctrain.data.reading.chunked import (
 from hpctrain.data.reading.contiguous import ExtentReader, Extents
 from hpctrain.data.reading.damage import DamagedChunkError, damaged_rows
 from hpctrain.data.reading.handles import (
-    Handles,
     Locate,
+    OpenFiles,
     OpenShard,
     key_of_shard,
-    open_hdf5,
     open_shard,
     where_it_is,
 )
@@ -44,11 +41,6 @@ from hpctrain.data.reading.threads import Helpers, ThreadMemory
 from hpctrain.errors import DatasetError
 from hpctrain.utils.text import printable
 
-MOST_OPEN_FILES = 1024
-"""Open files of one reader, or a quarter of what the system allows a process, if that is less;
-those unused for longest are closed."""
-MOST_OPEN_IN_HDF5 = 16
-"""Of these, HDF5 keeps some MB of memory each."""
 LARGEST_READ = 2**30
 """Bytes of one system call: Linux moves at most 2**31 - 4096."""
 
@@ -81,21 +73,13 @@ class ShardReader:
         self._sound = SoundChunks()
         self._staging = ThreadMemory()
         self._warned: set[str] = set()
-        self._shards: Handles[OpenShard] = Handles(
-            functools.partial(open_shard, dataset.fields),
-            OpenShard.close,
-            locate,
-            most_open_files(),
-            key_of_shard,
-        )
-        self._files: Handles[h5py.File] = Handles(
-            open_hdf5, h5py.File.close, locate, MOST_OPEN_IN_HDF5
-        )
+        open_ = functools.partial(open_shard, dataset.fields)
+        self._files = OpenFiles(open_, OpenShard.close, locate, key_of_shard)
 
     @property
     def files_opened(self) -> int:
         """How often a file was opened; at best once for each."""
-        return self._shards.opened + self._files.opened
+        return self._files.opened
 
     def read_runs(
         self, name: str, rows: Int64s, counts: Int64s, out: Bytes, places: Int64s
@@ -112,7 +96,6 @@ class ShardReader:
 
     def close(self) -> None:
         """Close all files. Reading on opens them again."""
-        self._shards.close()
         self._files.close()
         self.helpers.close()
 
@@ -143,7 +126,7 @@ class ShardReader:
         pieces = self._pieces(rows, counts, places)
         shards = np.unique(pieces.shards)
         # No file is closed while a thread of the helpers may read it.
-        most = self._shards.most
+        most = self._files.shards.most
         for start in range(0, len(shards), most):
             some = shards[start : start + most]
             part = pieces if len(shards) <= most else pieces.only(np.isin(pieces.shards, some))
@@ -169,7 +152,7 @@ class ShardReader:
 
     def _try_open(self, shard: Shard) -> OpenShard | None:
         try:
-            return self._shards.get(shard)
+            return self._files.shards.get(shard)
         except HDF5_FAILURES:
             return None
 
@@ -283,7 +266,7 @@ class ShardReader:
         if offset is None:
             self._read_by_hdf5(shard, name, field, first, out)
             return
-        descriptor = self._shards.get(shard).descriptor
+        descriptor = self._files.shards.get(shard).descriptor
         place = offset + first * field.row_bytes
         left = memoryview(out.data).cast("B")
         while left:
@@ -302,19 +285,13 @@ class ShardReader:
     def _read_by_hdf5(self, shard: Shard, name: str, field: Field, first: int, out: Bytes) -> None:
         """Fill `out` through h5py, which converts to the native byte order as it reads."""
         rows = out.view(field.dtype.newbyteorder("=")).reshape(len(out), *field.shape)
-        dataset = self._files.get(shard)[shard.inside(name)]
+        dataset = self._files.in_hdf5.get(shard)[shard.inside(name)]
         if dataset.shape == field.shape:  # all of it is the one row
             self._sound.require(dataset, {})
             rows[0] = dataset[()]
             return
         self._sound.require(dataset, {0: (first, first + len(out))})
         read_box(dataset, rows, (slice(first, first + len(out)),))
-
-
-def most_open_files() -> int:
-    """Return how many files a reader keeps open."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN_FILES if allowed < 0 else max(1, min(MOST_OPEN_FILES, allowed // 4))
 
 
 def _offsets(dataset: Dataset, name: str) -> Int64s:

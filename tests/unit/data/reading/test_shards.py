@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hpctrain.data import open_dataset
-from hpctrain.data.reading import handles, shards
+from hpctrain.data.reading import handles
 from hpctrain.data.reading.shards import ShardReader
 from hpctrain.errors import DatasetError
 
@@ -80,7 +80,7 @@ def test_open_files_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     write(tmp_path, **options)
-    monkeypatch.setattr(shards, "MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(handles, "MOST_OPEN_FILES", 2)
     reader = ShardReader(open_dataset(str(tmp_path)))
     before = open_descriptors()
     for row in (0, 7, 0, 9, 0, 7):
@@ -97,8 +97,8 @@ def test_the_system_bounds_open_files_too(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
     try:
-        assert shards.most_open_files() == 100
-        assert ShardReader(open_dataset(str(tmp_path)))._shards.most == 100
+        assert handles.most_open_files() == 100
+        assert ShardReader(open_dataset(str(tmp_path)))._files.shards.most == 100
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -123,7 +123,7 @@ def test_pieces_along_an_axis_are_read_without_hdf5(
     train, _ = open_datasets(made, ["x"])
     assert train.slow_fields() == {}
     no_file = type("NoFile", (), {"close": None})
-    monkeypatch.setattr(other_axis.h5py, "File", no_file)
+    monkeypatch.setattr(h5py, "File", no_file)
     assert (read_all(train)["x"] == windows(list(range(TOTAL - 1)), 0, 2, 1)).all()
     # A file system may give less than was asked for, and nothing at the end.
     whole = os.preadv
