@@ -288,11 +288,11 @@ def _file_handler(path: Path, formatter: logging.Formatter) -> logging.Handler:
 
 
 @contextmanager
-def _attached(handlers: list[logging.Handler], level: int) -> Iterator[None]:
+def _attached(handlers: list[logging.Handler], wanted: int) -> Iterator[None]:
     """Let the root logger have these handlers, and hpctrain's loggers tell what is asked for."""
     root, package = logging.getLogger(), logging.getLogger("hpctrain")
     level = package.level
-    package.setLevel(level)
+    package.setLevel(wanted)
     for handler in handlers:
         root.addHandler(handler)
     try:
