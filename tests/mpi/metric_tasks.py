@@ -70,7 +70,12 @@ class Gathered(_Base):
 
     def evaluate(self, model: nn.Module, fields: Mapping[str, Tensor]) -> dict[str, Any]:
         scores = model(fields["features"])[:, 0]
-        return {"scores": Gather(scores), "positive": Gather(fields["label"] == 0)}
+        # The last bit of a score is for the kernel to say, which differs with the rows of a batch.
+        return {
+            "scores": Gather(scores),
+            "positive": Gather(fields["label"] == 0),
+            "features": Gather(fields["features"][:, 0]),
+        }
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
         order = sums["scores"].argsort(descending=True, stable=True)
@@ -80,7 +85,7 @@ class Gathered(_Base):
         return {
             "auroc": 1 - (hits * passed).sum() / (found[-1] * passed[-1]),
             "average_precision": (precision * hits).sum() / found[-1],
-            "first": sums["scores"][0],  # gathered in the order of the data
+            "first": sums["features"][0],  # gathered in the order of the data
         }
 
 

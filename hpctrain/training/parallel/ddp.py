@@ -73,6 +73,8 @@ class DDPModel:
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         if world_size > 1:
             self._wrap()
+        else:
+            self.backward_and_reduce = backward  # type: ignore[method-assign]
 
     spread = False
     # Where every rank has the whole gradient there is nothing to do in a step.

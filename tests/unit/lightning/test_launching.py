@@ -73,7 +73,7 @@ def test_ranks_of_a_launcher_start_nothing() -> None:
         (4, 1, "cuda", 2, r"devices=4: this node shows 2 GPUs"),
         (4, 1, "auto", 2, r'accelerator="cpu"'),
         (2, 1, "cuda", 0, r"shows 0 GPUs"),
-        (2, 1, "cpu", 0, r"no script .* hpctrain.launch\(function, np=2\)"),  # this is pytest
+        (2, 1, "cpu", 0, r"is not a script .* hpctrain.launch\(function, np=2\)"),  # this is pytest
     ],
 )
 def test_numbers_that_cannot_be_had(
