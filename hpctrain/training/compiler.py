@@ -26,7 +26,7 @@ _COMPILER = "torch._dynamo"
 _MARK = "__dynamo_disable"
 """Under which torch keeps, on a function, what it calls in its place.
 
-Source: torch/_compile.py, 2.4 to 2.13.
+Source: torch/_compile.py, 2.13.
 """
 
 
