@@ -31,7 +31,7 @@ CHECKS = {
     *("barrier", "dataset", "shards", "HDF5 file locking", "components", "numbers"),
     *("step", "memory"),
     *("reading", "run folder", "run folder shared", "disk space", "quota", "walltime"),
-    *("cost", "image"),
+    *("cost", "image", "transport"),
 }
 
 UNWELL = """
