@@ -111,7 +111,7 @@ def test_settings_come_before_cuda_and_loaded_tensors_go(tmp_path: Path) -> None
     )
     # Of the model: parameters and momentum. The dry run has stand-ins of them too, and in a run
     # that goes on it comes before what was loaded has been put in its place.
-    assert first[0] < 3.5
+    assert max(first[:-2]) < 3.5
     assert second[0] > 4.5
-    assert first[1:] == pytest.approx([2, 2], abs=0.2)
-    assert second[1:] == pytest.approx([2, 2], abs=0.2)
+    assert first[-2:] == pytest.approx([2, 2], abs=0.2)
+    assert second[-2:] == pytest.approx([2, 2], abs=0.2)
